@@ -1,0 +1,273 @@
+"""Every configuration key once: default, unit, advice. Loading, checking, and nothing else.
+
+Experiment files hold differences only and may inherit through ``_BASE_``. Command-line overrides come last, as bare
+``KEY VALUE`` pairs or ``KEY=VALUE``. Only ``build_*`` functions read the result; constructors take plain values.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from fvcore.common.config import CfgNode
+
+from stvit_video.errors import UsageError, nearest
+
+
+@dataclass(frozen=True)
+class Key:
+    """One configuration key; ``kind`` is the type where the default is None, which means "not set"."""
+
+    name: str
+    default: Any
+    about: str
+    choices: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    kind: type | None = None
+    length: int | None = None
+
+    @property
+    def type(self) -> type:
+        return self.kind or type(self.default)
+
+
+KEYS = (
+    Key("MODE", "train", "train (then test), or test", choices=("train", "test")),
+    Key("OUTPUT_DIR", "", "folder of this run; empty: runs/<name of the configuration file>"),
+    Key("OVERWRITE", False, "replace the results, and for MODE train the checkpoints, that OUTPUT_DIR already holds"),
+    Key("SEED", 0, "fixes initial weights, sample order and augmentation", low=0),
+    Key("DEVICE", "auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda")),
+    Key("PRECISION", "fp32", "what runs: fp32, or bf16 under autocast (weights stay fp32)", choices=("fp32", "bf16")),
+    # --- model
+    Key("MODEL.NAME", "stvit_vit_small_patch16", "see stvit_video.models.list_models()"),
+    Key("MODEL.INIT", "", "checkpoint to start from (.pth or .safetensors); in MODE test the weights to test"),
+    Key("MODEL.INIT_MIN_COVERAGE", 0.5, "least share of the weights that MODEL.INIT must cover", low=0, high=1),
+    Key("MODEL.NEW_HEAD", False, "train a new classifier where MODEL.INIT has another class count"),
+    Key("MODEL.NUM_CLASSES", None, "not set: from DATA.CLASSES, else from the training list", kind=int, low=1),
+    Key("MODEL.PRESET", None, "paper (default of stvit models) or fast", kind=str, choices=("paper", "fast")),
+    Key("MODEL.BASE_DEPTH", None, "blocks on all tokens before the semantic ones; fewer is faster", kind=int, low=1),
+    Key("MODEL.STGM_DEPTH", None, "blocks that generate semantic tokens", kind=int, low=2, high=4),
+    Key("MODEL.REGIONS", None, "centres along time, height, width; [T/tubelet, 4, 4] by default", kind=list, length=3),
+    Key("MODEL.POOLING", None, "how centres start", kind=str, choices=("mask", "max", "mean")),
+    Key("MODEL.OFFSETS", None, "inter-window form: learned displacement of the pooled regions", kind=bool),
+    Key("MODEL.GLOBAL_CENTRES", None, "learned global centres G", kind=bool),
+    Key("MODEL.FIRST_RESIDUAL", None, "residual on the pooled centres", kind=bool),
+    Key("MODEL.BASE_ATTENTION", None, "frame or joint", kind=str, choices=("frame", "joint")),
+    Key("MODEL.DROP_PATH", 0.0, "stochastic depth of the last block; 0.1 when fine-tuning for long", low=0, high=0.99),
+    Key("MODEL.DROPOUT", 0.0, "dropout before the classifier", low=0, high=0.99),
+    Key("MODEL.GRAD_CHECKPOINTING", False, "recompute activations: less memory, about a third more time"),
+    # --- data
+    Key("DATA.ROOT", "", "folder that the paths in the lists start from"),
+    Key("DATA.TRAIN_LIST", "train.csv", "lines `path label`, relative to DATA.ROOT; space, comma or tab"),
+    Key("DATA.VAL_LIST", "val.csv", "same, scored while training; empty: no validation"),
+    Key("DATA.TEST_LIST", "test.csv", "same, for the final multi-view test"),
+    Key("DATA.CLASSES", "", "file with one class name a line, in the order of the labels"),
+    Key("DATA.GENERATE", "", "sample: write the sample set to DATA.ROOT first", choices=("", "sample")),
+    Key("DATA.GENERATE_CLIPS", [2048, 256, 512], "training, validation and test videos to generate", length=3, low=8),
+    Key("DATA.FRAMES", 16, "frames of a clip", low=1),
+    Key("DATA.STRIDE", 4, "video frames from one clip frame to the next", low=1),
+    Key("DATA.SIZE", 224, "height and width of the clip in pixels", low=1),
+    Key("DATA.CROP", "short_side", "training crop", choices=("short_side", "random_resized")),
+    Key("DATA.SHORT_SIDE", [256, 320], "range of the random short side in pixels (short_side)", length=2, low=1),
+    Key(
+        "DATA.CROP_AREA",
+        [0.08, 1.0],
+        "range of the crop's share of the frame (random_resized)",
+        length=2,
+        low=0,
+        high=1,
+    ),
+    Key("DATA.CROP_RATIO", [0.75, 1.3333], "range of its width over height (random_resized)", length=2, low=0.01),
+    Key("DATA.FLIP", True, "mirror half of the training clips; False where left and right are classes"),
+    Key("DATA.MEAN", [0.485, 0.456, 0.406], "mean of red, green, blue in 0 to 1", length=3, low=0, high=1),
+    Key("DATA.STD", [0.229, 0.224, 0.225], "standard deviation of the same", length=3, low=0.001),
+    Key("DATA.WORKERS", 4, "loader processes per training process; 0 loads in the process itself", low=0),
+    Key("DATA.MAX_FAILURES", 0.1, "share of unreadable videos above which the run stops", low=0, high=1),
+    # --- optimisation
+    Key("TRAIN.EPOCHS", 30, "passes over the training list", low=1),
+    Key("TRAIN.BATCH_SIZE", 64, "clips an optimiser step, over all processes and accumulated batches", low=1),
+    Key("TRAIN.ACCUMULATE", 1, "batches a process adds up before a step; raise when memory is short", low=1),
+    Key(
+        "TRAIN.RESUME",
+        "auto",
+        "auto continues from the newest checkpoint; never stops instead",
+        choices=("auto", "never"),
+    ),
+    Key("TRAIN.VAL_EVERY", 1, "epochs between validations", low=1),
+    Key("OPTIM.LR", 1e-3, "AdamW's peak learning rate at TRAIN.BATCH_SIZE", low=0),
+    Key("OPTIM.WEIGHT_DECAY", 0.05, "on matrices only; biases, norms and embeddings are left alone", low=0),
+    Key("OPTIM.BETAS", [0.9, 0.999], "AdamW's decay rates", length=2, low=0, high=1),
+    Key("OPTIM.WARMUP_EPOCHS", 2.5, "linear rise of the learning rate, before the cosine", low=0),
+    Key("OPTIM.CLIP_GRAD", 1.0, "largest gradient norm; 0: no clipping", low=0),
+    Key("OPTIM.LABEL_SMOOTHING", 0.0, "0.1 is usual on Kinetics", low=0, high=0.99),
+    # --- test and the rest
+    Key("TEST.CLIPS", 4, "clips a test video, evenly spaced", low=1),
+    Key("TEST.CROPS", 3, "crops a clip along its longer side: 1 (centre) or 3", low=1, high=3),
+    Key("TEST.SHORT_SIDE", 224, "short side of the frame that crops are cut from, in pixels", low=1),
+    Key(
+        "TEST.BATCH_SIZE", 8, "videos a test batch; also fixes how figures are summed, so keep it when comparing", low=1
+    ),
+    Key("CHECKPOINT.KEEP", 2, "newest checkpoints to keep; at least 2, since the last may be cut short", low=2),
+    Key("PARALLEL.TIMEOUT_S", 1800, "seconds a process waits for the others before it gives up", low=1),
+)
+BY_NAME = {key.name: key for key in KEYS}
+
+
+def default_config() -> CfgNode:
+    """Return a configuration of defaults."""
+    cfg = CfgNode()
+    for key in KEYS:
+        _set(cfg, key.name, list(key.default) if isinstance(key.default, list) else key.default)
+    return cfg
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
+    """Return defaults, then the file at ``path`` (and its ``_BASE_``), then overrides, checked and frozen.
+
+    Raises UsageError for a missing file, an unknown key (with the nearest known one), a wrong type or value.
+    """
+    path = Path(path)
+    if not path.is_file():
+        found = sorted(str(file) for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise UsageError(
+            f"Configuration {path} is not a file; give a .yaml file.{nearest(str(path), found)}"
+            + (f" In {path.parent}: {', '.join(Path(f).name for f in found)}." if found else "")
+        )
+    try:
+        content = CfgNode.load_yaml_with_base(str(path))
+    except (yaml.YAMLError, AttributeError, AssertionError, RecursionError) as error:
+        reason = str(error).replace("\n", " ") or type(error).__name__
+        raise UsageError(f"Configuration {path} is not a YAML mapping of keys ({reason}); correct the file.") from error
+    except FileNotFoundError as error:
+        raise UsageError(f"Configuration {path}: _BASE_ names {error.filename}, which is missing.") from error
+    cfg = default_config()
+    for name, value in _flatten(content or {}):
+        _assign(cfg, name, value, str(path))
+    for name, value in parse_overrides(overrides):
+        _assign(cfg, name, value, "the command line")
+    if not cfg.OUTPUT_DIR:
+        cfg.OUTPUT_DIR = str(Path("runs") / path.stem)
+    check(cfg)
+    cfg.freeze()
+    return cfg
+
+
+def parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Yield (key, value) from ``KEY VALUE`` pairs and ``KEY=VALUE`` words; values are read as YAML."""
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        if not equals:
+            if not words:
+                raise UsageError(f"Override {word!r} has no value; write {word} VALUE or {word}=VALUE.")
+            value = words.pop(0)
+        try:
+            yield name, yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UsageError(f"Override {name}: {value!r} is not a value; quote it.") from error
+
+
+def _flatten(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    sections = {key.name.rpartition(".")[0] for key in KEYS} - {""}
+    for name, value in content.items():
+        full = f"{prefix}{name}"
+        if isinstance(value, dict) and (full in sections or full not in BY_NAME):
+            yield from _flatten(value, f"{full}.")
+        else:
+            yield full, value
+
+
+def _assign(cfg: CfgNode, name: str, value: Any, origin: str) -> None:
+    key = BY_NAME.get(name)
+    if key is None:
+        raise UsageError(
+            f"Key {name} in {origin} is unknown.{nearest(name, list(BY_NAME))} "
+            f"All keys are listed by: python -m stvit_video.run --keys"
+        )
+    _set(cfg, name, _coerce(key, value, origin))
+
+
+def _coerce(key: Key, value: Any, origin: str) -> Any:
+    """Return ``value`` in the key's type; an integer serves as a float, a number or string as nothing else."""
+    if value is None and key.default is None:
+        return None
+    if key.type is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:  # YAML reads 1e-3, without a point, as a string
+            value = float(value)
+        except ValueError:
+            pass
+    if key.type is list and isinstance(value, tuple | list):
+        value = list(value)
+    if key.type is str and value is None:
+        value = ""
+    if key.type is str and isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)  # a folder or list may be named by digits
+    if type(value) is not key.type:
+        raise UsageError(
+            f"{key.name} in {origin} is {value!r}, a {type(value).__name__}; it takes a {key.type.__name__} "
+            f"({key.about}), for example {key.default!r}."
+        )
+    return value
+
+
+def check(cfg: CfgNode) -> None:
+    """Raise UsageError, with the reason, for values out of range and combinations that cannot work."""
+    for key in KEYS:
+        value = _get(cfg, key.name)
+        if value is None:
+            continue
+        if key.choices and value not in key.choices:
+            allowed = ", ".join(choice or "''" for choice in key.choices)
+            raise UsageError(f"{key.name} is {value!r}; allowed: {allowed}.{nearest(str(value), list(key.choices))}")
+        _check_numbers(key, value if isinstance(value, list) else [value])
+    for name in ("DATA.SHORT_SIDE", "DATA.CROP_AREA", "DATA.CROP_RATIO"):
+        low, high = _get(cfg, name)
+        if low > high:
+            raise UsageError(f"{name} is [{low}, {high}]; give the smaller end of the range first.")
+    if cfg.DATA.CROP == "short_side" and cfg.DATA.SHORT_SIDE[0] < cfg.DATA.SIZE:
+        raise UsageError(
+            f"DATA.SHORT_SIDE {list(cfg.DATA.SHORT_SIDE)} reaches below DATA.SIZE {cfg.DATA.SIZE}, so a crop would not "
+            f"fit; raise the first number to {cfg.DATA.SIZE} or lower DATA.SIZE."
+        )
+    if cfg.TEST.SHORT_SIDE < cfg.DATA.SIZE:
+        raise UsageError(f"TEST.SHORT_SIDE {cfg.TEST.SHORT_SIDE} is below DATA.SIZE {cfg.DATA.SIZE}; raise it.")
+    if cfg.TEST.CROPS == 2:
+        raise UsageError("TEST.CROPS is 2; allowed: 1 (centre) or 3 (both ends and the centre).")
+    if not cfg.DATA.ROOT:
+        raise UsageError("DATA.ROOT is empty; give the folder that holds the videos: DATA.ROOT /path/to/videos.")
+
+
+def _check_numbers(key: Key, values: list[Any]) -> None:
+    if key.length is not None and len(values) != key.length:
+        raise UsageError(f"{key.name} has {len(values)} values; it takes {key.length} ({key.about}).")
+    for value in values:
+        if (key.low is None and key.high is None) or isinstance(value, bool):
+            continue
+        if not isinstance(value, int | float):
+            raise UsageError(f"{key.name} holds {value!r}; it takes numbers ({key.about}).")
+        if (key.low is not None and value < key.low) or (key.high is not None and value > key.high) or value != value:
+            bounds = f"at least {key.low}" if key.high is None else f"{key.low} to {key.high}"
+            raise UsageError(f"{key.name} is {value}; allowed: {bounds} ({key.about}).")
+
+
+def describe_keys() -> str:
+    """Return one line a key: name, default, advice."""
+    return "\n".join(f"{key.name:26} {key.default!r:24} {key.about}" for key in KEYS)
+
+
+def _get(cfg: CfgNode, name: str) -> Any:
+    for part in name.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+def _set(cfg: CfgNode, name: str, value: Any) -> None:
+    *sections, leaf = name.split(".")
+    for section in sections:
+        if section not in cfg:
+            cfg[section] = CfgNode()
+        cfg = cfg[section]
+    cfg[leaf] = value

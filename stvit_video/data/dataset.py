@@ -1,0 +1,133 @@
+"""Map-style datasets: a key from the sampler to a decoded, transformed sample.
+
+Nothing random is global: each training sample draws from a generator seeded by (seed, epoch, index), so it is the same
+whichever worker or process loads it.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from stvit_video.data.annotations import Video
+from stvit_video.data.decode import DecodeError, VideoReader
+from stvit_video.data.sampling import even_clips, random_clip
+from stvit_video.data.transforms import TestTransform, TrainTransform
+
+
+class SampleKey(NamedTuple):
+    """What a training sampler asks for: the video, and the epoch that its random choices belong to."""
+
+    epoch: int
+    index: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A video that could not be read: a row of ``failures.csv``."""
+
+    path: str
+    stage: str
+    message: str
+
+
+@dataclass
+class Sample:
+    """One video's views (V, 3, T, H, W), or none where it failed, with its place in the list."""
+
+    views: Tensor | None
+    label: int
+    index: int
+    failures: list[Failure]
+
+
+@dataclass
+class Batch:
+    """Clips (B, 3, T, H, W), labels (B,) and list positions (B,); in testing B = videos * views, video by video."""
+
+    clips: Tensor
+    labels: Tensor
+    indices: Tensor
+    failures: list[Failure]
+
+    def pin_memory(self) -> "Batch":
+        """Called by the loader where a GPU will read the batch."""
+        return Batch(self.clips.pin_memory(), self.labels.pin_memory(), self.indices, self.failures)
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Put samples together; those that failed leave only their failures."""
+    read = [sample for sample in samples if sample.views is not None]
+    return Batch(
+        clips=torch.cat([sample.views for sample in read]) if read else torch.empty(0),  # type: ignore[misc]
+        labels=torch.tensor([sample.label for sample in read], dtype=torch.int64),
+        indices=torch.tensor([sample.index for sample in read], dtype=torch.int64),
+        failures=[failure for sample in samples for failure in sample.failures],
+    )
+
+
+class TrainDataset(Dataset[Sample]):
+    """One random clip a video. An unreadable video is reported and the next one in the list taken instead."""
+
+    MAX_TRIES = 10
+
+    def __init__(
+        self, videos: list[Video], *, frames: int, stride: int, transform: TrainTransform, decode_side: int, seed: int
+    ) -> None:
+        self.videos, self.frames, self.stride = videos, frames, stride
+        self.transform, self.decode_side, self.seed = transform, decode_side, seed
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, key: SampleKey) -> Sample:
+        failures = []
+        for attempt in range(self.MAX_TRIES):
+            index = (key.index + attempt) % len(self.videos)
+            video = self.videos[index]
+            rng = np.random.default_rng([self.seed, key.epoch, index])
+            try:
+                with VideoReader(video.path, self.decode_side) as reader:
+                    frames = reader.frames(random_clip(len(reader), self.frames, self.stride, rng))
+            except DecodeError as error:
+                failures.append(Failure(error.path, "train", error.message))
+                continue
+            return Sample(self.transform(frames, rng).unsqueeze(0), video.label, index, failures)
+        raise DecodeError(failures[0].path, f"{failures[0].message}; the {self.MAX_TRIES - 1} after it failed too")
+
+
+class TestDataset(Dataset[Sample]):
+    """All views of a video: clips x crops, from one pass of the decoder. An unreadable video is reported, never replaced."""
+
+    __test__ = False
+
+    def __init__(
+        self,
+        videos: list[Video],
+        *,
+        frames: int,
+        stride: int,
+        clips: int,
+        transform: TestTransform,
+        decode_side: int,
+        stage: str,
+    ) -> None:
+        self.videos, self.frames, self.stride, self.clips = videos, frames, stride, clips
+        self.transform, self.decode_side, self.stage = transform, decode_side, stage
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, index: int) -> Sample:
+        video = self.videos[index]
+        try:
+            with VideoReader(video.path, self.decode_side) as reader:
+                wanted = even_clips(len(reader), self.frames, self.stride, self.clips)
+                frames = reader.frames(np.concatenate(wanted))
+        except DecodeError as error:
+            return Sample(None, video.label, index, [Failure(error.path, self.stage, error.message)])
+        views = [self.transform(clip) for clip in frames.reshape(self.clips, self.frames, *frames.shape[1:])]
+        return Sample(torch.cat(views), video.label, index, [])

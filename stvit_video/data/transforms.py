@@ -1,0 +1,102 @@
+"""Frames to clips: uint8 (T, H, W, 3) from the decoder to normalised float (3, T, S, S) for the model.
+
+A crop of a resized frame is computed as one resize of a crop: fewer pixels are touched, and frames stay uint8 until
+the end.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from stvit_video.data.decode import Frames
+
+
+@dataclass(frozen=True)
+class Normalise:
+    """uint8 in 0 to 255 to float with the given mean and standard deviation (of values in 0 to 1), channels first."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, clip: Tensor) -> Tensor:
+        """Map uint8 (T, 3, H, W) to float32 (3, T, H, W)."""
+        mean = torch.tensor(self.mean).view(3, 1, 1, 1) * 255
+        std = torch.tensor(self.std).view(3, 1, 1, 1) * 255
+        return clip.transpose(0, 1).to(torch.float32).sub_(mean).div_(std)
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """Random crop, one for all frames of a clip, and optional mirror image.
+
+    With ``area`` None: the short side becomes a random length in ``short_side``, then a random square is cut. Else a
+    random share ``area`` of the frame, with a random ``ratio`` of width to height, is stretched to the square.
+    """
+
+    size: int
+    normalise: Normalise
+    short_side: tuple[int, int]
+    area: tuple[float, float] | None
+    ratio: tuple[float, float]
+    flip: bool
+
+    def __call__(self, frames: Frames, rng: np.random.Generator) -> Tensor:
+        """Map frames (T, H, W, 3) to a clip (3, T, size, size)."""
+        clip = torch.from_numpy(frames).permute(0, 3, 1, 2)  # (T, 3, H, W)
+        height, width = clip.shape[-2:]
+        top, left, crop_height, crop_width = self._box(height, width, rng)
+        clip = F.resized_crop(clip, top, left, crop_height, crop_width, [self.size, self.size], antialias=True)
+        if self.flip and rng.random() < 0.5:
+            clip = F.horizontal_flip(clip)
+        return self.normalise(clip)
+
+    def _box(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+        if self.area is None:
+            side = rng.integers(self.short_side[0], self.short_side[1] + 1)
+            crop = max(1, round(self.size * min(height, width) / side))  # the square, in the file's own pixels
+            return int(rng.integers(height - crop + 1)), int(rng.integers(width - crop + 1)), crop, crop
+        for _ in range(10):
+            area = height * width * rng.uniform(*self.area)
+            ratio = math.exp(rng.uniform(*np.log(self.ratio)))
+            h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+            if 0 < h <= height and 0 < w <= width:
+                return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+        side = min(height, width)
+        return (height - side) // 2, (width - side) // 2, side, side
+
+
+@dataclass(frozen=True)
+class TestTransform:
+    """Resize the short side, then cut one centred square or three along the longer side."""
+
+    __test__ = False  # its name is the field's, not a test case's
+
+    size: int
+    normalise: Normalise
+    short_side: int
+    crops: int
+
+    def __call__(self, frames: Frames) -> Tensor:
+        """Map frames (T, H, W, 3) to views (crops, 3, T, size, size)."""
+        clip = torch.from_numpy(frames).permute(0, 3, 1, 2)  # (T, 3, H, W)
+        clip = F.resize(clip, self._resized(*clip.shape[-2:]), antialias=True)
+        return torch.stack([self.normalise(crop) for crop in self._cut(clip)])
+
+    def _resized(self, height: int, width: int) -> list[int]:
+        scale = self.short_side / min(height, width)
+        return [max(self.size, round(height * scale)), max(self.size, round(width * scale))]
+
+    def _cut(self, clip: Tensor) -> list[Tensor]:
+        spare_rows, spare_columns = clip.shape[-2] - self.size, clip.shape[-1] - self.size
+        shares = (0.5,) if self.crops == 1 else (0.0, 0.5, 1.0)
+        boxes = []
+        for share in shares:
+            along_rows = spare_rows > spare_columns
+            top = round(spare_rows * (share if along_rows else 0.5))
+            left = round(spare_columns * (0.5 if along_rows else share))
+            boxes.append(clip[..., top : top + self.size, left : left + self.size])
+        return boxes

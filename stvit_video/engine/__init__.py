@@ -1,0 +1,1 @@
+"""Training, testing and what they leave in the run folder."""

@@ -1,0 +1,132 @@
+"""Multi-view testing: each video scored once, or listed as failed, for any number of processes."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from stvit_video.data.dataset import Failure
+from stvit_video.data.loader import build_classes, build_test_loader
+from stvit_video.distributed import World, gather_objects, on_main
+from stvit_video.engine.logging import Progress, describe_results
+from stvit_video.engine.metrics import Predictions, correct_at
+from stvit_video.engine.plots import plot_confusion
+from stvit_video.engine.run_folder import RunFolder
+from stvit_video.engine.start import autocast, build_data, report_model
+from stvit_video.errors import UsageError
+from stvit_video.models import load_pretrained
+from stvit_video.models.complexity import count_gflops, count_parameters
+from stvit_video.models.zoo import build_model
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, loader: DataLoader, world: World, precision: str, title: str = "") -> Predictions:
+    """Score every video of the loader's list: class probabilities averaged over its views, the same on every process.
+
+    Progress is shown where there is a ``title``. ``model`` is the bare network: nothing is exchanged between processes until the end, so their shares may differ.
+    """
+    model.eval()
+    rows: list[tuple[Tensor, Tensor, Tensor]] = []
+    failures: list[Failure] = []
+    done = correct = 0
+    started = time.monotonic()
+    with Progress(title, len(loader), enabled=bool(title) and world.is_main) as progress:
+        for batch in loader:
+            failures += batch.failures
+            if len(batch.labels):
+                with autocast(world.device, precision):
+                    logits = model(batch.clips.to(world.device, non_blocking=True))
+                views = len(logits) // len(batch.labels)
+                scores = logits.float().softmax(dim=1).unflatten(0, (-1, views)).mean(dim=1).cpu()
+                rows.append((batch.indices, batch.labels, scores))
+                done += len(batch.labels)
+                correct += correct_at(scores, batch.labels, 1)
+            rate = done / (time.monotonic() - started)
+            progress.advance(f"top1 {100 * correct / max(1, done):.1f} %  {rate:.1f} videos/s")
+    return _join(gather_objects(world, (rows, failures)), len(loader.dataset))  # type: ignore[arg-type]
+
+
+def _join(shares: list[tuple[list[tuple[Tensor, Tensor, Tensor]], list[Failure]]], total: int) -> Predictions:
+    """Put the processes' shares into list order and make sure that no video is missing or counted twice."""
+    rows = [row for share, _ in shares for row in share]
+    failures = [failure for _, share in shares for failure in share]
+    if not rows:
+        shown = failures[0] if failures else None
+        raise UsageError(
+            f"None of the {total} videos could be read, the first failure being {shown and shown.path}: "
+            f"{shown and shown.message}. Check DATA.ROOT and the list."
+        )
+    indices, labels, scores = (torch.cat(column) for column in zip(*rows, strict=True))
+    order = indices.argsort()
+    assert len(indices.unique()) == len(indices) == total - len(failures), "a video was lost or counted twice"
+    return Predictions(scores[order], labels[order], indices[order], total, failures)
+
+
+def check_failures(failures: int, total: int, most: float, what: str) -> None:
+    """Raise UsageError where more than the share ``most`` of ``total`` videos failed."""
+    if failures > most * total:
+        raise UsageError(
+            f"{failures} of {total} {what} videos could not be read, more than DATA.MAX_FAILURES {most:g} allows; they are "
+            f"listed in failures.csv. Repair or remove them, or raise DATA.MAX_FAILURES."
+        )
+
+
+def test_model(
+    cfg: CfgNode, world: World, folder: RunFolder, model: nn.Module, classes: list[str], earlier: list[Failure]
+) -> dict[str, Any]:
+    """Test ``model`` with all views, write results, failures and confusion matrix; return the results."""
+    loader = build_test_loader(cfg, world, "test", len(classes))
+    started = time.monotonic()
+    predictions = predict(model, loader, world, cfg.PRECISION, "test")
+    seconds = time.monotonic() - started
+    views = cfg.TEST.CLIPS * cfg.TEST.CROPS
+    results = {
+        "model": cfg.MODEL.NAME,
+        "top1": predictions.top(1),
+        "top5": predictions.top(5),
+        "coverage": predictions.coverage,
+        "videos": predictions.total,
+        "scored": len(predictions.labels),
+        "failed": len(predictions.failures),
+        "views": {"clips": cfg.TEST.CLIPS, "crops": cfg.TEST.CROPS},
+        "parameters": count_parameters(model),
+        "clips_per_second": len(predictions.labels) * views / seconds,
+        "precision": cfg.PRECISION,
+        "processes": world.size,
+    }
+
+    def write() -> dict[str, Any]:
+        gflops = count_gflops(model, (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE))
+        results.update(gflops=gflops, gflops_per_video=gflops * views)
+        folder.write_failures(earlier + predictions.failures)
+        check_failures(len(predictions.failures), predictions.total, cfg.DATA.MAX_FAILURES, "test")
+        plot_confusion(predictions.confusion(), classes, folder.path / "confusion.png")
+        folder.write_results(results)
+        print(f"{describe_results(results)}\nresults in {folder.results}", flush=True)
+        return results
+
+    return on_main(world, write)
+
+
+def test(cfg: CfgNode, world: World) -> None:
+    """Run MODE test: the weights of MODEL.INIT, or else those that OUTPUT_DIR holds."""
+    build_data(cfg, world)
+    folder = RunFolder(cfg.OUTPUT_DIR)
+    source = cfg.MODEL.INIT or str(folder.weights)
+    if not Path(source).is_file():
+        raise UsageError(
+            f"MODE test: no weights at {source}; give MODEL.INIT FILE, or the OUTPUT_DIR of a finished run."
+        )
+    classes = build_classes(cfg)
+    model = build_model(cfg, len(classes))
+    # A test of weights that were not loaded would be a test of nothing.
+    report = load_pretrained(model, source, min_coverage=max(0.99, cfg.MODEL.INIT_MIN_COVERAGE))
+    on_main(world, lambda: folder.claim(cfg))
+    if world.is_main:
+        print(report, flush=True)
+        report_model(cfg, model, world, len(classes))
+    test_model(cfg, world, folder, model.to(world.device), classes, [])

@@ -1,0 +1,46 @@
+"""Accuracy from scores, counted once a video."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from stvit_video.data.dataset import Failure
+
+
+def correct_at(scores: Tensor, labels: Tensor, k: int) -> int:
+    """Return how many labels (N,) are among the ``k`` best scores (N, classes); k is cut to the class count."""
+    best = scores.topk(min(k, scores.shape[1]), dim=1).indices
+    return int((best == labels[:, None]).any(dim=1).sum())
+
+
+@dataclass
+class Predictions:
+    """Class probabilities (N, classes), averaged over each video's views, and labels (N,), in list order."""
+
+    scores: Tensor
+    labels: Tensor
+    indices: Tensor
+    total: int  # videos in the list
+    failures: list[Failure] = field(default_factory=list)
+
+    def top(self, k: int) -> float:
+        """Return top-k accuracy over the scored videos, in percent."""
+        return 100 * correct_at(self.scores, self.labels, k) / max(1, len(self.labels))
+
+    @property
+    def coverage(self) -> float:
+        """Return the share of the list's videos that were scored."""
+        return len(self.labels) / self.total
+
+    @property
+    def loss(self) -> float:
+        """Return the mean negative log-likelihood of the labels."""
+        chosen = self.scores.double().gather(1, self.labels[:, None]).clamp_min(1e-12)
+        return float(-chosen.log().mean()) if len(self.labels) else float("nan")
+
+    def confusion(self) -> Tensor:
+        """Return counts (classes, classes): rows are labels, columns predictions."""
+        classes = self.scores.shape[1]
+        cells = self.labels * classes + self.scores.argmax(dim=1)
+        return torch.bincount(cells, minlength=classes**2).reshape(classes, classes)

@@ -1,0 +1,49 @@
+"""Pictures of a run: learning curves and confusion matrix."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+matplotlib.use("Agg")
+COLOURS = {"train": "#1f5fa8", "val": "#d1495b"}
+
+
+def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw loss and top-1 by epoch, training beside validation, from the rows of ``metrics.jsonl``."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, name, label in zip(figure.subplots(1, 2), ("loss", "top1"), ("loss", "top-1 (%)"), strict=True):
+        for split, colour in COLOURS.items():
+            points = [(row["epoch"], row[name]) for row in rows if row["split"] == split and name in row]
+            if points:
+                title = "training" if split == "train" else "validation"
+                axes.plot(*zip(*points, strict=True), color=colour, label=title, marker="o" if split == "val" else None)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        axes.set_ylim(bottom=0)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+
+
+def plot_confusion(counts: Tensor, classes: list[str], path: Path) -> None:
+    """Draw the share of each label's videos by predicted class; counts (classes, classes), rows are labels."""
+    shares = counts.numpy() / np.maximum(counts.sum(dim=1, keepdim=True).numpy(), 1)
+    few = len(classes) <= 30
+    side = max(4.5, 1.5 + 0.55 * len(classes)) if few else 10
+    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, label="share of the label's videos", shrink=0.8)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("label")
+    if few:
+        axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+        axes.set_yticks(range(len(classes)), classes)
+        for row, column in zip(*np.nonzero(counts.numpy()), strict=True):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, str(int(counts[row, column])), ha="center", va="center", color=colour, fontsize=8)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,166 @@
+"""The folder of a run: whose it is, what it holds, and what may be written to it."""
+
+import csv
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from importlib import metadata
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from fvcore.common.config import CfgNode
+
+from stvit_video.data.dataset import Failure
+from stvit_video.engine.checkpoint import list_checkpoints, write_atomically
+from stvit_video.errors import UsageError
+
+# Keys that may change between a run and its continuation: they do not change what is computed.
+FREE_KEYS = (
+    "MODE", "OUTPUT_DIR", "OVERWRITE", "DEVICE", "DATA.WORKERS", "TRAIN.RESUME", "CHECKPOINT.KEEP", "PARALLEL.TIMEOUT_S",
+)  # fmt: skip
+RESULT_FILES = ("results.json", "confusion.png", "failures.csv")
+TRAINING_FILES = ("metrics.jsonl", "curves.png", "model.safetensors", "config.yaml", "environment.json")
+PACKAGES = ("torch", "torchvision", "pytorchvideo", "decord", "decord2", "av", "fvcore", "numpy", "submitit")
+
+
+class RunFolder:
+    """Paths inside OUTPUT_DIR, and the rules for using it. Raises UsageError where the folder cannot be used."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results.json"
+
+    @property
+    def weights(self) -> Path:
+        return self.path / "model.safetensors"
+
+    def is_finished(self) -> bool:
+        """Say whether the run here was trained and tested."""
+        return self.results.is_file() and self.weights.is_file()
+
+    def claim(self, cfg: CfgNode) -> None:
+        """Make the folder this run's: create it, or make sure that what it holds is this run's earlier part."""
+        self._check_ownership(cfg)
+        if cfg.OVERWRITE:
+            self._clear(everything=cfg.MODE == "train")
+        elif cfg.MODE == "test" and self.results.exists():
+            raise UsageError(
+                f"{self.results} exists; give another OUTPUT_DIR (and MODEL.INIT {self.weights}), or OVERWRITE True."
+            )
+        elif cfg.MODE == "train" and cfg.TRAIN.RESUME == "never" and list_checkpoints(self.checkpoints):
+            raise UsageError(
+                f"{self.checkpoints} holds checkpoints and TRAIN.RESUME is never; set it to auto to continue, "
+                f"OVERWRITE True to start again, or give another OUTPUT_DIR."
+            )
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            if not (self.path / "config.yaml").exists():
+                write_atomically(self.path / "config.yaml", cfg.dump().encode())
+                write_atomically(self.path / "environment.json", json.dumps(environment(), indent=2).encode())
+        except OSError as error:
+            raise UsageError(
+                f"OUTPUT_DIR {self.path} cannot be written ({error.strerror}); give a folder that can, with space left."
+            ) from error
+
+    def _check_ownership(self, cfg: CfgNode) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"OUTPUT_DIR {self.path} is a file; give a folder.")
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            return
+        recorded = self._recorded_config()
+        if recorded is None:
+            raise UsageError(f"OUTPUT_DIR {self.path} holds files that are not a run's; give an empty or new folder.")
+        if cfg.MODE == "train" and not cfg.OVERWRITE:
+            _refuse_other_settings(self.path, recorded, yaml.safe_load(cfg.dump()))
+
+    def _recorded_config(self) -> dict[str, Any] | None:
+        """Return the configuration of the run that owns the folder, None where no run does."""
+        try:
+            recorded = yaml.safe_load((self.path / "config.yaml").read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            return None
+        return recorded if isinstance(recorded, dict) and {"MODEL", "DATA", "OUTPUT_DIR"} <= recorded.keys() else None
+
+    def _clear(self, everything: bool) -> None:
+        """Delete what runs write here, and nothing else."""
+        for name in RESULT_FILES + (TRAINING_FILES if everything else ()):
+            (self.path / name).unlink(missing_ok=True)
+        if everything:
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
+            for events in self.path.glob("events.out.tfevents.*"):
+                events.unlink()
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        """Write ``results.json``."""
+        write_atomically(self.results, json.dumps(results, indent=2).encode())
+
+    def write_failures(self, failures: Iterable[Failure]) -> None:
+        """Write ``failures.csv``: each video once a stage, also where there is none."""
+        text = StringIO()
+        writer = csv.writer(text)
+        writer.writerow(("path", "stage", "message"))
+        writer.writerows(sorted({(failure.path, failure.stage, failure.message) for failure in failures}))
+        write_atomically(self.path / "failures.csv", text.getvalue().encode())
+
+
+def _refuse_other_settings(path: Path, recorded: dict[str, Any], current: dict[str, Any]) -> None:
+    old, new = _flat(recorded), _flat(current)
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and key not in FREE_KEYS]
+    if changed:
+        shown = ", ".join(f"{key} {old.get(key)!r} (now {new.get(key)!r})" for key in changed[:5])
+        raise UsageError(
+            f"OUTPUT_DIR {path} holds a run with other settings: {shown}{' ...' if len(changed) > 5 else ''}. Give another "
+            f"OUTPUT_DIR, or OVERWRITE True to replace that run."
+        )
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
+    return flat
+
+
+def environment() -> dict[str, Any]:
+    """Return what a figure needs beside it: command, versions, machine, and the state of the source."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "command": [sys.executable, *sys.orig_argv[1:]],
+        "python": platform.python_version(),
+        "packages": versions,
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "git": _git_state(),
+    }
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Return commit and cleanliness of the checkout this package runs from, None where it is not one."""
+    folder = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10)
+        status = subprocess.run(
+            ["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if commit.returncode:
+        return None
+    return {"commit": commit.stdout.strip(), "changed_files": len(status.stdout.splitlines())}

@@ -1,0 +1,269 @@
+"""Training: the loop, its checkpoints, and the test at the end."""
+
+import itertools
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from stvit_video.data.dataset import Batch, Failure
+from stvit_video.data.loader import build_classes, build_test_loader, build_train_loader
+from stvit_video.distributed import World, gather_objects, on_main, sum_over_world
+from stvit_video.engine.checkpoint import load_newest, save_checkpoint, save_weights
+from stvit_video.engine.evaluate import check_failures, predict, test_model
+from stvit_video.engine.logging import MetricsLog, Progress, describe_results, read_metrics
+from stvit_video.engine.metrics import correct_at
+from stvit_video.engine.optim import build_optimizer, build_scheduler
+from stvit_video.engine.plots import plot_curves
+from stvit_video.engine.run_folder import RunFolder
+from stvit_video.engine.start import autocast, build_data, report_model
+from stvit_video.models import load_pretrained
+from stvit_video.models.zoo import build_model
+
+LOG_EVERY = 8  # steps between rows of metrics.jsonl
+
+
+class Trainer:
+    """The state of a training run, and one epoch of it at a time."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LambdaLR,
+        loader: DataLoader,
+        world: World,
+        *,
+        precision: str,
+        accumulate: int,
+        clip_grad: float,
+        label_smoothing: float,
+        seed: int,
+    ) -> None:
+        self.bare_model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.loader, self.world = loader, world
+        self.precision, self.accumulate, self.seed = precision, accumulate, seed
+        self.clip_grad, self.label_smoothing = clip_grad, label_smoothing
+        self.epoch = self.step = 0
+        self.failures: list[Failure] = []
+        self.model: nn.Module = model
+        if world.size > 1:
+            devices = [world.device] if world.device.type == "cuda" else None
+            self.model = DistributedDataParallel(model, device_ids=devices)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.loader) // self.accumulate
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds."""
+        return {
+            "model": self.bare_model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint's state."""
+        self.bare_model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.epoch, self.step = state["epoch"], state["step"]
+
+    def train_epoch(self, progress: Progress, log: MetricsLog | None) -> None:
+        """Take every step of the next epoch."""
+        self.loader.batch_sampler.epoch = self.epoch  # type: ignore[union-attr]
+        # Dropout then depends on seed, epoch and rank alone, whether or not the run was interrupted before.
+        torch.manual_seed(int(np.random.SeedSequence([self.seed, self.epoch, self.world.rank]).generate_state(1)[0]))
+        self.model.train()
+        batches, sums, text = TimedBatches(self.loader), self._zeros(), ""
+        for i in range(1, self.steps_per_epoch + 1):
+            sums += self.take_step(batches)
+            if i % LOG_EVERY == 0 or i == self.steps_per_epoch:
+                values = self._averages(sums, batches)
+                if log is not None:
+                    log.write(self.step, self.step / self.steps_per_epoch, "train", values)
+                text = describe_step(self.epoch + 1, values)
+                sums = self._zeros()
+            progress.advance(text)
+        self.epoch += 1
+
+    def take_step(self, batches: Iterator[Batch]) -> Tensor:
+        """Take one optimiser step on ``accumulate`` batches; return the sums of loss and hits, and the clip count."""
+        sums = self._zeros()
+        for i in range(self.accumulate):
+            batch = next(batches)
+            self.failures += batch.failures
+            clips, labels = (x.to(self.world.device, non_blocking=True) for x in (batch.clips, batch.labels))
+            last = i + 1 == self.accumulate
+            with nullcontext() if last or self.model is self.bare_model else self.model.no_sync():  # type: ignore[operator]
+                with autocast(self.world.device, self.precision):
+                    logits = self.model(clips)
+                loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
+                (loss / self.accumulate).backward()
+            with torch.no_grad():
+                hits = (logits.argmax(dim=1) == labels).sum()
+                sums += torch.stack([loss * len(labels), hits, torch.tensor(len(labels), device=loss.device)])
+        if self.clip_grad > 0:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scheduler.step()
+        self.step += 1
+        return sums
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros(3, device=self.world.device)
+
+    def _averages(self, sums: Tensor, batches: "TimedBatches") -> dict[str, float]:
+        """Return the figures of the steps since the last call, over all processes."""
+        loss, hits, clips = sum_over_world(self.world, sums).tolist()
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"The loss is {loss / clips} within {LOG_EVERY} steps before step {self.step}; lower OPTIM.LR, raise "
+                f"OPTIM.WARMUP_EPOCHS, or use PRECISION fp32."
+            )
+        elapsed, waited = batches.lap()
+        return {
+            "loss": loss / clips,
+            "top1": 100 * hits / clips,
+            "lr": self.scheduler.get_last_lr()[0],
+            "clips_per_second": clips / elapsed,
+            "data_share": waited / elapsed,
+        }
+
+
+class TimedBatches:
+    """The loader's batches, and how much of the time went into waiting for them."""
+
+    def __init__(self, loader: DataLoader) -> None:
+        self.batches = iter(loader)
+        self.started, self.waited = time.monotonic(), 0.0
+
+    def __iter__(self) -> "TimedBatches":
+        return self
+
+    def __next__(self) -> Batch:
+        asked = time.monotonic()
+        batch = next(self.batches)
+        self.waited += time.monotonic() - asked
+        return batch
+
+    def lap(self) -> tuple[float, float]:
+        """Return seconds elapsed and seconds waited since the last lap, and start a new one."""
+        now = time.monotonic()
+        elapsed, waited = now - self.started, self.waited
+        self.started, self.waited = now, 0.0
+        return elapsed, waited
+
+
+def describe_step(epoch: int, values: dict[str, float]) -> str:
+    """Return the figures of a progress line."""
+    return (
+        f"epoch {epoch}  loss {values['loss']:.3f}  top1 {values['top1']:.1f} %  "
+        f"{values['clips_per_second']:.0f} clips/s  data wait {100 * values['data_share']:.0f} %"
+    )
+
+
+def build_trainer(cfg: CfgNode, world: World, model: nn.Module, num_classes: int) -> Trainer:
+    """Return a trainer at step 0 for ``model``, which is moved to the process's device."""
+    loader = build_train_loader(cfg, world, num_classes)
+    model = model.to(world.device)
+    optimizer = build_optimizer(cfg, model)
+    return Trainer(
+        model,
+        optimizer,
+        build_scheduler(cfg, optimizer, len(loader) // cfg.TRAIN.ACCUMULATE),
+        loader,
+        world,
+        precision=cfg.PRECISION,
+        accumulate=cfg.TRAIN.ACCUMULATE,
+        clip_grad=cfg.OPTIM.CLIP_GRAD,
+        label_smoothing=cfg.OPTIM.LABEL_SMOOTHING,
+        seed=cfg.SEED,
+    )
+
+
+def train(cfg: CfgNode, world: World) -> None:
+    """Run MODE train: train from the start or the newest checkpoint, then test. A finished run is reported, not redone."""
+    build_data(cfg, world)
+    folder = RunFolder(cfg.OUTPUT_DIR)
+    on_main(world, lambda: folder.claim(cfg))
+    if folder.is_finished():
+        if world.is_main:
+            print(f"{cfg.OUTPUT_DIR} is finished (OVERWRITE True runs it again):")
+            print(describe_results(json.loads(folder.results.read_text())), flush=True)
+        return
+    classes = build_classes(cfg)
+    torch.manual_seed(cfg.SEED)
+    model = build_model(cfg, len(classes))
+    state = load_newest(folder.checkpoints)
+    if cfg.MODEL.INIT and state is None:
+        report = load_pretrained(
+            model, cfg.MODEL.INIT, min_coverage=cfg.MODEL.INIT_MIN_COVERAGE, new_head=cfg.MODEL.NEW_HEAD
+        )
+        if world.is_main:
+            print(report, flush=True)
+    if world.is_main:
+        report_model(cfg, model, world, len(classes))
+    trainer = build_trainer(cfg, world, model, len(classes))
+    if state is not None:
+        trainer.restore(state)
+        if world.is_main:
+            print(f"continuing after epoch {trainer.epoch}, step {trainer.step}", flush=True)
+    train_epochs(cfg, trainer, folder, len(classes))
+    on_main(world, lambda: finish_training(folder, trainer, classes))
+    test_model(cfg, world, folder, trainer.bare_model, classes, trainer.failures)
+
+
+def train_epochs(cfg: CfgNode, trainer: Trainer, folder: RunFolder, num_classes: int) -> None:
+    """Take the epochs that are left; validate, and write a checkpoint after each."""
+    world = trainer.world
+    val_loader = build_test_loader(cfg, world, "val", num_classes) if cfg.DATA.VAL_LIST else None
+    log = MetricsLog(folder.path, trainer.step) if world.is_main else None
+    total = cfg.TRAIN.EPOCHS * trainer.steps_per_epoch
+    with Progress("train", total, trainer.step, enabled=world.is_main) as progress:
+        while trainer.epoch < cfg.TRAIN.EPOCHS:
+            trainer.train_epoch(progress, log)
+            if val_loader is not None and trainer.epoch % cfg.TRAIN.VAL_EVERY == 0:
+                validate(cfg, trainer, val_loader, progress, log)
+            trainer.failures = gather_failures(world, trainer.failures)
+            failed = len({failure.path for failure in trainer.failures})
+            on_main(world, lambda: folder.write_failures(trainer.failures))
+            check_failures(failed, len(trainer.loader.dataset), cfg.DATA.MAX_FAILURES, "training")  # type: ignore[arg-type]
+            on_main(world, lambda: save_checkpoint(folder.checkpoints, trainer.state(), cfg.CHECKPOINT.KEEP))
+    if log is not None:
+        log.close()
+
+
+def validate(cfg: CfgNode, trainer: Trainer, loader: DataLoader, progress: Progress, log: MetricsLog | None) -> None:
+    """Score the validation list with one view a video."""
+    predictions = predict(trainer.bare_model, loader, trainer.world, cfg.PRECISION)
+    trainer.failures += predictions.failures
+    values = {"loss": predictions.loss, "top1": predictions.top(1), "top5": predictions.top(5)}
+    if log is not None:
+        log.write(trainer.step, trainer.epoch, "val", values)
+    progress.note(f"epoch {trainer.epoch}: validation loss {values['loss']:.3f}, top-1 {values['top1']:.1f} %")
+
+
+def gather_failures(world: World, failures: list[Failure]) -> list[Failure]:
+    """Return the failures of all processes, each once."""
+    return sorted(set(itertools.chain.from_iterable(gather_objects(world, failures))), key=lambda failure: failure.path)
+
+
+def finish_training(folder: RunFolder, trainer: Trainer, classes: list[str]) -> None:
+    """Write the weights to be tested and the learning curves."""
+    save_weights(folder.weights, trainer.bare_model, classes)
+    plot_curves(read_metrics(folder.path / "metrics.jsonl"), folder.path / "curves.png")

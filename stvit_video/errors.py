@@ -1,0 +1,16 @@
+"""The errors a user can cause, apart from the ones that would be our own mistake."""
+
+
+class UsageError(ValueError):
+    """Wrong use or configuration: the message says what was given, what is allowed and what to do.
+
+    The command line prints it as one line and exits with code 2.
+    """
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """Return ``name``'s closest match among ``known`` as a question, or an empty string."""
+    import difflib
+
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f" Did you mean {match[0]}?" if match else ""

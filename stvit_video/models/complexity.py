@@ -1,0 +1,37 @@
+"""Parameters and multiply-adds, counted by fvcore with fused attention included."""
+
+from collections import Counter
+from typing import Any
+
+import torch
+from fvcore.nn import FlopCountAnalysis
+from fvcore.nn.jit_handles import get_shape
+from torch import nn
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_gflops(model: nn.Module, input_size: tuple[int, int, int]) -> float:
+    """Return the multiply-adds, in 1e9, of one clip (3, T, H, W) through ``model``, as fvcore counts them.
+
+    fvcore passes over fused attention; its two matrix products are added here.
+    """
+    was_training = model.training
+    clip = torch.zeros(1, 3, *input_size, device=next(model.parameters()).device)
+    analysis = FlopCountAnalysis(model.eval(), clip)
+    analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_flops)
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+    with torch.no_grad():
+        total = analysis.total()
+    model.train(was_training)
+    return total / 1e9
+
+
+def _attention_flops(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """Queries (B, h, N, d) on keys (B, h, K, d): N*K*d for the logits and as much again for the weighted sum."""
+    B, h, N, d = get_shape(inputs[0])
+    K = get_shape(inputs[1])[-2]
+    return Counter({"scaled_dot_product_attention": 2 * B * h * N * K * d})

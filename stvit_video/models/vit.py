@@ -1,0 +1,231 @@
+"""Vision transformer for images and video, with or without semantic tokens.
+
+One class serves both: sizes are (T, H, W) and an image is a clip of one frame.
+Sources: Dosovitskiy et al. (ViT, arXiv 2010.11929) without class token; Chang et al. (STViT, arXiv 2303.08685);
+tubelets as in Arnab et al. (ViViT, arXiv 2103.15691).
+
+Legend: B clips, input (B, 3, T, H, W); token grid (t, h, w), N = t*h*w tokens, M semantic tokens, C channels.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from pytorchvideo.models.head import create_vit_basic_head
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from stvit_video.models.layers import Block, drop_path_rates, init_weights
+from stvit_video.models.semantic_tokens import Grid, SemanticTokenGenerator, default_regions
+
+BASE_ATTENTION = ("frame", "joint")
+
+
+@dataclass
+class Intermediates:
+    """What a forward pass went through: tokens (B, N, C) and grid (t, h, w) by stage, and the last assignment."""
+
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+    grids: dict[str, Grid] = field(default_factory=dict)
+    assignment: Tensor | None = None  # (B, M, N), see SemanticTokenGenerator.forward
+
+
+class PatchEmbed(nn.Module):
+    """Cut a clip into tubelets and project each: (B, 3, T, H, W) -> (B, N, C), ordered by time, row, column."""
+
+    def __init__(self, dim: int, patch: Grid) -> None:
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Conv3d(3, dim, kernel_size=patch, stride=patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A convolution whose stride is its kernel is one matrix product; said so, it runs at full speed on a CPU too.
+        B, _, T, H, W = x.shape
+        kt, kh, kw = self.patch
+        x = x.reshape(B, 3, T // kt, kt, H // kh, kh, W // kw, kw)
+        x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(B, -1, 3 * kt * kh * kw)
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class VisionTransformer(nn.Module):
+    """ViT whose deep layers may run on a few semantic tokens in place of the image tokens.
+
+    With ``semantic_tokens`` the first ``base_depth`` blocks see all image tokens, the next ``stgm_depth`` blocks
+    generate the semantic tokens, and the rest of ``depth`` runs on those alone. Without, every block sees all
+    tokens. ``base_attention`` is "frame" (the image model's own computation, frame by frame) or "joint".
+
+    ``tubelet`` frames make one token frame; an image model (``num_frames=1``) has tubelets of 1.
+    ``regions`` (t, h, w) is the number of centres along each axis; by default 4 x 4 for every ``frames_per_centre``
+    token frames. Raises ValueError on sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_frames: int,
+        image_size: int | tuple[int, int],
+        num_classes: int,
+        patch_size: int = 16,
+        tubelet: int = 2,
+        dim: int,
+        depth: int = 12,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+        semantic_tokens: bool = False,
+        base_depth: int = 4,
+        stgm_depth: int = 2,
+        regions: Grid | None = None,
+        frames_per_centre: int = 1,
+        pooling: str = "mask",
+        offsets: bool = False,
+        global_centres: bool = True,
+        first_residual: bool = True,
+        base_attention: str = "frame",
+    ) -> None:
+        super().__init__()
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        tubelet = 1 if num_frames == 1 else tubelet
+        self.input_size = (num_frames, height, width)
+        self.grid = token_grid(self.input_size, (tubelet, patch_size, patch_size))
+        self.depth, self.base_depth, self.stgm_depth = depth, depth, 0
+        if base_attention not in BASE_ATTENTION:
+            raise ValueError(
+                f"base_attention {base_attention!r} is unknown; choose one of {', '.join(BASE_ATTENTION)}."
+            )
+        self.base_attention = base_attention
+
+        t, h, w = self.grid
+        self.patch_embed = PatchEmbed(dim, (tubelet, patch_size, patch_size))
+        self.pos_embed = nn.Parameter(torch.zeros(1, h * w, dim))
+        self.time_embed = nn.Parameter(torch.zeros(1, t, dim))  # stays zero at the start: a still clip is an image
+        rates = drop_path_rates(drop_path, depth)
+        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, rate) for rate in rates)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = create_vit_basic_head(
+            in_features=dim, out_features=num_classes, seq_pool_type="mean", dropout_rate=dropout
+        )
+        self.stgm: SemanticTokenGenerator | None = None
+        if semantic_tokens:
+            check_depths(depth, base_depth, stgm_depth)
+            self.base_depth, self.stgm_depth = base_depth, stgm_depth
+            self.stgm = SemanticTokenGenerator(
+                dim,
+                self.grid,
+                regions or default_regions(self.grid, frames_per_centre),
+                pooling=pooling,
+                offsets=offsets,
+                global_centres=global_centres,
+                first_residual=first_residual,
+            )
+        self.grad_checkpointing = False
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        self.apply(init_weights)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        if self.stgm is not None:
+            self.stgm.reset_parameters()
+
+    def forward_features(self, x: Tensor, intermediates: Intermediates | None = None) -> Tensor:
+        """Map a clip (B, 3, T, H, W) to normalised tokens: (B, M, C) semantic ones, or (B, N, C) in the full twin."""
+        x = self._embed(x)
+        self._note(intermediates, "embed", x, self.grid)
+        x = self._base(x)
+        self._note(intermediates, "base", x, self.grid)
+        grid = self.grid
+        if self.stgm is not None:
+            blocks = self.blocks[self.base_depth : self.base_depth + self.stgm_depth]
+            x, assignment = self.stgm(x, list(blocks), return_assignment=intermediates is not None)
+            grid = self.stgm.pooling.regions
+            self._note(intermediates, "semantic", x, grid)
+            if intermediates is not None:
+                intermediates.assignment = assignment
+            x = self._run(self.blocks[self.base_depth + self.stgm_depth :], x)
+        x = self.norm(x)
+        self._note(intermediates, "final", x, grid)
+        return x
+
+    def forward(self, x: Tensor, return_intermediates: bool = False) -> Tensor | tuple[Tensor, Intermediates]:
+        """Map a clip (B, 3, T, H, W) to logits (B, classes), and to what it went through if asked."""
+        if not return_intermediates:
+            return self.head(self.forward_features(x))
+        intermediates = Intermediates()
+        return self.head(self.forward_features(x, intermediates)), intermediates
+
+    def _embed(self, x: Tensor) -> Tensor:
+        if tuple(x.shape[1:]) != (3, *self.input_size):
+            raise ValueError(
+                f"input of shape {tuple(x.shape)}; this model takes (B, 3, {', '.join(map(str, self.input_size))}). "
+                f"Resample the clip, or build the model with its num_frames and image_size."
+            )
+        x = self.patch_embed(x)
+        t, h, w = self.grid
+        positions = self.pos_embed.unsqueeze(1) + self.time_embed.unsqueeze(2)  # (1, t, h*w, C)
+        return x + positions.reshape(1, t * h * w, -1)
+
+    def _base(self, x: Tensor) -> Tensor:
+        """Run the blocks that see all image tokens (B, N, C): inside each frame, or over the whole clip."""
+        blocks = self.blocks[: self.base_depth]
+        if self.base_attention == "joint" or self.grid[0] == 1:
+            return self._run(blocks, x)
+        B, N, C = x.shape
+        return self._run(blocks, x.reshape(B * self.grid[0], -1, C)).reshape(B, N, C)
+
+    def _run(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
+        for block in blocks:
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
+
+    @staticmethod
+    def _note(intermediates: Intermediates | None, stage: str, x: Tensor, grid: Grid) -> None:
+        if intermediates is not None:
+            intermediates.tokens[stage] = x
+            intermediates.grids[stage] = grid
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of parameters that weight decay should leave alone, beside biases and norms."""
+        names = {"pos_embed", "time_embed"}
+        if self.stgm is not None and self.stgm.global_centres is not None:
+            names.add("stgm.global_centres")
+        return names
+
+    def layer_id(self, parameter_name: str) -> int:
+        """Return the depth of a parameter: 0 embeddings, 1 to ``depth`` blocks, ``depth + 1`` norm and head."""
+        root, _, rest = parameter_name.partition(".")
+        if root in ("patch_embed", "pos_embed", "time_embed"):
+            return 0
+        if root == "blocks":
+            return int(rest.split(".")[0]) + 1
+        if root == "stgm":
+            return self.base_depth + 1
+        return self.depth + 1
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the plain blocks' activations in the backward pass: less memory, about a third more time."""
+        self.grad_checkpointing = enable
+
+
+def token_grid(input_size: Grid, patch: Grid) -> Grid:
+    """Return the token grid (t, h, w) of an input (T, H, W); raises ValueError where the patch does not divide it."""
+    for size, step, axis in zip(input_size, patch, ("num_frames", "image height", "image width"), strict=True):
+        if size < 1 or size % step:
+            raise ValueError(f"{axis} {size} is not a positive multiple of the patch's {step}; choose one that is.")
+    return (input_size[0] // patch[0], input_size[1] // patch[1], input_size[2] // patch[2])
+
+
+def check_depths(depth: int, base_depth: int, stgm_depth: int) -> None:
+    """Raise ValueError unless base and STGM blocks fit into ``depth``."""
+    if not 2 <= stgm_depth <= 4:
+        raise ValueError(f"stgm_depth {stgm_depth}; the semantic token generator takes 2, 3 or 4 blocks.")
+    if not 1 <= base_depth <= depth - stgm_depth:
+        raise ValueError(
+            f"base_depth {base_depth} with stgm_depth {stgm_depth} in a network of {depth} blocks; "
+            f"allowed: 1 to {depth - stgm_depth}."
+        )

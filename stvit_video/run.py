@@ -1,0 +1,75 @@
+"""The main command: ``python -m stvit_video.run --cfg FILE [KEY VALUE ...]``.
+
+Exit codes: 0 done; 2 wrong use or configuration, said in one line on stderr; 1 failure.
+"""
+
+import argparse
+import errno
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+from stvit_video.errors import UsageError
+
+# What the system says where the user, not this program, has to act: nothing else is turned into one line.
+FILESYSTEM_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; use: python -m stvit_video.run --cfg FILE [KEY VALUE ...] (--help says more)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what the configuration asks for and return the exit code."""
+    try:
+        return dispatch(arguments)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in FILESYSTEM_ERRORS:
+            raise
+        print(
+            f"error: {error.filename or 'a file of the run'} cannot be written or read ({error.strerror}); free space, set "
+            f"its permissions or give another OUTPUT_DIR, then run the same command: it continues.",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues from the last checkpoint", file=sys.stderr)
+        return 1
+
+
+def dispatch(arguments: Sequence[str] | None) -> int:
+    """Parse, load the configuration, and call what MODE names."""
+    parser = Parser(prog="python -m stvit_video.run", description="Train and test video transformers.")
+    parser.add_argument("--cfg", metavar="FILE", help="configuration, for example configs/sample_stvit.yaml")
+    parser.add_argument("--keys", action="store_true", help="list every configuration key with its default and exit")
+    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="or KEY=VALUE; last one wins")
+    options = parser.parse_args(arguments)
+    from stvit_video.config import describe_keys, load_config
+
+    if options.keys:
+        print(describe_keys())
+        return 0
+    if options.cfg is None:
+        parser.error("--cfg FILE is missing")
+    cfg = load_config(options.cfg, options.overrides)
+
+    # Imported late: a wrong option is answered at once, and processes that only generate data stay light.
+    warnings.filterwarnings("ignore", message=r"`torch\.jit")  # from inside pytorchvideo
+    from stvit_video.distributed import join_world
+    from stvit_video.engine.evaluate import test
+    from stvit_video.engine.train import train
+
+    with join_world(cfg.DEVICE, cfg.PARALLEL.TIMEOUT_S) as world:
+        {"train": train, "test": test}[cfg.MODE](cfg, world)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
