@@ -65,7 +65,7 @@ KEYS = (
     Key("DATA.TEST_LIST", "test.csv", "same, for the final multi-view test"),
     Key("DATA.CLASSES", "", "file with one class name a line, in the order of the labels"),
     Key("DATA.GENERATE", "", "sample: write the sample set to DATA.ROOT first", choices=("", "sample")),
-    Key("DATA.GENERATE_CLIPS", [2048, 256, 512], "training, validation and test videos to generate", length=3, low=8),
+    Key("DATA.GENERATE_CLIPS", [3072, 256, 512], "training, validation and test videos to generate", length=3, low=8),
     Key("DATA.FRAMES", 16, "frames of a clip", low=1),
     Key("DATA.STRIDE", 4, "video frames from one clip frame to the next", low=1),
     Key("DATA.SIZE", 224, "height and width of the clip in pixels", low=1),

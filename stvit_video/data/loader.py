@@ -17,22 +17,24 @@ from stvit_video.errors import UsageError
 class EpochSampler(Sampler[list[SampleKey]]):
     """Batches of a shuffled epoch for one process. The order depends on seed and epoch alone.
 
-    Each global batch is the same set of videos for any number of processes; a last incomplete one is left out.
+    A step of ``step_size`` clips is the same set of videos for any number of processes and accumulated batches; a
+    last incomplete one is left out. An epoch has ``accumulate`` batches a step.
     """
 
-    def __init__(self, length: int, global_batch: int, rank: int, world: int, seed: int) -> None:
-        self.length, self.global_batch = length, global_batch
+    def __init__(self, length: int, step_size: int, accumulate: int, rank: int, world: int, seed: int) -> None:
+        self.length, self.step_size, self.accumulate = length, step_size, accumulate
         self.rank, self.world, self.seed = rank, world, seed
         self.epoch = 0
 
     def __len__(self) -> int:
-        return self.length // self.global_batch
+        return self.length // self.step_size * self.accumulate
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.length, generator=generator).tolist()
-        for step in range(len(self)):
-            batch = order[step * self.global_batch : (step + 1) * self.global_batch]
+        size = self.step_size // self.accumulate
+        for i in range(len(self)):
+            batch = order[i * size : (i + 1) * size]
             yield [SampleKey(self.epoch, index) for index in batch[self.rank :: self.world]]
 
 
@@ -111,7 +113,9 @@ def build_train_loader(cfg: CfgNode, world: World, num_classes: int) -> DataLoad
         decode_side=cfg.DATA.SHORT_SIDE[1],
         seed=cfg.SEED,
     )
-    sampler = EpochSampler(len(videos), cfg.TRAIN.BATCH_SIZE // cfg.TRAIN.ACCUMULATE, world.rank, world.size, cfg.SEED)
+    sampler = EpochSampler(
+        len(videos), cfg.TRAIN.BATCH_SIZE, cfg.TRAIN.ACCUMULATE, world.rank, world.size, cfg.SEED
+    )
     return _loader(cfg, world, dataset, sampler)
 
 

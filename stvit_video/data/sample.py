@@ -28,7 +28,7 @@ MOTIONS = ("left", "right", "up", "down", "clockwise", "counter-clockwise", "gro
 SHAPES = ("disc", "square", "triangle", "star", "ring", "cross", "bar", "half-disc")
 SPLITS = ("train", "val", "test")
 SIDE, FRAMES, RATE = 64, 20, 10  # pixels, frames a video, frames a second
-MIN_RADIUS, MAX_RADIUS = 9.0, 24.0  # pixels
+MIN_RADIUS, MAX_RADIUS = 12.0, 27.0  # pixels
 VERSION = 1  # raise with every change of what is drawn
 
 Float = NDArray[np.float64]
@@ -39,7 +39,7 @@ Image = NDArray[np.uint8]
 class Spec:
     """What a folder holds; written beside it, so that another seed or size is never mistaken for it."""
 
-    clips: tuple[int, int, int] = (2048, 256, 512)
+    clips: tuple[int, int, int] = (3072, 256, 512)
     stills: tuple[int, int] = (1024, 256)
     seed: int = 0
     version: int = VERSION
@@ -63,7 +63,7 @@ def trajectory(motion: str, rng: np.random.Generator, frames: int = FRAMES) -> S
         "left": (0, -1), "right": (0, 1), "up": (1, -1), "down": (1, 1),
         "clockwise": (2, 1), "counter-clockwise": (2, -1), "growing": (3, 1), "shrinking": (3, -1),
     }[motion]  # fmt: skip
-    cycles = {0: (0.4, 0.9), 1: (0.4, 0.9), 2: (0.3, 0.6), 3: (0.5, 0.9)}[axis]  # over the whole video
+    cycles = {0: (0.4, 0.9), 1: (0.4, 0.9), 2: (0.4, 0.7), 3: (0.5, 0.9)}[axis]  # over the whole video
     speed[axis] = sign * rng.uniform(*cycles) / FRAMES
     circle = (phase[:, None] + speed[:, None] * np.arange(frames)) % 1.0
     radius = MIN_RADIUS * (MAX_RADIUS / MIN_RADIUS) ** circle[3]
@@ -72,10 +72,10 @@ def trajectory(motion: str, rng: np.random.Generator, frames: int = FRAMES) -> S
 
 def draw(shape: str, state: State, rng: np.random.Generator) -> Image:
     """Draw a sprite of random colours and texture on a random plain background: (frames, SIDE, SIDE, 3)."""
-    light, dark = rng.uniform(150, 255, size=3), rng.uniform(0, 110, size=3)
+    light, dark = rng.uniform(180, 255, size=3), rng.uniform(0, 75, size=3)
     colours = (light, dark) if rng.random() < 0.5 else (dark, light)
     background = _background(rng)
-    pattern, frequency = int(rng.integers(3)), rng.uniform(2.0, 3.5)
+    pattern, frequency = int(rng.integers(3)), rng.uniform(1.5, 2.5)
     pixels = np.arange(SIDE) + 0.5
     frames = np.empty((len(state.x), SIDE, SIDE, 3), np.uint8)
     for i in range(len(state.x)):
@@ -115,7 +115,7 @@ def _inside(shape: str, u: Float, v: Float) -> Float:
             narrow, wide = np.minimum(abs(u), abs(v)), np.maximum(abs(u), abs(v))
             return np.minimum(0.3 - narrow, 0.95 - wide)
         case "bar":
-            return np.minimum(0.95 - abs(u), 0.35 - abs(v))
+            return np.minimum(0.95 - abs(u), 0.45 - abs(v))
         case _:
             return np.minimum(0.95 - r, v + 0.3)
 

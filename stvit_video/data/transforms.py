@@ -56,7 +56,7 @@ class TrainTransform:
 
     def _box(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
         if self.area is None:
-            side = rng.integers(self.short_side[0], self.short_side[1] + 1)
+            side = int(rng.integers(self.short_side[0], self.short_side[1] + 1))
             crop = max(1, round(self.size * min(height, width) / side))  # the square, in the file's own pixels
             return int(rng.integers(height - crop + 1)), int(rng.integers(width - crop + 1)), crop, crop
         for _ in range(10):
@@ -65,8 +65,8 @@ class TrainTransform:
             h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
             if 0 < h <= height and 0 < w <= width:
                 return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
-        side = min(height, width)
-        return (height - side) // 2, (width - side) // 2, side, side
+        square = min(height, width)
+        return (height - square) // 2, (width - square) // 2, square, square
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from torch.optim.lr_scheduler import LambdaLR
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Return two groups: matrices decay; biases, norms and what the model exempts do not."""
     exempt = model.no_weight_decay()  # type: ignore[operator]
-    decay, rest = [], []
+    decay: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (rest if parameter.ndim <= 1 or name in exempt else decay).append(parameter)

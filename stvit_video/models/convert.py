@@ -169,7 +169,7 @@ def fit(name: str, value: Tensor, target: Tensor, model: nn.Module) -> tuple[Ten
             fitted = resample_time(value, target.shape[1])
             status = "inflated" if value.shape[1] == 1 else "interpolated"
         elif name == "pos_embed":
-            fitted, status = resample_space(value, model.grid[1:]), "interpolated"  # type: ignore[union-attr, index]
+            fitted, status = resample_space(value, model.grid[1:]), "interpolated"  # type: ignore[index, arg-type]
         elif name == "stgm.global_centres":
             regions = model.stgm.pooling.regions  # type: ignore[union-attr]
             fitted, status = tile_centres(value, regions)  # type: ignore[arg-type]

@@ -80,15 +80,14 @@ class SemanticPooling(nn.Module):
             self.mask_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
             self.mask_norm = nn.LayerNorm(dim, eps=1e-6)
             self.mask_proj = nn.Linear(dim, 1, bias=False)
-        self.offset_proj: nn.Sequential | None = None
-        if offsets:
-            self.offset_proj = nn.Sequential(nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, 2))
+        self.offset_norm = nn.LayerNorm(dim, eps=1e-6) if offsets else None
+        self.offset_proj = nn.Linear(dim, 2) if offsets else None
 
     def reset_offsets(self) -> None:
         """Start with no displacement, so that switching offsets on does not change a pretrained model."""
         if self.offset_proj is not None:
-            nn.init.zeros_(self.offset_proj[1].weight)
-            nn.init.zeros_(self.offset_proj[1].bias)
+            nn.init.zeros_(self.offset_proj.weight)
+            nn.init.zeros_(self.offset_proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map image tokens (B, N, C) to centres (B, M, C)."""
@@ -136,12 +135,12 @@ class SemanticPooling(nn.Module):
 
     def _displace(self, x: Tensor, centres: Tensor) -> Tensor:
         """Resample tokens (B, N, C) so that each region reads at its own displaced place."""
-        assert self.offset_proj is not None
+        assert self.offset_norm is not None and self.offset_proj is not None
         B, _, C = x.shape
         T, H, W = self.grid
         (row, top, _), (column, left, _) = self.rows, self.columns
         reach = x.new_tensor([2 * column / W, 2 * row / H], dtype=torch.float32)  # one region, in grid_sample's units
-        flow = self.offset_proj(centres).float().tanh() * reach  # (B, M, 2) as (x, y)
+        flow = self.offset_proj(self.offset_norm(centres)).float().tanh() * reach  # (B, M, 2) as (x, y)
         flow = flow.reshape(B, *self.regions, 2).repeat_interleave(self.frames_merged, dim=1)
         flow = flow.repeat_interleave(row, dim=2).repeat_interleave(column, dim=3)
         flow = flow[:, :, top : top + H, left : left + W].reshape(B * T, H, W, 2)

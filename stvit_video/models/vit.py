@@ -124,9 +124,13 @@ class VisionTransformer(nn.Module):
 
     def _init_weights(self) -> None:
         self.apply(init_weights)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.trunc_normal_(self.head.proj.weight, std=0.02)  # all classes about equally likely at first
+        # Sines from the start, learned from there on: places are told apart at once, which saves epochs from scratch.
+        with torch.no_grad():
+            self.pos_embed.copy_(sine_positions(self.grid[1:], self.pos_embed.shape[-1]))
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
-        nn.init.zeros_(self.patch_embed.proj.bias)
+        if self.patch_embed.proj.bias is not None:
+            nn.init.zeros_(self.patch_embed.proj.bias)
         if self.stgm is not None:
             self.stgm.reset_parameters()
 
@@ -210,6 +214,18 @@ class VisionTransformer(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the plain blocks' activations in the backward pass: less memory, about a third more time."""
         self.grad_checkpointing = enable
+
+
+def sine_positions(grid: tuple[int, int], dim: int) -> Tensor:
+    """Return sine and cosine position embeddings (1, h*w, dim): one half by column, the other by row.
+
+    As in the Transformer, extended to two axes; channels beyond a multiple of 4 are zero.
+    """
+    rates = 10000.0 ** -(torch.arange(dim // 4) / max(1, dim // 4))
+    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    angles = [place.reshape(-1, 1) * rates for place in (columns, rows)]
+    waves = torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1)
+    return nn.functional.pad(waves, (0, dim - waves.shape[1])).unsqueeze(0)
 
 
 def token_grid(input_size: Grid, patch: Grid) -> Grid:

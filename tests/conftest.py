@@ -1,0 +1,92 @@
+"""Real files for the tests, written on the fly."""
+
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from stvit_video import run
+from stvit_video.data import sample
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def numbered_frames(count: int, height: int = 48, width: int = 64) -> np.ndarray:
+    """Frames that carry their number: bit i of the number is the i-th block of the picture, black or white."""
+    frames = np.full((count, height, width, 3), 128, np.uint8)
+    for number in range(count):
+        for bit in range(8):
+            row, column = divmod(bit, 4)
+            frames[number, row * 16 : row * 16 + 16, column * 16 : column * 16 + 16] = 255 * (number >> bit & 1)
+    return frames
+
+
+def read_number(frame: np.ndarray) -> int:
+    """Read back a frame's number, whatever the picture's size."""
+    height, width = frame.shape[:2]
+    places = [(int((bit // 4 * 16 + 8) / 48 * height), int((bit % 4 * 16 + 8) / 64 * width)) for bit in range(8)]
+    return sum(int(frame[y, x].mean() > 127) << bit for bit, (y, x) in enumerate(places))
+
+
+@pytest.fixture
+def write_clip(tmp_path: Path) -> Callable[..., Path]:
+    """Encode frames (N, H, W, 3) with PyAV; returns the file's path."""
+
+    def write(frames: np.ndarray, name: str = "clip.mp4", codec: str = "libx264", rate: int = 25, **options: str) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream(codec, rate=rate, options={"crf": "10", **options})
+            stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+            for i, picture in enumerate(frames):
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                frame.pts, frame.time_base = i, Fraction(1, rate)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample set with few videos, for every test that only reads it."""
+    root = tmp_path_factory.mktemp("small") / "sample"
+    sample.prepare(root, sample.Spec(clips=(32, 16, 16), stills=(16, 16)), progress=False)
+    return root
+
+
+@pytest.fixture
+def small_run(small_set: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """Arguments of the main command for a run of seconds on the small set, writing to ``tmp_path``/run."""
+
+    def arguments(*overrides: str, cfg: str = "sample_stvit") -> list[str]:
+        small = f"DATA.ROOT {small_set} DATA.GENERATE_CLIPS [32,16,16] DATA.WORKERS 0 TRAIN.EPOCHS 1 TRAIN.BATCH_SIZE 8"
+        output = ["OUTPUT_DIR", str(tmp_path / "run")]
+        return ["--cfg", str(REPOSITORY / "configs" / f"{cfg}.yaml"), *small.split(), "DATA.GENERATE", "", *output, *overrides]
+
+    return arguments
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
+    """Run the main command, make sure that it refuses as promised, and return what it said."""
+
+    def check(arguments: list[str]) -> str:
+        capsys.readouterr()
+        assert run.main(arguments) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: "), said
+        assert said.count("\n") == 1, said
+        return said
+
+    return check
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,155 @@
+"""Datasets and loaders: the same samples for any number of workers and processes, and nothing silently replaced."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stvit_video.config import load_config
+from stvit_video.data.annotations import Video
+from stvit_video.data.dataset import SampleKey, TestDataset, TrainDataset, collate
+from stvit_video.data.decode import DecodeError
+from stvit_video.data.loader import EpochSampler, ShardedBatches, build_classes, build_test_loader, build_train_loader
+from stvit_video.data.transforms import Normalise, TestTransform, TrainTransform
+from stvit_video.distributed import World
+from stvit_video.errors import UsageError
+from tests.conftest import REPOSITORY, numbered_frames, read_number
+
+PLAIN = Normalise((0, 0, 0), (1, 1, 1))
+CPU = torch.device("cpu")
+
+
+def config(small_set: Path, *overrides: str) -> object:
+    small = ["DATA.ROOT", str(small_set), "DATA.GENERATE", "", "TRAIN.BATCH_SIZE", "8", "DATA.WORKERS", "0"]
+    return load_config(REPOSITORY / "configs" / "sample_stvit.yaml", [*small, *overrides])
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("length", [1, 11, 12, 64])
+def test_every_video_is_tested_exactly_once_in_unchanged_batches(world: int, length: int) -> None:
+    shards = [list(ShardedBatches(length, 3, rank, world)) for rank in range(world)]
+    batches = sorted(batch for shard in shards for batch in shard)
+    assert [index for batch in batches for index in batch] == list(range(length))
+    assert batches == sorted(ShardedBatches(length, 3, 0, 1))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_sees_the_same_videos_for_any_world_and_accumulation(world: int, accumulate: int) -> None:
+    def steps(world: int, accumulate: int) -> list[set[SampleKey]]:
+        samplers = [EpochSampler(37, 16, accumulate, rank, world, seed=5) for rank in range(world)]
+        for sampler in samplers:
+            sampler.epoch = 2
+        micro = [set().union(*parts) for parts in zip(*samplers, strict=True)]
+        return [set().union(*micro[i : i + accumulate]) for i in range(0, len(micro), accumulate)]
+
+    found = steps(world, accumulate)
+    assert found == steps(1, 1)
+    assert len(found) == 2
+    assert all(len(step) == 16 for step in found)
+    assert len(set().union(*found)) == 32
+
+
+def test_epochs_differ_in_order_and_in_random_choices(small_set: Path) -> None:
+    loader = build_train_loader(config(small_set), World(0, 1, CPU), 8)
+    order = list(loader.batch_sampler)
+    loader.batch_sampler.epoch = 1
+    assert [key.index for batch in order for key in batch] != [key.index for batch in loader.batch_sampler for key in batch]
+    first, second = (loader.dataset[SampleKey(epoch, 0)].views for epoch in (0, 1))
+    assert not torch.equal(first, second)
+    assert torch.equal(first, loader.dataset[SampleKey(0, 0)].views)
+
+
+def test_the_first_batch_is_the_same_for_any_number_of_workers(small_set: Path) -> None:
+    batches = []
+    for workers in (0, 1, 3):
+        loader = build_train_loader(config(small_set, "DATA.WORKERS", str(workers)), World(0, 1, CPU), 8)
+        batches.append(next(iter(loader)))
+    for batch in batches[1:]:
+        assert torch.equal(batch.clips, batches[0].clips)
+        assert torch.equal(batch.indices, batches[0].indices)
+
+
+def test_views_are_the_clips_and_crops_of_their_video(write_clip: Callable[..., Path]) -> None:
+    path = write_clip(numbered_frames(61, 48, 96)[:, :, :96])
+    dataset = TestDataset(
+        [Video(str(path), 3)],
+        frames=4,
+        stride=5,
+        clips=3,
+        transform=TestTransform(48, PLAIN, 48, crops=3),
+        decode_side=48,
+        stage="test",
+    )
+    sample = dataset[0]
+    assert sample.views.shape == (9, 3, 4, 48, 48)
+    starts = []
+    for view in sample.views[::3]:  # the left crop of each clip shows bits 0 to 2 and 4 to 6
+        pictures = (view * 1.0).permute(1, 2, 3, 0).numpy() * 255
+        numbers = [read_number(np.pad(picture, ((0, 0), (0, 16), (0, 0)))) & 0b1110111 for picture in pictures]
+        starts.append(numbers)
+    expected = [[start + 5 * i for i in range(4)] for start in (0, 22, 45)]
+    assert starts == [[number & 0b1110111 for number in clip] for clip in expected]
+
+
+@pytest.fixture
+def damaged_set(small_set: Path, tmp_path: Path) -> Path:
+    """The small set with three unreadable training videos and two unreadable test videos."""
+    root = tmp_path / "damaged"
+    shutil.copytree(small_set, root)
+    for name in ("train_00001", "train_00002", "train_00009", "test_00003"):
+        (root / "videos" / f"{name}.mp4").write_bytes(b"broken")
+    os.unlink(root / "videos" / "test_00015.mp4")
+    return root
+
+
+def test_training_takes_the_next_video_and_reports(damaged_set: Path) -> None:
+    loader = build_train_loader(config(damaged_set), World(0, 1, CPU), 8)
+    sample = loader.dataset[SampleKey(0, 1)]
+    assert sample.index == 3
+    assert [Path(failure.path).name for failure in sample.failures] == ["train_00001.mp4", "train_00002.mp4"]
+    batch = collate([sample, loader.dataset[SampleKey(0, 9)]])
+    assert len(batch.labels) == 2
+    assert len(batch.failures) == 3
+
+
+def test_testing_replaces_nothing(damaged_set: Path) -> None:
+    loader = build_test_loader(config(damaged_set, "DATA.MAX_FAILURES", "0.5"), World(0, 1, CPU), "test", 8)
+    batch = next(iter(loader))
+    assert batch.indices.tolist() == [i for i in range(16) if i not in (3, 15)]
+    assert sorted(Path(failure.path).name for failure in batch.failures) == ["test_00003.mp4", "test_00015.mp4"]
+    assert all(failure.stage == "test" for failure in batch.failures)
+
+
+def test_training_gives_up_after_a_bounded_number_of_tries(tmp_path: Path) -> None:
+    transform = TrainTransform(32, PLAIN, (32, 32), None, (1, 1), False)
+    videos = [Video(str(tmp_path / f"{i}.mp4"), 0) for i in range(30)]
+    dataset = TrainDataset(videos, frames=2, stride=1, transform=transform, decode_side=32, seed=0)
+    with pytest.raises(DecodeError, match=r"0\.mp4: no such file; the 9 after it failed too"):
+        dataset[SampleKey(0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["TRAIN.BATCH_SIZE", "7", "TRAIN.ACCUMULATE", "2"], "does not divide by 1 processes x TRAIN.ACCUMULATE 2"),
+        (["TRAIN.BATCH_SIZE", "64"], "exceeds the 32 videos"),
+        (["DATA.ROOT", "/nowhere"], "/nowhere/motion/train.csv is missing"),
+    ],
+)
+def test_wrong_settings_are_named(small_set: Path, overrides: list[str], says: str) -> None:
+    with pytest.raises(UsageError) as error:
+        build_train_loader(config(small_set, *overrides), World(0, 1, CPU), 8)
+    assert says in str(error.value)
+
+
+def test_class_count_comes_from_the_data(small_set: Path) -> None:
+    assert build_classes(config(small_set)) == (small_set / "motion" / "classes.txt").read_text().split()
+    assert build_classes(config(small_set, "DATA.CLASSES", "")) == [str(i) for i in range(8)]
+    assert len(build_classes(config(small_set, "DATA.CLASSES", "", "MODEL.NUM_CLASSES", "11"))) == 11
+    with pytest.raises(UsageError, match="names 8"):
+        build_classes(config(small_set, "MODEL.NUM_CLASSES", "9"))

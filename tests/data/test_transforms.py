@@ -1,0 +1,85 @@
+"""Transforms, with torchvision's own classes as oracles."""
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from stvit_video.data.transforms import Normalise, TestTransform, TrainTransform
+
+NORMALISE = Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+FRAMES = np.random.default_rng(0).integers(0, 256, (4, 60, 90, 3), dtype=np.uint8)
+CLIP = torch.from_numpy(FRAMES).permute(0, 3, 1, 2)  # (T, 3, H, W)
+
+
+def oracle(*steps: torch.nn.Module) -> torch.Tensor:
+    normalise = v2.Normalize(NORMALISE.mean, NORMALISE.std)
+    return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), normalise])(CLIP).transpose(0, 1)
+
+
+def train(**settings: object) -> TrainTransform:
+    defaults = {"size": 32, "normalise": NORMALISE, "short_side": (32, 48), "area": None, "ratio": (0.75, 1.33)}
+    return TrainTransform(**{**defaults, "flip": False, **settings})
+
+
+def test_one_centred_view_equals_torchvision() -> None:
+    views = TestTransform(40, NORMALISE, 48, crops=1)(FRAMES)
+    expected = oracle(v2.Resize(48, antialias=True), v2.CenterCrop(40))
+    torch.testing.assert_close(views, expected[None], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("portrait", [False, True])
+def test_three_crops_lie_along_the_longer_side(portrait: bool) -> None:
+    frames = FRAMES.transpose(0, 2, 1, 3) if portrait else FRAMES
+    views = TestTransform(60, NORMALISE, 60, crops=3)(np.ascontiguousarray(frames))
+    clip = NORMALISE(torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2))
+    clip = clip.transpose(-2, -1) if portrait else clip
+    expected = torch.stack([clip[..., :60], clip[..., 15:75], clip[..., 30:]])
+    torch.testing.assert_close(views.transpose(-2, -1) if portrait else views, expected)
+
+
+def test_training_crop_of_the_file_size_is_a_plain_crop() -> None:
+    """Short side 60 on a 60-pixel file resizes nothing, so the crop must be found in the frames as they are."""
+    clip = train(short_side=(60, 60))(FRAMES, np.random.default_rng(3))
+    places = CLIP.unfold(2, 32, 1).unfold(3, 32, 1)  # (T, 3, rows, columns, 32, 32)
+    raw = clip.transpose(0, 1) * torch.tensor(NORMALISE.std).view(3, 1, 1) + torch.tensor(NORMALISE.mean).view(3, 1, 1)
+    raw = (raw * 255).round().to(torch.uint8)
+    matches = (places == raw[:, :, None, None]).all(dim=(0, 1, 4, 5))
+    assert matches.sum() == 1
+
+
+def test_the_same_generator_state_gives_the_same_clip_and_the_range_is_used() -> None:
+    for transform in (train(flip=True), train(area=(0.2, 1.0))):
+        first, again, other = (transform(FRAMES, np.random.default_rng(seed)) for seed in (1, 1, 2))
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+        assert first.shape == (3, 4, 32, 32)
+
+
+def test_flip_mirrors_half_of_the_clips_and_only_when_asked() -> None:
+    ramp = np.broadcast_to(np.arange(90, dtype=np.uint8)[None, None, :, None], (2, 60, 90, 3)).copy()
+    rng = np.random.default_rng(0)
+
+    def mirrored(flip: bool) -> float:
+        clips = [train(flip=flip)(ramp, rng) for _ in range(200)]
+        return sum(bool(clip[0, 0, 0, 0] > clip[0, 0, 0, -1]) for clip in clips) / 200
+
+    assert mirrored(flip=False) == 0
+    assert 0.4 < mirrored(flip=True) < 0.6
+
+
+@pytest.mark.parametrize(("height", "width"), [(60, 90), (90, 60), (200, 21), (33, 33), (1, 1)])
+def test_any_frame_size_gives_the_clip_size(height: int, width: int) -> None:
+    frames = np.zeros((2, height, width, 3), np.uint8)
+    for transform in (train(), train(area=(0.08, 1.0))):
+        assert transform(frames, np.random.default_rng(0)).shape == (3, 2, 32, 32)
+    assert TestTransform(32, NORMALISE, 32, crops=3)(frames).shape == (3, 3, 2, 32, 32)
+
+
+def test_random_resized_crop_draws_areas_in_range() -> None:
+    transform, rng = train(area=(0.25, 0.5), ratio=(0.8, 1.25)), np.random.default_rng(0)
+    boxes = [transform._box(600, 900, rng) for _ in range(300)]
+    areas = np.array([h * w / (600 * 900) for _, _, h, w in boxes])
+    ratios = np.array([w / h for _, _, h, w in boxes])
+    assert 0.24 < areas.min() < 0.27 < 0.47 < areas.max() < 0.51
+    assert 0.79 < ratios.min() < 0.85 < 1.2 < ratios.max() < 1.26

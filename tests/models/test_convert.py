@@ -1,0 +1,124 @@
+"""Weights from elsewhere: every key accounted for, nothing run, every broken file one clear line."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from stvit_video.errors import UsageError
+from stvit_video.models import create_model, load_pretrained
+
+NAME = "stvit_vit_sample_patch8"
+
+
+def build(**overrides: object) -> torch.nn.Module:
+    return create_model(NAME, **{"num_frames": 8, "image_size": 64, "num_classes": 8, **overrides})
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_loaded_means_loaded(tmp_path: Path, suffix: str) -> None:
+    source, target, path = build(), build(), tmp_path / f"weights{suffix}"
+    save_file(source.state_dict(), path) if suffix == ".safetensors" else torch.save(source.state_dict(), path)
+    report = load_pretrained(target, path, min_coverage=1.0)
+    assert sorted(report.keys["loaded"]) == sorted(source.state_dict())
+    assert report.coverage == 1.0
+    for name, value in source.state_dict().items():
+        assert torch.equal(target.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("wrap", [lambda s: {"model": s}, lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}}])
+def test_wrappers_and_prefixes_are_stripped(tmp_path: Path, wrap: object) -> None:
+    torch.save(wrap(build().state_dict()), tmp_path / "weights.pth")
+    assert load_pretrained(build(), tmp_path / "weights.pth").coverage == 1.0
+
+
+def test_report_accounts_for_every_key_of_both_sides() -> None:
+    state = build(num_frames=1).state_dict()
+    state["extra"] = torch.zeros(3)
+    model = build(image_size=96)
+    report = load_pretrained(model, state)
+    accounted = [name for names in report.keys.values() for name in names]
+    assert sorted(accounted) == sorted(set(model.state_dict()) | {"extra"})
+    assert report.keys["unused"] == ["extra"]
+    assert set(report.keys["inflated"]) == {"patch_embed.proj.weight", "time_embed", "stgm.global_centres"}
+    assert report.keys["interpolated"] == ["pos_embed"]
+    assert all(status in str(report) for status in ("inflated", "interpolated", "unused"))
+
+
+def test_video_to_video_with_more_frames_keeps_ends_of_the_time_embedding() -> None:
+    source = build(num_frames=8)
+    torch.nn.init.normal_(source.time_embed)
+    target = build(num_frames=16)
+    assert load_pretrained(target, source.state_dict(), min_coverage=1.0).keys["interpolated"]
+    torch.testing.assert_close(target.time_embed[:, [0, -1]], source.time_embed[:, [0, -1]])
+
+
+def test_deit_class_token_is_dropped_with_a_note() -> None:
+    oracle = timm.create_model("deit_tiny_patch16_224", num_classes=10)
+    model = create_model("stvit_vit_tiny_patch16", num_frames=8, image_size=224, num_classes=10)
+    report = load_pretrained(model, oracle.state_dict(), min_coverage=0.9)
+    assert "class or distillation token(s) dropped" in str(report)
+    assert torch.equal(model.pos_embed, oracle.pos_embed[:, 1:])
+    assert {name for name in report.keys["new"] if not name.startswith("stgm.")} == {"time_embed"}
+    assert not report.keys["unused"]
+
+
+def test_another_class_count_is_an_error_unless_asked_for() -> None:
+    state = build(num_classes=5).state_dict()
+    with pytest.raises(UsageError, match="another class count"):
+        load_pretrained(build(), state)
+    report = load_pretrained(build(), state, new_head=True)
+    assert report.keys["new"] == ["head.proj.weight", "head.proj.bias"]
+
+
+def test_low_coverage_lists_the_keys() -> None:
+    state = {name: value for name, value in build().state_dict().items() if name.startswith("blocks.0")}
+    with pytest.raises(UsageError, match=r"INIT_MIN_COVERAGE.*Not covered: pos_embed"):
+        load_pretrained(build(), state)
+
+
+class Payload:
+    """Runs code when it is unpickled, which must not happen."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.marker,))
+
+
+def test_a_pickle_payload_is_refused_without_running(tmp_path: Path) -> None:
+    marker, path = tmp_path / "ran", tmp_path / "weights.pth"
+    torch.save({"model": build().state_dict(), "extra": Payload(marker)}, path)
+    with pytest.raises(UsageError, match=r"needs code to load, which is refused \(.*GLOBAL"):
+        load_pretrained(build(), path)
+    assert not marker.exists()
+
+
+def broken_files(folder: Path) -> dict[str, bytes]:
+    torch.save(build().state_dict(), folder / "whole.pth")
+    save_file(build().state_dict(), folder / "whole.safetensors")
+    return {
+        "cut.pth": (folder / "whole.pth").read_bytes()[:100_000],
+        "cut.safetensors": (folder / "whole.safetensors").read_bytes()[:100_000],
+        "pointer.pth": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
+        "page.pth": b"<!DOCTYPE html><html><body>404: not found</body></html>",
+        "page.safetensors": b"<!DOCTYPE html><html><body>404: not found</body></html>",
+        "empty.pth": b"",
+        "text.pth": pickle.dumps("text"),
+        "number.pth": pickle.dumps({"model": 3}),
+    }
+
+
+def test_broken_files_are_one_clear_line(tmp_path: Path) -> None:
+    for name, content in broken_files(tmp_path).items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UsageError) as error:
+            load_pretrained(build(), tmp_path / name)
+        assert name in str(error.value), name
+        assert "\n" not in str(error.value), name
+    with pytest.raises(UsageError, match="is not a file"):
+        load_pretrained(build(), tmp_path / "absent.pth")
