@@ -4,6 +4,7 @@ Experiment files hold differences only and may inherit through ``_BASE_``. Comma
 ``KEY VALUE`` pairs or ``KEY=VALUE``. Only ``build_*`` functions read the result; constructors take plain values.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,6 +143,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
         raise UsageError(f"Configuration {path} is not a YAML mapping of keys ({reason}); correct the file.") from error
     except FileNotFoundError as error:
         raise UsageError(f"Configuration {path}: _BASE_ names {error.filename}, which is missing.") from error
+    if not isinstance(content or {}, dict):
+        raise UsageError(f"Configuration {path} is not a YAML mapping of keys; write lines `KEY: value`.")
     cfg = default_config()
     for name, value in _flatten(content or {}):
         _assign(cfg, name, value, str(path))
@@ -192,13 +195,11 @@ def _assign(cfg: CfgNode, name: str, value: Any, origin: str) -> None:
 
 def _coerce(key: Key, value: Any, origin: str) -> Any:
     """Return ``value`` in the key's type; an integer serves as a float, a number or string as nothing else."""
-    if value is None and key.default is None:
+    if value in (None, "None") and key.default is None:  # YAML's null is Python's None to those who type it
         return None
     if key.type is float and isinstance(value, int | str) and not isinstance(value, bool):
-        try:  # YAML reads 1e-3, without a point, as a string
+        with contextlib.suppress(ValueError):  # YAML reads 1e-3, without a point, as a string
             value = float(value)
-        except ValueError:
-            pass
     if key.type is list and isinstance(value, tuple | list):
         value = list(value)
     if key.type is str and value is None:

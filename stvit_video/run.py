@@ -34,8 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno not in FILESYSTEM_ERRORS:
             raise
         print(
-            f"error: {error.filename or 'a file of the run'} cannot be written or read ({error.strerror}); free space, set "
-            f"its permissions or give another OUTPUT_DIR, then run the same command: it continues.",
+            f"error: {error.filename or 'a file of the run'} cannot be written or read ({error.strerror}); free space, "
+            f"set its permissions or give another OUTPUT_DIR, then run the same command: it continues.",
             file=sys.stderr,
         )
         return 2

@@ -36,7 +36,9 @@ def read_number(frame: np.ndarray) -> int:
 def write_clip(tmp_path: Path) -> Callable[..., Path]:
     """Encode frames (N, H, W, 3) with PyAV; returns the file's path."""
 
-    def write(frames: np.ndarray, name: str = "clip.mp4", codec: str = "libx264", rate: int = 25, **options: str) -> Path:
+    def write(
+        frames: np.ndarray, name: str = "clip.mp4", codec: str = "libx264", rate: int = 25, **options: str
+    ) -> Path:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with av.open(str(path), "w") as container:
@@ -67,7 +69,15 @@ def small_run(small_set: Path, tmp_path: Path) -> Callable[..., list[str]]:
     def arguments(*overrides: str, cfg: str = "sample_stvit") -> list[str]:
         small = f"DATA.ROOT {small_set} DATA.GENERATE_CLIPS [32,16,16] DATA.WORKERS 0 TRAIN.EPOCHS 1 TRAIN.BATCH_SIZE 8"
         output = ["OUTPUT_DIR", str(tmp_path / "run")]
-        return ["--cfg", str(REPOSITORY / "configs" / f"{cfg}.yaml"), *small.split(), "DATA.GENERATE", "", *output, *overrides]
+        return [
+            "--cfg",
+            str(REPOSITORY / "configs" / f"{cfg}.yaml"),
+            *small.split(),
+            "DATA.GENERATE",
+            "",
+            *output,
+            *overrides,
+        ]
 
     return arguments
 

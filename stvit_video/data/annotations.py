@@ -78,6 +78,6 @@ def check_files(videos: list[Video], max_failures: float, source: str | Path) ->
     missing = [video.path for video in looked_at if not Path(video.path).is_file()]
     if len(missing) > max_failures * len(looked_at):
         raise UsageError(
-            f"{source}: {len(missing)} of {len(looked_at)} files looked at are missing, the first {missing[0]}; at most "
-            f"{100 * max_failures:g} % may fail (DATA.MAX_FAILURES). Check DATA.ROOT and the paths in the list."
+            f"{source}: {len(missing)} of {len(looked_at)} files looked at are missing, the first {missing[0]}; "
+            f"at most {100 * max_failures:g} % may fail (DATA.MAX_FAILURES). Check DATA.ROOT and the paths in the list."
         )

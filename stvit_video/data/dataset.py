@@ -100,7 +100,7 @@ class TrainDataset(Dataset[Sample]):
 
 
 class TestDataset(Dataset[Sample]):
-    """All views of a video: clips x crops, from one pass of the decoder. An unreadable video is reported, never replaced."""
+    """A video's views, clips x crops, from one pass of the decoder. An unreadable one is reported, never replaced."""
 
     __test__ = False
 

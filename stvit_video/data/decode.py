@@ -27,8 +27,8 @@ class DecodeError(Exception):
 class VideoReader:
     """An open video: its length in frames, and frames at given indices. Use as a context manager.
 
-    Where the short side of the file is more than ``short_side`` pixels, frames are resized to that inside the decoder: they
-    leave it smaller, which costs less than converting and copying full ones. Raises DecodeError.
+    Where the short side of the file is more than ``short_side`` pixels, frames are resized to that inside the decoder:
+    they leave it smaller, which costs less than converting and copying full ones. Raises DecodeError.
     """
 
     def __init__(self, path: str, short_side: int | None = None) -> None:

@@ -69,12 +69,12 @@ def build_videos(cfg: CfgNode, split: str) -> list[Video]:
 
 
 def build_classes(cfg: CfgNode) -> list[str]:
-    """Return the class names: from DATA.CLASSES, else numbers up to MODEL.NUM_CLASSES or the training list's largest."""
+    """Return the class names: from DATA.CLASSES, else numbers up to MODEL.NUM_CLASSES or the largest label."""
     if cfg.DATA.CLASSES:
         names = read_classes(Path(cfg.DATA.ROOT) / cfg.DATA.CLASSES)
         if cfg.MODEL.NUM_CLASSES not in (None, len(names)):
             raise UsageError(
-                f"MODEL.NUM_CLASSES is {cfg.MODEL.NUM_CLASSES} but DATA.CLASSES names {len(names)}; leave the first unset."
+                f"MODEL.NUM_CLASSES is {cfg.MODEL.NUM_CLASSES} but DATA.CLASSES names {len(names)}; unset the first."
             )
         return names
     split = "train" if (Path(cfg.DATA.ROOT) / cfg.DATA.TRAIN_LIST).is_file() else "test"
@@ -113,9 +113,7 @@ def build_train_loader(cfg: CfgNode, world: World, num_classes: int) -> DataLoad
         decode_side=cfg.DATA.SHORT_SIDE[1],
         seed=cfg.SEED,
     )
-    sampler = EpochSampler(
-        len(videos), cfg.TRAIN.BATCH_SIZE, cfg.TRAIN.ACCUMULATE, world.rank, world.size, cfg.SEED
-    )
+    sampler = EpochSampler(len(videos), cfg.TRAIN.BATCH_SIZE, cfg.TRAIN.ACCUMULATE, world.rank, world.size, cfg.SEED)
     return _loader(cfg, world, dataset, sampler)
 
 

@@ -43,7 +43,8 @@ def save_checkpoint(folder: Path, content: dict[str, Any], keep: int) -> Path:
     path = folder / f"step_{content['step']:08d}.pt"
     write_atomically(path, buffer.getvalue())
     for old in list_checkpoints(folder)[keep:]:
-        old.unlink(missing_ok=True)
+        if old.is_file():
+            old.unlink()
     return path
 
 

@@ -27,7 +27,8 @@ from stvit_video.models.zoo import build_model
 def predict(model: nn.Module, loader: DataLoader, world: World, precision: str, title: str = "") -> Predictions:
     """Score every video of the loader's list: class probabilities averaged over its views, the same on every process.
 
-    Progress is shown where there is a ``title``. ``model`` is the bare network: nothing is exchanged between processes until the end, so their shares may differ.
+    Progress is shown where there is a ``title``. ``model`` is the bare network: nothing is exchanged between processes
+    until the end, so their shares may differ.
     """
     model.eval()
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -70,8 +71,8 @@ def check_failures(failures: int, total: int, most: float, what: str) -> None:
     """Raise UsageError where more than the share ``most`` of ``total`` videos failed."""
     if failures > most * total:
         raise UsageError(
-            f"{failures} of {total} {what} videos could not be read, more than DATA.MAX_FAILURES {most:g} allows; they are "
-            f"listed in failures.csv. Repair or remove them, or raise DATA.MAX_FAILURES."
+            f"{failures} of {total} {what} videos could not be read, more than DATA.MAX_FAILURES {most:g} allows; "
+            f"they are listed in failures.csv. Repair or remove them, or raise DATA.MAX_FAILURES."
         )
 
 

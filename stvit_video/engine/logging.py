@@ -98,9 +98,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def describe_results(results: dict[str, Any]) -> str:
     """Return the line that a run ends with."""
-    views = results["views"]
+    views, scored = results["views"], f"{results['scored']} of {results['videos']}"
     return (
-        f"top-1 {results['top1']:.2f} %  top-5 {results['top5']:.2f} %  on {results['scored']} of {results['videos']} videos "
+        f"top-1 {results['top1']:.2f} %  top-5 {results['top5']:.2f} %  on {scored} videos "
         f"({100 * results['coverage']:.1f} % coverage, {views['clips']} x {views['crops']} views), "
         f"{results['clips_per_second']:.1f} clips/s"
     )

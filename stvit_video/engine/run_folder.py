@@ -23,7 +23,8 @@ from stvit_video.errors import UsageError
 
 # Keys that may change between a run and its continuation: they do not change what is computed.
 FREE_KEYS = (
-    "MODE", "OUTPUT_DIR", "OVERWRITE", "DEVICE", "DATA.WORKERS", "TRAIN.RESUME", "CHECKPOINT.KEEP", "PARALLEL.TIMEOUT_S",
+    "MODE", "OUTPUT_DIR", "OVERWRITE", "DEVICE", "DATA.WORKERS", "DATA.GENERATE", "TRAIN.RESUME", "CHECKPOINT.KEEP",
+    "PARALLEL.TIMEOUT_S",
 )  # fmt: skip
 RESULT_FILES = ("results.json", "confusion.png", "failures.csv")
 TRAINING_FILES = ("metrics.jsonl", "curves.png", "model.safetensors", "config.yaml", "environment.json")
@@ -120,8 +121,8 @@ def _refuse_other_settings(path: Path, recorded: dict[str, Any], current: dict[s
     if changed:
         shown = ", ".join(f"{key} {old.get(key)!r} (now {new.get(key)!r})" for key in changed[:5])
         raise UsageError(
-            f"OUTPUT_DIR {path} holds a run with other settings: {shown}{' ...' if len(changed) > 5 else ''}. Give another "
-            f"OUTPUT_DIR, or OVERWRITE True to replace that run."
+            f"OUTPUT_DIR {path} holds a run with other settings: {shown}{' ...' if len(changed) > 5 else ''}. "
+            f"Give another OUTPUT_DIR, or OVERWRITE True to replace that run."
         )
 
 

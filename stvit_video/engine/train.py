@@ -22,7 +22,6 @@ from stvit_video.distributed import World, gather_objects, on_main, sum_over_wor
 from stvit_video.engine.checkpoint import load_newest, save_checkpoint, save_weights
 from stvit_video.engine.evaluate import check_failures, predict, test_model
 from stvit_video.engine.logging import MetricsLog, Progress, describe_results, read_metrics
-from stvit_video.engine.metrics import correct_at
 from stvit_video.engine.optim import build_optimizer, build_scheduler
 from stvit_video.engine.plots import plot_curves
 from stvit_video.engine.run_folder import RunFolder
@@ -64,6 +63,10 @@ class Trainer:
     @property
     def steps_per_epoch(self) -> int:
         return len(self.loader) // self.accumulate
+
+    @property
+    def num_videos(self) -> int:
+        return len(self.loader.dataset)  # type: ignore[arg-type]
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint holds."""
@@ -107,8 +110,9 @@ class Trainer:
             batch = next(batches)
             self.failures += batch.failures
             clips, labels = (x.to(self.world.device, non_blocking=True) for x in (batch.clips, batch.labels))
-            last = i + 1 == self.accumulate
-            with nullcontext() if last or self.model is self.bare_model else self.model.no_sync():  # type: ignore[operator]
+            # Gradients are exchanged once a step, with its last batch.
+            unsynchronised = isinstance(self.model, DistributedDataParallel) and i + 1 < self.accumulate
+            with self.model.no_sync() if unsynchronised else nullcontext():  # type: ignore[operator]
                 with autocast(self.world.device, self.precision):
                     logits = self.model(clips)
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
@@ -197,7 +201,7 @@ def build_trainer(cfg: CfgNode, world: World, model: nn.Module, num_classes: int
 
 
 def train(cfg: CfgNode, world: World) -> None:
-    """Run MODE train: train from the start or the newest checkpoint, then test. A finished run is reported, not redone."""
+    """Run MODE train: from the start or the newest checkpoint, then test. A finished run is reported, not redone."""
     build_data(cfg, world)
     folder = RunFolder(cfg.OUTPUT_DIR)
     on_main(world, lambda: folder.claim(cfg))
@@ -242,7 +246,7 @@ def train_epochs(cfg: CfgNode, trainer: Trainer, folder: RunFolder, num_classes:
             trainer.failures = gather_failures(world, trainer.failures)
             failed = len({failure.path for failure in trainer.failures})
             on_main(world, lambda: folder.write_failures(trainer.failures))
-            check_failures(failed, len(trainer.loader.dataset), cfg.DATA.MAX_FAILURES, "training")  # type: ignore[arg-type]
+            check_failures(failed, trainer.num_videos, cfg.DATA.MAX_FAILURES, "training")
             on_main(world, lambda: save_checkpoint(folder.checkpoints, trainer.state(), cfg.CHECKPOINT.KEEP))
     if log is not None:
         log.close()

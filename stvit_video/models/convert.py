@@ -6,6 +6,7 @@ embeddings repeated.
 """
 
 import pickle
+import re
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ STATUSES = ("loaded", "inflated", "interpolated", "new", "unused", "wrong shape"
 
 @dataclass
 class LoadReport:
-    """What became of every key: ``keys[status]`` lists names; ``coverage`` is the share of the model's weights loaded."""
+    """What became of every key: ``keys[status]`` lists names; ``coverage`` is the share of the weights loaded."""
 
     source: str
     layout: str
@@ -94,8 +95,8 @@ def _check(report: LoadReport, target: StateDict, fitted: StateDict, min_coverag
 def read_state_dict(path: str | Path) -> StateDict:
     """Read the tensors of a ``.safetensors`` or ``torch.save`` file without running code from it.
 
-    Wrappers (``model``, ``state_dict``, ``module``) are opened and a ``module.`` prefix is stripped. Raises UsageError on
-    a missing or unreadable file, or one that would have to run code to load.
+    Wrappers (``model``, ``state_dict``, ``module``) are opened and a ``module.`` prefix is stripped. Raises UsageError
+    on a missing or unreadable file, or one that would have to run code to load.
     """
     path = Path(path)
     if not path.is_file():
@@ -126,11 +127,10 @@ def _read_torch(path: Path) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).replace("\n", " ")
-        if "GLOBAL" in reason or "weights_only" in reason:
-            reason = next((part for part in reason.split(". ") if "GLOBAL" in part), reason)[:200]
+        refused = re.search(r"GLOBAL \S+", str(error))
+        if refused:
             raise UsageError(
-                f"Checkpoint {path} needs code to load, which is refused ({reason.strip()}); "
+                f"Checkpoint {path} needs code to load, which is refused ({refused[0]}); "
                 f"save its state dict alone and give that file."
             ) from error
         raise UsageError(f"Checkpoint {path} is not a torch file; fetch it again.") from error

@@ -135,7 +135,8 @@ class SemanticPooling(nn.Module):
 
     def _displace(self, x: Tensor, centres: Tensor) -> Tensor:
         """Resample tokens (B, N, C) so that each region reads at its own displaced place."""
-        assert self.offset_norm is not None and self.offset_proj is not None
+        assert self.offset_norm is not None
+        assert self.offset_proj is not None
         B, _, C = x.shape
         T, H, W = self.grid
         (row, top, _), (column, left, _) = self.rows, self.columns

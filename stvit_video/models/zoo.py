@@ -40,8 +40,8 @@ def create_model(
 ) -> nn.Module:
     """Build a named model for clips (B, 3, num_frames, H, W); ``num_frames=1`` builds the image model.
 
-    Overrides are the constructor's arguments (see ``VisionTransformer``) and ``preset``. The result carries ``name`` and
-    ``arguments``: ``create_model(model.name, **model.arguments)`` builds it again.
+    Overrides are the constructor's arguments (see ``VisionTransformer``) and ``preset``. The result carries ``name``
+    and ``arguments``: ``create_model(model.name, **model.arguments)`` builds it again.
     Raises UsageError (a ValueError) for an unknown name, preset or override, or sizes that do not fit.
     """
     if name not in list_models():

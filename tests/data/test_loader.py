@@ -58,7 +58,9 @@ def test_epochs_differ_in_order_and_in_random_choices(small_set: Path) -> None:
     loader = build_train_loader(config(small_set), World(0, 1, CPU), 8)
     order = list(loader.batch_sampler)
     loader.batch_sampler.epoch = 1
-    assert [key.index for batch in order for key in batch] != [key.index for batch in loader.batch_sampler for key in batch]
+    assert [key.index for batch in order for key in batch] != [
+        key.index for batch in loader.batch_sampler for key in batch
+    ]
     first, second = (loader.dataset[SampleKey(epoch, 0)].views for epoch in (0, 1))
     assert not torch.equal(first, second)
     assert torch.equal(first, loader.dataset[SampleKey(0, 0)].views)

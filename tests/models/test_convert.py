@@ -29,7 +29,9 @@ def test_loaded_means_loaded(tmp_path: Path, suffix: str) -> None:
         assert torch.equal(target.state_dict()[name], value)
 
 
-@pytest.mark.parametrize("wrap", [lambda s: {"model": s}, lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}}])
+@pytest.mark.parametrize(
+    "wrap", [lambda s: {"model": s}, lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}}]
+)
 def test_wrappers_and_prefixes_are_stripped(tmp_path: Path, wrap: object) -> None:
     torch.save(wrap(build().state_dict()), tmp_path / "weights.pth")
     assert load_pretrained(build(), tmp_path / "weights.pth").coverage == 1.0

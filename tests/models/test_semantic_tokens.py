@@ -59,14 +59,18 @@ def masked_centres_by_loop(pooling: SemanticPooling, x: torch.Tensor) -> torch.T
     return torch.stack(centres)[None]
 
 
-@pytest.mark.parametrize(("grid", "regions"), [((1, 14, 14), (1, 4, 4)), ((4, 7, 5), (2, 3, 3)), ((2, 4, 4), (1, 4, 4))])
+@pytest.mark.parametrize(
+    ("grid", "regions"), [((1, 14, 14), (1, 4, 4)), ((4, 7, 5), (2, 3, 3)), ((2, 4, 4), (1, 4, 4))]
+)
 def test_mask_pooling_equals_a_loop_over_the_unpadded_map(grid: tuple, regions: tuple) -> None:
     pooling = SemanticPooling(DIM, grid, regions, "mask")
     x = torch.randn(1, math.prod(grid), DIM)
     torch.testing.assert_close(pooling(x), masked_centres_by_loop(pooling, x), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "oracle"), [("max", torch.nn.AdaptiveMaxPool2d), ("mean", torch.nn.AdaptiveAvgPool2d)])
+@pytest.mark.parametrize(
+    ("kind", "oracle"), [("max", torch.nn.AdaptiveMaxPool2d), ("mean", torch.nn.AdaptiveAvgPool2d)]
+)
 def test_plain_pooling_equals_torch(kind: str, oracle: type) -> None:
     x = torch.randn(2, 49, DIM)
     expected = oracle((3, 3))(x.transpose(1, 2).reshape(2, DIM, 7, 7)).flatten(2).transpose(1, 2)

@@ -47,7 +47,7 @@ def test_a_still_clip_is_an_image(name: str, settings: dict, frames: int) -> Non
     image_model = build(name, **settings)
     video_model = create_model(name, num_frames=frames, image_size=IMAGE, num_classes=10, **SHRUNK, **settings).eval()
     report = load_pretrained(video_model, image_model.state_dict(), min_coverage=1.0)
-    assert not report.keys["new"] and not report.keys["unused"] and not report.keys["wrong shape"]
+    assert not any(report.keys[status] for status in ("new", "unused", "wrong shape"))
     image = torch.randn(2, 3, 1, IMAGE, IMAGE)
     with torch.no_grad():
         expected = image_model(image)
@@ -73,7 +73,8 @@ def test_full_twin_equals_timm(size: str) -> None:
     oracle = timm.create_model(
         f"vit_{size}_patch16_224", class_token=False, global_pool="avg", fc_norm=False, num_classes=1000
     ).eval()
-    torch.nn.init.normal_(oracle.head.weight, std=0.1)
+    for parameter in oracle.parameters():  # no zero bias, no unit norm: each must reach its place
+        parameter.data += 0.1 * torch.randn_like(parameter)
     model = create_model(f"vit_{size}_patch16", num_frames=1, image_size=224, num_classes=1000).eval()
     report = load_pretrained(model, oracle.state_dict(), min_coverage=0.99)
     assert report.keys["new"] == ["time_embed"]
@@ -86,7 +87,13 @@ def test_full_twin_equals_timm(size: str) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "published"),
-    [({}, 1.91), ({"base_depth": 3}, 1.56), ({"base_depth": 8}, 3.30), ({"stgm_depth": 3}, 1.97), ({"stgm_depth": 4}, 2.03)],
+    [
+        ({}, 1.91),
+        ({"base_depth": 3}, 1.56),
+        ({"base_depth": 8}, 3.30),
+        ({"stgm_depth": 3}, 1.97),
+        ({"stgm_depth": 4}, 2.03),
+    ],
 )
 def test_gflops_of_the_paper(settings: dict, published: float) -> None:
     model = create_model("stvit_vit_small_patch16", num_frames=1, image_size=224, num_classes=1000, **settings)
@@ -128,7 +135,9 @@ def test_interface_that_the_engine_relies_on(name: str, settings: dict) -> None:
 
 
 def test_every_parameter_learns_and_grad_checkpointing_changes_nothing() -> None:
-    model = create_model("stvit_vit_small_patch16", num_frames=4, image_size=IMAGE, num_classes=10, **SHRUNK, offsets=True)
+    model = create_model(
+        "stvit_vit_small_patch16", num_frames=4, image_size=IMAGE, num_classes=10, **SHRUNK, offsets=True
+    )
     clip = torch.randn(2, 3, 4, IMAGE, IMAGE)
     gradients = []
     for enable in (False, True):
@@ -159,7 +168,7 @@ def test_semantic_tokens_see_motion_that_the_frame_model_cannot() -> None:
         ("stvit_vit_small_patch16", {"pooling": "median"}, "mask, max, mean"),
         ("stvit_vit_small_patch16", {"base_depth": 11}, "allowed: 1 to 10"),
         ("stvit_vit_small_patch16", {"stgm_depth": 5}, "2, 3 or 4"),
-        ("stvit_vit_small_patch16", {"regions": (1, 6, 4)}, "allowed for this height"),
+        ("stvit_vit_small_patch16", {"regions": (1, 9, 4)}, "allowed for this height"),
         ("stvit_vit_small_patch16", {"image_size": 100}, "not a positive multiple of the patch's 16"),
         ("stvit_vit_small_patch16", {"num_frames": 3}, "not a positive multiple of the patch's 2"),
         ("stvit_vit_small_patch16", {"base_attention": "window"}, "frame, joint"),
@@ -169,7 +178,7 @@ def test_semantic_tokens_see_motion_that_the_frame_model_cannot() -> None:
 )
 def test_wrong_arguments_are_named_with_what_is_allowed(name: str, arguments: dict, says: str) -> None:
     sizes = {"num_frames": 1, "image_size": 224, "num_classes": 10, **arguments}
-    with pytest.raises(UsageError, match="(?s)") as error:
+    with pytest.raises(UsageError) as error:
         create_model(name, **sizes)
     assert says in str(error.value)
 

@@ -1,0 +1,168 @@
+"""The sample set: deterministic, finished after an interruption, and untellable from one frame."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stvit_video.data import sample
+from stvit_video.data.annotations import read_classes, read_list
+from stvit_video.data.decode import VideoReader
+from stvit_video.errors import UsageError
+
+SPEC = sample.Spec(clips=(16, 8, 8), stills=(8, 8))
+
+
+def digest(root: Path) -> str:
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    return hashlib.sha256(b"".join(str(p.relative_to(root)).encode() + p.read_bytes() for p in files)).hexdigest()
+
+
+def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path: Path) -> None:
+    for name, spec, workers in (("a", SPEC, 1), ("b", SPEC, 2), ("c", sample.Spec(SPEC.clips, SPEC.stills, seed=1), 2)):
+        sample.prepare(tmp_path / name, spec, workers=workers, progress=False)
+    assert digest(tmp_path / "a") == digest(tmp_path / "b") != digest(tmp_path / "c")
+
+
+def test_layout_lists_and_files_agree(small_set: Path) -> None:
+    for labels, names in (("motion", sample.MOTIONS), ("shape", sample.SHAPES)):
+        assert tuple(read_classes(small_set / labels / "classes.txt")) == names
+        for split, count in zip(sample.SPLITS, (32, 16, 16), strict=True):
+            videos = read_list(small_set / labels / f"{split}.csv", small_set)
+            assert len(videos) == count
+            assert all(Path(video.path).is_file() for video in videos)
+    with VideoReader(read_list(small_set / "motion" / "train.csv", small_set)[0].path) as reader:
+        assert len(reader) == sample.FRAMES
+        assert reader.frames([0]).shape == (1, sample.SIDE, sample.SIDE, 3)
+    assert sorted(path.name for path in (small_set / "stills" / "train").iterdir()) == sorted(sample.SHAPES)
+
+
+def test_an_interrupted_generation_is_finished_not_half_used(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    code = f"from stvit_video.data import sample; sample.prepare({str(root)!r}, sample.Spec((400, 8, 8), (8, 8)))"
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(root.glob("videos/*_00020.mp4")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    written = set(root.glob("videos/*.mp4"))
+    assert 0 < len(written) < 416
+    assert not (root / "complete").exists()
+    before = {path: path.stat().st_mtime_ns for path in written}
+    sample.prepare(root, sample.Spec((400, 8, 8), (8, 8)), progress=False)
+    assert len(list(root.glob("videos/*.mp4"))) == 416
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
+    sample.prepare(tmp_path / "whole", sample.Spec((400, 8, 8), (8, 8)), progress=False)
+    assert {p.name: p.read_bytes() for p in root.glob("videos/*.mp4")} == {
+        p.name: p.read_bytes() for p in (tmp_path / "whole").glob("videos/*.mp4")
+    }
+
+
+def test_a_lost_or_emptied_file_is_made_again(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    sample.prepare(root, SPEC, progress=False)
+    whole = digest(root)
+    (root / "videos" / "train_00003.mp4").unlink()
+    (root / "videos" / "test_00001.mp4").write_bytes(b"")
+    sample.prepare(root, SPEC, progress=False)
+    assert digest(root) == whole
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "holiday.mp4").touch()
+    with pytest.raises(UsageError, match="holds no sample set"):
+        sample.prepare(tmp_path, SPEC)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "sample.json").write_text(json.dumps({"seed": 3}))
+    with pytest.raises(UsageError, match="holds the sample set"):
+        sample.prepare(tmp_path / "other", SPEC)
+    with pytest.raises(UsageError, match="cannot be written"):
+        sample.prepare(tmp_path / "holiday.mp4" / "set", SPEC)
+
+
+def states(motion: str, time_step: int, count: int = 1500) -> np.ndarray:
+    """x, y, angle and log-radius, as shares of their range, of ``count`` sprites at one frame."""
+    rows = []
+    for i in range(count):
+        state = sample.trajectory(motion, np.random.default_rng([7, sample.MOTIONS.index(motion), i]))
+        log_radius = np.log(state.radius / sample.MIN_RADIUS) / np.log(sample.MAX_RADIUS / sample.MIN_RADIUS)
+        row = (state.x / sample.SIDE, state.y / sample.SIDE, state.angle / (2 * np.pi), log_radius)
+        rows.append([values[time_step] for values in row])
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("time_step", [0, 10, 19])
+@pytest.mark.parametrize("motion", sample.MOTIONS)
+def test_every_frame_is_distributed_alike_in_every_class(motion: str, time_step: int) -> None:
+    """Kolmogorov's distance to the uniform distribution, at its 0.1 % critical value, for each quantity."""
+    values = np.sort(states(motion, time_step), axis=0)
+    uniform = (np.arange(len(values)) + 0.5)[:, None] / len(values)
+    assert np.abs(values - uniform).max() < 1.95 / np.sqrt(len(values))
+
+
+def test_motions_move_what_they_name() -> None:
+    def change(motion: str, quantity: str, period: float | None) -> np.ndarray:
+        steps = np.diff(getattr(sample.trajectory(motion, np.random.default_rng(3)), quantity))
+        return steps if period is None else (steps + period / 2) % period - period / 2
+
+    for motion, quantity, period, sign in (
+        ("left", "x", 64, -1), ("right", "x", 64, 1), ("up", "y", 64, -1), ("down", "y", 64, 1),
+        ("clockwise", "angle", 2 * np.pi, 1), ("counter-clockwise", "angle", 2 * np.pi, -1),
+    ):  # fmt: skip
+        assert (sign * change(motion, quantity, period) > 0).all()
+    for motion, sign in (("growing", 1), ("shrinking", -1)):
+        assert (sign * change(motion, "radius", None) > 0).sum() >= sample.FRAMES - 2  # at most one return to the start
+
+
+def test_clockwise_is_clockwise_on_the_screen() -> None:
+    """A bar drawn at a small positive angle has its right end lower: on a screen, y points down."""
+    still = sample.trajectory("left", np.random.default_rng(0), frames=1)
+    tilted = sample.State(np.array([32.0]), np.array([32.0]), np.array([0.4]), still.radius * 0 + 24)
+    picture = sample.draw("bar", tilted, np.random.default_rng(0))[0].astype(float)
+    flat = sample.draw(
+        "bar", sample.State(tilted.x, tilted.y + 500, tilted.angle, still.radius * 0 + 0.01), np.random.default_rng(0)
+    )
+    cover = np.abs(picture - flat[0]).sum(axis=2) > 30
+    rows, columns = np.nonzero(cover)
+    assert np.corrcoef(rows, columns)[0, 1] > 0.3
+
+
+def test_a_one_frame_model_stays_at_chance() -> None:
+    """A network trained on single frames of 2,048 videos' worth of drawings cannot tell their motion on new ones."""
+
+    def drawings(seed: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        pictures = []
+        for i in range(count):
+            rng = np.random.default_rng([seed, i])
+            motion, shape = sample.video_labels(i)
+            state = sample.trajectory(motion, rng)
+            at = int(rng.integers(sample.FRAMES))
+            one = sample.State(*(values[at : at + 1] for values in (state.x, state.y, state.angle, state.radius)))
+            pictures.append(sample.draw(shape, one, rng)[0, ::2, ::2])
+        labels = torch.arange(count) % len(sample.MOTIONS)
+        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 128 - 1, labels
+
+    (x, y), (new_x, new_y) = drawings(0, 2048), drawings(1, 1024)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 16, 5, stride=2), torch.nn.ReLU(), torch.nn.Conv2d(16, 32, 3, stride=2), torch.nn.ReLU(),
+        torch.nn.Flatten(), torch.nn.LazyLinear(64), torch.nn.ReLU(), torch.nn.Linear(64, 8),
+    )  # fmt: skip
+    network(x[:2])
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    for _ in range(4):
+        for batch in torch.randperm(len(x)).split(64):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(network(x[batch]), y[batch]).backward()
+            optimizer.step()
+    with torch.no_grad():
+        accuracy = (network(new_x).argmax(dim=1) == new_y).float().mean().item()
+    assert accuracy < 0.2

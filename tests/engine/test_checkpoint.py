@@ -1,0 +1,64 @@
+"""Checkpoints: whole or absent, newest valid first, never too many."""
+
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+
+from stvit_video.engine import checkpoint
+from stvit_video.engine.checkpoint import list_checkpoints, load_newest, save_checkpoint, write_atomically
+
+
+def state(step: int) -> dict:
+    weights = {"w": torch.full((1000,), float(step))}
+    return {"model": weights, "optimizer": {}, "scheduler": {}, "epoch": 1, "step": step}
+
+
+def test_the_name_saved_is_the_name_looked_up_in_order_of_steps(tmp_path: Path) -> None:
+    for step in (9, 10, 100_000_000, 999_999_999):  # longer than the padding: names no longer sort as numbers
+        save_checkpoint(tmp_path, state(step), keep=3)
+    assert load_newest(tmp_path)["step"] == 999_999_999
+    assert [int(path.stem.split("_")[1]) for path in list_checkpoints(tmp_path)] == [999_999_999, 100_000_000, 10]
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "zeroed", "text", "folder", "foreign"])
+def test_a_damaged_newest_gives_way_to_the_one_before_with_a_warning(tmp_path: Path, damage: str) -> None:
+    save_checkpoint(tmp_path, state(1), keep=2)
+    newest = save_checkpoint(tmp_path, state(2), keep=2)
+    content = newest.read_bytes()
+    newest.unlink()
+    match damage:
+        case "folder":
+            newest.mkdir()
+        case "foreign":
+            torch.save({"model": {}}, newest)
+        case _:
+            newest.write_bytes(
+                {"cut": content[: len(content) // 2], "empty": b"", "zeroed": bytes(len(content)), "text": b"<html>"}[
+                    damage
+                ]
+            )
+    with pytest.warns(UserWarning, match="trying the one before"):
+        assert load_newest(tmp_path)["step"] == 1
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_nothing_to_resume_is_none(tmp_path: Path) -> None:
+    assert load_newest(tmp_path) is None
+    assert load_newest(tmp_path / "absent") is None

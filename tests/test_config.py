@@ -1,0 +1,119 @@
+"""Configuration: types, names, ranges, inheritance, overrides."""
+
+from pathlib import Path
+
+import pytest
+
+from stvit_video.config import KEYS, default_config, describe_keys, load_config
+from stvit_video.errors import UsageError
+from tests.conftest import REPOSITORY
+
+CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def cfg_file(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text("DATA:\n  ROOT: videos\n")
+    return path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_shipped_files_load_and_open_with_their_command(path: Path) -> None:
+    load_config(path)
+    head = path.read_text().split("\nMODEL")[0]
+    assert f"python -m stvit_video.run --cfg configs/{path.name}" in head
+
+
+def test_both_forms_of_override_and_their_types(cfg_file: Path) -> None:
+    words = ["TRAIN.EPOCHS", "3", "OPTIM.LR=1e-4", "DATA.FLIP", "False", "MODEL.REGIONS", "[2, 4, 4]", "OUTPUT_DIR=a=b"]
+    cfg = load_config(cfg_file, [*words, "OPTIM.CLIP_GRAD", "5", "MODEL.NUM_CLASSES", "None", "TRAIN.EPOCHS=4"])
+    assert cfg.TRAIN.EPOCHS == 4
+    assert cfg.OPTIM.LR == 1e-4
+    assert cfg.DATA.FLIP is False
+    assert cfg.MODEL.REGIONS == [2, 4, 4]
+    assert cfg.OUTPUT_DIR == "a=b"
+    assert cfg.OPTIM.CLIP_GRAD == 5.0
+    assert isinstance(cfg.OPTIM.CLIP_GRAD, float)
+
+
+def test_base_files_are_inherited_from_their_own_folder(cfg_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    child = tmp_path / "sub" / "child.yaml"
+    child.write_text("_BASE_: ../mine.yaml\nTRAIN:\n  EPOCHS: 7\n")
+    cfg = load_config(child)
+    assert (cfg.DATA.ROOT, cfg.TRAIN.EPOCHS, cfg.OUTPUT_DIR) == ("videos", 7, "runs/child")
+
+
+def test_the_result_cannot_be_changed(cfg_file: Path) -> None:
+    with pytest.raises(AttributeError):
+        load_config(cfg_file).TRAIN.EPOCHS = 3
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["TRAIN.EPOCH", "3"], "Did you mean TRAIN.EPOCHS?"),
+        (["MODLE.NAME", "x"], "Did you mean MODEL.NAME?"),
+        (["NONSENSE", "3"], "--keys"),
+        (["TRAIN.EPOCHS", "many"], "a str; it takes a int"),
+        (["TRAIN.EPOCHS", "1.5"], "a float; it takes a int"),
+        (["DATA.FLIP", "1"], "it takes a bool"),
+        (["OPTIM.LR", "fast"], "it takes a float"),
+        (["TRAIN", "3"], "Key TRAIN in the command line is unknown"),
+        (["TRAIN.EPOCHS"], "has no value"),
+        (["TRAIN.EPOCHS="], "it takes a int"),
+        (["TRAIN.EPOCHS", "0"], "at least 1"),
+        (["OPTIM.LR", "-1"], "at least 0"),
+        (["OPTIM.LR", ".nan"], "allowed: at least 0"),
+        (["MODE", "trian"], "Did you mean train?"),
+        (["PRECISION", "fp16"], "allowed: fp32, bf16"),
+        (["MODEL.REGIONS", "[2, 4]"], "has 2 values; it takes 3"),
+        (["DATA.SHORT_SIDE", "[320, 256]"], "smaller end"),
+        (["DATA.MEAN", "[a, b, c]"], "it takes numbers"),
+        (["DATA.SIZE", "300"], "below DATA.SIZE"),
+        (["TEST.SHORT_SIDE", "100"], "below DATA.SIZE"),
+        (["TEST.CROPS", "2"], "1 (centre) or 3"),
+        (["DATA.ROOT", ""], "DATA.ROOT is empty"),
+        (["DATA.ROOT", "[a"], "quote it"),
+        (["CHECKPOINT.KEEP", "1"], "at least 2"),
+    ],
+)
+def test_mistakes_are_named_with_what_is_allowed(cfg_file: Path, words: list[str], says: str) -> None:
+    with pytest.raises(UsageError) as error:
+        load_config(cfg_file, words)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("DATA: [1", "is not a YAML mapping"),
+        ("just text", "is not a YAML mapping"),
+        ("- a\n- b\n", "is not a YAML mapping"),
+        ("_BASE_: absent.yaml\n", "_BASE_ names"),
+        ("DATA:\n  ROTO: x\n", "Did you mean DATA.ROOT?"),
+        ("DATA: 3\n", "Key DATA in"),
+        ("DATA:\n  ROOT: {a: 1}\n", "DATA.ROOT"),
+        ("MODEL:\n  NAME: !!python/object/apply:os.getcwd []\n", "is not a YAML mapping"),
+    ],
+)
+def test_broken_files_are_one_clear_line(tmp_path: Path, content: str, says: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(content)
+    with pytest.raises(UsageError) as error:
+        load_config(path)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_suggests_its_neighbours(cfg_file: Path) -> None:
+    with pytest.raises(UsageError, match=r"Did you mean .*mine\.yaml"):
+        load_config(cfg_file.with_name("mien.yaml"))
+
+
+def test_every_key_is_described_once() -> None:
+    assert len({key.name for key in KEYS}) == len(KEYS) == len(describe_keys().splitlines())
+    assert all(key.about for key in KEYS)
+    assert default_config().TRAIN.EPOCHS == 30

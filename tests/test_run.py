@@ -1,0 +1,230 @@
+"""The main command as a user runs it: a whole run, several processes, and every mistake we could think of."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from stvit_video import run
+from stvit_video.models import create_model, load_pretrained
+from tests.conftest import REPOSITORY
+
+Arguments = Callable[..., list[str]]
+Refused = Callable[[list[str]], str]
+
+
+def command(*words: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    words = (sys.executable, "-m", *launcher, "stvit_video.run", *words)
+    return subprocess.run(words, capture_output=True, text=True, timeout=600, cwd=REPOSITORY, env=env)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, small_set: Path) -> Path:
+    """A finished run, started as a user would, that generates its own data and tests 2 x 3 views."""
+    folder = tmp_path_factory.mktemp("finished")
+    words = f"DATA.ROOT {folder}/data DATA.GENERATE_CLIPS [40,16,11] TRAIN.EPOCHS 2 DATA.WORKERS 1 TEST.BATCH_SIZE 3"
+    views = "TEST.CLIPS 2 TEST.CROPS 3 TEST.SHORT_SIDE 72"
+    result = command(
+        "--cfg", "configs/sample_stvit.yaml", *words.split(), *views.split(), "OUTPUT_DIR", f"{folder}/run"
+    )
+    assert result.returncode == 0, result.stderr
+    (folder / "stdout").write_text(result.stdout)
+    return folder
+
+
+def test_a_run_leaves_what_the_design_promises(finished: Path) -> None:
+    found = {path.name for path in (finished / "run").iterdir()}
+    assert {
+        "config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "results.json", "curves.png",
+        "confusion.png", "failures.csv", "model.safetensors",
+    } <= found  # fmt: skip
+    assert any(name.startswith("events.out.tfevents") for name in found)
+    results = json.loads((finished / "run" / "results.json").read_text())
+    assert results["videos"] == results["scored"] == 11
+    assert results["coverage"] == 1.0
+    assert results["views"] == {"clips": 2, "crops": 3}
+    assert results["gflops_per_video"] == pytest.approx(6 * results["gflops"])
+    assert 0 <= results["top1"] <= results["top5"] <= 100
+    assert results["top1"] * 11 / 100 == pytest.approx(round(results["top1"] * 11 / 100))
+    rows = [json.loads(line) for line in (finished / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all({"step", "epoch", "split"} <= row.keys() for row in rows)
+    assert {row["split"] for row in rows} == {"train", "val"}
+    said = (finished / "stdout").read_text()
+    assert "M parameters" in said
+    assert "GFLOPs a clip" in said
+    assert "top-1" in said
+
+
+def test_final_weights_rebuild_the_model_that_was_tested(finished: Path) -> None:
+    from safetensors import safe_open
+
+    with safe_open(finished / "run" / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    model = create_model(metadata["name"], **json.loads(metadata["arguments"]))
+    assert load_pretrained(model, finished / "run" / "model.safetensors", min_coverage=1.0).coverage == 1.0
+    assert json.loads(metadata["classes"])[4] == "clockwise"
+
+
+def test_a_finished_run_is_reported_not_redone(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (finished / "run").rglob("*")}
+    assert run.main(test_words(finished, "train", finished / "run")) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in (finished / "run").rglob("*")}
+
+
+def test_words(finished: Path, mode: str, output: Path, *more: str) -> list[str]:
+    views = (
+        "TEST.CLIPS 2 TEST.CROPS 3 TEST.SHORT_SIDE 72 TEST.BATCH_SIZE 3 TRAIN.EPOCHS 2 DATA.GENERATE_CLIPS [40,16,11]"
+    )
+    words = [*views.split(), "DATA.ROOT", f"{finished}/data", "MODE", mode, "OUTPUT_DIR", str(output), *more]
+    return ["--cfg", str(REPOSITORY / "configs" / "sample_stvit.yaml"), *words]
+
+
+test_words.__test__ = False
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_any_number_of_processes_gives_the_same_figures(finished: Path, tmp_path: Path, processes: int) -> None:
+    """11 videos in batches of 3: the set divides by none of them."""
+    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m")
+    init = ("MODEL.INIT", str(finished / "run" / "model.safetensors"), "DEVICE", "cpu")
+    result = command(*test_words(finished, "test", tmp_path / "out", *init), launcher=launcher)
+    assert result.returncode == 0, result.stderr
+    expected = json.loads((finished / "run" / "results.json").read_text())
+    got = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert got.pop("processes") == processes
+    for name in got.keys() - {"clips_per_second"}:
+        assert got[name] == expected[name], name
+
+
+def test_two_processes_train_like_one(small_run: Arguments, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    assert run.main(small_run("DATA.VAL_LIST", "", "DEVICE", "cpu")) == 0
+    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
+    words = small_run("DATA.VAL_LIST", "", "DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "two"))
+    result = command(*words, launcher=launcher)
+    assert result.returncode == 0, result.stderr
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "two"))
+    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-4
+
+
+def test_one_bad_video_is_a_row_and_the_run_goes_on(small_set: Path, tmp_path: Path, small_run: Arguments) -> None:
+    root = tmp_path / "damaged"
+    shutil.copytree(small_set, root)
+    (root / "videos" / "test_00003.mp4").write_bytes(b"broken")
+    (root / "videos" / "train_00000.mp4").unlink()
+    assert run.main(small_run("DATA.ROOT", str(root))) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (results["videos"], results["scored"], results["failed"]) == (16, 15, 1)
+    assert results["coverage"] == 15 / 16
+    rows = list(csv.DictReader((tmp_path / "run" / "failures.csv").open()))
+    assert [(Path(row["path"]).name, row["stage"]) for row in rows] == [
+        ("test_00003.mp4", "test"),
+        ("train_00000.mp4", "train"),
+    ]
+    assert all(row["message"] for row in rows)
+
+
+def test_too_many_bad_videos_stop_the_run(
+    small_set: Path, tmp_path: Path, small_run: Arguments, refused: Refused
+) -> None:
+    root = tmp_path / "damaged"
+    shutil.copytree(small_set, root)
+    for i in range(0, 16, 4):
+        (root / "videos" / f"test_{i:05d}.mp4").write_bytes(b"broken")
+    said = refused(small_run("DATA.ROOT", str(root)))
+    assert "4 of 16 test videos could not be read, more than DATA.MAX_FAILURES 0.1" in said
+    assert not (tmp_path / "run" / "results.json").exists()
+    assert len((tmp_path / "run" / "failures.csv").read_text().splitlines()) == 5
+
+
+def test_wrong_use_is_one_line(small_run: Arguments, refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("videos/train_00000.mp4\n")
+    (tmp_path / "empty.csv").touch()
+    (tmp_path / "range.csv").write_text("videos/train_00000.mp4 8\n" * 8)
+    (tmp_path / "text.pth").write_text("<html>")
+    (tmp_path / "file").touch()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "me.jpg").touch()
+    cases = {
+        "Did you mean TRAIN.EPOCHS": ["TRAIN.EPOCS", "3"],
+        "it takes a int": ["TRAIN.EPOCHS", "soon"],
+        "has no label": ["DATA.TRAIN_LIST", str(tmp_path / "list.csv")],
+        "is empty": ["DATA.TEST_LIST", str(tmp_path / "empty.csv")],
+        "allowed: 0 to 7": ["DATA.TRAIN_LIST", str(tmp_path / "range.csv")],
+        "absent.csv is missing": ["DATA.TRAIN_LIST", "absent.csv"],
+        "is not a torch file": ["MODEL.INIT", str(tmp_path / "text.pth")],
+        "is not a file": ["MODEL.INIT", str(tmp_path / "absent.pth")],
+        "Did you mean vit_sample_patch8": ["MODEL.NAME", "vit_sample_patch"],
+        "not a positive multiple": ["DATA.FRAMES", "7"],
+        "files that are not a run's": ["OUTPUT_DIR", str(tmp_path / "photos")],
+        "is a file; give a folder": ["OUTPUT_DIR", str(tmp_path / "file")],
+        "cannot be written": ["OUTPUT_DIR", str(tmp_path / "file" / "run")],
+        "no weights at": ["MODE", "test"],
+    }
+    for says, words in cases.items():
+        output = [] if "OUTPUT_DIR" in words else ["OUTPUT_DIR", str(tmp_path / f"out {len(says)}{says[:3]}")]
+        said = refused(small_run(*output, *words))
+        assert says in said
+    assert (tmp_path / "photos" / "me.jpg").exists()
+    assert "is missing" in refused(["MODE", "test"])
+    assert "unrecognized" in refused([*small_run(), "--turbo"])
+    assert "is not a file" in refused(["--cfg", "absent.yaml"])
+
+
+def test_results_are_never_overwritten_without_being_asked(
+    finished: Path, tmp_path: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished / "run", copy)
+    assert "OVERWRITE True" in refused(test_words(finished, "test", copy))
+    said = refused(test_words(finished, "train", copy, "OPTIM.LR", "0.5"))
+    assert "holds a run with other settings: OPTIM.LR 0.0005 (now 0.5)" in said
+    assert (copy / "results.json").read_bytes() == (finished / "run" / "results.json").read_bytes()
+    (copy / "results.json").unlink()
+    assert "TRAIN.RESUME is never" in refused(test_words(finished, "train", copy, "TRAIN.RESUME", "never"))
+    (copy / "results.json").write_text("{}")
+    assert run.main(test_words(finished, "test", copy, "OVERWRITE", "True")) == 0
+    assert json.loads((copy / "results.json").read_text())["videos"] == 11
+    assert (copy / "model.safetensors").exists()
+
+
+def test_weights_of_another_network_are_not_tested(finished: Path, tmp_path: Path, refused: Refused) -> None:
+    torch.save(
+        create_model("vit_tiny_patch16", num_frames=8, image_size=64, num_classes=8).state_dict(), tmp_path / "w.pth"
+    )
+    said = refused(test_words(finished, "test", tmp_path / "out", "MODEL.INIT", str(tmp_path / "w.pth")))
+    assert "of the model's weights found" in said or "another class count" in said
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Path:
+    """A disk of 1 MiB."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)], capture_output=True)
+    if made.returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    yield mount
+    subprocess.run(["umount", "-l", str(mount)], check=True)
+
+
+def test_no_space_left_is_one_line(small_disk: Path, small_run: Arguments, refused: Refused) -> None:
+    said = refused(small_run("OUTPUT_DIR", str(small_disk / "run"), "DATA.VAL_LIST", ""))
+    assert "No space left on device" in said
+    assert "free space" in said
+    assert not list((small_disk / "run" / "checkpoints").iterdir())
+
+
+def test_keys_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--keys"]) == 0
+    assert "TRAIN.EPOCHS" in capsys.readouterr().out
