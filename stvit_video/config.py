@@ -35,7 +35,7 @@ class Key:
 
 
 KEYS = (
-    Key("MODE", "train", "train (then test), or test", choices=("train", "test")),
+    Key("MODE", "train", "train (then test), test, or transfer", choices=("train", "test", "transfer")),
     Key("OUTPUT_DIR", "", "folder of this run; empty: runs/<name of the configuration file>"),
     Key("OVERWRITE", False, "replace the results, and for MODE train the checkpoints, that OUTPUT_DIR already holds"),
     Key("SEED", 0, "fixes initial weights, sample order and augmentation", low=0),
@@ -110,6 +110,9 @@ KEYS = (
     Key(
         "TEST.BATCH_SIZE", 8, "videos a test batch; also fixes how figures are summed, so keep it when comparing", low=1
     ),
+    Key("TRANSFER.NEIGHBOURS", 20, "k of the nearest-neighbour score in MODE transfer", low=1),
+    Key("TRANSFER.TEMPERATURE", 0.07, "how much nearer neighbours weigh more; smaller is more", low=1e-4),
+    Key("TRANSFER.WEIGHT_DECAY", 1e-3, "of the linear probe", low=0),
     Key("CHECKPOINT.KEEP", 2, "newest checkpoints to keep; at least 2, since the last may be cut short", low=2),
     Key("PARALLEL.TIMEOUT_S", 1800, "seconds a process waits for the others before it gives up", low=1),
 )

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(
             f"error: {error.filename or 'a file of the run'} cannot be written or read ({error.strerror}); free space, "
-            f"set its permissions or give another OUTPUT_DIR, then run the same command: it continues.",
+            f"set its permissions or choose another folder, then run the same command: it continues.",
             file=sys.stderr,
         )
         return 2
@@ -65,9 +65,10 @@ def dispatch(arguments: Sequence[str] | None) -> int:
     from stvit_video.distributed import join_world
     from stvit_video.engine.evaluate import test
     from stvit_video.engine.train import train
+    from stvit_video.engine.transfer import transfer
 
     with join_world(cfg.DEVICE, cfg.PARALLEL.TIMEOUT_S) as world:
-        {"train": train, "test": test}[cfg.MODE](cfg, world)
+        {"train": train, "test": test, "transfer": transfer}[cfg.MODE](cfg, world)
     return 0
 
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -147,6 +147,18 @@ def test_too_many_bad_videos_stop_the_run(
     assert len((tmp_path / "run" / "failures.csv").read_text().splitlines()) == 5
 
 
+def test_a_list_of_no_videos_stops_at_once(
+    small_set: Path, tmp_path: Path, small_run: Arguments, refused: Refused
+) -> None:
+    root = tmp_path / "pages"
+    shutil.copytree(small_set, root)
+    for path in (root / "videos").glob("train_*.mp4"):
+        path.write_text("<html>404</html>")
+    for workers in ("0", "1"):
+        said = refused(small_run("DATA.ROOT", str(root), "DATA.WORKERS", workers, "OVERWRITE", "True"))
+        assert "10 training videos in a row could not be read, the first" in said
+
+
 def test_wrong_use_is_one_line(small_run: Arguments, refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("videos/train_00000.mp4\n")
     (tmp_path / "empty.csv").touch()
@@ -207,7 +219,7 @@ def test_weights_of_another_network_are_not_tested(finished: Path, tmp_path: Pat
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Path:
+def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 1 MiB."""
     mount = tmp_path / "disk"
     mount.mkdir()
@@ -223,6 +235,10 @@ def test_no_space_left_is_one_line(small_disk: Path, small_run: Arguments, refus
     assert "No space left on device" in said
     assert "free space" in said
     assert not list((small_disk / "run" / "checkpoints").iterdir())
+    generate = ["DATA.GENERATE", "sample", "DATA.GENERATE_CLIPS", "[600,8,8]", "DATA.ROOT", str(small_disk / "set")]
+    assert "No space left on device" in refused(
+        small_run(*generate, "OVERWRITE", "True", "OUTPUT_DIR", f"{small_disk}/b")
+    )
 
 
 def test_keys_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

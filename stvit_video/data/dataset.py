@@ -5,7 +5,6 @@ whichever worker or process loads it.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +17,8 @@ from stvit_video.data.sampling import even_clips, random_clip
 from stvit_video.data.transforms import TestTransform, TrainTransform
 
 
-class SampleKey(NamedTuple):
+@dataclass(frozen=True)
+class SampleKey:
     """What a training sampler asks for: the video, and the epoch that its random choices belong to."""
 
     epoch: int
@@ -52,10 +52,11 @@ class Batch:
     labels: Tensor
     indices: Tensor
     failures: list[Failure]
+    missing: int = 0  # samples asked for that have no clip
 
     def pin_memory(self) -> "Batch":
         """Called by the loader where a GPU will read the batch."""
-        return Batch(self.clips.pin_memory(), self.labels.pin_memory(), self.indices, self.failures)
+        return Batch(self.clips.pin_memory(), self.labels.pin_memory(), self.indices, self.failures, self.missing)
 
 
 def collate(samples: list[Sample]) -> Batch:
@@ -66,11 +67,15 @@ def collate(samples: list[Sample]) -> Batch:
         labels=torch.tensor([sample.label for sample in read], dtype=torch.int64),
         indices=torch.tensor([sample.index for sample in read], dtype=torch.int64),
         failures=[failure for sample in samples for failure in sample.failures],
+        missing=len(samples) - len(read),
     )
 
 
 class TrainDataset(Dataset[Sample]):
-    """One random clip a video. An unreadable video is reported and the next one in the list taken instead."""
+    """One random clip a video. An unreadable video is reported and the next one in the list taken instead.
+
+    After ``MAX_TRIES`` in a row the sample has no views: the list or its root is wrong, which the trainer says.
+    """
 
     MAX_TRIES = 10
 
@@ -84,7 +89,7 @@ class TrainDataset(Dataset[Sample]):
         return len(self.videos)
 
     def __getitem__(self, key: SampleKey) -> Sample:
-        failures = []
+        failures: list[Failure] = []
         for attempt in range(self.MAX_TRIES):
             index = (key.index + attempt) % len(self.videos)
             video = self.videos[index]
@@ -96,7 +101,7 @@ class TrainDataset(Dataset[Sample]):
                 failures.append(Failure(error.path, "train", error.message))
                 continue
             return Sample(self.transform(frames, rng).unsqueeze(0), video.label, index, failures)
-        raise DecodeError(failures[0].path, f"{failures[0].message}; the {self.MAX_TRIES - 1} after it failed too")
+        return Sample(None, -1, key.index, failures)
 
 
 class TestDataset(Dataset[Sample]):

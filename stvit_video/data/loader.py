@@ -117,11 +117,12 @@ def build_train_loader(cfg: CfgNode, world: World, num_classes: int) -> DataLoad
     return _loader(cfg, world, dataset, sampler)
 
 
-def build_test_loader(cfg: CfgNode, world: World, split: str, num_classes: int) -> DataLoader:
-    """Return a loader of all test views (``split`` test), or of one view a video while training (``split`` val)."""
+def build_test_loader(
+    cfg: CfgNode, world: World, split: str, num_classes: int, *, clips: int = 1, crops: int = 1
+) -> DataLoader:
+    """Return a loader of ``clips`` x ``crops`` views of each video of ``split``."""
     videos = build_videos(cfg, split)
     check_labels(videos, num_classes, cfg.DATA[f"{split.upper()}_LIST"])
-    clips, crops = (cfg.TEST.CLIPS, cfg.TEST.CROPS) if split == "test" else (1, 1)
     dataset = TestDataset(
         videos,
         frames=cfg.DATA.FRAMES,
@@ -131,7 +132,8 @@ def build_test_loader(cfg: CfgNode, world: World, split: str, num_classes: int) 
         decode_side=cfg.TEST.SHORT_SIDE,
         stage=split,
     )
-    batch = max(1, cfg.TEST.BATCH_SIZE * (cfg.TEST.CLIPS * cfg.TEST.CROPS if split == "val" else 1))
+    # As many views a batch as in the test, whatever the number of views a video.
+    batch = max(1, cfg.TEST.BATCH_SIZE * cfg.TEST.CLIPS * cfg.TEST.CROPS // (clips * crops))
     return _loader(cfg, world, dataset, ShardedBatches(len(videos), batch, world.rank, world.size))
 
 

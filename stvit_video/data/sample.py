@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stvit_video.errors import UsageError
+from stvit_video.progress import Progress
 
 MOTIONS = ("left", "right", "up", "down", "clockwise", "counter-clockwise", "growing", "shrinking")
 SHAPES = ("disc", "square", "triangle", "star", "ring", "cross", "bar", "half-disc")
@@ -75,7 +76,7 @@ def draw(shape: str, state: State, rng: np.random.Generator) -> Image:
     light, dark = rng.uniform(180, 255, size=3), rng.uniform(0, 75, size=3)
     colours = (light, dark) if rng.random() < 0.5 else (dark, light)
     background = _background(rng)
-    pattern, frequency = int(rng.integers(3)), rng.uniform(1.5, 2.5)
+    spokes, bend = int(rng.integers(2, 5)), rng.uniform(-1, 1)
     pixels = np.arange(SIDE) + 0.5
     frames = np.empty((len(state.x), SIDE, SIDE, 3), np.uint8)
     for i in range(len(state.x)):
@@ -84,7 +85,7 @@ def draw(shape: str, state: State, rng: np.random.Generator) -> Image:
         cos, sin = math.cos(state.angle[i]), math.sin(state.angle[i])
         u, v = (cos * dx + sin * dy) / state.radius[i], (cos * dy - sin * dx) / state.radius[i]
         cover = np.clip(_inside(shape, u, v) * state.radius[i] + 0.5, 0, 1)[..., None]  # antialiased edge
-        mix = np.clip(_texture(pattern, frequency, u, v) * 4 + 0.5, 0, 1)[..., None]
+        mix = np.clip(_texture(spokes, bend, u, v) * 4 + 0.5, 0, 1)[..., None]
         sprite = mix * colours[0] + (1 - mix) * colours[1]
         frames[i] = np.clip(cover * sprite + (1 - cover) * background, 0, 255)
     return frames
@@ -120,13 +121,10 @@ def _inside(shape: str, u: Float, v: Float) -> Float:
             return np.minimum(0.95 - r, v + 0.3)
 
 
-def _texture(pattern: int, frequency: float, u: Float, v: Float) -> Float:
-    """Return a signed pattern in sprite coordinates that turns and grows with the sprite: stripes, halves, a quarter."""
-    if pattern == 0:
-        return np.sin(frequency * 2 * u + 0.7)
-    if pattern == 1:
-        return u + 0.3 * np.sin(2 * frequency * v)
-    return np.minimum(u, v)
+def _texture(spokes: int, bend: float, u: Float, v: Float) -> Float:
+    """Return a signed pattern of bent spokes in sprite coordinates, which turns and grows with the sprite."""
+    r = np.hypot(u, v)
+    return np.sin(spokes * (np.arctan2(v, u) + bend * r)) * r
 
 
 def video_labels(index: int) -> tuple[str, str]:
@@ -254,13 +252,13 @@ def _is_there(path: Path) -> bool:
 
 
 def _run(todo: Sequence[Job], workers: int, progress: bool, root: str) -> None:
-    from tqdm import tqdm
-
     # Threads of torch and decord do not survive a fork, so workers start fresh.
-    with ProcessPoolExecutor(min(workers, len(todo) // 16 + 1), mp_context=get_context("spawn")) as pool:
-        done = pool.map(Job.__call__, todo, chunksize=16)
-        for _ in tqdm(done, f"sample set in {root}", len(todo), unit="file", disable=not progress, mininterval=0.5):
-            pass
+    with (
+        ProcessPoolExecutor(min(workers, len(todo) // 16 + 1), mp_context=get_context("spawn")) as pool,
+        Progress(f"sample set in {root}", len(todo), enabled=progress) as bar,
+    ):
+        for _ in pool.map(Job.__call__, todo, chunksize=16):
+            bar.advance()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """Multi-view testing: each video scored once, or listed as failed, for any number of processes."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch.utils.data import DataLoader
 from stvit_video.data.dataset import Failure
 from stvit_video.data.loader import build_classes, build_test_loader
 from stvit_video.distributed import World, gather_objects, on_main
-from stvit_video.engine.logging import Progress, describe_results
-from stvit_video.engine.metrics import Predictions, correct_at
+from stvit_video.engine.logging import describe_results
+from stvit_video.engine.metrics import Predictions
 from stvit_video.engine.plots import plot_confusion
 from stvit_video.engine.run_folder import RunFolder
 from stvit_video.engine.start import autocast, build_data, report_model
@@ -21,33 +22,39 @@ from stvit_video.errors import UsageError
 from stvit_video.models import load_pretrained
 from stvit_video.models.complexity import count_gflops, count_parameters
 from stvit_video.models.zoo import build_model
+from stvit_video.progress import Progress
 
 
-@torch.inference_mode()
 def predict(model: nn.Module, loader: DataLoader, world: World, precision: str, title: str = "") -> Predictions:
     """Score every video of the loader's list: class probabilities averaged over its views, the same on every process.
 
-    Progress is shown where there is a ``title``. ``model`` is the bare network: nothing is exchanged between processes
-    until the end, so their shares may differ.
+    ``model`` is the bare network: nothing is exchanged between processes until the end, so their shares may differ.
     """
     model.eval()
+    return describe_videos(lambda clips: model(clips).float().softmax(dim=1), loader, world, precision, title)
+
+
+@torch.no_grad()
+def describe_videos(
+    describe: Callable[[Tensor], Tensor], loader: DataLoader, world: World, precision: str, title: str = ""
+) -> Predictions:
+    """Average the rows ``describe(clips)`` over the views of each video of the loader's list, on every process.
+
+    Progress is shown where there is a ``title``.
+    """
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
     failures: list[Failure] = []
-    done = correct = 0
-    started = time.monotonic()
+    done, started = 0, time.monotonic()
     with Progress(title, len(loader), enabled=bool(title) and world.is_main) as progress:
         for batch in loader:
             failures += batch.failures
             if len(batch.labels):
                 with autocast(world.device, precision):
-                    logits = model(batch.clips.to(world.device, non_blocking=True))
-                views = len(logits) // len(batch.labels)
-                scores = logits.float().softmax(dim=1).unflatten(0, (-1, views)).mean(dim=1).cpu()
-                rows.append((batch.indices, batch.labels, scores))
+                    figures = describe(batch.clips.to(world.device, non_blocking=True)).float()
+                views = len(figures) // len(batch.labels)
+                rows.append((batch.indices, batch.labels, figures.unflatten(0, (-1, views)).mean(dim=1).cpu()))
                 done += len(batch.labels)
-                correct += correct_at(scores, batch.labels, 1)
-            rate = done / (time.monotonic() - started)
-            progress.advance(f"top1 {100 * correct / max(1, done):.1f} %  {rate:.1f} videos/s")
+            progress.advance(f"{done / (time.monotonic() - started):.1f} videos/s")
     return _join(gather_objects(world, (rows, failures)), len(loader.dataset))  # type: ignore[arg-type]
 
 
@@ -80,7 +87,7 @@ def test_model(
     cfg: CfgNode, world: World, folder: RunFolder, model: nn.Module, classes: list[str], earlier: list[Failure]
 ) -> dict[str, Any]:
     """Test ``model`` with all views, write results, failures and confusion matrix; return the results."""
-    loader = build_test_loader(cfg, world, "test", len(classes))
+    loader = build_test_loader(cfg, world, "test", len(classes), clips=cfg.TEST.CLIPS, crops=cfg.TEST.CROPS)
     started = time.monotonic()
     predictions = predict(model, loader, world, cfg.PRECISION, "test")
     seconds = time.monotonic() - started

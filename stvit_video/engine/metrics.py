@@ -16,7 +16,10 @@ def correct_at(scores: Tensor, labels: Tensor, k: int) -> int:
 
 @dataclass
 class Predictions:
-    """Class probabilities (N, classes), averaged over each video's views, and labels (N,), in list order."""
+    """Scores (N, classes), averaged over each video's views, and labels (N,), in list order.
+
+    The scores are class probabilities, or, where a backbone is described, features (N, C).
+    """
 
     scores: Tensor
     labels: Tensor

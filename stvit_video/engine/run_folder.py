@@ -26,7 +26,7 @@ FREE_KEYS = (
     "MODE", "OUTPUT_DIR", "OVERWRITE", "DEVICE", "DATA.WORKERS", "DATA.GENERATE", "TRAIN.RESUME", "CHECKPOINT.KEEP",
     "PARALLEL.TIMEOUT_S",
 )  # fmt: skip
-RESULT_FILES = ("results.json", "confusion.png", "failures.csv")
+RESULT_FILES = ("results.json", "confusion.png", "failures.csv", "transfer.json")
 TRAINING_FILES = ("metrics.jsonl", "curves.png", "model.safetensors", "config.yaml", "environment.json")
 PACKAGES = ("torch", "torchvision", "pytorchvideo", "decord", "decord2", "av", "fvcore", "numpy", "submitit")
 
@@ -46,6 +46,9 @@ class RunFolder:
     def weights(self) -> Path:
         return self.path / "model.safetensors"
 
+    def _results_of(self, mode: str) -> Path:
+        return self.path / "transfer.json" if mode == "transfer" else self.results
+
     def is_finished(self) -> bool:
         """Say whether the run here was trained and tested."""
         return self.results.is_file() and self.weights.is_file()
@@ -55,9 +58,10 @@ class RunFolder:
         self._check_ownership(cfg)
         if cfg.OVERWRITE:
             self._clear(everything=cfg.MODE == "train")
-        elif cfg.MODE == "test" and self.results.exists():
+        elif cfg.MODE != "train" and self._results_of(cfg.MODE).exists():
+            init = cfg.MODEL.INIT or self.weights
             raise UsageError(
-                f"{self.results} exists; give another OUTPUT_DIR (and MODEL.INIT {self.weights}), or OVERWRITE True."
+                f"{self._results_of(cfg.MODE)} exists; give another OUTPUT_DIR (and MODEL.INIT {init}) or OVERWRITE True."
             )
         elif cfg.MODE == "train" and cfg.TRAIN.RESUME == "never" and list_checkpoints(self.checkpoints):
             raise UsageError(
@@ -65,10 +69,12 @@ class RunFolder:
                 f"OVERWRITE True to start again, or give another OUTPUT_DIR."
             )
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            if not (self.path / "config.yaml").exists():
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not (self.path / "config.yaml").exists():  # first of all files: it marks the folder as a run's
                 write_atomically(self.path / "config.yaml", cfg.dump().encode())
+            if not (self.path / "environment.json").exists():
                 write_atomically(self.path / "environment.json", json.dumps(environment(), indent=2).encode())
+            self.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
             raise UsageError(
                 f"OUTPUT_DIR {self.path} cannot be written ({error.strerror}); give a folder that can, with space left."
@@ -77,7 +83,7 @@ class RunFolder:
     def _check_ownership(self, cfg: CfgNode) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"OUTPUT_DIR {self.path} is a file; give a folder.")
-        if not self.path.is_dir() or not any(self.path.iterdir()):
+        if not self.path.is_dir() or all(path.name == ".config.yaml.tmp" for path in self.path.iterdir()):
             return
         recorded = self._recorded_config()
         if recorded is None:

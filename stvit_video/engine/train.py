@@ -16,18 +16,20 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from stvit_video.data.dataset import Batch, Failure
+from stvit_video.data.dataset import Batch, Failure, TrainDataset
 from stvit_video.data.loader import build_classes, build_test_loader, build_train_loader
 from stvit_video.distributed import World, gather_objects, on_main, sum_over_world
 from stvit_video.engine.checkpoint import load_newest, save_checkpoint, save_weights
 from stvit_video.engine.evaluate import check_failures, predict, test_model
-from stvit_video.engine.logging import MetricsLog, Progress, describe_results, read_metrics
+from stvit_video.engine.logging import MetricsLog, describe_results, read_metrics
 from stvit_video.engine.optim import build_optimizer, build_scheduler
 from stvit_video.engine.plots import plot_curves
 from stvit_video.engine.run_folder import RunFolder
 from stvit_video.engine.start import autocast, build_data, report_model
+from stvit_video.errors import UsageError
 from stvit_video.models import load_pretrained
 from stvit_video.models.zoo import build_model
+from stvit_video.progress import Progress
 
 LOG_EVERY = 8  # steps between rows of metrics.jsonl
 
@@ -109,6 +111,12 @@ class Trainer:
         for i in range(self.accumulate):
             batch = next(batches)
             self.failures += batch.failures
+            if batch.missing:
+                first = batch.failures[0]
+                raise UsageError(
+                    f"{TrainDataset.MAX_TRIES} training videos in a row could not be read, the first {first.path}: "
+                    f"{first.message}. Check DATA.ROOT and DATA.TRAIN_LIST."
+                )
             clips, labels = (x.to(self.world.device, non_blocking=True) for x in (batch.clips, batch.labels))
             # Gradients are exchanged once a step, with its last batch.
             unsynchronised = isinstance(self.model, DistributedDataParallel) and i + 1 < self.accumulate

@@ -12,10 +12,11 @@ from stvit_video import run
 from stvit_video.config import load_config
 from stvit_video.distributed import World
 from stvit_video.engine import train as train_module
-from stvit_video.engine.logging import MetricsLog, Progress, read_metrics
+from stvit_video.engine.logging import MetricsLog, read_metrics
 from stvit_video.engine.start import autocast
 from stvit_video.engine.train import build_trainer
 from stvit_video.models.zoo import build_model
+from stvit_video.progress import Progress
 
 WORLD = World(0, 1, torch.device("cpu"))
 

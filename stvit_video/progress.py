@@ -1,0 +1,53 @@
+"""Progress as a person sees it: a bar on a terminal, plain lines in a log file."""
+
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+PLAIN_LINE_SECONDS = 10.0
+
+
+class Progress:
+    """One progress bar on a terminal, a plain line now and then elsewhere; silent where not ``enabled``."""
+
+    def __init__(self, title: str, total: int, done: int = 0, *, enabled: bool = True) -> None:
+        self.title, self.total, self.done, self.first = title, total, done, done
+        self.started = self.last_line = time.monotonic()
+        on_terminal = sys.stderr.isatty()
+        self.plain = enabled and not on_terminal
+        self.bar = tqdm(total=total, desc=title, initial=done, disable=not (enabled and on_terminal), leave=True)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.close()
+
+    def advance(self, text: str = "") -> None:
+        """Note one more step done, ``text`` saying how it goes."""
+        self.done += 1
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+        now = time.monotonic()
+        if self.plain and (now - self.last_line >= PLAIN_LINE_SECONDS or self.done == self.total):
+            self.last_line = now
+            left = (now - self.started) / (self.done - self.first) * (self.total - self.done)
+            print(f"{self.title} {self.done}/{self.total}  {text}  eta {clock(left)}", flush=True)
+
+    def note(self, text: str) -> None:
+        """Print a line of its own beside the bar."""
+        if self.plain:
+            print(text, flush=True)
+        elif not self.bar.disable:
+            self.bar.write(text, file=sys.stdout)
+
+
+def clock(seconds: float) -> str:
+    """Return seconds as h:mm:ss, or m:ss below an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
