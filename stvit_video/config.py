@@ -50,7 +50,14 @@ KEYS = (
     Key("MODEL.PRESET", None, "paper (default of stvit models) or fast", kind=str, choices=("paper", "fast")),
     Key("MODEL.BASE_DEPTH", None, "blocks on all tokens before the semantic ones; fewer is faster", kind=int, low=1),
     Key("MODEL.STGM_DEPTH", None, "blocks that generate semantic tokens", kind=int, low=2, high=4),
-    Key("MODEL.REGIONS", None, "centres along time, height, width; [T/tubelet, 4, 4] by default", kind=list, length=3),
+    Key(
+        "MODEL.REGIONS",
+        None,
+        "centres along time, height, width; [T/tubelet, 4, 4] if unset",
+        kind=list,
+        length=3,
+        low=1,
+    ),
     Key("MODEL.POOLING", None, "how centres start", kind=str, choices=("mask", "max", "mean")),
     Key("MODEL.OFFSETS", None, "inter-window form: learned displacement of the pooled regions", kind=bool),
     Key("MODEL.GLOBAL_CENTRES", None, "learned global centres G", kind=bool),
@@ -99,7 +106,7 @@ KEYS = (
     Key("TRAIN.VAL_EVERY", 1, "epochs between validations", low=1),
     Key("OPTIM.LR", 1e-3, "AdamW's peak learning rate at TRAIN.BATCH_SIZE", low=0),
     Key("OPTIM.WEIGHT_DECAY", 0.05, "on matrices only; biases, norms and embeddings are left alone", low=0),
-    Key("OPTIM.BETAS", [0.9, 0.999], "AdamW's decay rates", length=2, low=0, high=1),
+    Key("OPTIM.BETAS", [0.9, 0.999], "AdamW's decay rates", length=2, low=0, high=0.9999),
     Key("OPTIM.WARMUP_EPOCHS", 2.5, "linear rise of the learning rate, before the cosine", low=0),
     Key("OPTIM.CLIP_GRAD", 1.0, "largest gradient norm; 0: no clipping", low=0),
     Key("OPTIM.LABEL_SMOOTHING", 0.0, "0.1 is usual on Kinetics", low=0, high=0.99),
@@ -108,7 +115,7 @@ KEYS = (
     Key("TEST.CROPS", 3, "crops a clip along its longer side: 1 (centre) or 3", low=1, high=3),
     Key("TEST.SHORT_SIDE", 224, "short side of the frame that crops are cut from, in pixels", low=1),
     Key(
-        "TEST.BATCH_SIZE", 8, "videos a test batch; also fixes how figures are summed, so keep it when comparing", low=1
+        "TEST.BATCH_SIZE", 2, "videos a test batch; also fixes how figures are summed, so keep it when comparing", low=1
     ),
     Key("TRANSFER.NEIGHBOURS", 20, "k of the nearest-neighbour score in MODE transfer", low=1),
     Key("TRANSFER.TEMPERATURE", 0.07, "how much nearer neighbours weigh more; smaller is more", low=1e-4),
@@ -141,11 +148,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
         )
     try:
         content = CfgNode.load_yaml_with_base(str(path))
-    except (yaml.YAMLError, AttributeError, AssertionError, RecursionError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, AssertionError, RecursionError) as error:
         reason = str(error).replace("\n", " ") or type(error).__name__
         raise UsageError(f"Configuration {path} is not a YAML mapping of keys ({reason}); correct the file.") from error
-    except FileNotFoundError as error:
-        raise UsageError(f"Configuration {path}: _BASE_ names {error.filename}, which is missing.") from error
+    except OSError as error:
+        raise UsageError(f"Configuration {path}: _BASE_ names {error.filename}, which is not a file.") from error
     if not isinstance(content or {}, dict):
         raise UsageError(f"Configuration {path} is not a YAML mapping of keys; write lines `KEY: value`.")
     cfg = default_config()
@@ -170,6 +177,9 @@ def parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
             if not words:
                 raise UsageError(f"Override {word!r} has no value; write {word} VALUE or {word}=VALUE.")
             value = words.pop(0)
+        if name in BY_NAME and BY_NAME[name].type is str and not value.startswith(("[", "None")):
+            yield name, value  # as it was typed: a folder may be named by digits
+            continue
         try:
             yield name, yaml.safe_load(value)
         except yaml.YAMLError as error:
@@ -204,7 +214,7 @@ def _coerce(key: Key, value: Any, origin: str) -> Any:
         with contextlib.suppress(ValueError):  # YAML reads 1e-3, without a point, as a string
             value = float(value)
     if key.type is list and isinstance(value, tuple | list):
-        value = list(value)
+        value = [_coerce_element(key, element, origin) for element in value]
     if key.type is str and value is None:
         value = ""
     if key.type is str and isinstance(value, int | float) and not isinstance(value, bool):
@@ -214,6 +224,16 @@ def _coerce(key: Key, value: Any, origin: str) -> Any:
             f"{key.name} in {origin} is {value!r}, a {type(value).__name__}; it takes a {key.type.__name__} "
             f"({key.about}), for example {key.default!r}."
         )
+    return value
+
+
+def _coerce_element(key: Key, value: Any, origin: str) -> Any:
+    """Return an element of a list key as a number of the default's type; lists without a default hold integers."""
+    kind = type(key.default[0]) if key.default else int
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        raise UsageError(f"{key.name} in {origin} holds {value!r}; it takes {kind.__name__} values ({key.about}).")
     return value
 
 

@@ -40,7 +40,7 @@ def join_world(device: str = "auto", timeout_s: int = 1800) -> Iterator[World]:
     """
     present = [name for name in TORCHRUN_VARIABLES[:3] if name in os.environ]
     if not present:
-        yield World(0, 1, _pick_device(device, 0))
+        yield World(0, 1, _pick_device(device, 0, 1))
         return
     missing = [name for name in TORCHRUN_VARIABLES if name not in os.environ]
     if missing:
@@ -49,7 +49,7 @@ def join_world(device: str = "auto", timeout_s: int = 1800) -> Iterator[World]:
             f"(torchrun does), or none for a single process."
         )
     rank, size, local_rank = (int(os.environ[name]) for name in TORCHRUN_VARIABLES[:3])
-    target = _pick_device(device, local_rank)
+    target = _pick_device(device, local_rank, int(os.environ["LOCAL_WORLD_SIZE"]))
     if target.type == "cuda":
         torch.cuda.set_device(target)
     elif "OMP_NUM_THREADS" not in os.environ or os.environ["OMP_NUM_THREADS"] == "1":
@@ -63,14 +63,15 @@ def join_world(device: str = "auto", timeout_s: int = 1800) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def _pick_device(name: str, local_rank: int) -> torch.device:
+def _pick_device(name: str, local_rank: int, processes: int) -> torch.device:
+    """Return this process's device; all processes of a machine come to the same kind."""
     count = torch.cuda.device_count() if name != "cpu" and torch.cuda.is_available() else 0
-    if name == "cuda" and local_rank >= count:
+    if count < processes and (name == "cuda" or count > 0):
         raise UsageError(
-            f"DEVICE cuda for local rank {local_rank}, but {count} GPUs are visible; start one process a GPU or use "
-            f"DEVICE cpu."
+            f"{processes} process(es) on this machine with DEVICE {name}, but {count} GPUs are visible; "
+            f"start at most one process a GPU, or use DEVICE cpu."
         )
-    return torch.device("cuda", local_rank) if local_rank < count else torch.device("cpu")
+    return torch.device("cuda", local_rank) if count else torch.device("cpu")
 
 
 def gather_objects(world: World, value: Any) -> list[Any]:

@@ -35,12 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(
             f"error: {error.filename or 'a file of the run'} cannot be written or read ({error.strerror}); free space, "
-            f"set its permissions or choose another folder, then run the same command: it continues.",
+            f"set its permissions or choose another folder; the same command, without OVERWRITE, continues.",
             file=sys.stderr,
         )
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; the same command continues from the last checkpoint", file=sys.stderr)
+        print("\nstopped; the same command, without OVERWRITE, continues from the last checkpoint", file=sys.stderr)
         return 1
 
 

@@ -35,6 +35,7 @@ def test_both_forms_of_override_and_their_types(cfg_file: Path) -> None:
     assert cfg.OUTPUT_DIR == "a=b"
     assert cfg.OPTIM.CLIP_GRAD == 5.0
     assert isinstance(cfg.OPTIM.CLIP_GRAD, float)
+    assert load_config(cfg_file, ["OUTPUT_DIR", "007"]).OUTPUT_DIR == "007"
 
 
 def test_base_files_are_inherited_from_their_own_folder(cfg_file: Path, tmp_path: Path) -> None:
@@ -70,13 +71,17 @@ def test_the_result_cannot_be_changed(cfg_file: Path) -> None:
         (["PRECISION", "fp16"], "allowed: fp32, bf16"),
         (["MODEL.REGIONS", "[2, 4]"], "has 2 values; it takes 3"),
         (["DATA.SHORT_SIDE", "[320, 256]"], "smaller end"),
-        (["DATA.MEAN", "[a, b, c]"], "it takes numbers"),
+        (["DATA.MEAN", "[a, b, c]"], "it takes float values"),
         (["DATA.SIZE", "300"], "below DATA.SIZE"),
         (["TEST.SHORT_SIDE", "100"], "below DATA.SIZE"),
         (["TEST.CROPS", "2"], "1 (centre) or 3"),
         (["DATA.ROOT", ""], "DATA.ROOT is empty"),
         (["DATA.ROOT", "[a"], "quote it"),
         (["CHECKPOINT.KEEP", "1"], "at least 2"),
+        (["MODEL.REGIONS", "[0, 4, 4]"], "at least 1"),
+        (["MODEL.REGIONS", "[2.0, 4, 4]"], "it takes int values"),
+        (["DATA.SHORT_SIDE", "[256.5, 320]"], "it takes int values"),
+        (["OPTIM.BETAS", "[0.9, 1.0]"], "0 to 0.9999"),
     ],
 )
 def test_mistakes_are_named_with_what_is_allowed(cfg_file: Path, words: list[str], says: str) -> None:
@@ -95,6 +100,7 @@ def test_mistakes_are_named_with_what_is_allowed(cfg_file: Path, words: list[str
         ("_BASE_: absent.yaml\n", "_BASE_ names"),
         ("DATA:\n  ROTO: x\n", "Did you mean DATA.ROOT?"),
         ("DATA: 3\n", "Key DATA in"),
+        ("_BASE_: .\n", "which is not a file"),
         ("DATA:\n  ROOT: {a: 1}\n", "DATA.ROOT"),
         ("MODEL:\n  NAME: !!python/object/apply:os.getcwd []\n", "is not a YAML mapping"),
     ],

@@ -211,6 +211,14 @@ def test_results_are_never_overwritten_without_being_asked(
 
 
 def test_weights_of_another_network_are_not_tested(finished: Path, tmp_path: Path, refused: Refused) -> None:
+    small = create_model("stvit_vit_sample_patch8", num_frames=8, image_size=64, num_classes=8)
+    headless = {name: value for name, value in small.state_dict().items() if not name.startswith("head.")}
+    torch.save(headless, tmp_path / "headless.pth")
+    words = ("MODEL.INIT", str(tmp_path / "headless.pth"))
+    assert "head.proj.weight (new)" in refused(test_words(finished, "test", tmp_path / "out", *words))
+    words = ("MODEL.INIT", str(finished / "run" / "model.safetensors"), "MODEL.FIRST_RESIDUAL", "False")
+    assert "trained with first_residual None" in refused(test_words(finished, "test", tmp_path / "out", *words))
+    assert not (tmp_path / "out").exists()
     torch.save(
         create_model("vit_tiny_patch16", num_frames=8, image_size=64, num_classes=8).state_dict(), tmp_path / "w.pth"
     )
@@ -239,6 +247,17 @@ def test_no_space_left_is_one_line(small_disk: Path, small_run: Arguments, refus
     assert "No space left on device" in refused(
         small_run(*generate, "OVERWRITE", "True", "OUTPUT_DIR", f"{small_disk}/b")
     )
+
+
+def test_a_mistake_touches_no_folder(small_run: Arguments, refused: Refused, tmp_path: Path) -> None:
+    """Neither a new one, so that the corrected command starts, nor the run that OVERWRITE would replace."""
+    for words in (["MODEL.NAME", "vit"], ["DATA.TEST_LIST", "absent.csv"], ["TRAIN.BATCH_SIZE", "64"]):
+        refused(small_run(*words))
+        assert not (tmp_path / "run").exists()
+    assert run.main(small_run()) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    refused(small_run("OVERWRITE", "True", "DATA.VAL_LIST", "absent.csv"))
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
 
 
 def test_keys_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Annotation lists: which videos there are, and what they show."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def read_list(path: str | Path, root: str | Path = "") -> list[Video]:
 def _parse_line(line: str, place: str, root: Path) -> Video:
     cut = max(line.rfind(separator) for separator in (" ", ",", "\t"))
     name, label = line[: max(cut, 0)].rstrip(" ,\t").strip('"'), line[cut + 1 :]
-    if not name or not label.lstrip("+-").isdecimal():
+    if not name or not re.fullmatch(r"[+-]?[0-9]+", label):
         raise UsageError(
             f"{place}: {line!r} has no label; write the path, a space, comma or tab, and the label as a whole number."
         )
@@ -52,7 +53,12 @@ def read_classes(path: str | Path) -> list[str]:
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"Class file {path} is not a file; give one class name a line, in the order of the labels.")
-    names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"Class file {path} is not UTF-8 text ({error.reason}); give one class name a line."
+        ) from error
     if not names:
         raise UsageError(f"Class file {path} is empty; give one class name a line.")
     return names

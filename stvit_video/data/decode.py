@@ -68,10 +68,10 @@ class VideoReader:
 def _reduced_size(path: str, short_side: int) -> tuple[int, int]:
     """Return the (width, height) to decode at, (-1, -1) for the file's own, read from its header."""
     try:
-        with av.open(path) as container:
-            if not container.streams.video:
-                raise DecodeError(path, "has no video stream")
-            stream = container.streams.video[0]
+        with av.open(path, metadata_errors="ignore") as container:
+            stream = next(iter(container.streams.video), None)
+            if stream is None or stream.codec_context is None:
+                raise DecodeError(path, "has no video stream that can be decoded")
             width, height = stream.codec_context.width, stream.codec_context.height
     except (av.FFmpegError, OSError, ValueError) as error:
         raise DecodeError(path, f"cannot be opened as video ({_reason(error)})") from error

@@ -267,9 +267,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--root", default="data/sample", help="folder to write to (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same files (default: %(default)s)")
     options = parser.parse_args(arguments)
+    if options.seed < 0:
+        parser.error(f"--seed {options.seed} is negative; give a whole number from 0")
     try:
         prepare(options.root, Spec(seed=options.seed))
-    except UsageError as error:
+    except (UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,5 +1,6 @@
 """Multi-view testing: each video scored once, or listed as failed, for any number of processes."""
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from stvit_video.engine.plots import plot_confusion
 from stvit_video.engine.run_folder import RunFolder
 from stvit_video.engine.start import autocast, build_data, report_model
 from stvit_video.errors import UsageError
-from stvit_video.models import load_pretrained
+from stvit_video.models import LoadReport, load_pretrained
 from stvit_video.models.complexity import count_gflops, count_parameters
 from stvit_video.models.zoo import build_model
 from stvit_video.progress import Progress
@@ -120,6 +121,26 @@ def test_model(
     return on_main(world, write)
 
 
+def check_all_loaded(report: LoadReport, model: nn.Module) -> None:
+    """Raise UsageError unless the checkpoint is this network's own: to test other weights would be to test nothing.
+
+    Only the time embedding, which starts at zero, may be new: an image model is tested on video with it.
+    """
+    strange = [f"{key} ({status})" for status in ("new", "wrong shape", "unused") for key in report.keys[status]]
+    strange = [key for key in strange if key != "time_embed (new)"]
+    if strange:
+        raise UsageError(
+            f"{report.source} is not a whole checkpoint of {model.name}: {', '.join(strange[:8])}"
+            f"{' ...' if len(strange) > 8 else ''}. Give the MODEL settings that it was trained with."
+        )
+    given, built = report.arguments, dict(model.arguments, name=model.name)  # type: ignore[arg-type]
+    sizes = ("num_frames", "image_size", "num_classes", "drop_path", "dropout")
+    for key in sorted(given.keys() | built.keys()) if given else ():
+        old, new = given.get(key), built.get(key)
+        if key not in sizes and json.dumps(old) != json.dumps(new):
+            raise UsageError(f"{report.source} was trained with {key} {old!r}, not {new!r}; set MODEL to match it.")
+
+
 def test(cfg: CfgNode, world: World) -> None:
     """Run MODE test: the weights of MODEL.INIT, or else those that OUTPUT_DIR holds."""
     build_data(cfg, world)
@@ -131,8 +152,9 @@ def test(cfg: CfgNode, world: World) -> None:
         )
     classes = build_classes(cfg)
     model = build_model(cfg, len(classes))
-    # A test of weights that were not loaded would be a test of nothing.
-    report = load_pretrained(model, source, min_coverage=max(0.99, cfg.MODEL.INIT_MIN_COVERAGE))
+    report = load_pretrained(model, source, min_coverage=0.9)
+    check_all_loaded(report, model)
+    build_test_loader(cfg, world, "test", len(classes))  # a wrong list is said before anything is written
     on_main(world, lambda: folder.claim(cfg))
     if world.is_main:
         print(report, flush=True)

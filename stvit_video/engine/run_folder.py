@@ -23,10 +23,15 @@ from stvit_video.errors import UsageError
 
 # Keys that may change between a run and its continuation: they do not change what is computed.
 FREE_KEYS = (
-    "MODE", "OUTPUT_DIR", "OVERWRITE", "DEVICE", "DATA.WORKERS", "DATA.GENERATE", "TRAIN.RESUME", "CHECKPOINT.KEEP",
-    "PARALLEL.TIMEOUT_S",
+    "MODE", "OUTPUT_DIR", "OVERWRITE", "DEVICE", "DATA.WORKERS", "DATA.GENERATE", "DATA.MAX_FAILURES", "TRAIN.RESUME",
+    "CHECKPOINT.KEEP", "PARALLEL.TIMEOUT_S",
 )  # fmt: skip
-RESULT_FILES = ("results.json", "confusion.png", "failures.csv", "transfer.json")
+# What each mode writes at its end; training writes TRAINING_FILES too.
+RESULT_FILES = {
+    "train": ("results.json", "confusion.png", "failures.csv"),
+    "test": ("results.json", "confusion.png", "failures.csv"),
+    "transfer": ("transfer.json", "failures.csv"),
+}
 TRAINING_FILES = ("metrics.jsonl", "curves.png", "model.safetensors", "config.yaml", "environment.json")
 PACKAGES = ("torch", "torchvision", "pytorchvideo", "decord", "decord2", "av", "fvcore", "numpy", "submitit")
 
@@ -46,29 +51,56 @@ class RunFolder:
     def weights(self) -> Path:
         return self.path / "model.safetensors"
 
-    def _results_of(self, mode: str) -> Path:
-        return self.path / "transfer.json" if mode == "transfer" else self.results
-
     def is_finished(self) -> bool:
         """Say whether the run here was trained and tested."""
         return self.results.is_file() and self.weights.is_file()
 
-    def claim(self, cfg: CfgNode) -> None:
-        """Make the folder this run's: create it, or make sure that what it holds is this run's earlier part."""
-        self._check_ownership(cfg)
-        if cfg.OVERWRITE:
-            self._clear(everything=cfg.MODE == "train")
-        elif cfg.MODE != "train" and self._results_of(cfg.MODE).exists():
+    def has_progress(self) -> bool:
+        """Say whether there is anything here that a run would lose."""
+        results = {name for names in RESULT_FILES.values() for name in names if name.endswith(".json")}
+        found = any((self.path / name).exists() for name in results)
+        return found or self.weights.exists() or bool(list_checkpoints(self.checkpoints))
+
+    def check(self, cfg: CfgNode) -> None:
+        """Make sure that the run of ``cfg`` may write here; nothing is touched."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"OUTPUT_DIR {self.path} is a file; give a folder.")
+        if not self.path.is_dir() or all(path.name == ".config.yaml.tmp" for path in self.path.iterdir()):
+            return
+        recorded = self._recorded_config()
+        if recorded is None:
+            raise UsageError(f"OUTPUT_DIR {self.path} holds files that are not a run's; give an empty or new folder.")
+        if cfg.OVERWRITE or not self.has_progress():
+            return
+        if cfg.MODE == "train":
+            _refuse_other_settings(self.path, recorded, yaml.safe_load(cfg.dump()))
+            self._refuse_continuing(cfg)
+            return
+        results = [name for name in RESULT_FILES[cfg.MODE] if (self.path / name).exists()]
+        if results and (cfg.MODE == "transfer" or self.results.exists()):
             init = cfg.MODEL.INIT or self.weights
             raise UsageError(
-                f"{self._results_of(cfg.MODE)} exists; give another OUTPUT_DIR (and MODEL.INIT {init}) or OVERWRITE True."
+                f"OUTPUT_DIR {self.path} holds results ({', '.join(results)}); "
+                f"give another one (and MODEL.INIT {init}), or OVERWRITE True."
             )
-        elif cfg.MODE == "train" and cfg.TRAIN.RESUME == "never" and list_checkpoints(self.checkpoints):
+
+    def _refuse_continuing(self, cfg: CfgNode) -> None:
+        if cfg.TRAIN.RESUME == "never" and list_checkpoints(self.checkpoints):
             raise UsageError(
                 f"{self.checkpoints} holds checkpoints and TRAIN.RESUME is never; set it to auto to continue, "
                 f"OVERWRITE True to start again, or give another OUTPUT_DIR."
             )
+        if self.results.exists() and not self.weights.exists():
+            raise UsageError(
+                f"{self.results} is of a test, not of a training run; give another OUTPUT_DIR, or OVERWRITE True."
+            )
+
+    def claim(self, cfg: CfgNode) -> None:
+        """Make the folder this run's, clearing what it replaces; ``check`` comes first."""
+        self.check(cfg)
         try:
+            if cfg.OVERWRITE or not self.has_progress():
+                self._clear(cfg.MODE)
             self.path.mkdir(parents=True, exist_ok=True)
             if not (self.path / "config.yaml").exists():  # first of all files: it marks the folder as a run's
                 write_atomically(self.path / "config.yaml", cfg.dump().encode())
@@ -80,17 +112,6 @@ class RunFolder:
                 f"OUTPUT_DIR {self.path} cannot be written ({error.strerror}); give a folder that can, with space left."
             ) from error
 
-    def _check_ownership(self, cfg: CfgNode) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            raise UsageError(f"OUTPUT_DIR {self.path} is a file; give a folder.")
-        if not self.path.is_dir() or all(path.name == ".config.yaml.tmp" for path in self.path.iterdir()):
-            return
-        recorded = self._recorded_config()
-        if recorded is None:
-            raise UsageError(f"OUTPUT_DIR {self.path} holds files that are not a run's; give an empty or new folder.")
-        if cfg.MODE == "train" and not cfg.OVERWRITE:
-            _refuse_other_settings(self.path, recorded, yaml.safe_load(cfg.dump()))
-
     def _recorded_config(self) -> dict[str, Any] | None:
         """Return the configuration of the run that owns the folder, None where no run does."""
         try:
@@ -99,11 +120,11 @@ class RunFolder:
             return None
         return recorded if isinstance(recorded, dict) and {"MODEL", "DATA", "OUTPUT_DIR"} <= recorded.keys() else None
 
-    def _clear(self, everything: bool) -> None:
-        """Delete what runs write here, and nothing else."""
-        for name in RESULT_FILES + (TRAINING_FILES if everything else ()):
+    def _clear(self, mode: str) -> None:
+        """Delete what an earlier run of this mode wrote here, and nothing else."""
+        for name in RESULT_FILES[mode] + (TRAINING_FILES if mode == "train" else ()):
             (self.path / name).unlink(missing_ok=True)
-        if everything:
+        if mode == "train":
             shutil.rmtree(self.checkpoints, ignore_errors=True)
             for events in self.path.glob("events.out.tfevents.*"):
                 events.unlink()
@@ -119,6 +140,14 @@ class RunFolder:
         writer.writerow(("path", "stage", "message"))
         writer.writerows(sorted({(failure.path, failure.stage, failure.message) for failure in failures}))
         write_atomically(self.path / "failures.csv", text.getvalue().encode())
+
+    def read_failures(self) -> list[Failure]:
+        """Return the rows of ``failures.csv``: what the earlier part of an interrupted run reported."""
+        path = self.path / "failures.csv"
+        if not path.is_file():
+            return []
+        with open(path, newline="", encoding="utf-8") as file:
+            return [Failure(**row) for row in csv.DictReader(file)]
 
 
 def _refuse_other_settings(path: Path, recorded: dict[str, Any], current: dict[str, Any]) -> None:

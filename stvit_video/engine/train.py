@@ -66,10 +66,6 @@ class Trainer:
     def steps_per_epoch(self) -> int:
         return len(self.loader) // self.accumulate
 
-    @property
-    def num_videos(self) -> int:
-        return len(self.loader.dataset)  # type: ignore[arg-type]
-
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint holds."""
         return {
@@ -90,10 +86,11 @@ class Trainer:
     def train_epoch(self, progress: Progress, log: MetricsLog | None) -> None:
         """Take every step of the next epoch."""
         self.loader.batch_sampler.epoch = self.epoch  # type: ignore[union-attr]
-        # Dropout then depends on seed, epoch and rank alone, whether or not the run was interrupted before.
-        torch.manual_seed(int(np.random.SeedSequence([self.seed, self.epoch, self.world.rank]).generate_state(1)[0]))
         self.model.train()
         batches, sums, text = TimedBatches(self.loader), self._zeros(), ""
+        # Dropout then depends on seed, epoch and rank alone, whether or not the run was interrupted before. After the
+        # loader's start: that draws a number, but only when its workers start too.
+        torch.manual_seed(int(np.random.SeedSequence([self.seed, self.epoch, self.world.rank]).generate_state(1)[0]))
         for i in range(1, self.steps_per_epoch + 1):
             sums += self.take_step(batches)
             if i % LOG_EVERY == 0 or i == self.steps_per_epoch:
@@ -212,8 +209,8 @@ def train(cfg: CfgNode, world: World) -> None:
     """Run MODE train: from the start or the newest checkpoint, then test. A finished run is reported, not redone."""
     build_data(cfg, world)
     folder = RunFolder(cfg.OUTPUT_DIR)
-    on_main(world, lambda: folder.claim(cfg))
-    if folder.is_finished():
+    on_main(world, lambda: folder.check(cfg))
+    if folder.is_finished() and not cfg.OVERWRITE:
         if world.is_main:
             print(f"{cfg.OUTPUT_DIR} is finished (OVERWRITE True runs it again):")
             print(describe_results(json.loads(folder.results.read_text())), flush=True)
@@ -221,29 +218,33 @@ def train(cfg: CfgNode, world: World) -> None:
     classes = build_classes(cfg)
     torch.manual_seed(cfg.SEED)
     model = build_model(cfg, len(classes))
-    state = load_newest(folder.checkpoints)
+    state = None if cfg.OVERWRITE else load_newest(folder.checkpoints)
     if cfg.MODEL.INIT and state is None:
         report = load_pretrained(
             model, cfg.MODEL.INIT, min_coverage=cfg.MODEL.INIT_MIN_COVERAGE, new_head=cfg.MODEL.NEW_HEAD
         )
         if world.is_main:
             print(report, flush=True)
+    # All that can be wrong is found before the folder is touched, and before hours of training.
+    trainer = build_trainer(cfg, world, model, len(classes))
+    val_loader = build_test_loader(cfg, world, "val", len(classes)) if cfg.DATA.VAL_LIST else None
+    build_test_loader(cfg, world, "test", len(classes))
+    on_main(world, lambda: folder.claim(cfg))
     if world.is_main:
         report_model(cfg, model, world, len(classes))
-    trainer = build_trainer(cfg, world, model, len(classes))
     if state is not None:
         trainer.restore(state)
+        trainer.failures = on_main(world, folder.read_failures)
         if world.is_main:
             print(f"continuing after epoch {trainer.epoch}, step {trainer.step}", flush=True)
-    train_epochs(cfg, trainer, folder, len(classes))
+    train_epochs(cfg, trainer, folder, val_loader)
     on_main(world, lambda: finish_training(folder, trainer, classes))
     test_model(cfg, world, folder, trainer.bare_model, classes, trainer.failures)
 
 
-def train_epochs(cfg: CfgNode, trainer: Trainer, folder: RunFolder, num_classes: int) -> None:
+def train_epochs(cfg: CfgNode, trainer: Trainer, folder: RunFolder, val_loader: DataLoader | None) -> None:
     """Take the epochs that are left; validate, and write a checkpoint after each."""
     world = trainer.world
-    val_loader = build_test_loader(cfg, world, "val", num_classes) if cfg.DATA.VAL_LIST else None
     log = MetricsLog(folder.path, trainer.step) if world.is_main else None
     total = cfg.TRAIN.EPOCHS * trainer.steps_per_epoch
     with Progress("train", total, trainer.step, enabled=world.is_main) as progress:
@@ -252,10 +253,11 @@ def train_epochs(cfg: CfgNode, trainer: Trainer, folder: RunFolder, num_classes:
             if val_loader is not None and trainer.epoch % cfg.TRAIN.VAL_EVERY == 0:
                 validate(cfg, trainer, val_loader, progress, log)
             trainer.failures = gather_failures(world, trainer.failures)
-            failed = len({failure.path for failure in trainer.failures})
             on_main(world, lambda: folder.write_failures(trainer.failures))
-            check_failures(failed, trainer.num_videos, cfg.DATA.MAX_FAILURES, "training")
             on_main(world, lambda: save_checkpoint(folder.checkpoints, trainer.state(), cfg.CHECKPOINT.KEEP))
+            for stage, loader in (("train", trainer.loader), ("val", val_loader)):
+                failed = len({failure.path for failure in trainer.failures if failure.stage == stage})
+                check_failures(failed, len(loader.dataset) if loader else 0, cfg.DATA.MAX_FAILURES, stage)  # type: ignore[arg-type]
     if log is not None:
         log.close()
 

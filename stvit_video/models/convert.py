@@ -5,14 +5,17 @@ loaded video model gives what the image model gives: kernels are repeated over t
 embeddings repeated.
 """
 
+import json
 import pickle
 import re
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from stvit_video.errors import UsageError
@@ -31,6 +34,7 @@ class LoadReport:
     keys: dict[str, list[str]] = field(default_factory=lambda: {status: [] for status in STATUSES})
     notes: list[str] = field(default_factory=list)
     coverage: float = 0.0
+    arguments: dict[str, Any] = field(default_factory=dict)  # the source model's, where its file says
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {self.layout} layout, {100 * self.coverage:.1f} % of the weights covered"]
@@ -52,6 +56,8 @@ def load_pretrained(
     """
     state = read_state_dict(source) if isinstance(source, str | Path) else dict(source)
     report = LoadReport(str(source) if isinstance(source, str | Path) else "state dict", "stvit_video")
+    if isinstance(source, str | Path):
+        report.arguments = read_arguments(Path(source))
     if "head.weight" in state or "cls_token" in state:
         report.layout = "timm ViT"
         state = from_timm_vit(state, report.notes)
@@ -113,6 +119,17 @@ def read_state_dict(path: str | Path) -> StateDict:
     return tensors
 
 
+def read_arguments(path: Path) -> dict[str, Any]:
+    """Return name and arguments of the model that this package saved as ``.safetensors``; nothing for other files."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    if not {"name", "arguments"} <= metadata.keys():
+        return {}
+    return {"name": metadata["name"], **json.loads(metadata["arguments"])}
+
+
 def _read_safetensors(path: Path) -> StateDict:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -134,7 +151,7 @@ def _read_torch(path: Path) -> object:
                 f"save its state dict alone and give that file."
             ) from error
         raise UsageError(f"Checkpoint {path} is not a torch file; fetch it again.") from error
-    except (RuntimeError, EOFError, ValueError) as error:
+    except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(f"Checkpoint {path} is damaged or cut short ({reason}); fetch it again.") from error
 

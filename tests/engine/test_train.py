@@ -48,7 +48,9 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("extra", [[], ["MODEL.DROPOUT", "0.2", "MODEL.DROP_PATH", "0.2"]], ids=["plain", "dropout"])
+@pytest.mark.parametrize(
+    "extra", [[], ["MODEL.DROPOUT", "0.2", "MODEL.DROP_PATH", "0.2", "DATA.WORKERS", "1"]], ids=["plain", "dropout"]
+)
 def test_interrupted_after_an_epoch_equals_uninterrupted(
     small_run: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: list[str]
 ) -> None:

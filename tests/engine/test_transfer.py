@@ -50,5 +50,5 @@ def test_the_mode_scores_an_image_checkpoint_and_names_what_it_used(
     assert [row["method"].split(" (")[0] for row in content["rows"]] == ["k-nearest neighbours", "linear probe"]
     assert all(row["coverage"] == 1 and 0 <= row["top1"] <= row["top5"] <= 100 for row in content["rows"])
     assert "k 3, temperature 0.07" in capsys.readouterr().out
-    assert "transfer.json exists" in refused(small_run(*words))
+    assert "holds results (transfer.json" in refused(small_run(*words))
     assert "needs a checkpoint" in refused(small_run("MODE", "transfer"))
