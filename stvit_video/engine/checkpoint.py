@@ -13,8 +13,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-# What reading a file that is not a whole checkpoint raises, by where it was damaged.
-DAMAGE = (OSError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError)
+from stvit_video.models.convert import DAMAGE
+
 REQUIRED = ("model", "optimizer", "scheduler", "epoch", "step")
 
 
@@ -63,7 +63,7 @@ def load_newest(folder: Path) -> dict[str, Any] | None:
     for path in list_checkpoints(folder):
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-        except (*DAMAGE, pickle.UnpicklingError) as error:
+        except (OSError, pickle.UnpicklingError, *DAMAGE) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             warnings.warn(f"checkpoint {path} is damaged ({reason[:120]}); trying the one before", stacklevel=2)
             continue

@@ -85,10 +85,15 @@ def check_failures(failures: int, total: int, most: float, what: str) -> None:
 
 
 def test_model(
-    cfg: CfgNode, world: World, folder: RunFolder, model: nn.Module, classes: list[str], earlier: list[Failure]
+    cfg: CfgNode,
+    world: World,
+    folder: RunFolder,
+    model: nn.Module,
+    loader: DataLoader,
+    classes: list[str],
+    earlier: list[Failure],
 ) -> dict[str, Any]:
     """Test ``model`` with all views, write results, failures and confusion matrix; return the results."""
-    loader = build_test_loader(cfg, world, "test", len(classes), clips=cfg.TEST.CLIPS, crops=cfg.TEST.CROPS)
     started = time.monotonic()
     predictions = predict(model, loader, world, cfg.PRECISION, "test")
     seconds = time.monotonic() - started
@@ -154,9 +159,10 @@ def test(cfg: CfgNode, world: World) -> None:
     model = build_model(cfg, len(classes))
     report = load_pretrained(model, source, min_coverage=0.9)
     check_all_loaded(report, model)
-    build_test_loader(cfg, world, "test", len(classes))  # a wrong list is said before anything is written
+    # Before anything is written: a wrong list is said here.
+    loader = build_test_loader(cfg, world, "test", len(classes), clips=cfg.TEST.CLIPS, crops=cfg.TEST.CROPS)
     on_main(world, lambda: folder.claim(cfg))
     if world.is_main:
         print(report, flush=True)
         report_model(cfg, model, world, len(classes))
-    test_model(cfg, world, folder, model.to(world.device), classes, [])
+    test_model(cfg, world, folder, model.to(world.device), loader, classes, [])

@@ -228,7 +228,7 @@ def train(cfg: CfgNode, world: World) -> None:
     # All that can be wrong is found before the folder is touched, and before hours of training.
     trainer = build_trainer(cfg, world, model, len(classes))
     val_loader = build_test_loader(cfg, world, "val", len(classes)) if cfg.DATA.VAL_LIST else None
-    build_test_loader(cfg, world, "test", len(classes))
+    test_loader = build_test_loader(cfg, world, "test", len(classes), clips=cfg.TEST.CLIPS, crops=cfg.TEST.CROPS)
     on_main(world, lambda: folder.claim(cfg))
     if world.is_main:
         report_model(cfg, model, world, len(classes))
@@ -239,7 +239,7 @@ def train(cfg: CfgNode, world: World) -> None:
             print(f"continuing after epoch {trainer.epoch}, step {trainer.step}", flush=True)
     train_epochs(cfg, trainer, folder, val_loader)
     on_main(world, lambda: finish_training(folder, trainer, classes))
-    test_model(cfg, world, folder, trainer.bare_model, classes, trainer.failures)
+    test_model(cfg, world, folder, trainer.bare_model, test_loader, classes, trainer.failures)
 
 
 def train_epochs(cfg: CfgNode, trainer: Trainer, folder: RunFolder, val_loader: DataLoader | None) -> None:

@@ -22,6 +22,8 @@ from stvit_video.errors import UsageError
 
 StateDict = dict[str, Tensor]
 
+# What torch.load raises on a file that is not whole, by where it was damaged.
+DAMAGE = (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError)
 STATUSES = ("loaded", "inflated", "interpolated", "new", "unused", "wrong shape")
 
 
@@ -151,7 +153,7 @@ def _read_torch(path: Path) -> object:
                 f"save its state dict alone and give that file."
             ) from error
         raise UsageError(f"Checkpoint {path} is not a torch file; fetch it again.") from error
-    except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
+    except DAMAGE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(f"Checkpoint {path} is damaged or cut short ({reason}); fetch it again.") from error
 

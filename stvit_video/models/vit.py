@@ -91,9 +91,7 @@ class VisionTransformer(nn.Module):
         self.grid = token_grid(self.input_size, (tubelet, patch_size, patch_size))
         self.depth, self.base_depth, self.stgm_depth = depth, depth, 0
         if base_attention not in BASE_ATTENTION:
-            raise ValueError(
-                f"base_attention {base_attention!r} is unknown; choose one of {', '.join(BASE_ATTENTION)}."
-            )
+            raise ValueError(f"base_attention {base_attention!r}; choose one of {', '.join(BASE_ATTENTION)}.")
         self.base_attention = base_attention
 
         t, h, w = self.grid
