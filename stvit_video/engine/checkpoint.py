@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from stvit_video.models.convert import DAMAGE
+from stvit_video.models.checkpoints import DAMAGE
 
 REQUIRED = ("model", "optimizer", "scheduler", "epoch", "step")
 

@@ -4,11 +4,60 @@ Legend: B clips (or frames), N query tokens, K context tokens, C channels, h hea
 The parameter names are those of timm's ViT, so that its checkpoints fit without renaming.
 """
 
+from dataclasses import dataclass, field
+
 import torch
 import torch.nn.functional as F
 from pytorchvideo.layers import Mlp
 from pytorchvideo.layers.drop_path import DropPath
 from torch import Tensor, nn
+
+Grid = tuple[int, int, int]
+
+
+@dataclass
+class Intermediates:
+    """What a forward pass went through: tokens (B, N, C) and grid (t, h, w) by stage, and the last assignment."""
+
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+    grids: dict[str, Grid] = field(default_factory=dict)
+    assignment: Tensor | None = None  # (B, M, N), see SemanticTokenGenerator.forward
+
+    def note(self, stage: str, x: Tensor, grid: Grid) -> None:
+        """Keep the tokens (B, N, C), or (B, t, h, w, C), that leave ``stage``."""
+        self.tokens[stage] = x.reshape(x.shape[0], -1, x.shape[-1])
+        self.grids[stage] = grid
+
+    def feature_map(self, stage: str) -> Tensor:
+        """Return a stage as a dense map (B, C, t, h, w), as detection and segmentation heads take it."""
+        x = self.tokens[stage]
+        return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], *self.grids[stage])
+
+
+class PatchEmbed(nn.Module):
+    """Cut a clip into tubelets and project each: (B, 3, T, H, W) -> (B, N, C), ordered by time, row, column."""
+
+    def __init__(self, dim: int, patch: Grid) -> None:
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Conv3d(3, dim, kernel_size=patch, stride=patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A convolution whose stride is its kernel is one matrix product; said so, it runs at full speed on a CPU too.
+        B, _, T, H, W = x.shape
+        kt, kh, kw = self.patch
+        x = x.reshape(B, 3, T // kt, kt, H // kh, kh, W // kw, kw)
+        x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(B, -1, 3 * kt * kh * kw)
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
+
+
+def check_clip(x: Tensor, input_size: Grid) -> None:
+    """Raise ValueError unless ``x`` is a batch of clips (B, 3, T, H, W) of the model's own size."""
+    if tuple(x.shape[1:]) != (3, *input_size):
+        raise ValueError(
+            f"input of shape {tuple(x.shape)}; this model takes (B, 3, {', '.join(map(str, input_size))}). "
+            f"Resample the clip, or build the model with its num_frames and image_size."
+        )
 
 
 class Attention(nn.Module):
@@ -58,29 +107,49 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block whose attention may look at a context instead of at its own tokens."""
+    """Pre-norm transformer block whose attention may look at a context instead of at its own tokens.
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> None:
+    ``layer_scale`` is the start of a learned factor a channel on both branches; None leaves it out.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        eps: float = 1e-6,
+        layer_scale: float | None = None,
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
+        self.gamma_1 = self.gamma_2 = None
+        if layer_scale is not None:
+            self.gamma_1 = nn.Parameter(torch.full((dim,), float(layer_scale)))
+            self.gamma_2 = nn.Parameter(torch.full((dim,), float(layer_scale)))
 
     def forward(
         self, x: Tensor, context: Tensor | None = None, key_bias: Tensor | None = None, residual: bool = True
     ) -> Tensor:
         """Map (B, N, C) to (B, N, C); ``residual`` is the one around the attention."""
         normed = None if context is None else self.norm1(context)
-        update = self.drop_path(self.attn(self.norm1(x), normed, key_bias))
-        x = x + update if residual else update
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        update = _scale(self.attn(self.norm1(x), normed, key_bias), self.gamma_1)
+        # Without the residual nothing would be left of a dropped path, so it is kept.
+        x = x + self.drop_path(update) if residual else update
+        return x + self.drop_path(_scale(self.mlp(self.norm2(x)), self.gamma_2))
 
     def attention_weights(self, x: Tensor, context: Tensor | None = None, key_bias: Tensor | None = None) -> Tensor:
         """Return the probabilities (B, N, K) with which ``x`` attends to the context, mean over heads."""
         normed = None if context is None else self.norm1(context)
         return self.attn.weights(self.norm1(x), normed, key_bias)
+
+
+def _scale(x: Tensor, gamma: Tensor | None) -> Tensor:
+    return x if gamma is None else gamma * x
 
 
 def init_weights(module: nn.Module) -> None:

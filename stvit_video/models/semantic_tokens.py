@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Grid = tuple[int, int, int]
+from stvit_video.models.layers import Grid
 
 POOLING_KINDS = ("mask", "max", "mean")
 # The paper's logit for padded positions: their weight vanishes and no division by zero can arise.
@@ -196,20 +196,28 @@ class SemanticTokenGenerator(nn.Module):
             nn.init.normal_(self.global_centres, std=0.02)
 
     def forward(
-        self, x: Tensor, blocks: Sequence[Callable[..., Tensor]], return_assignment: bool = False
+        self, x: Tensor, blocks: Sequence[nn.Module], return_assignment: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Map image tokens (B, N, C) to semantic tokens (B, M, C).
 
         The assignment (B, M, N) says how much each semantic token draws from each image token in the last
         block; its rows sum to at most 1, the rest being drawn from the semantic tokens themselves.
         """
-        s = blocks[0](self.pooling(x), context=x, residual=self.first_residual)
-        assignment = None
-        for i, block in enumerate(blocks[1:], start=2):
-            query = s if self.global_centres is None else s + self.global_centres
-            context = torch.cat([s, x], dim=1)  # (B, M + N, C)
-            if return_assignment and i == len(blocks):
-                weights = block.attention_weights(query, context, self.key_bias)  # type: ignore[attr-defined]
-                assignment = weights[..., s.shape[1] :]
-            s = block(query, context=context, key_bias=self.key_bias)
+        s, assignment = self.pooling(x), None
+        for i, block in enumerate(blocks):
+            query = s if i == 0 or self.global_centres is None else s + self.global_centres
+            if return_assignment and i + 1 == len(blocks):
+                assignment = self.assign(block, query, s, x)
+            s = self.attend(i, block, query, s, x)
         return s, assignment
+
+    def attend(self, layer: int, block: nn.Module, query: Tensor, s: Tensor, x: Tensor) -> Tensor:
+        """Return the semantic tokens (B, M, C) after the generator's ``layer``-th block, from 0."""
+        if layer == 0:
+            return block(query, context=x, residual=self.first_residual)
+        return block(query, context=torch.cat([s, x], dim=1), key_bias=self.key_bias)  # (B, M + N, C)
+
+    def assign(self, block: nn.Module, query: Tensor, s: Tensor, x: Tensor) -> Tensor:
+        """Return what the last block's queries draw from each image token, (B, M, N)."""
+        weights = block.attention_weights(query, torch.cat([s, x], dim=1), self.key_bias)  # type: ignore[operator]
+        return weights[..., s.shape[1] :]

@@ -7,44 +7,24 @@ tubelets as in Arnab et al. (ViViT, arXiv 2103.15691).
 Legend: B clips, input (B, 3, T, H, W); token grid (t, h, w), N = t*h*w tokens, M semantic tokens, C channels.
 """
 
-from dataclasses import dataclass, field
-
 import torch
-import torch.nn.functional as F
 from pytorchvideo.models.head import create_vit_basic_head
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from stvit_video.models.layers import Block, drop_path_rates, init_weights
-from stvit_video.models.semantic_tokens import Grid, SemanticTokenGenerator, default_regions
+from stvit_video.models.layers import (
+    Block,
+    Grid,
+    Intermediates,
+    PatchEmbed,
+    check_clip,
+    drop_path_rates,
+    init_weights,
+)
+from stvit_video.models.semantic_tokens import SemanticTokenGenerator, default_regions
 
 BASE_ATTENTION = ("frame", "joint")
-
-
-@dataclass
-class Intermediates:
-    """What a forward pass went through: tokens (B, N, C) and grid (t, h, w) by stage, and the last assignment."""
-
-    tokens: dict[str, Tensor] = field(default_factory=dict)
-    grids: dict[str, Grid] = field(default_factory=dict)
-    assignment: Tensor | None = None  # (B, M, N), see SemanticTokenGenerator.forward
-
-
-class PatchEmbed(nn.Module):
-    """Cut a clip into tubelets and project each: (B, 3, T, H, W) -> (B, N, C), ordered by time, row, column."""
-
-    def __init__(self, dim: int, patch: Grid) -> None:
-        super().__init__()
-        self.patch = patch
-        self.proj = nn.Conv3d(3, dim, kernel_size=patch, stride=patch)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # A convolution whose stride is its kernel is one matrix product; said so, it runs at full speed on a CPU too.
-        B, _, T, H, W = x.shape
-        kt, kh, kw = self.patch
-        x = x.reshape(B, 3, T // kt, kt, H // kh, kh, W // kw, kw)
-        x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(B, -1, 3 * kt * kh * kw)
-        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
+POSITIONS = ("frame", "clip")
 
 
 class VisionTransformer(nn.Module):
@@ -53,6 +33,9 @@ class VisionTransformer(nn.Module):
     With ``semantic_tokens`` the first ``base_depth`` blocks see all image tokens, the next ``stgm_depth`` blocks
     generate the semantic tokens, and the rest of ``depth`` runs on those alone. Without, every block sees all
     tokens. ``base_attention`` is "frame" (the image model's own computation, frame by frame) or "joint".
+
+    ``positions`` are learned for a frame and for time apart ("frame"), or for every place of the clip ("clip", as
+    VideoMAE has them). ``fc_norm`` puts the last norm behind the mean over tokens (VideoMAE, some of timm's ViTs).
 
     ``tubelet`` frames make one token frame; an image model (``num_frames=1``) has tubelets of 1.
     ``regions`` (t, h, w) is the number of centres along each axis; by default 4 x 4 for every ``frames_per_centre``
@@ -83,6 +66,8 @@ class VisionTransformer(nn.Module):
         global_centres: bool = True,
         first_residual: bool = True,
         base_attention: str = "frame",
+        positions: str = "frame",
+        fc_norm: bool = False,
     ) -> None:
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -90,14 +75,15 @@ class VisionTransformer(nn.Module):
         self.input_size = (num_frames, height, width)
         self.grid = token_grid(self.input_size, (tubelet, patch_size, patch_size))
         self.depth, self.base_depth, self.stgm_depth = depth, depth, 0
-        if base_attention not in BASE_ATTENTION:
-            raise ValueError(f"base_attention {base_attention!r}; choose one of {', '.join(BASE_ATTENTION)}.")
-        self.base_attention = base_attention
+        _check_choice("base_attention", base_attention, BASE_ATTENTION)
+        _check_choice("positions", positions, POSITIONS)
+        self.base_attention, self.positions, self.fc_norm = base_attention, positions, fc_norm
 
         t, h, w = self.grid
         self.patch_embed = PatchEmbed(dim, (tubelet, patch_size, patch_size))
-        self.pos_embed = nn.Parameter(torch.zeros(1, h * w, dim))
-        self.time_embed = nn.Parameter(torch.zeros(1, t, dim))  # stays zero at the start: a still clip is an image
+        self.pos_embed = nn.Parameter(torch.zeros(1, (t if positions == "clip" else 1) * h * w, dim))
+        if positions == "frame":
+            self.time_embed = nn.Parameter(torch.zeros(1, t, dim))  # zero at the start: a still clip is an image
         rates = drop_path_rates(drop_path, depth)
         self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, rate) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -125,7 +111,8 @@ class VisionTransformer(nn.Module):
         nn.init.trunc_normal_(self.head.proj.weight, std=0.02)  # all classes about equally likely at first
         # Sines from the start, learned from there on: places are told apart at once, which saves epochs from scratch.
         with torch.no_grad():
-            self.pos_embed.copy_(sine_positions(self.grid[1:], self.pos_embed.shape[-1]))
+            sines = sine_positions(self.grid[1:], self.pos_embed.shape[-1])
+            self.pos_embed.copy_(sines.repeat(1, self.pos_embed.shape[1] // sines.shape[1], 1))
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
         if self.patch_embed.proj.bias is not None:
             nn.init.zeros_(self.patch_embed.proj.bias)
@@ -133,7 +120,10 @@ class VisionTransformer(nn.Module):
             self.stgm.reset_parameters()
 
     def forward_features(self, x: Tensor, intermediates: Intermediates | None = None) -> Tensor:
-        """Map a clip (B, 3, T, H, W) to normalised tokens: (B, M, C) semantic ones, or (B, N, C) in the full twin."""
+        """Map a clip (B, 3, T, H, W) to normalised tokens: (B, M, C) semantic ones, or (B, N, C) in the full twin.
+
+        With ``fc_norm`` there is one token (B, 1, C), the normalised mean.
+        """
         x = self._embed(x)
         self._note(intermediates, "embed", x, self.grid)
         x = self._base(x)
@@ -147,6 +137,8 @@ class VisionTransformer(nn.Module):
             if intermediates is not None:
                 intermediates.assignment = assignment
             x = self._run(self.blocks[self.base_depth + self.stgm_depth :], x)
+        if self.fc_norm:
+            x, grid = x.mean(dim=1, keepdim=True), (1, 1, 1)
         x = self.norm(x)
         self._note(intermediates, "final", x, grid)
         return x
@@ -159,12 +151,10 @@ class VisionTransformer(nn.Module):
         return self.head(self.forward_features(x, intermediates)), intermediates
 
     def _embed(self, x: Tensor) -> Tensor:
-        if tuple(x.shape[1:]) != (3, *self.input_size):
-            raise ValueError(
-                f"input of shape {tuple(x.shape)}; this model takes (B, 3, {', '.join(map(str, self.input_size))}). "
-                f"Resample the clip, or build the model with its num_frames and image_size."
-            )
+        check_clip(x, self.input_size)
         x = self.patch_embed(x)
+        if self.positions == "clip":
+            return x + self.pos_embed
         t, h, w = self.grid
         positions = self.pos_embed.unsqueeze(1) + self.time_embed.unsqueeze(2)  # (1, t, h*w, C)
         return x + positions.reshape(1, t * h * w, -1)
@@ -188,8 +178,7 @@ class VisionTransformer(nn.Module):
     @staticmethod
     def _note(intermediates: Intermediates | None, stage: str, x: Tensor, grid: Grid) -> None:
         if intermediates is not None:
-            intermediates.tokens[stage] = x
-            intermediates.grids[stage] = grid
+            intermediates.note(stage, x, grid)
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of parameters that weight decay should leave alone, beside biases and norms."""
@@ -232,6 +221,11 @@ def token_grid(input_size: Grid, patch: Grid) -> Grid:
         if size < 1 or size % step:
             raise ValueError(f"{axis} {size} is not a positive multiple of the patch's {step}; choose one that is.")
     return (input_size[0] // patch[0], input_size[1] // patch[1], input_size[2] // patch[2])
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} {value!r}; choose one of {', '.join(choices)}.")
 
 
 def check_depths(depth: int, base_depth: int, stgm_depth: int) -> None:

@@ -1,0 +1,279 @@
+"""Swin transformer for images and video, plain or with semantic tokens (STViT-Swin, STViT-R-Swin).
+
+One class serves all: sizes are (T, H, W), an image is a clip of one frame. With ``num_frames=1`` it is Swin, with more
+it is Video Swin. Sources: Liu et al. (arXiv 2103.14030, 2106.13230); Chang et al. (STViT, arXiv 2303.08685).
+
+Legend: B clips, input (B, 3, T, H, W); tokens (B, t, h, w, C) until the last norm, then (B, N, C). Parameter names are
+those of the published Swin checkpoints.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pytorchvideo.models.head import create_vit_basic_head
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from stvit_video.models.layers import Block, Grid, Intermediates, PatchEmbed, check_clip, drop_path_rates
+from stvit_video.models.semantic_tokens import SemanticTokenGenerator
+from stvit_video.models.semantic_windows import SemanticSettings, SemanticStage
+from stvit_video.models.windows import WindowAttention, WindowBlock
+
+STEMS = ("patch", "conv")
+STAGES = 4
+SEMANTIC_STAGE = 2  # the third of four, where the paper generates its tokens
+EPS = 1e-5  # of all layer norms, as published
+
+
+class PatchStem(PatchEmbed):
+    """Swin's patch embedding: one projection and a norm. Maps (B, 3, T, H, W) to (B, t, h, w, C)."""
+
+    def __init__(self, dim: int, patch: Grid) -> None:
+        super().__init__(dim, patch)
+        self.norm = nn.LayerNorm(dim, eps=EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = [size // step for size, step in zip(x.shape[2:], self.patch, strict=True)]
+        return self.norm(super().forward(x)).reshape(x.shape[0], *grid, -1)
+
+
+class ConvStem(nn.Module):
+    """The released STViT-R's embedding: two convolutions of stride 2, batch norm, Hardswish. Same shapes."""
+
+    def __init__(self, dim: int, patch: Grid) -> None:
+        super().__init__()
+        frames = patch[0]
+        self.proj = nn.Sequential(
+            self._layer(3, dim // 2, frames), nn.Hardswish(), self._layer(dim // 2, dim, 1), nn.Hardswish()
+        )
+
+    @staticmethod
+    def _layer(inputs: int, outputs: int, frames: int) -> nn.Module:
+        layer = nn.Sequential()
+        kernel, stride = (frames, 3, 3), (frames, 2, 2)
+        layer.add_module("c", nn.Conv3d(inputs, outputs, kernel, stride, padding=(0, 1, 1), bias=False))
+        layer.add_module("bn", nn.BatchNorm3d(outputs))
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).permute(0, 2, 3, 4, 1)
+
+
+class PatchMerging(nn.Module):
+    """Put 2 x 2 neighbours together and project: (B, T, H, W, C) to (B, T, H/2, W/2, 2C), odd maps being padded."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = nn.LayerNorm(4 * dim, eps=EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        H, W = x.shape[2:4]
+        if H % 2 or W % 2:
+            x = F.pad(x, (0, 0, 0, W % 2, 0, H % 2))
+        x = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (B, T, H/2, 2, W/2, 2, C)
+        return self.reduction(self.norm(x.permute(0, 1, 2, 4, 5, 3, 6).flatten(4)))
+
+
+class Stage(nn.Module):
+    """Blocks on one grid: windows, every second one shifted, or (``window`` None) all tokens of the clip."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid: Grid,
+        window: Grid | None,
+        *,
+        mlp_ratio: float,
+        drop_path: Sequence[float],
+        window_frames: int,
+        eps: float,
+        layer_scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.out_grid, self.windowed = grid, window is not None
+        self.blocks = nn.ModuleList()
+        for i, rate in enumerate(drop_path):
+            if window is None:
+                self.blocks.append(Block(dim, num_heads, mlp_ratio, rate, eps, layer_scale))
+            else:
+                attention = WindowAttention(dim, num_heads, grid, window, i % 2 == 1, window_frames)
+                self.blocks.append(WindowBlock(dim, num_heads, mlp_ratio, rate, eps, attention))
+        self.downsample: nn.Module | None = None
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor, return_assignment: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Map (B, T, H, W, C) to the same shape; there is never an assignment."""
+        shape = x.shape
+        x = x if self.windowed else x.flatten(1, 3)
+        for block in self.blocks:
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x.reshape(shape), None
+
+
+class SwinTransformer(nn.Module):
+    """Four stages of shifted windows; with ``semantic_tokens`` the third turns image tokens into a few semantic ones.
+
+    ``semantic`` are the fields of ``SemanticSettings``. Without recovery what follows runs on semantic tokens alone
+    (STViT-Swin); with it the third stage is a sequence of dumbbells that give the image tokens back (STViT-R).
+
+    ``window`` (t, h, w) is shortened in time to the clip, and to ``window_frames`` stage by stage. ``stem`` is "patch"
+    (Swin's) or "conv" (the released STViT-R's). Any image size works: maps are padded; a last incomplete tubelet
+    repeats its frame. Raises ValueError on sizes, depths and regions that do not fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_frames: int,
+        image_size: int | tuple[int, int],
+        num_classes: int,
+        patch_size: int = 4,
+        tubelet: int = 2,
+        dim: int,
+        depths: tuple[int, ...],
+        num_heads: tuple[int, ...],
+        window: Grid = (8, 7, 7),
+        window_frames: tuple[int, ...] = (8, 8, 8, 8),
+        mlp_ratio: float = 4.0,
+        stem: str = "patch",
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+        semantic_tokens: bool = False,
+        **semantic: Any,
+    ) -> None:
+        super().__init__()
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.input_size: Grid = (num_frames, height, width)
+        self.patch: Grid = (1 if num_frames == 1 else tubelet, patch_size, patch_size)
+        self.depths = tuple(depths)
+        _check_arguments(self.input_size, (depths, num_heads, window_frames), stem)
+        # An image model's bias tables have one entry in time, which makes them Swin's.
+        window = (1 if num_frames == 1 else window[0], window[1], window[2])
+        grid = (_ceil(num_frames, self.patch[0]), _ceil(height, patch_size), _ceil(width, patch_size))
+        settings = SemanticSettings(**semantic)
+
+        self.patch_embed = (PatchStem if stem == "patch" else ConvStem)(dim, self.patch)
+        rates = drop_path_rates(drop_path, sum(depths))
+        self.layers = nn.ModuleList()
+        for i, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
+            common = {"mlp_ratio": mlp_ratio, "drop_path": rates[:depth], "window_frames": window_frames[i], "eps": EPS}
+            rates = rates[depth:]
+            stage: SemanticStage | Stage
+            if semantic_tokens and i == SEMANTIC_STAGE:
+                stage = SemanticStage(dim, heads, grid, window, settings, **common)  # type: ignore[arg-type]
+            else:
+                tokens_only = semantic_tokens and not settings.recover and i > SEMANTIC_STAGE
+                scale = settings.layer_scale if tokens_only else None
+                stage = Stage(dim, heads, grid, None if tokens_only else window, **common, layer_scale=scale)  # type: ignore[arg-type]
+            self.layers.append(stage)
+            if i + 1 < len(depths):
+                stage.downsample = PatchMerging(dim)
+                grid, dim = (stage.out_grid[0], _ceil(stage.out_grid[1], 2), _ceil(stage.out_grid[2], 2)), 2 * dim
+        self.norm = nn.LayerNorm(dim, eps=EPS)
+        self.head = create_vit_basic_head(
+            in_features=dim, out_features=num_classes, seq_pool_type="mean", dropout_rate=dropout
+        )
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, SemanticTokenGenerator):
+                module.reset_parameters()
+
+    def forward_features(self, x: Tensor, intermediates: Intermediates | None = None) -> Tensor:
+        """Map a clip (B, 3, T, H, W) to normalised tokens (B, N, C) of the last stage, image or semantic ones."""
+        x = self.patch_embed(self._pad(x))
+        _note(intermediates, "embed", x)
+        for i, stage in enumerate(self.layers, start=1):
+            x, assignment = stage(x, intermediates is not None)
+            _note(intermediates, f"stage{i}", x)
+            if intermediates is not None and assignment is not None:
+                intermediates.assignment = assignment
+            if stage.downsample is not None:
+                x = stage.downsample(x)  # type: ignore[operator]
+                _note(intermediates, f"merged{i}", x)
+        x = self.norm(x)
+        _note(intermediates, "final", x)
+        return x.flatten(1, 3)
+
+    def forward(self, x: Tensor, return_intermediates: bool = False) -> Tensor | tuple[Tensor, Intermediates]:
+        """Map a clip (B, 3, T, H, W) to logits (B, classes), and to what it went through if asked.
+
+        Intermediates: "embed", "stage1" to "stage4" (before merging: the dense maps that detection and segmentation
+        heads take), "merged1" to "merged3", and "final".
+        """
+        if not return_intermediates:
+            return self.head(self.forward_features(x))
+        intermediates = Intermediates()
+        return self.head(self.forward_features(x, intermediates)), intermediates
+
+    def _pad(self, x: Tensor) -> Tensor:
+        """Make a clip a multiple of the patches: zeros in space, as published; its last frame again in time."""
+        check_clip(x, self.input_size)
+        frames, rows, columns = (-size % step for size, step in zip(self.input_size, self.patch, strict=True))
+        if rows or columns:
+            x = F.pad(x, (0, columns, 0, rows))
+        if frames:
+            x = torch.cat([x, x[:, :, -1:].expand(-1, -1, frames, -1, -1)], dim=2)
+        return x
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of parameters that weight decay should leave alone, beside biases and norms."""
+        exempt = ("relative_position_bias_table", "global_centres")
+        return {name for name, _ in self.named_parameters() if name.endswith(exempt)}
+
+    def layer_id(self, parameter_name: str) -> int:
+        """Return the depth of a parameter: 0 embedding, 1 to ``depth`` blocks, ``depth + 1`` norm and head.
+
+        A merging counts with the block before it, a generator's parameters with its first block.
+        """
+        root, _, rest = parameter_name.partition(".")
+        if root == "patch_embed":
+            return 0
+        if root != "layers":
+            return sum(self.depths) + 1
+        stage, part, *inner = rest.split(".")
+        before, i = sum(self.depths[: int(stage)]), int(stage)
+        if part == "downsample":
+            return before + self.depths[i]
+        if part == "generators":
+            semantic = self.layers[i]
+            assert isinstance(semantic, SemanticStage)
+            return before + int(inner[0]) * semantic.unit_depth + semantic.base_depth + 1
+        return before + int(inner[0]) + 1
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the plain blocks' activations in the backward pass: less memory, about a third more time."""
+        for stage in self.layers:
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
+
+
+def _ceil(size: int, step: int) -> int:
+    return math.ceil(size / step)
+
+
+def _note(intermediates: Intermediates | None, stage: str, x: Tensor) -> None:
+    if intermediates is not None:
+        intermediates.note(stage, x, (x.shape[1], x.shape[2], x.shape[3]))
+
+
+def _check_arguments(input_size: Grid, per_stage: Sequence[Sequence[int]], stem: str) -> None:
+    if min(input_size) < 1:
+        raise ValueError(f"clip of {input_size[0]} frames of {input_size[1]}x{input_size[2]}; all must be at least 1.")
+    if any(len(numbers) != STAGES for numbers in per_stage):
+        raise ValueError(f"depths, num_heads and window_frames take {STAGES} numbers, one a stage.")
+    if stem not in STEMS:
+        raise ValueError(f"stem {stem!r}; choose one of {', '.join(STEMS)}.")

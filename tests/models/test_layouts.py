@@ -1,0 +1,218 @@
+"""Published layouts: each conversion against the network it comes from, or against names and shapes written out."""
+
+import re
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stvit_video.errors import UsageError
+from stvit_video.models import create_model, load_pretrained
+from stvit_video.models.convert import resample_bias
+from stvit_video.models.layouts import from_swin, from_timm_vit, from_videomae, interleaved_sines, recognise
+
+
+def perturb(model: torch.nn.Module) -> torch.nn.Module:
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def swin(frames: int = 1, **overrides: object) -> torch.nn.Module:
+    return create_model("swin_tiny", **{"num_frames": frames, "image_size": 224, "num_classes": 12, **overrides}).eval()
+
+
+def microsoft_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a Swin of this package as Microsoft's repository has it, with the buffers its files carry."""
+    state = {name.replace("head.proj.", "head."): value for name, value in state.items()}
+    for name in [name for name in state if name.endswith("relative_position_bias_table")]:
+        state[name.replace("bias_table", "index")] = torch.zeros(49, 49, dtype=torch.int64)
+    state["layers.0.blocks.1.attn_mask"] = torch.zeros(64, 49, 49)
+    if state["patch_embed.proj.weight"].shape[2] == 1:
+        state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].squeeze(2)
+    return state
+
+
+def test_timm_swin_is_equal() -> None:
+    oracle = perturb(timm.create_model("swin_tiny_patch4_window7_224", num_classes=12))
+    model = swin()
+    load_pretrained(model, oracle.state_dict(), min_coverage=1.0)
+    image = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        assert (model(image.unsqueeze(2)) - oracle(image)).abs().max() < 2e-4
+
+
+def test_microsoft_swin_and_video_swin() -> None:
+    source = perturb(swin())
+    state = microsoft_names(source.state_dict())
+    assert recognise(state)[0] == "Swin"
+    target = swin()
+    report = load_pretrained(target, state, min_coverage=1.0)
+    assert all(torch.equal(value, target.state_dict()[name]) for name, value in source.state_dict().items())
+    assert sorted(report.keys["unused"]) == sorted(report.dropped)
+    assert len(report.dropped) == 13
+
+    video = perturb(swin(32))
+    published = {f"backbone.{name}": value for name, value in microsoft_names(video.state_dict()).items()}
+    for name in ("weight", "bias"):
+        published[f"cls_head.fc_cls.{name}"] = published.pop(f"backbone.head.{name}")
+    assert recognise(published)[0] == "Video Swin"
+    target = swin(32)
+    load_pretrained(target, published, min_coverage=1.0)
+    assert all(torch.equal(value, target.state_dict()[name]) for name, value in video.state_dict().items())
+
+
+def test_swin_into_semantic_tokens_says_which_biases_are_left() -> None:
+    """What an image checkpoint has no use for is named; all that the model has is covered."""
+    model = create_model("stvit_swin_tiny", num_frames=4, image_size=224, num_classes=12)
+    report = load_pretrained(model, microsoft_names(swin().state_dict()), min_coverage=1.0)
+    tables = [name for name in report.keys["unused"] if name.endswith("bias_table")]
+    assert sorted(tables) == [
+        f"layers.{place}.attn.relative_position_bias_table"
+        for place in ("2.blocks.4", "2.blocks.5", "3.blocks.0", "3.blocks.1")
+    ]
+    assert any("4 position bias tables unused" in note for note in report.notes)
+    assert set(report.keys["inflated"]) >= {
+        "patch_embed.proj.weight",
+        "layers.0.blocks.0.attn.relative_position_bias_table",
+    }
+
+
+def test_bias_tables_of_other_reach() -> None:
+    table = torch.arange(3 * 5 * 5, dtype=torch.float32).reshape(75, 1)
+    longer, status = resample_bias(table, (5, 5, 5))
+    assert status == "interpolated"
+    assert torch.equal(longer.reshape(5, 25), table.reshape(3, 25)[[0, 0, 1, 2, 2]])
+    image, _ = resample_bias(table, (1, 5, 5))
+    assert torch.equal(image, table[25:50])  # offset 0 in time
+    inflated, status = resample_bias(image, (15, 5, 5))
+    assert status == "inflated"
+    assert torch.equal(inflated.reshape(15, 25), image.reshape(1, 25).expand(15, 25))
+    wide, status = resample_bias(torch.full((13 * 13, 3), 0.7), (1, 23, 23))
+    assert status == "interpolated"
+    torch.testing.assert_close(wide, torch.full((23 * 23, 3), 0.7))
+    assert resample_bias(torch.zeros(10, 1), (1, 5, 5))[1] == "wrong shape"
+
+
+def test_larger_windows_take_an_image_checkpoint() -> None:
+    model = create_model("swin_tiny", num_frames=1, image_size=384, num_classes=12, window=(8, 12, 12))
+    report = load_pretrained(model, swin().state_dict(), min_coverage=1.0)
+    assert len(report.keys["interpolated"]) == 12
+
+
+def test_deit_distillation_and_layer_scale() -> None:
+    state = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=10).state_dict()
+    converted = from_timm_vit(state)
+    assert set(converted.dropped) == {"cls_token", "dist_token", "head_dist.weight", "head_dist.bias"}
+    assert torch.equal(converted.state["pos_embed"], state["pos_embed"][:, 2:])
+
+    settings = {"class_token": False, "global_pool": "avg", "fc_norm": False, "init_values": 0.5, "num_classes": 10}
+    oracle = perturb(timm.create_model("vit_tiny_patch16_224", depth=3, **settings))
+    model = create_model("vit_tiny_patch16", num_frames=1, image_size=224, num_classes=10, depth=3).eval()
+    report = load_pretrained(model, oracle.state_dict(), min_coverage=0.99)
+    assert any("6 layer scales" in note for note in report.notes)
+    image = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        assert (model(image.unsqueeze(2)) - oracle(image)).abs().max() < 2e-4
+
+
+def test_timm_vit_with_its_norm_after_the_pooling() -> None:
+    oracle = perturb(timm.create_model("vit_tiny_patch16_224", depth=3, class_token=False, global_pool="avg"))
+    sizes = {"num_frames": 1, "image_size": 224, "num_classes": 1000, "depth": 3}
+    equal = create_model("vit_tiny_patch16", **sizes, fc_norm=True).eval()
+    assert not load_pretrained(equal, oracle.state_dict(), min_coverage=0.99).notes
+    image = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        assert (equal(image.unsqueeze(2)) - oracle(image)).abs().max() < 2e-4
+    other = create_model("vit_tiny_patch16", **sizes)
+    assert any("fc_norm=True" in note for note in load_pretrained(other, oracle.state_dict()).notes)
+
+
+def videomae_state(oracle: torch.nn.Module, kernel: Tensor) -> dict[str, Tensor]:
+    """Rename timm's ViT as VideoMAE has it: queries and values with a bias of their own, keys without."""
+    state = {}
+    for name, value in oracle.state_dict().items():
+        if name.endswith("qkv.bias"):
+            q, k, v = value.chunk(3)
+            assert not k.any()
+            state[name.replace("qkv.bias", "q_bias")], state[name.replace("qkv.bias", "v_bias")] = q, v
+        elif name != "pos_embed":
+            state[name] = value
+    state["patch_embed.proj.weight"] = kernel
+    return state
+
+
+def videomae_oracle() -> tuple[torch.nn.Module, Tensor, Tensor, Tensor]:
+    """A VideoMAE ViT put together from timm's blocks: network, tubelet kernel, a clip, and its logits."""
+    settings = {"depth": 2, "class_token": False, "global_pool": "avg", "fc_norm": True, "num_classes": 7}
+    oracle = perturb(timm.create_model("vit_tiny_patch16_224", **settings))
+    for block in oracle.blocks:
+        block.attn.qkv.bias.data[192:384] = 0
+    kernel, clip = 0.05 * torch.randn(192, 3, 2, 16, 16), torch.randn(1, 3, 16, 224, 224)
+    # The published table, as its authors' formula reads: position / 10000^(2 * (channel // 2) / channels).
+    table = np.array([[n / 10000 ** (2 * (c // 2) / 192) for c in range(192)] for n in range(1568)])
+    table[:, 0::2], table[:, 1::2] = np.sin(table[:, 0::2]), np.cos(table[:, 1::2])
+    with torch.no_grad():
+        tokens = F.conv3d(clip, kernel, oracle.patch_embed.proj.bias, stride=(2, 16, 16)).flatten(2).transpose(1, 2)
+        for block in oracle.blocks:
+            tokens = block(tokens + torch.from_numpy(table).float() if block is oracle.blocks[0] else tokens)
+        logits = oracle.head(oracle.fc_norm(tokens.mean(dim=1)))
+    return oracle, kernel, clip, logits
+
+
+def test_fine_tuned_videomae_is_equal() -> None:
+    oracle, kernel, clip, expected = videomae_oracle()
+    model = create_model(
+        "vit_tiny_patch16", num_frames=16, image_size=224, num_classes=7, depth=2, positions="clip", fc_norm=True
+    ).eval()
+    report = load_pretrained(model, videomae_state(oracle, kernel), min_coverage=1.0)
+    assert report.layout == "VideoMAE"
+    assert not any(report.keys[status] for status in ("new", "unused", "wrong shape"))
+    with torch.no_grad():
+        assert (model(clip) - expected).abs().max() < 2e-4
+
+
+def test_pre_trained_videomae_gives_its_encoder() -> None:
+    oracle, kernel, *_ = videomae_oracle()
+    encoder = {
+        f"encoder.{re.sub('^fc_norm', 'norm', name)}": value
+        for name, value in videomae_state(oracle, kernel).items()
+        if not name.startswith("head.")
+    }
+    decoder = {"mask_token": torch.zeros(1, 1, 96), "decoder.head.weight": torch.zeros(9, 9)}
+    converted = from_videomae({**encoder, **decoder})
+    assert set(converted.dropped) == set(decoder)
+    assert torch.equal(converted.state["norm.weight"], oracle.fc_norm.weight)
+    model = create_model("stvit_vit_tiny_patch16", num_frames=8, image_size=112, num_classes=7, depth=8)
+    with pytest.raises(UsageError, match="INIT_MIN_COVERAGE"):
+        load_pretrained(model, {**encoder, **decoder}, new_head=True)  # two blocks for eight
+    report = load_pretrained(model, {**encoder, **decoder}, new_head=True, min_coverage=0.2)
+    assert {"pos_embed", "time_embed"} <= set(report.keys["interpolated"])
+
+
+def test_the_split_of_clip_positions_is_exact_where_there_is_one() -> None:
+    from stvit_video.models.convert import split_positions
+
+    space, time = torch.randn(1, 12, 5), torch.randn(1, 3, 5)
+    time -= time.mean(dim=1, keepdim=True)
+    clip = (space.unsqueeze(1) + time.unsqueeze(2)).flatten(1, 2)
+    for got, expected in zip(split_positions(clip, (3, 3, 4)), (space, time), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_interleaved_sines_match_their_formula_to_the_last_position() -> None:
+    table = interleaved_sines(1568, 768)
+    assert table.shape == (1, 1568, 768)
+    assert table[0, 1567, 10].item() == pytest.approx(np.sin(1567 / 10000 ** (10 / 768)), abs=1e-6)
+    assert table[0, 1567, 11].item() == pytest.approx(np.cos(1567 / 10000 ** (10 / 768)), abs=1e-6)
+
+
+def test_conversions_leave_their_source_alone() -> None:
+    state = microsoft_names(swin().state_dict())
+    names, first = list(state), state["patch_embed.proj.weight"].clone()
+    from_swin(state)
+    assert list(state) == names
+    assert torch.equal(state["patch_embed.proj.weight"], first)
