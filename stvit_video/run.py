@@ -49,6 +49,7 @@ def dispatch(arguments: Sequence[str] | None) -> int:
     parser = Parser(prog="python -m stvit_video.run", description="Train and test video transformers.")
     parser.add_argument("--cfg", metavar="FILE", help="configuration, for example configs/sample_stvit.yaml")
     parser.add_argument("--keys", action="store_true", help="list every configuration key with its default and exit")
+    parser.add_argument("--cost", action="store_true", help="print the model's GFLOPs and memory, and exit")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="or KEY=VALUE; last one wins")
     options = parser.parse_args(arguments)
     from stvit_video.config import describe_keys, load_config
@@ -62,6 +63,11 @@ def dispatch(arguments: Sequence[str] | None) -> int:
 
     # Imported late: a wrong option is answered at once, and processes that only generate data stay light.
     warnings.filterwarnings("ignore", message=r"`torch\.jit")  # from inside pytorchvideo
+    if options.cost:
+        from stvit_video.engine.start import print_cost
+
+        print_cost(cfg)
+        return 0
     from stvit_video.distributed import join_world
     from stvit_video.engine.evaluate import test
     from stvit_video.engine.train import train

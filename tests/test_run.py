@@ -173,9 +173,9 @@ def test_wrong_use_is_one_line(small_run: Arguments, refused: Refused, tmp_path:
         "has no label": ["DATA.TRAIN_LIST", str(tmp_path / "list.csv")],
         "is empty": ["DATA.TEST_LIST", str(tmp_path / "empty.csv")],
         "allowed: 0 to 7": ["DATA.TRAIN_LIST", str(tmp_path / "range.csv")],
-        "absent.csv is missing": ["DATA.TRAIN_LIST", "absent.csv"],
-        "is not a torch file": ["MODEL.INIT", str(tmp_path / "text.pth")],
-        "is not a file": ["MODEL.INIT", str(tmp_path / "absent.pth")],
+        "are missing: DATA.TRAIN_LIST": ["DATA.TRAIN_LIST", "absent.csv"],
+        "is a web page": ["MODEL.INIT", str(tmp_path / "text.pth")],
+        f"are missing: MODEL.INIT {tmp_path}/absent.pth.": ["MODEL.INIT", str(tmp_path / "absent.pth")],
         "Did you mean vit_sample_patch8": ["MODEL.NAME", "vit_sample_patch"],
         "not a positive multiple": ["DATA.FRAMES", "7"],
         "files that are not a run's": ["OUTPUT_DIR", str(tmp_path / "photos")],
@@ -263,3 +263,77 @@ def test_a_mistake_touches_no_folder(small_run: Arguments, refused: Refused, tmp
 def test_keys_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["--keys"]) == 0
     assert "TRAIN.EPOCHS" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [
+        ([], ["TRAIN_LIST", "VAL_LIST", "TEST_LIST", "CLASSES"]),
+        (["DATA.VAL_LIST", "", "DATA.CLASSES", ""], ["TRAIN_LIST", "TEST_LIST"]),
+        (
+            ["MODEL.INIT", "absent.pth", "DATA.TRAIN_LIST", ""],
+            ["TRAIN_LIST", "VAL_LIST", "TEST_LIST", "CLASSES", "INIT"],
+        ),
+        (["MODE", "test", "MODEL.INIT", "absent.pth"], ["TEST_LIST", "CLASSES", "INIT"]),
+        (["MODE", "transfer", "MODEL.INIT", "absent.pth"], ["TRAIN_LIST", "TEST_LIST", "CLASSES", "INIT"]),
+        (
+            ["MODE", "transfer", "MODEL.INIT", "absent.pth", "TRANSFER.FINETUNE", "True"],
+            ["TRAIN_LIST", "VAL_LIST", "TEST_LIST", "CLASSES", "INIT"],
+        ),
+    ],
+)
+def test_all_that_is_missing_is_said_at_once(
+    tmp_path: Path, refused: Refused, words: list[str], missing: list[str]
+) -> None:
+    cfg = ["--cfg", str(REPOSITORY / "configs" / "k400_stvit_vit_s.yaml")]
+    said = refused([*cfg, "DATA.ROOT", f"{tmp_path}/k400", "OUTPUT_DIR", f"{tmp_path}/run", *words])
+    named = said.partition("are missing: ")[2].partition(". Put them there")[0].split(", ")
+    assert [name.split()[0].split(".")[1] for name in named] == missing
+    assert f"DATA.TEST_LIST {tmp_path}/k400/test.csv" in named
+    assert f"lines `path label`, paths starting from DATA.ROOT {tmp_path}/k400" in said
+    assert "this runs now: python -m stvit_video.run --cfg configs/sample_stvit.yaml" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_resumed_run_needs_its_first_weights_no_more(
+    small_run: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
+) -> None:
+    """Its load report stays beside it, from the start."""
+    model = create_model("stvit_vit_sample_patch8", num_frames=1, image_size=64, num_classes=8)
+    torch.save(model.state_dict(), tmp_path / "image.pth")
+    words = small_run("MODEL.INIT", str(tmp_path / "image.pth"), "DATA.VAL_LIST", "")
+
+    def stop(*rest: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stvit_video.engine.train.finish_training", stop)
+    assert run.main(words) == 1
+    monkeypatch.undo()
+    report = (tmp_path / "run" / "load_report.json").read_text()
+    assert json.loads(report)["source"] == str(tmp_path / "image.pth")
+    assert "pos_embed" in json.loads(report)["keys"]["loaded"]
+    (tmp_path / "image.pth").unlink()
+    assert run.main(words) == 0
+    assert (tmp_path / "run" / "load_report.json").read_text() == report
+    assert "MODEL.INIT" in refused([*words, "OVERWRITE", "True"])
+    assert run.main(small_run("DATA.VAL_LIST", "", "OVERWRITE", "True")) == 0
+    assert not (tmp_path / "run" / "load_report.json").exists()
+
+
+def test_an_image_model_trains_on_class_folders_and_is_tested(small_run: Arguments, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    words = small_run("DATA.CLASSES", "", "DATA.SAMPLING", "uniform", cfg="sample_image")
+    assert run.main(words) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["videos"] == results["scored"] == 16
+    weights = tmp_path / "run" / "model.safetensors"
+    with safe_open(weights, "pt") as file:
+        classes = json.loads(file.metadata()["classes"])
+    assert classes == sorted(["disc", "square", "triangle", "star", "ring", "cross", "bar", "half-disc"])
+    tested = ["MODE", "test", "MODEL.INIT", str(weights), "OUTPUT_DIR", str(tmp_path / "test")]
+    assert run.main([*words, *tested]) == 0
+    report = json.loads((tmp_path / "test" / "load_report.json").read_text())
+    assert report["coverage"] == 1
+    again = json.loads((tmp_path / "test" / "results.json").read_text())
+    assert (again["top1"], again["videos"]) == (results["top1"], 16)

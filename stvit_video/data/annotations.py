@@ -1,15 +1,23 @@
-"""Annotation lists: which videos there are, and what they show."""
+"""Annotation lists and class folders: which videos there are, and what they show."""
 
+import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stvit_video.errors import UsageError
+from torchvision.datasets.folder import make_dataset
+
+from stvit_video.errors import UsageError, nearest
+
+# In lower case; a file's ending is compared in lower case too.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg")
 
 
 @dataclass(frozen=True)
 class Video:
-    """One line of a list: where the file is and its label, from 0."""
+    """One line of a list or file of a class folder: where it is and its label, from 0. An image is a video too."""
 
     path: str
     label: int
@@ -46,6 +54,46 @@ def _parse_line(line: str, place: str, root: Path) -> Video:
     if int(label) < 0:
         raise UsageError(f"{place}: label {label} is negative; labels count from 0.")
     return Video(str(root / name), int(label))
+
+
+def class_folders(path: str | Path) -> list[str]:
+    """Return the sorted names of the class folders in ``path``, without hidden ones; UsageError where there is none."""
+    path = Path(path)
+    names = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise UsageError(f"Folder {path} has no class folders; put files at {path}/CLASS/FILE, one folder a class.")
+    return names
+
+
+def read_folder(path: str | Path, classes: Sequence[str] | None = None) -> list[Video]:
+    """Read class folders of images and videos, their sub-folders included, sorted by path.
+
+    A label is the folder's place in ``classes``, or else among the folders' sorted names; a class may have no files
+    and no folder. Hidden files and files that are neither image nor video by their ending are passed over. Raises
+    UsageError where a folder is not in ``classes``, or where there are no class folders or no images and videos at all.
+    """
+    path = Path(path)
+    folders = class_folders(path)
+    names = folders if classes is None else list(classes)
+    for folder in folders:
+        if folder not in names:
+            raise UsageError(
+                f"Folder {path / folder} is of none of the {len(names)} classes ({names[0]} to {names[-1]}); "
+                f"rename it or correct DATA.CLASSES.{nearest(folder, names)}"
+            )
+    labels = {name: names.index(name) for name in folders}
+
+    def is_media(name: str) -> bool:
+        seen = f"{os.sep}." not in name.removeprefix(str(path))
+        return seen and name.lower().endswith(IMAGE_SUFFIXES + VIDEO_SUFFIXES)
+
+    found = make_dataset(str(path), labels, is_valid_file=is_media, allow_empty=True)
+    if not found:
+        raise UsageError(
+            f"Folder {path}: none of its {len(folders)} class folders holds an image or a video; give files ending in "
+            f"{', '.join(IMAGE_SUFFIXES + VIDEO_SUFFIXES)}."
+        )
+    return [Video(name, label) for name, label in found]
 
 
 def read_classes(path: str | Path) -> list[str]:

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from stvit_video.data.annotations import Video
-from stvit_video.data.decode import DecodeError, VideoReader
-from stvit_video.data.sampling import even_clips, random_clip
+from stvit_video.data.decode import DecodeError, open_video
+from stvit_video.data.sampling import ClipSampler
 from stvit_video.data.transforms import TestTransform, TrainTransform
 
 
@@ -27,7 +27,7 @@ class SampleKey:
 
 @dataclass(frozen=True)
 class Failure:
-    """A video that could not be read: a row of ``failures.csv``."""
+    """A video or image that could not be read: a row of ``failures.csv``."""
 
     path: str
     stage: str
@@ -80,10 +80,10 @@ class TrainDataset(Dataset[Sample]):
     MAX_TRIES = 10
 
     def __init__(
-        self, videos: list[Video], *, frames: int, stride: int, transform: TrainTransform, decode_side: int, seed: int
+        self, videos: list[Video], *, sampler: ClipSampler, transform: TrainTransform, decode_side: int, seed: int
     ) -> None:
-        self.videos, self.frames, self.stride = videos, frames, stride
-        self.transform, self.decode_side, self.seed = transform, decode_side, seed
+        self.videos, self.sampler, self.transform = videos, sampler, transform
+        self.decode_side, self.seed = decode_side, seed
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -95,8 +95,8 @@ class TrainDataset(Dataset[Sample]):
             video = self.videos[index]
             rng = np.random.default_rng([self.seed, key.epoch, index])
             try:
-                with VideoReader(video.path, self.decode_side) as reader:
-                    frames = reader.frames(random_clip(len(reader), self.frames, self.stride, rng))
+                with open_video(video.path, self.decode_side) as reader:
+                    frames = reader.frames(self.sampler.random(len(reader), rng))
             except DecodeError as error:
                 failures.append(Failure(error.path, "train", error.message))
                 continue
@@ -113,14 +113,13 @@ class TestDataset(Dataset[Sample]):
         self,
         videos: list[Video],
         *,
-        frames: int,
-        stride: int,
+        sampler: ClipSampler,
         clips: int,
         transform: TestTransform,
         decode_side: int,
         stage: str,
     ) -> None:
-        self.videos, self.frames, self.stride, self.clips = videos, frames, stride, clips
+        self.videos, self.sampler, self.clips = videos, sampler, clips
         self.transform, self.decode_side, self.stage = transform, decode_side, stage
 
     def __len__(self) -> int:
@@ -129,10 +128,9 @@ class TestDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         video = self.videos[index]
         try:
-            with VideoReader(video.path, self.decode_side) as reader:
-                wanted = even_clips(len(reader), self.frames, self.stride, self.clips)
-                frames = reader.frames(np.concatenate(wanted))
+            with open_video(video.path, self.decode_side) as reader:
+                frames = reader.frames(np.concatenate(self.sampler.even(len(reader), self.clips)))
         except DecodeError as error:
             return Sample(None, video.label, index, [Failure(error.path, self.stage, error.message)])
-        views = [self.transform(clip) for clip in frames.reshape(self.clips, self.frames, *frames.shape[1:])]
+        views = [self.transform(clip) for clip in frames.reshape(self.clips, self.sampler.frames, *frames.shape[1:])]
         return Sample(torch.cat(views), video.label, index, [])

@@ -1,4 +1,10 @@
-"""Which frames make a clip: pure functions from lengths to indices."""
+"""Which frames make a clip: pure functions from lengths to indices.
+
+Two ways: ``dense`` takes frames at a fixed stride from some place in the video (Kinetics); ``uniform`` takes one frame
+out of each of as many equal segments as the clip has frames, so that a clip spans the video (Something-Something).
+"""
+
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,3 +28,49 @@ def even_clips(length: int, frames: int, stride: int, clips: int) -> list[Indice
     latest = max(0, length - ((frames - 1) * stride + 1))
     starts = [latest / 2] if clips == 1 else np.linspace(0, latest, clips)
     return [clip_indices(int(start), frames, stride, length) for start in starts]
+
+
+def segments(length: int, frames: int) -> tuple[Indices, Indices]:
+    """Return starts and sizes (frames,) of ``frames`` consecutive segments of a video, equal up to one frame.
+
+    In a video of fewer frames than segments, some are of size 0: they stand for the frame at their start.
+    """
+    ends = np.arange(frames + 1, dtype=np.int64) * length // frames
+    return ends[:-1], np.diff(ends)
+
+
+def random_segments(length: int, frames: int, rng: np.random.Generator) -> Indices:
+    """Return a random frame out of each of ``frames`` segments; a video shorter than that repeats frames."""
+    starts, sizes = segments(length, frames)
+    return starts + rng.integers(np.maximum(sizes, 1))
+
+
+def even_segments(length: int, frames: int, clips: int) -> list[Indices]:
+    """Return ``clips`` clips, each at its own place in every segment, evenly spread; a single one takes the middles."""
+    starts, sizes = segments(length, frames)
+    return [starts + (2 * clip + 1) * sizes // (2 * clips) for clip in range(clips)]
+
+
+@dataclass(frozen=True)
+class ClipSampler:
+    """How clips of ``frames`` frames are taken: ``kind`` dense, at ``stride``, or uniform, which has no stride."""
+
+    kind: str
+    frames: int
+    stride: int = 1
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("dense", "uniform"):
+            raise ValueError(f"kind {self.kind!r} is unknown; it is dense or uniform.")
+
+    def random(self, length: int, rng: np.random.Generator) -> Indices:
+        """Return the indices (frames,) of a training clip out of a video of ``length`` frames."""
+        if self.kind == "uniform":
+            return random_segments(length, self.frames, rng)
+        return random_clip(length, self.frames, self.stride, rng)
+
+    def even(self, length: int, clips: int) -> list[Indices]:
+        """Return the indices of ``clips`` test clips, the same at every call."""
+        if self.kind == "uniform":
+            return even_segments(length, self.frames, clips)
+        return even_clips(length, self.frames, self.stride, clips)

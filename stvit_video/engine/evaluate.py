@@ -18,7 +18,7 @@ from stvit_video.engine.logging import describe_results
 from stvit_video.engine.metrics import Predictions
 from stvit_video.engine.plots import plot_confusion
 from stvit_video.engine.run_folder import RunFolder
-from stvit_video.engine.start import autocast, build_data, report_model
+from stvit_video.engine.start import autocast, build_data, check_inputs, report_model
 from stvit_video.errors import UsageError
 from stvit_video.models import LoadReport, load_pretrained
 from stvit_video.models.complexity import count_gflops, count_parameters
@@ -149,6 +149,7 @@ def check_all_loaded(report: LoadReport, model: nn.Module) -> None:
 def test(cfg: CfgNode, world: World) -> None:
     """Run MODE test: the weights of MODEL.INIT, or else those that OUTPUT_DIR holds."""
     build_data(cfg, world)
+    check_inputs(cfg)
     folder = RunFolder(cfg.OUTPUT_DIR)
     source = cfg.MODEL.INIT or str(folder.weights)
     if not Path(source).is_file():
@@ -162,6 +163,8 @@ def test(cfg: CfgNode, world: World) -> None:
     # Before anything is written: a wrong list is said here.
     loader = build_test_loader(cfg, world, "test", len(classes), clips=cfg.TEST.CLIPS, crops=cfg.TEST.CROPS)
     on_main(world, lambda: folder.claim(cfg))
+    if cfg.MODEL.INIT:  # else the report is of this folder's own weights
+        on_main(world, lambda: folder.write_load_report(report.to_json()))
     if world.is_main:
         print(report, flush=True)
         report_model(cfg, model, world, len(classes))

@@ -7,20 +7,30 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Return two groups: matrices decay; biases, norms and what the model exempts do not."""
+def parameter_groups(model: nn.Module, lr: float, backbone_scale: float, weight_decay: float) -> list[dict]:
+    """Return the groups of backbone and classifier (``head``), each split in two.
+
+    Matrices decay; biases, norms and what the model exempts do not. The backbone learns at ``lr * backbone_scale``.
+    """
     exempt = model.no_weight_decay()  # type: ignore[operator]
-    decay: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (rest if parameter.ndim <= 1 or name in exempt else decay).append(parameter)
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+            key = (name.startswith("head."), parameter.ndim > 1 and name not in exempt)
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": lr if head else lr * backbone_scale,
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for (head, decays), parameters in groups.items()
+    ]
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Return AdamW, fused."""
-    groups = parameter_groups(model, cfg.OPTIM.WEIGHT_DECAY)
+    groups = parameter_groups(model, cfg.OPTIM.LR, cfg.OPTIM.BACKBONE_SCALE, cfg.OPTIM.WEIGHT_DECAY)
     return torch.optim.AdamW(groups, lr=cfg.OPTIM.LR, betas=tuple(cfg.OPTIM.BETAS), fused=True)
 
 

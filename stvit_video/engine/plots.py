@@ -1,4 +1,4 @@
-"""Pictures of a run: learning curves and confusion matrix."""
+"""Pictures of a run: learning curves, confusion matrix, and scores before and after training."""
 
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from torch import Tensor
 
 matplotlib.use("Agg")
 COLOURS = {"train": "#1f5fa8", "val": "#d1495b"}
+WEIGHTS_COLOURS = {"checkpoint": "#1f5fa8", "random": "#9aa0a6", "fine-tuned": "#d1495b"}
 
 
 def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
@@ -47,3 +48,23 @@ def plot_confusion(counts: Tensor, classes: list[str], path: Path) -> None:
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(int(counts[row, column])), ha="center", va="center", color=colour, fontsize=8)
     figure.savefig(path, dpi=120)
+
+
+def plot_transfer(rows: list[dict[str, Any]], chance: float, path: Path) -> None:
+    """Draw top-1 by method (``method``, ``weights``, ``top1`` of each row), the first on top, and a line at chance."""
+    figure = Figure(figsize=(10, 1.4 + 0.55 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    names = [row["method"].replace(" (", "\n(") for row in rows]
+    values = [row["top1"] for row in rows]
+    bars = axes.barh(range(len(rows)), values, color=[WEIGHTS_COLOURS[row["weights"]] for row in rows], height=0.65)
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # readable where the line crosses it
+    axes.bar_label(bars, labels=[f"{value:.1f}" for value in values], padding=4, bbox=box)
+    axes.axvline(chance, color="black", linestyle="--", linewidth=1)
+    axes.text(chance, 1.01, f"chance {chance:.3g} %", transform=axes.get_xaxis_transform(), ha="center", va="bottom")
+    axes.set_yticks(range(len(rows)), names)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 108)  # room for the value of a bar that reaches 100
+    axes.set_xticks(range(0, 101, 20))
+    axes.set_xlabel("top-1 (%)")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=100)

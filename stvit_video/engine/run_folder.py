@@ -24,15 +24,19 @@ from stvit_video.errors import UsageError
 # Keys that may change between a run and its continuation: they do not change what is computed.
 FREE_KEYS = (
     "MODE", "OUTPUT_DIR", "OVERWRITE", "DEVICE", "DATA.WORKERS", "DATA.GENERATE", "DATA.MAX_FAILURES", "TRAIN.RESUME",
-    "CHECKPOINT.KEEP", "PARALLEL.TIMEOUT_S",
+    "CHECKPOINT.KEEP", "PARALLEL.TIMEOUT_S", "TRANSFER.NEIGHBOURS", "TRANSFER.TEMPERATURE", "TRANSFER.WEIGHT_DECAY",
+    "TRANSFER.RANDOM_BASELINE", "TRANSFER.FINETUNE",
 )  # fmt: skip
-# What each mode writes at its end; training writes TRAINING_FILES too.
+# What each mode writes and replaces; training writes TRAINING_FILES too. The features of a transfer are not replaced as
+# a whole: each file says itself what it is of.
 RESULT_FILES = {
     "train": ("results.json", "confusion.png", "failures.csv"),
     "test": ("results.json", "confusion.png", "failures.csv"),
-    "transfer": ("transfer.json", "failures.csv"),
+    "transfer": ("transfer.json", "transfer.png", "failures.csv", "load_report.json"),
 }
-TRAINING_FILES = ("metrics.jsonl", "curves.png", "model.safetensors", "config.yaml", "environment.json")
+TRAINING_FILES = (
+    "metrics.jsonl", "curves.png", "model.safetensors", "load_report.json", "config.yaml", "environment.json",
+)  # fmt: skip
 PACKAGES = ("torch", "torchvision", "pytorchvideo", "decord", "decord2", "av", "fvcore", "numpy", "submitit")
 
 
@@ -51,15 +55,26 @@ class RunFolder:
     def weights(self) -> Path:
         return self.path / "model.safetensors"
 
+    @property
+    def transfer(self) -> Path:
+        return self.path / "transfer.json"
+
     def is_finished(self) -> bool:
         """Say whether the run here was trained and tested."""
         return self.results.is_file() and self.weights.is_file()
 
     def has_progress(self) -> bool:
         """Say whether there is anything here that a run would lose."""
-        results = {name for names in RESULT_FILES.values() for name in names if name.endswith(".json")}
-        found = any((self.path / name).exists() for name in results)
-        return found or self.weights.exists() or bool(list_checkpoints(self.checkpoints))
+        found = self.results.exists() or self.weights.exists() or bool(list_checkpoints(self.checkpoints))
+        return found or (self.transfer.exists() and self._transfer_is_complete())
+
+    def _transfer_is_complete(self) -> bool:
+        """Say whether nothing is left to do; the rows that stand before fine-tuning are quickly made again."""
+        try:
+            content = json.loads(self.transfer.read_text())
+        except ValueError:
+            return True  # not ours to replace unasked
+        return not isinstance(content, dict) or content.get("complete") is not False
 
     def check(self, cfg: CfgNode) -> None:
         """Make sure that the run of ``cfg`` may write here; nothing is touched."""
@@ -102,9 +117,12 @@ class RunFolder:
             if cfg.OVERWRITE or not self.has_progress():
                 self._clear(cfg.MODE)
             self.path.mkdir(parents=True, exist_ok=True)
-            if not (self.path / "config.yaml").exists():  # first of all files: it marks the folder as a run's
+            # A test or transfer that is done again is of the new settings; in a training run's folder it is a guest.
+            owner = (self._recorded_config() or {}).get("MODE")
+            renewed = cfg.MODE != "train" and owner == cfg.MODE
+            if renewed or not (self.path / "config.yaml").exists():  # first of all files: it marks the folder
                 write_atomically(self.path / "config.yaml", cfg.dump().encode())
-            if not (self.path / "environment.json").exists():
+            if renewed or not (self.path / "environment.json").exists():
                 write_atomically(self.path / "environment.json", json.dumps(environment(), indent=2).encode())
             self.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
@@ -132,6 +150,10 @@ class RunFolder:
     def write_results(self, results: dict[str, Any]) -> None:
         """Write ``results.json``."""
         write_atomically(self.results, json.dumps(results, indent=2).encode())
+
+    def write_load_report(self, text: str) -> None:
+        """Write ``load_report.json``: what became of every key of MODEL.INIT."""
+        write_atomically(self.path / "load_report.json", text.encode())
 
     def write_failures(self, failures: Iterable[Failure]) -> None:
         """Write ``failures.csv``: each video once a stage, also where there is none."""

@@ -25,7 +25,7 @@ from stvit_video.engine.logging import MetricsLog, describe_results, read_metric
 from stvit_video.engine.optim import build_optimizer, build_scheduler
 from stvit_video.engine.plots import plot_curves
 from stvit_video.engine.run_folder import RunFolder
-from stvit_video.engine.start import autocast, build_data, report_model
+from stvit_video.engine.start import autocast, build_data, check_inputs, report_model
 from stvit_video.errors import UsageError
 from stvit_video.models import load_pretrained
 from stvit_video.models.zoo import build_model
@@ -148,7 +148,7 @@ class Trainer:
         return {
             "loss": loss / clips,
             "top1": 100 * hits / clips,
-            "lr": self.scheduler.get_last_lr()[0],
+            "lr": max(self.scheduler.get_last_lr()),
             "clips_per_second": clips / elapsed,
             "data_share": waited / elapsed,
         }
@@ -215,10 +215,12 @@ def train(cfg: CfgNode, world: World) -> None:
             print(f"{cfg.OUTPUT_DIR} is finished (OVERWRITE True runs it again):")
             print(describe_results(json.loads(folder.results.read_text())), flush=True)
         return
+    state = None if cfg.OVERWRITE else load_newest(folder.checkpoints)
+    check_inputs(cfg, resumed=state is not None)
     classes = build_classes(cfg)
     torch.manual_seed(cfg.SEED)
     model = build_model(cfg, len(classes))
-    state = None if cfg.OVERWRITE else load_newest(folder.checkpoints)
+    report = None
     if cfg.MODEL.INIT and state is None:
         report = load_pretrained(
             model, cfg.MODEL.INIT, min_coverage=cfg.MODEL.INIT_MIN_COVERAGE, new_head=cfg.MODEL.NEW_HEAD
@@ -230,6 +232,9 @@ def train(cfg: CfgNode, world: World) -> None:
     val_loader = build_test_loader(cfg, world, "val", len(classes)) if cfg.DATA.VAL_LIST else None
     test_loader = build_test_loader(cfg, world, "test", len(classes), clips=cfg.TEST.CLIPS, crops=cfg.TEST.CROPS)
     on_main(world, lambda: folder.claim(cfg))
+    if report is not None:
+        text = report.to_json()
+        on_main(world, lambda: folder.write_load_report(text))
     if world.is_main:
         report_model(cfg, model, world, len(classes))
     if state is not None:

@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds, counted by fvcore with fused attention included."""
+"""What a model costs: parameters, multiply-adds (fvcore, with fused attention included), memory to train it."""
 
 from collections import Counter
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from fvcore.nn import FlopCountAnalysis
 from fvcore.nn.jit_handles import get_shape
-from torch import nn
+from torch import Tensor, nn
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -28,6 +28,31 @@ def count_gflops(model: nn.Module, input_size: tuple[int, int, int]) -> float:
         total = analysis.total()
     model.train(was_training)
     return total / 1e9
+
+
+def count_training_memory(model: nn.Module, input_size: tuple[int, int, int], precision: str = "fp32") -> float:
+    """Return the gigabytes (1e9 bytes) that the backward pass of one clip (3, T, H, W) needs from the forward pass.
+
+    Counted on the tensors that autograd saves, each storage once, weights left out. Weights, gradients and AdamW's
+    state come to 16 bytes a parameter beside it. A GPU needs somewhat more: temporary buffers are not saved.
+    """
+    was_training, device = model.training, next(model.parameters()).device
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    saved: dict[int, Tensor] = {}  # kept alive, so that no two share an address
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    clip = torch.zeros(1, 3, *input_size, device=device)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        logits = model.train()(clip)
+    model.train(was_training)
+    del logits
+    return sum(t.untyped_storage().nbytes() for place, t in saved.items() if place not in own) / 1e9
 
 
 def _attention_flops(inputs: list[Any], outputs: list[Any]) -> Counter[str]:

@@ -94,15 +94,9 @@ class VisionTransformer(nn.Module):
         if semantic_tokens:
             check_depths(depth, base_depth, stgm_depth)
             self.base_depth, self.stgm_depth = base_depth, stgm_depth
-            self.stgm = SemanticTokenGenerator(
-                dim,
-                self.grid,
-                regions or default_regions(self.grid, frames_per_centre),
-                pooling=pooling,
-                offsets=offsets,
-                global_centres=global_centres,
-                first_residual=first_residual,
-            )
+            regions = regions or default_regions(self.grid, frames_per_centre)
+            form = {"pooling": pooling, "offsets": offsets, "global_centres": global_centres}
+            self.stgm = SemanticTokenGenerator(dim, self.grid, regions, first_residual=first_residual, **form)  # type: ignore[arg-type]
         self.grad_checkpointing = False
         self._init_weights()
 

@@ -140,19 +140,17 @@ def _check_names(name: str, family: str, constructor: type[nn.Module], overrides
             raise UsageError(f"{name} takes no argument {key!r}; known: {', '.join(known)}.{nearest(key, known)}")
 
 
+# Keys of the MODEL section that are overrides of the same name.
+CONFIGURED = (
+    "preset", "base_depth", "stgm_depth", "units", "regions", "pooling", "offsets", "global_centres", "first_residual",
+    "layer_scale", "stem", "window", "base_attention", "positions", "fc_norm",
+)  # fmt: skip
+
+
 def build_model(cfg: CfgNode, num_classes: int) -> nn.Module:
     """Return the model that the configuration names; settings left unset keep the variant's own."""
-    chosen = {
-        "preset": cfg.MODEL.PRESET,
-        "base_depth": cfg.MODEL.BASE_DEPTH,
-        "stgm_depth": cfg.MODEL.STGM_DEPTH,
-        "regions": None if cfg.MODEL.REGIONS is None else tuple(cfg.MODEL.REGIONS),
-        "pooling": cfg.MODEL.POOLING,
-        "offsets": cfg.MODEL.OFFSETS,
-        "global_centres": cfg.MODEL.GLOBAL_CENTRES,
-        "first_residual": cfg.MODEL.FIRST_RESIDUAL,
-        "base_attention": cfg.MODEL.BASE_ATTENTION,
-    }
+    chosen = {name: cfg.MODEL[name.upper()] for name in CONFIGURED if cfg.MODEL[name.upper()] is not None}
+    chosen = {name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()}
     model = create_model(
         cfg.MODEL.NAME,
         num_frames=cfg.DATA.FRAMES,
@@ -160,7 +158,7 @@ def build_model(cfg: CfgNode, num_classes: int) -> nn.Module:
         num_classes=num_classes,
         drop_path=cfg.MODEL.DROP_PATH,
         dropout=cfg.MODEL.DROPOUT,
-        **{name: value for name, value in chosen.items() if value is not None},
+        **chosen,
     )
     model.set_grad_checkpointing(cfg.MODEL.GRAD_CHECKPOINTING)  # type: ignore[operator]
     return model

@@ -12,7 +12,15 @@ import torch
 from stvit_video.config import load_config
 from stvit_video.data.annotations import Video
 from stvit_video.data.dataset import SampleKey, TestDataset, TrainDataset, collate
-from stvit_video.data.loader import EpochSampler, ShardedBatches, build_classes, build_test_loader, build_train_loader
+from stvit_video.data.loader import (
+    EpochSampler,
+    ShardedBatches,
+    build_classes,
+    build_test_loader,
+    build_train_loader,
+    build_videos,
+)
+from stvit_video.data.sampling import ClipSampler
 from stvit_video.data.transforms import Normalise, TestTransform, TrainTransform
 from stvit_video.distributed import World
 from stvit_video.errors import UsageError
@@ -79,8 +87,7 @@ def test_views_are_the_clips_and_crops_of_their_video(write_clip: Callable[..., 
     path = write_clip(numbered_frames(61, 48, 96)[:, :, :96])
     dataset = TestDataset(
         [Video(str(path), 3)],
-        frames=4,
-        stride=5,
+        sampler=ClipSampler("dense", 4, 5),
         clips=3,
         transform=TestTransform(48, PLAIN, 48, crops=3),
         decode_side=48,
@@ -129,7 +136,8 @@ def test_testing_replaces_nothing(damaged_set: Path) -> None:
 def test_training_gives_up_after_a_bounded_number_of_tries(tmp_path: Path) -> None:
     transform = TrainTransform(32, PLAIN, (32, 32), None, (1, 1), False)
     videos = [Video(str(tmp_path / f"{i}.mp4"), 0) for i in range(30)]
-    dataset = TrainDataset(videos, frames=2, stride=1, transform=transform, decode_side=32, seed=0)
+    sampler = ClipSampler("dense", 2)
+    dataset = TrainDataset(videos, sampler=sampler, transform=transform, decode_side=32, seed=0)
     batch = collate([dataset[SampleKey(0, 0)]])
     assert batch.missing == 1
     assert [failure.path for failure in batch.failures] == [video.path for video in videos[:10]]
@@ -155,3 +163,70 @@ def test_class_count_comes_from_the_data(small_set: Path) -> None:
     assert len(build_classes(config(small_set, "DATA.CLASSES", "", "MODEL.NUM_CLASSES", "11"))) == 11
     with pytest.raises(UsageError, match="names 8"):
         build_classes(config(small_set, "MODEL.NUM_CLASSES", "9"))
+
+
+def numbers(views: torch.Tensor) -> list[list[int]]:
+    """Read back the frame numbers of views (V, 3, T, 64, 64), which are in the upper 48 rows."""
+    pictures = (views * 255).permute(0, 2, 3, 4, 1).numpy()
+    return [[read_number(picture[:48]) for picture in view] for view in pictures]
+
+
+@pytest.mark.parametrize("sampling", ["dense", "uniform"])
+def test_the_frames_of_a_sample_are_those_of_its_sampling(
+    small_set: Path, tmp_path: Path, write_clip: Callable[..., Path], sampling: str
+) -> None:
+    for split in ("train", "test"):
+        write_clip(numbered_frames(60, 64, 64), f"{split}.mp4")
+        (tmp_path / f"{split}.csv").write_text(f"{split}.mp4 0\n")
+    words = f"DATA.ROOT {tmp_path} DATA.TRAIN_LIST train.csv DATA.TEST_LIST test.csv DATA.CLASSES  DATA.FRAMES 4"
+    plain = "DATA.SHORT_SIDE [64,64] DATA.MEAN [0,0,0] DATA.STD [1,1,1] DATA.STRIDE 5 TRAIN.BATCH_SIZE 1"
+    cfg = config(small_set, *words.split(" "), *plain.split(" "), "DATA.SAMPLING", sampling)
+    views = build_test_loader(cfg, World(0, 1, CPU), "test", 1, clips=2).dataset[0].views
+    dense = [[0, 5, 10, 15], [44, 49, 54, 59]]
+    uniform = [[3, 18, 33, 48], [11, 26, 41, 56]]  # at 1/4 and 3/4 of each segment of 15 frames
+    assert numbers(views) == {"dense": dense, "uniform": uniform}[sampling]
+    train = build_train_loader(cfg, World(0, 1, CPU), 1).dataset
+    clips = [numbers(train[SampleKey(epoch, 0)].views)[0] for epoch in range(8)]
+    if sampling == "dense":
+        assert all(np.diff(clip).tolist() == [5, 5, 5] for clip in clips)
+    else:
+        assert all([n // 15 for n in clip] == [0, 1, 2, 3] for clip in clips)
+    assert len({tuple(clip) for clip in clips}) > 3
+
+
+@pytest.mark.parametrize("frames", [1, 4])
+def test_a_still_is_a_clip_of_equal_frames(small_set: Path, frames: int) -> None:
+    lists = ["DATA.TRAIN_LIST", "stills/train", "DATA.TEST_LIST", "stills/val", "DATA.CLASSES", "shape/classes.txt"]
+    cfg = config(small_set, *lists, "DATA.FRAMES", str(frames))
+    train = build_train_loader(cfg, World(0, 1, CPU), 8).dataset[SampleKey(0, 5)]
+    test = build_test_loader(cfg, World(0, 1, CPU), "test", 8, clips=2).dataset[5]
+    assert train.views.shape == (1, 3, frames, 64, 64)
+    assert test.views.shape == (2, 3, frames, 64, 64)
+    for views in (train.views, test.views):
+        assert (views == views[:1, :, :1]).all()
+        assert views.std() > 0.1
+    names = (small_set / "shape" / "classes.txt").read_text().split()
+    assert names[test.label] == Path(build_videos(cfg, "test")[5].path).parent.name
+
+
+def test_class_names_of_folders_are_those_of_the_training_list(small_set: Path, tmp_path: Path) -> None:
+    root = tmp_path / "stills"
+    shutil.copytree(small_set / "stills", root)
+    shutil.rmtree(root / "val" / "bar")  # validation folders alone would count one class less
+    folders = ["DATA.ROOT", str(root), "DATA.TRAIN_LIST", "train", "DATA.TEST_LIST", "val", "DATA.CLASSES", ""]
+    cfg = config(small_set, *folders)
+    names = build_classes(cfg)
+    assert names == sorted((small_set / "shape" / "classes.txt").read_text().split())
+    videos = build_videos(cfg, "test")
+    assert videos
+    assert all(names[video.label] == Path(video.path).parent.name for video in videos)
+    with pytest.raises(UsageError, match="names 8; unset the first"):
+        build_classes(config(small_set, *folders, "MODEL.NUM_CLASSES", "9"))
+    (root / "val" / "bars").mkdir()
+    with pytest.raises(UsageError, match=r"val/bars is of none of the 8 classes.*Did you mean bar\?"):
+        build_videos(cfg, "test")
+    unnamed = ["DATA.TRAIN_LIST", "shape/train.csv", "DATA.TEST_LIST", "stills/val", "DATA.CLASSES", ""]
+    with pytest.raises(UsageError, match=r"labels of .*train\.csv have no names; give DATA\.CLASSES"):
+        build_videos(config(small_set, *unnamed), "test")
+    with pytest.raises(UsageError, match="is missing"):
+        build_videos(config(small_set, "DATA.TEST_LIST", ""), "test")

@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from stvit_video.data.sampling import clip_indices, even_clips, random_clip
+from stvit_video.data.sampling import (
+    ClipSampler,
+    clip_indices,
+    even_clips,
+    even_segments,
+    random_clip,
+    random_segments,
+)
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 16, 61, 300])
@@ -36,3 +43,48 @@ def test_random_clips_start_everywhere_alike() -> None:
     starts = np.bincount([random_clip(10, 4, 2, rng)[0] for _ in range(4000)])
     assert len(starts) == 4
     assert np.abs(starts / 1000 - 1).max() < 0.15
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 16, 61, 300])
+@pytest.mark.parametrize("frames", [1, 8, 16])
+def test_segments_are_inside_the_video_and_in_order(length: int, frames: int) -> None:
+    rng = np.random.default_rng(0)
+    for clip in [*even_segments(length, frames, 3), *(random_segments(length, frames, rng) for _ in range(50))]:
+        assert clip.dtype == np.int64
+        assert len(clip) == frames
+        assert clip.min() >= 0
+        assert clip.max() < length
+        assert (np.diff(clip) >= 0).all()
+        if length >= frames:
+            assert len(set(clip)) == frames
+        starts = np.arange(frames) * length / frames
+        assert (clip > starts - 1).all()
+        assert (clip < starts + max(1, length / frames)).all()
+
+
+def test_test_clips_have_closed_forms() -> None:
+    assert even_segments(64, 8, 1)[0].tolist() == [4, 12, 20, 28, 36, 44, 52, 60]  # the middles
+    assert [clip.tolist() for clip in even_segments(48, 4, 3)] == [[2, 14, 26, 38], [6, 18, 30, 42], [10, 22, 34, 46]]
+    assert even_segments(8, 8, 1)[0].tolist() == list(range(8))
+    assert even_segments(3, 6, 1)[0].tolist() == [0, 0, 1, 1, 2, 2]  # a short video repeats frames
+    assert even_segments(1, 4, 2)[1].tolist() == [0, 0, 0, 0]
+
+
+def test_random_segments_take_every_frame_alike() -> None:
+    rng = np.random.default_rng(0)
+    clips = np.stack([random_segments(12, 4, rng) for _ in range(6000)])
+    assert np.abs(np.bincount(clips.ravel(), minlength=12) / 2000 - 1).max() < 0.15
+    assert [sorted(set(column)) for column in clips.T] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
+    clips = np.stack([random_segments(10, 4, rng) for _ in range(200)])
+    assert [sorted(set(column)) for column in clips.T] == [[0, 1], [2, 3, 4], [5, 6], [7, 8, 9]]
+    assert random_segments(3, 6, rng).tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_sampler_is_one_of_two_kinds() -> None:
+    dense, uniform = ClipSampler("dense", 4, 2), ClipSampler("uniform", 4, 2)
+    assert [dense.even(20, 1)[0].tolist(), uniform.even(20, 1)[0].tolist()] == [[6, 8, 10, 12], [2, 7, 12, 17]]
+    same = [function(20, *rest, np.random.default_rng(1)).tolist() for function, rest in
+            ((random_clip, (4, 2)), (random_segments, (4,)))]  # fmt: skip
+    assert [sampler.random(20, np.random.default_rng(1)).tolist() for sampler in (dense, uniform)] == same
+    with pytest.raises(ValueError, match="dense or uniform"):
+        ClipSampler("random", 4)
