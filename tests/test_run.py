@@ -337,3 +337,12 @@ def test_an_image_model_trains_on_class_folders_and_is_tested(small_run: Argumen
     assert report["coverage"] == 1
     again = json.loads((tmp_path / "test" / "results.json").read_text())
     assert (again["top1"], again["videos"]) == (results["top1"], 16)
+
+
+def test_cost_needs_no_data(capsys: pytest.CaptureFixture) -> None:
+    config = str(REPOSITORY / "configs" / "k400_stvit_vit_s.yaml")
+    assert run.main(["--cfg", config, "--cost"]) == 0
+    printed = capsys.readouterr().out
+    assert "no data found in data/k400: 400 classes assumed" in printed
+    assert "16.107 GFLOPs a clip" in printed
+    assert "0.35 GB for weights, gradients and optimiser" in printed

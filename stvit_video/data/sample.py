@@ -41,7 +41,7 @@ class Spec:
     """What a folder holds; written beside it, so that another seed or size is never mistaken for it."""
 
     clips: tuple[int, int, int] = (3072, 256, 512)
-    stills: tuple[int, int] = (1024, 256)
+    stills: tuple[int, int] = (4096, 512)
     seed: int = 0
     version: int = VERSION
 

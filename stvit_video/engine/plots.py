@@ -30,6 +30,24 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def plot_comparison(curves: dict[str, dict[str, list[tuple[int, float]]]], target: float, path: Path) -> None:
+    """Draw training (lines) and validation (points) top-1 by step of several runs, and a line at the target."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for i, (run, splits) in enumerate(curves.items()):
+        if splits["train"]:
+            axes.plot(*zip(*splits["train"], strict=True), color=f"C{i}", label=f"{run}, training")
+        if splits["val"]:
+            axes.plot(*zip(*splits["val"], strict=True), color=f"C{i}", label=f"{run}, validation", marker="o", ls="")
+    axes.axhline(target, color="black", linestyle="--", linewidth=1)
+    axes.set_xlabel("step")
+    axes.set_ylabel("top-1 (%)")
+    axes.set_ylim(0, 102)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+
+
 def plot_confusion(counts: Tensor, classes: list[str], path: Path) -> None:
     """Draw the share of each label's videos by predicted class; counts (classes, classes), rows are labels."""
     shares = counts.numpy() / np.maximum(counts.sum(dim=1, keepdim=True).numpy(), 1)

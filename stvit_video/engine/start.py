@@ -14,6 +14,8 @@ from stvit_video.errors import UsageError
 from stvit_video.models.complexity import count_gflops, count_parameters, count_training_memory
 from stvit_video.models.zoo import build_model
 
+KINETICS_CLASSES = 400  # what --cost assumes where there is no data; the classifier's share of the cost is small
+
 
 def build_data(cfg: CfgNode, world: World) -> None:
     """Generate the data set that DATA.GENERATE names, once for all processes."""
@@ -60,8 +62,12 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
 
 def print_cost(cfg: CfgNode) -> None:
-    """Print what the configured model costs to run and to train; no data is needed where its class count is set."""
-    classes = cfg.MODEL.NUM_CLASSES or len(build_classes(cfg))
+    """Print what the configured model costs to run and to train; without data, for Kinetics' 400 classes."""
+    try:
+        classes = len(build_classes(cfg))
+    except UsageError:
+        classes = cfg.MODEL.NUM_CLASSES or KINETICS_CLASSES
+        print(f"no data found in {cfg.DATA.ROOT}: {classes} classes assumed")
     model = build_model(cfg, classes)
     print(_describe_model(cfg, model, classes), flush=True)
     clip = count_training_memory(model, (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE), cfg.PRECISION)

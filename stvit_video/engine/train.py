@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ from stvit_video.engine.plots import plot_curves
 from stvit_video.engine.run_folder import RunFolder
 from stvit_video.engine.start import autocast, build_data, check_inputs, report_model
 from stvit_video.errors import UsageError
-from stvit_video.models import load_pretrained
+from stvit_video.models import LoadReport, load_pretrained
+from stvit_video.models.checkpoints import read_metadata
 from stvit_video.models.zoo import build_model
 from stvit_video.progress import Progress
 
@@ -205,6 +207,24 @@ def build_trainer(cfg: CfgNode, world: World, model: nn.Module, num_classes: int
     )
 
 
+def build_weights(cfg: CfgNode, model: nn.Module, classes: list[str]) -> LoadReport:
+    """Load MODEL.INIT into the model as the configuration asks; a classifier of other classes is no silent start."""
+    known = read_metadata(cfg.MODEL.INIT).get("classes") if Path(cfg.MODEL.INIT).is_file() else None
+    if known not in (None, classes) and not cfg.MODEL.NEW_HEAD and cfg.MODEL.INIT_DEPTH is None:
+        raise UsageError(
+            f"{cfg.MODEL.INIT}: its classifier is for other classes ({', '.join(map(str, known[:4]))} ...) than the "
+            f"data's ({', '.join(classes[:4])} ...). Set MODEL.NEW_HEAD True to train a new one."
+        )
+    return load_pretrained(
+        model,
+        cfg.MODEL.INIT,
+        min_coverage=cfg.MODEL.INIT_MIN_COVERAGE,
+        new_head=cfg.MODEL.NEW_HEAD,
+        motion=cfg.MODEL.INIT_MOTION,
+        depth=cfg.MODEL.INIT_DEPTH,
+    )
+
+
 def train(cfg: CfgNode, world: World) -> None:
     """Run MODE train: from the start or the newest checkpoint, then test. A finished run is reported, not redone."""
     build_data(cfg, world)
@@ -222,9 +242,7 @@ def train(cfg: CfgNode, world: World) -> None:
     model = build_model(cfg, len(classes))
     report = None
     if cfg.MODEL.INIT and state is None:
-        report = load_pretrained(
-            model, cfg.MODEL.INIT, min_coverage=cfg.MODEL.INIT_MIN_COVERAGE, new_head=cfg.MODEL.NEW_HEAD
-        )
+        report = build_weights(cfg, model, classes)
         if world.is_main:
             print(report, flush=True)
     # All that can be wrong is found before the folder is touched, and before hours of training.

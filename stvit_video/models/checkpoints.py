@@ -1,9 +1,13 @@
 """Checkpoint files: read tensors by name without running code from the file, and say plainly what is wrong with it."""
 
 import argparse
+import errno
 import json
 import pickle
 import re
+import struct
+import tarfile
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -18,10 +22,12 @@ from stvit_video.errors import UsageError
 StateDict = dict[str, Tensor]
 
 # What torch.load raises on a file that is not whole, by where it was damaged.
-DAMAGE = (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError)
+DAMAGE = (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError, struct.error)
 # Containers that published training checkpoints carry beside their weights: the command line (DeiT, VideoMAE), and the
 # configuration (Swin), which is read as an ordinary dictionary. They hold values and run nothing.
 CONTAINERS: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
+WRAPPERS = ("model", "state_dict", "module")
+PREFIXES = re.compile(r"^((module|_orig_mod)\.)+")  # of DistributedDataParallel and torch.compile
 # What is often saved under a checkpoint's name, by its first bytes.
 IMPOSTORS = (
     (b"version https://git-lfs", "a Git-LFS pointer, not the file it points to; run `git lfs pull` and give that file"),
@@ -39,16 +45,33 @@ def read_state_dict(path: str | Path) -> StateDict:
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"Checkpoint {path} is not a file; give the path of a .safetensors or .pth file.")
-    _refuse_impostors(path)
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    for wrapper in ("model", "state_dict", "module"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
+    try:
+        _refuse_impostors(path)
+        content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # torch seeks past the end of a file that was cut short
+            raise UsageError(f"Checkpoint {path} is damaged or cut short; fetch it again.") from error
+        raise UsageError(
+            f"Checkpoint {path} cannot be read ({error.strerror}); check the file and its rights."
+        ) from error
+    while isinstance(content, dict):
+        inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+        if inner is None:
+            break
+        content = inner
+    return check_tensors(content, f"Checkpoint {path}")
+
+
+def check_tensors(content: object, name: str) -> StateDict:
+    """Return the dense tensors of a mapping by name, wrappers' prefixes stripped; raise UsageError where none is."""
     tensors = {}
-    if isinstance(content, dict | OrderedDict):
-        tensors = {str(k).removeprefix("module."): v for k, v in content.items() if isinstance(v, Tensor)}
+    if isinstance(content, dict):
+        tensors = {PREFIXES.sub("", str(key)): value for key, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise UsageError(f"Checkpoint {path} holds no tensors by name; give a file with a model's state dict.")
+        raise UsageError(f"{name} holds no tensors by name; give a file with a model's state dict.")
+    odd = [key for key, value in tensors.items() if value.is_meta or value.layout != torch.strided]
+    if odd:
+        raise UsageError(f"{name}: {odd[0]} is a sparse or empty tensor; save the weights as ordinary tensors.")
     return tensors
 
 
@@ -61,17 +84,21 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         return {}
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
-    if not {"name", "arguments"} <= metadata.keys():
-        return {}
-    classes = json.loads(metadata["classes"]) if "classes" in metadata else None
-    return {"name": metadata["name"], "arguments": json.loads(metadata["arguments"]), "classes": classes}
+    try:
+        arguments, classes = json.loads(metadata["arguments"]), json.loads(metadata.get("classes", "null"))
+        return {"name": metadata["name"], "arguments": dict(arguments), "classes": classes}
+    except (ValueError, LookupError, TypeError):
+        return {}  # another program's
 
 
 def _refuse_impostors(path: Path) -> None:
     with open(path, "rb") as file:
-        start = file.read(64).lstrip(b"\xef\xbb\xbf \r\n\t")
+        start = file.read(64)
     if not start:
         raise UsageError(f"Checkpoint {path} is empty; download or save it again.")
+    if b"\0" in start:
+        return  # binary: no page or message
+    start = start.lstrip(b"\xef\xbb\xbf \r\n\t")
     for signature, what in IMPOSTORS:
         if start.startswith(signature):
             raise UsageError(f"Checkpoint {path} is {what}.")
@@ -97,5 +124,16 @@ def _read_torch(path: Path) -> object:
             ) from error
         raise UsageError(f"Checkpoint {path} is not a torch file; fetch it again.") from error
     except DAMAGE as error:
+        if tarfile.is_tarfile(path) or _is_torchscript(path):
+            raise UsageError(
+                f"Checkpoint {path} is a TorchScript or tar archive, which may hold code; save its state dict alone."
+            ) from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(f"Checkpoint {path} is damaged or cut short ({reason}); fetch it again.") from error
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("constants.pkl") for name in archive.namelist())

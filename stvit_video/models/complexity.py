@@ -37,6 +37,9 @@ def count_training_memory(model: nn.Module, input_size: tuple[int, int, int], pr
     state come to 16 bytes a parameter beside it. A GPU needs somewhat more: temporary buffers are not saved.
     """
     was_training, device = model.training, next(model.parameters()).device
+    statistics = {
+        name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name or "tracked" in name
+    }
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     saved: dict[int, Tensor] = {}  # kept alive, so that no two share an address
 
@@ -51,6 +54,7 @@ def count_training_memory(model: nn.Module, input_size: tuple[int, int, int], pr
     ):
         logits = model.train()(clip)
     model.train(was_training)
+    model.load_state_dict(statistics, strict=False)  # of batch norms, which training mode has moved
     del logits
     return sum(t.untyped_storage().nbytes() for place, t in saved.items() if place not in own) / 1e9
 

@@ -30,6 +30,8 @@ class Converted:
     dropped: list[str] = field(default_factory=list)  # keys of the source that have no place here
     fc_norm: bool | None = None  # whether its last norm comes after the mean over tokens, where that is known
     position_grid: Grid | None = None  # of position embeddings over a whole clip
+    unplaced: list[str] = field(default_factory=list)  # keys whose grid nothing tells
+    left_out: list[str] = field(default_factory=list)  # keys that were not asked for
     changed: dict[str, str] = field(default_factory=dict)  # what was done to a key while its sizes were adapted
 
     def drop(self, names: list[str], reason: str) -> None:
@@ -53,7 +55,7 @@ def from_own(state: StateDict) -> Converted:
 def from_timm_vit(state: StateDict) -> Converted:
     """Convert a timm or DeiT ViT: class token and its position dropped, layer scale folded in, 2-D kernel to 3-D."""
     result = Converted(dict(state))
-    prefix = sum(name in state for name in PREFIX_TOKENS)
+    prefix = sum(state[name].shape[1] for name in PREFIX_TOKENS if name in state)
     result.drop(list(PREFIX_TOKENS), "class or distillation token(s) dropped: tokens are averaged instead")
     result.drop(["head_dist.weight", "head_dist.bias"], "weights of the distillation head dropped")
     positions = result.state.get("pos_embed")
@@ -80,7 +82,8 @@ def from_videomae(state: StateDict) -> Converted:
         dim = result.state["patch_embed.proj.weight"].shape[0]
         result.state["pos_embed"] = interleaved_sines(math.prod(VIDEOMAE_GRID), dim)
         result.notes.append("positions are VideoMAE's fixed sines for 16 frames of 224x224, which its files leave out")
-    result.position_grid = VIDEOMAE_GRID
+    if result.state["pos_embed"].shape[1] == math.prod(VIDEOMAE_GRID):
+        result.position_grid = VIDEOMAE_GRID
     _finish_vit(result)
     return result
 
@@ -187,8 +190,15 @@ def from_stvit_r(state: StateDict) -> Converted:
 Layout = tuple[str, Callable[[StateDict], bool], Callable[[StateDict], Converted]]
 
 
-def _has(pattern: str) -> Callable[[StateDict], bool]:
-    return lambda state: any(re.search(pattern, name) for name in state)
+def _has(pattern: str, without: str = r"^$") -> Callable[[StateDict], bool]:
+    """Return the test that some key fits ``pattern`` and none fits ``without``."""
+    return lambda state: (
+        any(re.search(pattern, name) for name in state) and not any(re.search(without, name) for name in state)
+    )
+
+
+# Marks of ViTs that compute something else under the same names (BEiT, EVA and the like).
+OTHER_VITS = r"(cls_token|relative_position_bias_table|rel_pos_bias|rope|q_norm)"
 
 
 # The first that fits: the more particular ones come first.
@@ -198,8 +208,8 @@ LAYOUTS: tuple[Layout, ...] = (
     ("torchvision Swin", _has(r"^features\.\d+\.\d+\.attn\.relative_position_bias_table$"), from_torchvision_swin),
     ("Video Swin", _has(r"^backbone\.layers\.0\.blocks\.0\.attn\.relative_position_bias_table$"), from_swin),
     ("Swin", _has(r"^layers\.0\.blocks\.0\.attn\.relative_position_bias_table$"), from_swin),
-    ("VideoMAE", _has(r"^(encoder\.)?blocks\.0\.attn\.q_bias$"), from_videomae),
-    ("timm ViT", _has(r"^blocks\.0\.attn\.qkv\.weight$"), from_timm_vit),
+    ("VideoMAE", _has(r"^(encoder\.)?blocks\.0\.attn\.q_bias$", OTHER_VITS), from_videomae),
+    ("timm ViT", _has(r"^blocks\.0\.attn\.qkv\.weight$", r"attn\.q_bias$"), from_timm_vit),
 )
 
 

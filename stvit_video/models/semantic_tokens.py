@@ -67,14 +67,18 @@ class SemanticPooling(nn.Module):
         super().__init__()
         if kind not in POOLING_KINDS:
             raise ValueError(f"pooling {kind!r} is unknown; choose one of {', '.join(POOLING_KINDS)}.")
-        if grid[0] % regions[0]:
+        if regions[0] < 1 or grid[0] % regions[0]:
             allowed = [n for n in range(1, grid[0] + 1) if grid[0] % n == 0]
             raise ValueError(
                 f"{regions[0]} regions do not divide the {grid[0]} token frames of the clip; allowed: {allowed}."
             )
+        for length, count, axis in zip(grid[1:], regions[1:], ("height", "width"), strict=True):
+            if not 1 <= count <= length:
+                raise ValueError(f"{count} regions over {length} tokens of {axis}; allowed: 1 to {length}.")
         self.grid, self.regions, self.kind = grid, regions, kind
-        self.rows = split_axis(grid[1], regions[1], "height")
-        self.columns = split_axis(grid[2], regions[2], "width")
+        if kind == "mask" or offsets:  # adaptive pooling makes its own, overlapping, regions
+            self.rows = split_axis(grid[1], regions[1], "height")
+            self.columns = split_axis(grid[2], regions[2], "width")
         self.frames_merged = grid[0] // regions[0]
         if kind == "mask":
             self.mask_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)

@@ -17,21 +17,24 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stvit_video.models.layers import Block, Grid
-from stvit_video.models.semantic_tokens import SemanticTokenGenerator
+from stvit_video.models.semantic_tokens import SemanticTokenGenerator, allowed_counts
 from stvit_video.models.windows import WindowAttention, WindowBlock, partition, unite
 
 CENTRES = 3  # along each side of a window, the paper's choice for 7 x 7 windows
-# Side of the windows that the first and the deeper generator blocks read: the released code's, whose second block sees
-# the whole 14 x 14 map. In centres: a window's own, then those of two windows a side.
-KEY_WINDOWS = (10, 14)
-KEY_CENTRES = (CENTRES, 2 * CENTRES)
+KEY_MARGIN = 3  # the first generator block reads windows this much larger than 7: the released code's 10
 
 
-def windowed_regions(grid: Grid, window: Grid, frames_per_centre: int) -> Grid:
-    """Return 3 x 3 centres a window, fewer on maps smaller than that, for every ``frames_per_centre`` frames."""
-    sides = (min(CENTRES * math.ceil(length / size), length) for length, size in zip(grid[1:], window[1:], strict=True))
-    rows, columns = sides
-    return (grid[0] // math.gcd(grid[0], frames_per_centre), rows, columns)
+def windowed_regions(grid: Grid, window: Grid, frames_per_centre: int, even: bool) -> Grid:
+    """Return 3 x 3 centres a window, fewer on maps too small for that, for every ``frames_per_centre`` frames.
+
+    ``even`` asks for counts that cut the map into equal regions, as the learned mask needs them.
+    """
+    sides = []
+    for length, size in zip(grid[1:], window[1:], strict=True):
+        windows = math.ceil(length / size)
+        counts = [windows * n for n in range(1, CENTRES + 1) if windows * n <= length]
+        sides.append(max(count for count in counts if not even or count in allowed_counts(length)))
+    return (grid[0] // math.gcd(grid[0], frames_per_centre), sides[0], sides[1])
 
 
 def centred_windows(length: int, count: int, size: int) -> Tensor:
@@ -49,26 +52,38 @@ class WindowedTokenGenerator(SemanticTokenGenerator):
     """STGM inside windows: the centres of a window read the image tokens around it and the centres themselves.
 
     A block's context is [S; X] from the first one on, as in the released code; centres that stand for n merged frames
-    weigh log n more there. Where the window of a block covers the map, all its centres are one query.
+    weigh log n more there. The first block reads a margin around each window, deeper ones twice the window, which is
+    the whole 14 x 14 map of a 224-pixel image. Where the window of a block covers the map, all its centres are one
+    query. Raises ValueError where ``regions`` do not give every window the same number of centres.
     """
 
     def __init__(self, dim: int, grid: Grid, regions: Grid, window: Grid, **settings: object) -> None:
         super().__init__(dim, grid, regions, **settings)  # type: ignore[arg-type]
         self.grid, self.regions = grid, regions
         counts = [math.ceil(length / size) for length, size in zip(grid[1:], window[1:], strict=True)]
+        for count, windows, axis in zip(regions[1:], counts, ("height", "width"), strict=True):
+            if count % windows:
+                allowed = [n * windows for n in range(1, CENTRES + 1)]
+                raise ValueError(
+                    f"{count} regions over the {windows} windows of {axis}; allowed: multiples such as {allowed}."
+                )
         self.own = (1, regions[1] // counts[0], regions[2] // counts[1])
         frames = grid[0] // regions[0]
-        for layer, (side, centres) in enumerate(zip(KEY_WINDOWS, KEY_CENTRES, strict=True)):
-            covers = max(grid[1:]) <= side and max(regions[1:]) <= centres
-            places = None if covers else self._places((frames, *grid[1:]), counts, side)
+        for layer in range(2):
+            sides = [size * 2 if layer else size + KEY_MARGIN for size in window[1:]]
+            centres = [size * (layer + 1) for size in self.own[1:]]
+            covers = all(
+                length <= side for length, side in zip((*grid[1:], *regions[1:]), (*sides, *centres), strict=True)
+            )
+            places = None if covers else self._places((frames, *grid[1:]), counts, sides)
             own = None if covers else self._places((1, *regions[1:]), counts, centres)
             self.register_buffer(f"image_places_{layer}", places, persistent=False)
             self.register_buffer(f"centre_places_{layer}", own, persistent=False)
 
     @staticmethod
-    def _places(grid: Grid, counts: Sequence[int], side: int) -> Tensor:
+    def _places(grid: Grid, counts: Sequence[int], sides: Sequence[int]) -> Tensor:
         """Return where in a flattened group each window reads: (windows, positions)."""
-        rows, columns = (centred_windows(length, count, side) for length, count in zip(grid[1:], counts, strict=True))
+        rows, columns = (centred_windows(*axis) for axis in zip(grid[1:], counts, sides, strict=True))
         frames = torch.arange(grid[0]).view(1, 1, -1, 1, 1) * grid[1] * grid[2]
         places = rows[:, None, None, :, None] * grid[2] + columns[None, :, None, None, :]
         return (places + frames).flatten(2).flatten(0, 1)
@@ -180,7 +195,9 @@ class SemanticStage(nn.Module):
         super().__init__()
         self.recover, self.base_depth, self.stgm_depth = settings.recover, settings.base_depth, settings.stgm_depth
         self.unit_depth = check_unit(len(drop_path), settings)
-        self.regions = settings.regions or windowed_regions(grid, window, settings.frames_per_centre)
+        self.regions = settings.regions or windowed_regions(
+            grid, window, settings.frames_per_centre, settings.pooling == "mask" or settings.offsets
+        )
         self.out_grid = grid if self.recover else self.regions
         self.token_window = token_window(self.regions, window)
         self.blocks = nn.ModuleList()

@@ -141,7 +141,7 @@ class SwinTransformer(nn.Module):
         depths: tuple[int, ...],
         num_heads: tuple[int, ...],
         window: Grid = (8, 7, 7),
-        window_frames: tuple[int, ...] = (8, 8, 8, 8),
+        window_frames: tuple[int, ...] | None = None,
         mlp_ratio: float = 4.0,
         stem: str = "patch",
         dropout: float = 0.0,
@@ -154,7 +154,8 @@ class SwinTransformer(nn.Module):
         self.input_size: Grid = (num_frames, height, width)
         self.patch: Grid = (1 if num_frames == 1 else tubelet, patch_size, patch_size)
         self.depths = tuple(depths)
-        _check_arguments(self.input_size, (depths, num_heads, window_frames), stem)
+        window_frames = window_frames or (window[0],) * STAGES
+        _check_arguments((depths, num_heads, window_frames), stem, patch_size)
         # An image model's bias tables have one entry in time, which makes them Swin's.
         window = (1 if num_frames == 1 else window[0], window[1], window[2])
         grid = (_ceil(num_frames, self.patch[0]), _ceil(height, patch_size), _ceil(width, patch_size))
@@ -270,10 +271,10 @@ def _note(intermediates: Intermediates | None, stage: str, x: Tensor) -> None:
         intermediates.note(stage, x, (x.shape[1], x.shape[2], x.shape[3]))
 
 
-def _check_arguments(input_size: Grid, per_stage: Sequence[Sequence[int]], stem: str) -> None:
-    if min(input_size) < 1:
-        raise ValueError(f"clip of {input_size[0]} frames of {input_size[1]}x{input_size[2]}; all must be at least 1.")
+def _check_arguments(per_stage: Sequence[Sequence[int]], stem: str, patch_size: int) -> None:
     if any(len(numbers) != STAGES for numbers in per_stage):
         raise ValueError(f"depths, num_heads and window_frames take {STAGES} numbers, one a stage.")
     if stem not in STEMS:
         raise ValueError(f"stem {stem!r}; choose one of {', '.join(STEMS)}.")
+    if stem == "conv" and patch_size != 4:
+        raise ValueError(f"patch_size {patch_size} with stem 'conv', whose two strides of 2 make 4; choose 4.")

@@ -21,14 +21,18 @@ def config(*overrides: str) -> object:
 
 def test_every_parameter_is_in_one_group_and_only_matrices_decay() -> None:
     model = create_model("stvit_vit_sample_patch8", num_frames=8, image_size=64, num_classes=8, offsets=True)
-    decay, rest = build_optimizer(config(), model).param_groups
-    grouped = [id(parameter) for group in (decay, rest) for parameter in group["params"]]
+    groups = build_optimizer(config("OPTIM.BACKBONE_SCALE", "0.1", "OPTIM.LR", "0.5"), model).param_groups
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
-    assert (decay["weight_decay"], rest["weight_decay"]) == (0.05, 0.0)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    resting = {names[id(parameter)] for parameter in rest["params"]}
-    assert {"pos_embed", "time_embed", "stgm.global_centres", "norm.weight", "head.proj.bias"} <= resting
-    assert all(parameter.ndim > 1 for parameter in decay["params"])
+    settings = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    named = {name: settings[id(parameter)] for name, parameter in model.named_parameters()}
+    for name in ("pos_embed", "time_embed", "stgm.global_centres", "norm.weight", "blocks.0.attn.qkv.bias"):
+        assert named[name] == (pytest.approx(0.05), 0.0), name
+    assert named["blocks.0.attn.qkv.weight"] == (pytest.approx(0.05), 0.05)
+    assert named["head.proj.weight"] == (0.5, 0.05)
+    assert named["head.proj.bias"] == (0.5, 0.0)
+    decaying = [parameter for group in groups if group["weight_decay"] for parameter in group["params"]]
+    assert all(parameter.ndim > 1 for parameter in decaying)
 
 
 @pytest.mark.parametrize("warmup", [0, 2, 10])

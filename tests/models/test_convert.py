@@ -34,7 +34,8 @@ def test_loaded_means_loaded(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda s: {"model": s}, lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}}]
+    "wrap",
+    [lambda s: {"model": s}, lambda s: {"state_dict": {"model": {f"module._orig_mod.{k}": v for k, v in s.items()}}}],
 )
 def test_wrappers_and_prefixes_are_stripped(tmp_path: Path, wrap: object) -> None:
     torch.save(wrap(build().state_dict()), tmp_path / "weights.pth")
@@ -60,6 +61,24 @@ def test_video_to_video_with_more_frames_keeps_ends_of_the_time_embedding() -> N
     target = build(num_frames=16)
     assert load_pretrained(target, source.state_dict(), min_coverage=1.0).keys["interpolated"]
     torch.testing.assert_close(target.time_embed[:, [0, -1]], source.time_embed[:, [0, -1]])
+
+
+@pytest.mark.parametrize("name", [NAME, "swin_tiny", "stvit_r_swin_small"])
+def test_motion_tells_frames_apart_and_leaves_a_still_clip_an_image(name: str) -> None:
+    sizes = {"image_size": 64, "num_classes": 8}
+    image_model = create_model(name, num_frames=1, **sizes).eval()
+    blind, seeing = (create_model(name, num_frames=8, **sizes).eval() for _ in range(2))
+    load_pretrained(blind, image_model.state_dict())
+    report = load_pretrained(seeing, image_model.state_dict(), motion=1.0)
+    assert any("differences between frames added" in note for note in report.notes)
+    image, clip = torch.randn(1, 3, 1, 64, 64), torch.randn(1, 3, 8, 64, 64)
+    with torch.no_grad():
+        still = seeing(image.expand(-1, -1, 8, -1, -1))
+        assert (still - image_model(image)).abs().max() < 1e-4
+        # Two frames of a tubelet change places: an averaging kernel cannot know.
+        swapped = clip[:, :, [1, 0, *range(2, 8)]]
+        assert (blind(swapped) - blind(clip)).abs().max() < 1e-5
+        assert (seeing(swapped) - seeing(clip)).abs().max() > 1e-4
 
 
 def test_deit_class_token_is_dropped_with_a_note() -> None:
@@ -102,6 +121,55 @@ def test_a_pickle_payload_is_refused_without_running(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"needs code to load, which is refused \(posix\.mkdir\)"):
         load_pretrained(build(), path)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "listed"])
+def test_no_form_of_payload_runs(tmp_path: Path, form: str) -> None:
+    marker, path = tmp_path / "ran", tmp_path / "weights.pth"
+    content = {
+        "model": build().state_dict(),
+        "extra": [{"deep": Payload(marker)}] if form == "listed" else Payload(marker),
+    }
+    torch.save(content, path, _use_new_zipfile_serialization=form != "legacy")
+    with pytest.raises(UsageError, match=r"refused \(posix\.mkdir\)"):
+        load_pretrained(build(), path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("share", [0.0005, 0.01, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_file_cut_anywhere_is_one_line(tmp_path: Path, share: float, legacy: bool) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save(build().state_dict(), path, _use_new_zipfile_serialization=not legacy)
+    path.write_bytes(path.read_bytes()[: max(100, int(share * path.stat().st_size))])
+    with pytest.raises(UsageError, match=r"weights\.pth") as error:
+        load_pretrained(build(), path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_torchscript_archive_is_named_for_what_it_is(tmp_path: Path) -> None:
+    torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(tmp_path / "script.pth")
+    with pytest.raises(UsageError, match="TorchScript") as error:
+        load_pretrained(build(), tmp_path / "script.pth")
+    assert "weights_only" not in str(error.value)
+
+
+@pytest.mark.parametrize("arguments", ["{oops", "[1, 2]", "null", '"abc"'])
+def test_foreign_metadata_is_passed_over(tmp_path: Path, arguments: str) -> None:
+    save_file(build().state_dict(), tmp_path / "w.safetensors", metadata={"name": "x", "arguments": arguments})
+    assert load_pretrained(build(), tmp_path / "w.safetensors").coverage == 1.0
+
+
+def test_part_of_a_checkpoint_up_to_a_depth() -> None:
+    source, target = build(), build()
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    report = load_pretrained(target, source.state_dict(), depth=4, min_coverage=1.0)
+    for name, value in target.state_dict().items():
+        taken = target.layer_id(name) <= 4
+        assert (name in report.keys["loaded"]) == taken
+        assert torch.equal(value, (source.state_dict() if taken else before)[name]), name
+    assert not report.keys["unused"]
+    assert any("above depth 4 left out" in note for note in report.notes)
 
 
 def broken_files(folder: Path) -> dict[str, bytes]:

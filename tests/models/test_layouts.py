@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stvit_video.errors import UsageError
 from stvit_video.models import create_model, load_pretrained
-from stvit_video.models.convert import resample_bias
+from stvit_video.models.fitting import resample_bias, split_positions
 from stvit_video.models.layouts import from_swin, from_timm_vit, from_videomae, interleaved_sines, recognise
 
 
@@ -83,18 +83,24 @@ def test_swin_into_semantic_tokens_says_which_biases_are_left() -> None:
 
 def test_bias_tables_of_other_reach() -> None:
     table = torch.arange(3 * 5 * 5, dtype=torch.float32).reshape(75, 1)
-    longer, status = resample_bias(table, (5, 5, 5))
+    longer, status = resample_bias(table, (5, 5, 5), image=False)
     assert status == "interpolated"
     assert torch.equal(longer.reshape(5, 25), table.reshape(3, 25)[[0, 0, 1, 2, 2]])
-    image, _ = resample_bias(table, (1, 5, 5))
+    image, _ = resample_bias(table, (1, 5, 5), image=False)
     assert torch.equal(image, table[25:50])  # offset 0 in time
-    inflated, status = resample_bias(image, (15, 5, 5))
+    inflated, status = resample_bias(image, (15, 5, 5), image=True)
     assert status == "inflated"
     assert torch.equal(inflated.reshape(15, 25), image.reshape(1, 25).expand(15, 25))
-    wide, status = resample_bias(torch.full((13 * 13, 3), 0.7), (1, 23, 23))
+    wide, status = resample_bias(torch.full((13 * 13, 3), 0.7), (1, 23, 23), image=True)
     assert status == "interpolated"
     torch.testing.assert_close(wide, torch.full((23 * 23, 3), 0.7))
-    assert resample_bias(torch.zeros(10, 1), (1, 5, 5))[1] == "wrong shape"
+    # An image's 15 x 15 table for windows of 3: its 225 entries are no 9 frames of 5 x 5.
+    ramp = torch.arange(15.0).repeat(15, 1).reshape(225, 1)
+    narrow, _ = resample_bias(ramp, (1, 5, 5), image=True)
+    torch.testing.assert_close(narrow.reshape(5, 5)[2], torch.tensor([1.0, 4.0, 7.0, 10.0, 13.0]), atol=0.1, rtol=0)
+    video, status = resample_bias(torch.rand(15 * 13 * 13, 3), (15, 9, 9), image=False)
+    assert (tuple(video.shape), status) == ((15 * 81, 3), "interpolated")
+    assert resample_bias(torch.zeros(10, 1), (1, 5, 5), image=True) == (None, "wrong shape")
 
 
 def test_larger_windows_take_an_image_checkpoint() -> None:
@@ -194,8 +200,6 @@ def test_pre_trained_videomae_gives_its_encoder() -> None:
 
 
 def test_the_split_of_clip_positions_is_exact_where_there_is_one() -> None:
-    from stvit_video.models.convert import split_positions
-
     space, time = torch.randn(1, 12, 5), torch.randn(1, 3, 5)
     time -= time.mean(dim=1, keepdim=True)
     clip = (space.unsqueeze(1) + time.unsqueeze(2)).flatten(1, 2)
@@ -216,3 +220,65 @@ def test_conversions_leave_their_source_alone() -> None:
     from_swin(state)
     assert list(state) == names
     assert torch.equal(state["patch_embed.proj.weight"], first)
+
+
+def test_a_clip_of_as_many_places_is_not_taken_for_the_frame_of_an_image() -> None:
+    """196 places of a 224-pixel image are no 4 frames of 49 for a model of 8 frames of 112 pixels."""
+    oracle = timm.create_model("deit_tiny_patch16_224", num_classes=7, depth=3)
+    small = create_model("vit_tiny_patch16", num_frames=1, image_size=112, num_classes=7, depth=3).eval()
+    video = create_model("vit_tiny_patch16", num_frames=8, image_size=112, num_classes=7, depth=3).eval()
+    for model in (small, video):
+        report = load_pretrained(model, oracle.state_dict())
+        assert report.keys["interpolated"] == ["pos_embed"]
+        assert report.keys["new"] == ["time_embed"]
+    image = torch.randn(1, 3, 1, 112, 112)
+    with torch.no_grad():
+        assert (video(image.expand(-1, -1, 8, -1, -1)) - small(image)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("size", [(64, 144), (32, 128), 64, (144, 64)])
+def test_clip_positions_keep_a_still_clip_an_image_on_any_frame(size: int | tuple[int, int]) -> None:
+    settings = {"image_size": size, "num_classes": 7, "dim": 48, "num_heads": 3, "depth": 4, "positions": "clip"}
+    image_model = perturb(create_model("vit_tiny_patch16", num_frames=1, **settings))
+    video_model = create_model("vit_tiny_patch16", num_frames=4, **settings).eval()
+    report = load_pretrained(video_model, image_model.state_dict(), min_coverage=1.0)
+    assert "pos_embed" in report.keys["inflated"]
+    image = torch.randn(1, *image_model.input_size[:0], 3, 1, *image_model.input_size[1:])
+    with torch.no_grad():
+        assert (video_model(image.expand(-1, -1, 4, -1, -1)) - image_model(image)).abs().max() < 1e-4
+
+
+def test_centres_of_another_size_are_resampled_or_new_never_scrambled() -> None:
+    settings = {"num_frames": 1, "num_classes": 3, "global_centres": True, "dim": 24, "depths": (2, 2, 6, 2)}
+    settings["num_heads"] = (1, 2, 4, 8)
+    large = create_model("stvit_swin_tiny", image_size=224, **settings)
+    torch.nn.init.constant_(large.layers[2].generators[0].global_centres, 0.7)
+    small = create_model("stvit_swin_tiny", image_size=112, **settings)
+    report = load_pretrained(small, large.state_dict(), min_coverage=1.0)
+    assert report.keys["interpolated"] == ["layers.2.generators.0.global_centres"]
+    centres = small.layers[2].generators[0].global_centres
+    torch.testing.assert_close(centres, torch.full_like(centres, 0.7))
+
+
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "eva02_tiny_patch14_224"])
+def test_networks_under_the_same_names_are_refused(name: str) -> None:
+    state = timm.create_model(name, depth=2).state_dict()
+    assert recognise(state) is None or recognise(state)[0] == "timm ViT"
+    model = create_model("vit_tiny_patch16", num_frames=1, image_size=224, num_classes=1000, depth=2)
+    with pytest.raises(UsageError):
+        load_pretrained(model, state)
+
+
+def test_keys_without_a_place_are_said_to_change_the_outputs() -> None:
+    state = timm.create_model("vit_tiny_patch16_224", depth=3, pre_norm=True).state_dict()
+    model = create_model("vit_tiny_patch16", num_frames=1, image_size=224, num_classes=1000, depth=3)
+    assert "norm_pre" in "".join(load_pretrained(model, state).notes)
+
+
+@pytest.mark.parametrize("damage", ["blocks.0.ls1.gamma", "pos_embed"])
+def test_tensors_that_do_not_fit_together_are_one_line(damage: str) -> None:
+    state = timm.create_model("vit_tiny_patch16_224", depth=3).state_dict()
+    state[damage] = torch.zeros(3)
+    model = create_model("vit_tiny_patch16", num_frames=1, image_size=224, num_classes=1000, depth=3)
+    with pytest.raises(UsageError, match="do not fit together"):
+        load_pretrained(model, state)

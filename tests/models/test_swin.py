@@ -250,8 +250,8 @@ def test_training_contracts() -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "said"),
     [
-        ("swin_tiny", {"image_size": 0}, "at least 1"),
-        ("swin_tiny", {"depths": (2, 2, 6)}, "4 numbers"),
+        ("swin_tiny", {"image_size": 0}, "from 1 on"),
+        ("swin_tiny", {"depths": (2, 2, 6)}, "4 whole numbers"),
         ("swin_tiny", {"base_depth": 2}, "stvit_swin_tiny"),
         ("swin_tiny", {"stem": "Conv"}, "patch, conv"),
         ("swin_tiny", {"windov": (8, 7, 7)}, "window"),
@@ -259,6 +259,21 @@ def test_training_contracts() -> None:
         ("stvit_swin_tiny", {"units": 2}, "stvit_r"),
         ("stvit_swin_tiny", {"regions": (3, 6, 6)}, "allowed"),
         ("stvit_swin_tiny", {"regions": (1, 20, 6)}, "20 regions"),
+        ("stvit_swin_tiny", {"regions": (1, 7, 6)}, r"7 regions over the 2 windows.*\[2, 4, 6\]"),
+        ("stvit_swin_tiny", {"regions": (6, 6)}, "3 whole numbers"),
+        ("stvit_swin_tiny", {"regions": (1, 0, 6)}, "3 whole numbers from 1 on"),
+        ("stvit_swin_tiny", {"drop_path": 1.5}, "0 to below 1"),
+        ("stvit_swin_tiny", {"frames_per_centre": 0}, "from 1 on"),
+        ("stvit_swin_tiny", {"offsets": "yes"}, "True or False"),
+        ("stvit_swin_tiny", {"preset": "quick"}, "paper, fast"),
+        ("swin_tiny", {"stem": "conv", "patch_size": 8}, "choose 4"),
+        ("swin_tiny", {"window": 7}, "3 whole numbers"),
+        ("swin_tiny", {"num_heads": (5, 6, 12, 24)}, "divisible"),
+        ("vit_tiny_patch16", {"patch_size": 0}, "from 1 on"),
+        ("vit_tiny_patch16", {"num_frames": 4.5}, "whole number"),
+        ("vit_tiny_patch16", {"image_size": (224,)}, "2 whole numbers"),
+        ("vit_tiny_patch16", {"num_classes": 0}, "from 1 on"),
+        ("vit_tiny_patch16", {"mlp_ratio": None}, "number"),
         ("stvit_r_swin_small", {"units": 4}, r"allowed: \[1, 2, 3, 6, 9, 18\]"),
         ("stvit_r_swin_small", {"units": 6}, "too short"),
         ("stvit_r_swin_tiny", {}, "stvit_r_swin_small"),
@@ -267,6 +282,29 @@ def test_training_contracts() -> None:
 def test_arguments_that_cannot_work(name: str, settings: dict, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         create_model(name, **{"num_frames": 1, "image_size": 224, "num_classes": 10, **settings})
+
+
+@pytest.mark.parametrize("settings", [{}, {"pooling": "mask"}, {"offsets": True}, {"window": (4, 5, 3)}])
+def test_any_image_size_works(settings: dict) -> None:
+    for height in (4, 8, 30, 64, 113, 128, 144, 200, 240, 320, 513):
+        sizes = {"num_frames": 3, "image_size": (height, 64), "num_classes": 3, **SHRUNK, **settings}
+        model = create_model("stvit_swin_tiny", **sizes).eval()
+        with torch.no_grad():
+            assert model(torch.randn(1, 3, 3, height, 64)).isfinite().all(), height
+
+
+@pytest.mark.parametrize("name", ["swin_tiny", "stvit_swin_tiny", "stvit_r_swin_small"])
+def test_bf16_runs_in_bf16_and_stays_near(name: str) -> None:
+    settings = {"units": 1} if "_r_" in name else {}
+    model = perturb(create_model(name, num_frames=20, image_size=100, num_classes=10, **SHRUNK, **settings))
+    clip, seen = torch.randn(1, 3, 20, 100, 100), []
+    model.layers[2].blocks[-1].mlp.fc1.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    with torch.no_grad():
+        expected = model(clip)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = model(clip).float()
+    assert seen == [torch.float32, torch.bfloat16]
+    assert (got - expected).abs().max() < 0.1 * expected.abs().max()
 
 
 def test_input_of_another_size_is_refused() -> None:

@@ -1,0 +1,40 @@
+"""Comparing runs: curves with known crossings, the picture, and folders that are no runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from stvit_video import compare
+
+
+def write_run(folder: Path, slope: float) -> str:
+    folder.mkdir()
+    rows = [{"step": step, "split": "train", "top1": min(100.0, slope * step)} for step in range(8, 801, 8)]
+    rows += [{"step": step, "split": "val", "top1": min(100.0, slope * step)} for step in range(200, 801, 200)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def test_steps_to_the_target_are_counted_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    runs = [write_run(tmp_path / "slow", 0.1), write_run(tmp_path / "fast", 0.25)]
+    picture = tmp_path / "both.png"
+    assert compare.main([*runs, "--target", "50", "--window", "16", "--output", str(picture)]) == 0
+    lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    assert lines[runs[0]] == ["504", "600"]  # the mean of steps 496 and 504 is what 500 would be
+    assert lines[runs[1]] == ["208", "200"]
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_target_never_reached_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = write_run(tmp_path / "slow", 0.1)
+    assert compare.main([run, "--output", str(tmp_path / "x.png")]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[1:] == ["never", "never"]
+
+
+@pytest.mark.parametrize("output", ["x.png", "x.jpg", "absent/x.png"])
+def test_what_is_no_run_or_no_place_is_one_line(tmp_path: Path, output: str, capsys: pytest.CaptureFixture) -> None:
+    assert compare.main([str(tmp_path), "--output", str(tmp_path / output)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1

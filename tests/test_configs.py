@@ -1,0 +1,48 @@
+"""The shipped configurations: they load, their heads say what they cost, and the figures are the models' own."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from stvit_video.config import load_config
+from stvit_video.models.complexity import count_gflops
+from stvit_video.models.zoo import build_model
+from tests.conftest import REPOSITORY
+
+CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
+LARGE = sorted(path for path in CONFIGS if path.name.startswith(("k400_", "ssv2_")))
+HEAVY = ("k400_swin_s", "k400_stvit_swin_s", "k400_stvit_r_swin_s", "k400_vit_b", "k400_stvit_vit_b")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_configuration_loads_and_its_head_gives_its_command(path: Path) -> None:
+    load_config(path)
+    assert re.search(rf"^#   \S.*stvit_video\.run --cfg configs/{path.name}", path.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.slow] if path.stem in HEAVY else []) for path in LARGE],
+    ids=lambda path: path.stem,
+)
+def test_stated_gflops_are_the_models_own(path: Path) -> None:
+    cfg = load_config(path)
+    head = re.sub(r"\n# ", " ", path.read_text())
+    clip, video = re.search(r"# ([\d.]+) GFLOPs a clip.*? ([\d,]+) a video", head).groups()
+    gflops = count_gflops(build_model(cfg, num_classes=400), (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE))
+    assert gflops == pytest.approx(float(clip), abs=0.051)
+    assert gflops * cfg.TEST.CLIPS * cfg.TEST.CROPS == pytest.approx(float(video.replace(",", "")), abs=0.51)
+    saving = re.search(r"(\d+) % below the twin, (\w+)\)", head)
+    assert bool(saving) == cfg.MODEL.NAME.startswith("stvit")
+    if saving:
+        twin = load_config(path.with_name(f"{saving[2]}.yaml"))
+        full = float(re.search(r"# ([\d.]+) GFLOPs", path.with_name(f"{saving[2]}.yaml").read_text())[1])
+        assert re.sub("^stvit_(r_)?", "", cfg.MODEL.NAME) == twin.MODEL.NAME
+        assert 100 * (1 - gflops / full) == pytest.approx(int(saving[1]), abs=0.6)
+
+
+@pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
+def test_something_something_has_no_mirror_images(path: Path) -> None:
+    cfg = load_config(path)
+    assert ((True, "dense") if "k400" in path.name else (False, "uniform")) == (cfg.DATA.FLIP, cfg.DATA.SAMPLING)
