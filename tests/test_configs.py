@@ -1,4 +1,4 @@
-"""The shipped configurations: they load, their heads say what they cost, and the figures are the models' own."""
+"""The large configurations: what their heads state is what their models cost."""
 
 import re
 from pathlib import Path
@@ -10,15 +10,8 @@ from stvit_video.models.complexity import count_gflops
 from stvit_video.models.zoo import build_model
 from tests.conftest import REPOSITORY
 
-CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
-LARGE = sorted(path for path in CONFIGS if path.name.startswith(("k400_", "ssv2_")))
+LARGE = sorted(path for path in (REPOSITORY / "configs").glob("*.yaml") if path.name.startswith(("k400_", "ssv2_")))
 HEAVY = ("k400_swin_s", "k400_stvit_swin_s", "k400_stvit_r_swin_s", "k400_vit_b", "k400_stvit_vit_b")
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_configuration_loads_and_its_head_gives_its_command(path: Path) -> None:
-    load_config(path)
-    assert re.search(rf"^#   \S.*stvit_video\.run --cfg configs/{path.name}", path.read_text(), re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +22,7 @@ def test_a_configuration_loads_and_its_head_gives_its_command(path: Path) -> Non
 def test_stated_gflops_are_the_models_own(path: Path) -> None:
     cfg = load_config(path)
     head = re.sub(r"\n# ", " ", path.read_text())
-    clip, video = re.search(r"# ([\d.]+) GFLOPs a clip.*? ([\d,]+) a video", head).groups()
+    clip, video = re.search(r"([\d.]+) GFLOPs a clip.*? ([\d,]+) a video", head).groups()
     gflops = count_gflops(build_model(cfg, num_classes=400), (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE))
     assert gflops == pytest.approx(float(clip), abs=0.051)
     assert gflops * cfg.TEST.CLIPS * cfg.TEST.CROPS == pytest.approx(float(video.replace(",", "")), abs=0.51)

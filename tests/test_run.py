@@ -268,8 +268,8 @@ def test_keys_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "missing"),
     [
-        ([], ["TRAIN_LIST", "VAL_LIST", "TEST_LIST", "CLASSES"]),
-        (["DATA.VAL_LIST", "", "DATA.CLASSES", ""], ["TRAIN_LIST", "TEST_LIST"]),
+        ([], ["TRAIN_LIST", "VAL_LIST", "TEST_LIST", "CLASSES", "INIT"]),
+        (["DATA.VAL_LIST", "", "DATA.CLASSES", ""], ["TRAIN_LIST", "TEST_LIST", "INIT"]),
         (
             ["MODEL.INIT", "absent.pth", "DATA.TRAIN_LIST", ""],
             ["TRAIN_LIST", "VAL_LIST", "TEST_LIST", "CLASSES", "INIT"],
