@@ -93,6 +93,7 @@ def load_pretrained(
         report.arguments = {"name": metadata["name"], **metadata["arguments"]} if metadata else {}
     try:
         converted = convert(state)
+        from_image = is_image_state(converted.state)
         fitted = _fit_all(state, converted, model, report, new_head, depth)
     except DAMAGE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -100,7 +101,7 @@ def load_pretrained(
             f"{name} looks like a {layout} checkpoint, but its tensors do not fit together ({reason}); fetch it again."
         ) from error
     _check(report, model, fitted, min_coverage, new_head, depth)
-    if motion > 0 and is_image_state(converted.state):
+    if motion > 0 and from_image:
         for key in [key for key in report.keys["inflated"] if fitted[key].ndim == 5]:
             fitted[key] = add_motion(fitted[key], motion)
             report.notes.append(f"{key}: random differences between frames added, {motion:g} times its own spread")

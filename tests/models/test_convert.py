@@ -79,6 +79,9 @@ def test_motion_tells_frames_apart_and_leaves_a_still_clip_an_image(name: str) -
         swapped = clip[:, :, [1, 0, *range(2, 8)]]
         assert (blind(swapped) - blind(clip)).abs().max() < 1e-5
         assert (seeing(swapped) - seeing(clip)).abs().max() > 1e-4
+    wider = create_model(name, num_frames=8, tubelet=4, **sizes)
+    report = load_pretrained(wider, seeing.state_dict(), motion=1.0)  # it sees motion already
+    assert not any("differences between frames" in note for note in report.notes)
 
 
 def test_deit_class_token_is_dropped_with_a_note() -> None:
