@@ -11,6 +11,7 @@ import torch
 
 from stvit_video import run
 from stvit_video.data import sample
+from stvit_video.engine.train import Trainer
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -100,3 +101,27 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+class Killed(Exception):
+    """What ends a run in a test as if from outside."""
+
+
+@pytest.fixture
+def run_killed(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str], int], None]:
+    """Run a command that dies when training has taken so many steps, and make sure that it did."""
+
+    def start(arguments: list[str], steps: int) -> None:
+        take_step = Trainer.take_step
+
+        def die(self: Trainer, batches: object) -> torch.Tensor:
+            if self.step == steps:
+                raise Killed
+            return take_step(self, batches)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "take_step", die)
+            with pytest.raises(Killed):
+                run.main(arguments)
+
+    return start

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from fvcore.common.config import CfgNode
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from stvit_video.data.loader import build_classes, build_test_loader, build_train_loader
@@ -29,6 +28,7 @@ from stvit_video.engine.start import build_data, check_inputs, report_model
 from stvit_video.engine.train import train
 from stvit_video.errors import UsageError
 from stvit_video.models import LoadReport, load_pretrained
+from stvit_video.models.checkpoints import read_metadata
 from stvit_video.models.zoo import build_model
 
 Row = dict[str, Any]  # method, weights, top1, top5, coverage
@@ -146,16 +146,10 @@ def build_image_model(cfg: CfgNode, classes: list[str]) -> tuple[nn.Module | Non
 
 def compare_classes(checkpoint: str, classes: list[str]) -> str:
     """Return why the classifier of ``checkpoint`` cannot be scored on data of ``classes``; empty where it can."""
-    metadata: dict[str, str] = {}
-    if Path(checkpoint).suffix == ".safetensors":
-        with safe_open(checkpoint, "pt") as file:
-            metadata = file.metadata() or {}
-    if not {"classes", "arguments"} <= metadata.keys():
+    metadata = read_metadata(checkpoint)
+    frames, own = metadata.get("arguments", {}).get("num_frames"), metadata.get("classes")
+    if not isinstance(own, list):
         return f"{checkpoint} carries no class names"
-    try:
-        frames, own = json.loads(metadata["arguments"])["num_frames"], list(json.loads(metadata["classes"]))
-    except (ValueError, LookupError, TypeError):
-        return f"{checkpoint} carries class names in a form that is not this package's"
     if frames != 1:
         return f"{checkpoint} is a model of {frames} frames, not of images"
     if own != classes:

@@ -52,6 +52,12 @@ def check_argument(name: str, value: Any) -> Any:
     raise ValueError(f"{name} is {value!r}; allowed: {rule.describe()}.")
 
 
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(choices)}.")
+
+
 def _fits(rule: Rule, value: Any) -> bool:
     if rule.kind in (bool, str):
         return isinstance(value, rule.kind)

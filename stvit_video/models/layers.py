@@ -4,6 +4,7 @@ Legend: B clips (or frames), N query tokens, K context tokens, C channels, h hea
 The parameter names are those of timm's ViT, so that its checkpoints fit without renaming.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from pytorchvideo.layers import Mlp
 from pytorchvideo.layers.drop_path import DropPath
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 Grid = tuple[int, int, int]
 
@@ -23,10 +25,10 @@ class Intermediates:
     grids: dict[str, Grid] = field(default_factory=dict)
     assignment: Tensor | None = None  # (B, M, N), see SemanticTokenGenerator.forward
 
-    def note(self, stage: str, x: Tensor, grid: Grid) -> None:
+    def note(self, stage: str, x: Tensor, grid: Sequence[int]) -> None:
         """Keep the tokens (B, N, C), or (B, t, h, w, C), that leave ``stage``."""
         self.tokens[stage] = x.reshape(x.shape[0], -1, x.shape[-1])
-        self.grids[stage] = grid
+        self.grids[stage] = (grid[0], grid[1], grid[2])
 
     def feature_map(self, stage: str) -> Tensor:
         """Return a stage as a dense map (B, C, t, h, w), as detection and segmentation heads take it."""
@@ -49,6 +51,19 @@ class PatchEmbed(nn.Module):
         x = x.reshape(B, 3, T // kt, kt, H // kh, kh, W // kw, kw)
         x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(B, -1, 3 * kt * kh * kw)
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
+
+
+def note(intermediates: Intermediates | None, stage: str, x: Tensor, grid: Sequence[int]) -> None:
+    """Keep the tokens that leave ``stage`` where intermediates are asked for."""
+    if intermediates is not None:
+        intermediates.note(stage, x, grid)
+
+
+def run_block(block: nn.Module, x: Tensor, *context: Tensor, recompute: bool) -> Tensor:
+    """Run a block; with ``recompute`` its activations are not kept but computed again in the backward pass."""
+    if recompute:
+        return checkpoint(block, x, *context, use_reentrant=False)
+    return block(x, *context)
 
 
 def check_clip(x: Tensor, input_size: Grid) -> None:

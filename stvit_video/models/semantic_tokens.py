@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stvit_video.models.arguments import check_choice
 from stvit_video.models.layers import Grid
 
 POOLING_KINDS = ("mask", "max", "mean")
@@ -65,8 +66,7 @@ class SemanticPooling(nn.Module):
 
     def __init__(self, dim: int, grid: Grid, regions: Grid, kind: str = "mask", offsets: bool = False) -> None:
         super().__init__()
-        if kind not in POOLING_KINDS:
-            raise ValueError(f"pooling {kind!r} is unknown; choose one of {', '.join(POOLING_KINDS)}.")
+        check_choice("pooling", kind, POOLING_KINDS)
         if regions[0] < 1 or grid[0] % regions[0]:
             allowed = [n for n in range(1, grid[0] + 1) if grid[0] % n == 0]
             raise ValueError(
@@ -169,8 +169,6 @@ class SemanticTokenGenerator(nn.Module):
     frames then attends exactly as the image does.
     """
 
-    key_bias: Tensor | None
-
     def __init__(
         self,
         dim: int,
@@ -185,13 +183,7 @@ class SemanticTokenGenerator(nn.Module):
         super().__init__()
         self.pooling = SemanticPooling(dim, grid, regions, pooling, offsets)
         self.first_residual = first_residual
-        num_centres, num_tokens = math.prod(regions), math.prod(grid)
-        self.global_centres = nn.Parameter(torch.zeros(1, num_centres, dim)) if global_centres else None
-        key_bias = None
-        if self.pooling.frames_merged > 1:
-            key_bias = torch.zeros(num_centres + num_tokens)
-            key_bias[:num_centres] = math.log(self.pooling.frames_merged)
-        self.register_buffer("key_bias", key_bias, persistent=False)
+        self.global_centres = nn.Parameter(torch.zeros(1, math.prod(regions), dim)) if global_centres else None
 
     def reset_parameters(self) -> None:
         """Draw the global centres; to be called after a backbone's own initialisation."""
@@ -219,9 +211,32 @@ class SemanticTokenGenerator(nn.Module):
         """Return the semantic tokens (B, M, C) after the generator's ``layer``-th block, from 0."""
         if layer == 0:
             return block(query, context=x, residual=self.first_residual)
-        return block(query, context=torch.cat([s, x], dim=1), key_bias=self.key_bias)  # (B, M + N, C)
+        context, key_bias = self.join(s, x)
+        return block(query, context=context, key_bias=key_bias)
 
     def assign(self, block: nn.Module, query: Tensor, s: Tensor, x: Tensor) -> Tensor:
         """Return what the last block's queries draw from each image token, (B, M, N)."""
-        weights = block.attention_weights(query, torch.cat([s, x], dim=1), self.key_bias)  # type: ignore[operator]
+        weights = block.attention_weights(query, *self.join(s, x))  # type: ignore[operator]
         return weights[..., s.shape[1] :]
+
+    def join(self, s: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the context [S; X] (B, M + N, C) and the bias of its keys (M + N,), None where no frames merged."""
+        context, merged = torch.cat([s, x], dim=1), self.pooling.frames_merged
+        if merged == 1:
+            return context, None
+        bias = torch.zeros(context.shape[1], device=x.device)
+        bias[: s.shape[1]] = math.log(merged)
+        return context, bias
+
+
+def check_depths(depth: int, base_depth: int, stgm_depth: int, recover: bool = False) -> None:
+    """Raise ValueError unless base, STGM and, if there is one, the recovery block fit into ``depth`` blocks."""
+    if not 2 <= stgm_depth <= 4:
+        raise ValueError(f"stgm_depth {stgm_depth}; the semantic token generator takes 2, 3 or 4 blocks.")
+    most = depth - stgm_depth - recover
+    if not 1 <= base_depth <= most:
+        raise ValueError(
+            f"base_depth {base_depth} with stgm_depth {stgm_depth} in {depth} blocks"
+            f"{', the last being the recovery' if recover else ''}; "
+            + (f"allowed: 1 to {most}." if most >= 1 else "that is too short: take more blocks, or fewer units.")
+        )

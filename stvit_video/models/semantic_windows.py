@@ -14,10 +14,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from stvit_video.models.layers import Block, Grid
-from stvit_video.models.semantic_tokens import SemanticTokenGenerator, allowed_counts
+from stvit_video.models.layers import Block, Grid, run_block
+from stvit_video.models.semantic_tokens import SemanticTokenGenerator, allowed_counts, check_depths
 from stvit_video.models.windows import WindowAttention, WindowBlock, partition, unite
 
 CENTRES = 3  # along each side of a window, the paper's choice for 7 x 7 windows
@@ -113,11 +112,7 @@ class WindowedTokenGenerator(SemanticTokenGenerator):
             s = s[:, centre_places].flatten(0, 1)  # (B*G*windows, P, C)
             x = x[:, image_places].flatten(0, 1)
             query = self._queries(query)
-        bias = None
-        if self.pooling.frames_merged > 1:
-            bias = x.new_zeros(s.shape[1] + x.shape[1])
-            bias[: s.shape[1]] = math.log(self.pooling.frames_merged)
-        return query, torch.cat([s, x], dim=1), bias
+        return query, *self.join(s, x)
 
     def attend(self, layer: int, block: nn.Module, query: Tensor, s: Tensor, x: Tensor) -> Tensor:
         windows, context, bias = self._context(layer, query, s, x)
@@ -206,7 +201,7 @@ class SemanticStage(nn.Module):
             if place < self.base_depth:
                 shifted = place % 2 == 1 and not self.recover
                 attention = WindowAttention(dim, num_heads, grid, window, shifted, window_frames)
-                self.blocks.append(WindowBlock(dim, num_heads, mlp_ratio, rate, eps, attention))
+                self.blocks.append(WindowBlock(dim, mlp_ratio, rate, eps, attention))
             else:
                 self.blocks.append(Block(dim, num_heads, mlp_ratio, rate, eps, settings.layer_scale))
         self.generators = nn.ModuleList(
@@ -253,9 +248,7 @@ class SemanticStage(nn.Module):
         return unite(out, self.token_window).reshape(s.shape)
 
     def _run(self, block: nn.Module, x: Tensor, *context: Tensor) -> Tensor:
-        if self.grad_checkpointing and self.training:
-            return checkpoint(block, x, *context, use_reentrant=False)
-        return block(x, *context)
+        return run_block(block, x, *context, recompute=self.grad_checkpointing and self.training)
 
 
 def check_unit(depth: int, settings: SemanticSettings) -> int:
@@ -266,13 +259,5 @@ def check_unit(depth: int, settings: SemanticSettings) -> int:
         raise ValueError(f"units {units} does not divide the {depth} blocks of stage 3; allowed: {allowed}.")
     if units > 1 and not recover:
         raise ValueError(f"units {units} without recovery; several units need recover=True (stvit_r models).")
-    if not 2 <= settings.stgm_depth <= 4:
-        raise ValueError(f"stgm_depth {settings.stgm_depth}; the semantic token generator takes 2, 3 or 4 blocks.")
-    most = depth // units - settings.stgm_depth - recover
-    if not 1 <= settings.base_depth <= most:
-        raise ValueError(
-            f"base_depth {settings.base_depth} with stgm_depth {settings.stgm_depth} in a unit of {depth // units} "
-            f"blocks of stage 3{', the last being the recovery' if recover else ''}; "
-            + (f"allowed: 1 to {most}." if most >= 1 else "the unit is too short: take fewer units or more blocks.")
-        )
+    check_depths(depth // units, settings.base_depth, settings.stgm_depth, recover)
     return depth // units

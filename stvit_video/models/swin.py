@@ -15,9 +15,18 @@ import torch
 import torch.nn.functional as F
 from pytorchvideo.models.head import create_vit_basic_head
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from stvit_video.models.layers import Block, Grid, Intermediates, PatchEmbed, check_clip, drop_path_rates
+from stvit_video.models.arguments import check_choice
+from stvit_video.models.layers import (
+    Block,
+    Grid,
+    Intermediates,
+    PatchEmbed,
+    check_clip,
+    drop_path_rates,
+    note,
+    run_block,
+)
 from stvit_video.models.semantic_tokens import SemanticTokenGenerator
 from stvit_video.models.semantic_windows import SemanticSettings, SemanticStage
 from stvit_video.models.windows import WindowAttention, WindowBlock
@@ -102,7 +111,7 @@ class Stage(nn.Module):
                 self.blocks.append(Block(dim, num_heads, mlp_ratio, rate, eps, layer_scale))
             else:
                 attention = WindowAttention(dim, num_heads, grid, window, i % 2 == 1, window_frames)
-                self.blocks.append(WindowBlock(dim, num_heads, mlp_ratio, rate, eps, attention))
+                self.blocks.append(WindowBlock(dim, mlp_ratio, rate, eps, attention))
         self.downsample: nn.Module | None = None
         self.grad_checkpointing = False
 
@@ -111,10 +120,7 @@ class Stage(nn.Module):
         shape = x.shape
         x = x if self.windowed else x.flatten(1, 3)
         for block in self.blocks:
-            if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+            x = run_block(block, x, recompute=self.grad_checkpointing and self.training)
         return x.reshape(shape), None
 
 
@@ -155,6 +161,7 @@ class SwinTransformer(nn.Module):
         self.patch: Grid = (1 if num_frames == 1 else tubelet, patch_size, patch_size)
         self.depths = tuple(depths)
         window_frames = window_frames or (window[0],) * STAGES
+        check_choice("stem", stem, STEMS)
         _check_arguments((depths, num_heads, window_frames), stem, patch_size)
         # An image model's bias tables have one entry in time, which makes them Swin's.
         window = (1 if num_frames == 1 else window[0], window[1], window[2])
@@ -197,17 +204,17 @@ class SwinTransformer(nn.Module):
     def forward_features(self, x: Tensor, intermediates: Intermediates | None = None) -> Tensor:
         """Map a clip (B, 3, T, H, W) to normalised tokens (B, N, C) of the last stage, image or semantic ones."""
         x = self.patch_embed(self._pad(x))
-        _note(intermediates, "embed", x)
+        note(intermediates, "embed", x, x.shape[1:4])
         for i, stage in enumerate(self.layers, start=1):
             x, assignment = stage(x, intermediates is not None)
-            _note(intermediates, f"stage{i}", x)
+            note(intermediates, f"stage{i}", x, x.shape[1:4])
             if intermediates is not None and assignment is not None:
                 intermediates.assignment = assignment
             if stage.downsample is not None:
                 x = stage.downsample(x)  # type: ignore[operator]
-                _note(intermediates, f"merged{i}", x)
+                note(intermediates, f"merged{i}", x, x.shape[1:4])
         x = self.norm(x)
-        _note(intermediates, "final", x)
+        note(intermediates, "final", x, x.shape[1:4])
         return x.flatten(1, 3)
 
     def forward(self, x: Tensor, return_intermediates: bool = False) -> Tensor | tuple[Tensor, Intermediates]:
@@ -266,15 +273,8 @@ def _ceil(size: int, step: int) -> int:
     return math.ceil(size / step)
 
 
-def _note(intermediates: Intermediates | None, stage: str, x: Tensor) -> None:
-    if intermediates is not None:
-        intermediates.note(stage, x, (x.shape[1], x.shape[2], x.shape[3]))
-
-
 def _check_arguments(per_stage: Sequence[Sequence[int]], stem: str, patch_size: int) -> None:
     if any(len(numbers) != STAGES for numbers in per_stage):
         raise ValueError(f"depths, num_heads and window_frames take {STAGES} numbers, one a stage.")
-    if stem not in STEMS:
-        raise ValueError(f"stem {stem!r}; choose one of {', '.join(STEMS)}.")
     if stem == "conv" and patch_size != 4:
         raise ValueError(f"patch_size {patch_size} with stem 'conv', whose two strides of 2 make 4; choose 4.")

@@ -10,8 +10,8 @@ Legend: B clips, input (B, 3, T, H, W); token grid (t, h, w), N = t*h*w tokens, 
 import torch
 from pytorchvideo.models.head import create_vit_basic_head
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from stvit_video.models.arguments import check_choice
 from stvit_video.models.layers import (
     Block,
     Grid,
@@ -20,8 +20,10 @@ from stvit_video.models.layers import (
     check_clip,
     drop_path_rates,
     init_weights,
+    note,
+    run_block,
 )
-from stvit_video.models.semantic_tokens import SemanticTokenGenerator, default_regions
+from stvit_video.models.semantic_tokens import SemanticTokenGenerator, check_depths, default_regions
 
 BASE_ATTENTION = ("frame", "joint")
 POSITIONS = ("frame", "clip")
@@ -75,8 +77,8 @@ class VisionTransformer(nn.Module):
         self.input_size = (num_frames, height, width)
         self.grid = token_grid(self.input_size, (tubelet, patch_size, patch_size))
         self.depth, self.base_depth, self.stgm_depth = depth, depth, 0
-        _check_choice("base_attention", base_attention, BASE_ATTENTION)
-        _check_choice("positions", positions, POSITIONS)
+        check_choice("base_attention", base_attention, BASE_ATTENTION)
+        check_choice("positions", positions, POSITIONS)
         self.base_attention, self.positions, self.fc_norm = base_attention, positions, fc_norm
 
         t, h, w = self.grid
@@ -119,22 +121,22 @@ class VisionTransformer(nn.Module):
         With ``fc_norm`` there is one token (B, 1, C), the normalised mean.
         """
         x = self._embed(x)
-        self._note(intermediates, "embed", x, self.grid)
+        note(intermediates, "embed", x, self.grid)
         x = self._base(x)
-        self._note(intermediates, "base", x, self.grid)
+        note(intermediates, "base", x, self.grid)
         grid = self.grid
         if self.stgm is not None:
             blocks = self.blocks[self.base_depth : self.base_depth + self.stgm_depth]
             x, assignment = self.stgm(x, list(blocks), return_assignment=intermediates is not None)
             grid = self.stgm.pooling.regions
-            self._note(intermediates, "semantic", x, grid)
+            note(intermediates, "semantic", x, grid)
             if intermediates is not None:
                 intermediates.assignment = assignment
             x = self._run(self.blocks[self.base_depth + self.stgm_depth :], x)
         if self.fc_norm:
             x, grid = x.mean(dim=1, keepdim=True), (1, 1, 1)
         x = self.norm(x)
-        self._note(intermediates, "final", x, grid)
+        note(intermediates, "final", x, grid)
         return x
 
     def forward(self, x: Tensor, return_intermediates: bool = False) -> Tensor | tuple[Tensor, Intermediates]:
@@ -163,16 +165,8 @@ class VisionTransformer(nn.Module):
 
     def _run(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
         for block in blocks:
-            if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+            x = run_block(block, x, recompute=self.grad_checkpointing and self.training)
         return x
-
-    @staticmethod
-    def _note(intermediates: Intermediates | None, stage: str, x: Tensor, grid: Grid) -> None:
-        if intermediates is not None:
-            intermediates.note(stage, x, grid)
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of parameters that weight decay should leave alone, beside biases and norms."""
@@ -215,19 +209,3 @@ def token_grid(input_size: Grid, patch: Grid) -> Grid:
         if size < 1 or size % step:
             raise ValueError(f"{axis} {size} is not a positive multiple of the patch's {step}; choose one that is.")
     return (input_size[0] // patch[0], input_size[1] // patch[1], input_size[2] // patch[2])
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} {value!r}; choose one of {', '.join(choices)}.")
-
-
-def check_depths(depth: int, base_depth: int, stgm_depth: int) -> None:
-    """Raise ValueError unless base and STGM blocks fit into ``depth``."""
-    if not 2 <= stgm_depth <= 4:
-        raise ValueError(f"stgm_depth {stgm_depth}; the semantic token generator takes 2, 3 or 4 blocks.")
-    if not 1 <= base_depth <= depth - stgm_depth:
-        raise ValueError(
-            f"base_depth {base_depth} with stgm_depth {stgm_depth} in a network of {depth} blocks; "
-            f"allowed: 1 to {depth - stgm_depth}."
-        )

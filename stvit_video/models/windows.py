@@ -144,9 +144,7 @@ class WindowAttention(Attention):
 class WindowBlock(nn.Module):
     """Swin's pre-norm block: attention inside windows, then an MLP. Maps (B, T, H, W, C) to the same shape."""
 
-    def __init__(
-        self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float, eps: float, attention: WindowAttention
-    ) -> None:
+    def __init__(self, dim: int, mlp_ratio: float, drop_path: float, eps: float, attention: WindowAttention) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = attention

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from stvit_video import run
 from stvit_video.config import load_config
 from stvit_video.distributed import World
-from stvit_video.engine import train as train_module
 from stvit_video.engine.logging import MetricsLog, read_metrics
 from stvit_video.engine.start import autocast
 from stvit_video.engine.train import build_trainer
@@ -44,31 +43,21 @@ def initial_weights(arguments: list[str]) -> dict[str, torch.Tensor]:
     return build_model(load_config(arguments[1], arguments[2:]), 8).state_dict()
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize(
     "extra", [[], ["MODEL.DROPOUT", "0.2", "MODEL.DROP_PATH", "0.2", "DATA.WORKERS", "1"]], ids=["plain", "dropout"]
 )
 def test_interrupted_after_an_epoch_equals_uninterrupted(
-    small_run: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: list[str]
+    small_run: Callable[..., list[str]],
+    run_killed: Callable[[list[str], int], None],
+    tmp_path: Path,
+    extra: list[str],
 ) -> None:
     extra = [*extra, "TRAIN.EPOCHS", "2", "DATA.VAL_LIST", ""]
     assert run.main(small_run(*extra)) == 0
     whole = load_file(tmp_path / "run" / "model.safetensors")
 
-    take_step, output = train_module.Trainer.take_step, ["OUTPUT_DIR", str(tmp_path / "killed")]
-
-    def die(self: train_module.Trainer, batches: object) -> torch.Tensor:
-        if self.step == 5:
-            raise Killed
-        return take_step(self, batches)
-
-    monkeypatch.setattr(train_module.Trainer, "take_step", die)
-    with pytest.raises(Killed):
-        run.main(small_run(*extra, *output))
-    monkeypatch.undo()
+    output = ["OUTPUT_DIR", str(tmp_path / "killed")]
+    run_killed(small_run(*extra, *output), 5)
     assert not (tmp_path / "killed" / "results.json").exists()
     assert run.main(small_run(*extra, *output)) == 0
     resumed = load_file(tmp_path / "killed" / "model.safetensors")

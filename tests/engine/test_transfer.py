@@ -21,7 +21,6 @@ from stvit_video.data.dataset import Failure
 from stvit_video.data.loader import build_test_loader
 from stvit_video.distributed import World
 from stvit_video.engine import features as features_module
-from stvit_video.engine import train as train_module
 from stvit_video.engine.checkpoint import save_weights
 from stvit_video.engine.features import fingerprint, frame_probabilities, read_features, write_features
 from stvit_video.engine.logging import read_metrics
@@ -30,7 +29,7 @@ from stvit_video.engine.plots import plot_transfer
 from stvit_video.engine.run_folder import RunFolder
 from stvit_video.engine.transfer import build_image_model, build_rows, describe_rows, linear_probe, nearest_neighbours
 from stvit_video.models import create_model
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, Killed
 
 Arguments = Callable[..., list[str]]
 
@@ -190,10 +189,6 @@ def test_an_image_head_that_does_not_apply_is_absent_with_its_reason(small_set: 
     assert build_image_model(cfg, classes)[1] == ""
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The titles of the passes over videos that are made from here on; one called "stop" is never finished."""
@@ -304,24 +299,14 @@ def test_the_fingerprint_follows_everything_that_features_depend_on(small_run: A
 
 
 def test_fine_tuning_comes_last_and_continues_after_an_interruption(
-    small_run: Arguments, refused: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_run: Arguments, refused: Callable, run_killed: Callable[[list[str], int], None], tmp_path: Path
 ) -> None:
     torch.save(image_model(5).state_dict(), tmp_path / "image.pth")
     words = ["MODE", "transfer", "MODEL.INIT", str(tmp_path / "image.pth"), "TRANSFER.RANDOM_BASELINE", "False"]
     words += ["TRANSFER.FINETUNE", "True", "TRAIN.EPOCHS", "2", "DATA.VAL_LIST", ""]
     assert "TRAIN.BATCH_SIZE 64 exceeds" in refused(small_run(*words, "TRAIN.BATCH_SIZE", "64"))
     assert not (tmp_path / "run").exists()
-    take_step = train_module.Trainer.take_step
-
-    def die(self: train_module.Trainer, batches: object) -> torch.Tensor:
-        if self.step == 5:
-            raise Killed
-        return take_step(self, batches)
-
-    monkeypatch.setattr(train_module.Trainer, "take_step", die)
-    with pytest.raises(Killed):
-        run.main(small_run(*words))
-    monkeypatch.undo()
+    run_killed(small_run(*words), 5)
     before = json.loads((tmp_path / "run" / "transfer.json").read_text())
     assert (before["complete"], len(before["rows"])) == (False, 2)
     checkpoints = list((tmp_path / "run" / "finetune" / "checkpoints").iterdir())
