@@ -8,8 +8,10 @@ import av
 import numpy as np
 import pytest
 import torch
+from fvcore.common.config import CfgNode
 
 from stvit_video import run
+from stvit_video.config import load_config
 from stvit_video.data import sample
 from stvit_video.engine.train import Trainer
 
@@ -125,3 +127,9 @@ def run_killed(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str], int], No
                 run.main(arguments)
 
     return start
+
+
+def data_config(small_set: Path, *overrides: str) -> CfgNode:
+    """Return the sample configuration on the small set, without workers."""
+    small = ["DATA.ROOT", str(small_set), "DATA.GENERATE", "", "TRAIN.BATCH_SIZE", "8", "DATA.WORKERS", "0"]
+    return load_config(REPOSITORY / "configs" / "sample_stvit.yaml", [*small, *overrides])

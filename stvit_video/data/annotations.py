@@ -8,11 +8,8 @@ from pathlib import Path
 
 from torchvision.datasets.folder import make_dataset
 
+from stvit_video.data.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from stvit_video.errors import UsageError, nearest
-
-# In lower case; a file's ending is compared in lower case too.
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg")
 
 
 @dataclass(frozen=True)

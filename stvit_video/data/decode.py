@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from stvit_video.data.annotations import IMAGE_SUFFIXES
+# In lower case; a file's ending is compared in lower case too.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg")
 
 Frames = NDArray[np.uint8]  # (N, H, W, 3)
 

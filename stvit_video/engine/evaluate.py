@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from stvit_video.data.dataset import Failure
-from stvit_video.data.loader import build_classes, build_test_loader
+from stvit_video.data.loader import build_test_loader
+from stvit_video.data.videos import build_classes
 from stvit_video.distributed import World, gather_objects, on_main
 from stvit_video.engine.logging import describe_results
 from stvit_video.engine.metrics import Predictions

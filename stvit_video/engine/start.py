@@ -8,7 +8,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from stvit_video.data import sample
-from stvit_video.data.loader import build_classes, build_source
+from stvit_video.data.videos import build_classes, build_source
 from stvit_video.distributed import World, on_main
 from stvit_video.errors import UsageError
 from stvit_video.models.complexity import count_gflops, count_parameters, count_training_memory

@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from stvit_video.data.dataset import Batch, Failure, TrainDataset
-from stvit_video.data.loader import build_classes, build_test_loader, build_train_loader
+from stvit_video.data.loader import build_test_loader, build_train_loader
+from stvit_video.data.videos import build_classes
 from stvit_video.distributed import World, gather_objects, on_main, sum_over_world
 from stvit_video.engine.checkpoint import load_newest, save_checkpoint, save_weights
 from stvit_video.engine.evaluate import check_failures, predict, test_model

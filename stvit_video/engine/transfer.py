@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from stvit_video.data.loader import build_classes, build_test_loader, build_train_loader
+from stvit_video.data.loader import build_test_loader, build_train_loader
+from stvit_video.data.videos import build_classes
 from stvit_video.distributed import World, on_main
 from stvit_video.engine.checkpoint import write_atomically
 from stvit_video.engine.evaluate import check_all_loaded, check_failures

@@ -9,30 +9,23 @@ import numpy as np
 import pytest
 import torch
 
-from stvit_video.config import load_config
 from stvit_video.data.annotations import Video
 from stvit_video.data.dataset import SampleKey, TestDataset, TrainDataset, collate
 from stvit_video.data.loader import (
     EpochSampler,
     ShardedBatches,
-    build_classes,
     build_test_loader,
     build_train_loader,
-    build_videos,
 )
 from stvit_video.data.sampling import ClipSampler
 from stvit_video.data.transforms import Normalise, TestTransform, TrainTransform
+from stvit_video.data.videos import build_videos
 from stvit_video.distributed import World
 from stvit_video.errors import UsageError
-from tests.conftest import REPOSITORY, numbered_frames, read_number
+from tests.conftest import data_config, numbered_frames, read_number
 
 PLAIN = Normalise((0, 0, 0), (1, 1, 1))
 CPU = torch.device("cpu")
-
-
-def config(small_set: Path, *overrides: str) -> object:
-    small = ["DATA.ROOT", str(small_set), "DATA.GENERATE", "", "TRAIN.BATCH_SIZE", "8", "DATA.WORKERS", "0"]
-    return load_config(REPOSITORY / "configs" / "sample_stvit.yaml", [*small, *overrides])
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
@@ -62,7 +55,7 @@ def test_a_step_sees_the_same_videos_for_any_world_and_accumulation(world: int, 
 
 
 def test_epochs_differ_in_order_and_in_random_choices(small_set: Path) -> None:
-    loader = build_train_loader(config(small_set), World(0, 1, CPU), 8)
+    loader = build_train_loader(data_config(small_set), World(0, 1, CPU), 8)
     order = list(loader.batch_sampler)
     loader.batch_sampler.epoch = 1
     assert [key.index for batch in order for key in batch] != [
@@ -76,7 +69,7 @@ def test_epochs_differ_in_order_and_in_random_choices(small_set: Path) -> None:
 def test_the_first_batch_is_the_same_for_any_number_of_workers(small_set: Path) -> None:
     batches = []
     for workers in (0, 1, 3):
-        loader = build_train_loader(config(small_set, "DATA.WORKERS", str(workers)), World(0, 1, CPU), 8)
+        loader = build_train_loader(data_config(small_set, "DATA.WORKERS", str(workers)), World(0, 1, CPU), 8)
         batches.append(next(iter(loader)))
     for batch in batches[1:]:
         assert torch.equal(batch.clips, batches[0].clips)
@@ -116,7 +109,7 @@ def damaged_set(small_set: Path, tmp_path: Path) -> Path:
 
 
 def test_training_takes_the_next_video_and_reports(damaged_set: Path) -> None:
-    loader = build_train_loader(config(damaged_set), World(0, 1, CPU), 8)
+    loader = build_train_loader(data_config(damaged_set), World(0, 1, CPU), 8)
     sample = loader.dataset[SampleKey(0, 1)]
     assert sample.index == 3
     assert [Path(failure.path).name for failure in sample.failures] == ["train_00001.mp4", "train_00002.mp4"]
@@ -126,7 +119,9 @@ def test_training_takes_the_next_video_and_reports(damaged_set: Path) -> None:
 
 
 def test_testing_replaces_nothing(damaged_set: Path) -> None:
-    loader = build_test_loader(config(damaged_set, "DATA.MAX_FAILURES", "0.5"), World(0, 1, CPU), "test", 8, clips=2)
+    loader = build_test_loader(
+        data_config(damaged_set, "DATA.MAX_FAILURES", "0.5"), World(0, 1, CPU), "test", 8, clips=2
+    )
     batch = next(iter(loader))
     assert batch.indices.tolist() == [i for i in range(16) if i not in (3, 15)]
     assert sorted(Path(failure.path).name for failure in batch.failures) == ["test_00003.mp4", "test_00015.mp4"]
@@ -153,16 +148,8 @@ def test_training_gives_up_after_a_bounded_number_of_tries(tmp_path: Path) -> No
 )
 def test_wrong_settings_are_named(small_set: Path, overrides: list[str], says: str) -> None:
     with pytest.raises(UsageError) as error:
-        build_train_loader(config(small_set, *overrides), World(0, 1, CPU), 8)
+        build_train_loader(data_config(small_set, *overrides), World(0, 1, CPU), 8)
     assert says in str(error.value)
-
-
-def test_class_count_comes_from_the_data(small_set: Path) -> None:
-    assert build_classes(config(small_set)) == (small_set / "motion" / "classes.txt").read_text().split()
-    assert build_classes(config(small_set, "DATA.CLASSES", "")) == [str(i) for i in range(8)]
-    assert len(build_classes(config(small_set, "DATA.CLASSES", "", "MODEL.NUM_CLASSES", "11"))) == 11
-    with pytest.raises(UsageError, match="names 8"):
-        build_classes(config(small_set, "MODEL.NUM_CLASSES", "9"))
 
 
 def numbers(views: torch.Tensor) -> list[list[int]]:
@@ -180,7 +167,7 @@ def test_the_frames_of_a_sample_are_those_of_its_sampling(
         (tmp_path / f"{split}.csv").write_text(f"{split}.mp4 0\n")
     words = f"DATA.ROOT {tmp_path} DATA.TRAIN_LIST train.csv DATA.TEST_LIST test.csv DATA.CLASSES  DATA.FRAMES 4"
     plain = "DATA.SHORT_SIDE [64,64] DATA.MEAN [0,0,0] DATA.STD [1,1,1] DATA.STRIDE 5 TRAIN.BATCH_SIZE 1"
-    cfg = config(small_set, *words.split(" "), *plain.split(" "), "DATA.SAMPLING", sampling)
+    cfg = data_config(small_set, *words.split(" "), *plain.split(" "), "DATA.SAMPLING", sampling)
     views = build_test_loader(cfg, World(0, 1, CPU), "test", 1, clips=2).dataset[0].views
     dense = [[0, 5, 10, 15], [44, 49, 54, 59]]
     uniform = [[3, 18, 33, 48], [11, 26, 41, 56]]  # at 1/4 and 3/4 of each segment of 15 frames
@@ -197,7 +184,7 @@ def test_the_frames_of_a_sample_are_those_of_its_sampling(
 @pytest.mark.parametrize("frames", [1, 4])
 def test_a_still_is_a_clip_of_equal_frames(small_set: Path, frames: int) -> None:
     lists = ["DATA.TRAIN_LIST", "stills/train", "DATA.TEST_LIST", "stills/val", "DATA.CLASSES", "shape/classes.txt"]
-    cfg = config(small_set, *lists, "DATA.FRAMES", str(frames))
+    cfg = data_config(small_set, *lists, "DATA.FRAMES", str(frames))
     train = build_train_loader(cfg, World(0, 1, CPU), 8).dataset[SampleKey(0, 5)]
     test = build_test_loader(cfg, World(0, 1, CPU), "test", 8, clips=2).dataset[5]
     assert train.views.shape == (1, 3, frames, 64, 64)
@@ -207,26 +194,3 @@ def test_a_still_is_a_clip_of_equal_frames(small_set: Path, frames: int) -> None
         assert views.std() > 0.1
     names = (small_set / "shape" / "classes.txt").read_text().split()
     assert names[test.label] == Path(build_videos(cfg, "test")[5].path).parent.name
-
-
-def test_class_names_of_folders_are_those_of_the_training_list(small_set: Path, tmp_path: Path) -> None:
-    root = tmp_path / "stills"
-    shutil.copytree(small_set / "stills", root)
-    shutil.rmtree(root / "val" / "bar")  # validation folders alone would count one class less
-    folders = ["DATA.ROOT", str(root), "DATA.TRAIN_LIST", "train", "DATA.TEST_LIST", "val", "DATA.CLASSES", ""]
-    cfg = config(small_set, *folders)
-    names = build_classes(cfg)
-    assert names == sorted((small_set / "shape" / "classes.txt").read_text().split())
-    videos = build_videos(cfg, "test")
-    assert videos
-    assert all(names[video.label] == Path(video.path).parent.name for video in videos)
-    with pytest.raises(UsageError, match="names 8; unset the first"):
-        build_classes(config(small_set, *folders, "MODEL.NUM_CLASSES", "9"))
-    (root / "val" / "bars").mkdir()
-    with pytest.raises(UsageError, match=r"val/bars is of none of the 8 classes.*Did you mean bar\?"):
-        build_videos(cfg, "test")
-    unnamed = ["DATA.TRAIN_LIST", "shape/train.csv", "DATA.TEST_LIST", "stills/val", "DATA.CLASSES", ""]
-    with pytest.raises(UsageError, match=r"labels of .*train\.csv have no names; give DATA\.CLASSES"):
-        build_videos(config(small_set, *unnamed), "test")
-    with pytest.raises(UsageError, match="is missing"):
-        build_videos(config(small_set, "DATA.TEST_LIST", ""), "test")
