@@ -76,10 +76,10 @@ KEYS = (
     Key("MODEL.GRAD_CHECKPOINTING", False, "recompute activations: less memory, about a third more time"),
     # --- data
     Key("DATA.ROOT", "", "folder that the paths in the lists start from"),
-    Key("DATA.TRAIN_LIST", "train.csv", "lines `path label`, or a folder of class folders; relative to DATA.ROOT"),
+    Key("DATA.TRAIN_LIST", "train.csv", "lines `path label`, class folders, Kinetics CSV or SSv2 JSON; from DATA.ROOT"),
     Key("DATA.VAL_LIST", "val.csv", "same, scored while training; empty: no validation"),
     Key("DATA.TEST_LIST", "test.csv", "same, for the final multi-view test"),
-    Key("DATA.CLASSES", "", "file with one class name a line, in the order of the labels"),
+    Key("DATA.CLASSES", "", "file: one class name a line in the order of the labels, or JSON {name: label}"),
     Key("DATA.GENERATE", "", "sample: write the sample set to DATA.ROOT first", choices=("", "sample")),
     Key("DATA.GENERATE_CLIPS", [3072, 256, 512], "training, validation and test videos to generate", length=3, low=8),
     Key("DATA.FRAMES", 16, "frames of a clip", low=1),
@@ -90,6 +90,9 @@ KEYS = (
         choices=("dense", "uniform"),
     ),
     Key("DATA.STRIDE", 4, "video frames from one clip frame to the next; ignored by DATA.SAMPLING uniform", low=1),
+    Key(
+        "DATA.FPS", None, "stride counts frames of a video of this rate; not set: the file's own", kind=float, low=0.001
+    ),
     Key("DATA.SIZE", 224, "height and width of the clip in pixels", low=1),
     Key("DATA.CROP", "short_side", "training crop", choices=("short_side", "random_resized")),
     Key("DATA.SHORT_SIDE", [256, 320], "range of the random short side in pixels (short_side)", length=2, low=1),
@@ -103,9 +106,21 @@ KEYS = (
     ),
     Key("DATA.CROP_RATIO", [0.75, 1.3333], "range of its width over height (random_resized)", length=2, low=0.01),
     Key("DATA.FLIP", True, "mirror half of the training clips; False where left and right are classes"),
+    Key("DATA.RAND_AUGMENT_LAYERS", 0, "operations of RandAugment on a training clip; 2 is usual, 0: none", low=0),
+    Key("DATA.RAND_AUGMENT_MAGNITUDE", 9, "their strength as in torchvision; timm's m9 is 27 here", low=0, high=30),
+    Key("DATA.COLOR_JITTER", 0.0, "largest change of brightness, contrast, saturation; 0: none", low=0, high=1),
+    Key("DATA.ERASE", 0.0, "probability of a rectangle of noise over the clip; 0.25 is usual", low=0, high=1),
     Key("DATA.MEAN", [0.485, 0.456, 0.406], "mean of red, green, blue in 0 to 1", length=3, low=0, high=1),
     Key("DATA.STD", [0.229, 0.224, 0.225], "standard deviation of the same", length=3, low=0.001),
-    Key("DATA.WORKERS", 4, "loader processes per training process; 0 loads in the process itself", low=0),
+    Key("DATA.REPEATS", 1, "clips a training video each time it is decoded; TRAIN.BATCH_SIZE counts them all", low=1),
+    Key(
+        "DATA.DECODER",
+        "auto",
+        "auto: decord, and where it fails PyAV, then TorchCodec if that is installed",
+        choices=("auto", "decord", "pyav", "torchcodec"),
+    ),
+    Key("DATA.DEADLINE_S", 60.0, "seconds that reading a video may take before its decoder is stopped", low=0.1),
+    Key("DATA.WORKERS", 4, "loader processes per training process, each with its decoder; 0: one decoder only", low=0),
     Key("DATA.MAX_FAILURES", 0.1, "share of unreadable videos above which the run stops", low=0, high=1),
     # --- optimisation
     Key("TRAIN.EPOCHS", 30, "passes over the training list", low=1),
@@ -117,6 +132,10 @@ KEYS = (
         "auto continues from the newest checkpoint; never stops instead",
         choices=("auto", "never"),
     ),
+    Key("TRAIN.MIXUP", 0.0, "alpha of MixUp, clips blended in pairs; 0.8 is usual for a ViT, 0: none", low=0),
+    Key("TRAIN.CUTMIX", 0.0, "alpha of CutMix, a box cut from another clip; 1.0 is usual for a ViT, 0: none", low=0),
+    Key("TRAIN.MIX_PROBABILITY", 1.0, "share of the batches that are mixed", low=0, high=1),
+    Key("TRAIN.MIX_SWITCH", 0.5, "share of CutMix among them where MixUp is used too", low=0, high=1),
     Key("TRAIN.VAL_EVERY", 1, "epochs between validations", low=1),
     Key("OPTIM.LR", 1e-3, "AdamW's peak learning rate at TRAIN.BATCH_SIZE", low=0),
     Key("OPTIM.BACKBONE_SCALE", 1.0, "factor on the rate of all but the classifier; 0.1 with good weights", low=0),
@@ -296,7 +315,7 @@ def _check_numbers(key: Key, values: list[Any]) -> None:
 
 def describe_keys() -> str:
     """Return one line a key: name, default, advice."""
-    return "\n".join(f"{key.name:26} {key.default!r:24} {key.about}" for key in KEYS)
+    return "\n".join(f"{key.name:28} {key.default!r:24} {key.about}" for key in KEYS)
 
 
 def _get(cfg: CfgNode, name: str) -> Any:

@@ -40,19 +40,41 @@ def write_clip(tmp_path: Path) -> Callable[..., Path]:
     """Encode frames (N, H, W, 3) with PyAV; returns the file's path."""
 
     def write(
-        frames: np.ndarray, name: str = "clip.mp4", codec: str = "libx264", rate: int = 25, **options: str
+        frames: np.ndarray,
+        name: str = "clip.mp4",
+        codec: str = "libx264",
+        rate: int = 25,
+        pixels: str = "yuv420p",
+        **options: str,
     ) -> Path:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with av.open(str(path), "w") as container:
             stream = container.add_stream(codec, rate=rate, options={"crf": "10", **options})
-            stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+            stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], pixels
             for i, picture in enumerate(frames):
                 frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
                 frame.pts, frame.time_base = i, Fraction(1, rate)
                 container.mux(stream.encode(frame))
             container.mux(stream.encode())
         return path
+
+    return write
+
+
+@pytest.fixture
+def write_sound(tmp_path: Path) -> Callable[..., Path]:
+    """Encode a second of silence; returns the file's path."""
+
+    def write(name: str) -> Path:
+        with av.open(str(tmp_path / name), "w") as container:
+            stream = container.add_stream("aac", rate=16000, layout="mono")
+            for start in range(0, 16000, 1024):
+                frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+                frame.pts, frame.sample_rate = start, 16000
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        return tmp_path / name
 
     return write
 

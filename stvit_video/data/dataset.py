@@ -12,8 +12,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from stvit_video.data.annotations import Video
-from stvit_video.data.decode import DecodeError, open_video
-from stvit_video.data.sampling import ClipSampler
+from stvit_video.data.decode import Request
+from stvit_video.data.decoding import Decoding
+from stvit_video.data.frames import DecodeError, Frames
+from stvit_video.data.ledger import Failure
+from stvit_video.data.sampling import ClipSampler, EvenClips, RandomClips
 from stvit_video.data.transforms import TestTransform, TrainTransform
 
 
@@ -23,15 +26,6 @@ class SampleKey:
 
     epoch: int
     index: int
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A video or image that could not be read: a row of ``failures.csv``."""
-
-    path: str
-    stage: str
-    message: str
 
 
 @dataclass
@@ -46,13 +40,18 @@ class Sample:
 
 @dataclass
 class Batch:
-    """Clips (B, 3, T, H, W), labels (B,) and list positions (B,); in testing B = videos * views, video by video."""
+    """Clips (videos * views, 3, T, H, W), video by video, and the labels (videos,) and list positions (videos,)."""
 
     clips: Tensor
     labels: Tensor
     indices: Tensor
     failures: list[Failure]
     missing: int = 0  # samples asked for that have no clip
+
+    @property
+    def clip_labels(self) -> Tensor:
+        """The label of each clip (videos * views,)."""
+        return self.labels.repeat_interleave(len(self.clips) // max(1, len(self.labels)))
 
     def pin_memory(self) -> "Batch":
         """Called by the loader where a GPU will read the batch."""
@@ -72,7 +71,7 @@ def collate(samples: list[Sample]) -> Batch:
 
 
 class TrainDataset(Dataset[Sample]):
-    """One random clip a video. An unreadable video is reported and the next one in the list taken instead.
+    """``repeats`` random clips a video. An unreadable video is reported and the next one in the list taken instead.
 
     After ``MAX_TRIES`` in a row the sample has no views: the list or its root is wrong, which the trainer says.
     """
@@ -80,27 +79,54 @@ class TrainDataset(Dataset[Sample]):
     MAX_TRIES = 10
 
     def __init__(
-        self, videos: list[Video], *, sampler: ClipSampler, transform: TrainTransform, decode_side: int, seed: int
+        self,
+        videos: list[Video],
+        *,
+        sampler: ClipSampler,
+        transform: TrainTransform,
+        decoding: Decoding,
+        repeats: int,
+        seed: int,
     ) -> None:
         self.videos, self.sampler, self.transform = videos, sampler, transform
-        self.decode_side, self.seed = decode_side, seed
+        self.decoding, self.repeats, self.seed = decoding, repeats, seed
 
     def __len__(self) -> int:
         return len(self.videos)
 
     def __getitem__(self, key: SampleKey) -> Sample:
-        failures: list[Failure] = []
-        for attempt in range(self.MAX_TRIES):
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list[SampleKey]) -> list[Sample]:
+        """Return a batch's samples; a video is decoded while the one before is transformed."""
+        read = self.decoding.read_all(self._request(key, key.index) for key in keys)
+        return [
+            self._replace(key, frames) if isinstance(frames, DecodeError) else self._sample(key, key.index, frames)
+            for key, frames in zip(keys, read, strict=True)
+        ]
+
+    def _request(self, key: SampleKey, index: int) -> Request:
+        choice = RandomClips(self.sampler, self.repeats, (self.seed, key.epoch, index, 0))
+        return self.decoding.request(self.videos[index].path, choice)
+
+    def _sample(self, key: SampleKey, index: int, frames: Frames) -> Sample:
+        rng = np.random.default_rng([self.seed, key.epoch, index, 1])
+        clips = frames.reshape(self.repeats, self.sampler.frames, *frames.shape[1:])
+        views = torch.stack([self.transform(clip, rng) for clip in clips])
+        return Sample(views, self.videos[index].label, index, [])
+
+    def _replace(self, key: SampleKey, error: DecodeError) -> Sample:
+        """Return the first of the next videos that can be read, with the failures up to it."""
+        failures = [Failure.of(error, "train")]
+        for attempt in range(1, self.MAX_TRIES):
             index = (key.index + attempt) % len(self.videos)
-            video = self.videos[index]
-            rng = np.random.default_rng([self.seed, key.epoch, index])
             try:
-                with open_video(video.path, self.decode_side) as reader:
-                    frames = reader.frames(self.sampler.random(len(reader), rng))
-            except DecodeError as error:
-                failures.append(Failure(error.path, "train", error.message))
-                continue
-            return Sample(self.transform(frames, rng).unsqueeze(0), video.label, index, failures)
+                sample = self._sample(key, index, self.decoding.read(self._request(key, index)))
+            except DecodeError as again:
+                failures.append(Failure.of(again, "train"))
+            else:
+                sample.failures += failures
+                return sample
         return Sample(None, -1, key.index, failures)
 
 
@@ -116,21 +142,27 @@ class TestDataset(Dataset[Sample]):
         sampler: ClipSampler,
         clips: int,
         transform: TestTransform,
-        decode_side: int,
+        decoding: Decoding,
         stage: str,
     ) -> None:
         self.videos, self.sampler, self.clips = videos, sampler, clips
-        self.transform, self.decode_side, self.stage = transform, decode_side, stage
+        self.transform, self.decoding, self.stage = transform, decoding, stage
 
     def __len__(self) -> int:
         return len(self.videos)
 
     def __getitem__(self, index: int) -> Sample:
-        video = self.videos[index]
-        try:
-            with open_video(video.path, self.decode_side) as reader:
-                frames = reader.frames(np.concatenate(self.sampler.even(len(reader), self.clips)))
-        except DecodeError as error:
-            return Sample(None, video.label, index, [Failure(error.path, self.stage, error.message)])
-        views = [self.transform(clip) for clip in frames.reshape(self.clips, self.sampler.frames, *frames.shape[1:])]
-        return Sample(torch.cat(views), video.label, index, [])
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[Sample]:
+        """Return a batch's samples; a video is decoded while the one before is transformed."""
+        choice = EvenClips(self.sampler, self.clips)
+        read = self.decoding.read_all(self.decoding.request(self.videos[index].path, choice) for index in indices)
+        return [self._sample(index, frames) for index, frames in zip(indices, read, strict=True)]
+
+    def _sample(self, index: int, frames: Frames | DecodeError) -> Sample:
+        label = self.videos[index].label
+        if isinstance(frames, DecodeError):
+            return Sample(None, label, index, [Failure.of(frames, self.stage)])
+        clips = frames.reshape(self.clips, self.sampler.frames, *frames.shape[1:])
+        return Sample(torch.cat([self.transform(clip) for clip in clips]), label, index, [])

@@ -1,150 +1,98 @@
-"""Video and image files to uint8 frames: only the wanted frames, resized in the decoder where that is cheaper.
+"""From a file to the frames that are wanted of it: the right reader, and the next one where the first fails."""
 
-decord 0.6.0 as measured: open per item and inside the worker, one thread, ``RuntimeError`` at open and ``DECORDError``
-(not its subclass) at read.
-"""
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-import struct
-from collections.abc import Sequence
-from pathlib import Path
-from types import TracebackType
-
-import av
-import decord
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
-# In lower case; a file's ending is compared in lower case too.
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg")
+from stvit_video.data.frames import IMAGE_SUFFIXES, Choice, DecodeError, Frames, Reader
+from stvit_video.data.pictures import open_folder, open_picture
+from stvit_video.data.readers import AvReader, DecordReader, TorchCodecReader
 
-Frames = NDArray[np.uint8]  # (N, H, W, 3)
-
-# What Pillow raises on files that are damaged, cut short, of another kind, or so large that they look like an attack.
-IMAGE_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-
-
-class DecodeError(Exception):
-    """A video or image cannot be read; the message says why, ``path`` which."""
-
-    def __init__(self, path: str, message: str) -> None:
-        super().__init__(f"{path}: {message}")
-        self.path, self.message = path, message
+DECODERS: dict[str, Callable[[str, int | None], Reader]] = {
+    "decord": DecordReader,
+    "pyav": AvReader,
+    "torchcodec": TorchCodecReader,
+}
 
 
-class VideoReader:
-    """An open video: its length in frames, and frames at given indices. Use as a context manager.
+def find_decoders(name: str) -> tuple[str, ...]:
+    """Return the decoders to try in order: the one of this name, or with ``auto`` all that are installed.
 
-    Where the short side of the file is more than ``short_side`` pixels, frames are resized to that inside the decoder:
-    they leave it smaller, which costs less than converting and copying full ones. Raises DecodeError.
+    Raises ValueError for one that is unknown or not installed.
     """
-
-    def __init__(self, path: str, short_side: int | None = None) -> None:
-        self.path = path
-        if not Path(path).is_file():
-            raise DecodeError(path, "no such file")
-        size = _reduced_size(_video_size(path), short_side) if short_side else None
-        width, height = size or (-1, -1)
-        try:
-            self._reader = decord.VideoReader(path, ctx=decord.cpu(0), width=width, height=height, num_threads=1)
-            self._length = len(self._reader)
-        except (RuntimeError, decord.DECORDError) as error:
-            raise DecodeError(path, f"cannot be opened as video ({_reason(error)})") from error
-        if self._length == 0:
-            raise DecodeError(path, "has no frames")
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __enter__(self) -> "VideoReader":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        del self._reader
-
-    def frames(self, indices: Sequence[int] | NDArray[np.int64]) -> Frames:
-        """Return the frames (N, H, W, 3) at ``indices``, in that order; each is decoded once, in file order."""
-        wanted, positions = np.unique(np.asarray(indices), return_inverse=True)
-        try:
-            decoded: Frames = self._reader.get_batch(wanted).asnumpy()
-        except (RuntimeError, IndexError, decord.DECORDError) as error:
-            raise DecodeError(self.path, f"frames cannot be decoded ({_reason(error)})") from error
-        return decoded if len(wanted) == len(positions) and (np.diff(positions) == 1).all() else decoded[positions]
+    installed = tuple(key for key in DECODERS if key != "torchcodec" or importlib.util.find_spec("torchcodec"))
+    if name == "auto":
+        return installed
+    if name not in DECODERS:
+        raise ValueError(f"decoder {name!r} is unknown; choose auto, {', '.join(DECODERS)}.")
+    if name not in installed:
+        raise ValueError(
+            f"decoder {name!r} is not installed; pip install {name}, or choose auto, {', '.join(installed)}."
+        )
+    return (name,)
 
 
-class ImageReader:
-    """An image file as a video of one frame, upright and in RGB; of an animation, the first frame.
+def open_video(path: str, short_side: int | None = None, decoder: str = "decord") -> Reader:
+    """Open a folder as its images, a file as what its ending says: an image, or anything else as a video.
 
-    Reduced with antialiasing where its short side is more than ``short_side`` pixels. Raises DecodeError.
+    Where the short side is more than ``short_side`` pixels, frames are reduced to that. Raises DecodeError.
     """
+    if os.path.isdir(path):
+        return open_folder(path, short_side)
+    if not os.path.isfile(path):
+        raise DecodeError(path, "is not a regular file" if os.path.exists(path) else "no such file")
+    if path.lower().endswith(IMAGE_SUFFIXES):
+        return open_picture(path, short_side)
+    return DECODERS[decoder](path, short_side)
 
-    def __init__(self, path: str, short_side: int | None = None) -> None:
-        self.path = path
-        if not Path(path).is_file():
-            raise DecodeError(path, "no such file")
+
+@dataclass(frozen=True)
+class Request:
+    """Which frames of which file: ``choice`` picks them once the file is open."""
+
+    path: str
+    choice: Choice
+    short_side: int | None = None
+    decoders: tuple[str, ...] = ("decord", "pyav")
+
+
+def read_frames(request: Request) -> Frames:
+    """Return the chosen frames (N, H, W, 3) in the order of the choice; each is decoded once, in file order.
+
+    Decoders are tried in turn, the choice being made anew for each, since they may not agree on how long a damaged
+    file is. Raises DecodeError with what each said.
+    """
+    said: list[DecodeError] = []
+    for decoder in request.decoders:
         try:
-            with Image.open(path) as file:
-                picture = _to_rgb(ImageOps.exif_transpose(file))
-        except IMAGE_DAMAGE as error:
-            raise DecodeError(path, f"cannot be read as an image ({_reason(error)})") from error
-        size = _reduced_size(picture.size, short_side) if short_side else None
-        self._frames: Frames = np.asarray(picture.resize(size, Image.Resampling.BILINEAR) if size else picture)[None]
-
-    def __len__(self) -> int:
-        return 1
-
-    def __enter__(self) -> "ImageReader":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        del self._frames
-
-    def frames(self, indices: Sequence[int] | NDArray[np.int64]) -> Frames:
-        """Return the one frame (N, H, W, 3) as often as ``indices`` name it; they are all 0."""
-        try:
-            return self._frames[np.asarray(indices)]
-        except IndexError as error:
-            raise DecodeError(self.path, f"has one frame only ({error})") from error
+            reader = open_video(request.path, request.short_side, decoder)
+            try:
+                return _in_order(reader, request.choice(reader))
+            finally:
+                reader.close()
+        except DecodeError as error:
+            said.append(error)
+            if error.decoder in ("", "pillow"):  # nothing that another video decoder could read
+                break
+    raise _joined(request.path, said)
 
 
-def open_video(path: str, short_side: int | None = None) -> VideoReader | ImageReader:
-    """Open a file as what its ending says: an image, or anything else as a video. Raises DecodeError."""
-    return (ImageReader if path.lower().endswith(IMAGE_SUFFIXES) else VideoReader)(path, short_side)
+def _in_order(reader: Reader, indices: np.ndarray) -> Frames:
+    wanted, positions = np.unique(indices, return_inverse=True)
+    decoded = reader.frames(wanted)
+    return decoded if np.array_equal(wanted, indices) else decoded[positions]
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    """Return a picture of any mode in RGB, without its transparency."""
-    if picture.mode.startswith("I"):  # 16 bits a pixel, which Pillow's own conversion cuts off at 255
-        picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).astype(np.uint8))
-    return picture.convert("RGB")
-
-
-def _video_size(path: str) -> tuple[int, int]:
-    """Return the (width, height) that the header of a video file states."""
-    try:
-        with av.open(path, metadata_errors="ignore") as container:
-            stream = next(iter(container.streams.video), None)
-            if stream is None or stream.codec_context is None:
-                raise DecodeError(path, "has no video stream that can be decoded")
-            return stream.codec_context.width, stream.codec_context.height
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise DecodeError(path, f"cannot be opened as video ({_reason(error)})") from error
-
-
-def _reduced_size(size: tuple[int, int], short_side: int) -> tuple[int, int] | None:
-    """Return the (width, height) that brings a larger short side to ``short_side``; None where it is not larger."""
-    if min(size) <= short_side:
-        return None
-    scale = short_side / min(size)
-    return round(size[0] * scale), round(size[1] * scale)
-
-
-def _reason(error: Exception) -> str:
-    """Return the last meaningful line of a decoder's message, without its own source positions."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and "Stack trace" not in line]
-    return (lines[0].rpartition("] ")[2] or lines[0])[:160] if lines else type(error).__name__
+def _joined(path: str, said: Sequence[DecodeError]) -> DecodeError:
+    """Return one error for what all decoders said."""
+    messages = list(dict.fromkeys(error.message for error in said))
+    if len(messages) == 1:
+        return DecodeError(path, messages[0], "+".join(dict.fromkeys(error.decoder for error in said)))
+    return DecodeError(
+        path,
+        "; ".join(f"{error.decoder}: {error.message}" for error in said),
+        "+".join(dict.fromkeys(error.decoder for error in said)),
+    )

@@ -7,7 +7,10 @@ from fvcore.common.config import CfgNode
 from torch.utils.data import DataLoader, Sampler
 
 from stvit_video.data.annotations import check_labels
+from stvit_video.data.augment import Augment
 from stvit_video.data.dataset import SampleKey, TestDataset, TrainDataset, collate
+from stvit_video.data.decode import find_decoders
+from stvit_video.data.decoding import Decoding
 from stvit_video.data.sampling import ClipSampler
 from stvit_video.data.transforms import Normalise, TestTransform, TrainTransform
 from stvit_video.data.videos import build_videos
@@ -18,14 +21,15 @@ from stvit_video.errors import UsageError
 class EpochSampler(Sampler[list[SampleKey]]):
     """Batches of a shuffled epoch for one process. The order depends on seed and epoch alone.
 
-    A step of ``step_size`` clips is the same set of videos for any number of processes and accumulated batches; a
-    last incomplete one is left out. An epoch has ``accumulate`` batches a step.
+    A step of ``step_size`` videos is the same set for any number of processes and accumulated batches; a last
+    incomplete one is left out. An epoch has ``accumulate`` batches a step, of which the first ``start`` are passed
+    over: epoch and start are the position that ``state_dict`` saves.
     """
 
     def __init__(self, length: int, step_size: int, accumulate: int, rank: int, world: int, seed: int) -> None:
         self.length, self.step_size, self.accumulate = length, step_size, accumulate
         self.rank, self.world, self.seed = rank, world, seed
-        self.epoch = 0
+        self.epoch = self.start = 0
 
     def __len__(self) -> int:
         return self.length // self.step_size * self.accumulate
@@ -34,9 +38,17 @@ class EpochSampler(Sampler[list[SampleKey]]):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.length, generator=generator).tolist()
         size = self.step_size // self.accumulate
-        for i in range(len(self)):
+        for i in range(self.start, len(self)):
             batch = order[i * size : (i + 1) * size]
             yield [SampleKey(self.epoch, index) for index in batch[self.rank :: self.world]]
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the position: an epoch, and the batches of it that are done."""
+        return {"epoch": self.epoch, "start": self.start}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from a position; the loader's next iterator begins there."""
+        self.epoch, self.start = state["epoch"], state["start"]
 
 
 class ShardedBatches(Sampler[list[int]]):
@@ -60,13 +72,15 @@ def build_train_loader(cfg: CfgNode, world: World, num_classes: int) -> DataLoad
     """Return the training loader; its ``batch_sampler`` is an EpochSampler of micro-batches."""
     videos = build_videos(cfg, "train")
     check_labels(videos, num_classes, cfg.DATA.TRAIN_LIST)
-    per_step = world.size * cfg.TRAIN.ACCUMULATE
+    repeats = cfg.DATA.REPEATS
+    per_step = world.size * cfg.TRAIN.ACCUMULATE * repeats
     if cfg.TRAIN.BATCH_SIZE % per_step:
         raise UsageError(
             f"TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE} does not divide by {world.size} processes x TRAIN.ACCUMULATE "
-            f"{cfg.TRAIN.ACCUMULATE}; choose a multiple of {per_step}."
+            f"{cfg.TRAIN.ACCUMULATE} x DATA.REPEATS {repeats}; choose a multiple of {per_step}."
         )
-    if len(videos) < cfg.TRAIN.BATCH_SIZE:
+    videos_per_step = cfg.TRAIN.BATCH_SIZE // repeats
+    if len(videos) < videos_per_step:
         raise UsageError(
             f"TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE} exceeds the {len(videos)} videos of the training list; lower it."
         )
@@ -78,15 +92,17 @@ def build_train_loader(cfg: CfgNode, world: World, num_classes: int) -> DataLoad
         area=area,
         ratio=tuple(cfg.DATA.CROP_RATIO),
         flip=cfg.DATA.FLIP,
+        augment=_build_augment(cfg),
     )
     dataset = TrainDataset(
         videos,
         sampler=_build_sampler(cfg),
         transform=transform,
-        decode_side=cfg.DATA.SHORT_SIDE[1],
+        decoding=_build_decoding(cfg, cfg.DATA.SHORT_SIDE[1]),
+        repeats=repeats,
         seed=cfg.SEED,
     )
-    sampler = EpochSampler(len(videos), cfg.TRAIN.BATCH_SIZE, cfg.TRAIN.ACCUMULATE, world.rank, world.size, cfg.SEED)
+    sampler = EpochSampler(len(videos), videos_per_step, cfg.TRAIN.ACCUMULATE, world.rank, world.size, cfg.SEED)
     return _loader(cfg, world, dataset, sampler)
 
 
@@ -101,7 +117,7 @@ def build_test_loader(
         sampler=_build_sampler(cfg),
         clips=clips,
         transform=TestTransform(cfg.DATA.SIZE, _build_normalise(cfg), cfg.TEST.SHORT_SIDE, crops),
-        decode_side=cfg.TEST.SHORT_SIDE,
+        decoding=_build_decoding(cfg, cfg.TEST.SHORT_SIDE),
         stage=split,
     )
     # As many views a batch as in the test, whatever the number of views a video.
@@ -110,7 +126,20 @@ def build_test_loader(
 
 
 def _build_sampler(cfg: CfgNode) -> ClipSampler:
-    return ClipSampler(cfg.DATA.SAMPLING, cfg.DATA.FRAMES, cfg.DATA.STRIDE)
+    return ClipSampler(cfg.DATA.SAMPLING, cfg.DATA.FRAMES, cfg.DATA.STRIDE, cfg.DATA.FPS)
+
+
+def _build_decoding(cfg: CfgNode, short_side: int) -> Decoding:
+    try:
+        decoders = find_decoders(cfg.DATA.DECODER)
+    except ValueError as error:
+        raise UsageError(f"DATA.DECODER: {error}") from error
+    return Decoding(decoders, cfg.DATA.DEADLINE_S, short_side)
+
+
+def _build_augment(cfg: CfgNode) -> Augment:
+    data = cfg.DATA
+    return Augment(data.RAND_AUGMENT_LAYERS, data.RAND_AUGMENT_MAGNITUDE, data.COLOR_JITTER, data.ERASE)
 
 
 def _build_normalise(cfg: CfgNode) -> Normalise:

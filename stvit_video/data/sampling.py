@@ -1,4 +1,4 @@
-"""Which frames make a clip: pure functions from lengths to indices.
+"""Which frames make a clip: pure functions from lengths, or times, to indices.
 
 Two ways: ``dense`` takes frames at a fixed stride from some place in the video (Kinetics); ``uniform`` takes one frame
 out of each of as many equal segments as the clip has frames, so that a clip spans the video (Something-Something).
@@ -7,9 +7,8 @@ out of each of as many equal segments as the clip has frames, so that a clip spa
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-Indices = NDArray[np.int64]
+from stvit_video.data.frames import Indices, Reader, Times
 
 
 def clip_indices(start: int, frames: int, stride: int, length: int) -> Indices:
@@ -51,26 +50,79 @@ def even_segments(length: int, frames: int, clips: int) -> list[Indices]:
     return [starts + (2 * clip + 1) * sizes // (2 * clips) for clip in range(clips)]
 
 
+def timed_clip(start: float, frames: int, step: float, times: Times) -> Indices:
+    """Return the frames that are shown at ``start``, ``start + step``, ... seconds; after the end the last one is."""
+    moments = start + step * np.arange(frames) + 1e-6  # the times of frames are rounded in files
+    return np.searchsorted(times, moments, side="right") - 1
+
+
+def random_timed_clip(times: Times, frames: int, step: float, rng: np.random.Generator) -> Indices:
+    """Return a clip of frames ``step`` seconds apart that starts anywhere such that it fits, else at 0."""
+    return timed_clip(rng.uniform(0, max(0.0, times[-1] - (frames - 1) * step)), frames, step, times)
+
+
+def even_timed_clips(times: Times, frames: int, step: float, clips: int) -> list[Indices]:
+    """Return ``clips`` clips of frames ``step`` seconds apart, spaced as ``even_clips``."""
+    latest = max(0.0, times[-1] - (frames - 1) * step)
+    starts = [latest / 2] if clips == 1 else np.linspace(0, latest, clips)
+    return [timed_clip(start, frames, step, times) for start in starts]
+
+
 @dataclass(frozen=True)
 class ClipSampler:
-    """How clips of ``frames`` frames are taken: ``kind`` dense, at ``stride``, or uniform, which has no stride."""
+    """How clips of ``frames`` frames are taken: ``kind`` dense, at ``stride``, or uniform, which has no stride.
+
+    With a ``rate``, the stride of a dense clip counts frames of a video of that many frames a second: files of any
+    rate, also a variable one, are then seen at the same speed.
+    """
 
     kind: str
     frames: int
     stride: int = 1
+    rate: float | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ("dense", "uniform"):
             raise ValueError(f"kind {self.kind!r} is unknown; it is dense or uniform.")
 
-    def random(self, length: int, rng: np.random.Generator) -> Indices:
-        """Return the indices (frames,) of a training clip out of a video of ``length`` frames."""
+    def random(self, video: Reader, rng: np.random.Generator) -> Indices:
+        """Return the indices (frames,) of a training clip out of a video."""
         if self.kind == "uniform":
-            return random_segments(length, self.frames, rng)
-        return random_clip(length, self.frames, self.stride, rng)
+            return random_segments(video.length, self.frames, rng)
+        if self.rate is not None:
+            return random_timed_clip(video.times(), self.frames, self.stride / self.rate, rng)
+        return random_clip(video.length, self.frames, self.stride, rng)
 
-    def even(self, length: int, clips: int) -> list[Indices]:
+    def even(self, video: Reader, clips: int) -> list[Indices]:
         """Return the indices of ``clips`` test clips, the same at every call."""
         if self.kind == "uniform":
-            return even_segments(length, self.frames, clips)
-        return even_clips(length, self.frames, self.stride, clips)
+            return even_segments(video.length, self.frames, clips)
+        if self.rate is not None:
+            return even_timed_clips(video.times(), self.frames, self.stride / self.rate, clips)
+        return even_clips(video.length, self.frames, self.stride, clips)
+
+
+@dataclass(frozen=True)
+class RandomClips:
+    """The choice of ``clips`` training clips; ``seed`` fixes it."""
+
+    sampler: ClipSampler
+    clips: int
+    seed: tuple[int, ...]
+
+    def __call__(self, video: Reader) -> Indices:
+        """Return the indices (clips * frames,)."""
+        rng = np.random.default_rng(self.seed)
+        return np.concatenate([self.sampler.random(video, rng) for _ in range(self.clips)])
+
+
+@dataclass(frozen=True)
+class EvenClips:
+    """The choice of ``clips`` test clips."""
+
+    sampler: ClipSampler
+    clips: int
+
+    def __call__(self, video: Reader) -> Indices:
+        """Return the indices (clips * frames,)."""
+        return np.concatenate(self.sampler.even(video, self.clips))

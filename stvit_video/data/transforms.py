@@ -5,14 +5,15 @@ the end.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from stvit_video.data.decode import Frames
+from stvit_video.data.augment import Augment
+from stvit_video.data.frames import Frames
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,14 @@ class Normalise:
 
     def __call__(self, clip: Tensor) -> Tensor:
         """Map uint8 (T, 3, H, W) to float32 (3, T, H, W)."""
-        mean = torch.tensor(self.mean).view(3, 1, 1, 1) * 255
-        std = torch.tensor(self.std).view(3, 1, 1, 1) * 255
+        mean = torch.tensor(self.mean, device=clip.device).view(3, 1, 1, 1) * 255
+        std = torch.tensor(self.std, device=clip.device).view(3, 1, 1, 1) * 255
         return clip.transpose(0, 1).to(torch.float32).sub_(mean).div_(std)
 
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Random crop, one for all frames of a clip, and optional mirror image.
+    """Random crop, optional mirror image and augmentation, each the same for all frames of a clip.
 
     With ``area`` None: the short side becomes a random length in ``short_side``, then a random square is cut. Else a
     random share ``area`` of the frame, with a random ``ratio`` of width to height, is stretched to the square.
@@ -43,16 +44,18 @@ class TrainTransform:
     area: tuple[float, float] | None
     ratio: tuple[float, float]
     flip: bool
+    augment: Augment = field(default_factory=Augment)
 
-    def __call__(self, frames: Frames, rng: np.random.Generator) -> Tensor:
-        """Map frames (T, H, W, 3) to a clip (3, T, size, size)."""
-        clip = torch.from_numpy(frames).permute(0, 3, 1, 2)  # (T, 3, H, W)
+    def __call__(self, frames: Frames | Tensor, rng: np.random.Generator) -> Tensor:
+        """Map frames (T, H, W, 3), an array or a tensor, to a clip (3, T, size, size) on the same device."""
+        clip = torch.as_tensor(frames).permute(0, 3, 1, 2)  # (T, 3, H, W)
         height, width = clip.shape[-2:]
         top, left, crop_height, crop_width = self._box(height, width, rng)
         clip = F.resized_crop(clip, top, left, crop_height, crop_width, [self.size, self.size], antialias=True)
         if self.flip and rng.random() < 0.5:
             clip = F.horizontal_flip(clip)
-        return self.normalise(clip)
+        clip = self.augment.distort(clip, rng)
+        return self.augment.cover(self.normalise(clip), rng)
 
     def _box(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
         if self.area is None:

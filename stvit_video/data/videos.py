@@ -4,35 +4,55 @@ from pathlib import Path
 
 from fvcore.common.config import CfgNode
 
-from stvit_video.data.annotations import Video, check_files, class_folders, read_classes, read_folder, read_list
+from stvit_video.data.annotations import (
+    Video,
+    check_files,
+    class_folders,
+    is_media,
+    read_classes,
+    read_file,
+    read_folder,
+    read_list,
+)
+from stvit_video.data.catalogues import find_videos, read_catalogue
 from stvit_video.errors import UsageError
 
 
 def build_videos(cfg: CfgNode, split: str) -> list[Video]:
-    """Return the videos of ``split`` (train, val, test); relative lists, folders and paths start from DATA.ROOT."""
+    """Return the videos of ``split`` (train, val, test); relative lists, folders and paths start from DATA.ROOT.
+
+    A list is what it looks like: a folder of class folders, one image or video, a Kinetics CSV, a Something-Something
+    JSON, or else lines ``path label``. Raises UsageError where it is none of them, or where too many files are missing.
+    """
     source = build_source(cfg, split)
     if source.is_dir() and cfg.DATA[f"{split.upper()}_LIST"]:
-        return read_folder(source, _folder_classes(cfg, split))
+        return read_folder(source, _class_names(cfg, split))
     if not source.is_file():
         raise UsageError(
             f"DATA.{split.upper()}_LIST: {source} is missing; put lines `path label` there, or set DATA.ROOT and "
             f"DATA.{split.upper()}_LIST. To run without any data: --cfg configs/sample_stvit.yaml"
         )
-    videos = read_list(source, cfg.DATA.ROOT)
-    check_files(videos, cfg.DATA.MAX_FAILURES, source)
+    if is_media(source):
+        return read_file(source, _named_classes(cfg) or [])
+    catalogue = read_catalogue(source)
+    if catalogue is None:
+        videos = read_list(source, cfg.DATA.ROOT)
+    else:
+        videos = find_videos(catalogue, cfg.DATA.ROOT, _class_names(cfg, split))
+    check_files(videos, cfg.DATA.MAX_FAILURES, source, cfg.DATA.ROOT)
     return videos
 
 
 def build_source(cfg: CfgNode, split: str) -> Path:
-    """Return where the list of ``split`` is: a file, or a folder of class folders."""
+    """Return where the list of ``split`` is: a file or a folder."""
     return Path(cfg.DATA.ROOT) / cfg.DATA[f"{split.upper()}_LIST"]
 
 
 def build_classes(cfg: CfgNode) -> list[str]:
-    """Return the class names: from DATA.CLASSES, else the names of class folders, else numbers.
+    """Return the class names: from DATA.CLASSES, else those that folders or a published list name, else numbers.
 
-    Folders and numbers are those of the training list, or of the test list where there is no training list; numbers
-    go up to MODEL.NUM_CLASSES or the largest label.
+    They are those of the training list, or of the test list where there is no training list; numbers go up to
+    MODEL.NUM_CLASSES or the largest label.
     """
     names = _named_classes(cfg)
     if names is None:
@@ -51,19 +71,22 @@ def _naming_split(cfg: CfgNode) -> str:
 
 
 def _named_classes(cfg: CfgNode) -> list[str] | None:
-    """Return the class names that a file or folders give; None where there are only numbers."""
+    """Return the class names that a file, folders or a published list give; None where there are only numbers."""
     if cfg.DATA.CLASSES:
         return read_classes(Path(cfg.DATA.ROOT) / cfg.DATA.CLASSES)
     source = build_source(cfg, _naming_split(cfg))
-    return class_folders(source) if source.is_dir() else None
+    if source.is_dir():
+        return class_folders(source)
+    catalogue = read_catalogue(source) if source.is_file() and not is_media(source) else None
+    return catalogue.classes() if catalogue else None
 
 
-def _folder_classes(cfg: CfgNode, split: str) -> list[str]:
-    """Return the names that the class folders of ``split`` take their labels from: the same for every list."""
+def _class_names(cfg: CfgNode, split: str) -> list[str]:
+    """Return the names that the classes of ``split`` take their labels from: the same for every list."""
     names = _named_classes(cfg)
     if names is None:
         raise UsageError(
-            f"DATA.{split.upper()}_LIST {build_source(cfg, split)} is a folder, but the labels of "
+            f"DATA.{split.upper()}_LIST {build_source(cfg, split)} gives its classes by name, but the labels of "
             f"{build_source(cfg, _naming_split(cfg))} have no names; give DATA.CLASSES, the names in their order."
         )
     return names

@@ -11,7 +11,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from stvit_video.data.dataset import Failure
+from stvit_video.data.ledger import Failure
 from stvit_video.data.loader import build_test_loader
 from stvit_video.data.videos import build_classes
 from stvit_video.distributed import World, gather_objects, on_main

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from stvit_video import __version__
-from stvit_video.data.dataset import Failure, TestDataset
+from stvit_video.data.dataset import TestDataset
+from stvit_video.data.ledger import Failure
 from stvit_video.distributed import World, on_main
 from stvit_video.engine.checkpoint import write_atomically
 from stvit_video.engine.evaluate import describe_videos
@@ -73,7 +74,8 @@ def fingerprint(model: nn.Module, weights: str, dataset: TestDataset, precision:
         "model": [str(model.name), model.arguments],
         "weights": weights,
         "videos": [[video.path, video.label] for video in dataset.videos],
-        "views": [dataset.clips, repr(dataset.sampler), repr(dataset.transform), dataset.decode_side],
+        "decoders": dataset.decoding.decoders,
+        "views": [dataset.clips, repr(dataset.sampler), repr(dataset.transform), dataset.decoding.short_side],
         "precision": precision,
         "seed": seed,  # of the random weights, and of those that a checkpoint does not hold
     }

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from stvit_video.data.dataset import Failure
+from stvit_video.data.ledger import Failure
 
 
 def correct_at(scores: Tensor, labels: Tensor, k: int) -> int:

@@ -1,6 +1,5 @@
 """The folder of a run: whose it is, what it holds, and what may be written to it."""
 
-import csv
 import json
 import os
 import platform
@@ -9,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from importlib import metadata
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import torch
 import yaml
 from fvcore.common.config import CfgNode
 
-from stvit_video.data.dataset import Failure
+from stvit_video.data.ledger import Failure, read_ledger, to_csv
 from stvit_video.engine.checkpoint import list_checkpoints, write_atomically
 from stvit_video.errors import UsageError
 
@@ -157,19 +155,11 @@ class RunFolder:
 
     def write_failures(self, failures: Iterable[Failure]) -> None:
         """Write ``failures.csv``: each video once a stage, also where there is none."""
-        text = StringIO()
-        writer = csv.writer(text)
-        writer.writerow(("path", "stage", "message"))
-        writer.writerows(sorted({(failure.path, failure.stage, failure.message) for failure in failures}))
-        write_atomically(self.path / "failures.csv", text.getvalue().encode())
+        write_atomically(self.path / "failures.csv", to_csv(failures).encode())
 
     def read_failures(self) -> list[Failure]:
         """Return the rows of ``failures.csv``: what the earlier part of an interrupted run reported."""
-        path = self.path / "failures.csv"
-        if not path.is_file():
-            return []
-        with open(path, newline="", encoding="utf-8") as file:
-            return [Failure(**row) for row in csv.DictReader(file)]
+        return read_ledger(self.path / "failures.csv")
 
 
 def _refuse_other_settings(path: Path, recorded: dict[str, Any], current: dict[str, Any]) -> None:

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from stvit_video.data.dataset import Batch, Failure, TrainDataset
+from stvit_video.data.dataset import Batch, TrainDataset
+from stvit_video.data.ledger import Failure, merge
 from stvit_video.data.loader import build_test_loader, build_train_loader
+from stvit_video.data.mixing import Mix, build_mix
 from stvit_video.data.videos import build_classes
 from stvit_video.distributed import World, gather_objects, on_main, sum_over_world
 from stvit_video.engine.checkpoint import load_newest, save_checkpoint, save_weights
@@ -52,12 +54,13 @@ class Trainer:
         accumulate: int,
         clip_grad: float,
         label_smoothing: float,
+        mix: Mix | None,
         seed: int,
     ) -> None:
         self.bare_model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.loader, self.world = loader, world
         self.precision, self.accumulate, self.seed = precision, accumulate, seed
-        self.clip_grad, self.label_smoothing = clip_grad, label_smoothing
+        self.clip_grad, self.label_smoothing, self.mix = clip_grad, label_smoothing, mix
         self.epoch = self.step = 0
         self.failures: list[Failure] = []
         self.model: nn.Module = model
@@ -93,7 +96,7 @@ class Trainer:
         batches, sums, text = TimedBatches(self.loader), self._zeros(), ""
         # Dropout then depends on seed, epoch and rank alone, whether or not the run was interrupted before. After the
         # loader's start: that draws a number, but only when its workers start too.
-        torch.manual_seed(int(np.random.SeedSequence([self.seed, self.epoch, self.world.rank]).generate_state(1)[0]))
+        torch.manual_seed(self._seed(self.epoch))
         for i in range(1, self.steps_per_epoch + 1):
             sums += self.take_step(batches)
             if i % LOG_EVERY == 0 or i == self.steps_per_epoch:
@@ -117,13 +120,17 @@ class Trainer:
                     f"{TrainDataset.MAX_TRIES} training videos in a row could not be read, the first {first.path}: "
                     f"{first.message}. Check DATA.ROOT and DATA.TRAIN_LIST."
                 )
-            clips, labels = (x.to(self.world.device, non_blocking=True) for x in (batch.clips, batch.labels))
+            clips, labels = (x.to(self.world.device, non_blocking=True) for x in (batch.clips, batch.clip_labels))
+            targets = labels
+            if self.mix is not None:
+                clips, targets = self.mix(clips, labels, self._seed(self.step, i))
+                labels = targets.argmax(dim=1)  # for the hits: the label with the larger share
             # Gradients are exchanged once a step, with its last batch.
             unsynchronised = isinstance(self.model, DistributedDataParallel) and i + 1 < self.accumulate
             with self.model.no_sync() if unsynchronised else nullcontext():  # type: ignore[operator]
                 with autocast(self.world.device, self.precision):
                     logits = self.model(clips)
-                loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
+                loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing)
                 (loss / self.accumulate).backward()
             with torch.no_grad():
                 hits = (logits.argmax(dim=1) == labels).sum()
@@ -135,6 +142,10 @@ class Trainer:
         self.scheduler.step()
         self.step += 1
         return sums
+
+    def _seed(self, *of: int) -> int:
+        """Return a seed that depends on the run's seed, the process and ``of`` alone."""
+        return int(np.random.SeedSequence([self.seed, *of, self.world.rank]).generate_state(1)[0])
 
     def _zeros(self) -> Tensor:
         return torch.zeros(3, device=self.world.device)
@@ -204,6 +215,7 @@ def build_trainer(cfg: CfgNode, world: World, model: nn.Module, num_classes: int
         accumulate=cfg.TRAIN.ACCUMULATE,
         clip_grad=cfg.OPTIM.CLIP_GRAD,
         label_smoothing=cfg.OPTIM.LABEL_SMOOTHING,
+        mix=build_mix(cfg, world, num_classes),
         seed=cfg.SEED,
     )
 
@@ -298,7 +310,7 @@ def validate(cfg: CfgNode, trainer: Trainer, loader: DataLoader, progress: Progr
 
 def gather_failures(world: World, failures: list[Failure]) -> list[Failure]:
     """Return the failures of all processes, each once."""
-    return sorted(set(itertools.chain.from_iterable(gather_objects(world, failures))), key=lambda failure: failure.path)
+    return merge(itertools.chain.from_iterable(gather_objects(world, failures)))
 
 
 def finish_training(folder: RunFolder, trainer: Trainer, classes: list[str]) -> None:

@@ -4,7 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from stvit_video.data.annotations import Video, check_files, check_labels, read_classes, read_folder, read_list
+from stvit_video.data.annotations import (
+    Video,
+    check_files,
+    check_labels,
+    find_missing,
+    read_classes,
+    read_file,
+    read_folder,
+    read_list,
+    summarise_videos,
+)
 from stvit_video.errors import UsageError
 
 
@@ -31,6 +41,10 @@ def test_absolute_paths_stay_and_a_byte_order_mark_is_no_part_of_the_path(tmp_pa
         (b"3\n", "has no label"),
         (b"a.mp4 --5\n", "has no label"),
         (b"\xff\xfe\x00", "is not UTF-8 text"),
+        (b"\x00\x01 \x02\n" * 9, "line 1: '\\x00\\x01 \\x02' has no label"),
+        (b"a.mp4 1000000\n", "label 1000000 is above 999,999"),
+        (b"a.mp4 " + b"9" * 10_000, "label 99999999999999999999 is above 999,999"),
+        (b"a" * 10_000, "line 1: 'aaa"),
     ],
 )
 def test_wrong_lists_are_named_by_line(tmp_path: Path, content: bytes, says: str) -> None:
@@ -38,6 +52,8 @@ def test_wrong_lists_are_named_by_line(tmp_path: Path, content: bytes, says: str
     with pytest.raises(UsageError) as error:
         read_list(tmp_path / "list.csv")
     assert says in str(error.value)
+    assert len(str(error.value)) < 500
+    assert "\n" not in str(error.value)
 
 
 def test_labels_out_of_range_and_missing_files(tmp_path: Path) -> None:
@@ -45,11 +61,101 @@ def test_labels_out_of_range_and_missing_files(tmp_path: Path) -> None:
     check_labels(videos, 4, "list")
     with pytest.raises(UsageError, match=r"label 3 of .*3\.mp4 is out of range; allowed: 0 to 2"):
         check_labels(videos, 3, "list")
-    with pytest.raises(UsageError, match=r"4 of 4 files looked at are missing, the first .*0\.mp4"):
-        check_files(videos, 0.5, "list")
+    with pytest.raises(UsageError, match=r"4 of 4 files are missing, the first .*0\.mp4"):
+        check_files(videos, 0.5, "list", tmp_path)
     for video in videos[:2]:
         Path(video.path).touch()
-    check_files(videos, 0.5, "list")
+    check_files(videos, 0.5, "list", tmp_path)
+
+
+def test_a_folder_of_frames_is_a_file_unless_it_is_empty(tmp_path: Path) -> None:
+    for name in ("full", "empty"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "full" / "1.jpg").touch()
+    (tmp_path / "list.txt").write_text("full 0\nempty 1\nfull/1.jpg 2\nabsent.mp4 2\n")
+    videos = read_list(tmp_path / "list.txt", tmp_path)
+    assert find_missing(videos) == ([f"{tmp_path}/empty", f"{tmp_path}/absent.mp4"], 4)
+
+
+@pytest.mark.parametrize(
+    ("videos", "says"),
+    [
+        ([Video("absent.mp4", 0)] * 10, "10 of 10 files are missing, the first absent.mp4;"),
+        ([Video("absent.mp4", 0)] * 5120, "512 of 512 files looked at are missing, the first absent.mp4;"),
+        (
+            [Video(__file__, 0)] * 8999 + [Video("gone.mp4", 0, missing=True)] * 1001,
+            "1,001 of 10,000 files are missing",
+        ),
+    ],
+    ids=["all looked at", "some looked at", "searched for"],
+)
+def test_too_many_missing_files_are_an_error_that_says_how_many(videos: list[Video], says: str) -> None:
+    with pytest.raises(UsageError) as error:
+        check_files(videos, 0.1, "train.csv", "/data")
+    assert f"train.csv: {says}" in str(error.value)
+    assert "Check DATA.ROOT /data and the list" in str(error.value)
+    check_files(videos, 1.0, "train.csv", "/data")
+
+
+@pytest.mark.parametrize(
+    ("videos", "line"),
+    [
+        ([Video(__file__, 0)] * 1234, "val: 1,234 videos"),
+        (
+            [Video("gone.mp4", 0, missing=True)] * 56 + [Video("unseen.mp4", 0)] * 1178,
+            "val: 1,234 videos, 56 (4.5 %) missing, the first gone.mp4; "
+            "they count as failures and are listed in failures.csv",
+        ),
+        (
+            [Video("gone.mp4", 0), Video(__file__, 0)] * 2500,
+            "val: 5,000 videos, 278 of 556 looked at (50.0 %) missing, the first gone.mp4; "
+            "they count as failures and are listed in failures.csv",
+        ),
+    ],
+    ids=["none", "searched for", "looked at"],
+)
+def test_a_list_is_summarised_with_what_is_missing(videos: list[Video], line: str) -> None:
+    assert summarise_videos(videos, "val") == line
+
+
+@pytest.mark.parametrize("name", ["yoga/a b.MP4", "yoga/a.JPG"])
+def test_one_file_is_labelled_by_its_folder(tmp_path: Path, name: str) -> None:
+    assert read_file(tmp_path / name, ["ski", "yoga"]) == [Video(str(tmp_path / name), 1)]
+    with pytest.raises(UsageError, match=r"'yoga' is none of the 1 class names; .* `path label`.* Did you mean yogi\?"):
+        read_file(tmp_path / name, ["yogi"])
+    with pytest.raises(UsageError, match=r"'yoga' is none of the 0 class names; .* `path label`"):
+        read_file(tmp_path / name, [])
+
+
+@pytest.mark.parametrize(
+    "content", [b"a b\nc\n", b"\xef\xbb\xbfa b\r\n\r\nc", b'{"c": "1", "a b": 0}', b'{"a b":"0","c":"1"}']
+)
+def test_class_names_come_one_a_line_or_with_their_labels(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "labels").write_bytes(content)
+    assert read_classes(tmp_path / "labels") == ["a b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "is not JSON"),
+        ('{"a": 0', "is not JSON"),
+        ("[" * 200_000, "is not JSON"),
+        ("{}", "does not give each name its label"),
+        ('["a", "b"]', "does not give each name its label"),
+        ('{"a": 1}', "does not give each name its label"),
+        ('{"a": 0, "b": "0"}', "does not give each name its label"),
+        ('{"a": 0, "b": [1]}', "does not give each name its label"),
+        ('{"a": 0.0}', "does not give each name its label"),
+        ('{"a": true}', "does not give each name its label"),
+    ],
+)
+def test_wrong_labels_of_class_names_are_refused(tmp_path: Path, content: str, says: str) -> None:
+    (tmp_path / "labels.json").write_text(content)
+    with pytest.raises(UsageError) as error:
+        read_classes(tmp_path / "labels.json")
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_class_names(tmp_path: Path) -> None:

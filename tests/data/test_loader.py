@@ -11,6 +11,7 @@ import torch
 
 from stvit_video.data.annotations import Video
 from stvit_video.data.dataset import SampleKey, TestDataset, TrainDataset, collate
+from stvit_video.data.decoding import Decoding
 from stvit_video.data.loader import (
     EpochSampler,
     ShardedBatches,
@@ -83,7 +84,7 @@ def test_views_are_the_clips_and_crops_of_their_video(write_clip: Callable[..., 
         sampler=ClipSampler("dense", 4, 5),
         clips=3,
         transform=TestTransform(48, PLAIN, 48, crops=3),
-        decode_side=48,
+        decoding=Decoding(("decord",), 60, 48),
         stage="test",
     )
     sample = dataset[0]
@@ -95,6 +96,38 @@ def test_views_are_the_clips_and_crops_of_their_video(write_clip: Callable[..., 
         starts.append(numbers)
     expected = [[start + 5 * i for i in range(4)] for start in (0, 22, 45)]
     assert starts == [[number & 0b1110111 for number in clip] for clip in expected]
+
+
+def test_repeats_are_clips_of_one_decode_and_count_in_the_batch(small_set: Path) -> None:
+    loader = build_train_loader(data_config(small_set, "DATA.REPEATS", "2"), World(0, 1, CPU), 8)
+    assert len(loader) == 32 * 2 // 8
+    batch = next(iter(loader))
+    assert len(batch.labels) == 4
+    assert batch.clips.shape[0] == 8
+    assert batch.clip_labels.tolist() == [label for label in batch.labels.tolist() for _ in range(2)]
+    assert not torch.equal(batch.clips[0], batch.clips[1])
+    single = build_train_loader(data_config(small_set), World(0, 1, CPU), 8).dataset
+    twice = loader.dataset[SampleKey(0, 5)].views
+    assert twice.shape == (2, 3, 8, 64, 64)
+    assert torch.equal(twice[0], single[SampleKey(0, 5)].views[0])
+    with pytest.raises(UsageError, match=r"x DATA\.REPEATS 3; choose a multiple of 3"):
+        build_train_loader(data_config(small_set, "DATA.REPEATS", "3"), World(0, 1, CPU), 8)
+
+
+def test_the_position_of_the_sampler_can_be_saved_and_restored(small_set: Path) -> None:
+    whole = EpochSampler(32, 8, 2, 0, 2, seed=3)
+    whole.epoch = 4
+    keys = list(whole)
+    later = EpochSampler(32, 8, 2, 0, 2, seed=3)
+    later.load_state_dict({**whole.state_dict(), "start": 3})
+    assert list(later) == keys[3:]
+    assert later.state_dict() == {"epoch": 4, "start": 3}
+    loader = build_train_loader(data_config(small_set, "DATA.WORKERS", "2"), World(0, 1, CPU), 8)
+    all_clips = [batch.clips for batch in loader]
+    loader.batch_sampler.load_state_dict({"epoch": 0, "start": 2})
+    rest = [batch.clips for batch in loader]
+    assert len(rest) == 2
+    assert all(torch.equal(a, b) for a, b in zip(rest, all_clips[2:], strict=True))
 
 
 @pytest.fixture
@@ -132,7 +165,8 @@ def test_training_gives_up_after_a_bounded_number_of_tries(tmp_path: Path) -> No
     transform = TrainTransform(32, PLAIN, (32, 32), None, (1, 1), False)
     videos = [Video(str(tmp_path / f"{i}.mp4"), 0) for i in range(30)]
     sampler = ClipSampler("dense", 2)
-    dataset = TrainDataset(videos, sampler=sampler, transform=transform, decode_side=32, seed=0)
+    decoding = Decoding(("decord",), 60)
+    dataset = TrainDataset(videos, sampler=sampler, transform=transform, decoding=decoding, repeats=1, seed=0)
     batch = collate([dataset[SampleKey(0, 0)]])
     assert batch.missing == 1
     assert [failure.path for failure in batch.failures] == [video.path for video in videos[:10]]

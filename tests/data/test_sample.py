@@ -15,7 +15,7 @@ import torch
 
 from stvit_video.data import sample
 from stvit_video.data.annotations import read_classes, read_list
-from stvit_video.data.decode import VideoReader
+from stvit_video.data.decode import open_video
 from stvit_video.errors import UsageError
 
 SPEC = sample.Spec(clips=(16, 8, 8), stills=(8, 8))
@@ -39,9 +39,9 @@ def test_layout_lists_and_files_agree(small_set: Path) -> None:
             videos = read_list(small_set / labels / f"{split}.csv", small_set)
             assert len(videos) == count
             assert all(Path(video.path).is_file() for video in videos)
-    with VideoReader(read_list(small_set / "motion" / "train.csv", small_set)[0].path) as reader:
-        assert len(reader) == sample.FRAMES
-        assert reader.frames([0]).shape == (1, sample.SIDE, sample.SIDE, 3)
+    reader = open_video(read_list(small_set / "motion" / "train.csv", small_set)[0].path)
+    assert reader.length == sample.FRAMES
+    assert reader.frames(np.array([0])).shape == (1, sample.SIDE, sample.SIDE, 3)
     assert sorted(path.name for path in (small_set / "stills" / "train").iterdir()) == sorted(sample.SHAPES)
 
 

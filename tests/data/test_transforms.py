@@ -3,13 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.transforms import v2
 
+from stvit_video.data.augment import Augment
 from stvit_video.data.transforms import Normalise, TestTransform, TrainTransform
 
 NORMALISE = Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 FRAMES = np.random.default_rng(0).integers(0, 256, (4, 60, 90, 3), dtype=np.uint8)
 CLIP = torch.from_numpy(FRAMES).permute(0, 3, 1, 2)  # (T, 3, H, W)
+CHOICES = np.random.default_rng
 
 
 def oracle(*steps: torch.nn.Module) -> torch.Tensor:
@@ -54,6 +57,34 @@ def test_the_same_generator_state_gives_the_same_clip_and_the_range_is_used() ->
         assert torch.equal(first, again)
         assert not torch.equal(first, other)
         assert first.shape == (3, 4, 32, 32)
+
+
+def test_an_array_and_a_tensor_give_the_same_clip() -> None:
+    transform = train(area=(0.2, 1.0), flip=True, augment=Augment(2, 9, 0.4, 1.0))
+    for seed in range(5):
+        clip = transform(FRAMES, CHOICES(seed))
+        assert torch.equal(transform(torch.from_numpy(FRAMES), CHOICES(seed)), clip)
+
+
+def test_a_clip_stays_on_the_device_of_its_frames() -> None:
+    """A fake GPU refuses to mix devices but has no values to draw; augmentation, which draws, has a meta tensor."""
+    for seed in range(20):
+        with FakeTensorMode():
+            frames = torch.empty(FRAMES.shape, dtype=torch.uint8, device="cuda")
+            assert train(flip=True)(frames, CHOICES(seed)).device.type == "cuda"
+        frames = torch.empty(FRAMES.shape, dtype=torch.uint8, device="meta")
+        clip = train(area=(0.2, 1.0), augment=Augment(2, 9, 0.4, 1.0))(frames, CHOICES(seed))
+        assert (clip.device.type, clip.shape) == ("meta", (3, 4, 32, 32))
+
+
+def test_colours_change_before_normalisation_and_erasing_comes_after() -> None:
+    frames = FRAMES[:, :32, :32]  # nothing to crop, so that no choice is drawn before those of the augmentation
+    clip = CLIP[..., :32, :32]
+    for seed in range(10):
+        distorted = train(short_side=(32, 32), augment=Augment(2, 9, 0.4))(frames, CHOICES(seed))
+        assert torch.equal(distorted, NORMALISE(Augment(2, 9, 0.4).distort(clip, CHOICES(seed))))
+        erased = train(short_side=(32, 32), augment=Augment(erase=1.0))(frames, CHOICES(seed))
+        assert torch.equal(erased, Augment(erase=1.0).cover(NORMALISE(clip), CHOICES(seed)))
 
 
 def test_flip_mirrors_half_of_the_clips_and_only_when_asked() -> None:

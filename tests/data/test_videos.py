@@ -1,10 +1,13 @@
 """Which videos a configuration names."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+from fvcore.common.config import CfgNode
 
+from stvit_video.data.annotations import Video
 from stvit_video.data.videos import build_classes, build_videos
 from stvit_video.errors import UsageError
 from tests.conftest import data_config
@@ -39,3 +42,83 @@ def test_class_names_of_folders_are_those_of_the_training_list(small_set: Path, 
         build_videos(data_config(small_set, *unnamed), "test")
     with pytest.raises(UsageError, match="is missing"):
         build_videos(data_config(small_set, "DATA.TEST_LIST", ""), "test")
+
+
+@pytest.fixture
+def kinetics(tmp_path: Path) -> Path:
+    """A root with Kinetics lists: three training videos of three classes, two test videos, one of them missing."""
+    header = "label,youtube_id,time_start,time_end,split\n"
+    rows = "yoga,aaa,1,11,train\ntai chi,bbb,2,12,train\nskiing,ccc,3,13,train\n"
+    (tmp_path / "train.csv").write_text(header + rows)
+    (tmp_path / "test.csv").write_text(header + "yoga,ddd,4,14,val\ntai chi,eee,5,15,val\n")
+    (tmp_path / "videos").mkdir()
+    for name in ("aaa_000001_000011", "bbb_000002_000012", "ccc_000003_000013", "ddd_000004_000014"):
+        (tmp_path / "videos" / f"{name}.mp4").touch()
+    return tmp_path
+
+
+def named_config(root: Path, *overrides: str) -> CfgNode:
+    lists = ["DATA.TRAIN_LIST", "train.csv", "DATA.TEST_LIST", "test.csv", "DATA.CLASSES", ""]
+    return data_config(root, *lists, *overrides)
+
+
+def test_kinetics_labels_are_those_of_the_training_list(kinetics: Path) -> None:
+    cfg = named_config(kinetics, "DATA.MAX_FAILURES", "0.5")
+    assert build_classes(cfg) == ["skiing", "tai chi", "yoga"]
+    assert [video.label for video in build_videos(cfg, "train")] == [2, 1, 0]
+    assert build_videos(cfg, "test") == [
+        Video(f"{kinetics}/videos/ddd_000004_000014.mp4", 2),
+        Video(f"{kinetics}/tai chi/eee_000005_000015.mp4", 1, missing=True),
+    ]
+    (kinetics / "names.txt").write_text("yoga\nskiing\ntai chi\n")
+    assert [v.label for v in build_videos(named_config(kinetics, "DATA.CLASSES", "names.txt"), "train")] == [0, 2, 1]
+    (kinetics / "names.txt").write_text("yoga\nskiing\ntai_chi\n")
+    with pytest.raises(UsageError, match=r"label 'tai chi' is none of the 3 classes.*Did you mean tai_chi\?"):
+        build_videos(named_config(kinetics, "DATA.CLASSES", "names.txt"), "train")
+
+
+def test_too_many_missing_kinetics_videos_stop_the_run(kinetics: Path) -> None:
+    with pytest.raises(UsageError) as error:
+        build_videos(named_config(kinetics), "test")
+    assert f"1 of 2 files are missing, the first {kinetics}/tai chi/eee_000005_000015.mp4; at most 10 % may" in str(
+        error.value
+    )
+    assert f"Check DATA.ROOT {kinetics}" in str(error.value)
+
+
+def test_numbered_training_lists_give_named_test_lists_no_labels(kinetics: Path) -> None:
+    (kinetics / "numbers.txt").write_text("videos/aaa_000001_000011.mp4 1\n")
+    with pytest.raises(UsageError, match=r"test\.csv gives its classes by name, but the labels of .*numbers\.txt have"):
+        build_videos(named_config(kinetics, "DATA.TRAIN_LIST", "numbers.txt"), "test")
+
+
+def test_something_labels_are_those_of_the_labels_file(tmp_path: Path) -> None:
+    templates = {"1": "Holding [something] next to [something]", "2": "Closing [something]"}
+    content = [{"id": name, "template": template} for name, template in templates.items()]
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    labels = {"Holding something next to something": "0", "Closing something": "1", "Opening something": "2"}
+    (tmp_path / "labels.json").write_text(json.dumps(labels))
+    (tmp_path / "1.webm").touch()
+    (tmp_path / "2").mkdir()
+    (tmp_path / "2" / "1.jpg").touch()
+    videos = [str(tmp_path / "1.webm"), str(tmp_path / "2")]
+    cfg = named_config(tmp_path, "DATA.TRAIN_LIST", "train.json")
+    assert build_classes(cfg) == ["Closing something", "Holding something next to something"]
+    assert [(video.path, video.label) for video in build_videos(cfg, "train")] == [(videos[0], 1), (videos[1], 0)]
+    cfg = named_config(tmp_path, "DATA.TRAIN_LIST", "train.json", "DATA.CLASSES", "labels.json")
+    assert build_classes(cfg) == list(labels)
+    assert [(video.path, video.label) for video in build_videos(cfg, "train")] == [(videos[0], 0), (videos[1], 1)]
+
+
+def test_one_file_is_a_list_where_its_folder_is_a_class(kinetics: Path) -> None:
+    (kinetics / "tai chi").mkdir()
+    path = kinetics / "tai chi" / "mine.MP4"
+    path.touch()
+    shutil.copy(path, kinetics / "videos")
+    assert build_videos(named_config(kinetics, "DATA.TEST_LIST", "tai chi/mine.MP4"), "test") == [Video(str(path), 1)]
+    assert build_videos(named_config(kinetics, "DATA.TEST_LIST", str(path)), "test") == [Video(str(path), 1)]
+    with pytest.raises(UsageError, match=r"'videos' is none of the 3 class names; .* line `path label`"):
+        build_videos(named_config(kinetics, "DATA.TEST_LIST", "videos/mine.MP4"), "test")
+    alone = named_config(kinetics, "DATA.TRAIN_LIST", "", "DATA.TEST_LIST", "tai chi/mine.MP4")
+    with pytest.raises(UsageError, match="'tai chi' is none of the 0 class names"):
+        build_classes(alone)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stvit_video.config import load_config
-from stvit_video.data.dataset import Failure
+from stvit_video.data.ledger import Failure
 from stvit_video.engine.evaluate import _join
 from stvit_video.engine.metrics import Predictions, correct_at
 from stvit_video.engine.optim import build_optimizer, build_scheduler
@@ -67,7 +67,7 @@ def test_shares_of_processes_are_joined_in_list_order_and_checked() -> None:
         places = torch.tensor(indices)
         return places, places % 3, torch.eye(3)[places % 3]
 
-    failure = Failure("v.mp4", "test", "broken")
+    failure = Failure("v.mp4", "test", "decord", "broken", "")
     predictions = _join([([row(0, 1), row(4)], []), ([row(2)], [failure])], total=5)
     assert predictions.indices.tolist() == [0, 1, 2, 4]
     assert predictions.top(1) == 100

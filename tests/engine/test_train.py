@@ -1,5 +1,6 @@
 """The trainer: accumulation, resuming, precision, and what a run leaves behind."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,13 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from stvit_video import run
 from stvit_video.config import load_config
+from stvit_video.data.augment import Augment
+from stvit_video.data.dataset import Batch
+from stvit_video.data.mixing import Mix
 from stvit_video.distributed import World
 from stvit_video.engine.logging import MetricsLog, read_metrics
 from stvit_video.engine.start import autocast
-from stvit_video.engine.train import build_trainer
+from stvit_video.engine.train import Trainer, build_trainer
 from stvit_video.models.zoo import build_model
 from stvit_video.progress import Progress
 
@@ -43,8 +48,17 @@ def initial_weights(arguments: list[str]) -> dict[str, torch.Tensor]:
     return build_model(load_config(arguments[1], arguments[2:]), 8).state_dict()
 
 
+AUGMENTED = [
+    *("DATA.RAND_AUGMENT_LAYERS", "2", "DATA.COLOR_JITTER", "0.4", "DATA.ERASE", "0.5"),
+    *("TRAIN.MIXUP", "0.8", "TRAIN.CUTMIX", "1.0", "TRAIN.MIX_PROBABILITY", "0.8", "OPTIM.LABEL_SMOOTHING", "0.1"),
+]
+DROPOUT = ["MODEL.DROPOUT", "0.2", "MODEL.DROP_PATH", "0.2"]
+
+
 @pytest.mark.parametrize(
-    "extra", [[], ["MODEL.DROPOUT", "0.2", "MODEL.DROP_PATH", "0.2", "DATA.WORKERS", "1"]], ids=["plain", "dropout"]
+    "extra",
+    [[], [*DROPOUT, "DATA.WORKERS", "1"], [*AUGMENTED, *DROPOUT, "TRAIN.ACCUMULATE", "2"]],
+    ids=["plain", "dropout", "augmented"],
 )
 def test_interrupted_after_an_epoch_equals_uninterrupted(
     small_run: Callable[..., list[str]],
@@ -65,6 +79,50 @@ def test_interrupted_after_an_epoch_equals_uninterrupted(
     for folder in ("run", "killed"):
         steps = [row["step"] for row in read_metrics(tmp_path / folder / "metrics.jsonl")]
         assert steps == [4, 8]
+
+
+def test_augmentation_is_as_configured_and_off_by_default(small_run: Callable[..., list[str]]) -> None:
+    def build(*overrides: str) -> Trainer:
+        arguments = small_run(*overrides)
+        cfg = load_config(arguments[1], arguments[2:])
+        return build_trainer(cfg, WORLD, build_model(cfg, 8), 8)
+
+    plain, trainer = build(), build(*AUGMENTED, "DATA.RAND_AUGMENT_MAGNITUDE", "7", "TRAIN.MIX_SWITCH", "0.3")
+    assert (plain.loader.dataset.transform.augment, plain.mix) == (Augment(), None)
+    assert trainer.loader.dataset.transform.augment == Augment(layers=2, magnitude=7, jitter=0.4, erase=0.5)
+    assert [transform.alpha for transform in trainer.mix.transforms] == [0.8, 1.0]
+    assert (trainer.mix.probability, trainer.mix.switch, trainer.mix.num_classes) == (0.8, 0.3, 8)
+
+
+def test_the_loss_of_a_mixed_batch_is_in_proportion_and_the_larger_label_counts() -> None:
+    """Clip 0 is all 0, clip 1 all 1: the mean of a mixed clip is its share of label 1, which the model takes as is."""
+
+    class Share(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+            self.seen: list[torch.Tensor] = []
+
+        def forward(self, clips: torch.Tensor) -> torch.Tensor:
+            share = clips.mean(dim=(1, 2, 3, 4))
+            self.seen.append(share)
+            return self.scale * torch.stack([1 - share, share], dim=1)
+
+    model = Share()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    mix = Mix(mixup=1.0, cutmix=1.0, probability=1.0, switch=0.5, num_classes=2)
+    settings = {"precision": "fp32", "accumulate": 1, "clip_grad": 0.0, "label_smoothing": 0.0, "mix": mix, "seed": 0}
+    trainer = Trainer(model, optimizer, scheduler, None, WORLD, **settings)
+    clips = torch.arange(2.0).view(2, 1, 1, 1, 1).expand(2, 3, 2, 8, 8)
+    batches = itertools.repeat(Batch(clips, torch.arange(2), torch.arange(2), []))
+    for _ in range(12):
+        loss, hits, count = trainer.take_step(batches).tolist()
+        share = model.seen[-1]
+        scores = torch.stack([1 - share, share], dim=1)
+        assert (hits, count) == (2, 2)
+        assert loss == pytest.approx(-(scores * scores.log_softmax(dim=1)).sum().item(), rel=1e-5)
+    assert torch.stack(model.seen)[:, 0].unique().numel() == 12  # each step draws anew
 
 
 def test_precision_names_what_runs() -> None:

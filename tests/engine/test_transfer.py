@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from stvit_video import run
 from stvit_video.config import load_config
-from stvit_video.data.dataset import Failure
+from stvit_video.data.ledger import Failure
 from stvit_video.data.loader import build_test_loader
 from stvit_video.distributed import World
 from stvit_video.engine import features as features_module
@@ -250,7 +250,7 @@ def test_features_are_used_again_until_something_they_depend_on_changes(
 @pytest.mark.parametrize("damage", ["cut", "flipped", "text", "foreign", "empty"])
 def test_a_damaged_cache_is_computed_again(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "features" / "test_init.safetensors"
-    failures = [Failure("/nowhere/a.mp4", "test", "broken")]
+    failures = [Failure("/nowhere/a.mp4", "test", "decord", "broken", "2026-01-01")]
     whole = Predictions(torch.randn(40, 8), torch.arange(40), torch.arange(40), 41, failures)
     assert read_features(path, "key") == (None, "")
     write_features(path, "key", whole)

@@ -1,0 +1,189 @@
+"""Decoding in a process of its own, so that a decoder that hangs, crashes or leaks takes nothing with it.
+
+``Decoding`` starts a child that runs ``serve``, sends it requests over a socket and reads frames out of memory
+that both share. A child that does not answer in time is killed and replaced; only a kill ends some of decord's loops.
+"""
+
+import contextlib
+import ctypes
+import mmap
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator
+from multiprocessing.connection import Connection
+
+import numpy as np
+
+from stvit_video.data.decode import Request, read_frames
+from stvit_video.data.frames import Choice, DecodeError, Frames
+
+START_S = 120.0  # for the child's imports, which may come from slow storage
+PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a child gets when its parent dies
+
+
+class Decoding:
+    """Reads frames in a child process that starts with the first request. Not to be shared between threads.
+
+    Each request may take ``deadline_s`` seconds, tries ``decoders`` in turn and reduces frames to ``short_side``.
+    After a fork, and in a loader's workers, each process starts a child of its own.
+    """
+
+    def __init__(self, decoders: tuple[str, ...], deadline_s: float, short_side: int | None = None) -> None:
+        self.decoders, self.deadline_s, self.short_side = decoders, deadline_s, short_side
+        self._child: _Child | None = None
+        self._stuck: set[str] = set()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_child": None}  # a worker that is sent a copy starts its own
+
+    def request(self, path: str, choice: Choice) -> Request:
+        """Return a request for frames of ``path`` in this process's own manner."""
+        return Request(path, choice, self.short_side, self.decoders)
+
+    def read(self, request: Request) -> Frames:
+        """Return the chosen frames (N, H, W, 3). Raises DecodeError, also for a child that hangs or crashes."""
+        result = next(self.read_all([request]))
+        if isinstance(result, DecodeError):
+            raise result
+        return result
+
+    def read_all(self, requests: Iterable[Request]) -> Iterator[Frames | DecodeError]:
+        """Yield the frames of each request, or why there are none; the next are decoded while the caller works."""
+        sent: Request | None = None
+        for request in requests:
+            if sent is None:
+                self._send(request)
+            else:
+                result = self._receive(sent)
+                self._send(request)
+                yield result
+            sent = request
+        if sent is not None:
+            yield self._receive(sent)
+
+    def _send(self, request: Request) -> None:
+        if request.path in self._stuck:
+            return
+        if self._child is None or self._child.parent != os.getpid():
+            self._child = _Child()
+        try:
+            self._child.connection.send(request)
+        except OSError:  # it died since the last answer: killed for its memory, for example
+            self._child = _Child()
+            self._child.connection.send(request)
+
+    def _receive(self, request: Request) -> Frames | DecodeError:
+        if request.path in self._stuck:
+            return DecodeError(request.path, f"took more than {self.deadline_s:g} s before and is not tried again")
+        assert self._child is not None
+        try:
+            if self._child.connection.poll(self.deadline_s):
+                answer = self._child.connection.recv()
+                return answer if isinstance(answer, DecodeError) else self._child.take(answer)
+            message = f"took more than {self.deadline_s:g} s (DATA.DEADLINE_S); its decoder was stopped"
+            self._stuck.add(request.path)
+        except (EOFError, OSError):
+            message = f"made its decoder crash ({self._child.fate()})"
+        self._child.stop()
+        self._child = None
+        return DecodeError(request.path, message, "+".join(request.decoders))
+
+
+class _Child:
+    """The child process: its end of the socket, and the memory that it writes frames to."""
+
+    def __init__(self) -> None:
+        self.parent = os.getpid()
+        ours, theirs = socket.socketpair()
+        self._memory = _memory_file()
+        self._map: mmap.mmap | None = None
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", f"from {__name__} import serve; serve({theirs.fileno()}, {self._memory})"],
+            pass_fds=(theirs.fileno(), self._memory),
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        )
+        theirs.close()
+        self.connection = Connection(ours.detach())
+        self._finalizer = weakref.finalize(self, _end, self._process, self._memory, self.parent)
+        try:
+            ready = self.connection.poll(START_S) and self.connection.recv()
+        except (EOFError, OSError):
+            ready = False
+        if not ready:
+            raise RuntimeError(f"The decoding process did not start within {START_S:g} s ({self.fate()}).")
+
+    def take(self, shape: tuple[int, ...]) -> Frames:
+        """Return a copy of the frames of ``shape`` that the child has written."""
+        size = int(np.prod(shape))
+        if self._map is None or len(self._map) < size:
+            self._map = mmap.mmap(self._memory, os.fstat(self._memory).st_size)
+        return np.frombuffer(self._map, np.uint8, size).reshape(shape).copy()
+
+    def fate(self) -> str:
+        """Say how the child ended."""
+        try:
+            code = self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            return "no answer"
+        return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+    def stop(self) -> None:
+        """Kill the child."""
+        self.connection.close()
+        self._finalizer()
+
+
+def _end(process: subprocess.Popen, memory: int, parent: int) -> None:
+    if os.getpid() != parent:  # a fork's copy: the child is not its own
+        return
+    process.kill()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel, on a dead network disk for example
+        process.wait(timeout=1)
+    os.close(memory)
+
+
+def _memory_file() -> int:
+    """Return a descriptor of a file in memory, which goes when the last process closes it."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("frames")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def serve(socket_fd: int, memory_fd: int) -> None:
+    """Answer requests until the parent closes the socket; the whole life of the child process."""
+    _die_with_parent()
+    # Ctrl-C reaches every process of a terminal; what it means is for the parent to decide.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection, shared = Connection(socket_fd), None
+    connection.send(True)
+    while True:
+        try:
+            request = connection.recv()
+        except EOFError:
+            return
+        try:
+            frames = read_frames(request)
+        except DecodeError as error:
+            connection.send(error)
+            continue
+        except MemoryError:
+            connection.send(DecodeError(request.path, "does not fit into memory", "+".join(request.decoders)))
+            continue
+        if shared is None or len(shared) < frames.nbytes:
+            os.ftruncate(memory_fd, frames.nbytes)
+            shared = mmap.mmap(memory_fd, frames.nbytes)
+        np.copyto(np.frombuffer(shared, np.uint8, frames.nbytes).reshape(frames.shape), frames)
+        connection.send(frames.shape)
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent dies; a decoder that hangs would never see the closed socket."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

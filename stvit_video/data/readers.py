@@ -1,0 +1,223 @@
+"""Video files to uint8 frames through decord, PyAV or TorchCodec: only the wanted ones, resized where that is cheaper.
+
+decord 0.6.0 as measured: open per item and outside the training process, one thread, ``RuntimeError`` at open and
+``DECORDError`` (not its subclass) at read. It and PyAV number frames in the order in which they are shown.
+"""
+
+import bisect
+from collections.abc import Iterable, Iterator
+
+import av
+import decord
+import numpy as np
+from av import Packet
+from av.container import InputContainer
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from stvit_video.data.frames import DecodeError, Frames, Indices, Times, reason, reduced_size
+
+AV_ERRORS = (av.FFmpegError, OSError, ValueError)
+FAR = 48  # frames that decoding may pass over before a jump to a key frame is cheaper
+
+
+class DecordReader:
+    """A video file read by decord; frames larger than ``short_side`` are resized inside it. Raises DecodeError."""
+
+    def __init__(self, path: str, short_side: int | None = None) -> None:
+        self.path = path
+        width, height = _inspect(path, short_side) or (-1, -1)
+        try:
+            self._reader = decord.VideoReader(path, ctx=decord.cpu(0), width=width, height=height, num_threads=1)
+            self.length = len(self._reader)
+        except (RuntimeError, decord.DECORDError) as error:
+            raise DecodeError(path, f"cannot be opened as video ({reason(error)})", "decord") from error
+        if self.length == 0:
+            raise DecodeError(path, "has no frames", "decord")
+
+    def times(self) -> Times:
+        """Return when each frame is shown (length,), in seconds after the first."""
+        starts = self._reader.get_frame_timestamp(np.arange(self.length))[:, 0].astype(np.float64)
+        return starts - starts[0]
+
+    def frames(self, indices: Indices) -> Frames:
+        """Return the frames (N, H, W, 3) at ascending ``indices``."""
+        try:
+            return self._reader.get_batch(indices).asnumpy()
+        except (RuntimeError, IndexError, decord.DECORDError) as error:
+            raise DecodeError(self.path, f"frames cannot be decoded ({reason(error)})", "decord") from error
+
+    def close(self) -> None:
+        """Close the file."""
+        del self._reader
+
+
+class AvReader:
+    """A video file read by PyAV, which knows AV1 too. Raises DecodeError.
+
+    The length is the number of packets that hold a frame to be shown, counted without decoding.
+    """
+
+    def __init__(self, path: str, short_side: int | None = None) -> None:
+        self.path, self.short_side = path, short_side
+        self._container, self._stream = _open_av(path)
+        self._stream.codec_context.thread_count = 1
+        try:
+            packets = [
+                (p.pts, p.is_keyframe) for p in self._container.demux(self._stream) if p.size and not p.is_discard
+            ]
+        except AV_ERRORS as error:
+            raise DecodeError(path, f"cannot be opened as video ({reason(error)})", "pyav") from error
+        self.length = len(packets)
+        if not packets:
+            raise DecodeError(path, "has no frames", "pyav")
+        stamps = [pts for pts, _ in packets if pts is not None]
+        self._stamps: list[int] | None = sorted(set(stamps))
+        self._keys = sorted(pts for pts, key in packets if key and pts is not None)
+        # Some containers (AVI) say only when a packet is to be decoded. Frames are counted off from the start there.
+        if len(self._stamps) < len(packets) or not self._keys:
+            self._stamps = None
+
+    def times(self) -> Times:
+        """Return when each frame is shown (length,), in seconds after the first."""
+        if self._stamps is None:
+            rate = self._stream.average_rate or self._stream.guessed_rate
+            if not rate:
+                raise DecodeError(self.path, "states neither times nor a frame rate", "pyav")
+            return np.arange(self.length) / float(rate)
+        stamps = np.asarray(self._stamps, dtype=np.float64)
+        return (stamps - stamps[0]) * float(self._stream.time_base or 0)
+
+    def frames(self, indices: Indices) -> Frames:
+        """Return the frames (N, H, W, 3) at ascending ``indices``."""
+        wanted = self._decode(indices) if self._stamps is None else self._decode_at([self._stamps[i] for i in indices])
+        try:
+            return np.stack([self._to_array(frame) for frame in wanted])
+        except AV_ERRORS as error:
+            raise DecodeError(self.path, f"frames cannot be decoded ({reason(error)})", "pyav") from error
+
+    def _decode(self, indices: Indices) -> Iterator[VideoFrame]:
+        """Yield the frames at ``indices``, counted off from the start of the file."""
+        self._container.seek(0)
+        left = list(indices)
+        for number, frame in enumerate(self._container.decode(self._stream)):
+            if left and number == left[0]:
+                left.pop(0)
+                yield frame
+            if not left:
+                return
+        raise DecodeError(self.path, f"frame {left[0]} is missing: the file ends before", "pyav")
+
+    def _decode_at(self, stamps: list[int]) -> Iterator[VideoFrame]:
+        """Yield the frames of ascending time stamps, jumping to the key frame before one that is far away."""
+        assert self._stamps is not None
+        places = {stamp: i for i, stamp in enumerate(self._stamps)}
+        decoded: Iterator[VideoFrame] = iter(())
+        last = None
+        for stamp in stamps:
+            key = self._keys[max(0, bisect.bisect_right(self._keys, stamp) - 1)]
+            if last is None or (key > last and places[stamp] - places[last] > FAR):
+                self._container.seek(min(key, stamp), stream=self._stream)
+                decoded = self._container.decode(self._stream)
+            frame = next((frame for frame in decoded if frame.pts is not None and frame.pts >= stamp), None)
+            if frame is None:
+                raise DecodeError(self.path, f"frame {places[stamp]} is missing: the file ends before", "pyav")
+            if frame.pts != stamp or frame.is_corrupt:
+                raise DecodeError(self.path, f"frame {places[stamp]} is damaged", "pyav")
+            last = stamp
+            yield frame
+
+    def _to_array(self, frame: VideoFrame) -> Frames:
+        width, height = reduced_size((frame.width, frame.height), self.short_side) or (None, None)
+        turned = frame.to_ndarray(format="rgb24", width=width, height=height)
+        return np.rot90(turned, round(frame.rotation / 90))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._container.close()
+
+
+class TorchCodecReader:
+    """A video file read by TorchCodec, where that and FFmpeg are installed. Raises DecodeError.
+
+    Frames come in the file's own size; ``short_side`` is left to the transforms.
+    """
+
+    def __init__(self, path: str, short_side: int | None = None) -> None:
+        from torchcodec.decoders import VideoDecoder  # optional, and it imports torch
+
+        self.path = path
+        try:
+            self._decoder = VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1)
+            self.length = len(self._decoder)
+        except (RuntimeError, ValueError) as error:
+            raise DecodeError(path, f"cannot be opened as video ({reason(error)})", "torchcodec") from error
+        if self.length == 0:
+            raise DecodeError(path, "has no frames", "torchcodec")
+
+    def times(self) -> Times:
+        """Return when each frame is shown (length,), in seconds after the first."""
+        reader = AvReader(self.path)
+        try:
+            return reader.times()
+        finally:
+            reader.close()
+
+    def frames(self, indices: Indices) -> Frames:
+        """Return the frames (N, H, W, 3) at ascending ``indices``."""
+        try:
+            return self._decoder.get_frames_at(indices.tolist()).data.numpy()
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise DecodeError(self.path, f"frames cannot be decoded ({reason(error)})", "torchcodec") from error
+
+    def close(self) -> None:
+        """Close the file."""
+        del self._decoder
+
+
+def _inspect(path: str, short_side: int | None) -> tuple[int, int] | None:
+    """Return the (width, height) to which decord is to reduce the frames of a file; None where they are not larger.
+
+    decord turns frames as the file asks, before it resizes; whether it does is known from a decoded frame only. Raises
+    DecodeError for files with open groups of pictures: after a jump into one, decord 0.6.0 miscounts and returns
+    earlier frames than those that were asked for.
+    """
+    container, stream = _open_av(path)
+    try:
+        with container:
+            if _has_open_groups(container.demux(stream)):
+                raise DecodeError(path, "has open groups of pictures, where decord finds wrong frames", "decord")
+            size = reduced_size((stream.codec_context.width, stream.codec_context.height), short_side)
+            if size is None:
+                return None
+            container.seek(0)
+            frame = next(container.decode(stream), None)
+    except AV_ERRORS as error:
+        raise DecodeError(path, f"cannot be opened as video ({reason(error)})", "pyav") from error
+    turned = frame is not None and round(frame.rotation / 90) % 2
+    return size[::-1] if turned else size
+
+
+def _has_open_groups(packets: Iterable[Packet]) -> bool:
+    """Say whether a frame is stored after a later key frame, as its neighbour on the other side is needed first."""
+    latest_key: int | None = None
+    for packet in packets:
+        if packet.pts is None:
+            continue
+        if packet.is_keyframe:
+            latest_key = packet.pts
+        elif latest_key is not None and packet.pts < latest_key:
+            return True
+    return False
+
+
+def _open_av(path: str) -> tuple[InputContainer, VideoStream]:
+    try:
+        container = av.open(path, metadata_errors="ignore")
+    except AV_ERRORS as error:
+        raise DecodeError(path, f"cannot be opened as video ({reason(error)})", "pyav") from error
+    stream = next(iter(container.streams.video), None)
+    if stream is None or stream.codec_context is None:
+        container.close()
+        raise DecodeError(path, "has no video stream that can be decoded", "pyav")
+    return container, stream

@@ -1,0 +1,108 @@
+"""Images and folders of images as videos."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stvit_video.data.decode import open_video
+from stvit_video.data.frames import DecodeError
+
+
+def read_image(path: Path, short_side: int | None = None) -> np.ndarray:
+    reader = open_video(str(path), short_side)
+    assert reader.length == 1
+    return reader.frames(np.array([0]))[0]
+
+
+@pytest.fixture
+def picture() -> np.ndarray:
+    """A picture (40, 60, 3) whose corners differ: dark at the top left, red to the right, green downwards."""
+    y, x = np.mgrid[:40, :60]
+    return np.stack([x * 4, y * 6, np.full_like(x, 20)], axis=-1).astype(np.uint8)
+
+
+def test_lossless_images_of_every_mode_are_read_in_rgb(tmp_path: Path, picture: np.ndarray) -> None:
+    image = Image.fromarray(picture)
+    for name in ("a.png", "a.PNG", "a.bmp", "a.ppm"):
+        image.save(tmp_path / name)
+        np.testing.assert_array_equal(read_image(tmp_path / name), picture)
+    image.convert("RGBA").save(tmp_path / "alpha.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "alpha.png"), picture)
+    gray = np.asarray(image.convert("L"))
+    image.convert("L").save(tmp_path / "gray.png")
+    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "deep.png")  # 16 bits
+    for name in ("gray.png", "deep.png"):
+        np.testing.assert_array_equal(read_image(tmp_path / name), np.repeat(gray[..., None], 3, axis=2))
+    image.quantize(8).save(tmp_path / "palette.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "palette.png"), np.asarray(image.quantize(8).convert("RGB")))
+
+
+def test_lossy_images_are_near_and_upright(tmp_path: Path, picture: np.ndarray) -> None:
+    image = Image.fromarray(picture)
+    for name in ("a.jpg", "a.webp"):
+        image.save(tmp_path / name, quality=95)
+        assert np.abs(read_image(tmp_path / name).astype(int) - picture).mean() < 4
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: shown rotated by 90 degrees clockwise
+    image.save(tmp_path / "turned.jpg", quality=95, exif=exif)
+    turned = read_image(tmp_path / "turned.jpg")
+    assert turned.shape == (60, 40, 3)
+    assert np.abs(turned.astype(int) - np.rot90(picture, -1)).mean() < 4
+
+
+def test_large_images_are_reduced_with_antialiasing(tmp_path: Path, picture: np.ndarray) -> None:
+    stripes = np.zeros((80, 120, 3), np.uint8)
+    stripes[:, ::2] = 255  # without antialiasing: all white, or all black
+    Image.fromarray(stripes).save(tmp_path / "stripes.png")
+    small = read_image(tmp_path / "stripes.png", 20)
+    assert small.shape == (20, 30, 3)
+    assert np.abs(small.astype(int) - 127).max() < 12
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png", 40).shape == read_image(tmp_path / "a.png", 400).shape == (40, 60, 3)
+
+
+def test_an_animation_is_its_first_frame(tmp_path: Path, picture: np.ndarray) -> None:
+    write = Image.fromarray(picture)
+    write.save(tmp_path / "moving.webp", save_all=True, append_images=[write.rotate(180)], lossless=True)
+    np.testing.assert_array_equal(read_image(tmp_path / "moving.webp"), picture)
+
+
+def test_a_folder_of_images_is_a_video_in_natural_order(tmp_path: Path, picture: np.ndarray) -> None:
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for number in range(1, 13):
+        Image.fromarray(picture // number).save(folder / f"img_{number}.png")
+    (folder / ".hidden.png").write_bytes(b"")
+    (folder / "notes.txt").write_text("not a frame")
+    reader = open_video(str(folder))
+    assert reader.length == 12
+    np.testing.assert_array_equal(reader.frames(np.arange(12)), [picture // number for number in range(1, 13)])
+    small = open_video(str(folder), short_side=20).frames(np.array([0, 11]))
+    assert small.shape == (2, 20, 30, 3)
+    with pytest.raises(DecodeError, match="without a frame rate"):
+        reader.times()
+    Image.fromarray(picture[:30]).save(folder / "img_5.png")
+    with pytest.raises(DecodeError, match=r"img_5\.png is of another size"):
+        reader.frames(np.array([3, 4]))
+    (folder / "img_7.png").write_bytes(b"damaged")
+    with pytest.raises(DecodeError, match="cannot be read as an image"):
+        open_video(str(folder)).frames(np.array([6]))
+
+
+def test_damaged_images_say_why(tmp_path: Path, picture: np.ndarray) -> None:
+    rng = np.random.default_rng(0)
+    with pytest.raises(DecodeError, match="no such file"):
+        open_video(str(tmp_path / "absent.png"))
+    for kind in ("jpg", "png", "webp", "bmp", "ppm"):
+        path = tmp_path / f"whole.{kind}"
+        Image.fromarray(picture).save(path)
+        whole = path.read_bytes()
+        noise = [rng.bytes(len(whole)), whole[:20] + rng.bytes(len(whole) - 20)]
+        for content in (b"", b"<html>", whole[: len(whole) // 2], whole[:10], *noise[: 1 if kind in "bmpppm" else 2]):
+            (tmp_path / f"a.{kind}").write_bytes(content)
+            with pytest.raises(DecodeError) as error:
+                open_video(str(tmp_path / f"a.{kind}"))
+            assert "cannot be read as an image" in error.value.message
+            assert "\n" not in error.value.message
