@@ -110,6 +110,12 @@ KEYS = (
     Key("DATA.RAND_AUGMENT_MAGNITUDE", 9, "their strength as in torchvision; timm's m9 is 27 here", low=0, high=30),
     Key("DATA.COLOR_JITTER", 0.0, "largest change of brightness, contrast, saturation; 0: none", low=0, high=1),
     Key("DATA.ERASE", 0.0, "probability of a rectangle of noise over the clip; 0.25 is usual", low=0, high=1),
+    Key(
+        "DATA.TRANSFORM_ON",
+        "workers",
+        "where training clips are cropped and augmented: device spares the workers where a GPU has time",
+        choices=("workers", "device"),
+    ),
     Key("DATA.MEAN", [0.485, 0.456, 0.406], "mean of red, green, blue in 0 to 1", length=3, low=0, high=1),
     Key("DATA.STD", [0.229, 0.224, 0.225], "standard deviation of the same", length=3, low=0.001),
     Key("DATA.REPEATS", 1, "clips a training video each time it is decoded; TRAIN.BATCH_SIZE counts them all", low=1),

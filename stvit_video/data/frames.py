@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg")
 
+WORTH_REDUCING = 1.5  # measured with decord: at 256 pixels for 224 its resize adds 55 %, at 1080 it saves a third
+
 Frames = NDArray[np.uint8]  # (N, H, W, 3), RGB
 Indices = NDArray[np.int64]
 Times = NDArray[np.float64]
@@ -46,8 +48,11 @@ Choice = Callable[[Reader], Indices]  # which frames to read, in any order, once
 
 
 def reduced_size(size: tuple[int, int], short_side: int | None) -> tuple[int, int] | None:
-    """Return the (width, height) that brings a larger short side to ``short_side``; None where it is not larger."""
-    if short_side is None or min(size) <= short_side:
+    """Return the (width, height) with that short side for a frame so much larger that reducing it early saves time.
+
+    None where it is not: a decoder's resize costs more than the transforms' own, which comes later all the same.
+    """
+    if short_side is None or min(size) <= WORTH_REDUCING * short_side:
         return None
     scale = short_side / min(size)
     return round(size[0] * scale), round(size[1] * scale)

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from stvit_video.data.annotations import check_labels
 from stvit_video.data.augment import Augment
-from stvit_video.data.dataset import SampleKey, TestDataset, TrainDataset, collate
+from stvit_video.data.dataset import Collate, SampleKey, TestDataset, TestViews, TrainDataset, TrainViews
 from stvit_video.data.decode import find_decoders
 from stvit_video.data.decoding import Decoding
 from stvit_video.data.sampling import ClipSampler
@@ -97,9 +97,8 @@ def build_train_loader(cfg: CfgNode, world: World, num_classes: int) -> DataLoad
     dataset = TrainDataset(
         videos,
         sampler=_build_sampler(cfg),
-        transform=transform,
+        views=TrainViews(transform, repeats, cfg.DATA.FRAMES, late=cfg.DATA.TRANSFORM_ON == "device"),
         decoding=_build_decoding(cfg, cfg.DATA.SHORT_SIDE[1]),
-        repeats=repeats,
         seed=cfg.SEED,
     )
     sampler = EpochSampler(len(videos), videos_per_step, cfg.TRAIN.ACCUMULATE, world.rank, world.size, cfg.SEED)
@@ -112,11 +111,11 @@ def build_test_loader(
     """Return a loader of ``clips`` x ``crops`` views of each video of ``split``."""
     videos = build_videos(cfg, split)
     check_labels(videos, num_classes, cfg.DATA[f"{split.upper()}_LIST"])
+    transform = TestTransform(cfg.DATA.SIZE, _build_normalise(cfg), cfg.TEST.SHORT_SIDE, crops)
     dataset = TestDataset(
         videos,
         sampler=_build_sampler(cfg),
-        clips=clips,
-        transform=TestTransform(cfg.DATA.SIZE, _build_normalise(cfg), cfg.TEST.SHORT_SIDE, crops),
+        views=TestViews(transform, clips, cfg.DATA.FRAMES),
         decoding=_build_decoding(cfg, cfg.TEST.SHORT_SIDE),
         stage=split,
     )
@@ -152,7 +151,7 @@ def _loader(cfg: CfgNode, world: World, dataset: TrainDataset | TestDataset, sam
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=Collate(dataset.views),
         pin_memory=world.device.type == "cuda",
         persistent_workers=workers > 0 and isinstance(dataset, TrainDataset),
     )

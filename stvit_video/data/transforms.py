@@ -23,11 +23,13 @@ class Normalise:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def __call__(self, clip: Tensor) -> Tensor:
-        """Map uint8 (T, 3, H, W) to float32 (3, T, H, W)."""
-        mean = torch.tensor(self.mean, device=clip.device).view(3, 1, 1, 1) * 255
-        std = torch.tensor(self.std, device=clip.device).view(3, 1, 1, 1) * 255
-        return clip.transpose(0, 1).to(torch.float32).sub_(mean).div_(std)
+    def __call__(self, pixels: Tensor, out: Tensor | None = None) -> Tensor:
+        """Map uint8 (T, H, W, 3) to float32 (3, T, H, W), written to ``out`` where that is given."""
+        mean = torch.tensor(self.mean, device=pixels.device).view(3, 1, 1, 1) * 255
+        std = torch.tensor(self.std, device=pixels.device).view(3, 1, 1, 1) * 255
+        if out is None:
+            out = torch.empty(3, *pixels.shape[:3], device=pixels.device)
+        return out.copy_(pixels.permute(3, 0, 1, 2)).sub_(mean).div_(std)
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,23 @@ class TrainTransform:
     flip: bool
     augment: Augment = field(default_factory=Augment)
 
-    def __call__(self, frames: Frames | Tensor, rng: np.random.Generator) -> Tensor:
-        """Map frames (T, H, W, 3), an array or a tensor, to a clip (3, T, size, size) on the same device."""
+    def crop(self, frames: Frames | Tensor, rng: np.random.Generator) -> Tensor:
+        """Map frames (T, H, W, 3), an array or a tensor, to uint8 (T, size, size, 3) on the same device."""
         clip = torch.as_tensor(frames).permute(0, 3, 1, 2)  # (T, 3, H, W)
         height, width = clip.shape[-2:]
         top, left, crop_height, crop_width = self._box(height, width, rng)
         clip = F.resized_crop(clip, top, left, crop_height, crop_width, [self.size, self.size], antialias=True)
         if self.flip and rng.random() < 0.5:
             clip = F.horizontal_flip(clip)
-        clip = self.augment.distort(clip, rng)
-        return self.augment.cover(self.normalise(clip), rng)
+        return self.augment.distort(clip, rng).permute(0, 2, 3, 1)
+
+    def finish(self, pixels: Tensor, rng: np.random.Generator, out: Tensor | None = None) -> Tensor:
+        """Map a crop (T, size, size, 3) to a clip (3, T, size, size)."""
+        return self.augment.cover(self.normalise(pixels, out), rng)
+
+    def __call__(self, frames: Frames | Tensor, rng: np.random.Generator) -> Tensor:
+        """Map frames (T, H, W, 3), an array or a tensor, to a clip (3, T, size, size) on the same device."""
+        return self.finish(self.crop(frames, rng), rng)
 
     def _box(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
         if self.area is None:
@@ -83,23 +92,35 @@ class TestTransform:
     short_side: int
     crops: int
 
-    def __call__(self, frames: Frames) -> Tensor:
+    def resize(self, frames: Frames | Tensor) -> Tensor:
+        """Map frames (T, H, W, 3) to uint8 (T, h, w, 3), of which crops are cut."""
+        clip = torch.as_tensor(frames).permute(0, 3, 1, 2)  # (T, 3, H, W)
+        return F.resize(clip, self._resized(*clip.shape[-2:]), antialias=True).permute(0, 2, 3, 1)
+
+    def finish(self, pixels: Tensor, out: Tensor | None = None) -> Tensor:
+        """Map resized frames (T, h, w, 3) to views (crops, 3, T, size, size)."""
+        if out is None:
+            out = torch.empty(self.crops, 3, len(pixels), self.size, self.size, device=pixels.device)
+        for crop, view in zip(self._cut(pixels), out, strict=True):
+            self.normalise(crop, view)
+        return out
+
+    def __call__(self, frames: Frames | Tensor) -> Tensor:
         """Map frames (T, H, W, 3) to views (crops, 3, T, size, size)."""
-        clip = torch.from_numpy(frames).permute(0, 3, 1, 2)  # (T, 3, H, W)
-        clip = F.resize(clip, self._resized(*clip.shape[-2:]), antialias=True)
-        return torch.stack([self.normalise(crop) for crop in self._cut(clip)])
+        return self.finish(self.resize(frames))
 
     def _resized(self, height: int, width: int) -> list[int]:
         scale = self.short_side / min(height, width)
         return [max(self.size, round(height * scale)), max(self.size, round(width * scale))]
 
-    def _cut(self, clip: Tensor) -> list[Tensor]:
-        spare_rows, spare_columns = clip.shape[-2] - self.size, clip.shape[-1] - self.size
+    def _cut(self, pixels: Tensor) -> list[Tensor]:
+        """Return the crops (T, size, size, 3) of frames (T, h, w, 3)."""
+        spare_rows, spare_columns = pixels.shape[1] - self.size, pixels.shape[2] - self.size
         shares = (0.5,) if self.crops == 1 else (0.0, 0.5, 1.0)
-        boxes = []
+        crops = []
         for share in shares:
             along_rows = spare_rows > spare_columns
             top = round(spare_rows * (share if along_rows else 0.5))
             left = round(spare_columns * (0.5 if along_rows else share))
-            boxes.append(clip[..., top : top + self.size, left : left + self.size])
-        return boxes
+            crops.append(pixels[:, top : top + self.size, left : left + self.size])
+        return crops

@@ -19,12 +19,20 @@ from stvit_video.engine.logging import describe_results
 from stvit_video.engine.metrics import Predictions
 from stvit_video.engine.plots import plot_confusion
 from stvit_video.engine.run_folder import RunFolder
-from stvit_video.engine.start import autocast, build_data, check_inputs, report_model
+from stvit_video.engine.start import autocast, build_data, check_inputs, report_lists, report_model
 from stvit_video.errors import UsageError
 from stvit_video.models import LoadReport, load_pretrained
 from stvit_video.models.complexity import count_gflops, count_parameters
 from stvit_video.models.zoo import build_model
 from stvit_video.progress import Progress
+
+
+class NothingReadError(UsageError):
+    """No video of a list could be read; ``failures`` says why not."""
+
+    def __init__(self, message: str, failures: list[Failure]) -> None:
+        super().__init__(message)
+        self.failures = failures
 
 
 def predict(model: nn.Module, loader: DataLoader, world: World, precision: str, title: str = "") -> Predictions:
@@ -51,8 +59,9 @@ def describe_videos(
         for batch in loader:
             failures += batch.failures
             if len(batch.labels):
+                clips = batch.to(world.device).clips
                 with autocast(world.device, precision):
-                    figures = describe(batch.clips.to(world.device, non_blocking=True)).float()
+                    figures = describe(clips).float()
                 views = len(figures) // len(batch.labels)
                 rows.append((batch.indices, batch.labels, figures.unflatten(0, (-1, views)).mean(dim=1).cpu()))
                 done += len(batch.labels)
@@ -66,9 +75,10 @@ def _join(shares: list[tuple[list[tuple[Tensor, Tensor, Tensor]], list[Failure]]
     failures = [failure for _, share in shares for failure in share]
     if not rows:
         shown = failures[0] if failures else None
-        raise UsageError(
+        raise NothingReadError(
             f"None of the {total} videos could be read, the first failure being {shown and shown.path}: "
-            f"{shown and shown.message}. Check DATA.ROOT and the list."
+            f"{shown and shown.message}. Check DATA.ROOT and the list.",
+            failures,
         )
     indices, labels, scores = (torch.cat(column) for column in zip(*rows, strict=True))
     order = indices.argsort()
@@ -96,7 +106,12 @@ def test_model(
 ) -> dict[str, Any]:
     """Test ``model`` with all views, write results, failures and confusion matrix; return the results."""
     started = time.monotonic()
-    predictions = predict(model, loader, world, cfg.PRECISION, "test")
+    try:
+        predictions = predict(model, loader, world, cfg.PRECISION, "test")
+    except NothingReadError as error:
+        rows = earlier + error.failures
+        on_main(world, lambda: folder.write_failures(rows))
+        raise
     seconds = time.monotonic() - started
     views = cfg.TEST.CLIPS * cfg.TEST.CROPS
     results = {
@@ -169,4 +184,5 @@ def test(cfg: CfgNode, world: World) -> None:
     if world.is_main:
         print(report, flush=True)
         report_model(cfg, model, world, len(classes))
+        report_lists({"test": loader})
     test_model(cfg, world, folder, model.to(world.device), loader, classes, [])

@@ -75,7 +75,7 @@ def fingerprint(model: nn.Module, weights: str, dataset: TestDataset, precision:
         "weights": weights,
         "videos": [[video.path, video.label] for video in dataset.videos],
         "decoders": dataset.decoding.decoders,
-        "views": [dataset.clips, repr(dataset.sampler), repr(dataset.transform), dataset.decoding.short_side],
+        "views": [repr(dataset.sampler), repr(dataset.views), dataset.decoding.short_side],
         "precision": precision,
         "seed": seed,  # of the random weights, and of those that a checkpoint does not hold
     }

@@ -6,8 +6,10 @@ from pathlib import Path
 import torch
 from fvcore.common.config import CfgNode
 from torch import nn
+from torch.utils.data import DataLoader
 
 from stvit_video.data import sample
+from stvit_video.data.annotations import summarise_videos
 from stvit_video.data.videos import build_classes, build_source
 from stvit_video.distributed import World, on_main
 from stvit_video.errors import UsageError
@@ -40,7 +42,8 @@ def check_inputs(cfg: CfgNode, *, resumed: bool = False) -> None:
             missing.append(f"DATA.{name} {build_source(cfg, split) if cfg.DATA[name] else repr('')}")
     if missing:
         advice.append(
-            f"a list holds lines `path label`, paths starting from DATA.ROOT {root}, or is a folder CLASS/FILE"
+            f"a list holds lines `path label`, paths starting from DATA.ROOT {root}, or is a Kinetics CSV, a "
+            f"Something-Something JSON, or a folder CLASS/FILE"
         )
     if cfg.DATA.CLASSES and not (root / cfg.DATA.CLASSES).is_file():
         missing.append(f"DATA.CLASSES {root / cfg.DATA.CLASSES}")
@@ -86,6 +89,13 @@ def report_model(cfg: CfgNode, model: nn.Module, world: World, num_classes: int)
         f"{world.size} process(es) on {world.device.type}, {cfg.PRECISION}, output in {cfg.OUTPUT_DIR}",
         flush=True,
     )
+
+
+def report_lists(loaders: dict[str, DataLoader | None]) -> None:
+    """Print how many videos each split has, and how many of them are missing."""
+    for split, loader in loaders.items():
+        if loader is not None:
+            print(summarise_videos(loader.dataset.videos, split), flush=True)  # type: ignore[attr-defined]
 
 
 def _describe_model(cfg: CfgNode, model: nn.Module, num_classes: int) -> str:

@@ -29,7 +29,7 @@ from stvit_video.engine.logging import MetricsLog, describe_results, read_metric
 from stvit_video.engine.optim import build_optimizer, build_scheduler
 from stvit_video.engine.plots import plot_curves
 from stvit_video.engine.run_folder import RunFolder
-from stvit_video.engine.start import autocast, build_data, check_inputs, report_model
+from stvit_video.engine.start import autocast, build_data, check_inputs, report_lists, report_model
 from stvit_video.errors import UsageError
 from stvit_video.models import LoadReport, load_pretrained
 from stvit_video.models.checkpoints import read_metadata
@@ -55,14 +55,17 @@ class Trainer:
         clip_grad: float,
         label_smoothing: float,
         mix: Mix | None,
+        max_failures: float,
         seed: int,
     ) -> None:
         self.bare_model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.loader, self.world = loader, world
         self.precision, self.accumulate, self.seed = precision, accumulate, seed
         self.clip_grad, self.label_smoothing, self.mix = clip_grad, label_smoothing, mix
+        self.max_failures = max_failures
         self.epoch = self.step = 0
         self.failures: list[Failure] = []
+        self.failed: set[str] = set()  # training videos of this epoch and process
         self.model: nn.Module = model
         if world.size > 1:
             devices = [world.device] if world.device.type == "cuda" else None
@@ -93,6 +96,7 @@ class Trainer:
         """Take every step of the next epoch."""
         self.loader.batch_sampler.epoch = self.epoch  # type: ignore[union-attr]
         self.model.train()
+        self.failed = set()
         batches, sums, text = TimedBatches(self.loader), self._zeros(), ""
         # Dropout then depends on seed, epoch and rank alone, whether or not the run was interrupted before. After the
         # loader's start: that draws a number, but only when its workers start too.
@@ -114,13 +118,15 @@ class Trainer:
         for i in range(self.accumulate):
             batch = next(batches)
             self.failures += batch.failures
+            self.failed.update(failure.path for failure in batch.failures)
             if batch.missing:
                 first = batch.failures[0]
                 raise UsageError(
                     f"{TrainDataset.MAX_TRIES} training videos in a row could not be read, the first {first.path}: "
                     f"{first.message}. Check DATA.ROOT and DATA.TRAIN_LIST."
                 )
-            clips, labels = (x.to(self.world.device, non_blocking=True) for x in (batch.clips, batch.clip_labels))
+            batch = batch.to(self.world.device)
+            clips, labels = batch.clips, batch.clip_labels
             targets = labels
             if self.mix is not None:
                 clips, targets = self.mix(clips, labels, self._seed(self.step, i))
@@ -152,7 +158,9 @@ class Trainer:
 
     def _averages(self, sums: Tensor, batches: "TimedBatches") -> dict[str, float]:
         """Return the figures of the steps since the last call, over all processes."""
-        loss, hits, clips = sum_over_world(self.world, sums).tolist()
+        failed = torch.tensor([len(self.failed)], dtype=sums.dtype, device=sums.device)
+        loss, hits, clips, failed_videos = sum_over_world(self.world, torch.cat([sums, failed])).tolist()
+        check_failures(int(failed_videos), len(self.loader.dataset), self.max_failures, "train")  # type: ignore[arg-type]
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"The loss is {loss / clips} within {LOG_EVERY} steps before step {self.step}; lower OPTIM.LR, raise "
@@ -216,6 +224,7 @@ def build_trainer(cfg: CfgNode, world: World, model: nn.Module, num_classes: int
         clip_grad=cfg.OPTIM.CLIP_GRAD,
         label_smoothing=cfg.OPTIM.LABEL_SMOOTHING,
         mix=build_mix(cfg, world, num_classes),
+        max_failures=cfg.DATA.MAX_FAILURES,
         seed=cfg.SEED,
     )
 
@@ -268,6 +277,7 @@ def train(cfg: CfgNode, world: World) -> None:
         on_main(world, lambda: folder.write_load_report(text))
     if world.is_main:
         report_model(cfg, model, world, len(classes))
+        report_lists({"train": trainer.loader, "val": val_loader, "test": test_loader})
     if state is not None:
         trainer.restore(state)
         trainer.failures = on_main(world, folder.read_failures)
@@ -285,7 +295,12 @@ def train_epochs(cfg: CfgNode, trainer: Trainer, folder: RunFolder, val_loader: 
     total = cfg.TRAIN.EPOCHS * trainer.steps_per_epoch
     with Progress("train", total, trainer.step, enabled=world.is_main) as progress:
         while trainer.epoch < cfg.TRAIN.EPOCHS:
-            trainer.train_epoch(progress, log)
+            try:
+                trainer.train_epoch(progress, log)
+            except UsageError:  # too many videos failed: the ledger says which, as far as this process knows
+                if world.is_main:
+                    folder.write_failures(trainer.failures)
+                raise
             if val_loader is not None and trainer.epoch % cfg.TRAIN.VAL_EVERY == 0:
                 validate(cfg, trainer, val_loader, progress, log)
             trainer.failures = gather_failures(world, trainer.failures)

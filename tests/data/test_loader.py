@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from stvit_video.data.annotations import Video
-from stvit_video.data.dataset import SampleKey, TestDataset, TrainDataset, collate
+from stvit_video.data.dataset import Collate, SampleKey, TestDataset, TestViews, TrainDataset, TrainViews
 from stvit_video.data.decoding import Decoding
+from stvit_video.data.ledger import read_ledger
 from stvit_video.data.loader import (
     EpochSampler,
     ShardedBatches,
@@ -27,6 +29,11 @@ from tests.conftest import data_config, numbered_frames, read_number
 
 PLAIN = Normalise((0, 0, 0), (1, 1, 1))
 CPU = torch.device("cpu")
+
+
+def views_of(loader: DataLoader, key: SampleKey | int) -> torch.Tensor:
+    """Return one sample's views (V, 3, T, H, W)."""
+    return loader.collate_fn([loader.dataset[key]]).clips
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
@@ -62,9 +69,9 @@ def test_epochs_differ_in_order_and_in_random_choices(small_set: Path) -> None:
     assert [key.index for batch in order for key in batch] != [
         key.index for batch in loader.batch_sampler for key in batch
     ]
-    first, second = (loader.dataset[SampleKey(epoch, 0)].views for epoch in (0, 1))
+    first, second = (views_of(loader, SampleKey(epoch, 0)) for epoch in (0, 1))
     assert not torch.equal(first, second)
-    assert torch.equal(first, loader.dataset[SampleKey(0, 0)].views)
+    assert torch.equal(first, views_of(loader, SampleKey(0, 0)))
 
 
 def test_the_first_batch_is_the_same_for_any_number_of_workers(small_set: Path) -> None:
@@ -82,15 +89,14 @@ def test_views_are_the_clips_and_crops_of_their_video(write_clip: Callable[..., 
     dataset = TestDataset(
         [Video(str(path), 3)],
         sampler=ClipSampler("dense", 4, 5),
-        clips=3,
-        transform=TestTransform(48, PLAIN, 48, crops=3),
+        views=TestViews(TestTransform(48, PLAIN, 48, crops=3), 3, 4),
         decoding=Decoding(("decord",), 60, 48),
         stage="test",
     )
-    sample = dataset[0]
-    assert sample.views.shape == (9, 3, 4, 48, 48)
+    views = Collate(dataset.views)([dataset[0]]).clips
+    assert views.shape == (9, 3, 4, 48, 48)
     starts = []
-    for view in sample.views[::3]:  # the left crop of each clip shows bits 0 to 2 and 4 to 6
+    for view in views[::3]:  # the left crop of each clip shows bits 0 to 2 and 4 to 6
         pictures = (view * 1.0).permute(1, 2, 3, 0).numpy() * 255
         numbers = [read_number(np.pad(picture, ((0, 0), (0, 16), (0, 0)))) & 0b1110111 for picture in pictures]
         starts.append(numbers)
@@ -106,10 +112,10 @@ def test_repeats_are_clips_of_one_decode_and_count_in_the_batch(small_set: Path)
     assert batch.clips.shape[0] == 8
     assert batch.clip_labels.tolist() == [label for label in batch.labels.tolist() for _ in range(2)]
     assert not torch.equal(batch.clips[0], batch.clips[1])
-    single = build_train_loader(data_config(small_set), World(0, 1, CPU), 8).dataset
-    twice = loader.dataset[SampleKey(0, 5)].views
+    single = build_train_loader(data_config(small_set), World(0, 1, CPU), 8)
+    twice = views_of(loader, SampleKey(0, 5))
     assert twice.shape == (2, 3, 8, 64, 64)
-    assert torch.equal(twice[0], single[SampleKey(0, 5)].views[0])
+    assert torch.equal(twice[0], views_of(single, SampleKey(0, 5))[0])
     with pytest.raises(UsageError, match=r"x DATA\.REPEATS 3; choose a multiple of 3"):
         build_train_loader(data_config(small_set, "DATA.REPEATS", "3"), World(0, 1, CPU), 8)
 
@@ -146,7 +152,7 @@ def test_training_takes_the_next_video_and_reports(damaged_set: Path) -> None:
     sample = loader.dataset[SampleKey(0, 1)]
     assert sample.index == 3
     assert [Path(failure.path).name for failure in sample.failures] == ["train_00001.mp4", "train_00002.mp4"]
-    batch = collate([sample, loader.dataset[SampleKey(0, 9)]])
+    batch = loader.collate_fn([sample, loader.dataset[SampleKey(0, 9)]])
     assert len(batch.labels) == 2
     assert len(batch.failures) == 3
 
@@ -165,9 +171,9 @@ def test_training_gives_up_after_a_bounded_number_of_tries(tmp_path: Path) -> No
     transform = TrainTransform(32, PLAIN, (32, 32), None, (1, 1), False)
     videos = [Video(str(tmp_path / f"{i}.mp4"), 0) for i in range(30)]
     sampler = ClipSampler("dense", 2)
-    decoding = Decoding(("decord",), 60)
-    dataset = TrainDataset(videos, sampler=sampler, transform=transform, decoding=decoding, repeats=1, seed=0)
-    batch = collate([dataset[SampleKey(0, 0)]])
+    decoding, views = Decoding(("decord",), 60), TrainViews(transform, 1, 2)
+    dataset = TrainDataset(videos, sampler=sampler, views=views, decoding=decoding, seed=0)
+    batch = Collate(views)([dataset[SampleKey(0, 0)]])
     assert batch.missing == 1
     assert [failure.path for failure in batch.failures] == [video.path for video in videos[:10]]
 
@@ -202,12 +208,12 @@ def test_the_frames_of_a_sample_are_those_of_its_sampling(
     words = f"DATA.ROOT {tmp_path} DATA.TRAIN_LIST train.csv DATA.TEST_LIST test.csv DATA.CLASSES  DATA.FRAMES 4"
     plain = "DATA.SHORT_SIDE [64,64] DATA.MEAN [0,0,0] DATA.STD [1,1,1] DATA.STRIDE 5 TRAIN.BATCH_SIZE 1"
     cfg = data_config(small_set, *words.split(" "), *plain.split(" "), "DATA.SAMPLING", sampling)
-    views = build_test_loader(cfg, World(0, 1, CPU), "test", 1, clips=2).dataset[0].views
+    views = views_of(build_test_loader(cfg, World(0, 1, CPU), "test", 1, clips=2), 0)
     dense = [[0, 5, 10, 15], [44, 49, 54, 59]]
     uniform = [[3, 18, 33, 48], [11, 26, 41, 56]]  # at 1/4 and 3/4 of each segment of 15 frames
     assert numbers(views) == {"dense": dense, "uniform": uniform}[sampling]
-    train = build_train_loader(cfg, World(0, 1, CPU), 1).dataset
-    clips = [numbers(train[SampleKey(epoch, 0)].views)[0] for epoch in range(8)]
+    train = build_train_loader(cfg, World(0, 1, CPU), 1)
+    clips = [numbers(views_of(train, SampleKey(epoch, 0)))[0] for epoch in range(8)]
     if sampling == "dense":
         assert all(np.diff(clip).tolist() == [5, 5, 5] for clip in clips)
     else:
@@ -219,12 +225,27 @@ def test_the_frames_of_a_sample_are_those_of_its_sampling(
 def test_a_still_is_a_clip_of_equal_frames(small_set: Path, frames: int) -> None:
     lists = ["DATA.TRAIN_LIST", "stills/train", "DATA.TEST_LIST", "stills/val", "DATA.CLASSES", "shape/classes.txt"]
     cfg = data_config(small_set, *lists, "DATA.FRAMES", str(frames))
-    train = build_train_loader(cfg, World(0, 1, CPU), 8).dataset[SampleKey(0, 5)]
-    test = build_test_loader(cfg, World(0, 1, CPU), "test", 8, clips=2).dataset[5]
-    assert train.views.shape == (1, 3, frames, 64, 64)
-    assert test.views.shape == (2, 3, frames, 64, 64)
-    for views in (train.views, test.views):
+    loaders = build_train_loader(cfg, World(0, 1, CPU), 8), build_test_loader(cfg, World(0, 1, CPU), "test", 8, clips=2)
+    train, test = views_of(loaders[0], SampleKey(0, 5)), views_of(loaders[1], 5)
+    assert train.shape == (1, 3, frames, 64, 64)
+    assert test.shape == (2, 3, frames, 64, 64)
+    for views in (train, test):
         assert (views == views[:1, :, :1]).all()
         assert views.std() > 0.1
     names = (small_set / "shape" / "classes.txt").read_text().split()
-    assert names[test.label] == Path(build_videos(cfg, "test")[5].path).parent.name
+    assert names[loaders[1].dataset[5].label] == Path(build_videos(cfg, "test")[5].path).parent.name
+
+
+def test_what_failed_is_listed_although_the_run_stops(
+    small_run: Callable[..., list[str]], refused: Callable[[list[str]], str], damaged_set: Path, tmp_path: Path
+) -> None:
+    words = ["DATA.ROOT", str(damaged_set), "DATA.VAL_LIST", ""]
+    assert "3 of 32 train videos could not be read" in refused(small_run(*words, "DATA.MAX_FAILURES", "0.08"))
+    rows = read_ledger(tmp_path / "run" / "failures.csv")
+    assert {Path(row.path).name for row in rows} == {f"train_0000{i}.mp4" for i in (1, 2, 9)}
+    for path in (damaged_set / "videos").glob("test_*.mp4"):
+        path.write_bytes(b"broken")
+    again = ["OUTPUT_DIR", str(tmp_path / "again")]
+    assert "None of the 16 videos could be read" in refused(small_run(*words, *again, "DATA.MAX_FAILURES", "0.99"))
+    rows = read_ledger(tmp_path / "again" / "failures.csv")
+    assert sum(row.stage == "test" for row in rows) == 16

@@ -35,7 +35,7 @@ def test_one_centred_view_equals_torchvision() -> None:
 def test_three_crops_lie_along_the_longer_side(portrait: bool) -> None:
     frames = FRAMES.transpose(0, 2, 1, 3) if portrait else FRAMES
     views = TestTransform(60, NORMALISE, 60, crops=3)(np.ascontiguousarray(frames))
-    clip = NORMALISE(torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2))
+    clip = NORMALISE(torch.from_numpy(np.ascontiguousarray(frames)))
     clip = clip.transpose(-2, -1) if portrait else clip
     expected = torch.stack([clip[..., :60], clip[..., 15:75], clip[..., 30:]])
     torch.testing.assert_close(views.transpose(-2, -1) if portrait else views, expected)
@@ -80,11 +80,12 @@ def test_a_clip_stays_on_the_device_of_its_frames() -> None:
 def test_colours_change_before_normalisation_and_erasing_comes_after() -> None:
     frames = FRAMES[:, :32, :32]  # nothing to crop, so that no choice is drawn before those of the augmentation
     clip = CLIP[..., :32, :32]
+    pixels = torch.from_numpy(np.ascontiguousarray(frames))
     for seed in range(10):
         distorted = train(short_side=(32, 32), augment=Augment(2, 9, 0.4))(frames, CHOICES(seed))
-        assert torch.equal(distorted, NORMALISE(Augment(2, 9, 0.4).distort(clip, CHOICES(seed))))
+        assert torch.equal(distorted, NORMALISE(Augment(2, 9, 0.4).distort(clip, CHOICES(seed)).permute(0, 2, 3, 1)))
         erased = train(short_side=(32, 32), augment=Augment(erase=1.0))(frames, CHOICES(seed))
-        assert torch.equal(erased, Augment(erase=1.0).cover(NORMALISE(clip), CHOICES(seed)))
+        assert torch.equal(erased, Augment(erase=1.0).cover(NORMALISE(pixels), CHOICES(seed)))
 
 
 def test_flip_mirrors_half_of_the_clips_and_only_when_asked() -> None:

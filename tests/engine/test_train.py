@@ -13,8 +13,9 @@ from torch import nn
 from stvit_video import run
 from stvit_video.config import load_config
 from stvit_video.data.augment import Augment
-from stvit_video.data.dataset import Batch
+from stvit_video.data.dataset import Collate, Sample, TrainViews
 from stvit_video.data.mixing import Mix
+from stvit_video.data.transforms import Normalise, TrainTransform
 from stvit_video.distributed import World
 from stvit_video.engine.logging import MetricsLog, read_metrics
 from stvit_video.engine.start import autocast
@@ -88,8 +89,8 @@ def test_augmentation_is_as_configured_and_off_by_default(small_run: Callable[..
         return build_trainer(cfg, WORLD, build_model(cfg, 8), 8)
 
     plain, trainer = build(), build(*AUGMENTED, "DATA.RAND_AUGMENT_MAGNITUDE", "7", "TRAIN.MIX_SWITCH", "0.3")
-    assert (plain.loader.dataset.transform.augment, plain.mix) == (Augment(), None)
-    assert trainer.loader.dataset.transform.augment == Augment(layers=2, magnitude=7, jitter=0.4, erase=0.5)
+    assert (plain.loader.dataset.views.transform.augment, plain.mix) == (Augment(), None)
+    assert trainer.loader.dataset.views.transform.augment == Augment(layers=2, magnitude=7, jitter=0.4, erase=0.5)
     assert [transform.alpha for transform in trainer.mix.transforms] == [0.8, 1.0]
     assert (trainer.mix.probability, trainer.mix.switch, trainer.mix.num_classes) == (0.8, 0.3, 8)
 
@@ -112,10 +113,12 @@ def test_the_loss_of_a_mixed_batch_is_in_proportion_and_the_larger_label_counts(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     mix = Mix(mixup=1.0, cutmix=1.0, probability=1.0, switch=0.5, num_classes=2)
-    settings = {"precision": "fp32", "accumulate": 1, "clip_grad": 0.0, "label_smoothing": 0.0, "mix": mix, "seed": 0}
-    trainer = Trainer(model, optimizer, scheduler, None, WORLD, **settings)
-    clips = torch.arange(2.0).view(2, 1, 1, 1, 1).expand(2, 3, 2, 8, 8)
-    batches = itertools.repeat(Batch(clips, torch.arange(2), torch.arange(2), []))
+    settings = {"precision": "fp32", "accumulate": 1, "clip_grad": 0.0, "label_smoothing": 0.0, "mix": mix}
+    trainer = Trainer(model, optimizer, scheduler, None, WORLD, max_failures=0.1, seed=0, **settings)
+    plain = TrainTransform(8, Normalise((0, 0, 0), (1, 1, 1)), (8, 8), None, (1, 1), False)
+    collate = Collate(TrainViews(plain, 1, 2))
+    pixels = [torch.full((2, 8, 8, 3), 255 * label, dtype=torch.uint8) for label in range(2)]
+    batches = itertools.repeat(collate([Sample(pixels[label], label, label, (0,), []) for label in range(2)]))
     for _ in range(12):
         loss, hits, count = trainer.take_step(batches).tolist()
         share = model.seen[-1]
@@ -123,6 +126,12 @@ def test_the_loss_of_a_mixed_batch_is_in_proportion_and_the_larger_label_counts(
         assert (hits, count) == (2, 2)
         assert loss == pytest.approx(-(scores * scores.log_softmax(dim=1)).sum().item(), rel=1e-5)
     assert torch.stack(model.seen)[:, 0].unique().numel() == 12  # each step draws anew
+
+
+def test_transforms_give_the_same_clips_on_the_device_as_in_the_workers(small_run: Callable[..., list[str]]) -> None:
+    words = ["DATA.REPEATS", "2", "DATA.RAND_AUGMENT_LAYERS", "2", "DATA.ERASE", "0.5", "DATA.WORKERS", "1"]
+    early, late = (weights_after_an_epoch(small_run(*words, "DATA.TRANSFORM_ON", on)) for on in ("workers", "device"))
+    assert all(torch.equal(early[name], value) for name, value in late.items())
 
 
 def test_precision_names_what_runs() -> None:

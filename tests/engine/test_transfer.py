@@ -154,11 +154,12 @@ def test_the_image_head_is_scored_where_the_classes_agree(
     first = content["rows"][0]
     assert first["method"] == "image head, averaged over frames"
     cfg, hits = load_config(arguments[1], arguments[2:]), 0
-    dataset = build_test_loader(cfg, World(0, 1, torch.device("cpu")), "test", 8, clips=2).dataset
+    loader = build_test_loader(cfg, World(0, 1, torch.device("cpu")), "test", 8, clips=2)
     for i in range(16):
-        frames = dataset[i].views.transpose(1, 2).flatten(0, 1)  # all frames of both views
+        batch = loader.collate_fn([loader.dataset[i]])
+        frames = batch.clips.transpose(1, 2).flatten(0, 1)  # all frames of both views
         with torch.no_grad():
-            hits += int(model(frames[:, :, None]).softmax(1).mean(0).argmax() == dataset[i].label)
+            hits += int(model(frames[:, :, None]).softmax(1).mean(0).argmax() == batch.labels[0])
     assert first["top1"] == 100 * hits / 16
     assert 0 < hits < 16
 
