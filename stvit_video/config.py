@@ -86,10 +86,12 @@ KEYS = (
     Key(
         "DATA.SAMPLING",
         "dense",
-        "dense: every DATA.STRIDE-th frame; uniform: one frame out of each of DATA.FRAMES segments",
-        choices=("dense", "uniform"),
+        "dense: every DATA.STRIDE-th frame; uniform: one frame out of each of DATA.FRAMES segments; "
+        "seconds: frames spread over DATA.CLIP_SECONDS, by PyTorchVideo's clip samplers",
+        choices=("dense", "uniform", "seconds"),
     ),
-    Key("DATA.STRIDE", 4, "video frames from one clip frame to the next; ignored by DATA.SAMPLING uniform", low=1),
+    Key("DATA.CLIP_SECONDS", 2.0, "length of a clip; of DATA.SAMPLING seconds only", low=0.001),
+    Key("DATA.STRIDE", 4, "video frames from one clip frame to the next; of DATA.SAMPLING dense only", low=1),
     Key(
         "DATA.FPS", None, "stride counts frames of a video of this rate; not set: the file's own", kind=float, low=0.001
     ),
@@ -122,8 +124,8 @@ KEYS = (
     Key(
         "DATA.DECODER",
         "auto",
-        "auto: decord, and where it fails PyAV, then TorchCodec if that is installed",
-        choices=("auto", "decord", "pyav", "torchcodec"),
+        "auto: PyAV, and where it fails decord, then TorchCodec if that is installed",
+        choices=("auto", "pyav", "decord", "torchcodec"),
     ),
     Key("DATA.DEADLINE_S", 60.0, "seconds that reading a video may take before its decoder is stopped", low=0.1),
     Key("DATA.WORKERS", 4, "loader processes per training process, each with its decoder; 0: one decoder only", low=0),

@@ -17,7 +17,7 @@ from stvit_video.data.decode import Request
 from stvit_video.data.decoding import Decoding
 from stvit_video.data.frames import DecodeError, Frames
 from stvit_video.data.ledger import Failure
-from stvit_video.data.sampling import ClipSampler, EvenClips, RandomClips
+from stvit_video.data.sampling import EvenClips, RandomClips, Sampling
 from stvit_video.data.transforms import TestTransform, TrainTransform
 
 
@@ -191,7 +191,7 @@ class TrainDataset(Dataset[Sample]):
     MAX_TRIES = 10
 
     def __init__(
-        self, videos: list[Video], *, sampler: ClipSampler, views: TrainViews, decoding: Decoding, seed: int
+        self, videos: list[Video], *, sampler: Sampling, views: TrainViews, decoding: Decoding, seed: int
     ) -> None:
         self.videos, self.sampler, self.views = videos, sampler, views
         self.decoding, self.seed = decoding, seed
@@ -204,13 +204,14 @@ class TrainDataset(Dataset[Sample]):
 
     def __getitems__(self, keys: list[SampleKey]) -> list[Sample]:
         """Return a batch's samples; a video is decoded while the one before is transformed."""
-        read = self.decoding.read_all(self._request(key, key.index) for key in keys)
+        read = self.decoding.read_all(self.request(key, key.index) for key in keys)
         return [
             self._replace(key, frames) if isinstance(frames, DecodeError) else self._sample(key, key.index, frames, [])
             for key, frames in zip(keys, read, strict=True)
         ]
 
-    def _request(self, key: SampleKey, index: int) -> Request:
+    def request(self, key: SampleKey, index: int) -> Request:
+        """Return what is to be decoded of the video at ``index``, as ``key``'s epoch draws it."""
         choice = RandomClips(self.sampler, self.views.count, (self.seed, key.epoch, index, 0))
         return self.decoding.request(self.videos[index].path, choice)
 
@@ -224,7 +225,7 @@ class TrainDataset(Dataset[Sample]):
         for attempt in range(1, self.MAX_TRIES):
             index = (key.index + attempt) % len(self.videos)
             try:
-                return self._sample(key, index, self.decoding.read(self._request(key, index)), failures)
+                return self._sample(key, index, self.decoding.read(self.request(key, index)), failures)
             except DecodeError as again:
                 failures.append(Failure.of(again, "train"))
         return Sample(None, -1, key.index, (), failures)
@@ -236,7 +237,7 @@ class TestDataset(Dataset[Sample]):
     __test__ = False
 
     def __init__(
-        self, videos: list[Video], *, sampler: ClipSampler, views: TestViews, decoding: Decoding, stage: str
+        self, videos: list[Video], *, sampler: Sampling, views: TestViews, decoding: Decoding, stage: str
     ) -> None:
         self.videos, self.sampler, self.views = videos, sampler, views
         self.decoding, self.stage = decoding, stage
@@ -249,9 +250,12 @@ class TestDataset(Dataset[Sample]):
 
     def __getitems__(self, indices: list[int]) -> list[Sample]:
         """Return a batch's samples; a video is decoded while the one before is transformed."""
-        choice = EvenClips(self.sampler, self.views.clips)
-        read = self.decoding.read_all(self.decoding.request(self.videos[index].path, choice) for index in indices)
+        read = self.decoding.read_all(map(self.request, indices))
         return [self._sample(index, frames) for index, frames in zip(indices, read, strict=True)]
+
+    def request(self, index: int) -> Request:
+        """Return what is to be decoded of the video at ``index``."""
+        return self.decoding.request(self.videos[index].path, EvenClips(self.sampler, self.views.clips))
 
     def _sample(self, index: int, frames: Frames | DecodeError) -> Sample:
         label = self.videos[index].label

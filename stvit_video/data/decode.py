@@ -11,9 +11,11 @@ from stvit_video.data.frames import IMAGE_SUFFIXES, Choice, DecodeError, Frames,
 from stvit_video.data.pictures import open_folder, open_picture
 from stvit_video.data.readers import AvReader, DecordReader, TorchCodecReader
 
+# In the order in which they are tried. PyAV comes first: it gives the same pixels as decord in two thirds of the time,
+# is right where groups of pictures are open, reads AV1, and says which frames are damaged instead of repeating others.
 DECODERS: dict[str, Callable[[str, int | None], Reader]] = {
-    "decord": DecordReader,
     "pyav": AvReader,
+    "decord": DecordReader,
     "torchcodec": TorchCodecReader,
 }
 
@@ -56,7 +58,7 @@ class Request:
     path: str
     choice: Choice
     short_side: int | None = None
-    decoders: tuple[str, ...] = ("decord", "pyav")
+    decoders: tuple[str, ...] = ("pyav", "decord")
 
 
 def read_frames(request: Request) -> Frames:

@@ -6,6 +6,7 @@ that both share. A child that does not answer in time is killed and replaced; on
 
 import contextlib
 import ctypes
+import itertools
 import mmap
 import os
 import signal
@@ -14,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -22,6 +24,7 @@ import numpy as np
 from stvit_video.data.decode import Request, read_frames
 from stvit_video.data.frames import Choice, DecodeError, Frames
 
+IN_FLIGHT = 2  # requests that the child has; each has a half of the memory that both share
 START_S = 120.0  # for the child's imports, which may come from slow storage
 PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a child gets when its parent dies
 
@@ -53,44 +56,50 @@ class Decoding:
         return result
 
     def read_all(self, requests: Iterable[Request]) -> Iterator[Frames | DecodeError]:
-        """Yield the frames of each request, or why there are none; the next are decoded while the caller works."""
-        sent: Request | None = None
-        for request in requests:
-            if sent is None:
-                self._send(request)
-            else:
-                result = self._receive(sent)
-                self._send(request)
-                yield result
-            sent = request
-        if sent is not None:
-            yield self._receive(sent)
+        """Yield the frames of each request, or why there are none.
 
-    def _send(self, request: Request) -> None:
+        The next two are always with the child: it decodes one while the caller works, and finds the other waiting.
+        """
+        waiting: deque[Request] = deque()
+        for request in requests:
+            result = self._receive(waiting) if len(waiting) == IN_FLIGHT else None
+            self._send(request, alone=not waiting)
+            waiting.append(request)
+            if result is not None:
+                yield result
+        while waiting:
+            yield self._receive(waiting)
+
+    def _send(self, request: Request, alone: bool) -> None:
         if request.path in self._stuck:
             return
         if self._child is None or self._child.parent != os.getpid():
             self._child = _Child()
         try:
             self._child.connection.send(request)
-        except OSError:  # it died since the last answer: killed for its memory, for example
-            self._child = _Child()
-            self._child.connection.send(request)
+        except OSError:  # the child is dead; where it had other requests, the first of them will be told so
+            if alone:
+                self._child = _Child()
+                self._child.connection.send(request)
 
-    def _receive(self, request: Request) -> Frames | DecodeError:
+    def _receive(self, waiting: deque[Request]) -> Frames | DecodeError:
+        """Return the answer to the first of ``waiting``, taking it off; where it fails, the others are sent again."""
+        request = waiting.popleft()
         if request.path in self._stuck:
             return DecodeError(request.path, f"took more than {self.deadline_s:g} s before and is not tried again")
         assert self._child is not None
         try:
             if self._child.connection.poll(self.deadline_s):
                 answer = self._child.connection.recv()
-                return answer if isinstance(answer, DecodeError) else self._child.take(answer)
+                return answer if isinstance(answer, DecodeError) else self._child.take(*answer)
             message = f"took more than {self.deadline_s:g} s (DATA.DEADLINE_S); its decoder was stopped"
             self._stuck.add(request.path)
         except (EOFError, OSError):
             message = f"made its decoder crash ({self._child.fate()})"
         self._child.stop()
         self._child = None
+        for other in waiting:
+            self._send(other, alone=False)
         return DecodeError(request.path, message, "+".join(request.decoders))
 
 
@@ -100,11 +109,11 @@ class _Child:
     def __init__(self) -> None:
         self.parent = os.getpid()
         ours, theirs = socket.socketpair()
-        self._memory = _memory_file()
-        self._map: mmap.mmap | None = None
+        self._memory = tuple(_memory_file() for _ in range(IN_FLIGHT))
+        self._maps: dict[int, mmap.mmap] = {}
         self._process = subprocess.Popen(
             [sys.executable, "-c", f"from {__name__} import serve; serve({theirs.fileno()}, {self._memory})"],
-            pass_fds=(theirs.fileno(), self._memory),
+            pass_fds=(theirs.fileno(), *self._memory),
             stdin=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
@@ -118,12 +127,12 @@ class _Child:
         if not ready:
             raise RuntimeError(f"The decoding process did not start within {START_S:g} s ({self.fate()}).")
 
-    def take(self, shape: tuple[int, ...]) -> Frames:
-        """Return a copy of the frames of ``shape`` that the child has written."""
+    def take(self, slot: int, shape: tuple[int, ...]) -> Frames:
+        """Return a copy of the frames of ``shape`` that the child has written to a slot of the memory."""
         size = int(np.prod(shape))
-        if self._map is None or len(self._map) < size:
-            self._map = mmap.mmap(self._memory, os.fstat(self._memory).st_size)
-        return np.frombuffer(self._map, np.uint8, size).reshape(shape).copy()
+        if slot not in self._maps or len(self._maps[slot]) < size:
+            self._maps[slot] = mmap.mmap(self._memory[slot], os.fstat(self._memory[slot]).st_size)
+        return np.frombuffer(self._maps[slot], np.uint8, size).reshape(shape).copy()
 
     def fate(self) -> str:
         """Say how the child ended."""
@@ -139,13 +148,14 @@ class _Child:
         self._finalizer()
 
 
-def _end(process: subprocess.Popen, memory: int, parent: int) -> None:
+def _end(process: subprocess.Popen, memory: Iterable[int], parent: int) -> None:
     if os.getpid() != parent:  # a fork's copy: the child is not its own
         return
     process.kill()
     with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel, on a dead network disk for example
         process.wait(timeout=1)
-    os.close(memory)
+    for descriptor in memory:
+        os.close(descriptor)
 
 
 def _memory_file() -> int:
@@ -156,14 +166,14 @@ def _memory_file() -> int:
         return os.dup(file.fileno())
 
 
-def serve(socket_fd: int, memory_fd: int) -> None:
+def serve(socket_fd: int, memory_fds: Sequence[int]) -> None:
     """Answer requests until the parent closes the socket; the whole life of the child process."""
     _die_with_parent()
     # Ctrl-C reaches every process of a terminal; what it means is for the parent to decide.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    connection, shared = Connection(socket_fd), None
+    connection = Connection(socket_fd)
     connection.send(True)
-    while True:
+    for slot in itertools.cycle(range(len(memory_fds))):
         try:
             request = connection.recv()
         except EOFError:
@@ -172,15 +182,18 @@ def serve(socket_fd: int, memory_fd: int) -> None:
             frames = read_frames(request)
         except DecodeError as error:
             connection.send(error)
-            continue
         except MemoryError:
             connection.send(DecodeError(request.path, "does not fit into memory", "+".join(request.decoders)))
-            continue
-        if shared is None or len(shared) < frames.nbytes:
-            os.ftruncate(memory_fd, frames.nbytes)
-            shared = mmap.mmap(memory_fd, frames.nbytes)
-        np.copyto(np.frombuffer(shared, np.uint8, frames.nbytes).reshape(frames.shape), frames)
-        connection.send(frames.shape)
+        else:
+            _write(memory_fds[slot], frames)
+            connection.send((slot, frames.shape))
+
+
+def _write(memory_fd: int, frames: Frames) -> None:
+    if os.fstat(memory_fd).st_size < frames.nbytes:
+        os.ftruncate(memory_fd, frames.nbytes)
+    with mmap.mmap(memory_fd, frames.nbytes) as memory:
+        memory.write(frames.data if frames.flags.c_contiguous else frames.tobytes())
 
 
 def _die_with_parent() -> None:

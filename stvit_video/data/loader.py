@@ -11,7 +11,8 @@ from stvit_video.data.augment import Augment
 from stvit_video.data.dataset import Collate, SampleKey, TestDataset, TestViews, TrainDataset, TrainViews
 from stvit_video.data.decode import find_decoders
 from stvit_video.data.decoding import Decoding
-from stvit_video.data.sampling import ClipSampler
+from stvit_video.data.from_pytorchvideo import SecondsSampler
+from stvit_video.data.sampling import ClipSampler, Sampling
 from stvit_video.data.transforms import Normalise, TestTransform, TrainTransform
 from stvit_video.data.videos import build_videos
 from stvit_video.distributed import World
@@ -124,7 +125,9 @@ def build_test_loader(
     return _loader(cfg, world, dataset, ShardedBatches(len(videos), batch, world.rank, world.size))
 
 
-def _build_sampler(cfg: CfgNode) -> ClipSampler:
+def _build_sampler(cfg: CfgNode) -> Sampling:
+    if cfg.DATA.SAMPLING == "seconds":
+        return SecondsSampler(cfg.DATA.FRAMES, cfg.DATA.CLIP_SECONDS)
     return ClipSampler(cfg.DATA.SAMPLING, cfg.DATA.FRAMES, cfg.DATA.STRIDE, cfg.DATA.FPS)
 
 
@@ -153,5 +156,5 @@ def _loader(cfg: CfgNode, world: World, dataset: TrainDataset | TestDataset, sam
         num_workers=workers,
         collate_fn=Collate(dataset.views),
         pin_memory=world.device.type == "cuda",
-        persistent_workers=workers > 0 and isinstance(dataset, TrainDataset),
+        persistent_workers=workers > 0,  # a worker and its decoder take about half a second to start
     )

@@ -6,6 +6,7 @@ decord 0.6.0 as measured: open per item and outside the training process, one th
 
 import bisect
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import av
 import decord
@@ -13,11 +14,14 @@ import numpy as np
 from av import Packet
 from av.container import InputContainer
 from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from stvit_video.data.frames import DecodeError, Frames, Indices, Times, reason, reduced_size
 
 AV_ERRORS = (av.FFmpegError, OSError, ValueError)
+# Whose decoders, FFmpeg's own, leave out single frames on request; dav1d would leave out wanted ones too.
+CAN_PASS_OVER = ("h264", "hevc", "mpeg4", "mpeg2video")
 FAR = 48  # frames that decoding may pass over before a jump to a key frame is cheaper
 
 
@@ -43,7 +47,7 @@ class DecordReader:
     def frames(self, indices: Indices) -> Frames:
         """Return the frames (N, H, W, 3) at ascending ``indices``."""
         try:
-            return self._reader.get_batch(indices).asnumpy()
+            return to_numpy(self._reader.get_batch(indices))
         except (RuntimeError, IndexError, decord.DECORDError) as error:
             raise DecodeError(self.path, f"frames cannot be decoded ({reason(error)})", "decord") from error
 
@@ -52,16 +56,24 @@ class DecordReader:
         del self._reader
 
 
+def to_numpy(batch: Any) -> Frames:
+    """Return what decord gives out as an array: its own kind, or a tensor since something imported PyTorchVideo."""
+    return batch.asnumpy() if hasattr(batch, "asnumpy") else np.asarray(batch)
+
+
 class AvReader:
     """A video file read by PyAV, which knows AV1 too. Raises DecodeError.
 
-    The length is the number of packets that hold a frame to be shown, counted without decoding.
+    The length is the number of packets that hold a frame to be shown, counted without decoding. Frames that are neither
+    wanted nor needed for others are not decoded, and a scaler is set up once a file rather than once a frame: both
+    together are why this takes less time than decord here, for the same pixels.
     """
 
     def __init__(self, path: str, short_side: int | None = None) -> None:
         self.path, self.short_side = path, short_side
         self._container, self._stream = _open_av(path)
         self._stream.codec_context.thread_count = 1
+        self._scaler = VideoReformatter()
         try:
             packets = [
                 (p.pts, p.is_keyframe) for p in self._container.demux(self._stream) if p.size and not p.is_discard
@@ -118,7 +130,7 @@ class AvReader:
             key = self._keys[max(0, bisect.bisect_right(self._keys, stamp) - 1)]
             if last is None or (key > last and places[stamp] - places[last] > FAR):
                 self._container.seek(min(key, stamp), stream=self._stream)
-                decoded = self._container.decode(self._stream)
+                decoded = self._decode_wanted(set(stamps))
             frame = next((frame for frame in decoded if frame.pts is not None and frame.pts >= stamp), None)
             if frame is None:
                 raise DecodeError(self.path, f"frame {places[stamp]} is missing: the file ends before", "pyav")
@@ -127,10 +139,18 @@ class AvReader:
             last = stamp
             yield frame
 
+    def _decode_wanted(self, stamps: set[int]) -> Iterator[VideoFrame]:
+        """Decode on from here; frames that no other refers to are passed over, unless they are among ``stamps``."""
+        context = self._stream.codec_context
+        may_pass_over = context.name in CAN_PASS_OVER
+        for packet in self._container.demux(self._stream):
+            context.skip_frame = "NONREF" if may_pass_over and packet.pts not in stamps else "DEFAULT"
+            yield from packet.decode()
+
     def _to_array(self, frame: VideoFrame) -> Frames:
         width, height = reduced_size((frame.width, frame.height), self.short_side) or (None, None)
-        turned = frame.to_ndarray(format="rgb24", width=width, height=height)
-        return np.rot90(turned, round(frame.rotation / 90))
+        picture = self._scaler.reformat(frame, width=width, height=height, format="rgb24", threads=1).to_ndarray()
+        return np.rot90(picture, round(frame.rotation / 90))
 
     def close(self) -> None:
         """Close the file."""

@@ -5,6 +5,7 @@ out of each of as many equal segments as the clip has frames, so that a clip spa
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -102,11 +103,24 @@ class ClipSampler:
         return even_clips(video.length, self.frames, self.stride, clips)
 
 
+class Sampling(Protocol):
+    """A way of taking clips of ``frames`` frames."""
+
+    @property
+    def frames(self) -> int: ...
+
+    def random(self, video: Reader, rng: np.random.Generator) -> Indices:
+        """Return the indices (frames,) of a training clip out of a video."""
+
+    def even(self, video: Reader, clips: int) -> list[Indices]:
+        """Return the indices of ``clips`` test clips, the same at every call."""
+
+
 @dataclass(frozen=True)
 class RandomClips:
     """The choice of ``clips`` training clips; ``seed`` fixes it."""
 
-    sampler: ClipSampler
+    sampler: Sampling
     clips: int
     seed: tuple[int, ...]
 
@@ -120,7 +134,7 @@ class RandomClips:
 class EvenClips:
     """The choice of ``clips`` test clips."""
 
-    sampler: ClipSampler
+    sampler: Sampling
     clips: int
 
     def __call__(self, video: Reader) -> Indices:

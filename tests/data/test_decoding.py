@@ -22,7 +22,7 @@ from stvit_video.data.ledger import read_ledger
 from tests.conftest import numbered_frames, read_number
 from tests.data.choices import Crashing, Frozen, Sleeping
 
-BOTH = ("decord", "pyav")
+BOTH = ("pyav", "decord")
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ import os, sys
 from stvit_video.data.decoding import Decoding
 from tests.data.choices import Sleeping
 decoding = Decoding(("decord",), 1e6)
-decoding._send(decoding.request({path!r}, Sleeping()))
+decoding._send(decoding.request({path!r}, Sleeping()), alone=True)
 print(decoding._child._process.pid, flush=True)
 os.kill(os.getpid(), 9)
 """
@@ -155,7 +155,12 @@ def test_a_decoder_that_sleeps_for_ever_does_not_end_training(
     stuck = ("train_00003.mp4", "test_00005.mp4")
     (folder / "decord.py").write_text(STUB.format(folder=str(folder), stuck=stuck))
     monkeypatch.syspath_prepend(folder)
-    assert run.main(small_run("DATA.DEADLINE_S", "3", "DATA.WORKERS", workers, "DATA.VAL_LIST", "")) == 0
+    assert (
+        run.main(
+            small_run("DATA.DECODER", "decord", "DATA.DEADLINE_S", "3", "DATA.WORKERS", workers, "DATA.VAL_LIST", "")
+        )
+        == 0
+    )
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert (results["videos"], results["scored"], results["failed"]) == (16, 15, 1)
     rows = read_ledger(tmp_path / "run" / "failures.csv")

@@ -1,0 +1,143 @@
+"""Speed on this machine: ``python -m stvit_video.benchmark loader --cfg FILE [KEY VALUE ...]``.
+
+Every figure is the median of interleaved rounds over the same videos, beside a bare decord in the same run: ratios can
+be compared between machines, times cannot.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, NoReturn
+
+from fvcore.common.config import CfgNode
+
+from stvit_video.errors import UsageError
+
+Timer = Callable[[], float]  # runs one round and returns seconds per item
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; use: python -m stvit_video.benchmark loader --cfg FILE [KEY VALUE ...]")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured step: the milliseconds of each round, per clip or per video, and the share of the first row's."""
+
+    name: str
+    milliseconds: list[float]
+    ratio: float
+
+    @property
+    def median(self) -> float:
+        return median(self.milliseconds)
+
+
+def interleave(timers: dict[str, Timer], rounds: int) -> list[Row]:
+    """Run each timer once a round, after a round that is not counted; ratios are to the first one's median."""
+    seconds: dict[str, list[float]] = {name: [] for name in timers}
+    for number in range(rounds + 1):
+        for name, timer in timers.items():
+            taken = timer()
+            if number:
+                seconds[name].append(1000 * taken)
+    reference = median(next(iter(seconds.values())))
+    return [Row(name, taken, median(taken) / reference) for name, taken in seconds.items()]
+
+
+def describe(title: str, item: str, rows: list[Row]) -> str:
+    """Return a table of medians and spreads."""
+    width = max(len(row.name) for row in rows)
+    lines = [f"{title}\n{'':{width}}  {'ms a ' + item:>11}  {'least to most':>17}  {item + 's/s':>9}  {'ratio':>5}"]
+    for row in rows:
+        spread = f"{min(row.milliseconds):.1f} to {max(row.milliseconds):.1f}"
+        rate = 1000 / row.median
+        lines.append(f"{row.name:{width}}  {row.median:11.1f}  {spread:>17}  {rate:9.1f}  {row.ratio:5.2f}")
+    return "\n".join(lines)
+
+
+def advise(cfg: CfgNode, train: list[Row], cores: int) -> str:
+    """Return what bounds the training loader here, and what to change."""
+    times = {row.name: row.median for row in train}
+    bare, transform, floats = times["decord, bare"], times["crop and augment"], times["bytes to floats"]
+    workers = cfg.DATA.WORKERS
+    full = times[f"loader, {workers} worker(s)"]
+    decode = times["decode in its process"]
+    work = decode + transform + floats
+    shares = [100 * part / work for part in (bare, decode - bare, transform, floats)]
+    lines = [
+        "a clip costs {:.0f} ms of one core: {:.0f} % decoding by decord, {:.0f} % around it, {:.0f} % crop and "
+        "augmentation, {:.0f} % conversion to floats, which is done where the model is".format(work, *shares)
+    ]
+    busy = work / full
+    if busy > 0.75 * cores:
+        lines.append(
+            f"bound by the {cores} cores ({busy:.1f} busy): more cores, or smaller files (short side near "
+            f"{cfg.DATA.SHORT_SIDE[0]}, key frames every second or so) and DATA.REPEATS 2"
+        )
+    elif transform > bare:
+        lines.append("bound by the transforms: DATA.TRANSFORM_ON device, or fewer DATA.RAND_AUGMENT_LAYERS")
+    else:
+        lines.append(f"bound by {workers} worker(s) ({busy:.1f} of {cores} cores busy): raise DATA.WORKERS")
+    return "\n".join(lines)
+
+
+def benchmark_loader(cfg: CfgNode, clips: int, rounds: int, peers: Sequence[str]) -> dict[str, Any]:
+    """Time each step of loading training clips and test videos, print the tables and return the figures."""
+    import torch
+
+    from stvit_video.engine.timing import build_test_timers, build_train_timers
+
+    torch.set_num_threads(1)  # as in a worker, and so that no step takes the core of another
+    train = interleave(build_train_timers(cfg, clips, peers), rounds)
+    shape = f"{cfg.DATA.FRAMES} frames of {cfg.DATA.SIZE}x{cfg.DATA.SIZE}"
+    print(describe(f"training: clips of {shape}", "clip", train), flush=True)
+    test = interleave(build_test_timers(cfg, max(1, clips // cfg.TEST.CLIPS)), rounds)
+    print(describe(f"test: {cfg.TEST.CLIPS} x {cfg.TEST.CROPS} views of {shape}", "video", test))
+    advice = advise(cfg, train, len(os.sched_getaffinity(0)))
+    print(advice, flush=True)
+    return {"train": [asdict(row) for row in train], "test": [asdict(row) for row in test], "advice": advice}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a benchmark from the command line; return the exit code."""
+    parser = Parser(prog="python -m stvit_video.benchmark", description="Measure speed on this machine.")
+    parser.add_argument("what", choices=["loader"], help="loader: from files to batches, step by step")
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="configuration of the data to load")
+    parser.add_argument("--clips", type=int, default=64, help="training clips a round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds, after one to warm up (default: %(default)s)")
+    parser.add_argument("--peer", action="append", default=[], choices=["pytorchvideo"], help="time this loader too")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures there")
+    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="as for stvit_video.run")
+    try:
+        options = parser.parse_intermixed_args(arguments)
+        if min(options.clips, options.rounds) < 1:
+            raise UsageError(f"--clips {options.clips}, --rounds {options.rounds}: give whole numbers from 1 on.")
+        if options.output and not options.output.parent.is_dir():
+            raise UsageError(f"--output {options.output}: {options.output.parent} is not a folder; make it first.")
+        from stvit_video.config import load_config
+
+        cfg = load_config(options.cfg, options.overrides)
+        figures = benchmark_loader(cfg, options.clips, options.rounds, options.peer)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.output:
+        from stvit_video.engine.run_folder import environment
+
+        content = {"started": time.strftime("%Y-%m-%dT%H:%M:%S"), **figures, "environment": environment()}
+        options.output.write_text(json.dumps(content, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""What the loader's benchmark times: each step from files to batches alone, the whole, and peers of it."""
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
+from itertools import cycle, islice
+from typing import Any
+
+import decord
+import numpy as np
+import torch
+import torchvision.transforms._functional_tensor as functional_tensor
+from fvcore.common.config import CfgNode
+from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler
+from torchvision.transforms import v2
+
+from stvit_video.data.dataset import Collate, Sample, SampleKey, TestDataset, TrainDataset
+from stvit_video.data.decode import Request, open_video, read_frames
+from stvit_video.data.decoding import Decoding
+from stvit_video.data.frames import DecodeError, Frames, Indices
+from stvit_video.data.loader import build_test_loader, build_train_loader
+from stvit_video.data.readers import to_numpy
+from stvit_video.data.videos import build_classes
+from stvit_video.distributed import World
+from stvit_video.engine.start import build_data, check_inputs
+from stvit_video.errors import UsageError
+
+BATCH = 8  # videos a batch: enough that its first one, which nothing is done beside, counts little
+Timer = Callable[[], float]
+
+
+def timed(work: Callable[[], Iterable[object]], items: int) -> Timer:
+    """Return a timer of ``work``, which yields what it makes of so many items; nothing of it is kept."""
+
+    def run() -> float:
+        started = time.perf_counter()
+        deque(work(), maxlen=0)
+        return (time.perf_counter() - started) / items
+
+    return run
+
+
+def bare_decord(path: str, indices: Indices) -> Frames:
+    """Open, decode and convert as shortly as decord can: the reference."""
+    return to_numpy(decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1).get_batch(indices))
+
+
+def choose_readable(requests: Iterable[Request]) -> list[tuple[Request, Indices]]:
+    """Return the requests that decord can answer, with the frames that each asks for."""
+    chosen = []
+    for request in requests:
+        try:
+            reader = open_video(request.path, decoder="decord")
+            indices = request.choice(reader)
+            reader.close()
+            bare_decord(request.path, np.unique(indices))
+        except (DecodeError, RuntimeError, decord.DECORDError):
+            continue
+        chosen.append((request, indices))
+    if not chosen:
+        raise UsageError("decord, which is the reference, can read none of the videos; give DATA.ROOT others.")
+    return chosen
+
+
+def step_timers(
+    dataset: TrainDataset | TestDataset, chosen: list[tuple[Request, Indices]], items_each: int
+) -> dict[str, Timer]:
+    """Return timers of the steps before the loader; a request stands for ``items_each`` items."""
+    decoding, views = Decoding(("pyav", "decord"), 600.0), dataset.views
+    requests = [request for request, _ in chosen]
+    items = len(requests) * items_each
+    frames = read_frames(requests[0])
+    collate = Collate(views)
+    sample = Sample(views.prepare(frames, (0, 0, 0)), 0, 0, (0, 0, 0), [])
+    some = min(len(requests), 8)
+    return {
+        "decord, bare": timed(lambda: (bare_decord(r.path, np.unique(indices)) for r, indices in chosen), items),
+        "decode": timed(lambda: map(read_frames, requests), items),
+        "decode in its process": timed(lambda: decoding.read_all(requests), items),
+        "crop and augment": timed(lambda: (views.prepare(frames, (0, 0, i)) for i in range(some)), some * items_each),
+        "bytes to floats": timed(lambda: (collate([sample]).clips for _ in range(some)), some * items_each),
+    }
+
+
+def loader_timer(loader: DataLoader, items: int) -> Timer:
+    """Return a timer of the first batches of an epoch, floats included; its workers are started beforehand."""
+
+    def run() -> float:
+        started, done = time.perf_counter(), 0
+        for batch in loader:
+            done += len(batch.clips) if isinstance(loader.dataset, TrainDataset) else len(batch.labels)
+            if done >= items:
+                break
+        return (time.perf_counter() - started) / max(1, done)
+
+    return run
+
+
+def _prepare(cfg: CfgNode) -> tuple[CfgNode, World, int]:
+    """Return the configuration in small batches, a world of one process, and the number of classes."""
+    world = World(0, 1, torch.device("cpu"))
+    build_data(cfg, world)
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.TRAIN.BATCH_SIZE, cfg.TRAIN.ACCUMULATE = BATCH * cfg.DATA.REPEATS, 1
+    cfg.TEST.BATCH_SIZE = BATCH
+    check_inputs(cfg, resumed=True)
+    return cfg, world, len(build_classes(cfg))
+
+
+def _worker_counts(cfg: CfgNode) -> list[int]:
+    return sorted({1, cfg.DATA.WORKERS})
+
+
+def build_train_timers(cfg: CfgNode, clips: int, peers: Sequence[str]) -> dict[str, Timer]:
+    """Return timers per training clip, the reference first. Raises UsageError as training would."""
+    cfg, world, classes = _prepare(cfg)
+    dataset: Any = build_train_loader(cfg, world, classes).dataset
+    keys = [SampleKey(0, index) for index in range(min(len(dataset), -(-clips // cfg.DATA.REPEATS)))]
+    chosen = choose_readable(dataset.request(key, key.index) for key in keys)
+    timers = step_timers(dataset, chosen, cfg.DATA.REPEATS)
+    for workers in _worker_counts(cfg):
+        cfg.DATA.WORKERS = workers
+        timers[f"loader, {workers} worker(s)"] = loader_timer(build_train_loader(cfg, world, classes), clips)
+    if "pytorchvideo" in peers:
+        paths = [request.path for request, _ in chosen]
+        timers["pytorchvideo, 1 worker"] = _pytorchvideo_timer(cfg, paths, clips)
+    return timers
+
+
+def build_test_timers(cfg: CfgNode, videos: int) -> dict[str, Timer]:
+    """Return timers per test video, the reference first."""
+    cfg, world, classes = _prepare(cfg)
+    views = {"clips": cfg.TEST.CLIPS, "crops": cfg.TEST.CROPS}
+    dataset: Any = build_test_loader(cfg, world, "test", classes, **views).dataset
+    chosen = choose_readable(dataset.request(index) for index in range(min(len(dataset), videos)))
+    timers = step_timers(dataset, chosen, 1)
+    for workers in _worker_counts(cfg):
+        cfg.DATA.WORKERS = workers
+        loader = build_test_loader(cfg, world, "test", classes, **views)
+        timers[f"loader, {workers} worker(s)"] = loader_timer(loader, videos)
+    return timers
+
+
+def _pytorchvideo_timer(cfg: CfgNode, paths: list[str], clips: int) -> Timer:
+    """Return a timer of PyTorchVideo's own data set with the same clips, crops and normalisation, in one worker."""
+    # PyTorchVideo 0.1.5 imports a module that torchvision has since renamed.
+    sys.modules.setdefault("torchvision.transforms.functional_tensor", functional_tensor)
+    from pytorchvideo.data import LabeledVideoDataset, make_clip_sampler
+    from pytorchvideo.transforms import ApplyTransformToKey, RandomShortSideScale, UniformTemporalSubsample
+
+    reader = open_video(paths[0])
+    rate = (reader.length - 1) / max(reader.times()[-1], 1e-6)
+    normalise = v2.Normalize(list(cfg.DATA.MEAN), list(cfg.DATA.STD))
+    steps = v2.Compose([
+        UniformTemporalSubsample(cfg.DATA.FRAMES),
+        v2.Lambda(lambda clip: clip / 255.0),
+        v2.Lambda(lambda clip: normalise(clip.transpose(0, 1)).transpose(0, 1)),
+        RandomShortSideScale(*cfg.DATA.SHORT_SIDE),
+        v2.RandomCrop(cfg.DATA.SIZE),
+        *([v2.RandomHorizontalFlip()] if cfg.DATA.FLIP else []),
+    ])  # fmt: skip
+    seconds = Fraction(cfg.DATA.FRAMES * cfg.DATA.STRIDE) / Fraction(rate).limit_denominator(1001)
+    labelled = [(path, {"label": 0}) for path in islice(cycle(paths), clips + BATCH)]
+    dataset = LabeledVideoDataset(
+        labelled, make_clip_sampler("random", seconds), RandomSampler, ApplyTransformToKey("video", steps),
+        decode_audio=False, decoder="decord",
+    )  # fmt: skip
+    loader = DataLoader(dataset, batch_size=BATCH, num_workers=1, persistent_workers=True)
+
+    def run() -> float:
+        started, done = time.perf_counter(), 0
+        for batch in loader:
+            videos: Tensor = batch["video"]
+            done += len(videos)
+            if done >= clips:
+                break
+        return (time.perf_counter() - started) / done
+
+    return run
