@@ -4,7 +4,6 @@ Every figure is the median of interleaved rounds over the same videos, beside a 
 be compared between machines, times cannot.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -13,20 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, NoReturn
+from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from stvit_video.errors import UsageError
+from stvit_video.errors import Parser, UsageError
 
 Timer = Callable[[], float]  # runs one round and returns seconds per item
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; use: python -m stvit_video.benchmark loader --cfg FILE [KEY VALUE ...]")
 
 
 @dataclass(frozen=True)
@@ -68,15 +60,17 @@ def describe(title: str, item: str, rows: list[Row]) -> str:
 def advise(cfg: CfgNode, train: list[Row], cores: int) -> str:
     """Return what bounds the training loader here, and what to change."""
     times = {row.name: row.median for row in train}
-    bare, transform, floats = times["decord, bare"], times["crop and augment"], times["bytes to floats"]
+    decode, transform, floats = times["decode"], times["crop and augment"], times["bytes to floats"]
+    handing_over = max(0.0, times["decode in its process"] - decode)
     workers = cfg.DATA.WORKERS
     full = times[f"loader, {workers} worker(s)"]
-    decode = times["decode in its process"]
-    work = decode + transform + floats
-    shares = [100 * part / work for part in (bare, decode - bare, transform, floats)]
+    parts = (decode, handing_over, transform, floats)
+    work = sum(parts)
     lines = [
-        "a clip costs {:.0f} ms of one core: {:.0f} % decoding by decord, {:.0f} % around it, {:.0f} % crop and "
-        "augmentation, {:.0f} % conversion to floats, which is done where the model is".format(work, *shares)
+        "a clip costs {:.0f} ms of one core: {:.0f} % decoding, {:.0f} % handing frames over, {:.0f} % crop and "
+        "augmentation, {:.0f} % floats, which are made where the model is".format(
+            work, *(100 * p / work for p in parts)
+        )
     ]
     busy = work / full
     if busy > 0.75 * cores:
@@ -84,7 +78,7 @@ def advise(cfg: CfgNode, train: list[Row], cores: int) -> str:
             f"bound by the {cores} cores ({busy:.1f} busy): more cores, or smaller files (short side near "
             f"{cfg.DATA.SHORT_SIDE[0]}, key frames every second or so) and DATA.REPEATS 2"
         )
-    elif transform > bare:
+    elif transform > decode:
         lines.append("bound by the transforms: DATA.TRANSFORM_ON device, or fewer DATA.RAND_AUGMENT_LAYERS")
     else:
         lines.append(f"bound by {workers} worker(s) ({busy:.1f} of {cores} cores busy): raise DATA.WORKERS")
@@ -110,7 +104,11 @@ def benchmark_loader(cfg: CfgNode, clips: int, rounds: int, peers: Sequence[str]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a benchmark from the command line; return the exit code."""
-    parser = Parser(prog="python -m stvit_video.benchmark", description="Measure speed on this machine.")
+    parser = Parser(
+        prog="python -m stvit_video.benchmark",
+        form="loader --cfg FILE [KEY VALUE ...]",
+        description="Measure speed on this machine.",
+    )
     parser.add_argument("what", choices=["loader"], help="loader: from files to batches, step by step")
     parser.add_argument("--cfg", required=True, metavar="FILE", help="configuration of the data to load")
     parser.add_argument("--clips", type=int, default=64, help="training clips a round (default: %(default)s)")

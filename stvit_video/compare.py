@@ -4,7 +4,6 @@ Each RUN is the folder of a training run. Says after how many steps each reaches
 averaged over a window of steps (in the first epoch these are clips never seen before) and in validation.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from stvit_video.engine.logging import read_metrics
 from stvit_video.engine.plots import plot_comparison
-from stvit_video.errors import UsageError
+from stvit_video.errors import Parser, UsageError
 
 Points = list[tuple[int, float]]  # step, top-1 in percent
 
@@ -45,13 +44,15 @@ def read_run(folder: str, window: int) -> dict[str, Points]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare runs from the command line; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m stvit_video.compare", description="Compare learning curves.")
+    parser = Parser(
+        prog="python -m stvit_video.compare", form="RUN RUN ... [--target 90]", description="Compare learning curves."
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a training run")
     parser.add_argument("--target", type=float, default=90.0, help="top-1 in percent (default: %(default)g)")
     parser.add_argument("--window", type=int, default=64, help="steps of the average (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("comparison.png"), help="default: %(default)s")
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(arguments)
         if options.output.suffix != ".png" or not options.output.parent.is_dir():
             raise UsageError(f"--output {options.output}: give a .png file in a folder that exists.")
         curves = {run: read_run(run, options.window) for run in options.runs}

@@ -127,7 +127,13 @@ KEYS = (
         "auto: PyAV, and where it fails decord, then TorchCodec if that is installed",
         choices=("auto", "pyav", "decord", "torchcodec"),
     ),
-    Key("DATA.DEADLINE_S", 60.0, "seconds that reading a video may take before its decoder is stopped", low=0.1),
+    Key(
+        "DATA.DEADLINE_S",
+        60.0,
+        "seconds that reading a video may take before its decoder is stopped",
+        low=0.1,
+        high=86400,
+    ),
     Key("DATA.WORKERS", 4, "loader processes per training process, each with its decoder; 0: one decoder only", low=0),
     Key("DATA.MAX_FAILURES", 0.1, "share of unreadable videos above which the run stops", low=0, high=1),
     # --- optimisation

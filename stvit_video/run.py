@@ -3,24 +3,15 @@
 Exit codes: 0 done; 2 wrong use or configuration, said in one line on stderr; 1 failure.
 """
 
-import argparse
 import errno
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn
 
-from stvit_video.errors import UsageError
+from stvit_video.errors import Parser, UsageError
 
 # What the system says where the user, not this program, has to act: nothing else is turned into one line.
 FILESYSTEM_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; use: python -m stvit_video.run --cfg FILE [KEY VALUE ...] (--help says more)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def dispatch(arguments: Sequence[str] | None) -> int:
     """Parse, load the configuration, and call what MODE names."""
-    parser = Parser(prog="python -m stvit_video.run", description="Train and test video transformers.")
+    parser = Parser(
+        prog="python -m stvit_video.run",
+        form="--cfg FILE [KEY VALUE ...]",
+        description="Train and test video transformers.",
+    )
     parser.add_argument("--cfg", metavar="FILE", help="configuration, for example configs/sample_stvit.yaml")
     parser.add_argument("--keys", action="store_true", help="list every configuration key with its default and exit")
     parser.add_argument("--cost", action="store_true", help="print the model's GFLOPs and memory, and exit")

@@ -7,7 +7,6 @@ that both share. A child that does not answer in time is killed and replaced; on
 import contextlib
 import ctypes
 import itertools
-import mmap
 import os
 import signal
 import socket
@@ -19,6 +18,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
 
+import decord
 import numpy as np
 
 from stvit_video.data.decode import Request, read_frames
@@ -110,11 +110,11 @@ class _Child:
         self.parent = os.getpid()
         ours, theirs = socket.socketpair()
         self._memory = tuple(_memory_file() for _ in range(IN_FLIGHT))
-        self._maps: dict[int, mmap.mmap] = {}
         self._process = subprocess.Popen(
             [sys.executable, "-c", f"from {__name__} import serve; serve({theirs.fileno()}, {self._memory})"],
             pass_fds=(theirs.fileno(), *self._memory),
             stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C in a terminal is for the parent; this process ends with it
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
         theirs.close()
@@ -129,10 +129,11 @@ class _Child:
 
     def take(self, slot: int, shape: tuple[int, ...]) -> Frames:
         """Return a copy of the frames of ``shape`` that the child has written to a slot of the memory."""
-        size = int(np.prod(shape))
-        if slot not in self._maps or len(self._maps[slot]) < size:
-            self._maps[slot] = mmap.mmap(self._memory[slot], os.fstat(self._memory[slot]).st_size)
-        return np.frombuffer(self._maps[slot], np.uint8, size).reshape(shape).copy()
+        frames = np.empty(shape, np.uint8)
+        left = frames.reshape(-1).data
+        while left:
+            left = left[os.preadv(self._memory[slot], [left], frames.nbytes - len(left)) :]
+        return frames
 
     def fate(self) -> str:
         """Say how the child ended."""
@@ -169,8 +170,7 @@ def _memory_file() -> int:
 def serve(socket_fd: int, memory_fds: Sequence[int]) -> None:
     """Answer requests until the parent closes the socket; the whole life of the child process."""
     _die_with_parent()
-    # Ctrl-C reaches every process of a terminal; what it means is for the parent to decide.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    decord.logging.set_level(decord.logging.QUIET)  # what it says of a damaged file, it also raises
     connection = Connection(socket_fd)
     connection.send(True)
     for slot in itertools.cycle(range(len(memory_fds))):
@@ -190,10 +190,9 @@ def serve(socket_fd: int, memory_fds: Sequence[int]) -> None:
 
 
 def _write(memory_fd: int, frames: Frames) -> None:
-    if os.fstat(memory_fd).st_size < frames.nbytes:
-        os.ftruncate(memory_fd, frames.nbytes)
-    with mmap.mmap(memory_fd, frames.nbytes) as memory:
-        memory.write(frames.data if frames.flags.c_contiguous else frames.tobytes())
+    left = np.ascontiguousarray(frames).reshape(-1).data
+    while left:  # a call writes 2 GB at most
+        left = left[os.pwrite(memory_fd, left, frames.nbytes - len(left)) :]
 
 
 def _die_with_parent() -> None:

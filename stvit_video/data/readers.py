@@ -20,6 +20,9 @@ from av.video.stream import VideoStream
 from stvit_video.data.frames import DecodeError, Frames, Indices, Times, reason, reduced_size
 
 AV_ERRORS = (av.FFmpegError, OSError, ValueError)
+# Containers whose index says exactly where each frame is. In others (AVI, MPEG streams, WMV) a jump lands near a frame,
+# and both libraries then return its neighbours.
+EXACT_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv")
 # Whose decoders, FFmpeg's own, leave out single frames on request; dav1d would leave out wanted ones too.
 CAN_PASS_OVER = ("h264", "hevc", "mpeg4", "mpeg2video")
 FAR = 48  # frames that decoding may pass over before a jump to a key frame is cheaper
@@ -102,7 +105,10 @@ class AvReader:
 
     def frames(self, indices: Indices) -> Frames:
         """Return the frames (N, H, W, 3) at ascending ``indices``."""
-        wanted = self._decode(indices) if self._stamps is None else self._decode_at([self._stamps[i] for i in indices])
+        if self._stamps is None or self._container.format.name not in EXACT_CONTAINERS:
+            wanted = self._decode(indices)
+        else:
+            wanted = self._decode_at([self._stamps[i] for i in indices])
         try:
             return np.stack([self._to_array(frame) for frame in wanted])
         except AV_ERRORS as error:
@@ -113,11 +119,13 @@ class AvReader:
         self._container.seek(0)
         left = list(indices)
         for number, frame in enumerate(self._container.decode(self._stream)):
-            if left and number == left[0]:
-                left.pop(0)
+            if number == left[0]:
+                if frame.is_corrupt:
+                    raise DecodeError(self.path, f"frame {number} is damaged", "pyav")
                 yield frame
-            if not left:
-                return
+                left.pop(0)
+                if not left:
+                    return
         raise DecodeError(self.path, f"frame {left[0]} is missing: the file ends before", "pyav")
 
     def _decode_at(self, stamps: list[int]) -> Iterator[VideoFrame]:
@@ -199,12 +207,15 @@ def _inspect(path: str, short_side: int | None) -> tuple[int, int] | None:
     """Return the (width, height) to which decord is to reduce the frames of a file; None where they are not larger.
 
     decord turns frames as the file asks, before it resizes; whether it does is known from a decoded frame only. Raises
-    DecodeError for files with open groups of pictures: after a jump into one, decord 0.6.0 miscounts and returns
-    earlier frames than those that were asked for.
+    DecodeError for containers in which jumps are not exact, and for open groups of pictures: after a jump into one,
+    decord 0.6.0 miscounts and returns earlier frames than those that were asked for.
     """
     container, stream = _open_av(path)
     try:
         with container:
+            if container.format.name not in EXACT_CONTAINERS:
+                name = container.format.name
+                raise DecodeError(path, f"is in a container ({name}) where decord finds wrong frames", "decord")
             if _has_open_groups(container.demux(stream)):
                 raise DecodeError(path, "has open groups of pictures, where decord finds wrong frames", "decord")
             size = reduced_size((stream.codec_context.width, stream.codec_context.height), short_side)
