@@ -33,7 +33,8 @@ class DecordReader:
 
     def __init__(self, path: str, short_side: int | None = None) -> None:
         self.path = path
-        width, height = _inspect(path, short_side) or (-1, -1)
+        _refuse_inexact(path, "decord")
+        width, height = _reduced_size(path, short_side) or (-1, -1)
         try:
             self._reader = decord.VideoReader(path, ctx=decord.cpu(0), width=width, height=height, num_threads=1)
             self.length = len(self._reader)
@@ -175,6 +176,7 @@ class TorchCodecReader:
         from torchcodec.decoders import VideoDecoder  # optional, and it imports torch
 
         self.path = path
+        _refuse_inexact(path, "torchcodec")
         try:
             self._decoder = VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1)
             self.length = len(self._decoder)
@@ -203,30 +205,40 @@ class TorchCodecReader:
         del self._decoder
 
 
-def _inspect(path: str, short_side: int | None) -> tuple[int, int] | None:
+def _reduced_size(path: str, short_side: int | None) -> tuple[int, int] | None:
     """Return the (width, height) to which decord is to reduce the frames of a file; None where they are not larger.
 
-    decord turns frames as the file asks, before it resizes; whether it does is known from a decoded frame only. Raises
-    DecodeError for containers in which jumps are not exact, and for open groups of pictures: after a jump into one,
-    decord 0.6.0 miscounts and returns earlier frames than those that were asked for.
+    decord turns frames as the file asks, before it resizes; whether it does is known from a decoded frame only.
     """
     container, stream = _open_av(path)
-    try:
-        with container:
-            if container.format.name not in EXACT_CONTAINERS:
-                name = container.format.name
-                raise DecodeError(path, f"is in a container ({name}) where decord finds wrong frames", "decord")
-            if _has_open_groups(container.demux(stream)):
-                raise DecodeError(path, "has open groups of pictures, where decord finds wrong frames", "decord")
-            size = reduced_size((stream.codec_context.width, stream.codec_context.height), short_side)
-            if size is None:
-                return None
-            container.seek(0)
+    with container:
+        size = reduced_size((stream.codec_context.width, stream.codec_context.height), short_side)
+        if size is None:
+            return None
+        try:
             frame = next(container.decode(stream), None)
-    except AV_ERRORS as error:
-        raise DecodeError(path, f"cannot be opened as video ({reason(error)})", "pyav") from error
+        except AV_ERRORS as error:
+            raise DecodeError(path, f"cannot be opened as video ({reason(error)})", "pyav") from error
     turned = frame is not None and round(frame.rotation / 90) % 2
     return size[::-1] if turned else size
+
+
+def _refuse_inexact(path: str, decoder: str) -> None:
+    """Raise DecodeError for files in which decord and TorchCodec return other frames than those that were asked for.
+
+    They are those in containers in which jumps are not exact, and those with open groups of pictures: after a jump into
+    one, the frames before its key frame are miscounted (decord 0.6.0, TorchCodec 0.17).
+    """
+    container, stream = _open_av(path)
+    with container:
+        name = container.format.name
+        if name not in EXACT_CONTAINERS:
+            raise DecodeError(path, f"is in a container ({name}) where {decoder} finds wrong frames", decoder)
+        try:
+            if _has_open_groups(container.demux(stream)):
+                raise DecodeError(path, f"has open groups of pictures, where {decoder} finds wrong frames", decoder)
+        except AV_ERRORS as error:
+            raise DecodeError(path, f"cannot be opened as video ({reason(error)})", "pyav") from error
 
 
 def _has_open_groups(packets: Iterable[Packet]) -> bool:
