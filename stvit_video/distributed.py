@@ -25,6 +25,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    cpu_group: Any = None  # for small messages; None is the default group
 
     @property
     def is_main(self) -> bool:
@@ -58,7 +59,7 @@ def join_world(device: str = "auto", timeout_s: int = 1800) -> Iterator[World]:
     timeout = datetime.timedelta(seconds=timeout_s)
     dist.init_process_group("nccl" if target.type == "cuda" else "gloo", timeout=timeout)
     try:
-        yield World(rank, size, target)
+        yield World(rank, size, target, dist.new_group(backend="gloo") if target.type == "cuda" else None)
     finally:
         dist.destroy_process_group()
 
@@ -88,6 +89,15 @@ def sum_over_world(world: World, values: torch.Tensor) -> torch.Tensor:
     if world.size > 1:
         dist.all_reduce(values)
     return values
+
+
+def any_of(world: World, flag: bool) -> bool:
+    """Return whether ``flag`` is set on any process. Between CPUs: no GPU has to wait for its queue."""
+    if world.size == 1:
+        return flag
+    flags = torch.tensor([int(flag)])
+    dist.all_reduce(flags, dist.ReduceOp.MAX, group=world.cpu_group)
+    return bool(flags.item())
 
 
 def on_main(world: World, action: Callable[[], T]) -> T:

@@ -1,6 +1,7 @@
 """The main command: ``python -m stvit_video.run --cfg FILE [KEY VALUE ...]``.
 
-Exit codes: 0 done; 2 wrong use or configuration, said in one line on stderr; 1 failure.
+Exit codes: 0 done; 2 wrong use or configuration, said in one line on stderr; 75 stopped by a signal, with a checkpoint
+of the last step; 1 failure.
 """
 
 import errno
@@ -8,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from stvit_video.engine.stopping import EXIT_STOPPED, Stopped
 from stvit_video.errors import Parser, UsageError
 
 # What the system says where the user, not this program, has to act: nothing else is turned into one line.
@@ -30,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    except Stopped as stopped:
+        print(f"{stopped}; a checkpoint is written, and the same command continues", file=sys.stderr)
+        return EXIT_STOPPED
     except KeyboardInterrupt:
         print("\nstopped; the same command, without OVERWRITE, continues from the last checkpoint", file=sys.stderr)
         return 1

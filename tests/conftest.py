@@ -13,7 +13,7 @@ from fvcore.common.config import CfgNode
 from stvit_video import run
 from stvit_video.config import load_config
 from stvit_video.data import sample
-from stvit_video.engine.train import Trainer
+from stvit_video.engine.trainer import Trainer
 
 REPOSITORY = Path(__file__).parent.parent
 

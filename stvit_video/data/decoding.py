@@ -170,6 +170,8 @@ def _memory_file() -> int:
 def serve(socket_fd: int, memory_fds: Sequence[int]) -> None:
     """Answer requests until the parent closes the socket; the whole life of the child process."""
     _die_with_parent()
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # for the parent, who may still need frames
+        signal.signal(number, signal.SIG_IGN)
     decord.logging.set_level(decord.logging.QUIET)  # what it says of a damaged file, it also raises
     connection = Connection(socket_fd)
     connection.send(True)

@@ -1,5 +1,6 @@
 """Loaders from a configuration: which process reads which videos, in what order."""
 
+import signal
 from collections.abc import Iterator
 
 import torch
@@ -155,6 +156,16 @@ def _loader(cfg: CfgNode, world: World, dataset: TrainDataset | TestDataset, sam
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=Collate(dataset.views),
+        worker_init_fn=_ignore_stop_signals,
         pin_memory=world.device.type == "cuda",
         persistent_workers=workers > 0,  # a worker and its decoder take about half a second to start
     )
+
+
+def _ignore_stop_signals(worker: int) -> None:
+    """Leave it to the training process when to stop: it may still need batches up to its next step.
+
+    What a terminal or a scheduler sends, it sends to every process. The decoding process inherits this.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)

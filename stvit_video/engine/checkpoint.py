@@ -5,17 +5,22 @@ import json
 import os
 import pickle
 import re
+import time
 import warnings
+import zipfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import safetensors.torch
 import torch
+from fvcore.common.config import CfgNode
 from torch import nn
 
 from stvit_video.models.checkpoints import DAMAGE
 
-REQUIRED = ("model", "optimizer", "scheduler", "epoch", "step")
+REQUIRED = ("model", "optimizer", "scheduler", "epoch", "step", "best", "processes")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -43,6 +48,8 @@ def save_checkpoint(folder: Path, content: dict[str, Any], keep: int) -> Path:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     path = folder / f"step_{content['step']:08d}.pt"
+    if path.is_dir():  # something put a folder in its place: it is kept, out of the way
+        path.rename(path.with_name(f".{path.name}.{time.time_ns()}"))
     write_atomically(path, buffer.getvalue())
     for old in list_checkpoints(folder)[keep:]:
         if old.is_file():
@@ -62,8 +69,12 @@ def load_newest(folder: Path) -> dict[str, Any] | None:
     """Return the newest training state that is whole, warning about any that is not; None where there is none."""
     for path in list_checkpoints(folder):
         try:
+            with zipfile.ZipFile(path) as archive:  # torch's format, with a checksum of every part
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
             content = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, pickle.UnpicklingError, *DAMAGE) as error:
+        except (OSError, pickle.UnpicklingError, zipfile.BadZipFile, *DAMAGE) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             warnings.warn(f"checkpoint {path} is damaged ({reason[:120]}); trying the one before", stacklevel=2)
             continue
@@ -71,6 +82,60 @@ def load_newest(folder: Path) -> dict[str, Any] | None:
             return content
         warnings.warn(f"checkpoint {path} is not a training state; trying the one before", stacklevel=2)
     return None
+
+
+class CheckpointWriter:
+    """Decides when a checkpoint is due and writes it in a thread: training waits for the copy of the state only."""
+
+    def __init__(self, folder: Path, keep: int, every_steps: int, every_minutes: float) -> None:
+        self.folder, self.keep = folder, keep
+        self.every_steps, self.every_seconds = every_steps, 60 * every_minutes
+        self.last = time.monotonic()
+        self.pool = ThreadPoolExecutor(max_workers=1)
+        self.pending: Future[Path] | None = None
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.pool.shutdown()  # what was begun is finished, also where training failed
+        if error is None:
+            self.wait()
+
+    def is_due(self, step: int) -> bool:
+        """Say whether ``step`` is one after which to write."""
+        by_steps = self.every_steps > 0 and step % self.every_steps == 0
+        return by_steps or (self.every_seconds > 0 and time.monotonic() - self.last >= self.every_seconds)
+
+    def save(self, content: dict[str, Any]) -> None:
+        """Begin to write a copy of a training state. Raises OSError where the one before could not be written."""
+        self.wait()
+        self.last = time.monotonic()
+        self.pending = self.pool.submit(save_checkpoint, self.folder, _copy_to_cpu(content), self.keep)
+
+    def wait(self) -> None:
+        """Return once nothing is being written. Raises OSError where it could not be."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            pending.result()
+
+
+def build_writer(cfg: CfgNode, folder: Path) -> CheckpointWriter:
+    """Return the writer of a run's checkpoints."""
+    return CheckpointWriter(folder, cfg.CHECKPOINT.KEEP, cfg.CHECKPOINT.EVERY_STEPS, cfg.CHECKPOINT.EVERY_MINUTES)
+
+
+def _copy_to_cpu(content: Any) -> Any:
+    """Return a state whose tensors, in CPU memory, are no longer those that training goes on to change."""
+    if isinstance(content, torch.Tensor):
+        return content.detach().to("cpu", copy=True)
+    if isinstance(content, dict):
+        return {key: _copy_to_cpu(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return type(content)(_copy_to_cpu(value) for value in content)
+    return content
 
 
 def save_weights(path: Path, model: nn.Module, classes: list[str]) -> None:

@@ -13,9 +13,12 @@ class MetricsLog:
     """One line a row in ``metrics.jsonl``, flushed, and the same in TensorBoard."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        """Open the log of a run that is at ``step``; rows past it are of work that was lost, and are dropped."""
+        """Open the log of a run that is at ``step``; rows past it are of work that was lost, and are dropped.
+
+        So is a validation at that step: it comes after its checkpoint, and is done again.
+        """
         path = folder / "metrics.jsonl"
-        kept = [row for row in read_metrics(path) if row["step"] <= step]
+        kept = [row for row in read_metrics(path) if row["step"] < step + (row["split"] == "train")]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self.board = SummaryWriter(str(folder), purge_step=step + 1)

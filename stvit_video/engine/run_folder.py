@@ -21,7 +21,8 @@ from stvit_video.errors import UsageError
 
 # Keys that may change between a run and its continuation: they do not change what is computed.
 FREE_KEYS = (
-    "MODE", "OUTPUT_DIR", "OVERWRITE", "DEVICE", "DATA.WORKERS", "DATA.GENERATE", "DATA.MAX_FAILURES", "TRAIN.RESUME",
+    "MODE", "OUTPUT_DIR", "OVERWRITE", "DEVICE", "DATA.WORKERS", "DATA.GENERATE", "DATA.MAX_FAILURES",
+    "DATA.DEADLINE_S", "DATA.TRANSFORM_ON", "TRAIN.RESUME", "CHECKPOINT.EVERY_STEPS", "CHECKPOINT.EVERY_MINUTES",
     "CHECKPOINT.KEEP", "PARALLEL.TIMEOUT_S", "TRANSFER.NEIGHBOURS", "TRANSFER.TEMPERATURE", "TRANSFER.WEIGHT_DECAY",
     "TRANSFER.RANDOM_BASELINE", "TRANSFER.FINETUNE",
 )  # fmt: skip
@@ -52,6 +53,10 @@ class RunFolder:
     @property
     def weights(self) -> Path:
         return self.path / "model.safetensors"
+
+    @property
+    def best_weights(self) -> Path:
+        return self.checkpoints / "best.safetensors"
 
     @property
     def transfer(self) -> Path:

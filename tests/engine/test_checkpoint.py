@@ -12,7 +12,7 @@ from stvit_video.engine.checkpoint import list_checkpoints, load_newest, save_ch
 
 def state(step: int) -> dict:
     weights = {"w": torch.full((1000,), float(step))}
-    return {"model": weights, "optimizer": {}, "scheduler": {}, "epoch": 1, "step": step}
+    return {"model": weights, "optimizer": {}, "scheduler": {}, "epoch": 1, "step": step, "best": 0.0, "processes": 1}
 
 
 def test_the_name_saved_is_the_name_looked_up_in_order_of_steps(tmp_path: Path) -> None:
@@ -22,7 +22,7 @@ def test_the_name_saved_is_the_name_looked_up_in_order_of_steps(tmp_path: Path) 
     assert [int(path.stem.split("_")[1]) for path in list_checkpoints(tmp_path)] == [999_999_999, 100_000_000, 10]
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "zeroed", "text", "folder", "foreign"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "zeroed", "flipped", "text", "folder", "foreign"])
 def test_a_damaged_newest_gives_way_to_the_one_before_with_a_warning(tmp_path: Path, damage: str) -> None:
     save_checkpoint(tmp_path, state(1), keep=2)
     newest = save_checkpoint(tmp_path, state(2), keep=2)
@@ -31,6 +31,9 @@ def test_a_damaged_newest_gives_way_to_the_one_before_with_a_warning(tmp_path: P
     match damage:
         case "folder":
             newest.mkdir()
+        case "flipped":  # one bit of a weight, where the file's structure is untouched
+            place = content.index(torch.full((1000,), 2.0).numpy().tobytes()) + 2000
+            newest.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         case "foreign":
             torch.save({"model": {}}, newest)
         case _:
@@ -41,6 +44,8 @@ def test_a_damaged_newest_gives_way_to_the_one_before_with_a_warning(tmp_path: P
             )
     with pytest.warns(UserWarning, match="trying the one before"):
         assert load_newest(tmp_path)["step"] == 1
+    save_checkpoint(tmp_path, state(2), keep=2)  # training comes there again
+    assert load_newest(tmp_path)["step"] == 2
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(

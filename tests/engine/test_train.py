@@ -19,7 +19,7 @@ from stvit_video.data.transforms import Normalise, TrainTransform
 from stvit_video.distributed import World
 from stvit_video.engine.logging import MetricsLog, read_metrics
 from stvit_video.engine.start import autocast
-from stvit_video.engine.train import Trainer, build_trainer
+from stvit_video.engine.trainer import Trainer, build_trainer
 from stvit_video.models.zoo import build_model
 from stvit_video.progress import Progress
 
@@ -30,7 +30,7 @@ def weights_after_an_epoch(arguments: list[str]) -> dict[str, torch.Tensor]:
     cfg = load_config(arguments[1], arguments[2:])
     torch.manual_seed(0)
     trainer = build_trainer(cfg, WORLD, build_model(cfg, 8), 8)
-    trainer.train_epoch(Progress("", trainer.steps_per_epoch, enabled=False), None)
+    trainer.train_epoch(Progress("", trainer.steps_per_epoch, enabled=False), None, lambda: None)
     return trainer.bare_model.state_dict()
 
 
