@@ -244,7 +244,7 @@ def check(options: argparse.Namespace) -> str:
             progress.advance(f"{len(errors):,} cannot be read")
     with _writing(options.output):  # the ledger first: what the clean list leaves out is always accounted for
         ledger = to_csv(Failure.of(error, "check") for error in errors.values())
-        write_atomically(options.output / "failures.csv", ledger.encode())
+        write_atomically(options.output / "failures.csv", ledger.encode("utf-8", "surrogateescape"))
         write_atomically(clean, clean_list(listing, errors))
     return summarise(listing, errors, options.output)
 

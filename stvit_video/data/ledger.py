@@ -48,5 +48,5 @@ def read_ledger(path: str | Path) -> list[Failure]:
     """Return the rows of a ledger; none where there is no file."""
     if not Path(path).is_file():
         return []
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         return [Failure(**row) for row in csv.DictReader(file)]

@@ -5,7 +5,8 @@ decord 0.6.0 as measured: open per item and outside the training process, one th
 """
 
 import bisect
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import av
@@ -13,6 +14,7 @@ import decord
 import numpy as np
 from av import Packet
 from av.container import InputContainer
+from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
@@ -36,7 +38,9 @@ class DecordReader:
         _refuse_inexact(path, "decord")
         width, height = _reduced_size(path, short_side) or (-1, -1)
         try:
-            self._reader = decord.VideoReader(path, ctx=decord.cpu(0), width=width, height=height, num_threads=1)
+            self._reader = decord.VideoReader(
+                os.path.abspath(path), ctx=decord.cpu(0), width=width, height=height, num_threads=1
+            )
             self.length = len(self._reader)
         except (RuntimeError, decord.DECORDError) as error:
             raise DecodeError(path, f"cannot be opened as video ({reason(error)})", "decord") from error
@@ -76,12 +80,9 @@ class AvReader:
     def __init__(self, path: str, short_side: int | None = None) -> None:
         self.path, self.short_side = path, short_side
         self._container, self._stream = _open_av(path)
-        self._stream.codec_context.thread_count = 1
         self._scaler = VideoReformatter()
         try:
-            packets = [
-                (p.pts, p.is_keyframe) for p in self._container.demux(self._stream) if p.size and not p.is_discard
-            ]
+            packets = [(p.pts, p.is_keyframe) for p in self._container.demux(self._stream) if _is_shown(p)]
         except AV_ERRORS as error:
             raise DecodeError(path, f"cannot be opened as video ({reason(error)})", "pyav") from error
         self.length = len(packets)
@@ -107,17 +108,31 @@ class AvReader:
     def frames(self, indices: Indices) -> Frames:
         """Return the frames (N, H, W, 3) at ascending ``indices``."""
         if self._stamps is None or self._container.format.name not in EXACT_CONTAINERS:
-            wanted = self._decode(indices)
-        else:
-            wanted = self._decode_at([self._stamps[i] for i in indices])
+            return self._stack(self._decode(indices))
+        stamps = [self._stamps[i] for i in indices]
         try:
-            return np.stack([self._to_array(frame) for frame in wanted])
+            return self._stack(self._decode_at(stamps, jump=True))
+        except DecodeError:  # not for damage alone: after a jump into a gradual refresh, frames are withheld
+            return self._stack(self._decode_at(stamps, jump=False))
+
+    def _stack(self, wanted: Iterator[VideoFrame]) -> Frames:
+        try:
+            pictures = [self._to_array(frame) for frame in wanted]
         except AV_ERRORS as error:
             raise DecodeError(self.path, f"frames cannot be decoded ({reason(error)})", "pyav") from error
+        sizes = {f"{picture.shape[1]}x{picture.shape[0]}" for picture in pictures}
+        if len(sizes) > 1:
+            raise DecodeError(self.path, f"changes its size ({', '.join(sorted(sizes))}); re-encode it", "pyav")
+        return np.stack(pictures)
+
+    def _rewind(self) -> None:
+        """Start again; to seek to 0 would be to look for a time, which need not be that of the first frame."""
+        self._container.close()
+        self._container, self._stream = _open_av(self.path)
 
     def _decode(self, indices: Indices) -> Iterator[VideoFrame]:
         """Yield the frames at ``indices``, counted off from the start of the file."""
-        self._container.seek(0)
+        self._rewind()
         left = list(indices)
         for number, frame in enumerate(self._container.decode(self._stream)):
             if number == left[0]:
@@ -129,15 +144,16 @@ class AvReader:
                     return
         raise DecodeError(self.path, f"frame {left[0]} is missing: the file ends before", "pyav")
 
-    def _decode_at(self, stamps: list[int]) -> Iterator[VideoFrame]:
-        """Yield the frames of ascending time stamps, jumping to the key frame before one that is far away."""
+    def _decode_at(self, stamps: list[int], jump: bool) -> Iterator[VideoFrame]:
+        """Yield the frames of ascending time stamps, with ``jump`` from the key frame before one that is far away."""
         assert self._stamps is not None
         places = {stamp: i for i, stamp in enumerate(self._stamps)}
-        decoded: Iterator[VideoFrame] = iter(())
-        last = None
+        if not jump:
+            self._rewind()
+        decoded, last = self._decode_wanted(set(stamps)), None
         for stamp in stamps:
             key = self._keys[max(0, bisect.bisect_right(self._keys, stamp) - 1)]
-            if last is None or (key > last and places[stamp] - places[last] > FAR):
+            if jump and (last is None or (key > last and places[stamp] - places[last] > FAR)):
                 self._container.seek(min(key, stamp), stream=self._stream)
                 decoded = self._decode_wanted(set(stamps))
             frame = next((frame for frame in decoded if frame.pts is not None and frame.pts >= stamp), None)
@@ -224,43 +240,59 @@ def _reduced_size(path: str, short_side: int | None) -> tuple[int, int] | None:
 
 
 def _refuse_inexact(path: str, decoder: str) -> None:
-    """Raise DecodeError for files in which decord and TorchCodec return other frames than those that were asked for.
-
-    They are those in containers in which jumps are not exact, and those with open groups of pictures: after a jump into
-    one, the frames before its key frame are miscounted (decord 0.6.0, TorchCodec 0.17).
-    """
+    """Raise DecodeError for files in which decord and TorchCodec return other frames than those that were asked for."""
     container, stream = _open_av(path)
     with container:
-        name = container.format.name
-        if name not in EXACT_CONTAINERS:
-            raise DecodeError(path, f"is in a container ({name}) where {decoder} finds wrong frames", decoder)
         try:
-            if _has_open_groups(container.demux(stream)):
-                raise DecodeError(path, f"has open groups of pictures, where {decoder} finds wrong frames", decoder)
+            why = _why_inexact(container, stream)
         except AV_ERRORS as error:
             raise DecodeError(path, f"cannot be opened as video ({reason(error)})", "pyav") from error
+    if why:
+        raise DecodeError(path, f"{why}, where {decoder} finds wrong frames; DATA.DECODER auto reads it", decoder)
 
 
-def _has_open_groups(packets: Iterable[Packet]) -> bool:
-    """Say whether a frame is stored after a later key frame, as its neighbour on the other side is needed first."""
+def _why_inexact(container: InputContainer, stream: VideoStream) -> str:
+    """Return what decord 0.6.0 and TorchCodec 0.17 get wrong about a file; empty where there is nothing."""
+    name = container.format.name
+    if name not in EXACT_CONTAINERS or name == "flv":
+        return f"is in a container ({name}) without an exact index"
+    if len(container.streams.video) > 1:
+        return "has several video streams"
+    seen: set[int] = set()
     latest_key: int | None = None
-    for packet in packets:
-        if packet.pts is None:
+    for packet in container.demux(stream):
+        if not packet.size:
             continue
+        if packet.pts is None or packet.pts in seen or packet.pts < 0 or not _is_shown(packet):
+            return "has frames that are not shown, or without a time of their own"
+        seen.add(packet.pts)
         if packet.is_keyframe:
             latest_key = packet.pts
         elif latest_key is not None and packet.pts < latest_key:
-            return True
-    return False
+            # A frame stored after a later key frame: after a jump to that one, frames are miscounted.
+            return "has open groups of pictures"
+    return ""
+
+
+def _is_shown(packet: Packet) -> bool:
+    """Say whether a packet holds a frame that a player shows: not one cut off by an edit list, nor by the file's end.
+
+    Nor one of VP8 that only serves as a reference, which its fifth bit says.
+    """
+    if not packet.size or packet.is_discard or packet.is_corrupt:
+        return False
+    return packet.stream.codec_context.name != "vp8" or bool(memoryview(packet)[0] >> 4 & 1)
 
 
 def _open_av(path: str) -> tuple[InputContainer, VideoStream]:
+    """Open a file and its first video stream that is not the cover of a sound file."""
     try:
-        container = av.open(path, metadata_errors="ignore")
+        container = av.open(os.path.abspath(path), metadata_errors="ignore")  # "a:b.mp4" alone would be a protocol
     except AV_ERRORS as error:
         raise DecodeError(path, f"cannot be opened as video ({reason(error)})", "pyav") from error
-    stream = next(iter(container.streams.video), None)
-    if stream is None or stream.codec_context is None:
-        container.close()
-        raise DecodeError(path, "has no video stream that can be decoded", "pyav")
-    return container, stream
+    for stream in container.streams.video:
+        if stream.codec_context is not None and not stream.disposition & Disposition.attached_pic:
+            stream.codec_context.thread_count = 1
+            return container, stream
+    container.close()
+    raise DecodeError(path, "has no video stream that can be decoded", "pyav")

@@ -160,7 +160,8 @@ class RunFolder:
 
     def write_failures(self, failures: Iterable[Failure]) -> None:
         """Write ``failures.csv``: each video once a stage, also where there is none."""
-        write_atomically(self.path / "failures.csv", to_csv(failures).encode())
+        ledger = to_csv(failures).encode("utf-8", "surrogateescape")  # names of files need not be UTF-8
+        write_atomically(self.path / "failures.csv", ledger)
 
     def read_failures(self) -> list[Failure]:
         """Return the rows of ``failures.csv``: what the earlier part of an interrupted run reported."""
