@@ -146,6 +146,31 @@ def test_a_variable_frame_rate_is_sampled_by_time(tmp_path: Path, decoder: str) 
     ]  # fmt: skip
 
 
+# A clock that starts below zero; one of 33 bits that begins again in the middle; one that starts late.
+CLOCKS = [("mkv", -2, {"avoid_negative_ts": "disabled"}), ("ts", 95440, {}), ("mp4", 5, {})]
+
+
+@pytest.mark.parametrize(("container", "start", "options"), CLOCKS, ids=["negative", "wrapped", "late"])
+def test_frames_are_counted_from_the_first_whatever_its_time(
+    tmp_path: Path, container: str, start: int, options: dict
+) -> None:
+    path = tmp_path / f"clip.{container}"
+    with av.open(str(path), "w", options=options) as file:
+        stream = file.add_stream("libx264", rate=25, options={"crf": "10"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        packets = []
+        for i, picture in enumerate(numbered_frames(200)):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = i, Fraction(1, 25)
+            packets += stream.encode(frame)
+        for packet in [*packets, *stream.encode()]:
+            packet.pts += int(start / packet.time_base)
+            packet.dts += int(start / packet.time_base)
+            file.mux(packet)
+    for indices in ([0], [66, 100, 3], [199, 0], range(0, 200, 9)):
+        assert [read_number(frame) for frame in read(path, *indices)] == list(indices)
+
+
 def test_unreadable_files_say_why(write_clip: Callable[..., Path], write_sound: Callable[..., Path]) -> None:
     path = write_clip(numbered_frames(60))
     whole, folder = path.read_bytes(), path.parent
