@@ -173,7 +173,7 @@ def test_a_full_disk_stops_the_run_and_costs_nothing(
 ) -> None:
     small = tmp_path / "small"
     small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(small)], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(small)], capture_output=True)
     if mounted.returncode:
         pytest.skip("a small disk can be mounted by root only")
     try:
