@@ -28,6 +28,7 @@ class Key:
     high: float | None = None
     kind: type | None = None
     length: int | None = None
+    element: type = int  # of a list whose default is empty or not set
 
     @property
     def type(self) -> type:
@@ -40,7 +41,15 @@ KEYS = (
     Key("OVERWRITE", False, "replace the results, and for MODE train the checkpoints, that OUTPUT_DIR already holds"),
     Key("SEED", 0, "fixes initial weights, sample order and augmentation", low=0),
     Key("DEVICE", "auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda")),
-    Key("PRECISION", "fp32", "what runs: fp32, or bf16 under autocast (weights stay fp32)", choices=("fp32", "bf16")),
+    Key(
+        "PRECISION",
+        "fp32",
+        "what runs: fp32; tf32 (of a GPU: inputs of products in 19 bits); bf16 or fp16 under autocast, weights in fp32",
+        choices=("fp32", "tf32", "bf16", "fp16"),
+    ),
+    Key(
+        "COMPILE", "none", "torch.compile: each block, the whole model, or nothing", choices=("none", "blocks", "model")
+    ),
     # --- model
     Key("MODEL.NAME", "stvit_vit_small_patch16", "see stvit_video.models.list_models()"),
     Key("MODEL.INIT", "", "checkpoint to start from (.pth or .safetensors); in MODE test the weights to test"),
@@ -138,6 +147,7 @@ KEYS = (
     Key("DATA.MAX_FAILURES", 0.1, "share of unreadable videos above which the run stops", low=0, high=1),
     # --- optimisation
     Key("TRAIN.EPOCHS", 30, "passes over the training list", low=1),
+    Key("TRAIN.MAX_STEPS", 0, "optimiser steps after which training ends before TRAIN.EPOCHS; 0: none", low=0),
     Key("TRAIN.BATCH_SIZE", 64, "clips an optimiser step, over all processes and accumulated batches", low=1),
     Key("TRAIN.ACCUMULATE", 1, "batches a process adds up before a step; raise when memory is short", low=1),
     Key(
@@ -150,8 +160,35 @@ KEYS = (
     Key("TRAIN.CUTMIX", 0.0, "alpha of CutMix, a box cut from another clip; 1.0 is usual for a ViT, 0: none", low=0),
     Key("TRAIN.MIX_PROBABILITY", 1.0, "share of the batches that are mixed", low=0, high=1),
     Key("TRAIN.MIX_SWITCH", 0.5, "share of CutMix among them where MixUp is used too", low=0, high=1),
+    Key(
+        "TRAIN.EMA",
+        0.0,
+        "decay of a moving average of the weights, which is tested then; 0.9999 is usual",
+        low=0,
+        high=1,
+    ),
+    Key(
+        "TRAIN.FREEZE",
+        [],
+        "weights that are not trained, as patterns of names: [patch_embed.*, blocks.0.*]",
+        element=str,
+    ),
+    Key("TRAIN.MAX_BAD_STEPS", 10, "steps that may be skipped because the loss or a gradient is not finite", low=0),
     Key("TRAIN.VAL_EVERY", 1, "epochs between validations", low=1),
     Key("OPTIM.LR", 1e-3, "AdamW's peak learning rate at TRAIN.BATCH_SIZE", low=0),
+    Key(
+        "OPTIM.LR_BATCH",
+        0,
+        "batch that OPTIM.LR is for: the rate grows with TRAIN.BATCH_SIZE; 0: taken as it is",
+        low=0,
+    ),
+    Key(
+        "OPTIM.LAYER_DECAY",
+        1.0,
+        "factor on the rate from each layer to the one below; 0.75 with good weights",
+        low=0.01,
+        high=1,
+    ),
     Key("OPTIM.BACKBONE_SCALE", 1.0, "factor on the rate of all but the classifier; 0.1 with good weights", low=0),
     Key("OPTIM.WEIGHT_DECAY", 0.05, "on matrices only; biases, norms and embeddings are left alone", low=0),
     Key("OPTIM.BETAS", [0.9, 0.999], "AdamW's decay rates", length=2, low=0, high=0.9999),
@@ -173,6 +210,13 @@ KEYS = (
     Key("CHECKPOINT.KEEP", 2, "newest checkpoints to keep; at least 2, since the last may be cut short", low=2),
     Key("CHECKPOINT.EVERY_STEPS", 0, "steps between checkpoints, beside those after each epoch; 0: none", low=0),
     Key("CHECKPOINT.EVERY_MINUTES", 10.0, "the same in minutes: what a crash may cost; 0: none", low=0),
+    Key("LOG.WANDB", "", "project of Weights & Biases to log to as well; empty: none"),
+    Key(
+        "PARALLEL.STRATEGY",
+        "ddp",
+        "ddp: each process holds the weights; fsdp: they are shared out, for models that would not fit",
+        choices=("ddp", "fsdp"),
+    ),
     Key("PARALLEL.TIMEOUT_S", 1800, "seconds a process waits for the others before it gives up", low=1),
 )
 BY_NAME = {key.name: key for key in KEYS}
@@ -280,8 +324,8 @@ def _coerce(key: Key, value: Any, origin: str) -> Any:
 
 
 def _coerce_element(key: Key, value: Any, origin: str) -> Any:
-    """Return an element of a list key as a number of the default's type; lists without a default hold integers."""
-    kind = type(key.default[0]) if key.default else int
+    """Return an element of a list key as a number of the default's type; others hold ``key.element``."""
+    kind = type(key.default[0]) if key.default else key.element
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not kind:
@@ -310,6 +354,10 @@ def check(cfg: CfgNode) -> None:
         )
     if cfg.TEST.SHORT_SIDE < cfg.DATA.SIZE:
         raise UsageError(f"TEST.SHORT_SIDE {cfg.TEST.SHORT_SIDE} is below DATA.SIZE {cfg.DATA.SIZE}; raise it.")
+    if cfg.COMPILE == "model" and cfg.PARALLEL.STRATEGY == "fsdp":
+        raise UsageError(
+            "COMPILE model with PARALLEL.STRATEGY fsdp, which shares out block by block; set COMPILE blocks."
+        )
     if cfg.TEST.CROPS == 2:
         raise UsageError("TEST.CROPS is 2; allowed: 1 (centre) or 3 (both ends and the centre).")
     if not cfg.DATA.ROOT:

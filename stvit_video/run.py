@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from stvit_video.engine.stopping import EXIT_STOPPED, Stopped
+from stvit_video.engine.stopping import EXIT_STOPPED, Diverged, Stopped
 from stvit_video.errors import Parser, UsageError
 
 # What the system says where the user, not this program, has to act: nothing else is turned into one line.
@@ -33,8 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     except Stopped as stopped:
-        print(f"{stopped}; a checkpoint is written, and the same command continues", file=sys.stderr)
+        print(f"{stopped}; all of it is kept, and the same command, without OVERWRITE, continues", file=sys.stderr)
         return EXIT_STOPPED
+    except Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nstopped; the same command, without OVERWRITE, continues from the last checkpoint", file=sys.stderr)
         return 1

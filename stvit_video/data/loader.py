@@ -56,18 +56,22 @@ class EpochSampler(Sampler[list[SampleKey]]):
 class ShardedBatches(Sampler[list[int]]):
     """Consecutive batches of a list, dealt out to the processes in turn; no video twice, none left out.
 
-    A batch holds the same videos for any number of processes, so their logits are the same too.
+    A batch holds the same videos for any number of processes, so their logits are the same too. ``done`` are the first
+    videos of batches that are passed over.
     """
 
     def __init__(self, length: int, batch: int, rank: int, world: int) -> None:
-        starts = range(0, length, batch)
-        self.batches = [list(range(start, min(start + batch, length))) for start in starts][rank::world]
+        self.length, self.batch, self.rank, self.world = length, batch, rank, world
+        self.done: set[int] = set()
+
+    def _starts(self) -> list[int]:
+        return [start for start in range(0, self.length, self.batch) if start not in self.done][self.rank :: self.world]
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self._starts())
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches)
+        return (list(range(start, min(start + self.batch, self.length))) for start in self._starts())
 
 
 def build_train_loader(cfg: CfgNode, world: World, num_classes: int) -> DataLoader:

@@ -20,7 +20,10 @@ from torch import nn
 
 from stvit_video.models.checkpoints import DAMAGE
 
-REQUIRED = ("model", "optimizer", "scheduler", "epoch", "step", "best", "processes")
+REQUIRED = (
+    "model", "optimizer", "average", "averaged", "scheduler", "scaler", "epoch", "step", "bad_steps", "best", "setup",
+)  # fmt: skip
+READ_ERRORS = (OSError, pickle.UnpicklingError, zipfile.BadZipFile, *DAMAGE)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -65,16 +68,21 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [found[step] for step in sorted(found, reverse=True)]
 
 
+def read_checked(path: Path) -> Any:
+    """Return what torch saved to a file, after comparing its checksums; raises one of READ_ERRORS if it is damaged."""
+    with zipfile.ZipFile(path) as archive:  # torch's format, with a checksum of every part
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def load_newest(folder: Path) -> dict[str, Any] | None:
     """Return the newest training state that is whole, warning about any that is not; None where there is none."""
     for path in list_checkpoints(folder):
         try:
-            with zipfile.ZipFile(path) as archive:  # torch's format, with a checksum of every part
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, pickle.UnpicklingError, zipfile.BadZipFile, *DAMAGE) as error:
+            content = read_checked(path)
+        except READ_ERRORS as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             warnings.warn(f"checkpoint {path} is damaged ({reason[:120]}); trying the one before", stacklevel=2)
             continue

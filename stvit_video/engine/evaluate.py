@@ -14,15 +14,20 @@ from torch.utils.data import DataLoader
 from stvit_video.data.ledger import Failure
 from stvit_video.data.loader import build_test_loader
 from stvit_video.data.videos import build_classes
-from stvit_video.distributed import World, gather_objects, on_main
+from stvit_video.distributed import World, any_of, gather_objects, on_main
+from stvit_video.engine.fingerprint import fingerprint, weights_hash
 from stvit_video.engine.logging import describe_results
 from stvit_video.engine.metrics import Predictions
+from stvit_video.engine.parallel import compile_model
+from stvit_video.engine.parts import Parts, Row
 from stvit_video.engine.plots import plot_confusion
+from stvit_video.engine.precision import autocast, set_precision
 from stvit_video.engine.run_folder import RunFolder
-from stvit_video.engine.start import autocast, build_data, check_inputs, report_lists, report_model
+from stvit_video.engine.start import build_cost, build_data, check_inputs, report_lists, report_model
+from stvit_video.engine.stopping import Stopped, StopSignals
 from stvit_video.errors import UsageError
 from stvit_video.models import LoadReport, load_pretrained
-from stvit_video.models.complexity import count_gflops, count_parameters
+from stvit_video.models.complexity import Cost
 from stvit_video.models.zoo import build_model
 from stvit_video.progress import Progress
 
@@ -35,24 +40,48 @@ class NothingReadError(UsageError):
         self.failures = failures
 
 
-def predict(model: nn.Module, loader: DataLoader, world: World, precision: str, title: str = "") -> Predictions:
+def predict(
+    model: nn.Module,
+    loader: DataLoader,
+    world: World,
+    precision: str,
+    title: str = "",
+    *,
+    parts: Parts | None = None,
+    signals: StopSignals | None = None,
+) -> Predictions:
     """Score every video of the loader's list: class probabilities averaged over its views, the same on every process.
 
     ``model`` is the bare network: nothing is exchanged between processes until the end, so their shares may differ.
+    The rest is as in ``describe_videos``.
     """
     model.eval()
-    return describe_videos(lambda clips: model(clips).float().softmax(dim=1), loader, world, precision, title)
+
+    def describe(clips: Tensor) -> Tensor:
+        return model(clips).float().softmax(dim=1)
+
+    return describe_videos(describe, loader, world, precision, title, parts=parts, signals=signals)
 
 
 @torch.no_grad()
 def describe_videos(
-    describe: Callable[[Tensor], Tensor], loader: DataLoader, world: World, precision: str, title: str = ""
+    describe: Callable[[Tensor], Tensor],
+    loader: DataLoader,
+    world: World,
+    precision: str,
+    title: str = "",
+    *,
+    parts: Parts | None = None,
+    signals: StopSignals | None = None,
 ) -> Predictions:
     """Average the rows ``describe(clips)`` over the views of each video of the loader's list, on every process.
 
-    Progress is shown where there is a ``title``.
+    Progress is shown where there is a ``title``. What ``parts`` holds is not computed again. Raises Stopped after a
+    signal to stop, when the ``parts`` are written.
     """
-    rows: list[tuple[Tensor, Tensor, Tensor]] = []
+    kept = on_main(world, parts.read) if parts is not None else []
+    loader.batch_sampler.done = {int(indices[0]) for indices, *_ in kept}  # type: ignore[union-attr]
+    rows: list[Row] = []
     failures: list[Failure] = []
     done, started = 0, time.monotonic()
     with Progress(title, len(loader), enabled=bool(title) and world.is_main) as progress:
@@ -64,12 +93,24 @@ def describe_videos(
                     figures = describe(clips).float()
                 views = len(figures) // len(batch.labels)
                 rows.append((batch.indices, batch.labels, figures.unflatten(0, (-1, views)).mean(dim=1).cpu()))
+                if parts is not None and not batch.failures:
+                    parts.add(rows[-1])
                 done += len(batch.labels)
             progress.advance(f"{done / (time.monotonic() - started):.1f} videos/s")
-    return _join(gather_objects(world, (rows, failures)), len(loader.dataset))  # type: ignore[arg-type]
+            if signals is not None and signals.received is not None:
+                break
+    if signals is not None and any_of(world, signals.received is not None):
+        if parts is not None:
+            parts.flush()
+        scored = sum(len(row[0]) for share in gather_objects(world, rows) for row in share + kept * world.is_main)
+        raise Stopped(signals.received, f"{scored} of {len(loader.dataset)} videos")  # type: ignore[arg-type]
+    shares = gather_objects(world, (rows, failures))
+    predictions = _join([(kept, []), *shares], len(loader.dataset))  # type: ignore[arg-type]
+    predictions.kept = sum(len(indices) for indices, *_ in kept)
+    return predictions
 
 
-def _join(shares: list[tuple[list[tuple[Tensor, Tensor, Tensor]], list[Failure]]], total: int) -> Predictions:
+def _join(shares: list[tuple[list[Row], list[Failure]]], total: int) -> Predictions:
     """Put the processes' shares into list order and make sure that no video is missing or counted twice."""
     rows = [row for share, _ in shares for row in share]
     failures = [failure for _, share in shares for failure in share]
@@ -100,20 +141,28 @@ def test_model(
     world: World,
     folder: RunFolder,
     model: nn.Module,
+    cost: Cost,
     loader: DataLoader,
     classes: list[str],
     earlier: list[Failure],
 ) -> dict[str, Any]:
-    """Test ``model`` with all views, write results, failures and confusion matrix; return the results."""
+    """Test ``model`` with all views; write results, tables, failures and confusion matrix; return the results.
+
+    A test that was interrupted goes on. Raises Stopped, with nothing lost, after a signal to stop.
+    """
     started = time.monotonic()
+    dataset: Any = loader.dataset
+    parts = Parts(folder.parts, fingerprint(model, weights_hash(model), dataset, cfg.PRECISION, 0), world.rank)
     try:
-        predictions = predict(model, loader, world, cfg.PRECISION, "test")
+        with StopSignals() as signals:
+            predictions = predict(model, loader, world, cfg.PRECISION, "test", parts=parts, signals=signals)
     except NothingReadError as error:
         rows = earlier + error.failures
         on_main(world, lambda: folder.write_failures(rows))
         raise
     seconds = time.monotonic() - started
     views = cfg.TEST.CLIPS * cfg.TEST.CROPS
+    fresh = len(predictions.labels) - predictions.kept
     results = {
         "model": cfg.MODEL.NAME,
         "top1": predictions.top(1),
@@ -123,19 +172,22 @@ def test_model(
         "scored": len(predictions.labels),
         "failed": len(predictions.failures),
         "views": {"clips": cfg.TEST.CLIPS, "crops": cfg.TEST.CROPS},
-        "parameters": count_parameters(model),
-        "clips_per_second": len(predictions.labels) * views / seconds,
+        "parameters": cost.parameters,
+        "gflops": cost.gflops,
+        "gflops_per_video": cost.gflops * views,
+        "clips_per_second": fresh * views / seconds if fresh else None,  # of this process's start, not of earlier ones
         "precision": cfg.PRECISION,
         "processes": world.size,
     }
 
     def write() -> dict[str, Any]:
-        gflops = count_gflops(model, (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE))
-        results.update(gflops=gflops, gflops_per_video=gflops * views)
         folder.write_failures(earlier + predictions.failures)
         check_failures(len(predictions.failures), predictions.total, cfg.DATA.MAX_FAILURES, "test")
+        folder.write_table("per_class.csv", predictions.per_class(classes))
+        folder.write_table("predictions.csv", predictions.rows([video.path for video in dataset.videos], classes))
         plot_confusion(predictions.confusion(), classes, folder.path / "confusion.png")
         folder.write_results(results)
+        parts.clear()
         print(f"{describe_results(results)}\nresults in {folder.results}", flush=True)
         return results
 
@@ -176,6 +228,9 @@ def test(cfg: CfgNode, world: World) -> None:
     model = build_model(cfg, len(classes))
     report = load_pretrained(model, source, min_coverage=0.9)
     check_all_loaded(report, model)
+    cost = build_cost(cfg, model)
+    set_precision(world.device, cfg.PRECISION)
+    compile_model(model, cfg.COMPILE)
     # Before anything is written: a wrong list is said here.
     loader = build_test_loader(cfg, world, "test", len(classes), clips=cfg.TEST.CLIPS, crops=cfg.TEST.CROPS)
     on_main(world, lambda: folder.claim(cfg))
@@ -183,6 +238,6 @@ def test(cfg: CfgNode, world: World) -> None:
         on_main(world, lambda: folder.write_load_report(report.to_json()))
     if world.is_main:
         print(report, flush=True)
-        report_model(cfg, model, world, len(classes))
+        report_model(cfg, cost, world, len(classes))
         report_lists({"test": loader})
-    test_model(cfg, world, folder, model.to(world.device), loader, classes, [])
+    test_model(cfg, world, folder, model.to(world.device), cost, loader, classes, [])

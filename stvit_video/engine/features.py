@@ -15,12 +15,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from stvit_video import __version__
-from stvit_video.data.dataset import TestDataset
 from stvit_video.data.ledger import Failure
 from stvit_video.distributed import World, on_main
 from stvit_video.engine.checkpoint import write_atomically
 from stvit_video.engine.evaluate import describe_videos
+from stvit_video.engine.fingerprint import fingerprint
 from stvit_video.engine.metrics import Predictions
 
 TENSORS = ("scores", "labels", "indices")
@@ -53,33 +52,6 @@ def frame_probabilities(image_model: nn.Module) -> Callable[[Tensor], Tensor]:
         return probabilities.unflatten(0, (len(clips), -1)).mean(dim=1)
 
     return describe
-
-
-def file_hash(path: str | Path) -> str:
-    """Return the SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def fingerprint(model: nn.Module, weights: str, dataset: TestDataset, precision: str, seed: int) -> str:
-    """Return a hash of what a description depends on: network, ``weights``, list, views, clips and arithmetic.
-
-    Of the video files themselves, only names and labels count.
-    """
-    content = {
-        "version": __version__,
-        "model": [str(model.name), model.arguments],
-        "weights": weights,
-        "videos": [[video.path, video.label] for video in dataset.videos],
-        "decoders": dataset.decoding.decoders,
-        "views": [repr(dataset.sampler), repr(dataset.views), dataset.decoding.short_side],
-        "precision": precision,
-        "seed": seed,  # of the random weights, and of those that a checkpoint does not hold
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def describe_list(

@@ -1,22 +1,27 @@
-"""What is kept of a run while it goes on: ``metrics.jsonl`` and TensorBoard."""
+"""What is kept of a run while it goes on: ``metrics.jsonl``, TensorBoard, and Weights & Biases if asked for."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+import yaml
+from fvcore.common.config import CfgNode
 from torch.utils.tensorboard import SummaryWriter
 
 from stvit_video.engine.checkpoint import write_atomically
+from stvit_video.errors import UsageError
 
 
 class MetricsLog:
-    """One line a row in ``metrics.jsonl``, flushed, and the same in TensorBoard."""
+    """One line a row in ``metrics.jsonl``, flushed, and the same in TensorBoard and in ``run`` of Weights & Biases."""
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, step: int, run: Any = None) -> None:
         """Open the log of a run that is at ``step``; rows past it are of work that was lost, and are dropped.
 
         So is a validation at that step: it comes after its checkpoint, and is done again.
         """
+        self.run = run
         path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] < step + (row["split"] == "train")]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
@@ -29,11 +34,32 @@ class MetricsLog:
         self.file.flush()
         for name, value in values.items():
             self.board.add_scalar(f"{name}/{split}", value, step)
+        if self.run is not None:
+            self.run.log({f"{name}/{split}": value for name, value in values.items()} | {"epoch": epoch}, step=step)
 
     def close(self) -> None:
         """Write out what is buffered."""
         self.file.close()
         self.board.close()
+        if self.run is not None:
+            self.run.finish()
+
+
+def build_log(cfg: CfgNode, folder: Path, step: int) -> MetricsLog:
+    """Return the log of a run that is at ``step``. Raises UsageError where LOG.WANDB asks for what is not installed."""
+    if not cfg.LOG.WANDB:
+        return MetricsLog(folder, step)
+    try:
+        import wandb
+    except ImportError as error:
+        raise UsageError(
+            f"LOG.WANDB {cfg.LOG.WANDB}: Weights & Biases is not installed; pip install wandb, or LOG.WANDB ''."
+        ) from error
+    # The same folder is the same run there too, also after an interruption.
+    identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    settings = yaml.safe_load(cfg.dump())
+    run = wandb.init(project=cfg.LOG.WANDB, name=folder.name, id=identity, resume="allow", dir=folder, config=settings)
+    return MetricsLog(folder, step, run)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -52,8 +78,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def describe_results(results: dict[str, Any]) -> str:
     """Return the line that a run ends with."""
     views, scored = results["views"], f"{results['scored']} of {results['videos']}"
+    speed = f", {results['clips_per_second']:.1f} clips/s" if results["clips_per_second"] else ""
     return (
         f"top-1 {results['top1']:.2f} %  top-5 {results['top5']:.2f} %  on {scored} videos "
-        f"({100 * results['coverage']:.1f} % coverage, {views['clips']} x {views['crops']} views), "
-        f"{results['clips_per_second']:.1f} clips/s"
+        f"({100 * results['coverage']:.1f} % coverage, {views['clips']} x {views['crops']} views){speed}"
     )

@@ -26,6 +26,7 @@ class Predictions:
     indices: Tensor
     total: int  # videos in the list
     failures: list[Failure] = field(default_factory=list)
+    kept: int = 0  # videos whose scores are from an earlier, interrupted test
 
     def top(self, k: int) -> float:
         """Return top-k accuracy over the scored videos, in percent."""
@@ -41,6 +42,30 @@ class Predictions:
         """Return the mean negative log-likelihood of the labels."""
         chosen = self.scores.double().gather(1, self.labels[:, None]).clamp_min(1e-12)
         return float(-chosen.log().mean()) if len(self.labels) else float("nan")
+
+    def per_class(self, classes: list[str]) -> list[dict[str, object]]:
+        """Return a row a class: its scored videos, how many of them are right, and top-1 in percent."""
+        counts = self.confusion()
+        return [
+            {"class": name, "videos": videos, "correct": right, "top1": 100 * right / videos if videos else None}
+            for name, videos, right in zip(classes, counts.sum(dim=1).tolist(), counts.diag().tolist(), strict=True)
+        ]
+
+    def rows(self, paths: list[str], classes: list[str]) -> list[dict[str, object]]:
+        """Return a row a scored video, in list order: what it is, what it was taken for, and both probabilities."""
+        best, predicted = self.scores.max(dim=1)
+        own = self.scores.gather(1, self.labels[:, None])[:, 0]
+        columns = (self.indices, self.labels, predicted, best, own)
+        return [
+            {
+                "path": paths[index],
+                "label": classes[label],
+                "predicted": classes[choice],
+                "probability": round(probability, 6),
+                "label_probability": round(own_probability, 6),
+            }
+            for index, label, choice, probability, own_probability in zip(*(c.tolist() for c in columns), strict=True)
+        ]
 
     def confusion(self) -> Tensor:
         """Return counts (classes, classes): rows are labels, columns predictions."""

@@ -10,13 +10,15 @@ from torch import Tensor
 
 matplotlib.use("Agg")
 COLOURS = {"train": "#1f5fa8", "val": "#d1495b"}
+CURVES = {"loss": "loss", "top1": "top-1 (%)", "lr": "learning rate"}
 WEIGHTS_COLOURS = {"checkpoint": "#1f5fa8", "random": "#9aa0a6", "fine-tuned": "#d1495b"}
 
 
 def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw loss and top-1 by epoch, training beside validation, from the rows of ``metrics.jsonl``."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, name, label in zip(figure.subplots(1, 2), ("loss", "top1"), ("loss", "top-1 (%)"), strict=True):
+    """Draw loss, top-1 and learning rate by epoch, training beside validation, from the rows of ``metrics.jsonl``."""
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for axes, (name, label) in zip(panels, CURVES.items(), strict=True):
         for split, colour in COLOURS.items():
             points = [(row["epoch"], row[name]) for row in rows if row["split"] == split and name in row]
             if points:
@@ -26,7 +28,7 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
         axes.set_ylim(bottom=0)
-    axes.legend(loc="lower right")
+    panels[1].legend(loc="lower right")
     figure.savefig(path, dpi=120)
 
 

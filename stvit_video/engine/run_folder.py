@@ -1,5 +1,7 @@
 """The folder of a run: whose it is, what it holds, and what may be written to it."""
 
+import csv
+import io
 import json
 import os
 import platform
@@ -21,16 +23,18 @@ from stvit_video.errors import UsageError
 
 # Keys that may change between a run and its continuation: they do not change what is computed.
 FREE_KEYS = (
-    "MODE", "OUTPUT_DIR", "OVERWRITE", "DEVICE", "DATA.WORKERS", "DATA.GENERATE", "DATA.MAX_FAILURES",
-    "DATA.DEADLINE_S", "DATA.TRANSFORM_ON", "TRAIN.RESUME", "CHECKPOINT.EVERY_STEPS", "CHECKPOINT.EVERY_MINUTES",
-    "CHECKPOINT.KEEP", "PARALLEL.TIMEOUT_S", "TRANSFER.NEIGHBOURS", "TRANSFER.TEMPERATURE", "TRANSFER.WEIGHT_DECAY",
-    "TRANSFER.RANDOM_BASELINE", "TRANSFER.FINETUNE",
+    "MODE", "OUTPUT_DIR", "OVERWRITE", "DEVICE", "COMPILE", "DATA.WORKERS", "DATA.GENERATE", "DATA.MAX_FAILURES",
+    "DATA.DEADLINE_S", "DATA.TRANSFORM_ON", "TRAIN.RESUME", "TRAIN.MAX_BAD_STEPS", "CHECKPOINT.EVERY_STEPS",
+    "CHECKPOINT.EVERY_MINUTES", "CHECKPOINT.KEEP", "LOG.WANDB", "PARALLEL.STRATEGY", "PARALLEL.TIMEOUT_S",
+    "TRANSFER.NEIGHBOURS", "TRANSFER.TEMPERATURE", "TRANSFER.WEIGHT_DECAY", "TRANSFER.RANDOM_BASELINE",
+    "TRANSFER.FINETUNE",
 )  # fmt: skip
 # What each mode writes and replaces; training writes TRAINING_FILES too. The features of a transfer are not replaced as
 # a whole: each file says itself what it is of.
+TEST_FILES = ("results.json", "confusion.png", "failures.csv", "per_class.csv", "predictions.csv")
 RESULT_FILES = {
-    "train": ("results.json", "confusion.png", "failures.csv"),
-    "test": ("results.json", "confusion.png", "failures.csv"),
+    "train": TEST_FILES,
+    "test": TEST_FILES,
     "transfer": ("transfer.json", "transfer.png", "failures.csv", "load_report.json"),
 }
 TRAINING_FILES = (
@@ -57,6 +61,11 @@ class RunFolder:
     @property
     def best_weights(self) -> Path:
         return self.checkpoints / "best.safetensors"
+
+    @property
+    def parts(self) -> Path:
+        """What a test that was interrupted has already scored."""
+        return self.checkpoints / "test_parts"
 
     @property
     def transfer(self) -> Path:
@@ -119,6 +128,8 @@ class RunFolder:
         try:
             if cfg.OVERWRITE or not self.has_progress():
                 self._clear(cfg.MODE)
+            if cfg.OVERWRITE and cfg.MODE == "test":
+                shutil.rmtree(self.parts, ignore_errors=True)
             self.path.mkdir(parents=True, exist_ok=True)
             # A test or transfer that is done again is of the new settings; in a training run's folder it is a guest.
             owner = (self._recorded_config() or {}).get("MODE")
@@ -153,6 +164,14 @@ class RunFolder:
     def write_results(self, results: dict[str, Any]) -> None:
         """Write ``results.json``."""
         write_atomically(self.results, json.dumps(results, indent=2).encode())
+
+    def write_table(self, name: str, rows: list[dict[str, object]]) -> None:
+        """Write rows as a CSV file of that name, columns as in the first."""
+        text = io.StringIO(newline="")
+        table = csv.DictWriter(text, list(rows[0]) if rows else [])
+        table.writeheader()
+        table.writerows(rows)
+        write_atomically(self.path / name, text.getvalue().encode("utf-8", "surrogateescape"))
 
     def write_load_report(self, text: str) -> None:
         """Write ``load_report.json``: what became of every key of MODEL.INIT."""

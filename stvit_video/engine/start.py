@@ -1,9 +1,7 @@
-"""What training and testing begin with: data in place, numeric precision, and a line about the model."""
+"""What training and testing begin with: data in place, and a line about the model."""
 
-from contextlib import AbstractContextManager
 from pathlib import Path
 
-import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 from torch.utils.data import DataLoader
@@ -13,7 +11,7 @@ from stvit_video.data.annotations import summarise_videos
 from stvit_video.data.videos import build_classes, build_source
 from stvit_video.distributed import World, on_main
 from stvit_video.errors import UsageError
-from stvit_video.models.complexity import count_gflops, count_parameters, count_training_memory
+from stvit_video.models.complexity import Cost, count_training_memory, measure_cost
 from stvit_video.models.zoo import build_model
 
 KINETICS_CLASSES = 400  # what --cost assumes where there is no data; the classifier's share of the cost is small
@@ -59,9 +57,9 @@ def check_inputs(cfg: CfgNode, *, resumed: bool = False) -> None:
         )
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """Return the context in which the forward pass runs in ``precision``."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+def build_cost(cfg: CfgNode, model: nn.Module) -> Cost:
+    """Return what a clip of the configured size costs."""
+    return measure_cost(model, (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE))
 
 
 def print_cost(cfg: CfgNode) -> None:
@@ -72,21 +70,25 @@ def print_cost(cfg: CfgNode) -> None:
         classes = cfg.MODEL.NUM_CLASSES or KINETICS_CLASSES
         print(f"no data found in {cfg.DATA.ROOT}: {classes} classes assumed")
     model = build_model(cfg, classes)
-    print(_describe_model(cfg, model, classes), flush=True)
-    clip = count_training_memory(model, (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE), cfg.PRECISION)
+    cost = build_cost(cfg, model)
+    print(_describe_model(cfg, cost, classes), flush=True)
+    clip = count_training_memory(model, cost.input_size, cfg.PRECISION)
     print(
         f"training: {clip:.2f} GB a clip kept for the backward pass in {cfg.PRECISION}, beside "
-        f"{16 * count_parameters(model) / 1e9:.2f} GB for weights, gradients and optimiser; a step of "
+        f"{16 * cost.parameters / 1e9:.2f} GB for weights, gradients and optimiser; a step of "
         f"{cfg.TRAIN.BATCH_SIZE} clips in {cfg.TRAIN.ACCUMULATE} batch(es) on N processes: "
         f"{clip * cfg.TRAIN.BATCH_SIZE / cfg.TRAIN.ACCUMULATE:.0f} / N GB"
     )
 
 
-def report_model(cfg: CfgNode, model: nn.Module, world: World, num_classes: int) -> None:
+def report_model(cfg: CfgNode, cost: Cost, world: World, num_classes: int) -> None:
     """Print the model's size and cost, and where it runs."""
+    sharded = ", weights shared out (fsdp)" if world.size > 1 and cfg.PARALLEL.STRATEGY == "fsdp" else ""
+    compiled = f", compiled ({cfg.COMPILE})" if cfg.COMPILE != "none" else ""
     print(
-        f"{_describe_model(cfg, model, num_classes)}\n"
-        f"{world.size} process(es) on {world.device.type}, {cfg.PRECISION}, output in {cfg.OUTPUT_DIR}",
+        f"{_describe_model(cfg, cost, num_classes)}\n"
+        f"{world.size} process(es) on {world.device.type}, {cfg.PRECISION}{sharded}{compiled}, output in "
+        f"{cfg.OUTPUT_DIR}",
         flush=True,
     )
 
@@ -98,12 +100,11 @@ def report_lists(loaders: dict[str, DataLoader | None]) -> None:
             print(summarise_videos(loader.dataset.videos, split), flush=True)  # type: ignore[attr-defined]
 
 
-def _describe_model(cfg: CfgNode, model: nn.Module, num_classes: int) -> str:
+def _describe_model(cfg: CfgNode, cost: Cost, num_classes: int) -> str:
     """Return a line on the model's size and its cost, per clip and per test video."""
-    size = (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE)
-    gflops, views = count_gflops(model, size), cfg.TEST.CLIPS * cfg.TEST.CROPS
+    (frames, height, width), views = cost.input_size, cfg.TEST.CLIPS * cfg.TEST.CROPS
     return (
-        f"{cfg.MODEL.NAME}: {count_parameters(model) / 1e6:.2f} M parameters, {num_classes} classes, "
-        f"{size[0]} frames of {size[1]}x{size[2]}, {gflops:.3f} GFLOPs a clip, {gflops * views:.3f} a video "
+        f"{cfg.MODEL.NAME}: {cost.parameters / 1e6:.2f} M parameters, {num_classes} classes, "
+        f"{frames} frames of {height}x{width}, {cost.gflops:.3f} GFLOPs a clip, {cost.gflops * views:.3f} a video "
         f"({cfg.TEST.CLIPS} x {cfg.TEST.CROPS} views)"
     )

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: they set a flag, and the run ends at its next step with nothing lost."""
+"""Why a run ends early: signals, which set a flag until the next step, so that nothing is lost; and divergence."""
 
 import os
 import signal
@@ -11,11 +11,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Stopped(Exception):
-    """A run ended on a signal, after a checkpoint of its last step."""
+    """A run ended on a signal; all that it had done, which ``reached`` says, is kept."""
 
-    def __init__(self, received: str | None, step: int) -> None:
-        self.received, self.step = received, step
-        super().__init__(f"stopped by {received or 'a signal to another process'} after step {step}")
+    def __init__(self, received: str | None, reached: str) -> None:
+        super().__init__(f"stopped by {received or 'a signal to another process'} after {reached}")
+
+
+class Diverged(Exception):
+    """Training cannot go on: too many steps had a loss or gradients that are not finite."""
 
 
 class StopSignals:

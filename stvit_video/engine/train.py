@@ -11,16 +11,16 @@ from fvcore.common.config import CfgNode
 from torch import nn
 from torch.utils.data import DataLoader
 
-from stvit_video.data.ledger import Failure, merge
+from stvit_video.data.ledger import merge
 from stvit_video.data.loader import build_test_loader
 from stvit_video.data.videos import build_classes
 from stvit_video.distributed import World, any_of, gather_objects, on_main
-from stvit_video.engine.checkpoint import CheckpointWriter, build_writer, load_newest, save_weights
+from stvit_video.engine.checkpoint import build_writer, load_newest, save_weights
 from stvit_video.engine.evaluate import check_failures, predict, test_model
-from stvit_video.engine.logging import MetricsLog, describe_results, read_metrics
+from stvit_video.engine.logging import build_log, describe_results, read_metrics
 from stvit_video.engine.plots import plot_curves
 from stvit_video.engine.run_folder import RunFolder
-from stvit_video.engine.start import build_data, check_inputs, report_lists, report_model
+from stvit_video.engine.start import build_cost, build_data, check_inputs, report_lists, report_model
 from stvit_video.engine.stopping import Stopped, StopSignals
 from stvit_video.engine.trainer import Trainer, build_trainer
 from stvit_video.errors import UsageError
@@ -68,8 +68,9 @@ def train(cfg: CfgNode, world: World) -> None:
         report = build_weights(cfg, model, classes)
         if world.is_main:
             print(report, flush=True)
+    cost = build_cost(cfg, model)
     # All that can be wrong is found before the folder is touched, and before hours of training.
-    trainer = build_trainer(cfg, world, model, len(classes))
+    trainer = build_trainer(cfg, world, model, len(classes), cost.gflops)
     val_loader = build_test_loader(cfg, world, "val", len(classes)) if cfg.DATA.VAL_LIST else None
     test_loader = build_test_loader(cfg, world, "test", len(classes), clips=cfg.TEST.CLIPS, crops=cfg.TEST.CROPS)
     on_main(world, lambda: folder.claim(cfg))
@@ -77,13 +78,20 @@ def train(cfg: CfgNode, world: World) -> None:
         text = report.to_json()
         on_main(world, lambda: folder.write_load_report(text))
     if world.is_main:
-        report_model(cfg, model, world, len(classes))
+        report_model(cfg, cost, world, len(classes))
         report_lists({"train": trainer.loader, "val": val_loader, "test": test_loader})
     if state is not None:
         resume(trainer, state, folder)
-    train_epochs(cfg, trainer, folder, val_loader)
-    on_main(world, lambda: finish_training(folder, trainer, classes))
-    test_model(cfg, world, folder, trainer.bare_model, test_loader, classes, trainer.failures)
+    train_epochs(cfg, trainer, folder, val_loader, classes)
+    tested = trainer.model_to_test()
+    on_main(world, lambda: finish_training(folder, tested, classes))
+    test_model(cfg, world, folder, tested, cost, test_loader, classes, trainer.failures)
+
+
+def finish_training(folder: RunFolder, model: nn.Module, classes: list[str]) -> None:
+    """Write the weights to be tested and the learning curves."""
+    save_weights(folder.weights, model, classes)
+    plot_curves(read_metrics(folder.path / "metrics.jsonl"), folder.path / "curves.png")
 
 
 def resume(trainer: Trainer, state: dict[str, Any], folder: RunFolder) -> None:
@@ -94,38 +102,43 @@ def resume(trainer: Trainer, state: dict[str, Any], folder: RunFolder) -> None:
     if not world.is_main:
         return
     print(f"continuing at step {trainer.step} in epoch {trainer.epoch + 1}", flush=True)
-    if state["processes"] != world.size:
+    changed = [f"{name} {old} (now {trainer.setup[name]})" for name, old in state["setup"].items()
+               if old != trainer.setup[name]]  # fmt: skip
+    if changed:
         print(
-            f"note: the run was on {state['processes']} process(es) and goes on with {world.size}: its steps see the "
-            f"same videos, but sums are rounded differently, so weights will not be equal bit for bit",
+            f"note: the run was with {', '.join(changed)}: its steps see the same videos, but sums are rounded "
+            f"differently, so weights will not be equal bit for bit",
             flush=True,
         )
 
 
-def train_epochs(cfg: CfgNode, trainer: Trainer, folder: RunFolder, val_loader: DataLoader | None) -> None:
+def train_epochs(
+    cfg: CfgNode, trainer: Trainer, folder: RunFolder, val_loader: DataLoader | None, classes: list[str]
+) -> None:
     """Take the steps that are left, validate after epochs, and write checkpoints as the configuration asks.
 
     Raises Stopped, with a checkpoint at the very step, after a signal to stop.
     """
     world = trainer.world
-    log = MetricsLog(folder.path, trainer.step) if world.is_main else None
-    total = cfg.TRAIN.EPOCHS * trainer.steps_per_epoch
+    log = build_log(cfg, folder.path, trainer.step) if world.is_main else None
     with (
         closing(log) if log is not None else nullcontext(),
         StopSignals() as signals,
         build_writer(cfg, folder.checkpoints) as writer,
-        Progress("train", total, trainer.step, enabled=world.is_main) as progress,
+        Progress("train", trainer.total_steps, trainer.step, enabled=world.is_main) as progress,
     ):
 
         def after_step() -> None:
             stop = any_of(world, signals.received is not None)
             if stop or trainer.steps_left == 0 or any_of(world, writer.is_due(trainer.step)):
-                keep_progress(trainer, folder, writer)
+                keep_failures(trainer, folder)
+                state = trainer.state()
+                on_main(world, lambda: writer.save(state))
             if stop:
                 writer.wait()
-                raise Stopped(signals.received, trainer.step)
+                raise Stopped(signals.received, f"step {trainer.step}")
 
-        while trainer.epoch < cfg.TRAIN.EPOCHS:
+        while trainer.epoch < trainer.epochs:
             try:
                 trainer.train_epoch(progress, log, after_step)
             except UsageError:  # too many videos failed: the ledger says which, as far as this process knows
@@ -133,54 +146,47 @@ def train_epochs(cfg: CfgNode, trainer: Trainer, folder: RunFolder, val_loader: 
                     folder.write_failures(trainer.failures)
                 raise
             writer.wait()  # before validation forks its workers
-            if val_loader is not None and (trainer.epoch + 1) % cfg.TRAIN.VAL_EVERY == 0:
-                validate(cfg, trainer, folder, val_loader, progress, log)
+            last = trainer.epoch + 1 == trainer.epochs
+            if val_loader is not None and (last or (trainer.epoch + 1) % cfg.TRAIN.VAL_EVERY == 0):
+                values = validate(cfg, trainer, folder, val_loader, classes, signals)
+                if log is not None:
+                    log.write(trainer.step, trainer.step / trainer.steps_per_epoch, "val", values)
+                progress.note(describe_validation(trainer.epoch + 1, values))
             trainer.epoch += 1
-            keep_failures(cfg, trainer, folder, val_loader)
+            keep_failures(trainer, folder)
+            check_all_failures(cfg, trainer, val_loader)
 
 
-def keep_progress(trainer: Trainer, folder: RunFolder, writer: CheckpointWriter) -> None:
-    """Write the ledger of failures, and begin to write a checkpoint."""
-    trainer.failures = gather_failures(trainer.world, trainer.failures)
+def keep_failures(trainer: Trainer, folder: RunFolder) -> None:
+    """Write the ledger of the videos that failed on any process."""
+    trainer.failures = merge(itertools.chain.from_iterable(gather_objects(trainer.world, trainer.failures)))
     on_main(trainer.world, lambda: folder.write_failures(trainer.failures))
-    on_main(trainer.world, lambda: writer.save(trainer.state()))
 
 
-def keep_failures(cfg: CfgNode, trainer: Trainer, folder: RunFolder, val_loader: DataLoader | None) -> None:
-    """Write the ledger; raise UsageError where a list has lost more videos than DATA.MAX_FAILURES allows."""
-    trainer.failures = gather_failures(trainer.world, trainer.failures)
-    on_main(trainer.world, lambda: folder.write_failures(trainer.failures))
+def check_all_failures(cfg: CfgNode, trainer: Trainer, val_loader: DataLoader | None) -> None:
+    """Raise UsageError where a list has lost more videos than DATA.MAX_FAILURES allows."""
     for stage, loader in (("train", trainer.loader), ("val", val_loader)):
         failed = len({failure.path for failure in trainer.failures if failure.stage == stage})
         check_failures(failed, len(loader.dataset) if loader else 0, cfg.DATA.MAX_FAILURES, stage)  # type: ignore[arg-type]
 
 
 def validate(
-    cfg: CfgNode,
-    trainer: Trainer,
-    folder: RunFolder,
-    loader: DataLoader,
-    progress: Progress,
-    log: MetricsLog | None,
-) -> None:
-    """Score the validation list with one view a video; keep the weights where they are the best so far."""
-    predictions = predict(trainer.bare_model, loader, trainer.world, cfg.PRECISION)
+    cfg: CfgNode, trainer: Trainer, folder: RunFolder, loader: DataLoader, classes: list[str], signals: StopSignals
+) -> dict[str, float]:
+    """Score the validation list with one view a video; keep the weights where they are the best so far.
+
+    Raises Stopped after a signal to stop; the checkpoint of the last step is there by then.
+    """
+    model = trainer.model_to_test()
+    predictions = predict(model, loader, trainer.world, cfg.PRECISION, signals=signals)
     trainer.failures += predictions.failures
     values = {"loss": predictions.loss, "top1": predictions.top(1), "top5": predictions.top(5)}
     if values["top1"] > trainer.best:
         trainer.best = values["top1"]
-        on_main(trainer.world, lambda: save_weights(folder.best_weights, trainer.bare_model, build_classes(cfg)))
-    if log is not None:
-        log.write(trainer.step, trainer.epoch + 1, "val", values)
-    progress.note(f"epoch {trainer.epoch + 1}: validation loss {values['loss']:.3f}, top-1 {values['top1']:.1f} %")
+        on_main(trainer.world, lambda: save_weights(folder.best_weights, model, classes))
+    return values
 
 
-def gather_failures(world: World, failures: list[Failure]) -> list[Failure]:
-    """Return the failures of all processes, each once."""
-    return merge(itertools.chain.from_iterable(gather_objects(world, failures)))
-
-
-def finish_training(folder: RunFolder, trainer: Trainer, classes: list[str]) -> None:
-    """Write the weights to be tested and the learning curves."""
-    save_weights(folder.weights, trainer.bare_model, classes)
-    plot_curves(read_metrics(folder.path / "metrics.jsonl"), folder.path / "curves.png")
+def describe_validation(epoch: int, values: dict[str, float]) -> str:
+    """Return the line that is printed after a validation."""
+    return f"epoch {epoch}: validation loss {values['loss']:.3f}, top-1 {values['top1']:.1f} %"

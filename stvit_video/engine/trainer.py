@@ -1,10 +1,9 @@
 """The trainer: the state of a training run, and its steps."""
 
-import math
+import copy
 import random
-import time
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,18 +11,32 @@ import torch
 import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from stvit_video.data.dataset import Batch, TrainDataset
 from stvit_video.data.ledger import Failure
 from stvit_video.data.loader import build_train_loader
 from stvit_video.data.mixing import Mix, build_mix
-from stvit_video.distributed import World, sum_over_world
+from stvit_video.distributed import World, any_of, gather_objects, sum_over_world
+from stvit_video.engine.averaging import average_weights
 from stvit_video.engine.evaluate import check_failures
+from stvit_video.engine.guards import nan_if_not_finite, refuse, suspects
 from stvit_video.engine.logging import MetricsLog
-from stvit_video.engine.optim import build_optimizer, build_scheduler
-from stvit_video.engine.start import autocast
+from stvit_video.engine.optim import build_optimizer, build_scheduler, freeze
+from stvit_video.engine.parallel import (
+    compile_model,
+    exchanging,
+    replicate,
+    restore_state,
+    restore_weights,
+    shard,
+    whole_state,
+    whole_weights,
+)
+from stvit_video.engine.precision import autocast, matrix_rate, set_precision
+from stvit_video.engine.step_clock import PARTS, StepClock, peak_memory
 from stvit_video.errors import UsageError
 from stvit_video.progress import Progress
 
@@ -31,7 +44,11 @@ LOG_EVERY = 8  # steps between rows of metrics.jsonl
 
 
 class Trainer:
-    """The state of a training run, and one epoch of it at a time."""
+    """The state of a training run, and one epoch of it at a time.
+
+    ``model`` is what the gradients are computed with: wrapped (DDP), sharded (FSDP) or neither. ``bare_model`` is the
+    network inside. ``average`` follows its weights, and ``spare`` is an unsharded copy to test a sharded one with.
+    """
 
     def __init__(
         self,
@@ -41,59 +58,87 @@ class Trainer:
         loader: DataLoader,
         world: World,
         *,
+        bare_model: nn.Module,
+        average: AveragedModel | None,
+        spare: nn.Module | None,
+        setup: dict[str, Any],
+        total_steps: int,
         precision: str,
         accumulate: int,
         clip_grad: float,
         label_smoothing: float,
         mix: Mix | None,
         max_failures: float,
+        max_bad_steps: int,
+        full_speed: float,
         seed: int,
     ) -> None:
-        self.bare_model, self.optimizer, self.scheduler = model, optimizer, scheduler
-        self.loader, self.world = loader, world
-        self.precision, self.accumulate, self.seed = precision, accumulate, seed
-        self.clip_grad, self.label_smoothing, self.mix = clip_grad, label_smoothing, mix
-        self.max_failures = max_failures
-        self.epoch = self.step = 0  # epochs that are over, steps taken
+        self.model, self.bare_model, self.average, self.spare = model, bare_model, average, spare
+        self.optimizer, self.scheduler, self.loader, self.world = optimizer, scheduler, loader, world
+        self.setup, self.total_steps, self.seed = setup, total_steps, seed
+        self.precision, self.accumulate, self.clip_grad = precision, accumulate, clip_grad
+        self.label_smoothing, self.mix = label_smoothing, mix
+        self.max_failures, self.max_bad_steps = max_failures, max_bad_steps
+        self.full_speed = full_speed  # training clips a second if a step were nothing but one matrix product
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
+        self.clock = StepClock(world.device)
+        self.epoch = self.step = self.bad_steps = 0  # epochs that are over, steps taken, those of them skipped
         self.best = 0.0  # validation top-1 in percent
         self.failures: list[Failure] = []
         self.failed: set[str] = set()  # training videos of this epoch and process
-        self.model: nn.Module = model
-        if world.size > 1:
-            devices = [world.device] if world.device.type == "cuda" else None
-            self.model = DistributedDataParallel(model, device_ids=devices)
 
     @property
     def steps_per_epoch(self) -> int:
         return len(self.loader) // self.accumulate
 
     @property
+    def epochs(self) -> int:
+        """Epochs that training has, the last of them perhaps cut short."""
+        return -(-self.total_steps // self.steps_per_epoch)
+
+    @property
     def steps_left(self) -> int:
         """Steps of the present epoch that are not yet taken."""
-        return (self.epoch + 1) * self.steps_per_epoch - self.step
+        return min((self.epoch + 1) * self.steps_per_epoch, self.total_steps) - self.step
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint holds.
+        """Return what a checkpoint holds; every process has to ask, and process 0 gets all of it.
 
         There is no random state in it: every step seeds its own. The order of the videos follows from seed and epoch,
         and the place in it from the step.
         """
         return {
-            "model": self.bare_model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            **whole_state(self.bare_model, self.optimizer),
+            "average": None if self.average is None else whole_weights(self.average.module),
+            "averaged": 0 if self.average is None else int(self.average.n_averaged),
             "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
+            "bad_steps": self.bad_steps,
             "best": self.best,
-            "processes": self.world.size,
+            "setup": self.setup,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint's state."""
-        self.bare_model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore_state(self.bare_model, self.optimizer, state)
+        if self.average is not None:
+            restore_weights(self.average.module, state["average"])
+            self.average.n_averaged.fill_(state["averaged"])
         self.scheduler.load_state_dict(state["scheduler"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
+        self.bad_steps = state["bad_steps"]
+
+    def model_to_test(self) -> nn.Module:
+        """Return the network with the weights that are tested: the average where there is one; every process asks."""
+        model = self.bare_model if self.average is None else self.average.module
+        if self.spare is None:
+            return model
+        self.spare.load_state_dict(whole_weights(model))
+        return self.spare
 
     def train_epoch(self, progress: Progress, log: MetricsLog | None, after_step: Callable[[], None]) -> None:
         """Take the steps of the present epoch that are left, and call ``after_step`` after each.
@@ -101,20 +146,25 @@ class Trainer:
         Augmentation, mixing and dropout depend on seed, epoch or step, and rank alone: an epoch that was interrupted
         goes on as if it had not been.
         """
-        done = self.steps_per_epoch - self.steps_left
         if self.steps_left == 0:
             return  # the run was stopped between the last step and validation
+        done = self.step - self.epoch * self.steps_per_epoch
         self.loader.batch_sampler.load_state_dict(  # type: ignore[union-attr]
             {"epoch": self.epoch, "start": done * self.accumulate}
         )
         self.model.train()
         self.failed = set()
-        batches, sums, text = TimedBatches(self.loader), self._zeros(), ""
-        for i in range(done + 1, self.steps_per_epoch + 1):
+        batches, sums, text = iter(self.loader), self._zeros(), ""
+        self.clock.lap()
+        last = done + self.steps_left
+        for i in range(done + 1, last + 1):
             seed_all(self._seed(self.step))
+            skipped = self.bad_steps
             sums += self.take_step(batches)
-            if i % LOG_EVERY == 0 or i == self.steps_per_epoch:
-                values = self._averages(sums, batches)
+            if self.bad_steps > skipped:
+                progress.note(f"step {self.step} skipped: its loss or gradients are not finite")
+            if i % LOG_EVERY == 0 or i == last:
+                values = self._averages(sums, (i - 1) % LOG_EVERY + 1)
                 if log is not None:
                     log.write(self.step, self.step / self.steps_per_epoch, "train", values)
                 text = describe_step(self.epoch + 1, values)
@@ -124,40 +174,76 @@ class Trainer:
 
     def take_step(self, batches: Iterator[Batch]) -> Tensor:
         """Take one optimiser step on ``accumulate`` batches; return the sums of loss and hits, and the clip count."""
-        sums = self._zeros()
+        sums, seen = self._zeros(), []
         for i in range(self.accumulate):
-            batch = next(batches)
-            self.failures += batch.failures
-            self.failed.update(failure.path for failure in batch.failures)
-            if batch.missing:
-                first = batch.failures[0]
-                raise UsageError(
-                    f"{TrainDataset.MAX_TRIES} training videos in a row could not be read, the first {first.path}: "
-                    f"{first.message}. Check DATA.ROOT and DATA.TRAIN_LIST."
-                )
-            batch = batch.to(self.world.device)
-            clips, labels = batch.clips, batch.clip_labels
-            targets = labels
-            if self.mix is not None:
-                clips, targets = self.mix(clips, labels, self._seed(self.step, i))
-                labels = targets.argmax(dim=1)  # for the hits: the label with the larger share
+            with self.clock.part("data"):
+                batch = self._next(batches)
+                clips, labels = batch.clips, batch.clip_labels
             # Gradients are exchanged once a step, with its last batch.
-            unsynchronised = isinstance(self.model, DistributedDataParallel) and i + 1 < self.accumulate
-            with self.model.no_sync() if unsynchronised else nullcontext():  # type: ignore[operator]
-                with autocast(self.world.device, self.precision):
-                    logits = self.model(clips)
-                loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing)
-                (loss / self.accumulate).backward()
+            with exchanging(self.model, i + 1 == self.accumulate):
+                with self.clock.part("forward"):
+                    targets = labels
+                    if self.mix is not None:
+                        clips, targets = self.mix(clips, labels, self._seed(self.step, i))
+                        labels = targets.argmax(dim=1)  # for the hits: the label with the larger share
+                    with autocast(self.world.device, self.precision):
+                        logits = self.model(clips)
+                    loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing)
+                with self.clock.part("backward"):
+                    self.scaler.scale(loss * nan_if_not_finite(loss) / self.accumulate).backward()
             with torch.no_grad():
                 hits = (logits.argmax(dim=1) == labels).sum()
                 sums += torch.stack([loss * len(labels), hits, torch.tensor(len(labels), device=loss.device)])
-        if self.clip_grad > 0:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            seen.append((batch, logits.detach(), loss.detach()))
+        with self.clock.part("optimizer"):
+            finite = self._update_weights()
         self.scheduler.step()
         self.step += 1
+        if not finite:
+            self._skip(seen)
+            return self._zeros()
         return sums
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        """Return the next batch on the device, its failures noted."""
+        batch = next(batches)
+        self.failures += batch.failures
+        self.failed.update(failure.path for failure in batch.failures)
+        if batch.missing:
+            first = batch.failures[0]
+            raise UsageError(
+                f"{TrainDataset.MAX_TRIES} training videos in a row could not be read, the first {first.path}: "
+                f"{first.message}. Check DATA.ROOT and DATA.TRAIN_LIST."
+            )
+        return batch.to(self.world.device)
+
+    def _update_weights(self) -> bool:
+        """Clip the gradients and step; where they are not finite, on every process, leave the weights as they are."""
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.bare_model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        finite = bool(_whole(norm).isfinite())
+        if finite and self.clip_grad > 0:
+            nn.utils.clip_grads_with_norm_(self.bare_model.parameters(), self.clip_grad, norm)
+        if finite or self.scaler.is_enabled():  # the scaler itself skips steps that are not finite, and learns
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if finite and self.average is not None:
+            self.average.update_parameters(self.bare_model)
+        return finite
+
+    def _skip(self, seen: list[tuple[Batch, Tensor, Tensor]]) -> None:
+        """Count a step that was skipped. An overflow of fp16 that a smaller scale mends is none."""
+        videos = self.loader.dataset.videos  # type: ignore[attr-defined]
+        paths = [path for part in seen for path in suspects(videos, *part)]
+        if self.scaler.is_enabled() and not any_of(self.world, bool(paths)) and self.scaler.get_scale() >= 1:
+            return
+        self.bad_steps += 1
+        if self.bad_steps > self.max_bad_steps:
+            paths = [path for share in gather_objects(self.world, paths) for path in share]
+            every = [videos[index].path for batch, *_ in seen for index in batch.indices.tolist()]
+            refuse(self.bad_steps, self.max_bad_steps, self.step, paths or every)
 
     def _seed(self, *of: int) -> int:
         """Return a seed that depends on the run's seed, the process and ``of`` alone."""
@@ -166,48 +252,29 @@ class Trainer:
     def _zeros(self) -> Tensor:
         return torch.zeros(3, device=self.world.device)
 
-    def _averages(self, sums: Tensor, batches: "TimedBatches") -> dict[str, float]:
-        """Return the figures of the steps since the last call, over all processes."""
+    def _averages(self, sums: Tensor, steps: int) -> dict[str, float]:
+        """Return the figures of the last ``steps`` steps, over all processes; times are of this one."""
         failed = torch.tensor([len(self.failed)], dtype=sums.dtype, device=sums.device)
         loss, hits, clips, failed_videos = sum_over_world(self.world, torch.cat([sums, failed])).tolist()
         check_failures(int(failed_videos), len(self.loader.dataset), self.max_failures, "train")  # type: ignore[arg-type]
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"The loss is {loss / clips} within {LOG_EVERY} steps before step {self.step}; lower OPTIM.LR, raise "
-                f"OPTIM.WARMUP_EPOCHS, or use PRECISION fp32."
-            )
-        elapsed, waited = batches.lap()
+        lap = self.clock.lap()
+        speed = clips / lap["elapsed"]
         return {
-            "loss": loss / clips,
-            "top1": 100 * hits / clips,
+            "loss": loss / max(1, clips),
+            "top1": 100 * hits / max(1, clips),
             "lr": max(self.scheduler.get_last_lr()),
-            "clips_per_second": clips / elapsed,
-            "data_share": waited / elapsed,
+            "clips_per_second": speed,
+            "data_share": lap["data"] / lap["elapsed"],
+            "step_s": lap["elapsed"] / steps,
+            **{f"{part}_s": lap[part] / steps for part in PARTS},
+            "mfu": speed / self.full_speed,
+            "memory_gb": peak_memory(self.world.device),
+            "bad_steps": self.bad_steps,
         }
 
 
-class TimedBatches:
-    """The loader's batches, and how much of the time went into waiting for them."""
-
-    def __init__(self, loader: DataLoader) -> None:
-        self.batches = iter(loader)
-        self.started, self.waited = time.monotonic(), 0.0
-
-    def __iter__(self) -> "TimedBatches":
-        return self
-
-    def __next__(self) -> Batch:
-        asked = time.monotonic()
-        batch = next(self.batches)
-        self.waited += time.monotonic() - asked
-        return batch
-
-    def lap(self) -> tuple[float, float]:
-        """Return seconds elapsed and seconds waited since the last lap, and start a new one."""
-        now = time.monotonic()
-        elapsed, waited = now - self.started, self.waited
-        self.started, self.waited = now, 0.0
-        return elapsed, waited
+def _whole(norm: Tensor) -> Tensor:
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def seed_all(seed: int) -> None:
@@ -221,26 +288,47 @@ def describe_step(epoch: int, values: dict[str, float]) -> str:
     """Return the figures of a progress line."""
     return (
         f"epoch {epoch}  loss {values['loss']:.3f}  top1 {values['top1']:.1f} %  "
-        f"{values['clips_per_second']:.0f} clips/s  data wait {100 * values['data_share']:.0f} %"
+        f"{values['clips_per_second']:.0f} clips/s  data {100 * values['data_share']:.0f} %  "
+        f"mfu {100 * values['mfu']:.0f} %"
     )
 
 
-def build_trainer(cfg: CfgNode, world: World, model: nn.Module, num_classes: int) -> Trainer:
-    """Return a trainer at step 0 for ``model``, which is moved to the process's device."""
+def build_trainer(cfg: CfgNode, world: World, model: nn.Module, num_classes: int, gflops: float) -> Trainer:
+    """Return a trainer at step 0 for ``model``, which is moved to the process's device; a clip costs ``gflops``."""
+    set_precision(world.device, cfg.PRECISION)
     loader = build_train_loader(cfg, world, num_classes)
     model = model.to(world.device)
+    freeze(model, cfg.TRAIN.FREEZE)
+    sharded = world.size > 1 and cfg.PARALLEL.STRATEGY == "fsdp"
+    spare = copy.deepcopy(model) if sharded else None
+    average = average_weights(model, cfg.TRAIN.EMA) if cfg.TRAIN.EMA > 0 else None
+    compile_model(model, cfg.COMPILE)
+    if sharded:
+        shard(model)
+        if average is not None:
+            shard(average.module)
+    steps_per_epoch = len(loader) // cfg.TRAIN.ACCUMULATE
+    total = min(cfg.TRAIN.EPOCHS * steps_per_epoch, cfg.TRAIN.MAX_STEPS or sys.maxsize)
     optimizer = build_optimizer(cfg, model)
+    rate = sum_over_world(world, torch.tensor([matrix_rate(world.device, cfg.PRECISION)], device=world.device))
     return Trainer(
-        model,
+        replicate(model, world) if world.size > 1 and not sharded else model,
         optimizer,
-        build_scheduler(cfg, optimizer, len(loader) // cfg.TRAIN.ACCUMULATE),
+        build_scheduler(cfg, optimizer, steps_per_epoch, total),
         loader,
         world,
+        bare_model=model,
+        average=average,
+        spare=spare,
+        setup={"processes": world.size, "strategy": cfg.PARALLEL.STRATEGY, "compile": cfg.COMPILE},
+        total_steps=total,
         precision=cfg.PRECISION,
         accumulate=cfg.TRAIN.ACCUMULATE,
         clip_grad=cfg.OPTIM.CLIP_GRAD,
         label_smoothing=cfg.OPTIM.LABEL_SMOOTHING,
         mix=build_mix(cfg, world, num_classes),
         max_failures=cfg.DATA.MAX_FAILURES,
+        max_bad_steps=cfg.TRAIN.MAX_BAD_STEPS,
+        full_speed=float(rate) / (3 * gflops),  # the backward pass costs twice the forward pass
         seed=cfg.SEED,
     )

@@ -21,11 +21,12 @@ from stvit_video.data.videos import build_classes
 from stvit_video.distributed import World, on_main
 from stvit_video.engine.checkpoint import write_atomically
 from stvit_video.engine.evaluate import check_all_loaded, check_failures
-from stvit_video.engine.features import Describer, describe_list, file_hash, frame_probabilities, pooled_features
+from stvit_video.engine.features import Describer, describe_list, frame_probabilities, pooled_features
+from stvit_video.engine.fingerprint import file_hash
 from stvit_video.engine.metrics import Predictions
 from stvit_video.engine.plots import plot_transfer
 from stvit_video.engine.run_folder import RunFolder
-from stvit_video.engine.start import build_data, check_inputs, report_model
+from stvit_video.engine.start import build_cost, build_data, check_inputs, report_model
 from stvit_video.engine.train import train
 from stvit_video.errors import UsageError
 from stvit_video.models import LoadReport, load_pretrained
@@ -88,7 +89,7 @@ def transfer(cfg: CfgNode, world: World) -> None:
     on_main(world, lambda: folder.write_load_report(report.to_json()))
     if world.is_main:
         print(report, flush=True)
-        report_model(cfg, model, world, len(classes))
+        report_model(cfg, build_cost(cfg, model), world, len(classes))
         print(f"no image head: {reason}" if reason else f"image head: the {len(classes)} classes agree", flush=True)
     weights = on_main(world, lambda: file_hash(cfg.MODEL.INIT))
     described = {

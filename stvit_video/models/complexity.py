@@ -1,12 +1,27 @@
 """What a model costs: parameters, multiply-adds (fvcore, with fused attention included), memory to train it."""
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from fvcore.nn import FlopCountAnalysis
 from fvcore.nn.jit_handles import get_shape
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs: its parameters, and the multiply-adds (1e9) of one clip (3, T, H, W)."""
+
+    parameters: int
+    gflops: float
+    input_size: tuple[int, int, int]
+
+
+def measure_cost(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
+    """Return the cost of ``model`` as it is built: before it is compiled or shared out among processes."""
+    return Cost(count_parameters(model), count_gflops(model, input_size), input_size)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -50,7 +65,7 @@ def count_training_memory(model: nn.Module, input_size: tuple[int, int, int], pr
     clip = torch.zeros(1, 3, *input_size, device=device)
     with (
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"),
+        torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision in ("bf16", "fp16")),  # of one size
     ):
         logits = model.train()(clip)
     model.train(was_training)

@@ -263,6 +263,10 @@ class SwinTransformer(nn.Module):
             return before + int(inner[0]) * semantic.unit_depth + semantic.base_depth + 1
         return before + int(inner[0]) + 1
 
+    def transformer_blocks(self) -> list[nn.Module]:
+        """Return the blocks in order: the units that are sharded and compiled."""
+        return [block for stage in self.layers for block in stage.blocks]  # type: ignore[union-attr]
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the plain blocks' activations in the backward pass: less memory, about a third more time."""
         for stage in self.layers:

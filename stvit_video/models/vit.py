@@ -186,6 +186,10 @@ class VisionTransformer(nn.Module):
             return self.base_depth + 1
         return self.depth + 1
 
+    def transformer_blocks(self) -> list[nn.Module]:
+        """Return the blocks in order: the units that are sharded and compiled."""
+        return list(self.blocks)
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the plain blocks' activations in the backward pass: less memory, about a third more time."""
         self.grad_checkpointing = enable
