@@ -53,6 +53,7 @@ def dispatch(arguments: Sequence[str] | None) -> int:
     parser.add_argument("--cfg", metavar="FILE", help="configuration, for example configs/sample_stvit.yaml")
     parser.add_argument("--keys", action="store_true", help="list every configuration key with its default and exit")
     parser.add_argument("--cost", action="store_true", help="print the model's GFLOPs and memory, and exit")
+    parser.add_argument("--dry-run", action="store_true", help="build everything, run one batch, write nothing, and exit")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="or KEY=VALUE; last one wins")
     options = parser.parse_args(arguments)
     from stvit_video.config import describe_keys, load_config
@@ -72,12 +73,14 @@ def dispatch(arguments: Sequence[str] | None) -> int:
         print_cost(cfg)
         return 0
     from stvit_video.distributed import join_world
+    from stvit_video.engine.dry_run import dry_run
     from stvit_video.engine.evaluate import test
     from stvit_video.engine.train import train
     from stvit_video.engine.transfer import transfer
 
     with join_world(cfg.DEVICE, cfg.PARALLEL.TIMEOUT_S) as world:
-        {"train": train, "test": test, "transfer": transfer}[cfg.MODE](cfg, world)
+        command = {"train": train, "test": test, "transfer": transfer}[cfg.MODE]
+        (dry_run if options.dry_run else command)(cfg, world)
     return 0
 
 

@@ -9,7 +9,7 @@ from fvcore.common.param_scheduler import CompositeParamScheduler, CosineParamSc
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from stvit_video.errors import UsageError, nearest
+from stvit_video.errors import UsageError
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
@@ -23,7 +23,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
             roots = sorted({name.split(".")[0] for name in names})
             raise UsageError(
                 f"TRAIN.FREEZE {pattern!r} matches no weight of the model; give patterns of names that begin with "
-                f"{', '.join(roots)}, for example {roots[0]}*.{nearest(pattern, names)}"
+                f"{', '.join(roots)}, for example {roots[0]}*."
             )
     for name, parameter in model.named_parameters():
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):

@@ -12,7 +12,9 @@ from stvit_video.engine.checkpoint import list_checkpoints, load_newest, save_ch
 
 def state(step: int) -> dict:
     weights = {"w": torch.full((1000,), float(step))}
-    return {"model": weights, "optimizer": {}, "scheduler": {}, "epoch": 1, "step": step, "best": 0.0, "processes": 1}
+    numbers = dict.fromkeys(("averaged", "epoch", "bad_steps", "best"), 0)
+    parts = {name: {} for name in ("optimizer", "average", "scheduler", "scaler", "setup")}
+    return {"model": weights, "step": step, **numbers, **parts}
 
 
 def test_the_name_saved_is_the_name_looked_up_in_order_of_steps(tmp_path: Path) -> None:

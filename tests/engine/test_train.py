@@ -4,6 +4,7 @@ import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from stvit_video.data.mixing import Mix
 from stvit_video.data.transforms import Normalise, TrainTransform
 from stvit_video.distributed import World
 from stvit_video.engine.logging import MetricsLog, read_metrics
-from stvit_video.engine.start import autocast
+from stvit_video.engine.precision import autocast
 from stvit_video.engine.trainer import Trainer, build_trainer
 from stvit_video.models.zoo import build_model
 from stvit_video.progress import Progress
@@ -29,7 +30,7 @@ WORLD = World(0, 1, torch.device("cpu"))
 def weights_after_an_epoch(arguments: list[str]) -> dict[str, torch.Tensor]:
     cfg = load_config(arguments[1], arguments[2:])
     torch.manual_seed(0)
-    trainer = build_trainer(cfg, WORLD, build_model(cfg, 8), 8)
+    trainer = build_trainer(cfg, WORLD, build_model(cfg, 8), 8, gflops=1.0)
     trainer.train_epoch(Progress("", trainer.steps_per_epoch, enabled=False), None, lambda: None)
     return trainer.bare_model.state_dict()
 
@@ -42,6 +43,14 @@ def test_accumulated_batches_equal_one_large_batch(small_run: Callable[..., list
         difference = max((parts[name] - whole[name]).abs().max() for name in whole)
         moved = max((parts[name] - value).abs().max() for name, value in initial_weights(small_run()).items())
         assert difference < 1e-5 < moved
+
+
+def plain_trainer(model: nn.Module, optimizer: Any, scheduler: Any, loader: Any = None, **settings: Any) -> Trainer:
+    """A trainer of any module, without all that can be switched off."""
+    off = {"average": None, "spare": None, "setup": {}, "total_steps": 12, "precision": "fp32", "accumulate": 1}
+    off |= {"clip_grad": 0.0, "label_smoothing": 0.0, "mix": None, "max_failures": 0.1, "max_bad_steps": 0}
+    off |= {"full_speed": 1.0, "seed": 0, "bare_model": model}
+    return Trainer(model, optimizer, scheduler, loader, WORLD, **{**off, **settings})
 
 
 def initial_weights(arguments: list[str]) -> dict[str, torch.Tensor]:
@@ -86,7 +95,7 @@ def test_augmentation_is_as_configured_and_off_by_default(small_run: Callable[..
     def build(*overrides: str) -> Trainer:
         arguments = small_run(*overrides)
         cfg = load_config(arguments[1], arguments[2:])
-        return build_trainer(cfg, WORLD, build_model(cfg, 8), 8)
+        return build_trainer(cfg, WORLD, build_model(cfg, 8), 8, gflops=1.0)
 
     plain, trainer = build(), build(*AUGMENTED, "DATA.RAND_AUGMENT_MAGNITUDE", "7", "TRAIN.MIX_SWITCH", "0.3")
     assert (plain.loader.dataset.views.transform.augment, plain.mix) == (Augment(), None)
@@ -113,8 +122,7 @@ def test_the_loss_of_a_mixed_batch_is_in_proportion_and_the_larger_label_counts(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     mix = Mix(mixup=1.0, cutmix=1.0, probability=1.0, switch=0.5, num_classes=2)
-    settings = {"precision": "fp32", "accumulate": 1, "clip_grad": 0.0, "label_smoothing": 0.0, "mix": mix}
-    trainer = Trainer(model, optimizer, scheduler, None, WORLD, max_failures=0.1, seed=0, **settings)
+    trainer = plain_trainer(model, optimizer, scheduler, mix=mix)
     plain = TrainTransform(8, Normalise((0, 0, 0), (1, 1, 1)), (8, 8), None, (1, 1), False)
     collate = Collate(TrainViews(plain, 1, 2))
     pixels = [torch.full((2, 8, 8, 3), 255 * label, dtype=torch.uint8) for label in range(2)]
@@ -132,26 +140,6 @@ def test_transforms_give_the_same_clips_on_the_device_as_in_the_workers(small_ru
     words = ["DATA.REPEATS", "2", "DATA.RAND_AUGMENT_LAYERS", "2", "DATA.ERASE", "0.5", "DATA.WORKERS", "1"]
     early, late = (weights_after_an_epoch(small_run(*words, "DATA.TRANSFORM_ON", on)) for on in ("workers", "device"))
     assert all(torch.equal(early[name], value) for name, value in late.items())
-
-
-def test_precision_names_what_runs() -> None:
-    layer, seen = torch.nn.Linear(4, 4), []
-    layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    for precision in ("fp32", "bf16"):
-        with autocast(torch.device("cpu"), precision):
-            layer(torch.randn(2, 4))
-    assert seen == [torch.float32, torch.bfloat16]
-
-
-def test_bf16_trains(small_run: Callable[..., list[str]]) -> None:
-    whole, half = weights_after_an_epoch(small_run()), weights_after_an_epoch(small_run("PRECISION", "bf16"))
-    assert half["head.proj.weight"].dtype == torch.float32
-    assert 0 < (half["head.proj.weight"] - whole["head.proj.weight"]).abs().max() < 0.01
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(small_run: Callable[..., list[str]]) -> None:
-    with pytest.raises(FloatingPointError, match="The loss is nan"):
-        weights_after_an_epoch(small_run("OPTIM.LR", "1e30", "OPTIM.CLIP_GRAD", "0", "OPTIM.WARMUP_EPOCHS", "0"))
 
 
 def test_metrics_of_lost_work_are_dropped_and_a_cut_line_is_left_out(tmp_path: Path) -> None:

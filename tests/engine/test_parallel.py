@@ -1,0 +1,116 @@
+"""Several processes: sharded weights train like replicated ones, and a run may go on with others than it began with."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stvit_video import run
+from stvit_video.data.annotations import read_lines
+from tests.engine.test_survival import launch
+
+Arguments = Callable[..., list[str]]
+# Weights move little, and no gradient is so near to zero that its sign could differ: what is left is rounding.
+CALM = ["OPTIM.LR", "1e-4", "DATA.WORKERS", "0", "TRAIN.EMA", "0.9", "TRAIN.MIXUP", "0.0", "TRAIN.CUTMIX", "0.0"]
+CALM += ["MODEL.DROPOUT", "0.0", "MODEL.DROP_PATH", "0.0"]
+
+
+def finish(command: list[str]) -> str:
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def difference(a: Path, b: Path) -> float:
+    found, expected = (load_file(path / "model.safetensors") for path in (a, b))
+    assert found.keys() == expected.keys()
+    return max(float((found[name] - expected[name]).abs().max()) for name in expected)
+
+
+@pytest.fixture(scope="module")
+def replicated(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("parallel") / "ddp"
+    finish(launch(small_set, output, 2, *CALM))
+    return output
+
+
+@pytest.mark.parametrize("extra", [[], ["TRAIN.ACCUMULATE", "2"]], ids=["whole", "accumulated"])
+def test_sharded_training_equals_replicated_training(
+    replicated: Path, small_set: Path, tmp_path: Path, extra: list[str]
+) -> None:
+    said = finish(launch(small_set, tmp_path / "run", 2, *CALM, "PARALLEL.STRATEGY", "fsdp", *extra))
+    assert "weights shared out (fsdp)" in said
+    assert difference(tmp_path / "run", replicated) < 1e-5
+    results = [json.loads((path / "results.json").read_text()) for path in (tmp_path / "run", replicated)]
+    assert results[0]["top1"] == results[1]["top1"]
+
+
+def test_a_run_goes_on_with_other_processes_and_another_strategy(
+    replicated: Path, small_set: Path, tmp_path: Path
+) -> None:
+    """From two sharded processes to one, and from there to two replicated ones."""
+    output = tmp_path / "run"
+    sharded = ["PARALLEL.STRATEGY", "fsdp"]
+    stages = [(2, sharded, 5), (1, [], 9)]
+    for processes, how, steps in stages:
+        code = (
+            "import sys; from stvit_video.engine.trainer import Trainer; from stvit_video import run; "
+            "take = Trainer.take_step\n"
+            f"def die(self, batches):\n    if self.step == {steps}: raise SystemExit(9)\n    return take(self, batches)\n"
+            "Trainer.take_step = die\nsys.exit(run.main(sys.argv[1:]))\n"
+        )
+        script = tmp_path / f"die{steps}.py"
+        script.write_text(code)
+        command = launch(small_set, output, processes, *CALM, *how)
+        place = command.index("stvit_video.run")
+        command[place - 1 : place + 1] = [str(script)]
+        assert subprocess.run(command, capture_output=True, text=True, timeout=300).returncode != 0
+    said = finish(launch(small_set, output, 2, *CALM))
+    assert "continuing at step 9 in epoch 3" in said
+    assert "note: the run was with processes 1 (now 2): its steps see the same videos" in said
+    assert difference(output, replicated) < 1e-5
+
+
+def test_the_sharded_state_resumes_bit_for_bit(small_set: Path, tmp_path: Path) -> None:
+    words = [*CALM, "PARALLEL.STRATEGY", "fsdp"]
+    finish(launch(small_set, tmp_path / "whole", 2, *words, "OUTPUT_DIR", str(tmp_path / "whole")))
+    script = tmp_path / "die.py"
+    script.write_text(
+        "import sys\nfrom stvit_video.engine.trainer import Trainer\nfrom stvit_video import run\n"
+        "take = Trainer.take_step\n"
+        "def die(self, batches):\n    if self.step == 6: raise SystemExit(9)\n    return take(self, batches)\n"
+        "if '--die' in sys.argv:\n    sys.argv.remove('--die')\n    Trainer.take_step = die\n"
+        "sys.exit(run.main(sys.argv[1:]))\n"
+    )
+    command = launch(small_set, tmp_path / "killed", 2, *words)
+    place = command.index("stvit_video.run")
+    command[place - 1 : place + 1] = [str(script)]
+    assert subprocess.run([*command, "--die"], capture_output=True, timeout=300).returncode != 0
+    assert "continuing at step 6" in finish(command)
+    assert difference(tmp_path / "killed", tmp_path / "whole") == 0
+
+
+def test_eleven_videos_score_the_same_on_one_to_four_processes(
+    small_run: Arguments, small_set: Path, tmp_path: Path
+) -> None:
+    """Eleven: divisible by none of them. Three at a time, so that the last batch is smaller too."""
+    lines = read_lines(small_set / "motion" / "test.csv", "list", "lines")[:11]
+    eleven = tmp_path / "eleven.csv"
+    eleven.write_text("\n".join(lines) + "\n")
+    assert run.main(small_run("TRAIN.MAX_STEPS", "2", "DATA.VAL_LIST", "")) == 0
+    found = []
+    for processes in (1, 2, 3, 4):
+        output = tmp_path / f"test{processes}"
+        command = launch(small_set, output, processes, "MODE", "test", "DATA.TEST_LIST", str(eleven), "TEST.BATCH_SIZE")
+        finish([*command, "3", "MODEL.INIT", str(tmp_path / "run" / "model.safetensors"), "TEST.CLIPS", "2"])
+        results = json.loads((output / "results.json").read_text())
+        assert (results["videos"], results["scored"], results["processes"]) == (11, 11, processes)
+        tables = [(output / name).read_bytes() for name in ("predictions.csv", "per_class.csv")]
+        found.append(([results[name] for name in ("top1", "top5", "coverage")], tables))
+    assert all(other == found[0] for other in found[1:])
+    assert found[0][1][0].count(b"\n") == 12
+    assert torch.tensor(found[0][0]).isfinite().all()
