@@ -23,6 +23,7 @@ import numpy as np
 
 from stvit_video.data.decode import Request, read_frames
 from stvit_video.data.frames import Choice, DecodeError, Frames
+from stvit_video.signals import ignore_stop_signals
 
 IN_FLIGHT = 2  # requests that the child has; each has a half of the memory that both share
 START_S = 120.0  # for the child's imports, which may come from slow storage
@@ -170,8 +171,7 @@ def _memory_file() -> int:
 def serve(socket_fd: int, memory_fds: Sequence[int]) -> None:
     """Answer requests until the parent closes the socket; the whole life of the child process."""
     _die_with_parent()
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # for the parent, who may still need frames
-        signal.signal(number, signal.SIG_IGN)
+    ignore_stop_signals()
     decord.logging.set_level(decord.logging.QUIET)  # what it says of a damaged file, it also raises
     connection = Connection(socket_fd)
     connection.send(True)

@@ -1,6 +1,5 @@
 """Loaders from a configuration: which process reads which videos, in what order."""
 
-import signal
 from collections.abc import Iterator
 
 import torch
@@ -18,6 +17,7 @@ from stvit_video.data.transforms import Normalise, TestTransform, TrainTransform
 from stvit_video.data.videos import build_videos
 from stvit_video.distributed import World
 from stvit_video.errors import UsageError
+from stvit_video.signals import ignore_stop_signals
 
 
 class EpochSampler(Sampler[list[SampleKey]]):
@@ -160,16 +160,11 @@ def _loader(cfg: CfgNode, world: World, dataset: TrainDataset | TestDataset, sam
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=Collate(dataset.views),
-        worker_init_fn=_ignore_stop_signals,
+        worker_init_fn=_start_worker,
         pin_memory=world.device.type == "cuda",
         persistent_workers=workers > 0,  # a worker and its decoder take about half a second to start
     )
 
 
-def _ignore_stop_signals(worker: int) -> None:
-    """Leave it to the training process when to stop: it may still need batches up to its next step.
-
-    What a terminal or a scheduler sends, it sends to every process. The decoding process inherits this.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+def _start_worker(worker: int) -> None:
+    ignore_stop_signals()

@@ -6,8 +6,9 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from stvit_video.signals import STOP_SIGNALS
+
 EXIT_STOPPED = 75  # "try again later": the same command continues
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Stopped(Exception):
@@ -34,7 +35,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         return self
 
     def __exit__(

@@ -1,0 +1,14 @@
+"""The signals that ask a run to stop, which only its main processes answer."""
+
+import signal
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def ignore_stop_signals() -> None:
+    """Leave it to the parent process when to stop: it may still need what this one makes, up to its next step.
+
+    What a terminal or a scheduler sends, it sends to every process. Processes that this one starts inherit it.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
