@@ -3,11 +3,12 @@
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
 
-from stvit_video.data.frames import IMAGE_SUFFIXES, Choice, DecodeError, Frames, Reader
+from stvit_video.data.frames import IMAGE_SUFFIXES, Choice, DecodeError, Frames, Indices, Reader
 from stvit_video.data.pictures import open_folder, open_picture
 from stvit_video.data.readers import AvReader, DecordReader, TorchCodecReader
 
@@ -70,11 +71,8 @@ def read_frames(request: Request) -> Frames:
     said: list[DecodeError] = []
     for decoder in request.decoders:
         try:
-            reader = open_video(request.path, request.short_side, decoder)
-            try:
-                return _in_order(reader, request.choice(reader))
-            finally:
-                reader.close()
+            with closing(open_video(request.path, request.short_side, decoder)) as reader:
+                return _read_in_order(reader, request.choice(reader))
         except DecodeError as error:
             said.append(error)
             if error.decoder in ("", "pillow"):  # nothing that another video decoder could read
@@ -82,7 +80,8 @@ def read_frames(request: Request) -> Frames:
     raise _joined(request.path, said)
 
 
-def _in_order(reader: Reader, indices: np.ndarray) -> Frames:
+def _read_in_order(reader: Reader, indices: Indices) -> Frames:
+    """Return the frames at ``indices``, in any order and with repetitions, which readers do not take."""
     wanted, positions = np.unique(indices, return_inverse=True)
     decoded = reader.frames(wanted)
     return decoded if np.array_equal(wanted, indices) else decoded[positions]
@@ -90,11 +89,6 @@ def _in_order(reader: Reader, indices: np.ndarray) -> Frames:
 
 def _joined(path: str, said: Sequence[DecodeError]) -> DecodeError:
     """Return one error for what all decoders said."""
-    messages = list(dict.fromkeys(error.message for error in said))
-    if len(messages) == 1:
-        return DecodeError(path, messages[0], "+".join(dict.fromkeys(error.decoder for error in said)))
-    return DecodeError(
-        path,
-        "; ".join(f"{error.decoder}: {error.message}" for error in said),
-        "+".join(dict.fromkeys(error.decoder for error in said)),
-    )
+    messages = {error.message for error in said}
+    message = messages.pop() if len(messages) == 1 else "; ".join(f"{error.decoder}: {error.message}" for error in said)
+    return DecodeError(path, message, "+".join(dict.fromkeys(error.decoder for error in said)))

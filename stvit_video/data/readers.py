@@ -1,4 +1,4 @@
-"""Video files to uint8 frames through decord, PyAV or TorchCodec: only the wanted ones, resized where that is cheaper.
+"""Video files to uint8 frames through PyAV, decord or TorchCodec: only the wanted ones, resized where that is cheaper.
 
 decord 0.6.0 as measured: open per item and outside the training process, one thread, ``RuntimeError`` at open and
 ``DECORDError`` (not its subclass) at read. It and PyAV number frames in the order in which they are shown.
@@ -24,49 +24,14 @@ from stvit_video.data.frames import DecodeError, Frames, Indices, Times, reason,
 AV_ERRORS = (av.FFmpegError, OSError, ValueError)
 # Containers whose index says exactly where each frame is. In others (AVI, MPEG streams, WMV) a jump lands near a frame,
 # and both libraries then return its neighbours.
-EXACT_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv")
+EXACT_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+# FLV has no such index but true times, by which PyAV sees where a jump has landed. decord does not look.
+TIMED_CONTAINERS = (*EXACT_CONTAINERS, "flv")
 # Whose decoders, FFmpeg's own, leave out single frames on request; dav1d would leave out wanted ones too.
 CAN_PASS_OVER = ("h264", "hevc", "mpeg4", "mpeg2video")
 FAR = 48  # frames that decoding may pass over before a jump to a key frame is cheaper
 
-
-class DecordReader:
-    """A video file read by decord; frames larger than ``short_side`` are resized inside it. Raises DecodeError."""
-
-    def __init__(self, path: str, short_side: int | None = None) -> None:
-        self.path = path
-        _refuse_inexact(path, "decord")
-        width, height = _reduced_size(path, short_side) or (-1, -1)
-        try:
-            self._reader = decord.VideoReader(
-                os.path.abspath(path), ctx=decord.cpu(0), width=width, height=height, num_threads=1
-            )
-            self.length = len(self._reader)
-        except (RuntimeError, decord.DECORDError) as error:
-            raise DecodeError(path, f"cannot be opened as video ({reason(error)})", "decord") from error
-        if self.length == 0:
-            raise DecodeError(path, "has no frames", "decord")
-
-    def times(self) -> Times:
-        """Return when each frame is shown (length,), in seconds after the first."""
-        starts = self._reader.get_frame_timestamp(np.arange(self.length))[:, 0].astype(np.float64)
-        return starts - starts[0]
-
-    def frames(self, indices: Indices) -> Frames:
-        """Return the frames (N, H, W, 3) at ascending ``indices``."""
-        try:
-            return to_numpy(self._reader.get_batch(indices))
-        except (RuntimeError, IndexError, decord.DECORDError) as error:
-            raise DecodeError(self.path, f"frames cannot be decoded ({reason(error)})", "decord") from error
-
-    def close(self) -> None:
-        """Close the file."""
-        del self._reader
-
-
-def to_numpy(batch: Any) -> Frames:
-    """Return what decord gives out as an array: its own kind, or a tensor since something imported PyTorchVideo."""
-    return batch.asnumpy() if hasattr(batch, "asnumpy") else np.asarray(batch)
+Wanted = dict[int, int]  # in ascending order: where each frame is in the file, by time or number, and its index
 
 
 class AvReader:
@@ -107,13 +72,16 @@ class AvReader:
 
     def frames(self, indices: Indices) -> Frames:
         """Return the frames (N, H, W, 3) at ascending ``indices``."""
-        if self._stamps is None or self._container.format.name not in EXACT_CONTAINERS:
-            return self._stack(self._decode(indices))
-        stamps = [self._stamps[i] for i in indices]
+        if self._stamps is None or self._container.format.name not in TIMED_CONTAINERS:
+            self._rewind()
+            counted = enumerate(self._container.decode(self._stream))
+            return self._stack(self._pick(counted, {index: index for index in indices.tolist()}))
+        wanted = {self._stamps[index]: index for index in indices.tolist()}
         try:
-            return self._stack(self._decode_at(stamps, jump=True))
+            return self._stack(self._jump_and_pick(wanted))
         except DecodeError:  # not for damage alone: after a jump into a gradual refresh, frames are withheld
-            return self._stack(self._decode_at(stamps, jump=False))
+            self._rewind()
+            return self._stack(self._pick(self._decode_on(wanted), wanted))
 
     def _stack(self, wanted: Iterator[VideoFrame]) -> Frames:
         try:
@@ -125,61 +93,94 @@ class AvReader:
             raise DecodeError(self.path, f"changes its size ({', '.join(sorted(sizes))}); re-encode it", "pyav")
         return np.stack(pictures)
 
-    def _rewind(self) -> None:
-        """Start again; to seek to 0 would be to look for a time, which need not be that of the first frame."""
-        self._container.close()
-        self._container, self._stream = _open_av(self.path)
-
-    def _decode(self, indices: Indices) -> Iterator[VideoFrame]:
-        """Yield the frames at ``indices``, counted off from the start of the file."""
-        self._rewind()
-        left = list(indices)
-        for number, frame in enumerate(self._container.decode(self._stream)):
-            if number == left[0]:
-                if frame.is_corrupt:
-                    raise DecodeError(self.path, f"frame {number} is damaged", "pyav")
-                yield frame
-                left.pop(0)
-                if not left:
-                    return
-        raise DecodeError(self.path, f"frame {left[0]} is missing: the file ends before", "pyav")
-
-    def _decode_at(self, stamps: list[int], jump: bool) -> Iterator[VideoFrame]:
-        """Yield the frames of ascending time stamps, with ``jump`` from the key frame before one that is far away."""
-        assert self._stamps is not None
-        places = {stamp: i for i, stamp in enumerate(self._stamps)}
-        if not jump:
-            self._rewind()
-        decoded, last = self._decode_wanted(set(stamps)), None
-        for stamp in stamps:
-            key = self._keys[max(0, bisect.bisect_right(self._keys, stamp) - 1)]
-            if jump and (last is None or (key > last and places[stamp] - places[last] > FAR)):
-                self._container.seek(min(key, stamp), stream=self._stream)
-                decoded = self._decode_wanted(set(stamps))
-            frame = next((frame for frame in decoded if frame.pts is not None and frame.pts >= stamp), None)
-            if frame is None:
-                raise DecodeError(self.path, f"frame {places[stamp]} is missing: the file ends before", "pyav")
-            if frame.pts != stamp or frame.is_corrupt:
-                raise DecodeError(self.path, f"frame {places[stamp]} is damaged", "pyav")
-            last = stamp
-            yield frame
-
-    def _decode_wanted(self, stamps: set[int]) -> Iterator[VideoFrame]:
-        """Decode on from here; frames that no other refers to are passed over, unless they are among ``stamps``."""
-        context = self._stream.codec_context
-        may_pass_over = context.name in CAN_PASS_OVER
-        for packet in self._container.demux(self._stream):
-            context.skip_frame = "NONREF" if may_pass_over and packet.pts not in stamps else "DEFAULT"
-            yield from packet.decode()
-
     def _to_array(self, frame: VideoFrame) -> Frames:
         width, height = reduced_size((frame.width, frame.height), self.short_side) or (None, None)
         picture = self._scaler.reformat(frame, width=width, height=height, format="rgb24", threads=1).to_ndarray()
         return np.rot90(picture, round(frame.rotation / 90))
 
+    def _rewind(self) -> None:
+        """Start again; to seek to 0 would be to look for a time, which need not be that of the first frame."""
+        self._container.close()
+        self._container, self._stream = _open_av(self.path)
+
+    def _jump_and_pick(self, wanted: Wanted) -> Iterator[VideoFrame]:
+        """Yield the frames that are wanted by time, from the key frame before each that is far from the one before."""
+        for key, run in self._part(wanted):
+            self._container.seek(key, stream=self._stream)
+            yield from self._pick(self._decode_on(run), run)
+
+    def _part(self, wanted: Wanted) -> list[tuple[int, Wanted]]:
+        """Return runs of frames that are cheaper to decode on than to jump between, each with where to jump first."""
+        runs: list[tuple[int, Wanted]] = []
+        last_stamp = last_index = 0
+        for stamp, index in wanted.items():
+            key = self._keys[max(0, bisect.bisect_right(self._keys, stamp) - 1)]
+            if not runs or (key > last_stamp and index - last_index > FAR):
+                runs.append((min(key, stamp), {}))
+            runs[-1][1][stamp] = index
+            last_stamp, last_index = stamp, index
+        return runs
+
+    def _decode_on(self, wanted: Wanted) -> Iterator[tuple[int | None, VideoFrame]]:
+        """Decode on from here to frames with their times, without those that are neither wanted nor referred to."""
+        context = self._stream.codec_context
+        may_pass_over = context.name in CAN_PASS_OVER
+        for packet in self._container.demux(self._stream):
+            context.skip_frame = "NONREF" if may_pass_over and packet.pts not in wanted else "DEFAULT"
+            for frame in packet.decode():
+                yield frame.pts, frame
+
+    def _pick(self, decoded: Iterator[tuple[int | None, VideoFrame]], wanted: Wanted) -> Iterator[VideoFrame]:
+        """Yield the frames that are wanted, out of those that are decoded."""
+        for place, index in wanted.items():
+            found = next((pair for pair in decoded if pair[0] is not None and pair[0] >= place), None)
+            if found is None:
+                raise DecodeError(self.path, f"frame {index} is missing: the file ends before", "pyav")
+            if found[0] != place or found[1].is_corrupt:
+                raise DecodeError(self.path, f"frame {index} is damaged", "pyav")
+            yield found[1]
+
     def close(self) -> None:
         """Close the file."""
         self._container.close()
+
+
+class DecordReader:
+    """A video file read by decord; frames larger than ``short_side`` are resized inside it. Raises DecodeError."""
+
+    def __init__(self, path: str, short_side: int | None = None) -> None:
+        self.path = path
+        width, height = _probe(path, "decord", short_side) or (-1, -1)
+        try:
+            self._reader = decord.VideoReader(
+                os.path.abspath(path), ctx=decord.cpu(0), width=width, height=height, num_threads=1
+            )
+            self.length = len(self._reader)
+        except (RuntimeError, decord.DECORDError) as error:
+            raise DecodeError(path, f"cannot be opened as video ({reason(error)})", "decord") from error
+        if self.length == 0:
+            raise DecodeError(path, "has no frames", "decord")
+
+    def times(self) -> Times:
+        """Return when each frame is shown (length,), in seconds after the first."""
+        starts = self._reader.get_frame_timestamp(np.arange(self.length))[:, 0].astype(np.float64)
+        return starts - starts[0]
+
+    def frames(self, indices: Indices) -> Frames:
+        """Return the frames (N, H, W, 3) at ascending ``indices``."""
+        try:
+            return to_numpy(self._reader.get_batch(indices))
+        except (RuntimeError, IndexError, decord.DECORDError) as error:
+            raise DecodeError(self.path, f"frames cannot be decoded ({reason(error)})", "decord") from error
+
+    def close(self) -> None:
+        """Close the file."""
+        del self._reader
+
+
+def to_numpy(batch: Any) -> Frames:
+    """Return what decord gives out as an array: its own kind, or a tensor since something imported PyTorchVideo."""
+    return batch.asnumpy() if hasattr(batch, "asnumpy") else np.asarray(batch)
 
 
 class TorchCodecReader:
@@ -192,7 +193,7 @@ class TorchCodecReader:
         from torchcodec.decoders import VideoDecoder  # optional, and it imports torch
 
         self.path = path
-        _refuse_inexact(path, "torchcodec")
+        _probe(path, "torchcodec")
         try:
             self._decoder = VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1)
             self.length = len(self._decoder)
@@ -221,40 +222,38 @@ class TorchCodecReader:
         del self._decoder
 
 
-def _reduced_size(path: str, short_side: int | None) -> tuple[int, int] | None:
+def _probe(path: str, decoder: str, short_side: int | None = None) -> tuple[int, int] | None:
     """Return the (width, height) to which decord is to reduce the frames of a file; None where they are not larger.
 
-    decord turns frames as the file asks, before it resizes; whether it does is known from a decoded frame only.
+    Raises DecodeError where decord and TorchCodec would return other frames than those that were asked for.
     """
-    container, stream = _open_av(path)
-    with container:
-        size = reduced_size((stream.codec_context.width, stream.codec_context.height), short_side)
-        if size is None:
-            return None
-        try:
-            frame = next(container.decode(stream), None)
-        except AV_ERRORS as error:
-            raise DecodeError(path, f"cannot be opened as video ({reason(error)})", "pyav") from error
-    turned = frame is not None and round(frame.rotation / 90) % 2
-    return size[::-1] if turned else size
-
-
-def _refuse_inexact(path: str, decoder: str) -> None:
-    """Raise DecodeError for files in which decord and TorchCodec return other frames than those that were asked for."""
     container, stream = _open_av(path)
     with container:
         try:
             why = _why_inexact(container, stream)
         except AV_ERRORS as error:
             raise DecodeError(path, f"cannot be opened as video ({reason(error)})", "pyav") from error
+        size = reduced_size((stream.codec_context.width, stream.codec_context.height), short_side)
     if why:
         raise DecodeError(path, f"{why}, where {decoder} finds wrong frames; DATA.DECODER auto reads it", decoder)
+    return size[::-1] if size and _is_turned(path) else size
+
+
+def _is_turned(path: str) -> bool:
+    """Say whether frames lie on their side, from the first one. decord turns them before it resizes."""
+    container, stream = _open_av(path)
+    with container:
+        try:
+            frame = next(container.decode(stream), None)
+        except AV_ERRORS as error:
+            raise DecodeError(path, f"cannot be opened as video ({reason(error)})", "pyav") from error
+    return frame is not None and bool(round(frame.rotation / 90) % 2)
 
 
 def _why_inexact(container: InputContainer, stream: VideoStream) -> str:
     """Return what decord 0.6.0 and TorchCodec 0.17 get wrong about a file; empty where there is nothing."""
     name = container.format.name
-    if name not in EXACT_CONTAINERS or name == "flv":
+    if name not in EXACT_CONTAINERS:
         return f"is in a container ({name}) without an exact index"
     if len(container.streams.video) > 1:
         return "has several video streams"
