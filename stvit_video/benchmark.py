@@ -8,17 +8,18 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fvcore.common.config import CfgNode
 
-from stvit_video.errors import Parser, UsageError
+from stvit_video.errors import Parser, UsageError, run_command
 
-Timer = Callable[[], float]  # runs one round and returns seconds per item
+if TYPE_CHECKING:  # a wrong option is answered before torch, which this brings, is imported
+    from stvit_video.engine.timing import Timer
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Row:
         return median(self.milliseconds)
 
 
-def interleave(timers: dict[str, Timer], rounds: int) -> list[Row]:
+def interleave(timers: "dict[str, Timer]", rounds: int) -> list[Row]:
     """Run each timer once a round, after a round that is not counted; ratios are to the first one's median."""
     seconds: dict[str, list[float]] = {name: [] for name in timers}
     for number in range(rounds + 1):
@@ -102,8 +103,8 @@ def benchmark_loader(cfg: CfgNode, clips: int, rounds: int, peers: Sequence[str]
     return {"train": [asdict(row) for row in train], "test": [asdict(row) for row in test], "advice": advice}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a benchmark from the command line; return the exit code."""
+def benchmark(arguments: Sequence[str] | None) -> int:
+    """Parse the arguments, run what they name and write the figures where they say."""
     parser = Parser(
         prog="python -m stvit_video.benchmark",
         form="loader --cfg FILE [KEY VALUE ...]",
@@ -116,28 +117,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--peer", action="append", default=[], choices=["pytorchvideo"], help="time this loader too")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures there")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="as for stvit_video.run")
-    try:
-        options = parser.parse_intermixed_args(arguments)
-        if min(options.clips, options.rounds) < 1:
-            raise UsageError(f"--clips {options.clips}, --rounds {options.rounds}: give whole numbers from 1 on.")
-        if options.output and not options.output.parent.is_dir():
-            raise UsageError(f"--output {options.output}: {options.output.parent} is not a folder; make it first.")
-        from stvit_video.config import load_config
+    options = parser.parse_intermixed_args(arguments)
+    if min(options.clips, options.rounds) < 1:
+        raise UsageError(f"--clips {options.clips}, --rounds {options.rounds}: give whole numbers from 1 on.")
+    if options.output and not options.output.parent.is_dir():
+        raise UsageError(f"--output {options.output}: {options.output.parent} is not a folder; make it first.")
+    from stvit_video.config import load_config
 
-        cfg = load_config(options.cfg, options.overrides)
-        figures = benchmark_loader(cfg, options.clips, options.rounds, options.peer)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
+    cfg = load_config(options.cfg, options.overrides)
+    figures = benchmark_loader(cfg, options.clips, options.rounds, options.peer)
     if options.output:
         from stvit_video.engine.run_folder import environment
 
         content = {"started": time.strftime("%Y-%m-%dT%H:%M:%S"), **figures, "environment": environment()}
         options.output.write_text(json.dumps(content, indent=2))
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a benchmark from the command line; return the exit code."""
+    return run_command(benchmark, arguments)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from stvit_video.data.decoding import Decoding
 from stvit_video.data.frames import Choice, DecodeError, Indices, Reader
 from stvit_video.data.ledger import Failure, to_csv
 from stvit_video.data.sampling import ClipSampler, EvenClips
-from stvit_video.errors import Parser, UsageError
+from stvit_video.errors import Parser, UsageError, run_command
 from stvit_video.progress import Progress
 
 if TYPE_CHECKING:  # decoding processes import this module too: what brings torch is imported where it is used
@@ -220,10 +220,11 @@ def build_manner(options: argparse.Namespace) -> Manner:
     return Manner(options.workers, EveryFrame() if options.all_frames else spread, decoders, options.deadline)
 
 
-def check(options: argparse.Namespace) -> str:
-    """Scan a list and write the results; return what to tell the user. Raises UsageError."""
+def check(arguments: Sequence[str] | None) -> int:
+    """Parse the arguments, scan the list, write the results and print a summary. Raises UsageError."""
     from stvit_video.engine.checkpoint import write_atomically
 
+    options = build_parser().parse_args(arguments)
     manner = build_manner(options)
     root = options.list.parent if options.root is None else options.root
     if not root.is_dir():
@@ -246,21 +247,15 @@ def check(options: argparse.Namespace) -> str:
         ledger = to_csv(Failure.of(error, "check") for error in errors.values())
         write_atomically(options.output / "failures.csv", ledger.encode("utf-8", "surrogateescape"))
         write_atomically(clean, clean_list(listing, errors))
-    return summarise(listing, errors, options.output)
+    print(summarise(listing, errors, options.output))
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check a list from the command line; return the exit code."""
     warnings.filterwarnings("ignore", message=r"`torch\.jit")  # from inside pytorchvideo
-    try:
-        print(check(build_parser().parse_args(arguments)))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped before the end: nothing was written; the same command starts again", file=sys.stderr)
-        return 130
-    return 0
+    stopped = "stopped before the end: nothing was written; the same command starts again"
+    return run_command(check, arguments, stopped=stopped)
 
 
 if __name__ == "__main__":

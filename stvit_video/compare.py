@@ -11,7 +11,7 @@ from typing import Any
 
 from stvit_video.engine.logging import read_metrics
 from stvit_video.engine.plots import plot_comparison
-from stvit_video.errors import Parser, UsageError
+from stvit_video.errors import Parser, UsageError, run_command
 
 Points = list[tuple[int, float]]  # step, top-1 in percent
 
@@ -42,8 +42,8 @@ def read_run(folder: str, window: int) -> dict[str, Points]:
     return {"train": smooth(rows, window), "val": validation}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare runs from the command line; return the exit code."""
+def compare(arguments: Sequence[str] | None) -> int:
+    """Parse the arguments, draw the picture and print the table."""
     parser = Parser(
         prog="python -m stvit_video.compare", form="RUN RUN ... [--target 90]", description="Compare learning curves."
     )
@@ -51,14 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", type=float, default=90.0, help="top-1 in percent (default: %(default)g)")
     parser.add_argument("--window", type=int, default=64, help="steps of the average (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("comparison.png"), help="default: %(default)s")
-    try:
-        options = parser.parse_args(arguments)
-        if options.output.suffix != ".png" or not options.output.parent.is_dir():
-            raise UsageError(f"--output {options.output}: give a .png file in a folder that exists.")
-        curves = {run: read_run(run, options.window) for run in options.runs}
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options = parser.parse_args(arguments)
+    if options.output.suffix != ".png" or not options.output.parent.is_dir():
+        raise UsageError(f"--output {options.output}: give a .png file in a folder that exists.")
+    curves = {run: read_run(run, options.window) for run in options.runs}
     plot_comparison(curves, options.target, options.output)
     width = max(len(run) for run in curves)
     print(f"{'steps to ' + f'{options.target:g} %':{width}}  training  validation")
@@ -67,6 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{run:{width}}  {steps[0] or 'never':>8}  {steps[1] or 'never':>10}")
     print(f"picture in {options.output}")
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compare runs from the command line; return the exit code."""
+    return run_command(compare, arguments)
 
 
 if __name__ == "__main__":

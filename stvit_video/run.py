@@ -1,45 +1,32 @@
 """The main command: ``python -m stvit_video.run --cfg FILE [KEY VALUE ...]``.
 
 Exit codes: 0 done; 2 wrong use or configuration, said in one line on stderr; 75 stopped by a signal, with a checkpoint
-of the last step; 1 failure.
+of the last step; 1 failure, or Ctrl-C where nothing is under way that could be continued so.
 """
 
-import errno
 import sys
 import warnings
 from collections.abc import Sequence
 
 from stvit_video.engine.stopping import EXIT_STOPPED, Diverged, Stopped
-from stvit_video.errors import Parser, UsageError
-
-# What the system says where the user, not this program, has to act: nothing else is turned into one line.
-FILESYSTEM_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
+from stvit_video.errors import Parser, run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the configuration asks for and return the exit code."""
     try:
-        return dispatch(arguments)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in FILESYSTEM_ERRORS:
-            raise
-        print(
-            f"error: {error.filename or 'a file of the run'} cannot be written or read ({error.strerror}); free space, "
-            f"set its permissions or choose another folder; the same command, without OVERWRITE, continues.",
-            file=sys.stderr,
+        return run_command(
+            dispatch,
+            arguments,
+            stopped="stopped; the same command, without OVERWRITE, continues from the last checkpoint",
+            stopped_code=1,
+            again="the same command, without OVERWRITE, continues",
         )
-        return 2
     except Stopped as stopped:
         print(f"{stopped}; all of it is kept, and the same command, without OVERWRITE, continues", file=sys.stderr)
         return EXIT_STOPPED
     except Diverged as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nstopped; the same command, without OVERWRITE, continues from the last checkpoint", file=sys.stderr)
         return 1
 
 

@@ -9,6 +9,7 @@ import pytest
 from stvit_video import benchmark
 from stvit_video.benchmark import Row, advise, describe, interleave
 from stvit_video.config import load_config
+from stvit_video.engine.timing import Timer
 from tests.conftest import REPOSITORY
 
 
@@ -37,7 +38,7 @@ def test_the_loader_is_timed_step_by_step(small_set: Path, tmp_path: Path, capsy
 def test_rounds_are_interleaved_after_one_to_warm_up() -> None:
     calls: list[str] = []
 
-    def timer(name: str, seconds: list[float]) -> benchmark.Timer:
+    def timer(name: str, seconds: list[float]) -> Timer:
         def run() -> float:
             calls.append(name)
             return seconds.pop(0)

@@ -8,7 +8,6 @@ sprite is. A folder of stills serves image models.
     python -m stvit_video.data.sample --root data/sample
 """
 
-import argparse
 import json
 import math
 import os
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from stvit_video.errors import UsageError
+from stvit_video.errors import Parser, UsageError, run_command
 from stvit_video.progress import Progress
 
 MOTIONS = ("left", "right", "up", "down", "clockwise", "counter-clockwise", "growing", "shrinking")
@@ -261,20 +260,30 @@ def _run(todo: Sequence[Job], workers: int, progress: bool, root: str) -> None:
             bar.advance()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Generate the set from the command line."""
-    parser = argparse.ArgumentParser(description="Generate the sample set of moving sprites.")
+def generate(arguments: Sequence[str] | None) -> int:
+    """Parse the arguments and make sure that the set is there."""
+    parser = Parser(
+        prog="python -m stvit_video.data.sample",
+        form="[--root FOLDER] [--seed NUMBER]",
+        description="Generate the sample set of moving sprites.",
+    )
     parser.add_argument("--root", default="data/sample", help="folder to write to (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same files (default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.seed < 0:
-        parser.error(f"--seed {options.seed} is negative; give a whole number from 0")
+        raise UsageError(f"--seed {options.seed} is negative; give a whole number from 0.")
     try:
         prepare(options.root, Spec(seed=options.seed))
-    except (UsageError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        raise UsageError(
+            f"--root {options.root} cannot be written ({error.strerror or error}); give another."
+        ) from error
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Generate the set from the command line; return the exit code."""
+    return run_command(generate, arguments, stopped="stopped; the same command continues")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Pictures of a run: learning curves, confusion matrix, and scores before and after training."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +35,22 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
 
 def plot_comparison(curves: dict[str, dict[str, list[tuple[int, float]]]], target: float, path: Path) -> None:
     """Draw training (lines) and validation (points) top-1 by step of several runs, and a line at the target."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    columns = 2 if max(len(run) for run in curves) <= 40 else 1
+    figure = Figure(figsize=(8, 4.5 + 0.2 * math.ceil(len(curves) / columns)), layout="constrained")
     axes = figure.subplots()
+    colours = matplotlib.colormaps["tab10" if len(curves) <= 10 else "tab20"]
     for i, (run, splits) in enumerate(curves.items()):
-        if splits["train"]:
-            axes.plot(*zip(*splits["train"], strict=True), color=f"C{i}", label=f"{run}, training")
-        if splits["val"]:
-            axes.plot(*zip(*splits["val"], strict=True), color=f"C{i}", label=f"{run}, validation", marker="o", ls="")
+        colour = colours(i % colours.N)
+        for split, style in (("train", "-"), ("val", "o")):
+            axes.plot([x for x, _ in splits[split]], [y for _, y in splits[split]], style, color=colour)
+        axes.plot([], [], "o-", color=colour, label=run)  # for the legend, which names each run once
     axes.axhline(target, color="black", linestyle="--", linewidth=1)
+    axes.set_title("lines: training, points: validation", fontsize="medium")
     axes.set_xlabel("step")
     axes.set_ylabel("top-1 (%)")
     axes.set_ylim(0, 102)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=columns, fontsize="small")  # beside the curves, however many
     figure.savefig(path, dpi=120)
 
 

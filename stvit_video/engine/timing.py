@@ -29,7 +29,7 @@ from stvit_video.engine.start import build_data, check_inputs
 from stvit_video.errors import UsageError
 
 BATCH = 8  # videos a batch: enough that its first one, which nothing is done beside, counts little
-Timer = Callable[[], float]
+Timer = Callable[[], float]  # runs one round and returns seconds per item
 
 
 def timed(work: Callable[[], Iterable[object]], items: int) -> Timer:
