@@ -14,6 +14,7 @@ from stvit_video import run
 from stvit_video.config import load_config
 from stvit_video.data import sample
 from stvit_video.engine.trainer import Trainer
+from stvit_video.errors import UsageError
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -60,6 +61,20 @@ def write_clip(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+def copy_packets(
+    source: Path, target: Path, change: Callable[[av.Packet], av.Packet] = lambda packet: packet, **options: str
+) -> Path:
+    """Write the packets of a video, as ``change`` returns them, to another file without encoding them again."""
+    with av.open(str(source)) as given, av.open(str(target), "w", options=options) as written:
+        stream = written.add_stream_from_template(given.streams.video[0])
+        for packet in given.demux(video=0):
+            if packet.dts is not None:  # the last one is empty
+                changed = change(packet)
+                changed.stream = stream
+                written.mux(changed)
+    return target
 
 
 @pytest.fixture
@@ -120,6 +135,16 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
         return said
 
     return check
+
+
+def refusal(function: Callable[..., object], *arguments: object) -> str:
+    """Call a function that is to raise UsageError, make sure that it is one short line, and return that."""
+    with pytest.raises(UsageError) as error:
+        function(*arguments)
+    said = str(error.value)
+    assert "\n" not in said
+    assert len(said) < 500
+    return said
 
 
 @pytest.fixture(autouse=True)

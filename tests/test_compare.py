@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from stvit_video import compare
 
@@ -24,6 +25,24 @@ def test_steps_to_the_target_are_counted_and_drawn(tmp_path: Path, capsys: pytes
     assert lines[runs[0]] == ["504", "600"]  # the mean of steps 496 and 504 is what 500 would be
     assert lines[runs[1]] == ["208", "200"]
     assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 24])
+def test_the_legend_names_each_run_once_and_covers_no_curve(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, dpi: drawn.append(self))
+    runs = [write_run(tmp_path / f"run {number}", 0.1) for number in range(count)]
+    assert compare.main([*runs, "--output", str(tmp_path / "x.png")]) == 0
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    (axes,), (legend,) = figure.axes, figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == runs
+    box = legend.get_window_extent()
+    assert box.y1 <= axes.get_tightbbox().y0
+    assert box.y0 >= 0
+    assert axes.get_window_extent().height > 300  # of 450: the picture grows instead
 
 
 def test_a_target_never_reached_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,7 +13,7 @@ from PIL import Image
 from stvit_video.data.decoding import Decoding
 from stvit_video.data.frames import DecodeError, Frames
 from stvit_video.data.sampling import ClipSampler, EvenClips
-from tests.conftest import numbered_frames
+from tests.conftest import copy_packets, numbered_frames
 from tests.data.choices import Frozen
 
 DEADLINE_S = 20.0
@@ -66,14 +65,7 @@ DAMAGES = (cut, flip_few, flip_many, clear)
 
 def put_index_first(path: Path) -> Path:
     """Return a copy of an MP4 whose index comes first, as in files from the web: cut short, it still opens."""
-    copy = path.with_stem(f"{path.stem}_web")
-    with av.open(str(path)) as source, av.open(str(copy), "w", options={"movflags": "faststart"}) as target:
-        stream = target.add_stream_from_template(source.streams.video[0])
-        for packet in source.demux(video=0):
-            if packet.dts is not None:  # the last one is empty
-                packet.stream = stream
-                target.mux(packet)
-    return copy
+    return copy_packets(path, path.with_stem(f"{path.stem}_web"), movflags="faststart")
 
 
 def write_odd_files(folder: Path, clip: Path, web: Path, sound: Path) -> dict[str, Path]:

@@ -19,6 +19,7 @@ from stvit_video.data.decode import read_frames
 from stvit_video.data.decoding import Decoding
 from stvit_video.data.frames import DecodeError
 from stvit_video.data.ledger import read_ledger
+from stvit_video.signals import STOP_SIGNALS
 from tests.conftest import numbered_frames, read_number
 from tests.data.choices import Crashing, Frozen, Sleeping
 
@@ -97,6 +98,17 @@ def test_a_child_that_was_killed_in_between_is_replaced(path: str) -> None:
     os.kill(child, 9)
     time.sleep(0.2)
     assert read_number(decoding.read(decoding.request(path, Frozen((1,))))[0]) == 1
+
+
+def test_signals_that_ask_a_run_to_stop_leave_its_child_at_work(path: str) -> None:
+    decoding = Decoding(BOTH, 60)
+    before = children()
+    decoding.read(decoding.request(path, Frozen((0,))))
+    (child,) = children() - before
+    for number in STOP_SIGNALS:
+        os.kill(child, number)
+        assert read_number(decoding.read(decoding.request(path, Frozen((1,))))[0]) == 1
+    assert children() - before == {child}  # the same: a killed one would have been replaced
 
 
 def test_no_process_is_left_behind(path: str) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,31 @@ def test_motions_move_what_they_name() -> None:
         assert (sign * change(motion, quantity, period) > 0).all()
     for motion, sign in (("growing", 1), ("shrinking", -1)):
         assert (sign * change(motion, "radius", None) > 0).sum() >= sample.FRAMES - 2  # at most one return to the start
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--seed", "-1"], "--seed -1 is negative; give a whole number from 0."),
+        (["--seed", "x"], "invalid int value: 'x'; use: python -m stvit_video.data.sample [--root FOLDER]"),
+        (["--root", "file"], "file exists but holds no sample set"),
+        (["--root", "file/set"], "file/set cannot be written (Not a directory)"),
+        (["--root", "blocked"], "--root blocked cannot be written (File exists)"),
+    ],
+)
+def test_wrong_use_is_one_line(
+    words: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("blocked").mkdir()
+    Path("blocked/videos").touch()
+    Path("blocked/sample.json").write_text(json.dumps(asdict(sample.Spec())))
+    assert sample.main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert says in said
 
 
 def test_clockwise_is_clockwise_on_the_screen() -> None:

@@ -13,12 +13,7 @@ from stvit_video.errors import UsageError
 from stvit_video.models import create_model, load_pretrained
 from stvit_video.models.fitting import resample_bias, split_positions
 from stvit_video.models.layouts import from_swin, from_timm_vit, from_videomae, interleaved_sines, recognise
-
-
-def perturb(model: torch.nn.Module) -> torch.nn.Module:
-    for parameter in model.parameters():
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    return model.eval()
+from tests.models.weights import perturb
 
 
 def swin(frames: int = 1, **overrides: object) -> torch.nn.Module:

@@ -12,20 +12,11 @@ import torchvision
 from stvit_video.errors import UsageError
 from stvit_video.models import create_model, load_pretrained
 from stvit_video.models.complexity import count_gflops, count_parameters
+from tests.models.weights import perturb
 
 SHRUNK = {"dim": 24, "depths": (2, 2, 6, 2), "num_heads": (1, 2, 4, 8)}
 TWO_UNITS = {"depths": (2, 2, 12, 2), "units": 2}
 GOLDEN = Path(__file__).parent / "golden"
-
-
-def perturb(model: torch.nn.Module) -> torch.nn.Module:
-    """Move every weight and statistic, so that no zero or unit value can hide a mistake."""
-    for parameter in model.parameters():
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    for name, buffer in model.named_buffers():
-        if name.endswith(("running_mean", "running_var")):
-            buffer += 0.2 * torch.rand_like(buffer)
-    return model.eval()
 
 
 VARIANTS = [

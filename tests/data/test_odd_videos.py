@@ -1,0 +1,90 @@
+"""Videos that are whole but odd: frames that are not shown, cut off or never refreshed at once, yet all are exact."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from stvit_video.data.decode import Request, find_decoders, open_video, read_frames
+from stvit_video.data.frames import DecodeError
+from tests.conftest import copy_packets, numbered_frames, read_number
+from tests.data.choices import Frozen
+
+COUNT = 200
+
+
+def check_frames(path: Path, numbers: Sequence[int]) -> None:
+    """Make sure that PyAV finds a video's frames, which have these numbers, and that others leave them to it.
+
+    Each frame is asked for alone, then several at once, near and far from each other.
+    """
+    rng = np.random.default_rng(0)
+    choices = [(index,) for index in range(len(numbers))]
+    choices += [tuple(range(0, len(numbers), step)) for step in (1, 7, 60)]
+    choices += [tuple(rng.integers(0, len(numbers), 8).tolist()) for _ in range(8)]
+    assert open_video(str(path), decoder="pyav").length == len(numbers)
+    for indices in choices:
+        frames = read_frames(Request(str(path), Frozen(indices), None, ("pyav",)))
+        assert [read_number(frame) for frame in frames] == [numbers[index] for index in indices]
+    for decoder in find_decoders("auto")[1:]:
+        with pytest.raises(DecodeError, match=f"where {decoder} finds wrong frames; DATA.DECODER auto reads it"):
+            open_video(str(path), decoder=decoder)
+
+
+@pytest.mark.parametrize("container", ["webm", "mkv"])
+def test_references_of_vp8_that_are_not_shown_are_no_frames(
+    write_clip: Callable[..., Path], tmp_path: Path, container: str
+) -> None:
+    """As libvpx writes them in two passes. Here, some that others refer to are marked as hidden, in their fifth bit."""
+    hidden = [31, 32, 77, 150]
+    source = write_clip(numbered_frames(COUNT), "source.webm", "libvpx", g="60", b="1M", deadline="realtime")
+    numbers = iter(range(COUNT))
+
+    def hide(packet: av.Packet) -> av.Packet:
+        if next(numbers) not in hidden:
+            return packet
+        content = bytearray(bytes(packet))
+        assert content[0] >> 4 & 1
+        content[0] &= ~(1 << 4)
+        copy = av.Packet(bytes(content))
+        copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
+        return copy
+
+    path = copy_packets(source, tmp_path / f"clip.{container}", hide)
+    check_frames(path, [number for number in range(COUNT) if number not in hidden])
+
+
+@pytest.mark.parametrize("container", ["mp4", "mkv"])
+def test_frames_are_exact_where_pictures_are_refreshed_gradually(
+    write_clip: Callable[..., Path], container: str
+) -> None:
+    """A column at a time: only the first is a key frame, but others, where a refresh begins, are marked as such."""
+    path = write_clip(
+        numbered_frames(COUNT), f"clip.{container}", **{"x264-params": "intra-refresh=1:keyint=40:scenecut=0"}
+    )
+    with av.open(str(path)) as file:
+        assert [number for number, frame in enumerate(file.decode(video=0)) if frame.key_frame] == [0]
+    with av.open(str(path)) as file:
+        assert sum(packet.is_keyframe for packet in file.demux(video=0)) > 1
+    check_frames(path, range(COUNT))
+
+
+@pytest.mark.parametrize("options", [{}, {"bf": "0"}, {"flags": "-cgop", "bf": "2"}], ids=str)
+@pytest.mark.parametrize("first", [1, 27, 60])
+def test_what_an_edit_list_cuts_off_at_the_start_is_no_frame(
+    write_clip: Callable[..., Path], tmp_path: Path, first: int, options: dict
+) -> None:
+    """As cutting without encoding leaves it: what the first shown frame refers to is still there, before time 0."""
+    source = write_clip(numbered_frames(COUNT), "source.mp4", g="25", **options)
+
+    def shift(packet: av.Packet) -> av.Packet:
+        start = round(first / 25 / packet.time_base)
+        packet.pts, packet.dts = packet.pts - start, packet.dts - start
+        return packet
+
+    path = copy_packets(source, tmp_path / "cut.mp4", shift)
+    with av.open(str(path)) as file:
+        assert any(packet.is_discard for packet in file.demux(video=0))
+    check_frames(path, range(first, COUNT))

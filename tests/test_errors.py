@@ -1,0 +1,72 @@
+"""How a command ends: what the user can mend is one line and exit code 2, all else keeps its traceback."""
+
+import errno
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from stvit_video.errors import FILESYSTEM_ERRORS, UsageError, run_command
+
+
+def raising(error: BaseException) -> Callable[[Sequence[str] | None], int]:
+    def command(arguments: Sequence[str] | None) -> int:
+        raise error
+
+    return command
+
+
+@pytest.mark.parametrize("code", [0, 1, 3])
+def test_a_command_gets_its_arguments_and_gives_its_exit_code(code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    given: list[Sequence[str] | None] = []
+
+    def command(arguments: Sequence[str] | None) -> int:
+        given.append(arguments)
+        return code
+
+    assert run_command(command, ["a", "b"]) == run_command(command, None) == code
+    assert given == [["a", "b"], None]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_wrong_use_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(raising(UsageError("x is 3; give 4.")), None) == 2
+    assert capsys.readouterr() == ("", "error: x is 3; give 4.\n")
+
+
+@pytest.mark.parametrize("number", sorted(FILESYSTEM_ERRORS))
+def test_what_the_file_system_refuses_is_one_line_that_says_what_to_do(
+    number: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    why = os.strerror(number)
+    remedy = "free space, set its permissions or choose another folder"
+    assert run_command(raising(OSError(number, why, "/a/b")), None) == 2
+    assert capsys.readouterr().err == f"error: /a/b cannot be written or read ({why}); {remedy}.\n"
+    assert run_command(raising(OSError(number, why)), None, again="it goes on") == 2
+    said = f"error: a file of the run cannot be written or read ({why}); {remedy}; it goes on.\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no device that is always full")
+def test_a_full_disk_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def command(arguments: Sequence[str] | None) -> int:
+        return Path("/dev/full").write_text("x")
+
+    assert run_command(command, None) == 2
+    assert f"({os.strerror(errno.ENOSPC)})" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EBADF, "closed"), FileNotFoundError(2, "x"), ValueError("x")], ids=repr
+)
+def test_our_own_mistakes_keep_their_traceback(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught:
+        run_command(raising(error), None)
+    assert caught.value is error
+
+
+def test_ctrl_c_says_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(raising(KeyboardInterrupt()), None) == 130
+    assert run_command(raising(KeyboardInterrupt()), None, stopped="gone", stopped_code=1) == 1
+    assert capsys.readouterr() == ("", "\nstopped\n\ngone\n")
