@@ -50,7 +50,7 @@ def plot_comparison(curves: dict[str, dict[str, list[tuple[int, float]]]], targe
     axes.set_ylabel("top-1 (%)")
     axes.set_ylim(0, 102)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=columns, fontsize="small")  # beside the curves, however many
+    figure.legend(loc="outside lower center", ncols=columns, fontsize="small")  # below the curves, however many
     figure.savefig(path, dpi=120)
 
 
