@@ -1,6 +1,7 @@
 """Losses and gradients that are not finite: skipped on every process, counted, and the end when there are too many."""
 
 import itertools
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from stvit_video import run
+from stvit_video.data.annotations import Video
 from stvit_video.data.dataset import Batch, Collate, Sample, TrainViews
 from stvit_video.data.transforms import Normalise, TrainTransform
 from stvit_video.engine.logging import read_metrics
@@ -47,12 +49,10 @@ def batches(*values: int) -> list[Batch]:
 
 
 def trainer_of(model: nn.Module, most: int, **settings: object) -> Trainer:
-    class Videos(torch.utils.data.Dataset):
-        videos = [type("Video", (), {"path": f"{i}.mp4"}) for i in range(256)]
-
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    loader = torch.utils.data.DataLoader(Videos())
+    videos = types.SimpleNamespace(videos=[Video(f"{i}.mp4", 0) for i in range(256)])
+    loader = types.SimpleNamespace(dataset=videos)
     return plain_trainer(model, optimizer, scheduler, loader, max_bad_steps=most, **settings)
 
 

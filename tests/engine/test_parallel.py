@@ -11,12 +11,13 @@ from safetensors.torch import load_file
 
 from stvit_video import run
 from stvit_video.data.annotations import read_lines
-from tests.engine.test_survival import launch
+from tests.conftest import REPOSITORY
+from tests.engine.test_survival import launch, newest_step
 
 Arguments = Callable[..., list[str]]
 # Weights move little, and no gradient is so near to zero that its sign could differ: what is left is rounding.
 CALM = ["OPTIM.LR", "1e-4", "DATA.WORKERS", "0", "TRAIN.EMA", "0.9", "TRAIN.MIXUP", "0.0", "TRAIN.CUTMIX", "0.0"]
-CALM += ["MODEL.DROPOUT", "0.0", "MODEL.DROP_PATH", "0.0"]
+CALM += ["TRAIN.MAX_STEPS", "5", "PARALLEL.TIMEOUT_S", "120", "MODEL.DROPOUT", "0.0", "MODEL.DROP_PATH", "0.0"]
 
 
 def finish(command: list[str]) -> str:
@@ -38,15 +39,39 @@ def replicated(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return output
 
 
-@pytest.mark.parametrize("extra", [[], ["TRAIN.ACCUMULATE", "2"]], ids=["whole", "accumulated"])
-def test_sharded_training_equals_replicated_training(
-    replicated: Path, small_set: Path, tmp_path: Path, extra: list[str]
-) -> None:
-    said = finish(launch(small_set, tmp_path / "run", 2, *CALM, "PARALLEL.STRATEGY", "fsdp", *extra))
-    assert "weights shared out (fsdp)" in said
-    assert difference(tmp_path / "run", replicated) < 1e-5
-    results = [json.loads((path / "results.json").read_text()) for path in (tmp_path / "run", replicated)]
+@pytest.fixture(scope="module")
+def sharded(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("parallel") / "fsdp"
+    assert "weights shared out (fsdp)" in finish(launch(small_set, output, 2, *CALM, "PARALLEL.STRATEGY", "fsdp"))
+    return output
+
+
+def test_sharded_training_equals_replicated_training(replicated: Path, sharded: Path) -> None:
+    assert difference(sharded, replicated) < 1e-5
+    results = [json.loads((path / "results.json").read_text()) for path in (sharded, replicated)]
     assert results[0]["top1"] == results[1]["top1"]
+
+
+def test_accumulated_batches_of_shards_equal_whole_ones(replicated: Path, small_set: Path, tmp_path: Path) -> None:
+    finish(launch(small_set, tmp_path / "run", 2, *CALM, "PARALLEL.STRATEGY", "fsdp", "TRAIN.ACCUMULATE", "2"))
+    assert difference(tmp_path / "run", replicated) < 1e-5
+
+
+def die_at(step: int, command: list[str], folder: Path) -> None:
+    """Run a command whose processes all die when training has come to ``step``, and make sure that it did."""
+    script = folder / "die.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n"
+        "from stvit_video import run\nfrom stvit_video.engine.trainer import Trainer\ntake = Trainer.take_step\n"
+        f"def die(self, batches):\n    if self.step == {step}:\n        sys.exit(9)\n    return take(self, batches)\n"
+        "Trainer.take_step = die\nsys.exit(run.main(sys.argv[1:]))\n"
+    )
+    place = command.index("stvit_video.run")
+    command = [*command[: place - 1], str(script), *command[place + 1 :]]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode != 0
+    output = Path(command[command.index("OUTPUT_DIR") + 1])
+    assert newest_step(output) == step, ended.stderr
 
 
 def test_a_run_goes_on_with_other_processes_and_another_strategy(
@@ -54,44 +79,19 @@ def test_a_run_goes_on_with_other_processes_and_another_strategy(
 ) -> None:
     """From two sharded processes to one, and from there to two replicated ones."""
     output = tmp_path / "run"
-    sharded = ["PARALLEL.STRATEGY", "fsdp"]
-    stages = [(2, sharded, 5), (1, [], 9)]
-    for processes, how, steps in stages:
-        code = (
-            "import sys; from stvit_video.engine.trainer import Trainer; from stvit_video import run; "
-            "take = Trainer.take_step\n"
-            f"def die(self, batches):\n    if self.step == {steps}: raise SystemExit(9)\n    return take(self, batches)\n"
-            "Trainer.take_step = die\nsys.exit(run.main(sys.argv[1:]))\n"
-        )
-        script = tmp_path / f"die{steps}.py"
-        script.write_text(code)
-        command = launch(small_set, output, processes, *CALM, *how)
-        place = command.index("stvit_video.run")
-        command[place - 1 : place + 1] = [str(script)]
-        assert subprocess.run(command, capture_output=True, text=True, timeout=300).returncode != 0
+    die_at(2, launch(small_set, output, 2, *CALM, "PARALLEL.STRATEGY", "fsdp"), tmp_path)
+    die_at(3, launch(small_set, output, 1, *CALM), tmp_path)
     said = finish(launch(small_set, output, 2, *CALM))
-    assert "continuing at step 9 in epoch 3" in said
+    assert "continuing at step 3 in epoch 1" in said
     assert "note: the run was with processes 1 (now 2): its steps see the same videos" in said
     assert difference(output, replicated) < 1e-5
 
 
-def test_the_sharded_state_resumes_bit_for_bit(small_set: Path, tmp_path: Path) -> None:
-    words = [*CALM, "PARALLEL.STRATEGY", "fsdp"]
-    finish(launch(small_set, tmp_path / "whole", 2, *words, "OUTPUT_DIR", str(tmp_path / "whole")))
-    script = tmp_path / "die.py"
-    script.write_text(
-        "import sys\nfrom stvit_video.engine.trainer import Trainer\nfrom stvit_video import run\n"
-        "take = Trainer.take_step\n"
-        "def die(self, batches):\n    if self.step == 6: raise SystemExit(9)\n    return take(self, batches)\n"
-        "if '--die' in sys.argv:\n    sys.argv.remove('--die')\n    Trainer.take_step = die\n"
-        "sys.exit(run.main(sys.argv[1:]))\n"
-    )
-    command = launch(small_set, tmp_path / "killed", 2, *words)
-    place = command.index("stvit_video.run")
-    command[place - 1 : place + 1] = [str(script)]
-    assert subprocess.run([*command, "--die"], capture_output=True, timeout=300).returncode != 0
-    assert "continuing at step 6" in finish(command)
-    assert difference(tmp_path / "killed", tmp_path / "whole") == 0
+def test_the_sharded_state_resumes_bit_for_bit(sharded: Path, small_set: Path, tmp_path: Path) -> None:
+    command = launch(small_set, tmp_path / "run", 2, *CALM, "PARALLEL.STRATEGY", "fsdp")
+    die_at(3, command, tmp_path)
+    assert "continuing at step 3" in finish(command)
+    assert difference(tmp_path / "run", sharded) == 0
 
 
 def test_eleven_videos_score_the_same_on_one_to_four_processes(

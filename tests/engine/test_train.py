@@ -19,7 +19,6 @@ from stvit_video.data.mixing import Mix
 from stvit_video.data.transforms import Normalise, TrainTransform
 from stvit_video.distributed import World
 from stvit_video.engine.logging import MetricsLog, read_metrics
-from stvit_video.engine.precision import autocast
 from stvit_video.engine.trainer import Trainer, build_trainer
 from stvit_video.models.zoo import build_model
 from stvit_video.progress import Progress

@@ -1,4 +1,4 @@
-"""A test that is stopped, or killed, goes on where it was; W&B; tables; a dry run leaves nothing."""
+"""What surrounds training: tests that go on after an interruption, their tables, dry runs, other logs, early ends."""
 
 import csv
 import json
@@ -17,7 +17,7 @@ from stvit_video import run
 from stvit_video.engine import evaluate
 from stvit_video.engine.parts import Parts
 from stvit_video.engine.stopping import EXIT_STOPPED
-from tests.engine.test_train import WORLD
+from tests.conftest import REPOSITORY
 
 Arguments = Callable[..., list[str]]
 
@@ -26,11 +26,13 @@ class Killed(Exception):
     """What ends a test in a test as if from outside."""
 
 
-@pytest.fixture
-def trained(small_run: Arguments, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def trained(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The weights of a run of a step."""
-    output = tmp_path / "trained"
-    assert run.main(small_run("TRAIN.MAX_STEPS", "1", "DATA.VAL_LIST", "", "OUTPUT_DIR", str(output))) == 0
+    output = tmp_path_factory.mktemp("trained") / "run"
+    words = f"DATA.ROOT {small_set} TRAIN.BATCH_SIZE 8 TRAIN.MAX_STEPS 1 DATA.WORKERS 0 OUTPUT_DIR {output}".split()
+    empty = ["DATA.GENERATE", "", "DATA.VAL_LIST", ""]
+    assert run.main(["--cfg", f"{REPOSITORY}/configs/sample_stvit.yaml", *words, *empty]) == 0
     return output / "model.safetensors"
 
 
@@ -64,7 +66,10 @@ def die() -> None:
 def test_a_stopped_test_goes_on_and_gives_the_same_figures(
     small_run: Arguments, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    whole, stopped = small_run(*test_words(trained, tmp_path / "whole")), small_run(*test_words(trained, tmp_path / "s"))
+    whole, stopped = (
+        small_run(*test_words(trained, tmp_path / "whole")),
+        small_run(*test_words(trained, tmp_path / "s")),
+    )
     assert run.main(whole) == 0
     with monkeypatch.context() as patch:
         interrupt(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -118,6 +123,7 @@ def test_a_damaged_part_is_scored_again_with_a_warning(tmp_path: Path, damage: s
         parts.add((torch.tensor([first, first + 1]), torch.tensor([1, 0]), torch.full((2, 4), float(first))))
         parts.flush()
     assert sorted(int(row[0][0]) for row in parts.read()) == [0, 2]
+    assert Parts(tmp_path / "parts", "other", 0).read() == []
     path = sorted((tmp_path / "parts").iterdir())[0]
     content = path.read_bytes()
     if damage == "foreign":
@@ -128,7 +134,6 @@ def test_a_damaged_part_is_scored_again_with_a_warning(tmp_path: Path, damage: s
         path.write_bytes({"cut": content[:100], "flipped": flipped, "text": b"no"}[damage])
     with pytest.warns(UserWarning, match="scored again"):
         assert [int(row[0][0]) for row in parts.read()] == [2]
-    assert Parts(tmp_path / "parts", "other", 0).read() == [] or damage == "text"
 
 
 def test_a_video_that_failed_is_asked_for_again(small_run: Arguments, trained: Path, tmp_path: Path) -> None:
@@ -198,7 +203,7 @@ def test_training_stops_at_max_steps_in_the_middle_of_an_epoch(small_run: Argume
     assert run.main(small_run("TRAIN.EPOCHS", "5", "TRAIN.MAX_STEPS", "6", "OPTIM.WARMUP_EPOCHS", "0")) == 0
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [(row["split"], row["step"]) for row in rows] == [("train", 4), ("val", 4), ("train", 6), ("val", 6)]
-    assert rows[0]["lr"] > rows[2]["lr"] < 1e-9  # the cosine ends with training: the rate after the last step
+    assert rows[2]["lr"] < 0.1 * rows[0]["lr"]  # the cosine ends with training
 
 
 def test_weights_and_biases_gets_the_same_rows_and_its_absence_is_said(
@@ -216,6 +221,5 @@ def test_weights_and_biases_gets_the_same_rows_and_its_absence_is_said(
     assert {"loss/val", "top1/val"} <= logged[1][0].keys()
     assert begun[0]["project"] == "project"
     assert begun[0]["resume"] == "allow"
-    assert WORLD.is_main
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert "pip install wandb" in refused(small_run("LOG.WANDB", "p", "OUTPUT_DIR", str(tmp_path / "other")))
