@@ -1,4 +1,4 @@
-"""Speed on this machine: ``python -m stvit_video.benchmark loader --cfg FILE [KEY VALUE ...]``.
+"""Speed on this machine: ``python -m stvit_video.benchmark loader|engine --cfg FILE [KEY VALUE ...]``.
 
 Every figure is the median of interleaved rounds over the same videos, beside a bare decord in the same run: ratios can
 be compared between machines, times cannot.
@@ -103,29 +103,50 @@ def benchmark_loader(cfg: CfgNode, clips: int, rounds: int, peers: Sequence[str]
     return {"train": [asdict(row) for row in train], "test": [asdict(row) for row in test], "advice": advice}
 
 
+def benchmark_engine(cfg: CfgNode, steps: int, rounds: int) -> dict[str, Any]:
+    """Time training steps with and without the engine, print the table and return the figures."""
+    from stvit_video.engine.overhead import build_engine_timers
+
+    rows = interleave(build_engine_timers(cfg, steps), rounds)
+    print(describe(f"training steps of {cfg.TRAIN.BATCH_SIZE} clips held in memory", "step", rows))
+    speed = 1 / rows[1].ratio
+    print(f"the engine takes {speed:.3f} of the bare loop's steps a second, checkpoint and logs included", flush=True)
+    return {"engine": [asdict(row) for row in rows], "speed": speed}
+
+
 def benchmark(arguments: Sequence[str] | None) -> int:
     """Parse the arguments, run what they name and write the figures where they say."""
     parser = Parser(
         prog="python -m stvit_video.benchmark",
-        form="loader --cfg FILE [KEY VALUE ...]",
+        form="loader|engine --cfg FILE [KEY VALUE ...]",
         description="Measure speed on this machine.",
     )
-    parser.add_argument("what", choices=["loader"], help="loader: from files to batches, step by step")
-    parser.add_argument("--cfg", required=True, metavar="FILE", help="configuration of the data to load")
+    parser.add_argument(
+        "what",
+        choices=["loader", "engine"],
+        help="loader: from files to batches, step by step; engine: training steps beside a bare loop",
+    )
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="configuration of what is timed")
+    parser.add_argument("--steps", type=int, default=32, help="steps a round of engine (default: %(default)s)")
     parser.add_argument("--clips", type=int, default=64, help="training clips a round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds, after one to warm up (default: %(default)s)")
     parser.add_argument("--peer", action="append", default=[], choices=["pytorchvideo"], help="time this loader too")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures there")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="as for stvit_video.run")
     options = parser.parse_intermixed_args(arguments)
-    if min(options.clips, options.rounds) < 1:
-        raise UsageError(f"--clips {options.clips}, --rounds {options.rounds}: give whole numbers from 1 on.")
+    if min(options.clips, options.rounds, options.steps) < 1:
+        raise UsageError(
+            f"--clips {options.clips}, --rounds {options.rounds}, --steps {options.steps}: give whole numbers from 1."
+        )
     if options.output and not options.output.parent.is_dir():
         raise UsageError(f"--output {options.output}: {options.output.parent} is not a folder; make it first.")
     from stvit_video.config import load_config
 
     cfg = load_config(options.cfg, options.overrides)
-    figures = benchmark_loader(cfg, options.clips, options.rounds, options.peer)
+    if options.what == "loader":
+        figures = benchmark_loader(cfg, options.clips, options.rounds, options.peer)
+    else:
+        figures = benchmark_engine(cfg, options.steps, options.rounds)
     if options.output:
         from stvit_video.engine.run_folder import environment
 
