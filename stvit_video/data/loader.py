@@ -93,7 +93,7 @@ def build_train_loader(cfg: CfgNode, world: World, num_classes: int) -> DataLoad
     area = tuple(cfg.DATA.CROP_AREA) if cfg.DATA.CROP == "random_resized" else None
     transform = TrainTransform(
         size=cfg.DATA.SIZE,
-        normalise=_build_normalise(cfg),
+        normalise=build_normalise(cfg),
         short_side=tuple(cfg.DATA.SHORT_SIDE),
         area=area,
         ratio=tuple(cfg.DATA.CROP_RATIO),
@@ -102,9 +102,9 @@ def build_train_loader(cfg: CfgNode, world: World, num_classes: int) -> DataLoad
     )
     dataset = TrainDataset(
         videos,
-        sampler=_build_sampler(cfg),
+        sampler=build_sampler(cfg),
         views=TrainViews(transform, repeats, cfg.DATA.FRAMES, late=cfg.DATA.TRANSFORM_ON == "device"),
-        decoding=_build_decoding(cfg, cfg.DATA.SHORT_SIDE[1]),
+        decoding=build_decoding(cfg, cfg.DATA.SHORT_SIDE[1]),
         seed=cfg.SEED,
     )
     sampler = EpochSampler(len(videos), videos_per_step, cfg.TRAIN.ACCUMULATE, world.rank, world.size, cfg.SEED)
@@ -117,12 +117,12 @@ def build_test_loader(
     """Return a loader of ``clips`` x ``crops`` views of each video of ``split``."""
     videos = build_videos(cfg, split)
     check_labels(videos, num_classes, cfg.DATA[f"{split.upper()}_LIST"])
-    transform = TestTransform(cfg.DATA.SIZE, _build_normalise(cfg), cfg.TEST.SHORT_SIDE, crops)
+    transform = TestTransform(cfg.DATA.SIZE, build_normalise(cfg), cfg.TEST.SHORT_SIDE, crops)
     dataset = TestDataset(
         videos,
-        sampler=_build_sampler(cfg),
+        sampler=build_sampler(cfg),
         views=TestViews(transform, clips, cfg.DATA.FRAMES),
-        decoding=_build_decoding(cfg, cfg.TEST.SHORT_SIDE),
+        decoding=build_decoding(cfg, cfg.TEST.SHORT_SIDE),
         stage=split,
     )
     # As many views a batch as in the test, whatever the number of views a video.
@@ -130,13 +130,15 @@ def build_test_loader(
     return _loader(cfg, world, dataset, ShardedBatches(len(videos), batch, world.rank, world.size))
 
 
-def _build_sampler(cfg: CfgNode) -> Sampling:
+def build_sampler(cfg: CfgNode) -> Sampling:
+    """Return the configured way of taking clips out of a video."""
     if cfg.DATA.SAMPLING == "seconds":
         return SecondsSampler(cfg.DATA.FRAMES, cfg.DATA.CLIP_SECONDS)
     return ClipSampler(cfg.DATA.SAMPLING, cfg.DATA.FRAMES, cfg.DATA.STRIDE, cfg.DATA.FPS)
 
 
-def _build_decoding(cfg: CfgNode, short_side: int) -> Decoding:
+def build_decoding(cfg: CfgNode, short_side: int) -> Decoding:
+    """Return what reads frames, with the configured decoders and deadline; ``short_side`` as in ``open_video``."""
     try:
         decoders = find_decoders(cfg.DATA.DECODER)
     except ValueError as error:
@@ -149,7 +151,8 @@ def _build_augment(cfg: CfgNode) -> Augment:
     return Augment(data.RAND_AUGMENT_LAYERS, data.RAND_AUGMENT_MAGNITUDE, data.COLOR_JITTER, data.ERASE)
 
 
-def _build_normalise(cfg: CfgNode) -> Normalise:
+def build_normalise(cfg: CfgNode) -> Normalise:
+    """Return the map from bytes to the model's floats."""
     return Normalise(tuple(cfg.DATA.MEAN), tuple(cfg.DATA.STD))
 
 

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -76,18 +77,36 @@ def draw(shape: str, state: State, rng: np.random.Generator) -> Image:
     colours = (light, dark) if rng.random() < 0.5 else (dark, light)
     background = _background(rng)
     spokes, bend = int(rng.integers(2, 5)), rng.uniform(-1, 1)
-    pixels = np.arange(SIDE) + 0.5
     frames = np.empty((len(state.x), SIDE, SIDE, 3), np.uint8)
     for i in range(len(state.x)):
-        dx = (pixels[None, :] - state.x[i] + SIDE / 2) % SIDE - SIDE / 2  # what leaves at one edge enters at the other
-        dy = (pixels[:, None] - state.y[i] + SIDE / 2) % SIDE - SIDE / 2
-        cos, sin = math.cos(state.angle[i]), math.sin(state.angle[i])
-        u, v = (cos * dx + sin * dy) / state.radius[i], (cos * dy - sin * dx) / state.radius[i]
-        cover = np.clip(_inside(shape, u, v) * state.radius[i] + 0.5, 0, 1)[..., None]  # antialiased edge
+        u, v = _sprite_places(state, i)
+        cover = _cover(shape, state, i, u, v)[..., None]
         mix = np.clip(_texture(spokes, bend, u, v) * 4 + 0.5, 0, 1)[..., None]
         sprite = mix * colours[0] + (1 - mix) * colours[1]
         frames[i] = np.clip(cover * sprite + (1 - cover) * background, 0, 255)
     return frames
+
+
+def sprite_mask(split: str, index: int, seed: int = 0) -> NDArray[np.bool_]:
+    """Return where the sprite is in the ``index``-th video of ``split``: (FRAMES, SIDE, SIDE), True on the sprite."""
+    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    motion, shape = video_labels(index)
+    state = trajectory(motion, rng)
+    return np.stack([_cover(shape, state, i, *_sprite_places(state, i)) > 0.5 for i in range(FRAMES)])
+
+
+def _sprite_places(state: State, i: int) -> tuple[Float, Float]:
+    """Return what place (u, v) of the sprite, of radius 1, each pixel of frame ``i`` shows: (SIDE, SIDE) each."""
+    pixels = np.arange(SIDE) + 0.5
+    dx = (pixels[None, :] - state.x[i] + SIDE / 2) % SIDE - SIDE / 2  # what leaves at one edge enters at the other
+    dy = (pixels[:, None] - state.y[i] + SIDE / 2) % SIDE - SIDE / 2
+    cos, sin = math.cos(state.angle[i]), math.sin(state.angle[i])
+    return (cos * dx + sin * dy) / state.radius[i], (cos * dy - sin * dx) / state.radius[i]
+
+
+def _cover(shape: str, state: State, i: int, u: Float, v: Float) -> Float:
+    """Return how much of each pixel of frame ``i`` the sprite covers, its edge antialiased: (SIDE, SIDE)."""
+    return np.clip(_inside(shape, u, v) * state.radius[i] + 0.5, 0, 1)
 
 
 def _background(rng: np.random.Generator) -> Float:
@@ -131,7 +150,7 @@ def video_labels(index: int) -> tuple[str, str]:
     return MOTIONS[index % len(MOTIONS)], SHAPES[index // len(MOTIONS) % len(SHAPES)]
 
 
-def write_video(path: Path, frames: Image, rate: int = RATE) -> None:
+def write_video(path: Path, frames: Image, rate: int | Fraction = RATE) -> None:
     """Write frames (N, H, W, 3) as H.264, complete or not at all."""
     import av
 

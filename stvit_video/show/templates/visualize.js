@@ -1,0 +1,162 @@
+"use strict";
+// State lives in the address (#layer=owners&frame=3&token=12), so that a view can be linked to.
+const $ = (id) => document.getElementById(id);
+const make = (tag, properties, ...children) => {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
+};
+const unpack = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+const clamp = (number, most) => Math.min(Math.max(number || 0, 0), most);
+const byKey = new Map(DATA.layers.map((layer) => [layer.key, layer]));
+const start = new URLSearchParams(location.hash.slice(1));
+const state = {
+  layer: byKey.has(start.get("layer")) ? start.get("layer") : DATA.first,
+  frame: clamp(parseInt(start.get("frame")), DATA.labels.length - 1),
+  token: DATA.tokens ? clamp(parseInt(start.get("token") ?? DATA.tokens.first), DATA.tokens.count - 1) : 0,
+};
+let timer = null;
+
+function colour(rgb) { return "rgb(" + rgb.join(",") + ")"; }
+
+function drawScale(scale) {
+  const stops = scale.colours.map(colour).join(",");
+  const ticks = scale.ticks.map(([place, label]) => {
+    const tick = make("span", { textContent: label });
+    tick.style.left = 100 * place + "%";
+    return tick;
+  });
+  const colours = make("div", { className: "colours" });
+  colours.style.background = "linear-gradient(to right," + stops + ")";
+  return make("div", { className: "scale" }, scale.unit, colours, make("div", { className: "ticks" }, ...ticks));
+}
+
+function drawRegions() {
+  const squares = DATA.regions.flat().map((rgb) => {
+    const square = make("span", {});
+    square.style.background = colour(rgb);
+    return square;
+  });
+  const map = make("span", { className: "regions" }, ...squares);
+  map.style.gridTemplateColumns = "repeat(" + DATA.regions[0].length + ",auto)";
+  return make("p", { className: "small soft" }, map, "\u2002where each colour's token starts");
+}
+
+function keyOf(layer) {
+  if (layer.scale) return drawScale(layer.scale);
+  return layer.regions ? drawRegions() : make("span", {});
+}
+
+function show() {
+  const layer = byKey.get(state.layer);
+  $("view").src = layer.frames[state.frame];
+  $("frame").value = state.frame;
+  $("moment").textContent = "frame " + (state.frame + 1) + " of " + DATA.labels.length + " \u00b7 " + DATA.labels[state.frame];
+  if ($("title").textContent !== layer.title) {
+    $("title").textContent = layer.title;
+    $("caption").textContent = layer.caption;
+    $("key").replaceChildren(keyOf(layer));
+    for (const pill of $("layers").children) pill.setAttribute("aria-checked", pill.dataset.key === state.layer);
+  }
+  const words = new URLSearchParams({ layer: state.layer, frame: state.frame });
+  if (DATA.tokens) words.set("token", state.token);
+  try { history.replaceState(null, "", "#" + words); } catch { /* a page inside a frame may not */ }
+}
+
+function play(on) {
+  clearInterval(timer);
+  timer = on ? setInterval(() => { state.frame = (state.frame + 1) % DATA.labels.length; show(); }, DATA.milliseconds) : null;
+  $("play").textContent = on ? "\u275a\u275a" : "\u25b6";
+  $("play").setAttribute("aria-label", on ? "pause" : "play");
+}
+
+function buildViewer() {
+  for (const layer of DATA.layers) {
+    const pill = make("button", { type: "button", textContent: layer.short, onclick: () => { state.layer = layer.key; show(); } });
+    pill.setAttribute("role", "radio");
+    pill.dataset.key = layer.key;
+    $("layers").append(pill);
+  }
+  $("frame").oninput = () => { play(false); state.frame = Number($("frame").value); show(); };
+  $("play").onclick = () => play(timer === null);
+  $("play").hidden = $("frame").hidden = DATA.labels.length === 1;
+}
+
+function buildFilms() {
+  for (const layer of DATA.layers) {
+    const film = make("div", { className: "scroll film" });
+    layer.frames.forEach((source, i) => {
+      const picture = make("img", { src: source, alt: layer.title + ", " + DATA.labels[i], loading: "lazy" });
+      picture.onclick = () => { state.layer = layer.key; state.frame = i; show(); $("view").scrollIntoView({ block: "center" }); };
+      film.append(make("figure", {}, picture, DATA.labels[i]));
+    });
+    const words = [make("h3", { textContent: layer.title }), make("p", { className: "small", textContent: layer.caption })];
+    $("films").append(make("div", { className: "layer" }, ...words, film));
+  }
+}
+
+function buildInspector() {
+  const { slots, first, grid, ramp, maps } = DATA.tokens;
+  const drawn = unpack(maps), owners = DATA.tokens.owners, columns = DATA.regions[0].length;
+  const perSlot = DATA.regions.flat().length, perFrame = grid[1] * grid[2], size = grid[0] * perFrame;
+  slots.forEach((label, slot) => {
+    const map = make("div", {});
+    map.style.gridTemplateColumns = "repeat(" + columns + ",auto)";
+    DATA.regions.flat().forEach((rgb, i) => {
+      const number = slot * perSlot + i;
+      const button = make("button", { type: "button", title: "token " + (number + 1), onclick: () => choose(number) });
+      button.setAttribute("aria-label", "token " + (number + 1));
+      button.style.background = colour(rgb);
+      map.append(button);
+    });
+    $("tokens").append(make("div", { className: "slot" }, label, map));
+  });
+  const canvases = DATA.tokens.frames.map((source, i) => {
+    const canvas = make("canvas", { width: 236, height: Math.round(236 * DATA.height / DATA.width) });
+    const picture = new Image();
+    picture.onload = () => draw(i);
+    picture.src = source;
+    $("maps").append(make("figure", {}, canvas, DATA.tokens.moments[i]));
+    return { canvas, picture };
+  });
+
+  function draw(i) {
+    const { canvas, picture } = canvases[i], brush = canvas.getContext("2d");
+    brush.globalAlpha = 1;
+    brush.drawImage(picture, 0, 0, canvas.width, canvas.height);
+    for (let place = 0; place < perFrame; place++) {
+      const [red, green, blue, alpha] = ramp[drawn[state.token * size + i * perFrame + place]];
+      const [row, column] = [Math.floor(place / grid[2]), place % grid[2]];
+      const edge = (step, steps, length) => Math.round(step * length / steps);
+      const [top, left] = [edge(row, grid[1], canvas.height), edge(column, grid[2], canvas.width)];
+      brush.globalAlpha = alpha;
+      brush.fillStyle = colour([red, green, blue]);
+      brush.fillRect(left, top, edge(column + 1, grid[2], canvas.width) - left, edge(row + 1, grid[1], canvas.height) - top);
+    }
+  }
+
+  function choose(number) {
+    state.token = number;
+    document.querySelectorAll(".slot button").forEach((button, i) => button.setAttribute("aria-pressed", i === number));
+    $("token").textContent = DATA.tokens.words[number];
+    canvases.forEach((_, i) => draw(i));
+    show();
+  }
+
+  $("view").onclick = (event) => {
+    const box = $("view").getBoundingClientRect(), scale = Math.min(box.width / DATA.width, box.height / DATA.height);
+    const x = (event.clientX - box.left - (box.width - DATA.width * scale) / 2) / (DATA.width * scale);
+    const y = (event.clientY - box.top - (box.height - DATA.height * scale) / 2) / (DATA.height * scale);
+    if (x < 0 || x >= 1 || y < 0 || y >= 1) return;
+    const moment = Math.floor(state.frame * grid[0] / DATA.labels.length);
+    choose(owners[moment * perFrame + Math.floor(y * grid[1]) * grid[2] + Math.floor(x * grid[2])]);
+  };
+  $("token-key").append(drawScale(DATA.tokens.scale));
+  choose(state.token);
+}
+
+buildViewer();
+buildFilms();
+if (DATA.tokens) buildInspector();
+show();
+document.documentElement.dataset.ready = "yes";

@@ -1,0 +1,147 @@
+"""What a model saw in a video: ``python -m stvit_video.visualize VIDEO --checkpoint RUN|FILE [--output FOLDER]``.
+
+FOLDER gets ``report.html``, one file that works from a disk without a network, ``overlays.png`` and ``overlays.mp4``:
+what each semantic token draws on and where it goes, what the head makes of it, and Grad-CAM. Of a long video one clip
+is shown: the middle one, or that from ``--start`` seconds on. Exit codes: 0 done; 2 wrong use.
+"""
+
+import contextlib
+import shlex
+import sys
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stvit_video.errors import Parser, UsageError, nearest
+
+if TYPE_CHECKING:  # what brings torch is imported once the options are known to be right
+    from stvit_video.show.clip import Clip
+    from stvit_video.show.clip_page import Pictures
+    from stvit_video.show.explain import Explanation
+
+SLOWEST = 1.0  # seconds a frame, in the video that is written
+
+
+def build_parser() -> Parser:
+    """Return the parser of this command's options."""
+    parser = Parser(
+        prog="python -m stvit_video.visualize",
+        form="VIDEO --checkpoint RUN|FILE [--output FOLDER]",
+        description="Show what a model saw in a video.",
+    )
+    parser.add_argument("video", type=Path, metavar="VIDEO", help="a video, an image or a folder of images")
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="RUN|FILE", help="folder of a run, or a .safetensors of one"
+    )
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: visualize/NAME OF THE VIDEO")
+    parser.add_argument("--start", type=float, metavar="SECONDS", help="where the clip starts (default: in the middle)")
+    parser.add_argument("--class", dest="label", metavar="NAME", help="class to explain (default: the likeliest)")
+    return parser
+
+
+def find_class(name: str | None, classes: Sequence[str]) -> int | None:
+    """Return the number of a class given by name or number. Raises UsageError for one that is unknown."""
+    if name is None:
+        return None
+    if name in classes:
+        return list(classes).index(name)
+    if name.isdecimal() and int(name) < len(classes):
+        return int(name)
+    shown = ", ".join(classes[:8]) + (" ..." if len(classes) > 8 else "")
+    raise UsageError(
+        f"--class {name} is unknown; give one of {shown}, or a number from 0 to {len(classes) - 1}."
+        f"{nearest(name, list(classes))}"
+    )
+
+
+def check_output(output: Path, video: Path) -> None:
+    """Make the output folder. Raises UsageError where it cannot be, or where a file in it is the video itself."""
+    for name in ("report.html", "overlays.png", "overlays.mp4"):
+        if video.exists() and (output / name).exists() and (output / name).samefile(video):
+            raise UsageError(f"--output {output} would replace VIDEO {video} itself; give another folder.")
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def writing(output: Path) -> Iterator[None]:
+    """Turn what the file system refuses into an error of the user's."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"--output {output} cannot be written ({error.strerror}); give another folder.") from error
+
+
+def paint_layers(explanation: "Explanation", clip: "Clip", label: str) -> "Pictures":
+    """Return every layer of a clip, painted."""
+    from stvit_video.show.clip_page import Pictures, frame_labels
+    from stvit_video.show.overlays import build_layers, enlarge, paint
+
+    layers, frames = build_layers(explanation, label), enlarge(clip.frames)
+    painted = [paint(layer, frames, explanation.regions) for layer in layers]
+    step = 0.2
+    if clip.times is not None and len(clip.times) > 1 and clip.times[-1] > clip.times[0]:
+        step = float(clip.times[-1] - clip.times[0]) / (len(clip.times) - 1)
+    return Pictures(layers, painted, frame_labels(clip), min(step, SLOWEST))
+
+
+def visualize(options: Namespace) -> str:
+    """Explain a clip and write the results; return what to tell the user. Raises UsageError."""
+    if options.start is not None and not 0 <= options.start < float("inf"):
+        raise UsageError(f"--start {options.start:g} is no place in a video; give seconds from 0 on.")
+    if not options.video.exists():
+        raise UsageError(f"VIDEO {options.video} does not exist; give a video, an image or a folder of images.")
+    from stvit_video.engine.checkpoint import write_atomically
+    from stvit_video.show.clip import read_clip
+    from stvit_video.show.clip_page import Subject, clip_page
+    from stvit_video.show.explain import explain
+    from stvit_video.show.sheet import draw_sheet, write_panels
+    from stvit_video.show.trained import open_checkpoint
+
+    output = options.output or Path("visualize") / options.video.stem
+    trained = open_checkpoint(options.checkpoint)
+    target = find_class(options.label, trained.classes)
+    clip = read_clip(trained.cfg, options.video, options.start)
+    check_output(output, options.video)
+    explanation = explain(trained.model, clip.tensor, target)
+    label, likeliest = trained.classes[explanation.target], int(explanation.probabilities.argmax())
+    pictures = paint_layers(explanation, clip, label)
+    answer = f"{trained.classes[likeliest]}, {100 * explanation.probabilities[likeliest]:.1f} %"
+    name = str(trained.model.name)
+    sheet = draw_sheet(
+        pictures.layers, pictures.painted, explanation.regions, f"{name} in {options.video.name}: {answer}", pictures.labels
+    )
+    command = shlex.join(["python", "-m", "stvit_video.visualize", *sys.argv[1:]])
+    subject = Subject(options.video.name, name, str(trained.weights), command, trained.note)
+    with writing(output):
+        movie = None
+        if len(pictures.labels) > 1:
+            write_panels(output / "overlays.mp4", pictures.layers, pictures.painted, pictures.seconds_a_frame)
+            movie = (output / "overlays.mp4").read_bytes()
+        write_atomically(output / "overlays.png", sheet)
+        page = clip_page(subject, explanation, clip, trained.classes, pictures, movie)
+        write_atomically(output / "report.html", page.encode())
+    return "\n".join([f"{options.video}: {answer}", *filter(None, [trained.note]), *explanation.absent, f"open {output / 'report.html'}"])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Visualize a video from the command line; return the exit code."""
+    warnings.filterwarnings("ignore", message=r"`torch\.jit")  # from inside pytorchvideo
+    try:
+        print(visualize(build_parser().parse_args(arguments)))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped before the end", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    # By its own name, under which a decoding process finds what it is sent.
+    from stvit_video.visualize import main as named_main
+
+    sys.exit(named_main())
