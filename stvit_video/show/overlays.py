@@ -69,8 +69,8 @@ def build_layers(explanation: Explanation, label: str) -> list[Layer]:
             Layer(
                 "contributions",
                 f"What each token adds to “{label}”",
-                "The head attends to nothing: it takes the mean of its tokens. So the class's score is exactly the sum "
-                "of what each token adds (red) or takes away (blue), against the mean of all classes.",
+                "The head attends to nothing: it takes the mean of its tokens. So the class's score over the mean of all "
+                "classes is, but for a constant, exactly the sum of what each token adds (red) or takes away (blue).",
                 "signed",
                 explanation.contributions,
                 max(float(np.abs(explanation.contributions).max()), 2 * abs(float(explanation.contributions.mean())))

@@ -1,0 +1,85 @@
+"""What runs came to, on one page: ``python -m stvit_video.report RUN [RUN ...] [--output FILE.html]``.
+
+Each RUN is the folder of a run that was tested. The page works from a disk without a network: figures, learning curves,
+confusions, accuracy by class, the worst mistakes with their frames, and what differs between runs. Exit codes: 0 done;
+2 wrong use.
+"""
+
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from stvit_video.errors import Parser, UsageError
+
+
+def build_parser() -> Parser:
+    """Return the parser of this command's options."""
+    parser = Parser(
+        prog="python -m stvit_video.report",
+        form="RUN [RUN ...] [--output FILE.html]",
+        description="Put what runs came to on one page.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run that was tested")
+    parser.add_argument("--output", type=Path, default=Path("report.html"), help="default: %(default)s")
+    return parser
+
+
+def name_runs(paths: Sequence[Path]) -> list[str]:
+    """Return a name for each folder: its own, with as many of its parents as tell it from the others.
+
+    Raises UsageError where one is given twice.
+    """
+    parts = [path.resolve().parts for path in paths]
+    for i, one in enumerate(parts):
+        if one in parts[:i]:
+            raise UsageError(f"RUN {paths[i]} is given twice; give each run once.")
+    names = []
+    for one in parts:
+        depth = 1
+        while sum(other[-depth:] == one[-depth:] for other in parts) > 1:
+            depth += 1
+        names.append("/".join(one[-depth:]))
+    return names
+
+
+def report(runs: Sequence[Path], output: Path, command: str) -> str:
+    """Write the page of ``runs`` and return its headline. Raises UsageError."""
+    if output.suffix.lower() not in (".html", ".htm") or output.is_dir() or not output.parent.is_dir():
+        raise UsageError(f"--output {output}: give a .html file in a folder that exists.")
+    names = name_runs(runs)
+    from stvit_video.engine.checkpoint import write_atomically
+    from stvit_video.show.run_page import headline, run_page
+    from stvit_video.show.run_record import read_run
+
+    try:
+        records = [read_run(path, name) for path, name in zip(runs, names, strict=True)]
+    except OSError as error:
+        raise UsageError(f"RUN: {error.filename} cannot be read ({error.strerror}); check its rights.") from error
+    page = run_page(records, command)
+    try:
+        write_atomically(output, page.encode())
+    except OSError as error:
+        raise UsageError(f"--output {output} cannot be written ({error.strerror}); give another file.") from error
+    return "\n".join([headline(records), *(line for record in records for line in record.absent), f"open {output}"])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Report on runs from the command line; return the exit code."""
+    warnings.filterwarnings("ignore", message=r"`torch\.jit")  # from inside pytorchvideo
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        options = build_parser().parse_args(arguments)
+        print(report(options.runs, options.output, shlex.join(["python", "-m", "stvit_video.report", *arguments])))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped before the end: nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

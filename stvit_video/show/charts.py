@@ -1,0 +1,118 @@
+"""Drawings of a report, as SVG or PNG for its page."""
+
+from collections.abc import Sequence
+from io import BytesIO
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+matplotlib.use("Agg")
+# Okabe and Ito's colours, which people with any colour vision can tell apart, less black and the palest.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+DASHES = ("-", "--", ":")  # for more runs than colours
+MOST_POINTS = 400  # of a curve
+STYLE = {
+    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11, "axes.edgecolor": "#9aa3b2",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.labelcolor": "#1d2430", "xtick.color": "#566074",
+    "ytick.color": "#566074", "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "svg.hashsalt": "stvit_video",
+}  # fmt: skip
+
+
+def line_style(number: int) -> dict[str, Any]:
+    """Return colour and dashes of the ``number``-th run; the same in every drawing."""
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number // len(COLOURS) % len(DASHES)]}
+
+
+def draw_curves(metrics: dict[str, list[dict[str, Any]]], value: str, label: str) -> bytes | None:
+    """Return an SVG of one value by epoch: training as a thin line, averaged; validation as a line with points.
+
+    ``metrics`` holds the rows of ``metrics.jsonl`` by run. None where no row has the value.
+    """
+    drawn = False
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 3.9), layout="constrained")
+        axes = figure.subplots()
+        for number, (run, rows) in enumerate(metrics.items()):
+            style = line_style(number)
+            for split in ("train", "val"):
+                points = [(row["epoch"], row[value]) for row in rows if row["split"] == split and value in row]
+                if not points:
+                    continue
+                drawn = True
+                epochs, values = thin_out(np.array(points, float))
+                if split == "val":
+                    axes.plot(epochs, values, marker="o", markersize=5, linewidth=2.2, label=run, **style)
+                else:
+                    axes.plot(epochs, values, linewidth=1, alpha=0.45, **style)
+        axes.set(xlabel="epoch", title=label, ylim=(0, 102) if value.startswith("top") else (0, None))
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.25)
+        _mark(axes, list(metrics))
+        return _svg(figure) if drawn else None
+
+
+def _mark(axes: Axes, runs: Sequence[str]) -> None:
+    """Say which line is which: by run, and that thin lines are of training."""
+    from matplotlib.lines import Line2D
+
+    lines = [Line2D([], [], linewidth=2.2, label=run, **line_style(i)) for i, run in enumerate(runs)]
+    lines.append(Line2D([], [], color="#777777", linewidth=1, label="thin: training"))
+    axes.legend(handles=lines if len(runs) > 1 else None, labels=None, frameon=False, fontsize=9, loc="best")
+    if len(runs) == 1:
+        kinds = [
+            Line2D([], [], marker="o", linewidth=2.2, label="validation", **line_style(0)),
+            Line2D([], [], linewidth=1, alpha=0.45, label="training", **line_style(0)),
+        ]
+        axes.legend(handles=kinds, frameon=False, fontsize=9, loc="best")
+
+
+def thin_out(points: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return x and y of points (N, 2), averaged in order so that no more than ``MOST_POINTS`` are left."""
+    parts = np.array_split(points, min(MOST_POINTS, len(points)))
+    x, y = np.array([part.mean(axis=0) for part in parts]).T
+    return x, y
+
+
+def draw_trade(figures: Sequence[tuple[str, float, float]], label: str) -> bytes:
+    """Return an SVG of top-1 over cost, a point for each (run, cost, top-1 in percent); ``label`` names the cost."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 3.9), layout="constrained")
+        axes = figure.subplots()
+        for number, (run, cost, top1) in enumerate(figures):
+            colour = line_style(number)["color"]
+            axes.plot([cost], [top1], "o", markersize=11, color=colour)
+            left = cost > 0.6 * max(cost for _, cost, _ in figures)
+            axes.annotate(
+                run, (cost, top1), xytext=(-9 if left else 9, -14), textcoords="offset points",
+                ha="right" if left else "left", fontsize=9,
+            )  # fmt: skip
+        axes.set(xlabel=label, title="Top-1 (%) over cost", ylim=(0, 105))
+        axes.set_xlim(0, 1.12 * max(cost for _, cost, _ in figures))
+        axes.grid(alpha=0.25)
+        return _svg(figure)
+
+
+def draw_matrix(shares: NDArray[np.float64]) -> bytes:
+    """Return a PNG of a confusion matrix of many classes: rows are labels; dark is a share of 1, on a root scale."""
+    with matplotlib.rc_context(STYLE):
+        side = min(12.0, 4 + 0.02 * len(shares))
+        figure = Figure(figsize=(side, side * 0.92), layout="constrained")
+        axes = figure.subplots()
+        picture = axes.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        bar = figure.colorbar(picture, ax=axes, shrink=0.7, label="share of the label's videos")
+        bar.set_ticks([0, 0.1**0.5, 0.5**0.5, 1], labels=["0", "0.1", "0.5", "1"])
+        axes.set(xlabel="predicted (number of the class)", ylabel="label (number of the class)")
+        file = BytesIO()
+        figure.savefig(file, format="png", dpi=110)
+        return file.getvalue()
+
+
+def _svg(figure: Figure) -> bytes:
+    file = BytesIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
