@@ -87,7 +87,7 @@ def paint_layers(explanation: "Explanation", clip: "Clip", label: str) -> "Pictu
     return Pictures(layers, painted, frame_labels(clip), min(step, SLOWEST))
 
 
-def visualize(options: Namespace) -> str:
+def visualize(options: Namespace, command: str) -> str:
     """Explain a clip and write the results; return what to tell the user. Raises UsageError."""
     if options.start is not None and not 0 <= options.start < float("inf"):
         raise UsageError(f"--start {options.start:g} is no place in a video; give seconds from 0 on.")
@@ -111,9 +111,12 @@ def visualize(options: Namespace) -> str:
     answer = f"{trained.classes[likeliest]}, {100 * explanation.probabilities[likeliest]:.1f} %"
     name = str(trained.model.name)
     sheet = draw_sheet(
-        pictures.layers, pictures.painted, explanation.regions, f"{name} in {options.video.name}: {answer}", pictures.labels
+        pictures.layers,
+        pictures.painted,
+        explanation.regions,
+        f"{name} in {options.video.name}: {answer}",
+        pictures.labels,
     )
-    command = shlex.join(["python", "-m", "stvit_video.visualize", *sys.argv[1:]])
     subject = Subject(options.video.name, name, str(trained.weights), command, trained.note)
     with writing(output):
         movie = None
@@ -123,14 +126,23 @@ def visualize(options: Namespace) -> str:
         write_atomically(output / "overlays.png", sheet)
         page = clip_page(subject, explanation, clip, trained.classes, pictures, movie)
         write_atomically(output / "report.html", page.encode())
-    return "\n".join([f"{options.video}: {answer}", *filter(None, [trained.note]), *explanation.absent, f"open {output / 'report.html'}"])
+    return "\n".join(
+        [
+            f"{options.video}: {answer}",
+            *filter(None, [trained.note]),
+            *explanation.absent,
+            f"open {output / 'report.html'}",
+        ]
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Visualize a video from the command line; return the exit code."""
     warnings.filterwarnings("ignore", message=r"`torch\.jit")  # from inside pytorchvideo
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = shlex.join(["python", "-m", "stvit_video.visualize", *arguments])
     try:
-        print(visualize(build_parser().parse_args(arguments)))
+        print(visualize(build_parser().parse_args(arguments), command))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

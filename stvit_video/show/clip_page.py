@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -151,7 +152,9 @@ def _data(explanation: Explanation, pictures: Pictures, label: str) -> dict[str,
 
 
 def _scale(scale: Scale | None) -> dict[str, Any] | None:
-    return scale and {"colours": scale.colours.tolist(), "ticks": scale.ticks, "unit": scale.unit}
+    if scale is None:
+        return None
+    return {"colours": scale.colours.tolist(), "ticks": scale.ticks, "unit": scale.unit}
 
 
 def _tokens(explanation: Explanation, pictures: Pictures, label: str) -> dict[str, Any] | None:
@@ -159,14 +162,17 @@ def _tokens(explanation: Explanation, pictures: Pictures, label: str) -> dict[st
     assignment, regions, owners = explanation.assignment, explanation.regions, explanation.owners
     if assignment is None or regions is None or owners is None:
         return None
-    ratios = assignment * assignment[0].size  # to what an even share of everything would be
+    reach = (assignment.sum(axis=(2, 3)) > 0).sum(axis=1) * assignment[0, 0].size  # in Swin, its own frames only
+    ratios = assignment * reach[:, None, None, None]
     top = max(2.0, float(ratios.max()))
     levels = (ratio_share(ratios, top) * (LEVELS - 1)).round().astype(np.uint8)
     colours, opacity = tint(np.linspace(0, 1, LEVELS))
     t = assignment.shape[1]
     frames = len(pictures.labels)
     firsts = [-(-i * frames // t) for i in range(t)]  # the first frame of each token frame
-    scale = scale_of(Layer("token", "", "", "ratio", ratios, top, "times what the token would draw from each square evenly"))
+    scale = scale_of(
+        Layer("token", "", "", "ratio", ratios, top, "times what the token would draw from each square evenly")
+    )
     return {
         "count": len(assignment),
         "first": int(assignment.max(axis=(1, 2, 3)).argmax()),  # the one that is surest of what it draws on
@@ -177,7 +183,9 @@ def _tokens(explanation: Explanation, pictures: Pictures, label: str) -> dict[st
         "maps": packed(levels),
         "ramp": [[*map(int, rgb), round(float(alpha), 3)] for rgb, alpha in zip(colours, opacity, strict=True)],
         "owners": owners.reshape(-1).tolist(),
-        "words": [_describe_token(explanation, number, regions, pictures.labels, label) for number in range(len(assignment))],
+        "words": [
+            _describe_token(explanation, number, regions, pictures.labels, label) for number in range(len(assignment))
+        ],
         "scale": _scale(scale),
     }
 
@@ -185,23 +193,22 @@ def _tokens(explanation: Explanation, pictures: Pictures, label: str) -> dict[st
 def _spans(labels: Sequence[str], count: int) -> list[str]:
     """Return the first and last label of each of ``count`` equal parts of the frames."""
     bounds = [-(-i * len(labels) // count) for i in range(count + 1)]
-    pairs = [(labels[a], labels[max(a, b - 1)]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    pairs = [(labels[a], labels[max(a, b - 1)]) for a, b in pairwise(bounds)]
     return [first if first == last else f"{first.removesuffix(' s')} to {last}" for first, last in pairs]
 
 
-def _describe_token(
-    explanation: Explanation, number: int, regions: Grid, labels: Sequence[str], label: str
-) -> str:
+def _describe_token(explanation: Explanation, number: int, regions: Grid, labels: Sequence[str], label: str) -> str:
     assert explanation.assignment is not None
     slot, row, column = (int(i) for i in np.unravel_index(number, regions))
     own = explanation.assignment[number]
     inside = float(own.sum())
     frames = own.sum(axis=(1, 2)) / max(inside, 1e-12)
     size = len(frames) // regions[0]
+    at_home = frames[slot * size : (slot + 1) * size].sum()
     words = (
         f"Token {number + 1} of {len(explanation.assignment)} starts in row {row + 1}, column {column + 1} at "
-        f"{_spans(labels, regions[0])[slot]}. It draws {100 * inside:.0f} % from image tokens and the rest from semantic "
-        f"tokens; of the former {100 * frames[slot * size : (slot + 1) * size].sum():.0f} % lie in its own frames"
+        f"{_spans(labels, regions[0])[slot]}. It draws {100 * inside:.0f} % from image tokens and the rest from "
+        f"semantic tokens; of the former {100 * at_home:.0f} % lie in its own frames"
     )
     if explanation.contributions is not None and explanation.contributions.size == len(explanation.assignment):
         words += f". It adds {explanation.contributions.reshape(-1)[number]:+.3f} to the score of “{label}”"

@@ -158,7 +158,7 @@ def _contributions(model: nn.Module, seen: Traced, target: int) -> Array | None:
     tokens = seen.tokens["final"][0].detach().float()  # (M, C)
     if len(tokens) == 1:
         return None
-    weight = model.head.proj.weight.detach().float()  # type: ignore[union-attr]
+    weight: Tensor = model.get_parameter("head.proj.weight").detach().float()
     shares = tokens @ (weight[target] - weight.mean(dim=0)) / len(tokens)
     return _array(shares.reshape(seen.grids["final"]))
 
@@ -166,7 +166,9 @@ def _contributions(model: nn.Module, seen: Traced, target: int) -> Array | None:
 def _add_assignment(result: Explanation, model: nn.Module, seen: Traced) -> None:
     generators = [module for module in model.modules() if isinstance(module, SemanticTokenGenerator)]
     if seen.assignment is None or not generators:
-        result.absent.append("This model has no semantic tokens: there is no assignment, and there are no trajectories.")
+        result.absent.append(
+            "This model has no semantic tokens: there is no assignment, and there are no trajectories."
+        )
         return
     result.regions = generators[-1].pooling.regions
     result.assignment = _array(seen.assignment[0]).reshape(-1, *seen.grids[last_image_stage(seen)])
@@ -174,7 +176,9 @@ def _add_assignment(result: Explanation, model: nn.Module, seen: Traced) -> None
 
 def _add_attention(result: Explanation, heard: dict[str, Tensor], seen: Traced) -> None:
     if "attention" not in heard:
-        result.absent.append("The last block attends inside windows: there is no attention over the whole clip to show.")
+        result.absent.append(
+            "The last block attends inside windows: there is no attention over the whole clip to show."
+        )
         return
     weights = heard["attention"]  # (frames or 1, queries, keys)
     received = weights.mean(dim=1) * weights.shape[2]

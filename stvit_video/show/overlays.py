@@ -69,8 +69,8 @@ def build_layers(explanation: Explanation, label: str) -> list[Layer]:
             Layer(
                 "contributions",
                 f"What each token adds to “{label}”",
-                "The head attends to nothing: it takes the mean of its tokens. So the class's score over the mean of all "
-                "classes is, but for a constant, exactly the sum of what each token adds (red) or takes away (blue).",
+                "The head attends to nothing: it takes the mean of its tokens. So the class's score over the mean "
+                "of all classes is, but for a constant, exactly the sum of what each token adds (red) or takes (blue).",
                 "signed",
                 explanation.contributions,
                 max(float(np.abs(explanation.contributions).max()), 2 * abs(float(explanation.contributions.mean())))
@@ -89,15 +89,15 @@ def _assignment_layers(explanation: Explanation) -> list[Layer]:
         _ratio(
             "drawn",
             "What the semantic tokens draw on",
-            "Each square is an image token; the brighter, the more all semantic tokens together draw from it (attention "
-            "in the block that completes them, mean over heads). Unpainted: no more than if all were treated alike.",
+            "Each square is an image token; the brighter, the more all semantic tokens together draw from it "
+            "(attention in the block that completes them, mean over heads). Unpainted: no more than if all were alike.",
             drawn,
         ),
         Layer(
             "owners",
             "Which semantic token draws most",
-            "Each image token that is drawn on has the colour of the semantic token that draws most from it: the colour "
-            "of the region of the frame where that token starts (see its key).",
+            "Each image token that is drawn on has the colour of the semantic token that draws most from it: the "
+            "colour of the region of the frame where that token starts (see its key).",
             "owner",
             owners,
             top=_top(drawn),
@@ -106,8 +106,9 @@ def _assignment_layers(explanation: Explanation) -> list[Layer]:
         Layer(
             "tracks",
             "Where each region's token looks",
-            "One line for each region, in its colour. The dot is on the square of this frame that the region's token of "
-            "this frame draws most from (weighed with the squares around it); the line is the dot's way so far. Some cover others.",
+            "One line for each region, in its colour. The dot is on the square of this frame that the region's token "
+            "of this frame draws most from (weighed with the squares around it); the line is the dot's way so far. "
+            "Some lines cover others.",
             "tracks",
             trajectories(explanation.assignment, explanation.regions),
         ),
@@ -115,15 +116,16 @@ def _assignment_layers(explanation: Explanation) -> list[Layer]:
 
 
 def _recovery_layers(explanation: Explanation) -> list[Layer]:
-    if explanation.recovery is None:
+    if explanation.recovery is None or explanation.regions is None:
         return []
-    strongest = explanation.recovery.max(axis=-1) * np.prod(explanation.regions) / (explanation.regions or (1,))[0]
+    _, h, w = explanation.regions
+    strongest = explanation.recovery.max(axis=-1) * h * w  # against an even share of its frames' semantic tokens
     return [
         Layer(
             "givers",
             "Which semantic token gives back most",
-            "In the last recovery each image token asks the semantic tokens of its own frames. It has the colour of the "
-            "one that it gets most from: the colour of the region of the frame where that token starts (see its key).",
+            "In the last recovery each image token asks the semantic tokens of its own frames. It has the colour of "
+            "the one that it gets most from: that of the region of the frame where that token starts (see its key).",
             "owner",
             explanation.givers,
             top=_top(strongest),
@@ -218,7 +220,9 @@ def scale_of(layer: Layer) -> Scale | None:
         ticks.append((1.0, f"{layer.top:.2g}"))
     else:
         low = -layer.top if signed else 0.0
-        ticks = [(share, f"{low + share * (layer.top - low):+.2g}" if signed else f"{share:g}") for share in (0, 0.5, 1)]
+        ticks = [
+            (share, f"{low + share * (layer.top - low):+.2g}" if signed else f"{share:g}") for share in (0, 0.5, 1)
+        ]
     return Scale(over_grey, ticks, layer.unit)
 
 

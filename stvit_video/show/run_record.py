@@ -76,7 +76,7 @@ class RunRecord:
             return None
         p, z = self.results["top1"] / 100, 1.96
         middle, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return tuple(100 * (middle + sign * spread) / (1 + z * z / n) for sign in (-1, 1))  # type: ignore[return-value]
+        return tuple(100 * (middle + sign * spread) / (1 + z * z / n) for sign in (-1, 1))
 
     def confusion(self) -> Counter[tuple[str, str]]:
         """Return how often each label (first) was taken for each class (second)."""
@@ -155,7 +155,9 @@ def _metadata(weights: Path) -> dict[str, Any]:
     try:
         return read_metadata(weights)
     except SafetensorError as error:
-        raise UsageError(f"{weights} is not whole ({error}); restore it, or delete it and test the run again.") from error
+        raise UsageError(
+            f"{weights} is not whole ({error}); restore it, or delete it and test the run again."
+        ) from error
 
 
 def _rows(path: Path, columns: set[str]) -> list[dict[str, str]]:
@@ -167,7 +169,9 @@ def _rows(path: Path, columns: set[str]) -> list[dict[str, str]]:
         rows = list(reader)
     lacking = columns - set(reader.fieldnames or ())
     if lacking or any(row[column] is None for row in rows for column in columns):
-        raise UsageError(f"{path} lacks {', '.join(sorted(lacking)) or 'values'}; test the run again, or delete the file.")
+        raise UsageError(
+            f"{path} lacks {', '.join(sorted(lacking)) or 'values'}; test the run again, or delete the file."
+        )
     return rows
 
 
@@ -215,4 +219,4 @@ def count_tokens(metadata: dict[str, Any]) -> tuple[int, int | None] | None:
     if pooling:
         return math.prod(pooling[0].grid), math.prod(pooling[0].regions)
     grid = model.grid if isinstance(model, VisionTransformer) else model.layers[SEMANTIC_STAGE].out_grid  # type: ignore[index, union-attr]
-    return math.prod(grid), None  # type: ignore[arg-type]
+    return math.prod(grid), None

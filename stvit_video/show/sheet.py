@@ -81,9 +81,7 @@ def _draw_scale(axes: Axes, scale: Scale) -> None:
     axes.text(0, 1.35, scale.unit, size=7.2, color="#4a5362", va="bottom")
 
 
-def write_panels(
-    path: Path, layers: Sequence[Layer], painted: Sequence[Frames], seconds_a_frame: float
-) -> None:
+def write_panels(path: Path, layers: Sequence[Layer], painted: Sequence[Frames], seconds_a_frame: float) -> None:
     """Write an H.264 video of all layers side by side, each under its title."""
     font = ImageFont.load_default(17)
     height, width = painted[0].shape[1:3]
