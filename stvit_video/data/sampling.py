@@ -140,3 +140,19 @@ class EvenClips:
     def __call__(self, video: Reader) -> Indices:
         """Return the indices (clips * frames,)."""
         return np.concatenate(self.sampler.even(video, self.clips))
+
+
+@dataclass(frozen=True)
+class ClipFrom:
+    """The choice of one dense clip that starts at so many ``seconds``."""
+
+    sampler: ClipSampler
+    seconds: float
+
+    def __call__(self, video: Reader) -> Indices:
+        """Return the indices (frames,)."""
+        times, sampler = video.times(), self.sampler
+        if sampler.rate is not None:
+            return np.maximum(timed_clip(self.seconds, sampler.frames, sampler.stride / sampler.rate, times), 0)
+        start = min(int(np.searchsorted(times, self.seconds - 1e-6)), video.length - 1)
+        return clip_indices(start, sampler.frames, sampler.stride, video.length)

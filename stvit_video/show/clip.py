@@ -3,15 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
 from stvit_video.data.decode import open_video
-from stvit_video.data.frames import DecodeError, Frames, Indices, Reader, Times
+from stvit_video.data.frames import Choice, DecodeError, Frames, Indices, Reader, Times
 from stvit_video.data.loader import build_decoding, build_normalise, build_sampler
-from stvit_video.data.sampling import ClipSampler, EvenClips, Sampling, clip_indices, timed_clip
+from stvit_video.data.sampling import ClipFrom, ClipSampler, EvenClips, Sampling
 from stvit_video.data.transforms import TestTransform
 from stvit_video.errors import UsageError
 
@@ -30,29 +29,13 @@ class Clip:
     length: int  # frames of the whole video
 
 
-@dataclass(frozen=True)
-class ClipFrom:
-    """The choice of one dense clip that starts at so many ``seconds``."""
-
-    sampler: ClipSampler
-    seconds: float
-
-    def __call__(self, video: Reader) -> Indices:
-        """Return the indices (frames,)."""
-        times, sampler = video.times(), self.sampler
-        if sampler.rate is not None:
-            return timed_clip(self.seconds, sampler.frames, sampler.stride / sampler.rate, times)
-        start = min(int(np.searchsorted(times, self.seconds - 1e-6)), video.length - 1)
-        return clip_indices(start, sampler.frames, sampler.stride, video.length)
-
-
 def read_clip(cfg: CfgNode, path: Path, start: float | None = None) -> Clip:
     """Read one clip of a video, cut from its centre: the one that a test with one clip takes, or from ``start`` on.
 
     ``start`` is in seconds. Raises UsageError where the video cannot be read or ends before.
     """
     sampler = build_sampler(cfg)
-    choice = EvenClips(sampler, 1) if start is None else _from(sampler, start)
+    choice: Choice = EvenClips(sampler, 1) if start is None else _from(sampler, start)
     decoding = build_decoding(cfg, cfg.TEST.SHORT_SIDE)
     try:  # in a process of its own, under the deadline; what opens there is then opened here for the times
         frames = decoding.read(decoding.request(str(path), choice))
@@ -76,7 +59,7 @@ def _from(sampler: Sampling, start: float) -> ClipFrom:
     return ClipFrom(sampler, start)
 
 
-def _places(path: str, choice: EvenClips | ClipFrom, decoders: tuple[str, ...]) -> tuple[Indices, Times | None, int]:
+def _places(path: str, choice: Choice, decoders: tuple[str, ...]) -> tuple[Indices, Times | None, int]:
     """Return the chosen indices, when each frame of the file is shown, and how many there are."""
     errors = []
     for decoder in decoders:

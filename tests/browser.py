@@ -1,0 +1,64 @@
+"""A real browser without a window, for the pages that this package writes."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+def start(page: Path, *options: str, fragment: str = "", size: tuple[int, int] = (1280, 900)) -> str:
+    """Open a page from the disk, without any network, and return what Chromium says. Skips where there is none."""
+    chromium = next(filter(None, map(shutil.which, NAMES)), None)
+    if chromium is None:
+        pytest.skip(f"no browser: none of {', '.join(NAMES)} is installed")
+    words = [
+        chromium, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=3000",
+        "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={page.parent / 'chromium'}",
+        f"--window-size={size[0]},{size[1]}", *options, f"{page.as_uri()}{fragment}",
+    ]  # fmt: skip
+    result = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def dump(page: Path, script: str = "", **options: object) -> str:
+    """Return the page as it is once its own script, and then ``script``, have run."""
+    copy = page.with_name("probe.html")
+    probe = f"""<script>
+      window.addEventListener("load", () => {{ const note = (name, value) => {{
+        document.documentElement.setAttribute("probe-" + name, value); }}; {script} }});
+    </script>"""
+    errors = '<script>window.onerror = (what) => document.documentElement.setAttribute("probe-error", what);</script>'
+    text = page.read_text(encoding="utf-8")
+    copy.write_text(text.replace("<head>", f"<head>{errors}", 1).replace("</body>", f"{probe}</body>"), "utf-8")
+    found = start(copy, "--dump-dom", **options)  # type: ignore[arg-type]
+    assert "probe-error" not in found.split("<head>")[0], found[:500]
+    return found
+
+
+def probed(dom: str, name: str) -> float:
+    """Return a number that a probing script noted."""
+    match = re.search(rf'probe-{name}="([^"]*)"', dom)
+    assert match, dom[:300]
+    return float(match.group(1))
+
+
+def screenshot(page: Path, **options: object) -> Path:
+    """Return a picture of the page's first screen."""
+    path = page.with_name("screen.png")
+    start(page, f"--screenshot={path}", **options)  # type: ignore[arg-type]
+    return path
+
+
+def assert_self_contained(page: Path) -> None:
+    """Make sure that a page refers to nothing outside itself."""
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r"https?://", text)
+    references = re.findall(r"""(?:src|href|poster|data)\s*=\s*["']([^"']*)""", text)
+    assert references, "nothing is inlined"
+    assert all(reference.startswith(("data:", "#")) for reference in references), references
+    assert not re.search(r"url\(\s*['\"]?(?!data:|#)|@import|fetch\(|XMLHttpRequest", text)

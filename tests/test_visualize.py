@@ -1,0 +1,423 @@
+"""What is shown of a clip: that it is true, that it follows what moves, and that the page works in a browser."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+from stvit_video import run
+from stvit_video.data import sample
+from stvit_video.data.decode import Request, read_frames
+from stvit_video.data.frames import Reader
+from stvit_video.engine.checkpoint import save_weights
+from stvit_video.models import create_model
+from stvit_video.show import overlays
+from stvit_video.show.clip import read_clip
+from stvit_video.show.explain import Explanation, explain, grad_cam, trajectories
+from stvit_video.show.trained import open_checkpoint
+from stvit_video.visualize import main
+from tests.browser import assert_self_contained, dump, probed, screenshot
+from tests.conftest import REPOSITORY
+
+CLASSES = ["left", "right", "up <b>&</b>", "down", "</script>", "grün", "growing", "shrinking"]
+FRAMES, SIDE, RADIUS = 16, 64, 11
+
+
+def disc_mask(frame: int) -> np.ndarray:
+    """Where a disc is that crosses the picture from left to right and somewhat down: (SIDE, SIDE)."""
+    x, y = 14 + 2.4 * frame, 20 + 1.2 * frame
+    return np.hypot(np.arange(SIDE) + 0.5 - x, (np.arange(SIDE) + 0.5 - y)[:, None]) < RADIUS
+
+
+def disc_frames() -> np.ndarray:
+    masks = np.stack([disc_mask(i) for i in range(FRAMES)])
+    return np.where(masks[..., None], np.array([250, 240, 235]), np.array([20, 30, 40])).astype(np.uint8)
+
+
+def colour_model() -> nn.Module:
+    """Return a model that is known through and through: tokens ask for what is bright, those of bright regions more so.
+
+    All blocks pass on what they get, an image token is its mean brightness, and so are queries and keys.
+    """
+    model = create_model("stvit_vit_sample_patch8", num_frames=8, image_size=SIDE, num_classes=8, pooling="mean")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.endswith(("norm1.weight", "norm2.weight", "norm.weight", "head.proj.weight")):
+                parameter.zero_()
+        model.patch_embed.proj.weight[0] = 1 / model.patch_embed.proj.weight[0].numel()
+        for block in model.blocks:
+            dim = block.attn.qkv.weight.shape[1]
+            for head in range(3):
+                block.attn.qkv.weight[head * 32, 0], block.attn.qkv.bias[head * 32] = 0.2, 3.0  # query
+                block.attn.qkv.weight[dim + head * 32, 0] = 0.5  # key
+    return model
+
+
+@pytest.fixture(scope="module")
+def knowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run whose model is ``colour_model``, for clips of every second frame."""
+    folder = tmp_path_factory.mktemp("knowing run")
+    save_weights(folder / "model.safetensors", colour_model(), CLASSES)
+    text = (REPOSITORY / "configs" / "sample_stvit.yaml").read_text()
+    (folder / "config.yaml").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def disc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("videos") / "a disc.mp4"
+    sample.write_video(path, disc_frames())
+    return path
+
+
+def token_masks(masks: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
+    """Return the share of each token (t, h, w) that masks (T, H, W) cover."""
+    (T, H, W), (t, h, w) = masks.shape, grid
+    return masks.reshape(t, T // t, h, H // h, w, W // w).mean(axis=(1, 3, 5))
+
+
+def explained(run_folder: Path, video: Path) -> tuple[Explanation, np.ndarray]:
+    """Return what a model did with a video's middle clip, and which frames that is."""
+    trained = open_checkpoint(run_folder)
+    clip = read_clip(trained.cfg, video)
+    return explain(trained.model, clip.tensor), clip.indices
+
+
+def test_tokens_assigned_to_the_disc_move_with_it(knowing: Path, disc: Path) -> None:
+    seen, indices = explained(knowing, disc)
+    masks = np.stack([disc_mask(i) for i in indices])
+    assert not (masks[0] & masks[-1]).any()
+    share = token_masks(masks, (4, 8, 8))
+    owners = seen.owners
+    mine = np.unique(owners[0][share[0] > 0.9])  # the semantic tokens that own the disc as it starts
+    assert len(mine)
+    for moment in range(4):  # image tokens of all later frames that are the same semantic tokens' lie on the disc
+        owned = np.isin(owners[moment], mine) & (seen.drawn[moment] > 1)
+        chance = share[moment].mean()
+        assert share[moment][owned].mean() > 4 * chance, moment
+        weight = seen.assignment[mine][:, moment].sum(axis=0)
+        assert (weight * share[moment]).sum() / weight.sum() > 4 * chance, moment
+    centres = [np.array(np.nonzero(mask)).mean(axis=1)[::-1] / SIDE for mask in masks[::2]]
+    ways = trajectories(seen.assignment, seen.regions)
+    nearest = np.linalg.norm(ways - np.array(centres), axis=-1).min(axis=0)
+    assert (nearest < RADIUS / SIDE).all(), "no region's token looks at the disc"
+
+
+def test_a_model_that_knows_nothing_follows_nothing(disc: Path, tmp_path: Path) -> None:
+    model = create_model("stvit_vit_sample_patch8", num_frames=8, image_size=SIDE, num_classes=8)
+    save_weights(tmp_path / "model.safetensors", model, CLASSES)
+    (tmp_path / "config.yaml").write_text((REPOSITORY / "configs" / "sample_stvit.yaml").read_text())
+    seen, indices = explained(tmp_path, disc)
+    share = token_masks(np.stack([disc_mask(i) for i in indices]), (4, 8, 8))
+    for moment in range(4):
+        weight = seen.drawn[moment]
+        assert (weight * share[moment]).sum() / weight.sum() < 2 * share[moment].mean()
+
+
+@pytest.mark.slow
+def test_a_trained_model_draws_on_the_sprite(tmp_path: Path) -> None:
+    """One epoch of the README's first command: what its semantic tokens draw from lies on the sprite, seen or not."""
+    words = f"DATA.ROOT {tmp_path}/data OUTPUT_DIR {tmp_path}/run TRAIN.EPOCHS 1 DATA.GENERATE_CLIPS [3072,16,64]"
+    assert run.main(["--cfg", str(REPOSITORY / "configs" / "sample_stvit.yaml"), *words.split()]) == 0
+    shares, chances = [], []
+    for i in range(64):
+        seen, indices = explained(tmp_path / "run", tmp_path / "data" / "videos" / f"test_{i:05d}.mp4")
+        cover = token_masks(sample.sprite_mask("test", i)[indices], (4, 8, 8))
+        shares.append((seen.drawn * cover).sum() / seen.drawn.sum())
+        chances.append(cover.mean())
+    assert np.mean(np.array(shares) > chances) > 0.9
+    assert np.mean(shares) > 1.5 * np.mean(chances)
+
+
+def test_sprite_mask_is_where_the_sprite_is(small_set: Path) -> None:
+    for index in (0, 10, 11):  # left, up, down: what moves away shows the background, so the median is the background
+
+        def all_frames(video: Reader) -> np.ndarray:
+            return np.arange(video.length)
+
+        frames = read_frames(Request(str(small_set / "videos" / f"test_{index:05d}.mp4"), all_frames)).astype(float)
+        seen = np.abs(frames - np.median(frames, axis=0)).max(axis=-1) > 30
+        mask = sample.sprite_mask("test", index)
+        assert mask.shape == seen.shape
+        assert (mask & seen).sum() / (mask | seen).sum() > 0.8
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("stvit_vit_sample_patch8", (8, 64)),
+        ("vit_sample_patch8", (8, 64)),
+        ("stvit_vit_sample_patch8", (1, 64)),
+        ("stvit_swin_tiny", (4, 56)),
+        ("swin_tiny", (4, 56)),
+        ("stvit_r_swin_small", (4, 56)),
+    ],
+)
+def test_explanations_add_up(name: str, sizes: tuple[int, int]) -> None:
+    frames, side = sizes
+    preset = {} if name.startswith(("vit", "swin")) or frames == 1 else {"preset": "fast"}
+    model = create_model(name, num_frames=frames, image_size=side, num_classes=7, **preset).eval()
+    nn.init.normal_(model.head.proj.bias)
+    clip = torch.randn(3, frames, side, side)
+    with torch.no_grad():
+        logits, seen = model(clip.unsqueeze(0), return_intermediates=True)
+    found = explain(model, clip, target=3)
+    np.testing.assert_allclose(found.probabilities, logits[0].softmax(dim=0), atol=1e-5)
+    bias = model.head.proj.bias.detach()
+    score = (logits[0, 3] - logits[0].mean()) - (bias[3] - bias.mean())
+    assert found.contributions.sum() == pytest.approx(score.item(), abs=1e-4)
+    assert 0 <= found.grad_cam.min() <= found.grad_cam.max() <= 1
+    if "stvit" not in name:
+        assert found.assignment is None
+        assert found.drawn is found.owners is found.givers is None
+        assert any("no semantic tokens" in line for line in found.absent)
+        return
+    assert found.regions is not None
+    assert len(found.assignment) == np.prod(found.regions)
+    np.testing.assert_allclose(found.assignment.reshape(len(found.assignment), -1), seen.assignment[0], atol=1e-6)
+    assert found.drawn.mean() == pytest.approx(1, abs=1e-5)
+    assert (found.recovery is not None) == ("_r_" in name)
+    if found.recovery is not None:
+        np.testing.assert_allclose(found.recovery.sum(axis=-1), 1, atol=1e-5)
+        groups = found.recovery.shape[-1] // (found.regions[1] * found.regions[2])
+        own = found.recovery.reshape(found.regions[0], -1, groups, found.recovery.shape[-1] // groups).sum(axis=-1)
+        np.testing.assert_allclose(own, np.broadcast_to(np.eye(groups)[:, None], own.shape), atol=1e-5)
+
+
+def test_what_is_absent_is_said_not_guessed() -> None:
+    swin = create_model("swin_tiny", num_frames=2, image_size=56, num_classes=3)
+    found = explain(swin, torch.randn(3, 2, 56, 56))
+    assert found.attention is None
+    assert any("inside windows" in line for line in found.absent)
+    pooled = create_model("vit_sample_patch8", num_frames=8, image_size=64, num_classes=3, fc_norm=True)
+    found = explain(pooled, torch.randn(3, 8, 64, 64))
+    assert found.contributions is None
+    assert any("one token only" in line for line in found.absent)
+    assert found.attention.mean() == pytest.approx(1, abs=1e-5)
+
+
+def test_grad_cam_agrees_with_differences_of_the_score() -> None:
+    torch.manual_seed(1)
+    tail = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 4), nn.GELU(), nn.Linear(4, 1)).double()
+    features = torch.randn(1, 10, 6, dtype=torch.float64, requires_grad=True)
+
+    def score(x: torch.Tensor) -> torch.Tensor:
+        return tail(x).mean()
+
+    steps = 1e-6 * torch.eye(6, dtype=torch.float64)
+    weights = torch.stack([(score(features + step) - score(features - step)) / 2e-6 for step in steps]) / 10
+    expected = (features[0] @ weights).relu()
+    found = grad_cam(score(features), features)
+    torch.testing.assert_close(found, (expected / expected.max()).float(), rtol=1e-4, atol=1e-6)
+
+
+def test_trajectories_are_where_the_weight_is() -> None:
+    assignment = np.full((8, 4, 6, 6), 1e-6)  # 2 x 2 regions, each for two frames; the region's number chooses the row
+    for token in range(8):
+        for moment in range(4):
+            assignment[token, moment, 1 + token % 4, 1 + moment] = 0.5
+    ways = trajectories(assignment, (2, 2, 2))
+    assert ways.shape == (4, 4, 2)
+    expected_x = np.broadcast_to((np.arange(4) + 1.5) / 6, (4, 4))
+    np.testing.assert_allclose(ways[..., 0], expected_x, atol=1e-3)
+    np.testing.assert_allclose(ways[..., 1], expected_x.T, atol=1e-3)
+
+
+def test_painting_marks_the_tokens_that_count_and_no_others() -> None:
+    frames = np.full((4, 40, 40, 3), (200, 100, 50), np.uint8)
+    values = np.ones((2, 4, 4))
+    values[1, 2, 3] = 8
+    layer = overlays.Layer("drawn", "", "", "ratio", values, 8.0)
+    painted = overlays.paint(layer, frames, None)
+    changed = (painted != overlays.fade(frames)).any(axis=-1)
+    expected = np.zeros((4, 40, 40), bool)
+    expected[2:, 20:30, 30:40] = True
+    np.testing.assert_array_equal(changed, expected)
+    owners = overlays.Layer("owners", "", "", "owner", np.full((2, 4, 4), 5), 8.0, strength=values)
+    painted = overlays.paint(owners, frames, (1, 3, 3)).astype(int)
+    inside = painted[2:, 22:28, 32:38]
+    red, green, blue = overlays.region_colours((1, 3, 3))[1, 2]
+    assert np.ptp(inside, axis=(0, 1, 2)).max() == 0
+    assert abs(inside[0, 0, 0] - (red, green, blue)).max() < 25
+    assert (painted[:2] == overlays.fade(frames)[:2]).all()
+
+
+def test_neighbouring_regions_have_different_colours() -> None:
+    for side in range(2, 13):
+        colours = overlays.region_colours((1, side, side)).astype(int)
+        assert (np.abs(np.diff(colours, axis=0)).sum(axis=-1) > 60).all(), side
+        assert (np.abs(np.diff(colours, axis=1)).sum(axis=-1) > 60).all(), side
+
+
+@pytest.fixture(scope="module")
+def page(knowing: Path, disc: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the command writes for the disc, into a folder of a foreign name."""
+    output = tmp_path_factory.mktemp("out") / "Übersicht 1"
+    assert main([str(disc), "--checkpoint", str(knowing), "--output", str(output), "--class", "</script>"]) == 0
+    return output / "report.html"
+
+
+def test_the_command_leaves_a_page_a_sheet_and_a_video(page: Path) -> None:
+    assert sorted(path.name for path in page.parent.iterdir()) == ["overlays.mp4", "overlays.png", "report.html"]
+    assert_self_contained(page)
+    with Image.open(page.parent / "overlays.png") as sheet:
+        assert sheet.width > 1000
+        assert sheet.height > 600
+
+    def all_frames(video: Reader) -> np.ndarray:
+        return np.arange(video.length)
+
+    frames = read_frames(Request(str(page.parent / "overlays.mp4"), all_frames))
+    assert len(frames) == 8
+    text = page.read_text(encoding="utf-8")
+    assert "256 image tokens become 64 semantic tokens" in text
+    assert "Explained here: <b>&lt;/script&gt;</b>" in text
+    assert text.count("</script>") == text.count("<script>") == 1, "a class name has become a tag"
+
+
+def test_the_page_works_in_a_browser(page: Path) -> None:
+    dom = dump(
+        page,
+        """note("images", [...document.images].filter((image) => image.complete && image.naturalWidth).length);
+        note("tokens", document.querySelectorAll(".slot button").length);
+        note("overflow", document.documentElement.scrollWidth - innerWidth);
+        document.querySelectorAll(".slot button")[37].click();
+        const frame = document.getElementById("frame"); frame.value = 5; frame.dispatchEvent(new Event("input"));
+        note("frame", new URLSearchParams(location.hash.slice(1)).get("frame"));
+        note("token", new URLSearchParams(location.hash.slice(1)).get("token"));
+        note("bottom", document.querySelector(".scores").getBoundingClientRect().bottom);""",
+    )
+    assert 'data-ready="yes"' in dom
+    assert probed(dom, "images") >= 8
+    assert probed(dom, "tokens") == 64
+    assert probed(dom, "overflow") <= 0
+    assert (probed(dom, "frame"), probed(dom, "token")) == (5, 37)
+    assert probed(dom, "bottom") <= 900, "the scores are not on the first screen"
+    narrow = dump(page, 'note("overflow", document.documentElement.scrollWidth - innerWidth);', size=(500, 900))
+    assert probed(narrow, "overflow") <= 0
+
+
+def test_overlays_on_the_screen_follow_the_disc(page: Path) -> None:
+    box = dump(
+        page,
+        """const box = document.getElementById("view").getBoundingClientRect();
+        for (const side of ["left", "top", "width", "height"]) note(side, box[side]);""",
+        fragment="#layer=drawn&frame=0",
+    )
+    left, top, width, height = (round(probed(box, side)) for side in ("left", "top", "width", "height"))
+    side = min(width, height)  # the picture is centred in its element
+    left, top = left + (width - side) // 2, top + (height - side) // 2
+    centres = []
+    for frame in (0, 7):
+        shot = screenshot(page, fragment=f"#layer=drawn&frame={frame}")
+        with Image.open(shot) as screen:
+            view = np.asarray(screen.convert("RGB").crop((left, top, left + side, top + side)).resize((SIDE, SIDE)))
+        painted = np.ptp(view.astype(int), axis=-1) > 40  # the frame is grey, so colour is overlay
+        mask = disc_mask(2 * frame)
+        assert painted.any(), "no overlay is visible"
+        overlap = (painted & mask).sum() / painted.sum()
+        assert overlap > 3 * mask.mean(), (frame, overlap)
+        centre, true = (np.array(np.nonzero(where)).mean(axis=1) for where in (painted, mask))
+        assert np.abs(centre - true).max() < 8, "more than an image token away from the disc"
+        centres.append(centre)
+    assert np.linalg.norm(centres[1] - centres[0]) > SIDE / 4
+
+
+def test_twin_and_image_model_say_what_there_is_not(disc: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    twin = create_model("vit_sample_patch8", num_frames=1, image_size=64, num_classes=8)
+    save_weights(tmp_path / "twin.safetensors", twin, CLASSES)
+    arguments = [
+        "--checkpoint",
+        str(tmp_path / "twin.safetensors"),
+        "--output",
+        str(tmp_path / "out"),
+        "--class",
+        "grün",
+    ]
+    assert main([str(disc), *arguments]) == 0
+    said = capsys.readouterr().out
+    assert said.count("This model has no semantic tokens") == 1
+    assert "No config.yaml" in said or "no config.yaml" in said
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "This model has no semantic tokens" in text
+    assert "One semantic token at a time" not in text
+    assert not (tmp_path / "out" / "overlays.mp4").exists()
+    assert "Explained here: <b>grün</b>" in text
+
+
+def test_start_chooses_the_clip(knowing: Path, disc: Path) -> None:
+    cfg = open_checkpoint(knowing).cfg
+    assert read_clip(cfg, disc).indices.tolist() == list(range(0, 15, 2))
+    clip = read_clip(cfg, disc, start=0.3)
+    assert clip.indices.tolist() == [3, 5, 7, 9, 11, 13, 15, 15]
+    np.testing.assert_allclose(clip.times, clip.indices / 10)
+    error = np.abs(clip.frames[0].astype(int) - disc_frames()[3]).mean()
+    assert error < 6, "not the frame that it is said to be"
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
+    capsys.readouterr()
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1, said
+    return said
+
+
+def test_mistakes_are_refused_in_one_line(
+    knowing: Path, disc: Path, tmp_path: Path, capsys: pytest.CaptureFixture, write_sound: Callable[..., Path]
+) -> None:
+    text = tmp_path / "text.mp4"
+    text.write_text("no video\n")
+    (tmp_path / "cut.safetensors").write_bytes((knowing / "model.safetensors").read_bytes()[:5000])
+    save_file({"head.proj.weight": torch.zeros(3, 3)}, tmp_path / "bare.safetensors")
+    torch.save(colour_model().state_dict(), tmp_path / "weights.pth")
+    (tmp_path / "empty run").mkdir()
+    run_folder, video = ["--checkpoint", str(knowing)], str(disc)
+    cases = [
+        ([str(tmp_path / "none.mp4"), *run_folder], "does not exist"),
+        ([str(text), *run_folder], "text.mp4"),
+        ([str(write_sound("sound.mp4")), *run_folder], "sound.mp4"),
+        ([video, "--checkpoint", str(tmp_path / "none")], "none"),
+        ([video, "--checkpoint", str(tmp_path / "empty run")], "empty run"),
+        ([video, "--checkpoint", str(tmp_path / "cut.safetensors")], "cut.safetensors"),
+        ([video, "--checkpoint", str(tmp_path / "bare.safetensors")], "which model"),
+        ([video, "--checkpoint", str(tmp_path / "weights.pth")], "which model"),
+        ([video, *run_folder, "--class", "grun"], "Did you mean grün?"),
+        ([video, *run_folder, "--class", "8"], "0 to 7"),
+        ([video, *run_folder, "--start", "99"], "after the end"),
+        ([video, *run_folder, "--start", "nan"], "--start"),
+        ([video, *run_folder, "--output", str(text)], "cannot be written"),
+        ([video], "--checkpoint"),
+    ]
+    for arguments, expected in cases:
+        if "--output" not in arguments:
+            arguments += ["--output", str(tmp_path / "never")]
+        assert expected in refusal(arguments, capsys), arguments
+    assert not (tmp_path / "never" / "report.html").exists()
+
+
+def test_the_video_itself_is_never_replaced(
+    knowing: Path, disc: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    video = tmp_path / "overlays.mp4"
+    video.write_bytes(disc.read_bytes())
+    said = refusal([str(video), "--checkpoint", str(knowing), "--output", str(tmp_path)], capsys)
+    assert "replace" in said
+    assert video.read_bytes() == disc.read_bytes()
+
+
+def test_script_json_survives_hostile_names() -> None:
+    from stvit_video.show.page import printable, script_json
+
+    names = ["</script><script>alert(1)</script>", "a & b", "<!--", "\u2028", "grün"]
+    text = script_json(names)
+    assert json.loads(text) == names
+    assert "<" not in text
+    assert printable("caf\udce9.mp4").encode("utf-8").startswith(b"caf")
