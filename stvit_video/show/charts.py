@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 matplotlib.use("Agg")
@@ -52,23 +53,23 @@ def draw_curves(metrics: dict[str, list[dict[str, Any]]], value: str, label: str
         axes.set(xlabel="epoch", title=label, ylim=(0, 102) if value.startswith("top") else (0, None))
         axes.set_xlim(left=0)
         axes.grid(alpha=0.25)
+        if not drawn:
+            return None
         _mark(axes, list(metrics))
-        return _svg(figure) if drawn else None
+        return _svg(figure)
 
 
 def _mark(axes: Axes, runs: Sequence[str]) -> None:
-    """Say which line is which: by run, and that thin lines are of training."""
-    from matplotlib.lines import Line2D
-
-    lines = [Line2D([], [], linewidth=2.2, label=run, **line_style(i)) for i, run in enumerate(runs)]
-    lines.append(Line2D([], [], color="#777777", linewidth=1, label="thin: training"))
-    axes.legend(handles=lines if len(runs) > 1 else None, labels=None, frameon=False, fontsize=9, loc="best")
+    """Say which line is which: by run, or of a single run by what it is of."""
     if len(runs) == 1:
-        kinds = [
+        lines = [
             Line2D([], [], marker="o", linewidth=2.2, label="validation", **line_style(0)),
             Line2D([], [], linewidth=1, alpha=0.45, label="training", **line_style(0)),
         ]
-        axes.legend(handles=kinds, frameon=False, fontsize=9, loc="best")
+    else:
+        lines = [Line2D([], [], linewidth=2.2, label=run, **line_style(i)) for i, run in enumerate(runs)]
+        lines.append(Line2D([], [], color="#777777", linewidth=1, label="thin: training"))
+    axes.legend(handles=lines, frameon=False, fontsize=9, loc="best")
 
 
 def thin_out(points: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
