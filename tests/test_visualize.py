@@ -123,8 +123,10 @@ def test_a_model_that_knows_nothing_follows_nothing(disc: Path, tmp_path: Path) 
 @pytest.mark.slow
 def test_a_trained_model_draws_on_the_sprite(tmp_path: Path) -> None:
     """One epoch of the README's first command: what its semantic tokens draw from lies on the sprite, seen or not."""
-    words = f"DATA.ROOT {tmp_path}/data OUTPUT_DIR {tmp_path}/run TRAIN.EPOCHS 1 DATA.GENERATE_CLIPS [3072,16,64]"
-    assert run.main(["--cfg", str(REPOSITORY / "configs" / "sample_stvit.yaml"), *words.split()]) == 0
+    sample.prepare(tmp_path / "data", sample.Spec(clips=(3072, 16, 64), stills=(16, 16)), progress=False)
+    words = f"DATA.ROOT {tmp_path}/data OUTPUT_DIR {tmp_path}/run TRAIN.EPOCHS 1".split()
+    config = str(REPOSITORY / "configs" / "sample_stvit.yaml")
+    assert run.main(["--cfg", config, "DATA.GENERATE", "", *words]) == 0
     shares, chances = [], []
     for i in range(64):
         seen, indices = explained(tmp_path / "run", tmp_path / "data" / "videos" / f"test_{i:05d}.mp4")
@@ -379,6 +381,9 @@ def test_mistakes_are_refused_in_one_line(
     save_file({"head.proj.weight": torch.zeros(3, 3)}, tmp_path / "bare.safetensors")
     torch.save(colour_model().state_dict(), tmp_path / "weights.pth")
     (tmp_path / "empty run").mkdir()
+    (tmp_path / "images").mkdir()
+    sample.write_still(tmp_path / "images" / "1.png", disc_frames()[0])
+    sample.write_still(tmp_path / "images" / "2.png", disc_frames()[1])
     run_folder, video = ["--checkpoint", str(knowing)], str(disc)
     cases = [
         ([str(tmp_path / "none.mp4"), *run_folder], "does not exist"),
@@ -393,6 +398,7 @@ def test_mistakes_are_refused_in_one_line(
         ([video, *run_folder, "--class", "8"], "0 to 7"),
         ([video, *run_folder, "--start", "99"], "after the end"),
         ([video, *run_folder, "--start", "nan"], "--start"),
+        ([str(tmp_path / "images"), *run_folder, "--start", "1"], "without times"),
         ([video, *run_folder, "--output", str(text)], "cannot be written"),
         ([video], "--checkpoint"),
     ]

@@ -36,7 +36,7 @@ def draw_curves(metrics: dict[str, list[dict[str, Any]]], value: str, label: str
     """
     drawn = False
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 3.9), layout="constrained")
+        figure = Figure(figsize=(5.4, 3.5), layout="constrained")
         axes = figure.subplots()
         for number, (run, rows) in enumerate(metrics.items()):
             style = line_style(number)
@@ -82,7 +82,7 @@ def thin_out(points: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[
 def draw_trade(figures: Sequence[tuple[str, float, float]], label: str) -> bytes:
     """Return an SVG of top-1 over cost, a point for each (run, cost, top-1 in percent); ``label`` names the cost."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 3.9), layout="constrained")
+        figure = Figure(figsize=(5.4, 3.5), layout="constrained")
         axes = figure.subplots()
         for number, (run, cost, top1) in enumerate(figures):
             colour = line_style(number)["color"]

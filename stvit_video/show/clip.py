@@ -41,6 +41,8 @@ def read_clip(cfg: CfgNode, path: Path, start: float | None = None) -> Clip:
         frames = decoding.read(decoding.request(str(path), choice))
         indices, times, length = _places(str(path), choice, decoding.decoders)
     except DecodeError as error:
+        if start is not None and path.is_dir():
+            raise UsageError(f"--start {start:g}: {path} is a folder of images without times; leave it out.") from error
         raise UsageError(f"VIDEO {path} {error.message}; give a video, an image or a folder of images.") from error
     if start is not None and times is not None and start > times[-1]:
         raise UsageError(f"--start {start:g} is after the end of {path}, at {times[-1]:.2f} s; give less.")

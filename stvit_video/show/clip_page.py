@@ -170,9 +170,7 @@ def _tokens(explanation: Explanation, pictures: Pictures, label: str) -> dict[st
     t = assignment.shape[1]
     frames = len(pictures.labels)
     firsts = [-(-i * frames // t) for i in range(t)]  # the first frame of each token frame
-    scale = scale_of(
-        Layer("token", "", "", "ratio", ratios, top, "times what the token would draw from each square evenly")
-    )
+    scale = scale_of(Layer("token", "", "", "ratio", ratios, top, "times the token's even share"))
     return {
         "count": len(assignment),
         "first": int(assignment.max(axis=(1, 2, 3)).argmax()),  # the one that is surest of what it draws on
