@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from stvit_video.errors import Parser, UsageError
+from stvit_video.errors import Parser, UsageError, run_command
 
 
 def build_parser() -> Parser:
@@ -68,16 +68,13 @@ def report(runs: Sequence[Path], output: Path, command: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Report on runs from the command line; return the exit code."""
     warnings.filterwarnings("ignore", message=r"`torch\.jit")  # from inside pytorchvideo
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        options = build_parser().parse_args(arguments)
-        print(report(options.runs, options.output, shlex.join(["python", "-m", "stvit_video.report", *arguments])))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped before the end: nothing was written", file=sys.stderr)
-        return 130
+    return run_command(_main, arguments, stopped="stopped before the end: nothing was written")
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    words = sys.argv[1:] if arguments is None else arguments
+    options = build_parser().parse_args(words)
+    print(report(options.runs, options.output, shlex.join(["python", "-m", "stvit_video.report", *words])))
     return 0
 
 

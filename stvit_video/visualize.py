@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stvit_video.errors import Parser, UsageError, nearest
+from stvit_video.errors import Parser, UsageError, nearest, run_command
 
 if TYPE_CHECKING:  # what brings torch is imported once the options are known to be right
     from stvit_video.show.clip import Clip
@@ -139,21 +139,14 @@ def visualize(options: Namespace, command: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Visualize a video from the command line; return the exit code."""
     warnings.filterwarnings("ignore", message=r"`torch\.jit")  # from inside pytorchvideo
-    arguments = sys.argv[1:] if arguments is None else arguments
-    command = shlex.join(["python", "-m", "stvit_video.visualize", *arguments])
-    try:
-        print(visualize(build_parser().parse_args(arguments), command))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped before the end", file=sys.stderr)
-        return 130
+    return run_command(_main, arguments, stopped="stopped before the end")
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    words = sys.argv[1:] if arguments is None else arguments
+    print(visualize(build_parser().parse_args(words), shlex.join(["python", "-m", "stvit_video.visualize", *words])))
     return 0
 
 
 if __name__ == "__main__":
-    # By its own name, under which a decoding process finds what it is sent.
-    from stvit_video.visualize import main as named_main
-
-    sys.exit(named_main())
+    sys.exit(main())
