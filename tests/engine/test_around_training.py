@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import signal
 import sys
@@ -200,10 +201,16 @@ def test_the_other_modes_have_a_dry_run_too(
 def test_training_stops_at_max_steps_in_the_middle_of_an_epoch(small_run: Arguments, tmp_path: Path) -> None:
     from stvit_video.engine.logging import read_metrics
 
-    assert run.main(small_run("TRAIN.EPOCHS", "5", "TRAIN.MAX_STEPS", "6", "OPTIM.WARMUP_EPOCHS", "0")) == 0
+    assert (
+        run.main(
+            small_run("TRAIN.EPOCHS", "5", "TRAIN.MAX_STEPS", "6", "OPTIM.WARMUP_EPOCHS", "0", "OPTIM.LR", "0.001")
+        )
+        == 0
+    )
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [(row["split"], row["step"]) for row in rows] == [("train", 4), ("val", 4), ("train", 6), ("val", 6)]
-    assert rows[2]["lr"] < 0.1 * rows[0]["lr"]  # the cosine ends with training
+    for row, step in ((rows[0], 4), (rows[2], 5)):  # the cosine ends with training; after it the last rate stays
+        assert row["lr"] == pytest.approx(0.001 * 0.5 * (1 + math.cos(math.pi * (step + 0.5) / 6)))
 
 
 def test_weights_and_biases_gets_the_same_rows_and_its_absence_is_said(
