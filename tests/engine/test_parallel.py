@@ -6,11 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
-from stvit_video import run
-from stvit_video.data.annotations import read_lines
 from tests.conftest import REPOSITORY
 from tests.engine.test_survival import launch, newest_step
 
@@ -92,25 +89,3 @@ def test_the_sharded_state_resumes_bit_for_bit(sharded: Path, small_set: Path, t
     die_at(3, command, tmp_path)
     assert "continuing at step 3" in finish(command)
     assert difference(tmp_path / "run", sharded) == 0
-
-
-def test_eleven_videos_score_the_same_on_one_to_four_processes(
-    small_run: Arguments, small_set: Path, tmp_path: Path
-) -> None:
-    """Eleven: divisible by none of them. Three at a time, so that the last batch is smaller too."""
-    lines = read_lines(small_set / "motion" / "test.csv", "list", "lines")[:11]
-    eleven = tmp_path / "eleven.csv"
-    eleven.write_text("\n".join(lines) + "\n")
-    assert run.main(small_run("TRAIN.MAX_STEPS", "2", "DATA.VAL_LIST", "")) == 0
-    found = []
-    for processes in (1, 2, 3, 4):
-        output = tmp_path / f"test{processes}"
-        command = launch(small_set, output, processes, "MODE", "test", "DATA.TEST_LIST", str(eleven), "TEST.BATCH_SIZE")
-        finish([*command, "3", "MODEL.INIT", str(tmp_path / "run" / "model.safetensors"), "TEST.CLIPS", "2"])
-        results = json.loads((output / "results.json").read_text())
-        assert (results["videos"], results["scored"], results["processes"]) == (11, 11, processes)
-        tables = [(output / name).read_bytes() for name in ("predictions.csv", "per_class.csv")]
-        found.append(([results[name] for name in ("top1", "top5", "coverage")], tables))
-    assert all(other == found[0] for other in found[1:])
-    assert found[0][1][0].count(b"\n") == 12
-    assert torch.tensor(found[0][0]).isfinite().all()
