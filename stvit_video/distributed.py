@@ -1,8 +1,15 @@
-"""Processes and devices. The only module that reads rank, world and host variables."""
+"""Processes and devices. The only module that reads rank, world and host variables.
+
+Who started this process is found in this order: a complete set of torchrun's variables; submitit on this machine; a
+task of a SLURM step; nobody, which is a single process. A set that is not complete is an error that says what lacks.
+"""
 
 import datetime
+import itertools
 import os
-from collections.abc import Callable, Iterator
+import re
+import socket
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -10,12 +17,15 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from stvit_video.engine.stopping import Stopped
 from stvit_video.errors import UsageError
+from stvit_video.rendezvous import call_roll, connect, report
 
 T = TypeVar("T")
 
-# What torchrun sets for each of its processes.
+# What torchrun sets for each of its processes, and SLURM for each task of a step.
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_NODELIST")
 
 
 @dataclass(frozen=True)
@@ -32,41 +42,184 @@ class World:
         return self.rank == 0
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a launcher put this process."""
+
+    launcher: str
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int  # processes on this machine
+    host: str
+    hosts: tuple[str, ...] = ()  # of all processes, rank 0's first; empty where torchrun knows better
+    tasks: tuple[int, ...] = ()  # processes of each host
+    job: str = ""  # tells this start of this job from any other
+    cpus: int | None = None  # this process's share of the machine
+    address: str = ""  # of rank 0
+    port: int | None = None  # of rank 0, where it is fixed
+
+
+def find_place(env: Mapping[str, str]) -> Place | None:
+    """Return this process's place by the variables of its launcher, None for a single process.
+
+    Raises UsageError where a set of variables is not complete, naming what is missing.
+    """
+    present = [name for name in TORCHRUN_VARIABLES[:4] if name in env]
+    if present:
+        missing = [name for name in TORCHRUN_VARIABLES if name not in env]
+        if missing:
+            raise UsageError(
+                f"{', '.join(present)} set but {', '.join(missing)} not; set all of {', '.join(TORCHRUN_VARIABLES)} "
+                f"(torchrun does), or none for a single process."
+            )
+        rank, size, local_rank, local_size, port = (
+            _integer(env, name) for name in (*TORCHRUN_VARIABLES[:4], "MASTER_PORT")
+        )
+        address = env["MASTER_ADDR"]
+        return Place("torchrun", rank, size, local_rank, local_size, socket.gethostname(), address=address, port=port)
+    if env.get("SUBMITIT_EXECUTOR") == "local" and "SUBMITIT_LOCAL_GLOBALID" in env:
+        rank, size, local_rank = (_integer(env, f"SUBMITIT_LOCAL_{name}") for name in ("GLOBALID", "NTASKS", "LOCALID"))
+        job = f"local.{env['SUBMITIT_LOCAL_JOB_ID']}"
+        host = "localhost"
+        return Place("submitit", rank, size, local_rank, size, host, (host,), (size,), job, address=host)
+    return _find_slurm_task(env)
+
+
+def _find_slurm_task(env: Mapping[str, str]) -> Place | None:
+    """Return the place of a task that srun started; a shell of sbatch or salloc is none, unless it stands for one."""
+    is_step = "SLURM_STEP_ID" in env
+    if not is_step and (env.get("ENVIRONMENT") == "BATCH" or not {"SLURM_PROCID", "SLURM_LOCALID"} & env.keys()):
+        if _integer(env, "SLURM_NTASKS", 1) == 1:
+            return None
+        raise UsageError(
+            f"SLURM_NTASKS is {env['SLURM_NTASKS']}, but SLURM_STEP_ID and so the rank are missing: this is the job's "
+            f"shell and none of its tasks. Start them with `srun python -m stvit_video.run ...`, or ask for one task."
+        )
+    missing = [name for name in SLURM_VARIABLES if name not in env]
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
+    if nodes and "SLURM_JOB_NODELIST" in missing:
+        missing.remove("SLURM_JOB_NODELIST")
+    if missing or nodes is None:
+        present = [name for name in SLURM_VARIABLES if name in env]
+        raise UsageError(
+            f"{', '.join(present)} set but {', '.join(missing)} not; start with srun, which sets all of "
+            f"{', '.join(SLURM_VARIABLES)}, or unset them for a single process."
+        )
+    size = _integer(env, "SLURM_STEP_NUM_TASKS", _integer(env, "SLURM_NTASKS"))
+    if size == 1:
+        return None
+    hosts = expand_hosts(nodes)
+    tasks = _expand_counts(env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or "")
+    node = _integer(env, "SLURM_NODEID", 0)
+    local_size = tasks[node] if node < len(tasks) else -(-size // len(hosts))
+    job = ".".join(env.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
+    host = env.get("SLURMD_NODENAME") or socket.gethostname()
+    cpus = _integer(env, "SLURM_CPUS_PER_TASK", 0) or None
+    rank, local_rank = _integer(env, "SLURM_PROCID"), _integer(env, "SLURM_LOCALID")
+    address, port = env.get("MASTER_ADDR") or hosts[0], _integer(env, "MASTER_PORT", 0) or None
+    return Place("SLURM", rank, size, local_rank, local_size, host, hosts, tasks, job, cpus, address, port)
+
+
+def _integer(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    if name not in env and default is not None:
+        return default
+    try:
+        return int(env[name])
+    except (KeyError, ValueError):
+        raise UsageError(f"{name} is {env.get(name)!r}; it has to be a number, as its launcher sets it.") from None
+
+
+def expand_hosts(text: str) -> tuple[str, ...]:
+    """Return the names in a SLURM node list such as ``gpu[01-03,7],login``.
+
+    As ``scontrol show hostnames`` does, which need not be there in a container.
+    """
+    names: list[str] = []
+    for entry in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text):  # commas within brackets do not separate
+        parts = [_expand_range(part) for part in re.split(r"(\[[^\]]*\])", entry)]
+        names += ["".join(choice) for choice in itertools.product(*parts)]
+    return tuple(names)
+
+
+def _expand_range(part: str) -> list[str]:
+    if not part.startswith("["):
+        return [part]
+    numbers: list[str] = []
+    for piece in part[1:-1].split(","):
+        low, _, high = piece.partition("-")
+        numbers += [f"{n:0{len(low)}d}" for n in range(int(low), int(high or low) + 1)]
+    return numbers
+
+
+def _expand_counts(text: str) -> tuple[int, ...]:
+    """Return the numbers in SLURM's ``4(x2),1``: 4, 4, 1."""
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return tuple(itertools.chain.from_iterable([int(number)] * int(times or 1) for number, times in found))
+
+
 @contextmanager
 def join_world(device: str = "auto", timeout_s: int = 1800) -> Iterator[World]:
     """Join the process group that the environment describes, or run alone; leave the group at the end.
 
-    A complete set of torchrun's variables makes a group (NCCL on GPUs, gloo on CPUs); none makes a single process; a
-    partial set is an error. A group that cannot be formed is an error too, never a silent single process.
+    NCCL between GPUs, gloo between CPUs. A group that cannot be formed is an error that names who is missing, never a
+    silent single process; an error inside is reported with the rank it happened on. Raises UsageError for an
+    incomplete environment or too few GPUs, RuntimeError where other processes fail or do not come.
     """
-    present = [name for name in TORCHRUN_VARIABLES[:3] if name in os.environ]
-    if not present:
+    place = find_place(os.environ)
+    if place is None:
         yield World(0, 1, _pick_device(device, 0, 1))
         return
-    missing = [name for name in TORCHRUN_VARIABLES if name not in os.environ]
-    if missing:
-        raise UsageError(
-            f"{', '.join(present)} set but {', '.join(missing)} not; set all of {', '.join(TORCHRUN_VARIABLES)} "
-            f"(torchrun does), or none for a single process."
-        )
-    rank, size, local_rank = (int(os.environ[name]) for name in TORCHRUN_VARIABLES[:3])
-    target = _pick_device(device, local_rank, int(os.environ["LOCAL_WORLD_SIZE"]))
+    store = connect(place, timeout_s)
+    target = _agree_on_device(store, place, device, timeout_s)
     if target.type == "cuda":
         torch.cuda.set_device(target)
-    elif "OMP_NUM_THREADS" not in os.environ or os.environ["OMP_NUM_THREADS"] == "1":
+    elif "OMP_NUM_THREADS" not in os.environ or (place.launcher, os.environ["OMP_NUM_THREADS"]) == ("torchrun", "1"):
         # torchrun gives each process one thread; share the machine's cores instead.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
-    timeout = datetime.timedelta(seconds=timeout_s)
-    dist.init_process_group("nccl" if target.type == "cuda" else "gloo", timeout=timeout)
+        torch.set_num_threads(place.cpus or max(1, len(os.sched_getaffinity(0)) // place.local_size))
+    backend, timeout = "nccl" if target.type == "cuda" else "gloo", datetime.timedelta(seconds=timeout_s)
+    failed = True
     try:
-        yield World(rank, size, target, dist.new_group(backend="gloo") if target.type == "cuda" else None)
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=timeout)
+        yield World(place.rank, place.size, target, dist.new_group(backend="gloo") if backend == "nccl" else None)
+        failed = False
+    except Stopped:
+        failed = False
+        raise
+    except Exception as error:
+        report(store, place, error)
+        raise
     finally:
-        dist.destroy_process_group()
+        # After a failure NCCL would wait for the others, who may wait for this process: its end frees them.
+        if dist.is_initialized() and not (failed and backend == "nccl"):
+            dist.destroy_process_group()
 
 
-def _pick_device(name: str, local_rank: int, processes: int) -> torch.device:
-    """Return this process's device; all processes of a machine come to the same kind."""
+def _agree_on_device(store: Any, place: Place, name: str, timeout_s: int) -> torch.device:
+    """Return this process's device, once all processes have theirs."""
+    target, gpu, problem = torch.device("cpu"), "", None
+    try:
+        target = _pick_device(name, place.local_rank, place.local_size, bound=place.launcher == "SLURM")
+        gpu = str(torch.cuda.get_device_properties(target).uuid) if target.type == "cuda" else ""
+    except UsageError as error:
+        problem = error
+    try:
+        call_roll(store, place, target.type, gpu, str(problem or ""), timeout_s)
+    except RuntimeError:
+        if problem is not None:  # the others are told by the roll; here it is one line
+            raise problem from None
+        raise
+    return target
+
+
+def _pick_device(name: str, local_rank: int, processes: int, bound: bool = False) -> torch.device:
+    """Return this process's device; all processes of a machine come to the same kind.
+
+    Where SLURM has ``bound`` a GPU to each task, a task sees that one alone.
+    """
     count = torch.cuda.device_count() if name != "cpu" and torch.cuda.is_available() else 0
+    if bound and count == 1:
+        return torch.device("cuda", 0)
     if count < processes and (name == "cuda" or count > 0):
         raise UsageError(
             f"{processes} process(es) on this machine with DEVICE {name}, but {count} GPUs are visible; "
