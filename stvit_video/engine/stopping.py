@@ -3,12 +3,14 @@
 import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
 from stvit_video.signals import STOP_SIGNALS
 
 EXIT_STOPPED = 75  # "try again later": the same command continues
+PATIENCE_S = 1.0
 
 
 class Stopped(Exception):
@@ -23,13 +25,16 @@ class Diverged(Exception):
 
 
 class StopSignals:
-    """While entered, SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGUSR2 only set ``received``; a second one exits at once.
+    """While entered, SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGUSR2 only set ``received``; a second Ctrl-C exits at once.
 
+    Launchers pass signals on that the process has had already, and schedulers send one kind after another: only Ctrl-C,
+    and only a second after the first signal, is someone who does not want to wait for the checkpoint.
     The handler does nothing else: no file, no other process, no GPU is touched inside it.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._at = 0.0
         self._before: dict[signal.Signals, Any] = {}
         self._process = os.getpid()
 
@@ -47,6 +52,7 @@ class StopSignals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a loader's worker: its parent decides
             return
-        if self.received is not None:
+        if self.received is None:
+            self.received, self._at = signal.Signals(number).name, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._at >= PATIENCE_S:
             os._exit(128 + number)
-        self.received = signal.Signals(number).name
