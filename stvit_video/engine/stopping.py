@@ -25,10 +25,10 @@ class Diverged(Exception):
 
 
 class StopSignals:
-    """While entered, SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGUSR2 only set ``received``; a second Ctrl-C exits at once.
+    """While entered, SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGUSR2 only set ``received``; another Ctrl-C exits at once.
 
     Launchers pass signals on that the process has had already, and schedulers send one kind after another: only Ctrl-C,
-    and only a second after the first signal, is someone who does not want to wait for the checkpoint.
+    a second or more after the first signal, is someone who does not want to wait for the checkpoint.
     The handler does nothing else: no file, no other process, no GPU is touched inside it.
     """
 
