@@ -20,8 +20,6 @@ from stvit_video.slurm.follow import describe_status, follow, print_log, summari
 from stvit_video.slurm.jobs import (
     Job,
     cancel,
-    check_cluster,
-    copy_source,
     expand_grid,
     find_jobs,
     resume,
@@ -48,12 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(request.sbatch_text(base / "slurm", len(configs)))
             print("\n".join(["runs:", *(f"  {cfg.OUTPUT_DIR}" for cfg in configs), request.describe(len(configs))]))
             return 0
-        check_cluster(options.cluster, len(configs), request)
         logs = base / "slurm"
-        if options.copy_source:
-            request = Request(**vars(request) | {"source": str(copy_source(logs))})
         about = {"command": sys.orig_argv, "submitted": time.time(), "host": socket.gethostname(), "git": git_state()}
-        jobs += submit(configs, request, options.cluster, logs, about)
+        jobs += submit(configs, request, options.cluster, logs, about, copy=options.copy_source)
         if len(jobs) > 1:
             (logs / "array.json").write_text(json.dumps([str(job.run) for job in jobs], indent=2))
         tell(jobs, base, request)

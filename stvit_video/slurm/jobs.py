@@ -7,8 +7,9 @@ import shutil
 import subprocess
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import asdict, dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -87,16 +88,20 @@ def _ask(*command: str) -> tuple[bool, str]:
     return found.returncode == 0, (found.stdout if found.returncode == 0 else found.stderr).strip()
 
 
-def submit(configs: Sequence[CfgNode], request: Request, cluster: str, logs: Path, about: dict[str, Any]) -> list[Job]:
+def submit(
+    configs: Sequence[CfgNode], request: Request, cluster: str, logs: Path, about: dict[str, Any], copy: bool = False
+) -> list[Job]:
     """Submit a job a configuration, as one array where there are several; all paths in them are absolute.
 
-    The run folders are marked, and emptied where the configuration says OVERWRITE, before anything is submitted.
-    Raises UsageError where the cluster refuses.
+    The run folders are marked, and emptied where the configuration says OVERWRITE, before anything is submitted. The
+    jobs run from the package as it will be then, or from a ``copy``. Raises UsageError where the cluster refuses.
     """
     check_cluster(cluster, len(configs), request)
     for cfg in configs:
         _prepare(cfg)
     logs.mkdir(parents=True, exist_ok=True)
+    if copy:
+        request = replace(request, source=str(copy_source(logs)))
     executor = build_executor(request, cluster, logs)
     profile = request.profile
     keys = [uuid.uuid4().hex[:12] for _ in configs]
@@ -104,7 +109,7 @@ def submit(configs: Sequence[CfgNode], request: Request, cluster: str, logs: Pat
     tasks = [Task(cfg.OUTPUT_DIR, key, *limits) for cfg, key in zip(configs, keys, strict=True)]
     with _outside_jobs(), _in_folder(request.source):
         try:
-            with executor.batch():
+            with redirect_stderr(StringIO()), executor.batch():  # submitit repeats there what sbatch says
                 submitted = [executor.submit(task) for task in tasks]
         except (FailedJobError, FailedSubmissionError) as error:
             raise UsageError(_explain_refusal(str(error))) from error

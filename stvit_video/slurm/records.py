@@ -1,8 +1,8 @@
 """What a job leaves in its run folder, beside what training leaves there: OUTPUT_DIR/slurm.
 
 ``config.yaml`` is the resolved configuration that the job runs, ``job.json`` how it was submitted, ``history.jsonl``
-what became of each of its starts, and ``failures/`` which of its tasks failed where. Both name the submission by a key of
-ours: SLURM counts its jobs from 1 again when it is set up anew. Logs are submitit's: ``<job>_<rank>_log.out``.
+what became of each of its starts, and ``failures/`` which of its tasks failed where. Both name the submission by a key
+of ours: SLURM counts its jobs from 1 again when it is set up anew. Logs are submitit's: ``<job>_<rank>_log.out``.
 """
 
 import json
@@ -68,7 +68,7 @@ class JobFolder:
         self.write(path, asdict(failure))
 
     def failures(self, submission: str) -> list[Failure]:
-        """Return the failures of a submission's last start that had any, first things first: the others follow from it."""
+        """Return the failures of a submission's last start that had any, by time: the others follow from the first."""
         found = [Failure(**json.loads(path.read_text())) for path in self.path.glob(f"failures/{submission}.*.json")]
         last = max((failure.start for failure in found), default=0)
         return sorted((failure for failure in found if failure.start == last), key=lambda failure: failure.time)

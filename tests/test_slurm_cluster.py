@@ -1,0 +1,389 @@
+"""Jobs on a real SLURM of two virtual nodes: they finish, whatever happens to them, as if nothing had."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stvit_video.distributed import expand_hosts
+from stvit_video.slurm.cli import main
+from stvit_video.slurm.jobs import Job, find_jobs
+from tests.conftest import REPOSITORY
+from tests.slurm_cluster import (
+    CONFIG,
+    Cluster,
+    finish,
+    hold,
+    let_go,
+    processes,
+    settings,
+    wait_until,
+    why_not,
+)
+
+pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(why_not()), reason=why_not())]
+TWO_NODES = ["--nodes", "2", "--gpus-per-node", "0", "--cpus-per-task", "1"]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    folder = Path(tempfile.mkdtemp(prefix="stvit-slurm-", dir="/tmp"))  # short: SLURM's sockets lie in it
+    found = Cluster(folder)
+    up = found.script("up", GPUS="2")
+    try:
+        if up.returncode == 2:
+            pytest.skip(up.stderr.strip())
+        assert up.returncode == 0, up.stderr
+        yield found
+    finally:
+        down = found.script("down")
+        shutil.rmtree(folder, ignore_errors=True)
+    assert down.returncode == 0, down.stderr
+    assert not processes(str(folder)), "processes left running"
+
+
+@pytest.fixture(autouse=True)
+def _free(cluster: Cluster) -> Iterator[None]:
+    """Each test finds both nodes free, and leaves no job."""
+    cluster.script("up")
+    yield
+    left = cluster("squeue", "--noheader", "--format=%A").split()
+    if left:
+        cluster("scancel", *left)
+        wait_until(lambda: not cluster("squeue", "--noheader"), f"end of {left}", 30)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two processes under torchrun."""
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "stvit_video.run"]
+    command = [sys.executable, *launch, *CONFIG, *settings(small_set, output)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, capture_output=True, timeout=180, env=env, cwd=REPOSITORY)
+    return output
+
+
+def assert_same(output: Path, expected: Path) -> None:
+    """Weights bit for bit, and all figures but the speed."""
+    found, wanted = (load_file(path / "model.safetensors") for path in (output, expected))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    figures, known = (json.loads((path / "results.json").read_text()) for path in (output, expected))
+    assert figures.pop("clips_per_second") > 0
+    del known["clips_per_second"]
+    assert figures == known
+
+
+def job_of(output: Path) -> Job:
+    return find_jobs(output)[0]
+
+
+def stops(output: Path) -> list[tuple[str, int]]:
+    """Why, and at which step, the starts of a job were stopped by us."""
+    job = job_of(output)
+    rows = job.folder.events(job.submission)
+    return [(row["reason"], row["step"]) for row in rows if row["event"] == "stopped"]
+
+
+def test_two_nodes_train_like_two_processes(
+    cluster: Cluster, small_set: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    code, said = cluster.submit(*CONFIG, *TWO_NODES, "--copy-source", "--wait", *settings(small_set, output))
+    assert code == 0, said
+    assert "RUNNING node[1-2]" in said
+    assert f"is done: {output}, top-1" in said
+    assert_same(output, undisturbed)
+    job = job_of(output)
+    source = job.logs / "source1"
+    record = json.loads(job.folder.job.read_text())
+    assert record["request"]["source"] == str(source)
+    assert (source / "stvit_video" / "run.py").is_file()
+    assert "submit.py" in " ".join(record["command"])
+    assert [row["hosts"] for row in job.folder.events(job.submission) if row["event"] == "started"] == [
+        ["node1", "node2"]
+    ]
+    code, said = cluster.submit("status", str(output))
+    assert (code, "done" in said, "checkpoint of step 12" in said) == (0, True, True), said
+    code, said = cluster.submit(*CONFIG, *TWO_NODES, *settings(small_set, output))
+    assert (code, said.count("\n")) == (2, 1), said
+    assert "is finished" in said
+
+
+def preempt(cluster: Cluster, job: Job) -> None:
+    cluster("sbatch", "-p", "urgent", "-N", "2", "--exclusive", "-o", "/dev/null", "--wrap", "srun sleep 2")
+
+
+def requeue(cluster: Cluster, job: Job) -> None:
+    cluster("scontrol", "requeue", job.id)
+
+
+def signal_by_hand(cluster: Cluster, job: Job) -> None:
+    cluster("scancel", "--signal=USR2", job.id)
+
+
+def lose_a_node(cluster: Cluster, job: Job) -> None:
+    """Kill a slurmd. What it had started works on, as it does where only the daemon or the network failed."""
+    os.kill(cluster.slurmd("node2"), signal.SIGKILL)
+    wait_until(lambda: cluster.state(job.id) == "PENDING", "the job is queued again", 60)
+    cluster.script("up")
+
+
+def run_into_the_limit(cluster: Cluster, job: Job) -> None:
+    wait_until(lambda: any(row["event"] == "stopped" for row in job.folder.events(job.submission)), "the warning", 90)
+
+
+@pytest.mark.parametrize(
+    ("disturb", "reason"),
+    [
+        (preempt, "preempted"),
+        (requeue, "ended by SLURM"),
+        (signal_by_hand, "signal SIGUSR2"),
+        (lose_a_node, None),
+        (run_into_the_limit, "time limit"),
+    ],
+)
+def test_a_job_that_is_disturbed_in_an_epoch_ends_as_if_it_had_not_been(
+    cluster: Cluster,
+    small_set: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    disturb: Callable[[Cluster, Job], None],
+    reason: str | None,
+) -> None:
+    output, profile = tmp_path / "run", tmp_path / "site.yaml"
+    limit = "1" if disturb is run_into_the_limit else "60"
+    profile.write_text(f"time: {limit}\nwarning_s: {10 if limit == '1' else 40}\n")
+    process = cluster.start(*CONFIG, *TWO_NODES, "--profile", str(profile), "--wait", *settings(small_set, output))
+    try:
+        held = hold(output, 5)
+        job = job_of(output)
+        # What submitit would take for the end: the error of another rank, left by an earlier start.
+        stale = job.logs / f"{job.id}_1_result.pkl"
+        stale.write_bytes(pickle.dumps(("error", "Connection closed by peer")))
+        disturb(cluster, job)
+        if disturb is not lose_a_node:
+            let_go(held)
+        code, said = finish(process)
+    finally:
+        process.kill()
+    assert code == 0, said
+    assert f"is done: {output}" in said
+    assert_same(output, undisturbed)
+    assert pickle.loads(stale.read_bytes())[0] == "success"  # noqa: S301 (written by this test's own job)
+    seen = stops(output)
+    assert [why for why, _ in seen] == ([reason] if reason else []), said
+    assert all(5 <= step < 12 for _, step in seen)
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if row["split"] == "train"]
+    assert steps == sorted(set(steps)), "a step is logged once"
+
+
+CRASH = """
+import sys
+if "stvit_video.run" in sys.orig_argv:
+    import os
+    from stvit_video.engine.trainer import Trainer
+    take_step = Trainer.take_step
+    def crash(self, batches):
+        if self.step == 2 and os.environ["SLURM_PROCID"] == "1":
+            raise ArithmeticError("nothing adds up")
+        return take_step(self, batches)
+    Trainer.take_step = crash
+"""
+
+
+def test_a_crash_ends_all_nodes_and_is_shown(cluster: Cluster, small_set: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(CRASH)
+    output = tmp_path / "run"
+    words = [*CONFIG, *TWO_NODES, "--wait", *settings(small_set, output)]
+    code, said = cluster.submit(*words, env={"PYTHONPATH": str(tmp_path)})
+    assert code == 1, said
+    assert "ArithmeticError: nothing adds up" in said
+    assert "rank 1 on node2 failed first, with exit code 1" in said
+    job = job_of(output)
+    assert cluster.state(job.id) == "FAILED"
+    assert "Restarts=0" in cluster("scontrol", "show", "job", job.id)
+    assert not processes("stvit_video.run", str(output))
+    rows = [json.loads(line) for line in (output / "slurm" / "history.jsonl").read_text().splitlines()]
+    ended = json.loads(next((output / "slurm" / "failures").glob("*.1.json")).read_text())["time"]
+    found = cluster("scontrol", "show", "job", job.id)
+    end = time.mktime(time.strptime(re.search(r"EndTime=(\S+)", found)[1], "%Y-%m-%dT%H:%M:%S"))  # type: ignore[index]
+    assert end - ended < 15, rows
+
+
+def test_a_node_without_the_data_ends_the_job_before_it_trains(
+    cluster: Cluster, small_set: Path, tmp_path: Path
+) -> None:
+    output, empty = tmp_path / "run", tmp_path / "empty"
+    empty.mkdir()
+    root = small_set
+    cluster.inside("node2", "mount", "--bind", str(empty), str(root))
+    try:
+        code, said = cluster.submit(*CONFIG, *TWO_NODES, "--wait", *settings(small_set, output))
+    finally:
+        cluster.inside("node2", "umount", str(root))
+    assert code == 1, said
+    assert "rank 1 on node2 failed first, with exit code 2" in said
+    assert f"this node cannot use DATA.TRAIN_LIST {root}/motion/train.csv (No such file or directory)" in said
+    assert "Traceback" not in said
+    assert not list(output.glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--partition", "gold"], "sbatch refused the job: Batch job submission failed: Invalid partition name"),
+        (["--nodes", "3"], "sbatch refused the job: Batch job submission failed: "),
+        (["--cpus-per-task", "99"], "sbatch refused the job: Batch job submission failed: "),
+        (["--gpus-per-node", "8"], "sbatch refused the job: Batch job submission failed: "),
+    ],
+)
+def test_what_sbatch_refuses_is_one_line(
+    cluster: Cluster,
+    small_set: Path,
+    tmp_path: Path,
+    words: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
+    assert main([*CONFIG, *TWO_NODES, *words, "--wait", *settings(small_set, tmp_path / "run")]) == 2
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1, said
+    assert message in said
+    assert "Partitions here: main: 2 node(s) of 4 CPUs" in said
+
+
+def test_cancel_saves_and_resume_goes_on(cluster: Cluster, small_set: Path, undisturbed: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    code, said = cluster.submit(*CONFIG, *TWO_NODES, *settings(small_set, output))
+    assert code == 0, said
+    held = hold(output, 5)
+    first = job_of(output)
+    code, said = cluster.submit(*CONFIG, *TWO_NODES, *settings(small_set, output))
+    assert (code, f"belongs to job {first.id}, which has not ended" in said) == (2, True), said
+    assert cluster.submit("cancel", str(output))[0] == 0
+    let_go(held)
+    wait_until(lambda: cluster.state(first.id) == "CANCELLED", "the job's end", 30)
+    [(reason, step)] = stops(output)
+    assert reason == "ended by SLURM"
+    code, said = cluster.submit("resume", "--wait", str(output))
+    assert code == 0, said
+    assert job_of(output).id != first.id
+    assert f"continuing at step {step} " in job_of(output).log().read_text()
+    assert_same(output, undisturbed)
+
+
+def test_ctrl_c_leaves_the_job_running(cluster: Cluster, small_set: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    process = cluster.start(*CONFIG, *TWO_NODES, "--wait", *settings(small_set, output))
+    try:
+        wait_until(lambda: (output / "slurm" / "history.jsonl").is_file(), "the job's start")
+        process.send_signal(signal.SIGINT)
+        code, said = finish(process, 30)
+    finally:
+        process.kill()
+    assert code == 130, said
+    assert "the job goes on" in said
+    assert cluster.state(job_of(output).id) == "RUNNING"
+
+
+def test_an_array_leaves_four_runs_and_a_table(cluster: Cluster, small_set: Path, tmp_path: Path) -> None:
+    words = [
+        *CONFIG,
+        "--gpus-per-node",
+        "0",
+        "--cpus-per-task",
+        "1",
+        "--array",
+        "SEED=0,1 OPTIM.LR=1e-3,1e-4",
+        "--wait",
+    ]
+    quick = ["TRAIN.EPOCHS", "1", "TRAIN.VAL_EVERY", "1"]
+    code, said = cluster.submit(*words, *settings(small_set, tmp_path / "grid", *quick))
+    assert code == 0, said
+    runs = sorted(path.parent.name for path in tmp_path.glob("grid/*/results.json"))
+    assert runs == [f"SEED={seed},OPTIM.LR={rate}" for seed in (0, 1) for rate in ("1e-3", "1e-4")]
+    table = (tmp_path / "grid" / "summary.csv").read_text().splitlines()
+    assert len(table) == 5
+    assert table[0].startswith("run,job,state,OPTIM.LR,SEED,top1")
+    assert all(",done," in line for line in table[1:])
+    assert "SEED=0,OPTIM.LR=1e-4" in said
+    assert len({job.id.split("_")[0] for job in find_jobs(tmp_path / "grid")}) == 1
+
+
+PLACE = """
+import json, os, sys
+sys.path.insert(0, {repository!r})
+from stvit_video.distributed import find_place, gather_objects, join_world
+place = find_place(os.environ)
+with join_world("cpu", 30) as world:
+    seen = gather_objects(world, os.environ.get("SLURMD_NODENAME"))
+    mine = [world.rank, world.size, place and place.launcher, place and place.local_rank, seen]
+    print("PLACE " + json.dumps(mine + [os.environ.get("CUDA_VISIBLE_DEVICES")]), flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("launcher", "expected"),
+    [
+        ("srun PYTHON", [[r, 4, "SLURM", r % 2, ["node1", "node1", "node2", "node2"]] for r in range(4)]),
+        ("srun -n 1 -N 1 PYTHON", [[0, 1, None, None, ["node1"]]]),
+        ("srun -n 1 -N 1 torchrun --standalone --nproc_per_node 2", [[r, 2, "torchrun", r] for r in range(2)]),
+        ("torchrun --standalone --nproc_per_node 2", [[r, 2, "torchrun", r] for r in range(2)]),
+    ],
+)
+def test_every_launcher_gives_the_right_ranks(
+    cluster: Cluster, tmp_path: Path, launcher: str, expected: list[list[object]]
+) -> None:
+    program = tmp_path / "place.py"
+    program.write_text(PLACE.format(repository=str(REPOSITORY)))
+    launcher = launcher.replace("PYTHON", sys.executable)
+    launcher = launcher.replace("torchrun", f"{sys.executable} -m torch.distributed.run")
+    script = tmp_path / "job.sh"
+    script.write_text(f"#!/bin/bash\n{launcher} {program}\n")
+    sizes = ["-N", "2", "--ntasks-per-node=2", "--gpus-per-node=2"]
+    job = cluster("sbatch", "--parsable", *sizes, "-o", str(tmp_path / "out"), str(script))
+    wait_until(lambda: cluster.state(job) in ("COMPLETED", "FAILED"), "the job's end")
+    said = (tmp_path / "out").read_text()
+    assert cluster.state(job) == "COMPLETED", said
+    places = sorted(json.loads(line.partition("PLACE ")[2]) for line in said.splitlines() if "PLACE " in line)
+    for found, wanted in zip(places, expected, strict=True):
+        assert found.pop() == "0,1"  # CUDA_VISIBLE_DEVICES, as SLURM set it
+        assert found[: len(wanted)] == wanted
+
+
+def test_a_rank_that_does_not_come_is_named(cluster: Cluster, tmp_path: Path) -> None:
+    program = tmp_path / "place.py"
+    program.write_text(PLACE.format(repository=str(REPOSITORY)).replace('"cpu", 30', '"cpu", 8'))
+    script = tmp_path / "job.sh"
+    # Without --kill-on-bad-exit: rank 1 leaves in silence, and the others must not wait for ever.
+    script.write_text(
+        f"#!/bin/bash\nsrun --kill-on-bad-exit=0 bash -c '[ $SLURM_PROCID = 1 ] || {sys.executable} {program}'\n"
+    )
+    job = cluster("sbatch", "--parsable", "-N", "2", "-n", "2", "-o", str(tmp_path / "out"), str(script))
+    wait_until(lambda: cluster.state(job) in ("COMPLETED", "FAILED"), "the job's end")
+    said = (tmp_path / "out").read_text()
+    assert cluster.state(job) == "FAILED", said
+    assert "rank 1 from node2 (0 of 1 came) did not come within 8 s" in said
+    assert "PLACE" not in said
+
+
+@pytest.mark.parametrize("text", ["node[1-2]", "gpu[01-03,7],login", "a1,b[9-11],c", "r[1-2]n[08-10]"])
+def test_node_lists_are_read_as_scontrol_does(cluster: Cluster, text: str) -> None:
+    assert list(expand_hosts(text)) == cluster("scontrol", "show", "hostnames", text).split()
