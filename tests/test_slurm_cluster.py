@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -125,6 +127,7 @@ def test_two_nodes_train_like_two_processes(
 
 def preempt(cluster: Cluster, job: Job) -> None:
     cluster("sbatch", "-p", "urgent", "-N", "2", "--exclusive", "-o", "/dev/null", "--wrap", "srun sleep 2")
+    wait_until(lambda: cluster.state(job.id) != "RUNNING", "the job makes way", 30)
 
 
 def requeue(cluster: Cluster, job: Job) -> None:
@@ -142,54 +145,74 @@ def lose_a_node(cluster: Cluster, job: Job) -> None:
     cluster.script("up")
 
 
-def run_into_the_limit(cluster: Cluster, job: Job) -> None:
-    wait_until(lambda: any(row["event"] == "stopped" for row in job.folder.events(job.submission)), "the warning", 90)
+def disturb(cluster: Cluster, job: Job, how: Callable[[Cluster, Job], None]) -> None:
+    """Do something to a job after a step or two of its present start, and wait until it has been started again."""
+    held = hold(job.run, job.folder.newest_step() + 1)
+    starts = len(started(job))
+    if how is not lose_a_node:  # then they must not end the run before SLURM has missed the node
+        threading.Timer(1.0, let_go, [held]).start()
+    how(cluster, job)
+    wait_until(lambda: len(started(job)) > starts, "the job's next start", 90)
 
 
-@pytest.mark.parametrize(
-    ("disturb", "reason"),
-    [
-        (preempt, "preempted"),
-        (requeue, "ended by SLURM"),
-        (signal_by_hand, "signal SIGUSR2"),
-        (lose_a_node, None),
-        (run_into_the_limit, "time limit"),
-    ],
-)
-def test_a_job_that_is_disturbed_in_an_epoch_ends_as_if_it_had_not_been(
-    cluster: Cluster,
-    small_set: Path,
-    undisturbed: Path,
-    tmp_path: Path,
-    disturb: Callable[[Cluster, Job], None],
-    reason: str | None,
+def started(job: Job) -> list[dict[str, Any]]:
+    return [row for row in job.folder.events(job.submission) if row["event"] == "started"]
+
+
+def assert_steps_once(output: Path) -> None:
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if row["split"] == "train"]
+    assert steps == sorted(set(steps))
+
+
+def test_a_job_that_all_happens_to_ends_as_if_nothing_had(
+    cluster: Cluster, small_set: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    output, profile = tmp_path / "run", tmp_path / "site.yaml"
-    limit = "1" if disturb is run_into_the_limit else "60"
-    profile.write_text(f"time: {limit}\nwarning_s: {10 if limit == '1' else 40}\n")
-    process = cluster.start(*CONFIG, *TWO_NODES, "--profile", str(profile), "--wait", *settings(small_set, output))
+    """Preempted, queued again by hand, warned by hand, and without a node: each in the middle of an epoch."""
+    output = tmp_path / "run"
+    process = cluster.start(*CONFIG, *TWO_NODES, "--time", "60", "--wait", *settings(small_set, output))
     try:
-        held = hold(output, 5)
+        wait_until((output / "slurm" / "job.json").is_file, "the submission")
         job = job_of(output)
+        disturb(cluster, job, preempt)
         # What submitit would take for the end: the error of another rank, left by an earlier start.
         stale = job.logs / f"{job.id}_1_result.pkl"
         stale.write_bytes(pickle.dumps(("error", "Connection closed by peer")))
-        disturb(cluster, job)
-        if disturb is not lose_a_node:
-            let_go(held)
+        disturb(cluster, job, requeue)
+        disturb(cluster, job, signal_by_hand)
+        disturb(cluster, job, lose_a_node)
         code, said = finish(process)
     finally:
         process.kill()
     assert code == 0, said
     assert f"is done: {output}" in said
     assert_same(output, undisturbed)
+    assert_steps_once(output)
     assert pickle.loads(stale.read_bytes())[0] == "success"  # noqa: S301 (written by this test's own job)
-    seen = stops(output)
-    assert [why for why, _ in seen] == ([reason] if reason else []), said
-    assert all(5 <= step < 12 for _, step in seen)
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    steps = [row["step"] for row in rows if row["split"] == "train"]
-    assert steps == sorted(set(steps)), "a step is logged once"
+    resumed = [row["step"] for row in started(job)]
+    assert len(resumed) == 5
+    assert resumed == sorted(set(resumed)), "each start went on where the one before was stopped"
+    ours = [(reason, step) for reason, step in stops(output) if reason != "ended by SLURM"]  # that may come too late
+    assert ours == [("preempted", resumed[1]), ("signal SIGUSR2", resumed[3])], said
+
+
+def test_a_job_that_runs_into_its_limit_goes_on(
+    cluster: Cluster, small_set: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    output, profile = tmp_path / "run", tmp_path / "site.yaml"
+    profile.write_text("time: 1\nwarning_s: 10\n")
+    words = [*CONFIG, *TWO_NODES, "--profile", str(profile), "--wait", *settings(small_set, output)]
+    process = cluster.start(*words)
+    try:
+        hold(output, 5)  # SLURM's warning, SIGCONT and SIGUSR2, wakes them
+        code, said = finish(process)
+    finally:
+        process.kill()
+    assert code == 0, said
+    assert_same(output, undisturbed)
+    assert_steps_once(output)
+    assert {reason for reason, _ in stops(output)} == {"time limit"}
+    assert 5 <= stops(output)[0][1] < 12
 
 
 CRASH = """
@@ -269,12 +292,20 @@ def test_what_sbatch_refuses_is_one_line(
     assert "Partitions here: main: 2 node(s) of 4 CPUs" in said
 
 
-def test_cancel_saves_and_resume_goes_on(cluster: Cluster, small_set: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_the_job_cancel_saves_it_and_resume_ends_it(
+    cluster: Cluster, small_set: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "run"
-    code, said = cluster.submit(*CONFIG, *TWO_NODES, *settings(small_set, output))
-    assert code == 0, said
-    held = hold(output, 5)
+    process = cluster.start(*CONFIG, *TWO_NODES, "--wait", *settings(small_set, output))
+    try:
+        held = hold(output, 5)
+        process.send_signal(signal.SIGINT)
+        code, said = finish(process, 30)
+    finally:
+        process.kill()
+    assert (code, "the job goes on" in said) == (130, True), said
     first = job_of(output)
+    assert cluster.state(first.id) == "RUNNING"
     code, said = cluster.submit(*CONFIG, *TWO_NODES, *settings(small_set, output))
     assert (code, f"belongs to job {first.id}, which has not ended" in said) == (2, True), said
     assert cluster.submit("cancel", str(output))[0] == 0
@@ -287,20 +318,6 @@ def test_cancel_saves_and_resume_goes_on(cluster: Cluster, small_set: Path, undi
     assert job_of(output).id != first.id
     assert f"continuing at step {step} " in job_of(output).log().read_text()
     assert_same(output, undisturbed)
-
-
-def test_ctrl_c_leaves_the_job_running(cluster: Cluster, small_set: Path, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    process = cluster.start(*CONFIG, *TWO_NODES, "--wait", *settings(small_set, output))
-    try:
-        wait_until(lambda: (output / "slurm" / "history.jsonl").is_file(), "the job's start")
-        process.send_signal(signal.SIGINT)
-        code, said = finish(process, 30)
-    finally:
-        process.kill()
-    assert code == 130, said
-    assert "the job goes on" in said
-    assert cluster.state(job_of(output).id) == "RUNNING"
 
 
 def test_an_array_leaves_four_runs_and_a_table(cluster: Cluster, small_set: Path, tmp_path: Path) -> None:

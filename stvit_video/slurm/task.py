@@ -139,15 +139,18 @@ class Task:
         print(f"stopped at step {step}: {reason}", flush=True)
         if reason == "ended by SLURM":
             return  # by scancel, or by scontrol requeue, which needs no help
-        timeouts = [row for row in folder.events(key) if row.get("reason") == "time limit"]
+        stops = [row["reason"] for row in folder.events(key) if row["event"] == "stopped"]
+        timeouts = stops.count("time limit")
         again = f"python slurm/submit.py resume {self.run}"
-        if len(timeouts) > self.max_timeouts:
-            problem = f"timed out {len(timeouts)} times, and max_timeouts is {self.max_timeouts}; go on with: {again}"
+        if timeouts > self.max_timeouts and reason == "time limit":
+            problem = f"timed out {timeouts} times, and max_timeouts is {self.max_timeouts}; go on with: {again}"
             self._fail(folder, Failure(key, start, 0, _host(), 1, problem, time.time()))
         folder.note(key, start, "requeued", reason=reason, step=step)
         try:
-            environment._requeue(self.max_timeouts - len(timeouts))
+            environment._requeue(self.max_timeouts - timeouts)
         except (OSError, subprocess.SubprocessError) as error:
+            if getattr(error, "returncode", 1) in (-signal.SIGTERM, -signal.SIGKILL):
+                return  # SLURM does as it was asked, and ends all processes of the job, also the one that asked
             problem = f"stopped at step {step}, but SLURM did not queue the job again ({error}); go on with: {again}"
             self._fail(folder, Failure(key, start, 0, _host(), 1, problem, time.time()))
 

@@ -1,0 +1,380 @@
+"""Submission without a SLURM: profiles, scripts, grids, what is told of jobs, and what submitit gets wrong."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from stvit_video.errors import UsageError
+from stvit_video.slurm import follow as following
+from stvit_video.slurm.cli import main
+from stvit_video.slurm.jobs import Job, expand_grid
+from stvit_video.slurm.records import Failure, JobFolder
+from stvit_video.slurm.request import read_profile
+from stvit_video.slurm.task import GUARD, Task, Warnings, check_paths
+from tests.conftest import REPOSITORY
+from tests.slurm_cluster import CONFIG, settings
+
+PROFILES = sorted((REPOSITORY / "slurm" / "profiles").glob("*.yaml"))
+
+
+@pytest.fixture
+def no_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A PATH without SLURM's commands; returns a folder at its front, for pretended ones."""
+    front = tmp_path / "bin"
+    front.mkdir()
+    for name in ("python3", "bash", "env", "git", "sh"):
+        (front / name).symlink_to(f"/usr/bin/{name}")
+    monkeypatch.setenv("PATH", str(front))
+    return front
+
+
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
+def test_the_profiles_that_come_along_can_be_used(
+    path: Path, tmp_path: Path, no_slurm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*CONFIG, "--nodes", "2", "--gpus-per-node", "4", "--profile", str(path), "--dry-run"]
+    assert main([*words, "OUTPUT_DIR", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    for line in ("--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--requeue", "--open-mode=append"):
+        assert f"#SBATCH {line}" in said
+    assert not (tmp_path / "run").exists()
+    profile = yaml.safe_load(path.read_text())
+    for line in profile.get("setup", []):
+        assert line in said
+    assert subprocess.run(["/usr/bin/bash", "-n"], input=said.partition("\nruns:")[0], text=True).returncode == 0
+
+
+def test_a_dry_run_says_what_an_array_takes(tmp_path: Path, no_slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*CONFIG, "--nodes", "2", "--gpus-per-node", "8", "--cpus-per-task", "12", "--time", "2:30:00", "--dry-run"]
+    assert main([*words, "--array", "SEED=0,1 OPTIM.LR=1e-3,1e-4", "OUTPUT_DIR", str(tmp_path / "grid")]) == 0
+    said = capsys.readouterr().out
+    assert "#SBATCH --array=0-3%4" in said
+    assert "#SBATCH --time=150" in said
+    assert "4 job(s) of 2 node(s) x 8 task(s) x 12 CPU(s), 16 GPU(s), 2.5 h" in said
+    assert "1920 CPU hours and 160 GPU hours" in said  # 4 x 16 x 12 x 2.5 and 4 x 16 x 2.5
+    assert f"  {tmp_path}/grid/SEED=1,OPTIM.LR=1e-4\n" in said
+    # srun of 22.05 and later does not take the CPUs of a task from sbatch.
+    assert "--kill-on-bad-exit=1 --cpus-per-task=12" in said
+    assert list(tmp_path.iterdir()) == [no_slurm]
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [("90", 90), ("24:00:00", 1440), ("30:00", 30), ("2-12", 3600), ("1-00:30:00", 1470), ("4320", 4320)],
+)
+def test_a_time_is_read_as_slurm_reads_it(tmp_path: Path, text: str, minutes: int) -> None:
+    profile = tmp_path / "site.yaml"
+    profile.write_text(f"time: {text}\n")
+    assert read_profile(profile).minutes == minutes
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("partiton: gpu", "partiton is unknown. Did you mean partition?"),
+        ("time: soon", "'soon' is no time limit"),
+        ("time: 0", "'0' is no time limit"),
+        ("cpus_per_task: many", "cpus_per_task is 'many'; it has to be a int"),
+        ("cpus_per_task: -1", "cpus_per_task is -1"),
+        ("setup: module load cuda", "setup is 'module load cuda'; it has to be a list"),
+        ("- gpu", "is not a list of lines `key: value`"),
+        ("time: 1", "warning_s is 120 but the job has 1 minutes"),
+        ("a: [", "cannot be read"),
+    ],
+)
+def test_a_wrong_profile_is_one_line(tmp_path: Path, content: str, message: str) -> None:
+    profile = tmp_path / "site.yaml"
+    profile.write_text(content)
+    with pytest.raises(UsageError) as error:
+        read_profile(profile)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--gpus-per-node is missing"),
+        (["--gpus-per-node", "0"], "sbatch is not on the PATH"),
+        (["--gpus-per-node", "-1"], "--gpus-per-node -1 is too small"),
+        (["--nodes", "0", "--gpus-per-node", "1"], "--nodes 0 is too small"),
+        (["--gpus-per-node", "2", "--tasks-per-node", "3"], "each GPU has one process"),
+        (["--gpus-per-node", "0", "--profile", "nowhere.yaml"], "Profile nowhere.yaml cannot be read"),
+        (["--gpus-per-node", "0", "--array", "SEED"], "'SEED' is not KEY=VALUE,VALUE"),
+        (["--gpus-per-node", "0", "--array", "SEDE=1,2"], "Did you mean SEED?"),
+        (["--gpus-per-node", "0", "--cluster", "local", "--nodes", "2"], "--cluster local runs one configuration"),
+        (["--gpus-per-node", "0", "--wiat"], "unrecognized arguments: --wiat"),
+        (["--cfg", "configs/nothing.yaml", "--gpus-per-node", "0"], "is not a file"),
+    ],
+)
+def test_wrong_use_is_one_line(
+    no_slurm: Path, tmp_path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*CONFIG, *words, "OUTPUT_DIR", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("verb", ["status", "logs", "cancel", "resume"])
+def test_a_folder_without_a_job_is_one_line(tmp_path: Path, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, str(tmp_path)]) == 2
+    assert "holds no submitted job" in capsys.readouterr().err
+
+
+def test_a_grid_is_a_product_and_lists_stay_whole() -> None:
+    points = list(expand_grid("SEED=0,1 MODEL.REGIONS=[8,4,4],[4,4,4]"))
+    assert points == [[f"SEED={s}", f"MODEL.REGIONS={r}"] for s in (0, 1) for r in ("[8,4,4]", "[4,4,4]")]
+
+
+# --- what happens to a job, as SLURM's commands would tell it
+
+
+def pretend(folder: Path, name: str, answers: list[str]) -> None:
+    """Put a command into ``folder`` that gives one answer after the other, and the last for ever."""
+    counter = folder / f"{name}.count"
+    counter.write_text("0")
+    program = f"""#!{sys.executable}
+import pathlib, sys
+answers, counter = {answers!r}, pathlib.Path({str(counter)!r})
+number = int(counter.read_text())
+counter.write_text(str(number + 1))
+answer = answers[min(number, len(answers) - 1)]
+if answer.startswith("!"):
+    sys.exit(answer[1:])
+print(answer)
+"""
+    (folder / name).write_text(program)
+    (folder / name).chmod(0o755)
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+    monkeypatch.setattr(following, "SETTLE_S", {"COMPLETED": 0.2, "FAILED": 0.2})
+    monkeypatch.setattr(following, "SETTLE_OTHERS_S", 0.5)
+    monkeypatch.setattr(following.time, "sleep", lambda seconds: None)
+    run = tmp_path / "run"
+    (run / "slurm").mkdir(parents=True)
+    return Job(run, "slurm", "7", run / "slurm", "abc")
+
+
+def test_a_lost_node_is_not_the_end(no_slurm: Path, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    """SLURM says NODE_FAIL first, and queues the job again after that."""
+    states = ["RUNNING|None|node[1-2]", "NODE_FAIL|None|node[1-2]", "PENDING|BeginTime|", "RUNNING|None|node[1-2]"]
+    pretend(no_slurm, "squeue", [*states, "COMPLETED|None|node[1-2]"])
+    following.follow([job])
+    said = re.findall(r"job 7  (\w+)", capsys.readouterr().out)
+    assert said == ["RUNNING", "NODE_FAIL", "PENDING", "RUNNING", "COMPLETED"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ("!slurm_load_jobs error: Invalid job id specified", "is unknown to SLURM, and left no result"),
+        ("FAILED|NonZeroExitCode|node1", "ended without a result (FAILED node1)"),
+        ("NODE_FAIL|None|", "ended without a result (NODE_FAIL)"),
+        ("COMPLETED|None|node1", "ended without a result (COMPLETED node1)"),
+    ],
+)
+def test_no_wait_is_without_an_end(
+    no_slurm: Path, job: Job, answer: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where there is no accounting, and where a job was killed before it could say anything."""
+    pretend(no_slurm, "squeue", [answer])
+    begun = time.monotonic()
+    assert not following.follow([job])
+    assert time.monotonic() - begun < 10
+    assert message in capsys.readouterr().out
+
+
+def test_silence_of_slurm_is_borne_for_a_while_only(
+    no_slurm: Path, job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretend(no_slurm, "squeue", ["RUNNING|None|node1", "!slurm_load_jobs error: Unable to contact slurm controller"])
+    monkeypatch.setattr(following, "SILENCE_S", 0.5)
+    assert not following.follow([job])
+    assert "no answer from SLURM" in capsys.readouterr().out
+
+
+def test_the_first_failure_is_the_one_that_is_shown(
+    no_slurm: Path, job: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretend(no_slurm, "squeue", ["FAILED|NonZeroExitCode|node[1-2]"])
+    folder = JobFolder(job.run)
+    folder.add_failure(Failure("abc", 0, 0, "node1", 1, "", 20.0))
+    folder.add_failure(Failure("abc", 0, 1, "node2", 1, "", 10.0))
+    folder.add_failure(Failure("earlier", 0, 3, "node4", 1, "", 1.0))  # of a submission with the same number
+    job.log(1).write_text("epoch 1\nZeroDivisionError: division by zero\n")
+    job.log(0).write_text("RuntimeError: Connection closed by peer\n")
+    assert not following.follow([job])
+    said = capsys.readouterr().out
+    assert "rank 1 on node2 failed first" in said
+    assert "ZeroDivisionError" in said
+    assert "Connection closed" not in said
+
+
+def test_an_earlier_cluster_with_the_same_job_numbers_does_not_matter(job: Job) -> None:
+    JobFolder(job.run).note("earlier", 0, "done")
+    assert not job.is_done()
+    JobFolder(job.run).note("abc", 0, "done")
+    assert job.is_done()
+
+
+# --- on the node
+
+
+class Environment:
+    """A job environment of submitit, as far as a task needs it."""
+
+    def __init__(self, cluster: str, outcome: Exception | None = None) -> None:
+        self.job_id, self.cluster, self.outcome, self.left = "7", cluster, outcome, [None]
+
+    def _requeue(self, countdown: int) -> None:
+        self.left.append(countdown)
+        if self.outcome is not None:
+            raise self.outcome
+
+
+@pytest.fixture
+def warned() -> Any:
+    """Warnings that have come, without handlers of their own."""
+    found = Warnings.__new__(Warnings)
+    found.received, found.at, found.passed_on = signal.SIGUSR2, 0.0, True
+    return found
+
+
+@pytest.mark.parametrize(
+    ("facts", "elapsed", "reason"),
+    [
+        ("JobState=RUNNING PreemptTime=None", 30, "signal SIGUSR2"),
+        ("JobState=RUNNING PreemptTime=2026-11-23T01:00:00", 30, "preempted"),
+        ("JobState=RUNNING PreemptTime=2026-11-23T01:00:00", 599, "preempted"),
+        ("JobState=RUNNING PreemptTime=None", 600 - 30, "time limit"),
+        ("JobState=RUNNING PreemptTime=None", 600 - 30 - 60, "time limit"),  # SLURM may be a minute early
+        ("JobState=CANCELLED PreemptTime=None", 30, "ended by SLURM"),
+        ("JobState=COMPLETING PreemptTime=None", 30, "ended by SLURM"),
+        ("!scontrol: error", 30, "signal SIGUSR2"),
+    ],
+)
+def test_a_time_out_is_told_from_preemption_also_in_short_jobs(
+    no_slurm: Path, warned: Any, facts: str, elapsed: float, reason: str
+) -> None:
+    """submitit takes every warning to a job of up to ten minutes for a time-out, and counts it."""
+    pretend(no_slurm, "scontrol", [facts if facts.startswith("!") else f"JobId=7 JobName=a {facts} Restarts=0"])
+    task = Task("run", "abc", minutes=10, warning_s=30, max_timeouts=3)
+    assert task._reason(Environment("slurm"), warned, elapsed) == reason
+
+
+def test_time_outs_are_counted_and_the_last_is_said(tmp_path: Path, warned: Any) -> None:
+    folder = JobFolder(tmp_path)
+    folder.path.mkdir()
+    task, environment = Task(str(tmp_path), "abc", minutes=10, warning_s=30, max_timeouts=2), Environment("local")
+    for start in range(2):
+        task._requeue(folder, environment, start, warned, elapsed=590)
+    task._requeue(folder, environment, 2, warned, elapsed=30)  # by hand: not counted
+    assert environment.left[1:] == [1, 0, 0]
+    with pytest.raises(SystemExit) as ended:
+        task._requeue(folder, environment, 3, warned, elapsed=590)
+    assert ended.value.code == 1
+    assert len(environment.left) == 4
+    [failure] = folder.failures("abc")
+    assert failure.problem.startswith(
+        "timed out 3 times, and max_timeouts is 2; go on with: python slurm/submit.py resume"
+    )
+
+
+def test_a_requeue_that_slurm_refuses_is_a_failure_that_says_how_to_go_on(tmp_path: Path, warned: Any) -> None:
+    folder = JobFolder(tmp_path)
+    folder.path.mkdir()
+    task = Task(str(tmp_path), "abc", minutes=60, warning_s=30, max_timeouts=2)
+    refusal = subprocess.CalledProcessError(1, ["scontrol", "requeue", "7"])
+    with pytest.raises(SystemExit):
+        task._requeue(folder, Environment("local", refusal), 0, warned, elapsed=30)
+    assert "SLURM did not queue the job again" in folder.failures("abc")[0].problem
+    assert "resume" in folder.failures("abc")[0].problem
+
+
+def test_a_requeue_that_ends_its_own_messenger_is_none(tmp_path: Path, warned: Any) -> None:
+    folder = JobFolder(tmp_path)
+    folder.path.mkdir()
+    ended = subprocess.CalledProcessError(-signal.SIGTERM, ["scontrol", "requeue", "7"])
+    Task(str(tmp_path), "abc", 60, 30, 2)._requeue(folder, Environment("local", ended), 0, warned, elapsed=30)
+    assert [row["event"] for row in folder.events("abc")] == ["stopped", "requeued"]
+
+
+@pytest.mark.parametrize("old_env", [False, True])
+def test_a_warning_before_python_can_catch_it_does_not_kill(tmp_path: Path, old_env: bool) -> None:
+    """It is held back until then; with an `env` of before 2019 it is lost, and the job lives."""
+    program = """
+import signal, time
+print("up", flush=True)
+time.sleep(1)
+caught = []
+signal.signal(signal.SIGUSR2, lambda number, frame: caught.append(number))
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
+time.sleep(0.1)
+print("caught", len(caught))
+"""
+    path = os.environ["PATH"]
+    if old_env:
+        (tmp_path / "env").write_text('#!/bin/sh\n[ "$1" = --block-signal=USR2 ] && exit 125\nexec /usr/bin/env "$@"\n')
+        (tmp_path / "env").chmod(0o755)
+        path = f"{tmp_path}:{path}"
+    command = ["bash", "-c", GUARD, "task", sys.executable, "-c", program]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PATH": path})
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGUSR2)
+    assert process.communicate(timeout=60)[0] == f"caught {0 if old_env else 1}\n"
+    assert process.returncode == 0
+
+
+def test_what_a_node_lacks_is_named(small_set: Path, tmp_path: Path) -> None:
+    folder = JobFolder(tmp_path / "run")
+    folder.path.mkdir(parents=True)
+    content = {"MODE": "train", "MODEL": {"INIT": ""}, "DATA": {"GENERATE": "", "ROOT": str(small_set), "CLASSES": ""}}
+    content["DATA"] |= {f"{split}_LIST": f"motion/{split.lower()}.csv" for split in ("TRAIN", "VAL", "TEST")}
+    folder.config.write_text(yaml.safe_dump(content))
+    assert check_paths(folder.run) == ""
+    content["MODEL"]["INIT"] = str(tmp_path / "weights.pth")
+    content["DATA"]["TEST_LIST"] = "elsewhere.csv"
+    folder.config.write_text(yaml.safe_dump(content))
+    assert f"MODEL.INIT {tmp_path}/weights.pth (No such file or directory)" in check_paths(folder.run)
+    assert f"DATA.TEST_LIST {small_set}/elsewhere.csv (No such file or directory)" in check_paths(folder.run)
+
+
+# --- submitit on this machine
+
+
+def submit_here(*words: str, env: dict[str, str] | None = None) -> tuple[int, str]:
+    command = [sys.executable, str(REPOSITORY / "slurm" / "submit.py"), *CONFIG, "--gpus-per-node", "0", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    return found.returncode, found.stdout + found.stderr
+
+
+def test_two_processes_of_submitit_on_this_machine(small_set: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    quick = settings(small_set, output, "TRAIN.EPOCHS", "1", "TRAIN.VAL_EVERY", "1")
+    code, said = submit_here("--cluster", "local", "--tasks-per-node", "2", "--wait", *quick)
+    assert code == 0, said
+    assert json.loads((output / "results.json").read_text())["processes"] == 2
+    assert "is done" in said
+
+
+def test_cluster_debug_runs_in_place(small_set: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    code, said = submit_here("--cluster", "debug", *settings(small_set, output, "TRAIN.EPOCHS", "1"))
+    assert code == 0, said
+    assert json.loads((output / "results.json").read_text())["processes"] == 1
