@@ -5,6 +5,7 @@ import json
 import random
 import socket
 import sys
+import threading
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 WAITING_NOTE_S = 30  # seconds between notes on who has not come yet
 PORTS_TRIED = 8
+ANSWER_S = 10
 
 
 def connect(place: "Place", timeout_s: int) -> Any:
@@ -69,15 +71,25 @@ def _serve(place: "Place", host: str, ports: list[int], timeout: datetime.timede
 
 def _find_store(place: "Place", host: str, port: int, timeout: datetime.timedelta) -> Any:
     """Return this job's store if it is behind ``port``, else None."""
+    found: list[Any] = []
+
+    def ask() -> None:
+        with suppress(dist.DistError):
+            store = TCPStore(host, port, place.size, False, datetime.timedelta(seconds=5), wait_for_workers=False)
+            if store.check([f"job {place.job}"]):
+                found.append(store)
+
     try:
         socket.create_connection((host, port), timeout=2).close()  # refused at once where nobody listens
-        store = TCPStore(host, port, place.size, False, datetime.timedelta(seconds=5), wait_for_workers=False)
-        if not store.check([f"job {place.job}"]):
-            return None
-        store.set_timeout(timeout)
-        return store
-    except (OSError, dist.DistError):
+    except OSError:
         return None
+    # Whatever listens there may never answer, and torch would wait for ever: in a thread that can be left behind.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(ANSWER_S)
+    if found:
+        found[0].set_timeout(timeout)
+    return found[0] if found else None
 
 
 def call_roll(store: Any, place: "Place", kind: str, gpu: str, problem: str, timeout_s: int) -> None:

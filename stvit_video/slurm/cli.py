@@ -15,7 +15,7 @@ from fvcore.common.config import CfgNode
 
 import stvit_video
 from stvit_video.config import load_config
-from stvit_video.errors import Parser, UsageError
+from stvit_video.errors import Parser, UsageError, run_command
 from stvit_video.slurm.follow import describe_status, follow, print_log, summarise
 from stvit_video.slurm.jobs import (
     Job,
@@ -34,31 +34,27 @@ FORM = "--cfg FILE --nodes N --gpus-per-node G [--profile FILE] [--wait] [KEY VA
 def main(arguments: Sequence[str] | None = None) -> int:
     """Submit, or act on what was submitted. Exit codes: 0 well; 1 a job failed; 2 wrong use; 130 Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    jobs: list[Job] = []
     warnings.filterwarnings("ignore", message=r"`torch\.jit")  # from inside pytorchvideo
-    try:
-        if given and given[0] in VERBS:
-            return act(given)
-        options = read_options(given)
-        configs, base = build_configs(options)
-        request = build_request(options, configs)
-        if options.dry_run:
-            print(request.sbatch_text(base / "slurm", len(configs)))
-            print("\n".join(["runs:", *(f"  {cfg.OUTPUT_DIR}" for cfg in configs), request.describe(len(configs))]))
-            return 0
-        logs = base / "slurm"
-        about = {"command": sys.orig_argv, "submitted": time.time(), "host": socket.gethostname(), "git": git_state()}
-        jobs += submit(configs, request, options.cluster, logs, about, copy=options.copy_source)
-        if len(jobs) > 1:
-            (logs / "array.json").write_text(json.dumps([str(job.run) for job in jobs], indent=2))
-        tell(jobs, base, request)
-        return wait(jobs, base) if options.wait or options.cluster == "debug" else 0
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nno longer following; the job goes on" if jobs else "\nnothing was submitted", file=sys.stderr)
-        return 130
+    command = act if given and given[0] in VERBS else dispatch
+    return run_command(command, given, stopped="no longer following; the job goes on, if it was submitted")
+
+
+def dispatch(arguments: Sequence[str] | None) -> int:
+    """Submit what the command line asks for."""
+    options = read_options(arguments or [])
+    configs, base = build_configs(options)
+    request = build_request(options, configs)
+    logs = base / "slurm"
+    if options.dry_run:
+        print(request.sbatch_text(logs, len(configs)))
+        print("\n".join(["runs:", *(f"  {cfg.OUTPUT_DIR}" for cfg in configs), request.describe(len(configs))]))
+        return 0
+    about = {"command": sys.orig_argv, "submitted": time.time(), "host": socket.gethostname(), "git": git_state()}
+    jobs = submit(configs, request, options.cluster, logs, about, copy=options.copy_source)
+    if len(jobs) > 1:
+        (logs / "array.json").write_text(json.dumps([str(job.run) for job in jobs], indent=2))
+    tell(jobs, base, request)
+    return wait(jobs, base) if options.wait or options.cluster == "debug" else 0
 
 
 def read_options(arguments: Sequence[str]) -> Namespace:
@@ -162,9 +158,9 @@ def wait(jobs: Sequence[Job], base: Path) -> int:
     return 0 if well else 1
 
 
-def act(arguments: Sequence[str]) -> int:
+def act(arguments: Sequence[str] | None) -> int:
     """Do what a verb says with a run folder."""
-    verb = arguments[0]
+    verb, *rest = arguments or []
     parser = Parser(prog=f"python slurm/submit.py {verb}", form="RUN", description=VERBS[verb])
     parser.add_argument("run", type=Path, help="OUTPUT_DIR of a run, or of an array")
     if verb == "logs":
@@ -172,7 +168,7 @@ def act(arguments: Sequence[str]) -> int:
         parser.add_argument("--lines", type=int, default=40, help="how many (default: %(default)s)")
     if verb == "resume":
         parser.add_argument("--wait", action="store_true", help="follow the jobs")
-    options = parser.parse_args(arguments[1:])
+    options = parser.parse_args(rest)
     base = options.run.absolute()
     jobs = find_jobs(base)
     if verb == "resume":
