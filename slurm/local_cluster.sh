@@ -113,7 +113,7 @@ SchedulerParameters=sched_interval=1,sched_min_interval=0,bf_interval=1,batch_sc
 SlurmdTimeout=6
 MessageTimeout=5
 TCPTimeout=2
-KillWait=5
+KillWait=15
 # Job ids of an earlier cluster do not come back: logs are named by them.
 FirstJobId=$((1000 + $(date +%s) % 60000000))
 $([[ ${GPUS:-0} = 0 ]] || echo GresTypes=gpu)

@@ -262,9 +262,11 @@ def warned() -> Any:
         ("JobState=RUNNING PreemptTime=2026-11-23T01:00:00", 599, "preempted"),
         ("JobState=RUNNING PreemptTime=None", 600 - 30, "time limit"),
         ("JobState=RUNNING PreemptTime=None", 600 - 30 - 60, "time limit"),  # SLURM may be a minute early
-        ("JobState=CANCELLED PreemptTime=None", 30, "ended by SLURM"),
-        ("JobState=COMPLETING PreemptTime=None", 30, "ended by SLURM"),
+        ("JobState=CANCELLED PreemptTime=None", 30, "told to end"),
+        ("JobState=COMPLETING PreemptTime=None", 30, "told to end"),
         ("!scontrol: error", 30, "signal SIGUSR2"),
+        ("JobState=RUNNING PreemptTime=None SIGTERM", 30, "told to end"),  # srun, because another task has failed
+        ("JobState=RUNNING PreemptTime=2026-11-23T01:00:00 SIGTERM", 30, "preempted"),
     ],
 )
 def test_a_time_out_is_told_from_preemption_also_in_short_jobs(
@@ -273,6 +275,7 @@ def test_a_time_out_is_told_from_preemption_also_in_short_jobs(
     """submitit takes every warning to a job of up to ten minutes for a time-out, and counts it."""
     pretend(no_slurm, "scontrol", [facts if facts.startswith("!") else f"JobId=7 JobName=a {facts} Restarts=0"])
     task = Task("run", "abc", minutes=10, warning_s=30, max_timeouts=3)
+    warned.received = signal.SIGTERM if facts.endswith("SIGTERM") else signal.SIGUSR2
     assert task._reason(Environment("slurm"), warned, elapsed) == reason
 
 

@@ -27,6 +27,8 @@ OWNER_EVERY_S = 5.0
 EARLY_WARNING_S = 65  # SLURM may send its warning a minute before it is due
 REQUEUE_S = 20  # kept for asking SLURM, out of the seconds between its warning and the end
 
+TOLD_TO_END = "told to end"
+
 # What starts Python in a task. A warning that comes before Python can catch it would kill the task: it is held back,
 # or, with an `env` of before 2019, ignored.
 GUARD = 'env --block-signal=USR2 true 2>/dev/null && exec env --block-signal=USR2 "$@"; trap "" USR2; exec "$@"'
@@ -82,7 +84,6 @@ class Task:
             )
         problem = check_paths(self.run) if environment.local_rank == 0 else ""
         if problem:
-            print(f"error: {_host()}: {problem}", file=sys.stderr, flush=True)
             self._fail(folder, Failure(key, start, rank, _host(), 2, problem, time.time()))
         code = self._look_after(folder, warnings, {"submission": key, "start": start} if rank == 0 else None)
         if code == 0:
@@ -132,13 +133,13 @@ class Task:
         warnings: Warnings,
         elapsed: float,
     ) -> None:
-        """Have the job queued again, unless SLURM ends it for good or it has timed out too often."""
+        """Have the job queued again, unless it is to end or has timed out too often."""
         key, step = self.submission, folder.newest_step()
         reason = self._reason(environment, warnings, elapsed)
         folder.note(key, start, "stopped", reason=reason, step=step)
         print(f"stopped at step {step}: {reason}", flush=True)
-        if reason == "ended by SLURM":
-            return  # by scancel, or by scontrol requeue, which needs no help
+        if reason == TOLD_TO_END:
+            return
         stops = [row["reason"] for row in folder.events(key) if row["event"] == "stopped"]
         timeouts = stops.count("time limit")
         again = f"python slurm/submit.py resume {self.run}"
@@ -155,11 +156,18 @@ class Task:
             self._fail(folder, Failure(key, start, 0, _host(), 1, problem, time.time()))
 
     def _reason(self, environment: submitit.JobEnvironment, warnings: Warnings, elapsed: float) -> str:
+        """Return why the job was stopped.
+
+        SIGTERM comes with preemption at some sites. Otherwise it is scancel, scontrol requeue, which needs no help, or
+        srun ending the step because another task has failed: none of these is to be queued again from here.
+        """
         facts = job_facts(environment.job_id) if environment.cluster == "slurm" else {}
         if facts.get("JobState", "RUNNING") != "RUNNING":
-            return "ended by SLURM"
+            return TOLD_TO_END
         if facts.get("PreemptTime", "None") not in ("None", "N/A", "Unknown"):
             return "preempted"
+        if warnings.received is signal.SIGTERM:
+            return TOLD_TO_END
         if warnings.received is not None and elapsed >= 60 * self.minutes - self.warning_s - EARLY_WARNING_S:
             return "time limit"
         return f"signal {warnings.received.name}" if warnings.received else "signal to a process"
@@ -201,7 +209,7 @@ def check_paths(run: str | Path) -> str:
         problems.append(f"OUTPUT_DIR {run} (cannot be written)")
     if not problems:
         return ""
-    return f"this node cannot use {', '.join(problems)}; mount or copy what is missing there, or exclude the node"
+    return f"node {_host()} cannot use {', '.join(problems)}; mount or copy what is missing there, or exclude the node"
 
 
 def job_facts(job: str) -> dict[str, str]:
