@@ -15,6 +15,7 @@ import yaml
 
 from stvit_video.errors import UsageError
 from stvit_video.slurm import follow as following
+from stvit_video.slurm import scaling
 from stvit_video.slurm.cli import main
 from stvit_video.slurm.jobs import Job, expand_grid
 from stvit_video.slurm.records import Failure, JobFolder
@@ -381,3 +382,33 @@ def test_cluster_debug_runs_in_place(small_set: Path, tmp_path: Path) -> None:
     code, said = submit_here("--cluster", "debug", *settings(small_set, output, "TRAIN.EPOCHS", "1"))
     assert code == 0, said
     assert json.loads((output / "results.json").read_text())["processes"] == 1
+
+
+# --- slurm/README.md
+
+
+def test_the_readmes_dry_run_and_its_table_are_what_the_commands_print(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    text = (REPOSITORY / "slurm" / "README.md").read_text()
+    [dry_run] = [line.split() for line in text.splitlines() if "submit.py --cfg" in line and "--dry-run" in line]
+    assert main(dry_run[2:]) == 0
+    [calculation] = [line.split() for line in text.splitlines() if "slurm.scaling --cfg" in line]
+    capsys.readouterr()
+    assert scaling.main(calculation[3:]) == 0
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(printed) == 2 + len(scaling.GPUS)
+    assert "\n".join(printed) in text
+
+
+def test_the_calculation_by_hand() -> None:
+    """100 M parameters are 0.4 GB; 10 GFLOPs forward are 60 in training, so 60 TFLOP/s are 1,000 clips/s."""
+    costs = scaling.Costs(100_000_000, forward_gflops=10, gpu_tflops=60, core_clips=20, network_gb=10)
+    row = scaling.scale(costs, 8, clips_a_gpu=10, lr=1e-3, base_batch=40, videos=8_050, epochs=2)
+    assert (row.batch, row.lr, row.steps, row.cores) == (80, 2e-3, 200, 50)
+    assert row.ddp_gb == pytest.approx(2 * 7 / 8 * 0.4)
+    assert row.fsdp_gb == pytest.approx(3 * 7 / 8 * 0.4)
+    # A step computes for 10 ms and sends for 70 ms, of which 6.67 ms are hidden.
+    assert row.efficiency == pytest.approx(0.01 / (0.01 + 0.07 - 0.02 / 3))
+    assert scaling.scale(costs, 1, 10, 1e-3, 40, 8_050, 2).efficiency == 1

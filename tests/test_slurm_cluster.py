@@ -123,6 +123,10 @@ def test_two_nodes_train_like_two_processes(
     code, said = cluster.submit(*CONFIG, *TWO_NODES, *settings(small_set, output))
     assert (code, said.count("\n")) == (2, 1), said
     assert "is finished" in said
+    words = ["--partition", "gold", *settings(small_set, output, "OVERWRITE", "True")]
+    code, said = cluster.submit(*CONFIG, *TWO_NODES, *words)
+    assert (code, "sbatch refused the job" in said) == (2, True), said
+    assert_same(output, undisturbed)
 
 
 def preempt(cluster: Cluster, job: Job) -> None:

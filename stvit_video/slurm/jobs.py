@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -97,6 +98,8 @@ def submit(
     jobs run from the package as it will be then, or from a ``copy``. Raises UsageError where the cluster refuses.
     """
     check_cluster(cluster, len(configs), request)
+    if cluster == "slurm" and any(cfg.OVERWRITE for cfg in configs):
+        _rehearse(request, logs, len(configs))  # nothing is deleted for a job that SLURM would not take
     for cfg in configs:
         _prepare(cfg)
     logs.mkdir(parents=True, exist_ok=True)
@@ -199,9 +202,19 @@ def _prepare(cfg: CfgNode) -> None:
     folder.config.write_text(cfg.dump())
 
 
+def _rehearse(request: Request, logs: Path, jobs: int) -> None:
+    """Raise UsageError where sbatch would refuse the job."""
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as script, _outside_jobs():
+        script.write(request.sbatch_text(logs, jobs))
+        script.flush()
+        known, said = _ask("sbatch", "--test-only", script.name)
+    if not known:
+        raise UsageError(_explain_refusal(said))
+
+
 def _explain_refusal(said: str) -> str:
     """Return sbatch's reason on one line, with a remedy."""
-    lines = [line.partition("error:")[2].strip() for line in said.splitlines() if "sbatch: error:" in line]
+    lines = [line.partition(":")[2].removeprefix(" error:").strip() for line in said.splitlines() if "sbatch:" in line]
     reason = lines[-1] if lines else (said.strip().splitlines() or ["no reason given"])[-1]
     known, listed = _ask("sinfo", "--noheader", "--format=%R: %D node(s) of %c CPUs, %G, at most %l")
     offers = f" Partitions here: {'; '.join(dict.fromkeys(listed.splitlines()))}." if known and listed else ""
