@@ -305,7 +305,7 @@ def test_ctrl_c_leaves_the_job_cancel_saves_it_and_resume_ends_it(
     try:
         held = hold(output, 5)
         process.send_signal(signal.SIGINT)
-        code, said = finish(process, 30)
+        code, said = finish(process, 90)
     finally:
         process.kill()
     assert (code, "the job goes on" in said) == (130, True), said
