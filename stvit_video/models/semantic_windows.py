@@ -119,7 +119,7 @@ class WindowedTokenGenerator(SemanticTokenGenerator):
         out = block(windows, context=context, key_bias=bias, residual=layer > 0 or self.first_residual)
         if getattr(self, f"image_places_{min(layer, 1)}") is None:
             return out.reshape(query.shape)
-        return self._ungroup(out, len(query))
+        return self._ungroup(out, query.shape[0])
 
     def assign(self, block: nn.Module, query: Tensor, s: Tensor, x: Tensor) -> Tensor:
         windows, context, bias = self._context(1, query, s, x)
