@@ -5,7 +5,7 @@ Experiment files hold differences only and may inherit through ``_BASE_``. Comma
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -261,6 +261,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
     check(cfg)
     cfg.freeze()
     return cfg
+
+
+def override(cfg: CfgNode, values: Iterable[tuple[str, Any]], origin: str) -> CfgNode:
+    """Return a checked and frozen copy of ``cfg`` with (key, value) pairs from ``origin`` on top. Raises UsageError."""
+    changed = cfg.clone()
+    changed.defrost()
+    for name, value in values:
+        _assign(changed, name, value, origin)
+    check(changed)
+    changed.freeze()
+    return changed
 
 
 def parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
