@@ -168,7 +168,7 @@ def join_world(device: str = "auto", timeout_s: int = 1800) -> Iterator[World]:
     """
     place = find_place(os.environ)
     if place is None:
-        yield World(0, 1, _pick_device(device, 0, 1))
+        yield World(0, 1, pick_device(device, 0, 1))
         return
     store = connect(place, timeout_s)
     target = _agree_on_device(store, place, device, timeout_s)
@@ -199,7 +199,7 @@ def _agree_on_device(store: Any, place: Place, name: str, timeout_s: int) -> tor
     """Return this process's device, once all processes have theirs."""
     target, gpu, problem = torch.device("cpu"), "", None
     try:
-        target = _pick_device(name, place.local_rank, place.local_size, bound=place.launcher == "SLURM")
+        target = pick_device(name, place.local_rank, place.local_size, bound=place.launcher == "SLURM")
         gpu = str(torch.cuda.get_device_properties(target).uuid) if target.type == "cuda" else ""
     except UsageError as error:
         problem = error
@@ -212,7 +212,7 @@ def _agree_on_device(store: Any, place: Place, name: str, timeout_s: int) -> tor
     return target
 
 
-def _pick_device(name: str, local_rank: int, processes: int, bound: bool = False) -> torch.device:
+def pick_device(name: str, local_rank: int, processes: int, bound: bool = False) -> torch.device:
     """Return this process's device; all processes of a machine come to the same kind.
 
     Where SLURM has ``bound`` a GPU to each task, a task sees that one alone.

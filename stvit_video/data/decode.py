@@ -5,13 +5,15 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
-from stvit_video.data.frames import IMAGE_SUFFIXES, Choice, DecodeError, Frames, Indices, Reader
+from stvit_video.data.frames import IMAGE_SUFFIXES, Choice, DecodeError, Frames, Indices, Reader, Times
 from stvit_video.data.pictures import open_folder, open_picture
 from stvit_video.data.readers import AvReader, DecordReader, TorchCodecReader
 
+Read = TypeVar("Read")
 # In the order in which they are tried. PyAV comes first: it gives the same pixels as decord in two thirds of the time,
 # is right where groups of pictures are open, reads AV1, and says which frames are damaged instead of repeating others.
 DECODERS: dict[str, Callable[[str, int | None], Reader]] = {
@@ -62,17 +64,34 @@ class Request:
     decoders: tuple[str, ...] = ("pyav", "decord")
 
 
+@dataclass(frozen=True)
+class TimesRequest:
+    """Asks when the frames of a file are shown."""
+
+    path: str
+    decoders: tuple[str, ...]
+
+
 def read_frames(request: Request) -> Frames:
     """Return the chosen frames (N, H, W, 3) in the order of the choice; each is decoded once, in file order.
 
     Decoders are tried in turn, the choice being made anew for each, since they may not agree on how long a damaged
     file is. Raises DecodeError with what each said.
     """
+    return _try_in_turn(request, request.short_side, lambda reader: _read_in_order(reader, request.choice(reader)))
+
+
+def read_times(request: TimesRequest) -> Times:
+    """Return when each frame is shown (length,), in seconds after the first. Raises DecodeError with what each said."""
+    return _try_in_turn(request, None, lambda reader: reader.times())
+
+
+def _try_in_turn(request: Request | TimesRequest, short_side: int | None, use: Callable[[Reader], Read]) -> Read:
     said: list[DecodeError] = []
     for decoder in request.decoders:
         try:
-            with closing(open_video(request.path, request.short_side, decoder)) as reader:
-                return _read_in_order(reader, request.choice(reader))
+            with closing(open_video(request.path, short_side, decoder)) as reader:
+                return use(reader)
         except DecodeError as error:
             said.append(error)
             if error.decoder in ("", "pillow"):  # nothing that another video decoder could read

@@ -21,12 +21,13 @@ from multiprocessing.connection import Connection
 import decord
 import numpy as np
 
-from stvit_video.data.decode import Request, read_frames
-from stvit_video.data.frames import Choice, DecodeError, Frames
+from stvit_video.data.decode import Request, TimesRequest, read_frames, read_times
+from stvit_video.data.frames import Choice, DecodeError, Frames, Times
 from stvit_video.signals import ignore_stop_signals
 
 IN_FLIGHT = 2  # requests that the child has; each has a half of the memory that both share
 START_S = 120.0  # for the child's imports, which may come from slow storage
+AnyRequest = Request | TimesRequest
 PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a child gets when its parent dies
 
 
@@ -56,12 +57,21 @@ class Decoding:
             raise result
         return result
 
+    def read_times(self, path: str) -> Times:
+        """Return when each frame is shown, in seconds after the first. Raises DecodeError as ``read``."""
+        request = TimesRequest(path, self.decoders)
+        self._send(request, alone=True)
+        result = self._receive(deque([request]))
+        if isinstance(result, DecodeError):
+            raise result
+        return result
+
     def read_all(self, requests: Iterable[Request]) -> Iterator[Frames | DecodeError]:
         """Yield the frames of each request, or why there are none.
 
         The next two are always with the child: it decodes one while the caller works, and finds the other waiting.
         """
-        waiting: deque[Request] = deque()
+        waiting: deque[AnyRequest] = deque()
         for request in requests:
             result = self._receive(waiting) if len(waiting) == IN_FLIGHT else None
             self._send(request, alone=not waiting)
@@ -71,7 +81,7 @@ class Decoding:
         while waiting:
             yield self._receive(waiting)
 
-    def _send(self, request: Request, alone: bool) -> None:
+    def _send(self, request: AnyRequest, alone: bool) -> None:
         if request.path in self._stuck:
             return
         if self._child is None or self._child.parent != os.getpid():
@@ -83,7 +93,7 @@ class Decoding:
                 self._child = _Child()
                 self._child.connection.send(request)
 
-    def _receive(self, waiting: deque[Request]) -> Frames | DecodeError:
+    def _receive(self, waiting: deque[AnyRequest]) -> np.ndarray | DecodeError:
         """Return the answer to the first of ``waiting``, taking it off; where it fails, the others are sent again."""
         request = waiting.popleft()
         if request.path in self._stuck:
@@ -92,7 +102,7 @@ class Decoding:
         try:
             if self._child.connection.poll(self.deadline_s):
                 answer = self._child.connection.recv()
-                return answer if isinstance(answer, DecodeError) else self._child.take(*answer)
+                return answer if isinstance(answer, DecodeError | np.ndarray) else self._child.take(*answer)
             message = f"took more than {self.deadline_s:g} s (DATA.DEADLINE_S); its decoder was stopped"
             self._stuck.add(request.path)
         except (EOFError, OSError):
@@ -181,6 +191,9 @@ def serve(socket_fd: int, memory_fds: Sequence[int]) -> None:
         except EOFError:
             return
         try:
+            if isinstance(request, TimesRequest):  # times are few: they are sent, not shared
+                connection.send(read_times(request))
+                continue
             frames = read_frames(request)
         except DecodeError as error:
             connection.send(error)

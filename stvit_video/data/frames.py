@@ -35,7 +35,9 @@ class DecodeError(Exception):
 class Reader(Protocol):
     """An open file. Frames are numbered in the order in which they are shown."""
 
-    length: int  # frames that can be asked for; what the file announces is not trusted
+    @property
+    def length(self) -> int:
+        """Frames that can be asked for; what the file announces is not trusted."""
 
     def times(self) -> Times:
         """Return when each frame is shown (length,), in seconds after the first. Raises DecodeError."""

@@ -117,17 +117,22 @@ def build_test_loader(
     """Return a loader of ``clips`` x ``crops`` views of each video of ``split``."""
     videos = build_videos(cfg, split)
     check_labels(videos, num_classes, cfg.DATA[f"{split.upper()}_LIST"])
-    transform = TestTransform(cfg.DATA.SIZE, build_normalise(cfg), cfg.TEST.SHORT_SIDE, crops)
     dataset = TestDataset(
         videos,
         sampler=build_sampler(cfg),
-        views=TestViews(transform, clips, cfg.DATA.FRAMES),
+        views=build_test_views(cfg, clips, crops),
         decoding=build_decoding(cfg, cfg.TEST.SHORT_SIDE),
         stage=split,
     )
     # As many views a batch as in the test, whatever the number of views a video.
     batch = max(1, cfg.TEST.BATCH_SIZE * cfg.TEST.CLIPS * cfg.TEST.CROPS // (clips * crops))
     return _loader(cfg, world, dataset, ShardedBatches(len(videos), batch, world.rank, world.size))
+
+
+def build_test_views(cfg: CfgNode, clips: int, crops: int) -> TestViews:
+    """Return how frames become the ``clips`` x ``crops`` views that a video is scored by."""
+    transform = TestTransform(cfg.DATA.SIZE, build_normalise(cfg), cfg.TEST.SHORT_SIDE, crops)
+    return TestViews(transform, clips, cfg.DATA.FRAMES)
 
 
 def build_sampler(cfg: CfgNode) -> Sampling:

