@@ -233,14 +233,22 @@ class Predictor:
             i, piece = waiting.popleft()
             results[i].windows.append(Window(scores, piece.span, piece.seconds, seconds, piece.repeats))
 
+    def clips(self, path: str | Path) -> Tensor:
+        """Return what the network is given of one video: its views (V, 3, T, S, S). Raises DecodeError."""
+        (piece,) = self._read_whole(self.start_decoding(), str(path))
+        return self._batch([piece.pixels])
+
     @torch.no_grad()
     def score(self, videos: Sequence[Tensor]) -> Tensor:
         """Map each video's prepared pixels (n, h, w, 3) to class probabilities (videos, classes), on the CPU."""
-        samples = [Sample(pixels, -1, i, (), []) for i, pixels in enumerate(videos)]
-        clips = Collate(self.views)(samples).to(self.device).clips
+        clips = self._batch(videos)
         with autocast(self.device, self.precision):
             scores = self.model(clips).float().softmax(dim=1)
         return scores.unflatten(0, (-1, self.views.count)).mean(dim=1).cpu()
+
+    def _batch(self, videos: Sequence[Tensor]) -> Tensor:
+        samples = [Sample(pixels, -1, i, (), []) for i, pixels in enumerate(videos)]
+        return Collate(self.views)(samples).to(self.device).clips
 
 
 def build_predictor(

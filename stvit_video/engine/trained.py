@@ -14,6 +14,7 @@ from stvit_video.config import default_config, load_config, override, parse_over
 from stvit_video.engine.evaluate import check_all_loaded
 from stvit_video.engine.run_folder import RunFolder
 from stvit_video.errors import UsageError, nearest
+from stvit_video.hub import is_hub_address, pull
 from stvit_video.models import create_model, load_pretrained
 from stvit_video.models.checkpoints import read_metadata, read_state_dict
 
@@ -41,13 +42,13 @@ class Trained:
 
 
 def open_checkpoint(path: str | Path, overrides: Sequence[str] = ()) -> Trained:
-    """Load the model of a run's folder, or of a ``.safetensors`` that a run or an export left.
+    """Load the model of a run's folder, of a ``.safetensors`` that a run or an export left, or ``hf://OWNER/NAME``.
 
     The run's ``config.yaml``, in the folder or beside the file, says how clips are taken, else the file itself, else
     defaults: ``note`` then says so. ``overrides`` are ``KEY=VALUE`` words on top, for FREE_KEYS. Raises UsageError
     where there are no weights, or they do not say what model they are of.
     """
-    weights, note = find_weights(Path(path))
+    weights, note = find_weights(pull(str(path)) if is_hub_address(str(path)) else Path(path))
     read_state_dict(weights)  # what is wrong with a file is said in its own words
     metadata = read_metadata(weights)
     if not metadata:
@@ -92,8 +93,8 @@ def _find_config(weights: Path, arguments: dict[str, Any], overrides: Sequence[s
     found = next((place for place in places if place.is_file()), None)
     carried = read_views(weights)
     note = ""
-    if carried:  # nearer to the weights than a file beside them
-        cfg = override(default_config(), carried.items(), str(weights)).clone()
+    if carried:
+        cfg = default_config()
     elif found is not None:
         cfg = load_config(found).clone()
     else:
@@ -104,6 +105,8 @@ def _find_config(weights: Path, arguments: dict[str, Any], overrides: Sequence[s
         )
     cfg.defrost()
     _fit_to_model(cfg, arguments, weights)
+    if carried:  # nearer to the weights than a file beside them
+        cfg = override(cfg, carried.items(), str(weights))
     chosen = list(parse_overrides(overrides))
     for key, _ in chosen:
         if key not in FREE_KEYS:

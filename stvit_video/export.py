@@ -1,0 +1,182 @@
+"""A trained model as a file to deploy: ``python -m stvit_video.export --checkpoint RUN --format F --output FILE``.
+
+The file is opened again and its logits are compared with the model's own, on random clips and on those of ``--clip``.
+Where they differ by more than ``--limit``, no file is left.
+
+Exit codes: 0 written, and equal within the limit; 1 not equal; 2 wrong use.
+"""
+
+import argparse
+import itertools
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stvit_video.errors import Parser, UsageError
+
+if TYPE_CHECKING:  # a wrong option is answered before torch is imported
+    from torch import Tensor
+
+    from stvit_video.engine.exporters import Run
+    from stvit_video.engine.trained import Trained
+
+SUFFIXES = {"torch-export": ".pt2", "onnx": ".onnx", "safetensors": ".safetensors", "state-dict": ".pth"}
+BATCHES = (1, 3)  # that a file for any batch is tried with
+
+
+def build_parser() -> Parser:
+    """Return the parser of this command's options."""
+    parser = Parser(
+        prog="python -m stvit_video.export",
+        form="--checkpoint RUN --format FORMAT --output FILE",
+        description="Write a trained model as a file to deploy, and compare what the file computes with the model.",
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="RUN", help="folder of a trained run, or a .safetensors")
+    parser.add_argument(
+        "--format",
+        required=True,
+        choices=tuple(SUFFIXES),
+        help="torch-export and onnx are graphs; safetensors is complete for this package; state-dict is weights alone",
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: RUN's name with the format's ending")
+    parser.add_argument(
+        "--batch", default="any", metavar="N", help="clips a call, for graphs: any (default) or a number"
+    )
+    parser.add_argument("--clip", metavar="VIDEO", help="compare on this video too, besides random clips")
+    parser.add_argument(
+        "--limit", type=float, default=1e-4, help="largest difference of a logit that is allowed (default: %(default)g)"
+    )
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload the file to the Hugging Face hub afterwards")
+    return parser
+
+
+def export(arguments: Sequence[str] | None) -> int:
+    """Parse the arguments, write the file and compare it; return the exit code. Raises UsageError."""
+    options = build_parser().parse_args(arguments)
+    batch = _check(options)
+    from stvit_video.engine.exporters import FORMATS, check_packages
+    from stvit_video.engine.trained import open_checkpoint
+    from stvit_video.hub import check_push, push
+
+    check_packages(options.format)
+    if options.push:
+        check_push(options.push)
+    trained = open_checkpoint(options.checkpoint)
+    output = options.output or _default_output(trained.weights, options.format)
+    if output.exists() and output.samefile(trained.weights):
+        raise UsageError(f"--output {output} would replace the checkpoint itself; give another file.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{trained.model.name}, {len(trained.classes)} classes, from {trained.weights}", flush=True)
+    clips = list(_real_clips(trained, options.clip))
+    temporary = output.with_name(f".{output.stem}.tmp{output.suffix}")
+    form = FORMATS[options.format]
+    started = time.perf_counter()
+    try:
+        form.write(trained, temporary, batch)
+        size = temporary.stat().st_size / 1e6
+        print(f"{options.format}: {size:.1f} MB in {time.perf_counter() - started:.1f} s, for {_batch_text(batch)}")
+        worst = compare(trained, form.open(trained, temporary), batch, clips)
+        if not worst <= options.limit:
+            print(f"error: differs by {worst:.1e}, above --limit {options.limit:g}; no file is left.", file=sys.stderr)
+            return 1
+        temporary.replace(output)
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"equal within {options.limit:g}: {output}", flush=True)
+    if options.push:
+        print(f"uploaded: {push(output, options.push)}")
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int | None:
+    """Return the batch, None for any; raise UsageError for options that cannot work."""
+    suffix = SUFFIXES[options.format]
+    if options.output is not None and (options.output.suffix != suffix or options.output.is_dir()):
+        raise UsageError(f"--output {options.output}: give a file ending in {suffix} for --format {options.format}.")
+    if not options.limit > 0:
+        raise UsageError(f"--limit {options.limit:g} is out of range; give a number above 0, such as 1e-4.")
+    if options.batch == "any":
+        return None
+    if not (options.batch.isascii() and options.batch.isdigit() and 1 <= int(options.batch[:6]) <= 4096):
+        raise UsageError(f"--batch {options.batch} is out of range; give any, or 1 to 4,096.")
+    return int(options.batch)
+
+
+def _default_output(weights: Path, form: str) -> Path:
+    stem = weights.absolute().parent.name if weights.name == "model.safetensors" else weights.stem
+    return Path(f"{stem}{SUFFIXES[form]}")
+
+
+def _batch_text(batch: int | None) -> str:
+    return "any batch" if batch is None else f"batches of {batch}"
+
+
+def _real_clips(trained: "Trained", video: str | None) -> "Iterator[tuple[str, Tensor]]":
+    """Yield the views (V, 3, T, H, W) of a video, as its test sees it."""
+    if video is None:
+        return
+    from stvit_video.data.frames import DecodeError
+    from stvit_video.engine.predictor import build_predictor
+
+    try:
+        yield video, build_predictor(trained, "cpu").clips(video)
+    except DecodeError as error:
+        raise UsageError(f"--clip {error}; give a video that can be read.") from error
+
+
+def compare(trained: "Trained", run: "Run", batch: int | None, clips: "Sequence[tuple[str, Tensor]]") -> float:
+    """Print the largest differences between the file's logits and the model's, and return the largest of all."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    size = trained.model.input_size
+    sources = list(clips)
+    for count in BATCHES if batch is None else (batch,):
+        sources.insert(0, ("random clips", torch.randn(count, 3, *size, generator=generator)))  # type: ignore[misc]
+    worst = 0.0
+    for name, given in sources:
+        for part in _batches(given, batch):
+            with torch.no_grad():
+                expected, got = trained.model(part), run(part)
+            if got.shape != expected.shape:
+                raise RuntimeError(f"the file gives {tuple(got.shape)} for {tuple(expected.shape)}")
+            difference = float((got - expected).abs().max())
+            worst = max(worst, difference) if difference == difference else float("nan")
+            print(
+                f"  {name}, batch {len(part)}: differs by {difference:.1e} at most, "
+                f"logits from {expected.min():.2f} to {expected.max():.2f}",
+                flush=True,
+            )
+            if worst != worst:
+                return worst
+    return worst
+
+
+def _batches(clips: "Tensor", batch: int | None) -> "Iterator[Tensor]":
+    """Yield all clips, in batches of a fixed size where that is asked for, the last one filled up from the first."""
+    if batch is None:
+        yield clips
+        return
+    for start in range(0, len(clips), batch):
+        chosen = itertools.islice(itertools.cycle(range(len(clips))), start, start + batch)
+        yield clips[list(chosen)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Export from the command line; return the exit code."""
+    warnings.filterwarnings("ignore")  # what the converters say of their own insides
+    try:
+        return export(arguments)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; nothing was written", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
