@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stvit_video.errors import Parser, UsageError
+from stvit_video.errors import Parser, UsageError, run_command
 
 if TYPE_CHECKING:  # a wrong option is answered before torch is imported
     from torch import Tensor
@@ -168,14 +168,7 @@ def _batches(clips: "Tensor", batch: int | None) -> "Iterator[Tensor]":
 def main(arguments: Sequence[str] | None = None) -> int:
     """Export from the command line; return the exit code."""
     warnings.filterwarnings("ignore")  # what the converters say of their own insides
-    try:
-        return export(arguments)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; nothing was written", file=sys.stderr)
-        return 130
+    return run_command(export, arguments, stopped="stopped; nothing was written")
 
 
 if __name__ == "__main__":

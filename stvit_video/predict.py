@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from stvit_video.data.frames import DecodeError
 from stvit_video.data.timeline import check_seconds
-from stvit_video.errors import Parser, UsageError
+from stvit_video.errors import Parser, UsageError, run_command
 from stvit_video.progress import Progress, clock
 
 if TYPE_CHECKING:  # a wrong option is answered before torch is imported
@@ -79,7 +79,7 @@ def build_parser() -> Parser:
     long.add_argument("--seconds", type=float, metavar="SECONDS", help="stop watching a camera or stream after so many")
     how = parser.add_argument_group("how it is done")
     how.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto (default): a GPU if any")
-    how.add_argument("--precision", choices=("fp32", "bf16"), help="default: that of the run")
+    how.add_argument("--precision", choices=("fp32", "tf32", "bf16", "fp16"), help="default: that of the run")
     how.add_argument("--workers", type=int, default=1, metavar="N", help="files decoded at once (default: %(default)s)")
     how.add_argument(
         "--set",
@@ -332,14 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show is still a result
             stream.reconfigure(errors="backslashreplace")
-    try:
-        return predict(arguments)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
+    return run_command(predict, arguments)
 
 
 if __name__ == "__main__":

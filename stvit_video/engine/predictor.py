@@ -19,7 +19,7 @@ from stvit_video.data.loader import build_decoding, build_sampler, build_test_vi
 from stvit_video.data.sampling import EvenClips, Sampling
 from stvit_video.data.timeline import ClipsOfSpans, Clock, Span, check_seconds, spans_of
 from stvit_video.distributed import pick_device
-from stvit_video.engine.start import autocast
+from stvit_video.engine.precision import autocast, set_precision
 from stvit_video.engine.trained import Trained, open_checkpoint
 
 PIECE_FRAMES = 256  # of a long video that are read at once
@@ -113,6 +113,7 @@ class Predictor:
         self.model, self.classes = model.to(device).eval(), list(classes)
         self.sampler, self.views, self.start_decoding = sampler, views, start_decoding
         self.device, self.precision = device, precision
+        set_precision(device, precision)
         self.batch_size, self.workers = batch_size, workers
 
     @classmethod
