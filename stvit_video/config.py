@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from fvcore.common.config import CfgNode
 
+from stvit_video.adopted import adopted_settings
 from stvit_video.errors import UsageError, nearest
 
 
@@ -51,7 +52,7 @@ KEYS = (
         "COMPILE", "none", "torch.compile: each block, the whole model, or nothing", choices=("none", "blocks", "model")
     ),
     # --- model
-    Key("MODEL.NAME", "stvit_vit_small_patch16", "see stvit_video.models.list_models()"),
+    Key("MODEL.NAME", "stvit_vit_small_patch16", "see stvit_video.models.list_models(); auto: that of MODEL.INIT"),
     Key("MODEL.INIT", "", "checkpoint to start from (.pth or .safetensors); in MODE test the weights to test"),
     Key("MODEL.INIT_MIN_COVERAGE", 0.5, "least share of the weights that MODEL.INIT must cover", low=0, high=1),
     Key("MODEL.INIT_DEPTH", None, "take blocks up to this one only; deeper ones start anew", kind=int, low=0),
@@ -88,6 +89,15 @@ KEYS = (
     Key("DATA.TRAIN_LIST", "train.csv", "lines `path label`, class folders, Kinetics CSV or SSv2 JSON; from DATA.ROOT"),
     Key("DATA.VAL_LIST", "val.csv", "same, scored while training; empty: no validation"),
     Key("DATA.TEST_LIST", "test.csv", "same, for the final multi-view test"),
+    Key(
+        "DATA.SPLIT",
+        None,
+        "percent of each class for training, validation and test, where one folder or list serves as all three",
+        kind=list,
+        length=3,
+        low=0,
+        high=100,
+    ),
     Key("DATA.CLASSES", "", "file: one class name a line in the order of the labels, or JSON {name: label}"),
     Key("DATA.GENERATE", "", "sample: write the sample set to DATA.ROOT first", choices=("", "sample")),
     Key("DATA.GENERATE_CLIPS", [3072, 256, 512], "training, validation and test videos to generate", length=3, low=8),
@@ -254,8 +264,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
     cfg = default_config()
     for name, value in _flatten(content or {}):
         _assign(cfg, name, value, str(path))
+    given = {name for name, _ in _flatten(content or {})}
     for name, value in parse_overrides(overrides):
         _assign(cfg, name, value, "the command line")
+        given.add(name)
+    if cfg.MODEL.NAME == "auto":
+        for name, value in adopted_settings(cfg.MODEL.INIT, list(BY_NAME)).items():
+            if name not in given or name == "MODEL.NAME":  # what is asked for goes before what the checkpoint had
+                _assign(cfg, name, value, f"MODEL.INIT {cfg.MODEL.INIT}")
     if not cfg.OUTPUT_DIR:
         cfg.OUTPUT_DIR = str(Path("runs") / path.stem)
     check(cfg)
@@ -365,6 +381,7 @@ def check(cfg: CfgNode) -> None:
         )
     if cfg.TEST.SHORT_SIDE < cfg.DATA.SIZE:
         raise UsageError(f"TEST.SHORT_SIDE {cfg.TEST.SHORT_SIDE} is below DATA.SIZE {cfg.DATA.SIZE}; raise it.")
+    _check_split(cfg)
     if cfg.COMPILE == "model" and cfg.PARALLEL.STRATEGY == "fsdp":
         raise UsageError(
             "COMPILE model with PARALLEL.STRATEGY fsdp, which shares out block by block; set COMPILE blocks."
@@ -373,6 +390,25 @@ def check(cfg: CfgNode) -> None:
         raise UsageError("TEST.CROPS is 2; allowed: 1 (centre) or 3 (both ends and the centre).")
     if not cfg.DATA.ROOT:
         raise UsageError("DATA.ROOT is empty; give the folder that holds the videos: DATA.ROOT /path/to/videos.")
+
+
+def _check_split(cfg: CfgNode) -> None:
+    """Raise UsageError where DATA.SPLIT cannot deal out the lists: they are not one, or the shares are no shares."""
+    lists = [cfg.DATA.TRAIN_LIST, cfg.DATA.VAL_LIST, cfg.DATA.TEST_LIST]
+    shares = cfg.DATA.SPLIT
+    if shares is None:
+        return
+    if sum(shares) != 100 or not shares[0] or not shares[2]:
+        raise UsageError(
+            f"DATA.SPLIT is {list(shares)}; allowed: whole percentages of training, validation and test that add up to "
+            f"100, only validation being 0, for example [70, 15, 15]."
+        )
+    expected = [lists[0], lists[0] if shares[1] else "", lists[0]]
+    if lists != expected:
+        raise UsageError(
+            f"DATA.SPLIT {list(shares)} deals out one list, but DATA.TRAIN_LIST, VAL_LIST and TEST_LIST are {lists}; "
+            f"set them to {expected}, or DATA.SPLIT None."
+        )
 
 
 def _check_numbers(key: Key, values: list[Any]) -> None:

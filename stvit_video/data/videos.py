@@ -15,11 +15,34 @@ from stvit_video.data.annotations import (
     read_list,
 )
 from stvit_video.data.catalogues import find_videos, read_catalogue
+from stvit_video.data.splitting import take_part
 from stvit_video.errors import UsageError
+
+SPLITS = ("train", "val", "test")
 
 
 def build_videos(cfg: CfgNode, split: str) -> list[Video]:
-    """Return the videos of ``split`` (train, val, test); relative lists, folders and paths start from DATA.ROOT.
+    """Return the videos of ``split`` (train, val, test), its share of the one list where DATA.SPLIT is set."""
+    videos = _read_videos(cfg, split)
+    if cfg.DATA.SPLIT is None:
+        return videos
+    source = build_source(cfg, split)
+    _refuse_split_folders(source)
+    return take_part(videos, SPLITS.index(split), cfg.DATA.SPLIT, source if source.is_dir() else cfg.DATA.ROOT)
+
+
+def _refuse_split_folders(source: Path) -> None:
+    """Raise UsageError where what looks like class folders are the splits of a data set that is split already."""
+    found = [entry.name for entry in source.iterdir() if entry.is_dir()] if source.is_dir() else []
+    if set(found) & {"train", "training"} and set(found) & {"val", "valid", "validation", "test"}:
+        raise UsageError(
+            f"Folder {source} is split already ({', '.join(sorted(found))}); give DATA.SPLIT None and its parts, for "
+            f"example DATA.TRAIN_LIST train DATA.VAL_LIST val DATA.TEST_LIST test."
+        )
+
+
+def _read_videos(cfg: CfgNode, split: str) -> list[Video]:
+    """Return all videos of a list; relative lists, folders and paths start from DATA.ROOT.
 
     A list is what it looks like: a folder of class folders, one image or video, a Kinetics CSV, a Something-Something
     JSON, or else lines ``path label``. Raises UsageError where it is none of them, or where too many files are missing.

@@ -91,6 +91,12 @@ def report_model(cfg: CfgNode, cost: Cost, world: World, num_classes: int) -> No
         f"{cfg.OUTPUT_DIR}",
         flush=True,
     )
+    if cfg.DATA.SPLIT is not None:
+        print(
+            f"DATA.SPLIT: {' / '.join(map(str, cfg.DATA.SPLIT))} % of each class for training / validation / test, "
+            f"drawn from file names; cuts of one recording may be on both sides",
+            flush=True,
+        )
 
 
 def report_lists(loaders: dict[str, DataLoader | None]) -> None:

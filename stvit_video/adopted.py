@@ -1,0 +1,75 @@
+"""MODEL.NAME auto: the network and the clips that a checkpoint was trained with, as configuration keys."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError, safe_open
+
+from stvit_video.errors import UsageError
+
+# How a run's videos became clips, taken over from the config.yaml beside its weights.
+RUN_KEYS = (
+    "DATA.SAMPLING", "DATA.CLIP_SECONDS", "DATA.STRIDE", "DATA.FPS", "DATA.SHORT_SIDE", "DATA.FLIP", "DATA.MEAN",
+    "DATA.STD", "TEST.SHORT_SIDE",
+)  # fmt: skip
+NOT_ADOPTED = ("num_frames", "image_size", "num_classes", "drop_path", "dropout")  # sizes and regularisation
+
+
+def adopted_settings(init: str, keys: list[str]) -> dict[str, Any]:
+    """Return values of configuration ``keys`` that the checkpoint ``init`` says it was trained with.
+
+    An image checkpoint leaves the number of frames open. Raises UsageError for a file that does not name its model.
+    """
+    if not init:
+        raise UsageError("MODEL.NAME auto takes the network from MODEL.INIT, which is empty; give MODEL.INIT FILE.")
+    metadata = _read_metadata(Path(init))
+    arguments = json.loads(metadata["arguments"])
+    found: dict[str, Any] = {"MODEL.NAME": metadata["name"]}
+    for name, value in arguments.items():
+        if name in NOT_ADOPTED:
+            continue
+        key = f"MODEL.{name.upper()}"
+        if key not in keys:
+            raise UsageError(
+                f"MODEL.INIT {init} was built with {name}={value!r}, for which there is no key; use Python."
+            )
+        found[key] = value
+    size = arguments["image_size"]
+    if not isinstance(size, int):
+        raise UsageError(f"MODEL.INIT {init} takes frames of {size} pixels; give MODEL.NAME and DATA.SIZE, one number.")
+    found |= {"DATA.SIZE": size, "DATA.SHORT_SIDE": [size, round(size * 8 / 7)], "TEST.SHORT_SIDE": size}
+    if arguments["num_frames"] > 1:
+        found["DATA.FRAMES"] = arguments["num_frames"]
+    return {**found, **json.loads(metadata.get("views", "{}")), **_read_run(Path(init))}
+
+
+def _read_metadata(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        raise UsageError(f"MODEL.INIT {path} is not a file; give the model.safetensors that a finished run left.")
+    metadata: dict[str, str] = {}
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "np") as file:
+                metadata = file.metadata() or {}
+        except SafetensorError as error:
+            raise UsageError(
+                f"MODEL.INIT {path} is not a complete safetensors file ({error}); fetch it again."
+            ) from error
+    if not {"name", "arguments"} <= metadata.keys():
+        raise UsageError(
+            f"MODEL.INIT {path} does not say which model it is of; give MODEL.NAME too, for example "
+            f"stvit_vit_small_patch16 for DeiT-S or stvit_swin_tiny for Swin-T."
+        )
+    return metadata
+
+
+def _read_run(weights: Path) -> dict[str, Any]:
+    """Return RUN_KEYS from the configuration of the run that ``weights`` lie in; nothing where they do not."""
+    folder = weights.parent.parent if weights.parent.name == "checkpoints" else weights.parent
+    try:
+        content = yaml.safe_load((folder / "config.yaml").read_text())
+        return {key: content[key.split(".")[0]][key.split(".")[1]] for key in RUN_KEYS}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError):
+        return {}  # the file lies elsewhere than where it was made
