@@ -1,0 +1,174 @@
+"""Fine-tuning on one's own class folders, as a new user does it, and how one folder is dealt out."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stvit_video.config import load_config
+from stvit_video.data.annotations import Video
+from stvit_video.data.splitting import take_part
+from stvit_video.data.videos import SPLITS, build_videos
+from stvit_video.engine.checkpoint import save_weights
+from stvit_video.errors import UsageError
+from stvit_video.models import create_model
+from stvit_video.models.zoo import build_model
+from stvit_video.predict import Predictor
+from tests.conftest import REPOSITORY, data_config
+
+CONFIG = REPOSITORY / "configs" / "finetune.yaml"
+CLASSES = ("vers la gauche", "wächst 動き")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, small_set: Path) -> Path:
+    """What a run of other classes and unusual settings left, with random weights."""
+    folder = tmp_path_factory.mktemp("pre trained")
+    cfg = data_config(small_set, "MODEL.BASE_DEPTH", "3", "DATA.STRIDE", "1", "DATA.MEAN", "[0.4,0.5,0.6]")
+    (folder / "config.yaml").write_text(cfg.dump())
+    torch.manual_seed(0)
+    save_weights(folder / "model.safetensors", build_model(cfg, 8), [str(i) for i in range(8)])
+    return folder / "model.safetensors"
+
+
+@pytest.fixture
+def my_videos(tmp_path: Path, small_set: Path) -> Path:
+    """Two classes of eight clips in a folder that nobody would name so in a test: left, and growing."""
+    root = tmp_path / "mes vidéos (2)"
+    for label, name in zip((0, 6), CLASSES, strict=True):
+        (root / name).mkdir(parents=True)
+        sources = [
+            small_set / "videos" / f"{s}_{i:05d}.mp4"
+            for s, n in (("train", 32), ("val", 16), ("test", 16))
+            for i in range(label, n, 8)
+        ]
+        for i, source in enumerate(sources):
+            shutil.copy(source, root / name / f"clip {i} ü.mp4")
+    return root
+
+
+def test_a_new_users_first_attempt(my_videos: Path, checkpoint: Path, tmp_path: Path) -> None:
+    words = ["DATA.ROOT", my_videos.name, "MODEL.INIT", str(checkpoint), "OUTPUT_DIR", "à moi", "TRAIN.EPOCHS", "2"]
+    command = [sys.executable, "-m", "stvit_video.run", "--cfg", str(CONFIG), *words, "DATA.WORKERS", "0"]
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "DATA.SPLIT: 70 / 15 / 15 % of each class" in result.stdout
+    results = json.loads((tmp_path / "à moi" / "results.json").read_text())
+    assert results["videos"] == results["scored"] == 2
+    predictor = Predictor.load(tmp_path / "à moi", device="cpu")
+    assert predictor.classes == list(CLASSES)
+    video = next((my_videos / CLASSES[0]).iterdir())
+    assert sum(score for _, score in predictor(video).top()) == pytest.approx(1.0, abs=1e-5)
+    before, after = load_file(checkpoint), load_file(tmp_path / "à moi" / "model.safetensors")
+    assert len(after["head.proj.bias"]) == 2
+    moved = (after["pos_embed"] - before["pos_embed"]).abs().max() / before["pos_embed"].abs().max()
+    assert 0 < moved < 0.1  # it went on from the checkpoint, gently
+
+
+def test_the_network_and_its_clips_are_the_checkpoints(checkpoint: Path, my_videos: Path) -> None:
+    words = ["DATA.ROOT", str(my_videos), "MODEL.INIT", str(checkpoint)]
+    cfg = load_config(CONFIG, words)
+    assert (cfg.MODEL.NAME, cfg.MODEL.BASE_DEPTH) == ("stvit_vit_sample_patch8", 3)
+    assert (cfg.DATA.FRAMES, cfg.DATA.STRIDE, cfg.DATA.SIZE, cfg.DATA.SHORT_SIDE) == (8, 1, 64, [64, 72])
+    assert (cfg.DATA.MEAN, cfg.DATA.FLIP, cfg.TEST.SHORT_SIDE) == ([0.4, 0.5, 0.6], False, 64)
+    asked = load_config(CONFIG, [*words, "DATA.FRAMES", "16", "DATA.FLIP=True"])
+    assert (asked.DATA.FRAMES, asked.DATA.FLIP, asked.DATA.STRIDE) == (16, True, 1)
+    again = load_config_of_dump(cfg, my_videos.parent)
+    assert again == cfg  # a run's config.yaml needs the checkpoint no more
+
+
+def load_config_of_dump(cfg: object, folder: Path) -> object:
+    path = folder / "resolved.yaml"
+    path.write_text(cfg.dump())  # type: ignore[attr-defined]
+    return load_config(path)
+
+
+def test_an_image_checkpoint_leaves_the_frames_open(tmp_path: Path, my_videos: Path) -> None:
+    model = create_model("vit_tiny_patch16", num_frames=1, image_size=96, num_classes=3)
+    save_weights(tmp_path / "image.safetensors", model, [*"abc"])
+    cfg = load_config(CONFIG, ["DATA.ROOT", str(my_videos), "MODEL.INIT", str(tmp_path / "image.safetensors")])
+    assert (cfg.MODEL.NAME, cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.TEST.SHORT_SIDE) == ("vit_tiny_patch16", 16, 96, 96)
+    assert cfg.DATA.SHORT_SIDE[0] == 96
+
+
+def parts_of(videos: list[Video], shares: list[int], root: Path) -> list[list[Video]]:
+    return [take_part(videos, part, shares, root) for part in range(3)]
+
+
+def test_each_video_is_in_one_part_wherever_the_folder_lies() -> None:
+    names = [(f"{label}/clip {i}.mp4", label) for label in range(3) for i in range(20 * (label + 1))]
+    here = [Video(f"/here/{name}", label) for name, label in names]
+    there = [Video(f"/elsewhere/deep/{name}", label) for name, label in reversed(names)]
+    parts = parts_of(here, [70, 15, 15], Path("/here"))
+    assert sorted(v.path for part in parts for v in part) == sorted(v.path for v in here)
+    for label in range(3):
+        counts = [Counter(video.label for video in part)[label] for part in parts]
+        assert counts == [14 * (label + 1), 3 * (label + 1), 3 * (label + 1)]
+    moved = parts_of(there, [70, 15, 15], Path("/elsewhere/deep"))
+    for part, other in zip(parts, moved, strict=True):
+        assert {v.path.removeprefix("/here/") for v in part} == {v.path.removeprefix("/elsewhere/deep/") for v in other}
+    assert [v.path for v in parts[0]] != [v.path for v in here[: len(parts[0])]]  # dealt out, not cut off
+
+
+def test_small_classes_are_dealt_out_or_refused() -> None:
+    three = [Video(f"/here/a/{i}.mp4", 0) for i in range(3)]
+    assert [len(part) for part in parts_of(three, [70, 15, 15], Path("/here"))] == [1, 1, 1]
+    assert [len(part) for part in parts_of(three, [80, 0, 20], Path("/here"))] == [2, 0, 1]
+    with pytest.raises(UsageError, match="has 2 videos; allowed: at least one for each share"):
+        take_part(three[:2], 0, [70, 15, 15], "/here")
+
+
+def test_a_text_list_is_dealt_out_too(my_videos: Path) -> None:
+    lines = [
+        f"{path.relative_to(my_videos)} {i}" for i, name in enumerate(CLASSES) for path in (my_videos / name).iterdir()
+    ]
+    (my_videos / "all.csv").write_text("\n".join(lines))
+    lists = [word for split in SPLITS for word in (f"DATA.{split.upper()}_LIST", "all.csv")]
+    cfg = load_config(CONFIG, ["DATA.ROOT", str(my_videos), "MODEL.NAME", "vit_tiny_patch16", *lists])
+    found = [{video.path for video in build_videos(cfg, split)} for split in SPLITS]
+    assert [len(part) for part in found] == [12, 2, 2]
+    assert len(set.union(*found)) == 16
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["DATA.SPLIT", "[70,15]"], "has 2 values; it takes 3"),
+        (["DATA.SPLIT", "[70,15,10]"], "add up to 100"),
+        (["DATA.SPLIT", "[85,15,0]"], "only validation being 0"),
+        (["DATA.TEST_LIST", "test.csv"], "deals out one list"),
+        (["DATA.SPLIT", "[80,0,20]"], "set them to ['.', '', '.']"),
+        (["MODEL.INIT", ""], "which is empty; give MODEL.INIT FILE"),
+        (["MODEL.INIT", "{root}/gone.safetensors"], "is not a file; give the model.safetensors"),
+        (["MODEL.INIT", "{root}/swin_tiny.pth"], "does not say which model it is of; give MODEL.NAME too"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_one_line(
+    words: list[str], expected: str, my_videos: Path, checkpoint: Path, refused: Callable[[list[str]], str]
+) -> None:
+    torch.save({"weight": torch.zeros(2)}, my_videos / "swin_tiny.pth")
+    init = [] if "MODEL.INIT" in words else ["MODEL.INIT", str(checkpoint)]
+    words = [word.format(root=my_videos) for word in words]
+    assert expected in refused(["--cfg", str(CONFIG), "DATA.ROOT", str(my_videos), *init, *words])
+
+
+def test_a_folder_that_is_split_already_is_said_to_be(
+    my_videos: Path, checkpoint: Path, tmp_path: Path, refused: Callable[[list[str]], str]
+) -> None:
+    for split in ("train", "val"):
+        shutil.copytree(my_videos, tmp_path / "both" / split)
+    words = ["--cfg", str(CONFIG), "DATA.ROOT", str(tmp_path / "both"), "MODEL.INIT", str(checkpoint)]
+    said = refused([*words, "OUTPUT_DIR", str(tmp_path / "run")])
+    assert "is split already (train, val); give DATA.SPLIT None" in said
+    lists = ["DATA.SPLIT", "None", "DATA.TRAIN_LIST", "train", "DATA.VAL_LIST", "val", "DATA.TEST_LIST", "val"]
+    assert len(build_videos(load_config(words[1], [*words[2:], *lists]), "train")) == 16
