@@ -1,0 +1,71 @@
+"""The wheel: what it holds, and that it runs the README's first job away from the repository."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+
+def run(*words: str, cwd: Path, path: Path | None = None) -> str:
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    if path is not None:
+        env["PYTHONPATH"] = str(path)
+    result = subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of the files that are in the repository, built outside it, where a build leaves nothing."""
+    folder = tmp_path_factory.mktemp("wheel")
+    shutil.copytree(
+        REPOSITORY / "stvit_video", folder / "source" / "stvit_video", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, folder / "source" / name)
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+    run(*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), "./source", cwd=folder)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_it_holds_the_package_its_types_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (metadata,) = [archive.read(name).decode() for name in names if name.endswith("/METADATA")]
+    files = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "stvit_video").rglob("*.py")}
+    assert files <= set(names)
+    assert "stvit_video/py.typed" in names
+    assert {name.split("/")[0] for name in names} <= {"stvit_video", metadata_folder(names)}
+    assert "Provides-Extra: export" in metadata
+
+
+def metadata_folder(names: list[str]) -> str:
+    (folder,) = {name.split("/")[0] for name in names if ".dist-info/" in name}
+    return folder
+
+
+def test_installed_it_runs_the_first_job_and_predicts(wheel: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+    run(*pip, "install", "-q", "--no-deps", "--target", str(site), str(wheel), cwd=tmp_path)
+    shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
+    python = (sys.executable, "-W", "ignore")
+    where = run(*python, "-c", "import stvit_video; print(stvit_video.__file__)", cwd=tmp_path, path=site)
+    assert Path(where.strip()).is_relative_to(site)
+    small = ["DATA.GENERATE_CLIPS", "[16,8,8]", "TRAIN.EPOCHS", "1", "TRAIN.BATCH_SIZE", "8"]
+    run(*python, "-m", "stvit_video.run", "--cfg", "configs/sample_stvit.yaml", *small, cwd=tmp_path, path=site)
+    results = json.loads((tmp_path / "runs" / "sample_stvit" / "results.json").read_text())
+    assert results["scored"] == 8
+    words = ["data/sample/videos/test_00000.mp4", "--checkpoint", "runs/sample_stvit", "--output", "found.json"]
+    run(*python, "-m", "stvit_video.predict", *words, cwd=tmp_path, path=site)
+    (found,) = json.loads((tmp_path / "found.json").read_text())
+    assert len(found["top"]) == 5
