@@ -57,7 +57,12 @@ def trace(trained: Trained, batch: int | None) -> torch.export.ExportedProgram:
 
 def write_program(trained: Trained, path: Path, batch: int | None) -> None:
     """Write a ``torch.export`` archive."""
-    torch.export.save(trace(trained, batch), path, extra_files={NOTE: json.dumps(describe(trained))})
+    save_program(trained, trace(trained, batch), path)
+
+
+def save_program(trained: Trained, program: torch.export.ExportedProgram, path: Path) -> None:
+    """Write a graph as a ``torch.export`` archive."""
+    torch.export.save(program, path, extra_files={NOTE: json.dumps(describe(trained))})
 
 
 def open_program(trained: Trained, path: Path) -> Run:
@@ -65,8 +70,13 @@ def open_program(trained: Trained, path: Path) -> Run:
     return torch.export.load(path).module()
 
 
-def write_onnx(trained: Trained, path: Path, batch: int | None, optimize: bool = True) -> None:
-    """Write an ONNX file with the input ``clips`` and the output ``logits``.
+def write_onnx(trained: Trained, path: Path, batch: int | None) -> None:
+    """Write an ONNX file with the input ``clips`` and the output ``logits``."""
+    save_onnx(trained, trace(trained, batch), path)
+
+
+def save_onnx(trained: Trained, program: torch.export.ExportedProgram, path: Path, optimize: bool = True) -> None:
+    """Write a graph as an ONNX file with the input ``clips`` and the output ``logits``.
 
     Without ``optimize`` the graph is left with what runtimes remove by themselves, which takes about half the time.
     """
@@ -75,8 +85,8 @@ def write_onnx(trained: Trained, path: Path, batch: int | None, optimize: bool =
     table[torch.ops.aten.adaptive_max_pool3d.default] = lambda x, size: (_pool(x, size, Tensor.amax), None)
     table[torch.ops.aten._adaptive_avg_pool3d.default] = lambda x, size: _pool(x, size, Tensor.mean)
     with sdpa_kernel(SDPBackend.MATH):
-        program = trace(trained, batch).run_decompositions(table)
-    free = ({0: "batch"},) if batch is None else None
+        program = program.run_decompositions(table)
+    free = ({0: "batch"},) if program.range_constraints else None  # the name of a batch of any size
     made = torch.onnx.export(
         program,
         input_names=["clips"],
@@ -104,7 +114,9 @@ def open_onnx(trained: Trained, path: Path) -> Run:
     """Return what an ONNX file computes, by ONNX Runtime on the CPU."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # its advice on its own folding is nothing to act on
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return lambda clips: torch.from_numpy(session.run(["logits"], {"clips": clips.numpy()})[0])
 
 
