@@ -20,10 +20,13 @@ NOT_ADOPTED = ("num_frames", "image_size", "num_classes", "drop_path", "dropout"
 def adopted_settings(init: str, keys: list[str]) -> dict[str, Any]:
     """Return values of configuration ``keys`` that the checkpoint ``init`` says it was trained with.
 
-    An image checkpoint leaves the number of frames open. Raises UsageError for a file that does not name its model.
+    An image checkpoint leaves the number of frames open. Where there is no such file, nothing is adopted: that it is
+    missing is said with all else that is. Raises UsageError for a file that does not name its model.
     """
     if not init:
         raise UsageError("MODEL.NAME auto takes the network from MODEL.INIT, which is empty; give MODEL.INIT FILE.")
+    if not Path(init).is_file():
+        return {}
     metadata = _read_metadata(Path(init))
     arguments = json.loads(metadata["arguments"])
     found: dict[str, Any] = {"MODEL.NAME": metadata["name"]}
@@ -46,8 +49,6 @@ def adopted_settings(init: str, keys: list[str]) -> dict[str, Any]:
 
 
 def _read_metadata(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        raise UsageError(f"MODEL.INIT {path} is not a file; give the model.safetensors that a finished run left.")
     metadata: dict[str, str] = {}
     if path.suffix == ".safetensors":
         try:

@@ -148,7 +148,7 @@ def test_a_text_list_is_dealt_out_too(my_videos: Path) -> None:
         (["DATA.TEST_LIST", "test.csv"], "deals out one list"),
         (["DATA.SPLIT", "[80,0,20]"], "set them to ['.', '', '.']"),
         (["MODEL.INIT", ""], "which is empty; give MODEL.INIT FILE"),
-        (["MODEL.INIT", "{root}/gone.safetensors"], "is not a file; give the model.safetensors"),
+        (["MODEL.INIT", "{root}/gone.safetensors"], "needs files that are missing: MODEL.INIT"),
         (["MODEL.INIT", "{root}/swin_tiny.pth"], "does not say which model it is of; give MODEL.NAME too"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

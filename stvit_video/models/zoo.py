@@ -150,6 +150,10 @@ CONFIGURED = (
 
 def build_model(cfg: CfgNode, num_classes: int) -> nn.Module:
     """Return the model that the configuration names; settings left unset keep the variant's own."""
+    if cfg.MODEL.NAME == "auto":
+        raise UsageError(
+            f"MODEL.NAME auto takes the network from MODEL.INIT {cfg.MODEL.INIT}, which is no file; give one."
+        )
     chosen = {name: cfg.MODEL[name.upper()] for name in CONFIGURED if cfg.MODEL[name.upper()] is not None}
     chosen = {name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()}
     model = create_model(
