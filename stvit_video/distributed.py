@@ -36,6 +36,7 @@ class World:
     size: int
     device: torch.device
     cpu_group: Any = None  # for small messages; None is the default group
+    launched: bool = False  # by torchrun or a scheduler
 
     @property
     def is_main(self) -> bool:
@@ -181,7 +182,8 @@ def join_world(device: str = "auto", timeout_s: int = 1800) -> Iterator[World]:
     failed = True
     try:
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=timeout)
-        yield World(place.rank, place.size, target, dist.new_group(backend="gloo") if backend == "nccl" else None)
+        messages = dist.new_group(backend="gloo") if backend == "nccl" else None
+        yield World(place.rank, place.size, target, messages, launched=True)
         failed = False
     except Stopped:
         failed = False

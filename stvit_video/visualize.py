@@ -94,11 +94,11 @@ def visualize(options: Namespace, command: str) -> str:
     if not options.video.exists():
         raise UsageError(f"VIDEO {options.video} does not exist; give a video, an image or a folder of images.")
     from stvit_video.engine.checkpoint import write_atomically
+    from stvit_video.engine.trained import open_checkpoint
     from stvit_video.show.clip import read_clip
     from stvit_video.show.clip_page import Subject, clip_page
     from stvit_video.show.explain import explain
     from stvit_video.show.sheet import draw_sheet, write_panels
-    from stvit_video.show.trained import open_checkpoint
 
     output = options.output or Path("visualize") / options.video.stem
     trained = open_checkpoint(options.checkpoint)

@@ -18,10 +18,10 @@ from stvit_video.data import sample
 from stvit_video.data.decode import Request, read_frames
 from stvit_video.data.frames import Reader
 from stvit_video.engine.checkpoint import save_weights
+from stvit_video.engine.trained import open_checkpoint
 from stvit_video.models import create_model
 from stvit_video.show.clip import read_clip
 from stvit_video.show.explain import Explanation, explain, trajectories
-from stvit_video.show.trained import open_checkpoint
 from stvit_video.visualize import main
 from tests.browser import assert_self_contained, dump, probed, screenshot
 from tests.conftest import REPOSITORY

@@ -154,7 +154,7 @@ def test_model(
     dataset: Any = loader.dataset
     parts = Parts(folder.parts, fingerprint(model, weights_hash(model), dataset, cfg.PRECISION, 0), world.rank)
     try:
-        with StopSignals() as signals:
+        with StopSignals(world.launched) as signals:
             predictions = predict(model, loader, world, cfg.PRECISION, "test", parts=parts, signals=signals)
     except NothingReadError as error:
         rows = earlier + error.failures

@@ -9,14 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import nn
 
 from stvit_video.data.dataset import Batch
 from stvit_video.data.videos import build_classes
-from stvit_video.distributed import World
+from stvit_video.distributed import World, pick_device
 from stvit_video.engine.precision import autocast
 from stvit_video.engine.run_folder import RunFolder
 from stvit_video.engine.start import build_cost, build_data, check_inputs
@@ -73,7 +72,7 @@ def engine_loop(cfg: CfgNode, trainer: Trainer, classes: list[str]) -> Iterator[
 
 def build_engine_timers(cfg: CfgNode, steps: int) -> dict[str, Timer]:
     """Return timers of a step of the bare loop, which comes first, and of the engine."""
-    world = World(0, 1, torch.device("cuda" if cfg.DEVICE != "cpu" and torch.cuda.is_available() else "cpu"))
+    world = World(0, 1, pick_device(cfg.DEVICE, 0, 1))
     build_data(cfg, world)
     check_inputs(cfg, resumed=True)
     cfg = cfg.clone()

@@ -10,7 +10,7 @@ from typing import Any
 from stvit_video.signals import STOP_SIGNALS
 
 EXIT_STOPPED = 75  # "try again later": the same command continues
-PATIENCE_S = 1.0
+ECHO_S = 1.0  # for a signal that comes both from the scheduler and from the launcher
 
 
 class Stopped(Exception):
@@ -25,16 +25,18 @@ class Diverged(Exception):
 
 
 class StopSignals:
-    """While entered, SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGUSR2 only set ``received``; another Ctrl-C exits at once.
+    """While entered, SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGUSR2 only set ``received``.
 
-    Launchers pass signals on that the process has had already, and schedulers send one kind after another: only Ctrl-C,
-    a second or more after the first signal, is someone who does not want to wait for the checkpoint.
-    The handler does nothing else: no file, no other process, no GPU is touched inside it.
+    The same one again exits at once, and so does Ctrl-C after another: someone does not want to wait.
+    A process that was ``launched`` lets a second pass for echoes, since launchers pass on what it has had
+    already. Another kind is what a scheduler sends next, and changes nothing. The handler does nothing else: no file,
+    no other process, no GPU is touched inside it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, launched: bool) -> None:
         self.received: str | None = None
-        self._at = 0.0
+        self._echo_s = ECHO_S if launched else 0.0
+        self._seen: dict[int, float] = {}  # when each kind came first
         self._before: dict[signal.Signals, Any] = {}
         self._process = os.getpid()
 
@@ -52,7 +54,10 @@ class StopSignals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a loader's worker: its parent decides
             return
-        if self.received is None:
-            self.received, self._at = signal.Signals(number).name, time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() - self._at >= PATIENCE_S:
-            os._exit(128 + number)
+        now = time.monotonic()
+        if number == signal.SIGINT or number in self._seen:
+            earlier = self._seen.get(number, min(self._seen.values(), default=now))
+            if self._seen and now - earlier >= self._echo_s:
+                os._exit(128 + number)
+        self._seen.setdefault(number, now)
+        self.received = self.received or signal.Signals(number).name

@@ -123,7 +123,7 @@ def train_epochs(
     log = build_log(cfg, folder.path, trainer.step) if world.is_main else None
     with (
         closing(log) if log is not None else nullcontext(),
-        StopSignals() as signals,
+        StopSignals(world.launched) as signals,
         build_writer(cfg, folder.checkpoints) as writer,
         Progress("train", trainer.total_steps, trainer.step, enabled=world.is_main) as progress,
     ):

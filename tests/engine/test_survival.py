@@ -116,23 +116,34 @@ def test_a_signal_to_the_whole_group_stops_as_well(small_set: Path, tmp_path: Pa
     assert "stopped by SIGINT after step" in said
 
 
-def test_only_a_second_ctrl_c_exits_at_once() -> None:
-    """Others come twice by themselves: passed on by torchrun and srun, or SIGTERM after a scheduler's SIGUSR2."""
-    code = """
-import os, signal, time
+def send(launched: bool, *signals: signal.Signals, pause: float = 0.0) -> tuple[int, str]:
+    """Send signals to a process that waits for a step's end; return its exit code and what it said."""
+    code = f"""
+import os, time
 from stvit_video.engine.stopping import StopSignals
-with StopSignals() as signals:
-    for number in (signal.SIGUSR2, signal.SIGUSR2, signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+with StopSignals({launched}) as signals:
+    for number in {[int(number) for number in signals]}:
+        time.sleep({pause})
         os.kill(os.getpid(), number)
     print(signals.received, flush=True)
-    time.sleep(1.1)
-    os.kill(os.getpid(), signal.SIGTERM)
-    print("still here", flush=True)
-    os.kill(os.getpid(), signal.SIGINT)
-    print("never", flush=True)
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
-    assert (found.returncode, found.stdout) == (128 + signal.SIGINT, "SIGUSR2\nstill here\n")
+    return found.returncode, found.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_second_signal_exits_at_once(number: signal.Signals) -> None:
+    assert send(False, number) == (0, f"{number.name}\n")
+    assert send(False, number, number) == (128 + number, "")
+    assert send(True, number, number, pause=1.1) == (128 + number, "")
+
+
+def test_what_launchers_and_schedulers_send_twice_is_no_second_signal() -> None:
+    """Passed on by torchrun and srun at once, or SIGTERM after a scheduler's SIGUSR2."""
+    both = (signal.SIGUSR2, signal.SIGUSR2, signal.SIGTERM, signal.SIGTERM)
+    assert send(True, *both) == (0, "SIGUSR2\n")
+    assert send(True, signal.SIGUSR2, signal.SIGTERM, pause=1.1) == (0, "SIGUSR2\n")
+    assert send(True, signal.SIGUSR2, signal.SIGINT, pause=1.1) == (128 + signal.SIGINT, "")
 
 
 def kill_until_done(small_set: Path, output: Path, processes: int, rng: np.random.Generator) -> int:
