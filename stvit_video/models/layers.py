@@ -4,7 +4,7 @@ Legend: B clips (or frames), N query tokens, K context tokens, C channels, h hea
 The parameter names are those of timm's ViT, so that its checkpoints fit without renaming.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 Grid = tuple[int, int, int]
+PIECE = 2**20  # elements of the widest activation of a piece: a few megabytes, which stay in a core's cache
 
 
 @dataclass
@@ -64,6 +65,29 @@ def run_block(block: nn.Module, x: Tensor, *context: Tensor, recompute: bool) ->
     if recompute:
         return checkpoint(block, x, *context, use_reentrant=False)
     return block(x, *context)
+
+
+def in_pieces(module: nn.Module, x: Tensor) -> bool:
+    """Say whether ``module`` goes through ``x`` piece by piece, all steps on one piece before the next.
+
+    On a CPU the same work is then done in the cache and without asking the system for new memory: up to twice as fast.
+    Not where each layer should be seen once: training, compilation, export, counting operations, hooks.
+    """
+    if x.device.type != "cpu" or module.training or torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return False
+    return not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
+def feed_forward(block: nn.Module, x: Tensor, branch: Callable[[Tensor], Tensor], width: int) -> Tensor:
+    """Return x + branch(x) for tokens (..., C) that nobody else holds; ``width`` is the branch's widest layer."""
+    if not in_pieces(block, x):
+        return x + branch(x)
+    x = x.contiguous()
+    for piece in x.view(-1, x.shape[-1]).split(max(1, PIECE // width)):
+        piece += branch(piece)
+    return x
 
 
 def check_clip(x: Tensor, input_size: Grid) -> None:
@@ -155,7 +179,10 @@ class Block(nn.Module):
         update = _scale(self.attn(self.norm1(x), normed, key_bias), self.gamma_1)
         # Without the residual nothing would be left of a dropped path, so it is kept.
         x = x + self.drop_path(update) if residual else update
-        return x + self.drop_path(_scale(self.mlp(self.norm2(x)), self.gamma_2))
+        return feed_forward(self, x, self._mlp_branch, self.mlp.fc1.out_features)
+
+    def _mlp_branch(self, x: Tensor) -> Tensor:
+        return self.drop_path(_scale(self.mlp(self.norm2(x)), self.gamma_2))
 
     def attention_weights(self, x: Tensor, context: Tensor | None = None, key_bias: Tensor | None = None) -> Tensor:
         """Return the probabilities (B, N, K) with which ``x`` attends to the context, mean over heads."""

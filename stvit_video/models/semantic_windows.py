@@ -128,11 +128,13 @@ class WindowedTokenGenerator(SemanticTokenGenerator):
         if self.image_places_1 is None:
             weights = weights[..., -group_tokens:]
         else:
-            places = self.image_places_1.repeat(len(query) * self.regions[0], 1).unsqueeze(1)  # type: ignore[operator]
+            places = self.image_places_1.repeat(query.shape[0] * self.regions[0], 1).unsqueeze(1)  # type: ignore[operator]
             weights = weights[..., -places.shape[-1] :]
             full = weights.new_zeros(*weights.shape[:2], group_tokens)
-            weights = self._ungroup(full.scatter_(2, places.expand_as(weights), weights), len(query))
-        weights = weights.reshape(len(query), self.regions[0], -1, group_tokens)  # (B, G, centres, tokens) of a group
+            weights = self._ungroup(full.scatter_(2, places.expand_as(weights), weights), query.shape[0])
+        weights = weights.reshape(
+            query.shape[0], self.regions[0], -1, group_tokens
+        )  # (B, G, centres, tokens) of a group
         return torch.stack([torch.block_diag(*clip) for clip in weights])
 
 

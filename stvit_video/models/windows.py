@@ -9,7 +9,7 @@ Legend: B clips, (T, H, W) token grid, (t, h, w) window, P = t*h*w positions of 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 import torch
@@ -18,15 +18,20 @@ from pytorchvideo.layers import Mlp
 from pytorchvideo.layers.drop_path import DropPath
 from torch import Tensor, nn
 
-from stvit_video.models.layers import Attention, Grid
+from stvit_video.models.layers import PIECE, Attention, Grid, feed_forward, in_pieces
+
+Run = tuple[int, int, int]  # equal windows along an axis: where they start, how many, how long each
+
+
+def split(x: Tensor, window: Grid) -> Tensor:
+    """View (B, T, H, W, C), a multiple of the window, as (B, T/t, H/h, W/w, t, h, w, C)."""
+    t, h, w = window
+    return x.unflatten(3, (-1, w)).unflatten(2, (-1, h)).unflatten(1, (-1, t)).permute(0, 1, 3, 5, 2, 4, 6, 7)
 
 
 def partition(x: Tensor, window: Grid) -> Tensor:
     """Cut (B, T, H, W, C), a multiple of the window, into (B, T/t, H/h, W/w, P, C)."""
-    B, T, H, W, C = x.shape
-    t, h, w = window
-    x = x.reshape(B, T // t, t, H // h, h, W // w, w, C)
-    return x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(B, T // t, H // h, W // w, t * h * w, C)
+    return split(x, window).flatten(4, 6)
 
 
 def unite(windows: Tensor, window: Grid) -> Tensor:
@@ -35,6 +40,17 @@ def unite(windows: Tensor, window: Grid) -> Tensor:
     t, h, w = window
     x = windows.reshape(B, nt, nh, nw, t, h, w, C).permute(0, 1, 4, 2, 5, 3, 6, 7)
     return x.reshape(B, nt * t, nh * h, nw * w, C)
+
+
+def cuts(length: int, window: int, shift: int) -> list[Run]:
+    """Return the windows of an axis as runs of equal ones: (start, count, size), the ends being shorter ones.
+
+    Shifted windows under their masks are windows cut elsewhere: the masked ones consist of parts that do not see one
+    another.
+    """
+    full, rest = divmod(length - shift, window)
+    runs = [(0, 1, shift), (shift, full, window), (length - rest, 1, rest)]
+    return [(start, count, size) for start, count, size in runs if count and size]
 
 
 def axis_labels(length: int, window: int, shift: int, hide_padding: bool) -> Tensor:
@@ -78,15 +94,22 @@ class WindowAttention(Attention):
         self.table_shape = (2 * window[0] - 1, 2 * window[1] - 1, 2 * window[2] - 1)
         self.relative_position_bias_table = nn.Parameter(torch.zeros(math.prod(self.table_shape), num_heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        for axis, (size, reach) in enumerate(zip(self.window, window, strict=True)):
-            places = torch.arange(size)
-            shape = [1] * 6
-            shape[axis] = shape[axis + 3] = size
-            offsets = (places.unsqueeze(1) - places + reach - 1).reshape(shape)  # of query from key, from 0 on
-            self.register_buffer(f"offsets_{axis}", offsets, persistent=False)
+        self.register_buffer("places", self._places(window).flatten(), persistent=False)
         self.regions = list(self._regions())
         for i, (_, mask) in enumerate(self.regions):
             self.register_buffer(f"mask_{i}", mask, persistent=False)  # so that it follows the model to its device
+        self.runs = list(product(*map(cuts, grid, self.window, self.shift)))
+        self.padded = any(length % size for length, size in zip(grid[1:], self.window[1:], strict=True))
+
+    def _places(self, reach: Grid) -> Tensor:
+        """Return where in the flattened table the bias of each pair of positions stands, (P, P)."""
+        places = torch.zeros((1,) * 6, dtype=torch.int64)
+        for axis, size in enumerate(self.window):
+            shape = [1] * 6
+            shape[axis] = shape[axis + 3] = size
+            offsets = torch.arange(size).unsqueeze(1) - torch.arange(size) + reach[axis] - 1  # of query from key
+            places = places * self.table_shape[axis] + offsets.reshape(shape)
+        return places.flatten(0, 2).flatten(1)
 
     def _regions(self) -> Iterator[tuple[tuple[slice, ...], Tensor | None]]:
         """Yield blocks of windows that share a mask (P, P), the mask being None where all positions see all."""
@@ -105,9 +128,20 @@ class WindowAttention(Attention):
 
     def bias(self) -> Tensor:
         """Return the relative position bias (k, P, P)."""
-        table = self.relative_position_bias_table.view(*self.table_shape, self.num_heads)
-        offsets = [getattr(self, f"offsets_{axis}") for axis in range(3)]
-        return table[offsets[0], offsets[1], offsets[2]].flatten(0, 2).flatten(1, 3).permute(2, 0, 1)
+        # Contiguous along the keys: fused attention would copy it for every window otherwise. Picking floats is several
+        # times faster on a CPU than picking bfloat16.
+        positions = math.prod(self.window)
+        table = self.relative_position_bias_table.float().t().contiguous()
+        return table.index_select(1, self.get_buffer("places")).view(-1, positions, positions)
+
+    def shorter(self, bias: Tensor, window: Grid) -> Tensor:
+        """Return the part of the bias that belongs to a window (t, h, w) at most as large, (k, t*h*w, t*h*w)."""
+        if window == self.window:
+            return bias
+        t, h, w = window
+        positions = math.prod(window)
+        cut = bias.view(-1, *self.window, *self.window)[:, :t, :h, :w, :t, :h, :w]
+        return cut.reshape(-1, positions, positions)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Map (B, T, H, W, C) to the same shape."""
@@ -133,6 +167,23 @@ class WindowAttention(Attention):
             out[part] = self._attend_region(qkv[part], bias, self.get_buffer(f"mask_{i}"))
         return out
 
+    def attend(self, windows: Tensor, bias: Tensor) -> Tensor:
+        """Map windows (n, P, C) to the same shape, each attending inside itself, in inference on a CPU."""
+        qkv = self.qkv(windows)
+        if qkv.dtype == torch.float32:
+            return self.proj(self._attend_region(qkv, bias, None))
+        # In half precision fused attention is no faster on a CPU than in float32; plain products are, in the cache.
+        n, P, C = windows.shape
+        q, k, v = qkv.view(n, P, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).flatten(1, 2)  # (n*k, P, C/k)
+        each = max(1, min(n, PIECE // 4 // bias.numel()))  # windows whose logits stay in the cache
+        biases = bias if each == 1 else bias.repeat(each, 1, 1)
+        out = torch.empty_like(q)
+        for parts in zip(*(whole.split(each * self.num_heads) for whole in (q, k, v, out)), strict=True):
+            queries, keys, values, target = parts
+            logits = torch.baddbmm(biases[: len(queries)], queries, keys.mT, alpha=q.shape[-1] ** -0.5)
+            torch.bmm(logits.softmax(dim=-1), values, out=target)
+        return self.proj(out.view(n, -1, P, C // self.num_heads).transpose(1, 2).reshape(n, P, C))
+
     def _attend_region(self, qkv: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
         *windows, P, width = qkv.shape
         q, k, v = qkv.reshape(-1, P, 3, self.num_heads, width // 3 // self.num_heads).permute(2, 0, 3, 1, 4)
@@ -153,5 +204,35 @@ class WindowBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
+        if in_pieces(self, x) and not self.attn.padded:
+            return self._forward_in_pieces(x)
         x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        return feed_forward(self, x, self._mlp_branch, self.mlp.fc1.out_features)
+
+    def _mlp_branch(self, x: Tensor) -> Tensor:
+        return self.drop_path(self.mlp(self.norm2(x)))
+
+    def _forward_in_pieces(self, x: Tensor) -> Tensor:
+        """Run the whole block on some windows after others; windows cut elsewhere take the place of shift and mask."""
+        out = torch.empty_like(x)
+        bias = self.attn.bias().to(x.dtype)
+        for runs in self.attn.runs:
+            window = (runs[0][2], runs[1][2], runs[2][2])
+            logits = self.attn.shorter(bias, window)
+            for place in pieces(len(x), runs, math.prod(window) * self.mlp.fc1.out_features):
+                target = split(out[place], window)
+                tokens = partition(x[place], window).flatten(0, 3)
+                tokens = tokens + self.attn.attend(self.norm1(tokens), logits)
+                tokens += self._mlp_branch(tokens)
+                target.copy_(tokens.view(target.shape))
+        return out
+
+
+def pieces(clips: int, runs: Sequence[Run], window_elements: int) -> Iterator[tuple[slice, ...]]:
+    """Yield parts of a batch (B, T, H, W) of whole windows, each of about PIECE elements where that many are there."""
+    axes, elements = [], window_elements
+    for start, count, size in reversed([(0, clips, 1), *runs]):
+        step = max(1, min(count, PIECE // elements))
+        elements *= step
+        axes.append([slice(start + i * size, start + min(i + step, count) * size) for i in range(0, count, step)])
+    return product(*reversed(axes))
