@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 Grid = tuple[int, int, int]
-PIECE = 2**20  # elements of the widest activation of a piece: a few megabytes, which stay in a core's cache
+PIECE = 2**23  # bytes of the widest activation of a piece: it then stays in the cache
 
 
 @dataclass
@@ -85,7 +85,7 @@ def feed_forward(block: nn.Module, x: Tensor, branch: Callable[[Tensor], Tensor]
     if not in_pieces(block, x):
         return x + branch(x)
     x = x.contiguous()
-    for piece in x.view(-1, x.shape[-1]).split(max(1, PIECE // width)):
+    for piece in x.view(-1, x.shape[-1]).split(max(1, PIECE // (width * x.element_size()))):
         piece += branch(piece)
     return x
 

@@ -8,7 +8,7 @@ those of the published Swin checkpoints.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -162,7 +162,7 @@ class SwinTransformer(nn.Module):
         self.depths = tuple(depths)
         window_frames = window_frames or (window[0],) * STAGES
         check_choice("stem", stem, STEMS)
-        _check_arguments((depths, num_heads, window_frames), stem, patch_size)
+        _check_arguments({"depths": depths, "num_heads": num_heads, "window_frames": window_frames}, stem, patch_size)
         # An image model's bias tables have one entry in time, which makes them Swin's.
         window = (1 if num_frames == 1 else window[0], window[1], window[2])
         grid = (_ceil(num_frames, self.patch[0]), _ceil(height, patch_size), _ceil(width, patch_size))
@@ -277,8 +277,9 @@ def _ceil(size: int, step: int) -> int:
     return math.ceil(size / step)
 
 
-def _check_arguments(per_stage: Sequence[Sequence[int]], stem: str, patch_size: int) -> None:
-    if any(len(numbers) != STAGES for numbers in per_stage):
-        raise ValueError(f"depths, num_heads and window_frames take {STAGES} numbers, one a stage.")
+def _check_arguments(per_stage: Mapping[str, object], stem: str, patch_size: int) -> None:
+    for name, numbers in per_stage.items():
+        if not isinstance(numbers, tuple | list) or len(numbers) != STAGES:
+            raise ValueError(f"{name} is {numbers}; a Swin takes {STAGES} numbers, one a stage, as (3, 6, 12, 24).")
     if stem == "conv" and patch_size != 4:
         raise ValueError(f"patch_size {patch_size} with stem 'conv', whose two strides of 2 make 4; choose 4.")

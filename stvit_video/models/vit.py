@@ -79,6 +79,8 @@ class VisionTransformer(nn.Module):
         self.depth, self.base_depth, self.stgm_depth = depth, depth, 0
         check_choice("base_attention", base_attention, BASE_ATTENTION)
         check_choice("positions", positions, POSITIONS)
+        if not isinstance(num_heads, int):
+            raise ValueError(f"num_heads is {num_heads}; a ViT takes one number, such as 6, for all its blocks.")
         self.base_attention, self.positions, self.fc_norm = base_attention, positions, fc_norm
 
         t, h, w = self.grid

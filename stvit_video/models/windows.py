@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from stvit_video.models.layers import PIECE, Attention, Grid, feed_forward, in_pieces
 
+LOGITS = 2**18  # elements of attention logits to have at a time where they are written out
+
 Run = tuple[int, int, int]  # equal windows along an axis: where they start, how many, how long each
 
 
@@ -175,7 +177,7 @@ class WindowAttention(Attention):
         # In half precision fused attention is no faster on a CPU than in float32; plain products are, in the cache.
         n, P, C = windows.shape
         q, k, v = qkv.view(n, P, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).flatten(1, 2)  # (n*k, P, C/k)
-        each = max(1, min(n, PIECE // 4 // bias.numel()))  # windows whose logits stay in the cache
+        each = max(1, min(n, LOGITS // bias.numel()))  # windows whose logits stay in the cache
         biases = bias if each == 1 else bias.repeat(each, 1, 1)
         out = torch.empty_like(q)
         for parts in zip(*(whole.split(each * self.num_heads) for whole in (q, k, v, out)), strict=True):
@@ -219,7 +221,7 @@ class WindowBlock(nn.Module):
         for runs in self.attn.runs:
             window = (runs[0][2], runs[1][2], runs[2][2])
             logits = self.attn.shorter(bias, window)
-            for place in pieces(len(x), runs, math.prod(window) * self.mlp.fc1.out_features):
+            for place in pieces(len(x), runs, math.prod(window) * self.mlp.fc1.out_features * x.element_size()):
                 target = split(out[place], window)
                 tokens = partition(x[place], window).flatten(0, 3)
                 tokens = tokens + self.attn.attend(self.norm1(tokens), logits)
@@ -228,11 +230,11 @@ class WindowBlock(nn.Module):
         return out
 
 
-def pieces(clips: int, runs: Sequence[Run], window_elements: int) -> Iterator[tuple[slice, ...]]:
-    """Yield parts of a batch (B, T, H, W) of whole windows, each of about PIECE elements where that many are there."""
-    axes, elements = [], window_elements
+def pieces(clips: int, runs: Sequence[Run], size_of_window: int) -> Iterator[tuple[slice, ...]]:
+    """Yield parts of a batch (B, T, H, W) of whole windows, each of about PIECE bytes where that many are there."""
+    axes, total = [], size_of_window
     for start, count, size in reversed([(0, clips, 1), *runs]):
-        step = max(1, min(count, PIECE // elements))
-        elements *= step
+        step = max(1, min(count, PIECE // total))
+        total *= step
         axes.append([slice(start + i * size, start + min(i + step, count) * size) for i in range(0, count, step)])
     return product(*reversed(axes))

@@ -49,7 +49,7 @@ def draw_clip(model: torch.nn.Module, count: int = 2) -> torch.Tensor:
     return torch.randn(count, 3, *model.input_size)
 
 
-@pytest.mark.parametrize("piece", [layers.PIECE, 5000])
+@pytest.mark.parametrize("piece", [layers.PIECE, 20000])
 @pytest.mark.parametrize(("name", "frames", "settings"), VARIANTS)
 def test_pieces_give_what_the_whole_gives(
     name: str, frames: int, settings: dict, piece: int, monkeypatch: pytest.MonkeyPatch

@@ -163,7 +163,7 @@ def test_semantic_tokens_see_motion_that_the_frame_model_cannot() -> None:
     ("name", "arguments", "says"),
     [
         ("stvit_vit_smal_patch16", {}, "Did you mean stvit_vit_small_patch16"),
-        ("stvit_vit_small_patch16", {"preset": "quick"}, "paper, fast"),
+        ("stvit_vit_small_patch16", {"preset": "quick"}, "paper, fast, balanced"),
         ("stvit_vit_small_patch16", {"pool": "max"}, "Did you mean pooling"),
         ("stvit_vit_small_patch16", {"pooling": "median"}, "mask, max, mean"),
         ("stvit_vit_small_patch16", {"base_depth": 11}, "allowed: 1 to 10"),
@@ -174,6 +174,8 @@ def test_semantic_tokens_see_motion_that_the_frame_model_cannot() -> None:
         ("stvit_vit_small_patch16", {"base_attention": "window"}, "frame, joint"),
         ("vit_small_patch16", {"preset": "fast"}, "use stvit_vit_small_patch16"),
         ("vit_small_patch16", {"dim": 100}, "divisible"),
+        ("vit_small_patch16", {"num_heads": (3, 6, 12, 24)}, "a ViT takes one number"),
+        ("swin_tiny", {"num_heads": 3}, "4 numbers, one a stage, as (3, 6, 12, 24)"),
     ],
 )
 def test_wrong_arguments_are_named_with_what_is_allowed(name: str, arguments: dict, says: str) -> None:
