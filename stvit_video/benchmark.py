@@ -1,9 +1,10 @@
-"""Speed on this machine: ``python -m stvit_video.benchmark loader|engine --cfg FILE [KEY VALUE ...]``.
+"""Speed on this machine: ``python -m stvit_video.benchmark model|train|e2e|loader|engine --cfg FILE [KEY VALUE ...]``.
 
-Every figure is the median of interleaved rounds over the same videos, beside a bare decord in the same run: ratios can
-be compared between machines, times cannot.
+Every figure is the median of interleaved rounds beside a reference in the same run: ratios can be compared between
+machines, times cannot.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -114,39 +115,97 @@ def benchmark_engine(cfg: CfgNode, steps: int, rounds: int) -> dict[str, Any]:
     return {"engine": [asdict(row) for row in rows], "speed": speed}
 
 
-def benchmark(arguments: Sequence[str] | None) -> int:
-    """Parse the arguments, run what they name and write the figures where they say."""
+def build_parser() -> Parser:
+    """Return the parser of the command line."""
     parser = Parser(
         prog="python -m stvit_video.benchmark",
-        form="loader|engine --cfg FILE [KEY VALUE ...]",
-        description="Measure speed on this machine.",
+        form="model|train|e2e|loader|engine --cfg FILE [KEY VALUE ...]",
+        description="Measure speed on this machine. DEVICE, PRECISION and COMPILE are keys, as for stvit_video.run.",
     )
     parser.add_argument(
         "what",
-        choices=["loader", "engine"],
-        help="loader: from files to batches, step by step; engine: training steps beside a bare loop",
+        choices=["model", "train", "e2e", "loader", "engine"],
+        help="model: inference side by side; train: the same for training steps; e2e: from files to logits and to "
+        "weights; loader: from files to batches, step by step; engine: training steps beside a bare loop",
     )
-    parser.add_argument("--cfg", required=True, metavar="FILE", help="configuration of what is timed")
+    # One list for both keeps the order of the command line: the first one named is what ratios refer to.
+    named: dict[str, Any] = {"action": "append", "dest": "named"}
+    about = "configuration of what is timed; model and train take several"
+    parser.add_argument(
+        "--cfg", required=True, metavar="FILE", help=about, type=lambda word: ("cfg", word), **named
+    )  # fmt: skip
+    about = (
+        "pytorchvideo (loader), or LIBRARY:MODEL (model, train): torchvision:swin3d_t, pytorchvideo:mvit_base_16x4, "
+    )
+    about += "timm:vit_small_patch16_224, stvit_video:stvit_swin_tiny:fast"
+    parser.add_argument("--peer", metavar="NAME", help=about, type=lambda word: ("peer", word), **named)
     parser.add_argument("--steps", type=int, default=32, help="steps a round of engine (default: %(default)s)")
-    parser.add_argument("--clips", type=int, default=64, help="training clips a round (default: %(default)s)")
+    parser.add_argument("--clips", type=int, default=64, help="clips a round of loader and e2e (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds, after one to warm up (default: %(default)s)")
-    parser.add_argument("--peer", action="append", default=[], choices=["pytorchvideo"], help="time this loader too")
+    parser.add_argument(
+        "--largest-batch", type=int, default=64, help="largest batch of model and train to try (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--results", type=Path, action="append", default=[], metavar="results.json", help="of a run, one for each --cfg"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw top-1, or GFLOPs, against clips a second")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures there")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="as for stvit_video.run")
-    options = parser.parse_intermixed_args(arguments)
-    if min(options.clips, options.rounds, options.steps) < 1:
+    return parser
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raise UsageError for numbers, files and combinations that cannot be used."""
+    numbers = {name: getattr(options, name) for name in ("clips", "rounds", "steps", "largest_batch")}
+    if min(numbers.values()) < 1:
+        given = ", ".join(f"--{name.replace('_', '-')} {number}" for name, number in numbers.items())
+        raise UsageError(f"{given}: give whole numbers from 1 on.")
+    for option, path in (("--output", options.output), ("--plot", options.plot)):
+        if path and not path.parent.is_dir():
+            raise UsageError(f"{option} {path}: {path.parent} is not a folder; make it first.")
+    if options.plot and options.plot.suffix != ".png":
+        raise UsageError(f"--plot {options.plot} is no .png file; name one that is.")
+    side_by_side = options.what in ("model", "train")
+    cfgs, peers = ([word for kind, word in options.named if kind == which] for which in ("cfg", "peer"))
+    if not side_by_side and (len(cfgs) > 1 or options.plot or options.results):
+        raise UsageError(f"{options.what} takes one --cfg, and no --plot or --results; model and train do.")
+    if not side_by_side and any(options.what != "loader" or peer != "pytorchvideo" for peer in peers):
         raise UsageError(
-            f"--clips {options.clips}, --rounds {options.rounds}, --steps {options.steps}: give whole numbers from 1."
+            f"--peer {peers[0]} of {options.what}; loader takes pytorchvideo, model and train LIBRARY:MODEL."
         )
-    if options.output and not options.output.parent.is_dir():
-        raise UsageError(f"--output {options.output}: {options.output.parent} is not a folder; make it first.")
+
+
+def benchmark(arguments: Sequence[str] | None) -> int:
+    """Parse the arguments, run what they name and write the figures where they say."""
+    parser = build_parser()
+    options = parser.parse_intermixed_args(arguments)
+    check_options(options)
     from stvit_video.config import load_config
 
-    cfg = load_config(options.cfg, options.overrides)
-    if options.what == "loader":
-        figures = benchmark_loader(cfg, options.clips, options.rounds, options.peer)
+    cfg_files = [word for kind, word in options.named if kind == "cfg"]
+    if options.what in ("model", "train"):
+        from stvit_video.benchmarks.command import benchmark_models
+
+        figures = benchmark_models(
+            options.named,
+            options.overrides,
+            training=options.what == "train",
+            rounds=options.rounds,
+            largest_batch=options.largest_batch,
+            results=options.results,
+            plot=options.plot,
+        )
     else:
-        figures = benchmark_engine(cfg, options.steps, options.rounds)
+        cfg = load_config(cfg_files[0], options.overrides)
+        if options.what == "loader":
+            peers = [word for kind, word in options.named if kind == "peer"]
+            figures = benchmark_loader(cfg, options.clips, options.rounds, peers)
+        elif options.what == "engine":
+            figures = benchmark_engine(cfg, options.steps, options.rounds)
+        else:
+            from stvit_video.benchmarks.command import benchmark_end_to_end
+
+            figures = benchmark_end_to_end(cfg, options.clips, options.rounds)
     if options.output:
         from stvit_video.engine.run_folder import environment
 

@@ -34,6 +34,11 @@ def count_gflops(model: nn.Module, input_size: tuple[int, int, int]) -> float:
 
     fvcore passes over fused attention; its two matrix products are added here.
     """
+    return count_operations(model, input_size)[0]
+
+
+def count_operations(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[float, dict[str, int]]:
+    """Return ``count_gflops``, and how often each operation occurs that fvcore has no count for."""
     was_training = model.training
     clip = torch.zeros(1, 3, *input_size, device=next(model.parameters()).device)
     analysis = FlopCountAnalysis(model.eval(), clip)
@@ -42,7 +47,7 @@ def count_gflops(model: nn.Module, input_size: tuple[int, int, int]) -> float:
     with torch.no_grad():
         total = analysis.total()
     model.train(was_training)
-    return total / 1e9
+    return total / 1e9, dict(analysis.unsupported_ops())
 
 
 def count_training_memory(model: nn.Module, input_size: tuple[int, int, int], precision: str = "fp32") -> float:

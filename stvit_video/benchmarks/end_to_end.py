@@ -1,0 +1,121 @@
+"""From video files to logits, and to trained weights: clips a second, and the share of time that waits for data."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+
+from stvit_video.data.loader import build_test_loader, build_train_loader
+from stvit_video.data.videos import build_classes
+from stvit_video.distributed import World
+from stvit_video.engine.precision import autocast, set_precision
+from stvit_video.engine.start import build_data, check_inputs
+from stvit_video.models.zoo import build_model
+
+WORKERS = (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """A number of workers: clips a second and the share of the time spent waiting for data, round by round."""
+
+    what: str
+    workers: int
+    clips_per_second: list[float]
+    waiting: list[float]
+
+
+def run_through(batches: Iterable[Any], work: Callable[[Any], int], clips: int) -> tuple[float, float]:
+    """Work on batches until so many clips are done; return clips a second and the share of time spent waiting."""
+    iterator = iter(batches)
+    done, waited, started = 0, 0.0, time.perf_counter()
+    while done < clips:
+        before = time.perf_counter()
+        batch = next(iterator, None)
+        waited += time.perf_counter() - before
+        if batch is None:
+            break
+        done += work(batch)
+    seconds = time.perf_counter() - started
+    return done / seconds, waited / seconds
+
+
+def build_work(cfg: CfgNode, model: nn.Module, device: torch.device, training: bool) -> Callable[[Any], int]:
+    """Return what is done with a batch, a training step or the logits of all views; it returns the clips it saw."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5) if training else None
+
+    def train(batch: Any) -> int:
+        batch = batch.to(device)
+        with autocast(device, cfg.PRECISION):
+            logits = model(batch.clips)
+        F.cross_entropy(logits.float(), batch.clip_labels).backward()
+        assert optimizer is not None
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return len(batch.clips)
+
+    def infer(batch: Any) -> int:
+        clips: Tensor = batch.to(device).clips
+        with torch.inference_mode(), autocast(device, cfg.PRECISION):
+            model(clips).float().cpu()  # the logits are waited for
+        return len(clips)
+
+    model.train(training)
+    return train if training else infer
+
+
+def measure_flow(cfg: CfgNode, clips: int, rounds: int) -> list[Flow]:
+    """Time inference on the test list and training on the training list with each number of workers, in turn."""
+    device = torch.device("cuda" if cfg.DEVICE != "cpu" and torch.cuda.is_available() else "cpu")
+    set_precision(device, cfg.PRECISION)
+    world = World(0, 1, device)
+    build_data(cfg, world)
+    check_inputs(cfg, resumed=True)
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.TRAIN.ACCUMULATE, cfg.TRAIN.MIXUP, cfg.TRAIN.CUTMIX = 1, 0.0, 0.0
+    classes = len(build_classes(cfg))
+    model = build_model(cfg, classes).to(device)
+    flows = []
+    for training in (False, True):
+        work = build_work(cfg, model, device, training)
+        loaders = {workers: _loader(cfg, world, classes, training, workers) for workers in WORKERS}
+        found: dict[int, list[tuple[float, float]]] = {workers: [] for workers in WORKERS}
+        for number in range(rounds + 1):
+            for workers, loader in loaders.items():
+                model.train(training)
+                result = run_through(loader, work, clips)
+                if number:  # the first one starts the workers
+                    found[workers].append(result)
+        what = "training" if training else "inference"
+        for workers, results in found.items():
+            flows.append(Flow(what, workers, [rate for rate, _ in results], [share for _, share in results]))
+    return flows
+
+
+def _loader(cfg: CfgNode, world: World, classes: int, training: bool, workers: int) -> Any:
+    cfg = cfg.clone()
+    cfg.DATA.WORKERS = workers
+    if training:
+        return build_train_loader(cfg, world, classes)
+    return build_test_loader(cfg, world, "test", classes, clips=cfg.TEST.CLIPS, crops=cfg.TEST.CROPS)
+
+
+def describe_flows(flows: Sequence[Flow]) -> Iterator[str]:
+    """Yield the lines of a table."""
+    yield f"{'':10} {'workers':>7}  {'clips/s':>8}  {'least to most':>18}  {'waits for data':>14}"
+    for flow in flows:
+        spread = f"{min(flow.clips_per_second):.1f} to {max(flow.clips_per_second):.1f}"
+        rate, waits = median(flow.clips_per_second), 100 * median(flow.waiting)
+        yield f"{flow.what:10} {flow.workers:7}  {rate:8.1f}  {spread:>18}  {waits:12.0f} %"
+
+
+def figures_of_flows(flows: Sequence[Flow]) -> list[dict[str, Any]]:
+    """Return what was measured as plain data."""
+    return [asdict(flow) for flow in flows]
