@@ -1,0 +1,219 @@
+"""The benchmarks of models: what they compare, print and write; not how fast anything is."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from stvit_video import benchmark
+from stvit_video.benchmarks.contestants import Contestant, FramesAsBatch, build_peer
+from stvit_video.benchmarks.end_to_end import run_through
+from stvit_video.benchmarks.report import describe_speeds, plot_speeds
+from stvit_video.benchmarks.speed import Conditions, Speed, best_batch, measure, peak_memory
+from stvit_video.errors import UsageError
+from stvit_video.models.complexity import count_operations
+from tests.conftest import REPOSITORY
+
+SAMPLE, FULL = (str(REPOSITORY / "configs" / f"sample_{name}.yaml") for name in ("stvit", "full"))
+SMALL = ["DATA.FRAMES", "4", "DEVICE", "cpu"]
+
+
+@pytest.mark.parametrize(("what", "precision"), [("model", "fp32"), ("model", "bf16"), ("train", "bf16")])
+def test_models_side_by_side(what: str, precision: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output, plot, results = tmp_path / "speed.json", tmp_path / "speed.png", tmp_path / "results.json"
+    results.write_text('{"top1": 81.5}')
+    words = ["--peer", "torchvision:swin3d_t", "--cfg", FULL, "--cfg", SAMPLE, "--rounds", "2", "--largest-batch", "2"]
+    files = ["--output", str(output), "--plot", str(plot), "--results", str(results), "--results", str(results)]
+    assert benchmark.main([what, *words, *files, "PRECISION", precision, *SMALL]) == 0
+    printed = capsys.readouterr().out
+    figures = json.loads(output.read_text())
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert (figures["precision"], figures["training"], figures["top1"]) == (
+        precision,
+        what == "train",
+        [None, 81.5, 81.5],
+    )
+    peer, full, ours = figures["models"]
+    assert [peer["name"], full["name"], ours["name"]] == ["torchvision:swin3d_t", "sample_full", "sample_stvit"]
+    assert peer["ratio"] == 1
+    assert ours["gflops"] < full["gflops"] < peer["gflops"]
+    for row in figures["models"]:
+        assert row["name"] in printed
+        assert row["input_size"] == [4, 64, 64]
+        assert len(row["rates"]) == 2
+        assert 0 < row["p50_ms"] <= row["p95_ms"] == sorted(row["latencies"])[int(0.95 * len(row["latencies"]))]
+        assert row["ratio"] == pytest.approx(row["clips_per_second"] / peer["clips_per_second"])
+        work = row["gflops"] * (3 if what == "train" else 1) * row["clips_per_second"]
+        assert row["share"] == pytest.approx(work / figures["matrix_product_gmacs_per_second"])
+    assert "not counted by fvcore in torchvision:swin3d_t: " in printed
+    assert "softmax" in printed
+    assert figures["environment"]["packages"]["torch"]
+
+
+def test_models_take_turns_and_the_first_is_the_reference() -> None:
+    calls: list[str] = []
+
+    def runner(name: str, seconds: float):
+        def run(batch: int) -> float:
+            calls.append(f"{name}{batch}")
+            return seconds * (batch if batch < 4 else 8) ** 0.5
+
+        return run
+
+    contestants = [Contestant(name, nn.Flatten(), (1, 2, 2)) for name in "ab"]
+    for contestant in contestants:
+        contestant.model.weight = nn.Parameter(torch.zeros(1))
+    conditions = Conditions(torch.device("cpu"), "fp32")
+    a, b = measure(contestants, conditions, 3, [runner("a", 1.0), runner("b", 4.0)], lambda line: None)[0]
+    assert calls[-12:] == ["a1", "a2", "b1", "b2"] * 3
+    assert (a.batch, b.batch) == (2, 2)
+    assert b.ratio == pytest.approx(0.25)
+    assert b.latency(0.5) == 4000
+    assert a.rate == pytest.approx(2**0.5)
+
+
+def test_the_best_batch_ends_where_nothing_is_gained_or_memory_ends() -> None:
+    assert best_batch(lambda batch: 1.0 if batch <= 8 else batch / 8, 64) == 8
+    assert best_batch(lambda batch: 1.0, 16) == 16
+
+    def short_of_memory(batch: int) -> float:
+        if batch > 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return 1.0
+
+    assert best_batch(short_of_memory, 64) == 2
+    with pytest.raises(RuntimeError, match="shape"):
+        best_batch(lambda batch: (_ for _ in ()).throw(RuntimeError("shape")), 4)
+
+
+def test_memory_is_what_a_pass_holds_at_once() -> None:
+    def run(batch: int) -> float:
+        torch.ones(batch * 50_000_000).sum()  # 0.2 GB each
+        return 0.0
+
+    one, two = (peak_memory(run, batch, torch.device("cpu")) for batch in (1, 2))
+    assert one == pytest.approx(0.2, abs=0.02)
+    assert two == pytest.approx(0.4, abs=0.04)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "takes"),
+    [
+        ("torchvision:mvit_v2_s", (8, 64, 64), (16, 224, 224)),
+        ("pytorchvideo:mvit_base_16x4", (8, 64, 64), (16, 224, 224)),
+        ("timm:vit_tiny_patch16_224", (3, 64, 96), (3, 64, 96)),
+        ("stvit_video:stvit_vit_tiny_patch16:fast", (4, 64, 64), (4, 64, 64)),
+    ],
+)
+def test_peers_take_clips(name: str, size: tuple[int, int, int], takes: tuple[int, int, int]) -> None:
+    peer = build_peer(name, size)
+    assert peer.input_size == takes
+    with torch.inference_mode():
+        assert peer.model.eval()(torch.zeros(1, 3, *takes)).shape == (1, 400)
+
+
+def test_frames_as_a_batch_are_averaged() -> None:
+    model = FramesAsBatch(nn.Flatten())
+    clip = torch.randn(2, 3, 5, 4, 4)
+    torch.testing.assert_close(model(clip), clip.mean(dim=2).flatten(1))
+
+
+def test_operations_without_a_count_are_listed() -> None:
+    gflops, unsupported = count_operations(nn.Sequential(nn.Conv3d(3, 8, 1), nn.GELU(), nn.GELU()), (2, 4, 4))
+    assert unsupported == {"aten::gelu": 2}
+    assert gflops == pytest.approx(3 * 8 * 32 / 1e9)
+
+
+def test_waiting_for_data_is_told_from_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def batches():
+        for _ in range(9):
+            now[0] += 3.0
+            yield 4
+
+    def work(clips: int) -> int:
+        now[0] += 1.0
+        return clips
+
+    assert run_through(batches(), work, 8) == (1.0, 0.75)
+
+
+def test_from_files_to_logits_and_weights(small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "flow.json"
+    words = f"DATA.ROOT {small_set} TRAIN.BATCH_SIZE 8 TEST.BATCH_SIZE 4 TEST.CLIPS 1 --clips 8 --rounds 1"
+    arguments = ["e2e", "--cfg", SAMPLE, "DATA.GENERATE", "", *words.split(), "--output", str(output)]
+    assert benchmark.main(arguments) == 0
+    flows = json.loads(output.read_text())["flows"]
+    assert [(flow["what"], flow["workers"]) for flow in flows] == [
+        (what, workers) for what in ("inference", "training") for workers in (1, 2, 4)
+    ]
+    for flow in flows:
+        assert flow["clips_per_second"][0] > 0
+        assert 0 <= flow["waiting"][0] < 1
+    assert capsys.readouterr().out.count("%") == 6
+
+
+def test_accuracy_replaces_gflops_where_it_is_known(tmp_path: Path) -> None:
+    speeds = [Speed(name, (1, 2, 2), 1, 2.0, {}, rates=[1.0, 2.0, 3.0], latencies=[1.0]) for name in "ab"]
+    for accuracies in ([None, None], [80.0, None]):
+        plot_speeds(speeds, accuracies, tmp_path / "x.png")
+        assert (tmp_path / "x.png").stat().st_size > 5000
+    table = describe_speeds(speeds, 10.0, Conditions(torch.device("cpu"), "fp32")).splitlines()
+    assert table[2].split() == [
+        "a",
+        "1x2x2",
+        "2.0",
+        "1.0",
+        "1.0",
+        "1",
+        "2.00",
+        "1.00",
+        "to",
+        "3.00",
+        "0.00",
+        "-",
+        "1.00",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["model", "--cfg", SAMPLE, "--peer", "torchvision:swin3d_x"], "Did you mean swin3d_"),
+        (["model", "--cfg", SAMPLE, "--peer", "torchvison:swin3d_t"], "Did you mean torchvision?"),
+        (["model", "--cfg", SAMPLE, "--peer", "swin3d_t"], "write LIBRARY:MODEL"),
+        (["model", "--cfg", SAMPLE, "--peer", "timm:resnet50"], "no such ViT"),
+        (["model", "--cfg", SAMPLE, "--peer", "pytorchvideo:slow_r50"], "choose one of mvit_base_16x4"),
+        (["model", "--cfg", SAMPLE, "--peer", "stvit_video:stvit_swin_tiny:quick"], "paper, fast, balanced"),
+        (["model", "--cfg", SAMPLE, "--rounds", "0"], "give whole numbers from 1 on"),
+        (["model", "--cfg", SAMPLE, "--plot", "/nowhere/x.png"], "/nowhere is not a folder"),
+        (["model", "--cfg", SAMPLE, "--plot", "x.txt"], "is no .png file"),
+        (["train", "--cfg", SAMPLE, "--results", "/nowhere.json"], "holds no top1"),
+        (["train", "--cfg", SAMPLE, "--results", "a", "--results", "b"], "give one for each --cfg"),
+        (["e2e", "--cfg", SAMPLE, "--cfg", FULL], "takes one --cfg"),
+        (["e2e", "--cfg", SAMPLE, "--peer", "pytorchvideo"], "loader takes pytorchvideo"),
+        (["loader", "--cfg", SAMPLE, "--peer", "torchvision:swin3d_t"], "loader takes pytorchvideo"),
+        (["model", "--peer", "torchvision:swin3d_t"], "arguments are required: --cfg"),
+    ],
+)
+def test_wrong_use_is_one_line(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert says in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.main(["model", "--cfg", SAMPLE, "DEVICE", "cuda"]) == 2
+    assert "no GPU is visible" in capsys.readouterr().err
+
+
+def test_an_unknown_size_is_refused() -> None:
+    with pytest.raises(UsageError, match="positive multiple"):
+        build_peer("stvit_video:vit_tiny_patch16", (4, 60, 60))
