@@ -207,26 +207,25 @@ class WindowBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if in_pieces(self, x) and not self.attn.padded:
-            return self._forward_in_pieces(x)
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+            x = self._attend_in_pieces(x)
+        else:
+            x = x + self.drop_path(self.attn(self.norm1(x)))
         return feed_forward(self, x, self._mlp_branch, self.mlp.fc1.out_features)
 
     def _mlp_branch(self, x: Tensor) -> Tensor:
         return self.drop_path(self.mlp(self.norm2(x)))
 
-    def _forward_in_pieces(self, x: Tensor) -> Tensor:
-        """Run the whole block on some windows after others; windows cut elsewhere take the place of shift and mask."""
+    def _attend_in_pieces(self, x: Tensor) -> Tensor:
+        """Return x + attention, some windows after others; windows cut elsewhere take the place of shift and mask."""
         out = torch.empty_like(x)
         bias = self.attn.bias().to(x.dtype)
         for runs in self.attn.runs:
             window = (runs[0][2], runs[1][2], runs[2][2])
             logits = self.attn.shorter(bias, window)
-            for place in pieces(len(x), runs, math.prod(window) * self.mlp.fc1.out_features * x.element_size()):
-                target = split(out[place], window)
+            for place in pieces(len(x), runs, math.prod(window) * self.attn.qkv.out_features * x.element_size()):
                 tokens = partition(x[place], window).flatten(0, 3)
-                tokens = tokens + self.attn.attend(self.norm1(tokens), logits)
-                tokens += self._mlp_branch(tokens)
-                target.copy_(tokens.view(target.shape))
+                target = split(out[place], window)
+                target.copy_((tokens + self.attn.attend(self.norm1(tokens), logits)).view(target.shape))
         return out
 
 
