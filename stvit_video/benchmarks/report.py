@@ -90,9 +90,8 @@ def plot_speeds(speeds: Sequence[Speed], accuracies: Sequence[float | None], pat
         axes.annotate(speed.name, (speed.rate, height), textcoords="offset points", xytext=(6, 6), fontsize=8)
     axes.set_xlabel("clips a second")
     axes.set_ylabel("top-1 (%)" if known else "GFLOPs a clip")
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.35 * max(max(speed.rates) for speed in speeds))  # room for the names
     if not known:
-        axes.set_ylim(bottom=0)
-    axes.margins(0.15)
+        axes.set_ylim(0, 1.15 * max(speed.gflops for speed in speeds))
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
