@@ -68,7 +68,7 @@ def test_the_result_cannot_be_changed(cfg_file: Path) -> None:
         (["OPTIM.LR", "-1"], "at least 0"),
         (["OPTIM.LR", ".nan"], "allowed: at least 0"),
         (["MODE", "trian"], "Did you mean train?"),
-        (["PRECISION", "fp16"], "allowed: fp32, bf16"),
+        (["PRECISION", "fp8"], "allowed: fp32, tf32, bf16, fp16"),
         (["MODEL.REGIONS", "[2, 4]"], "has 2 values; it takes 3"),
         (["DATA.SHORT_SIDE", "[320, 256]"], "smaller end"),
         (["DATA.MEAN", "[a, b, c]"], "it takes float values"),
