@@ -165,7 +165,7 @@ def join_world(device: str = "auto", timeout_s: int = 1800) -> Iterator[World]:
 
     NCCL between GPUs, gloo between CPUs. A group that cannot be formed is an error that names who is missing, never a
     silent single process; an error inside is reported with the rank it happened on. Raises UsageError for an
-    incomplete environment or too few GPUs, RuntimeError where other processes fail or do not come.
+    incomplete environment or too few GPUs, RunFailure where other processes do not come.
     """
     place = find_place(os.environ)
     if place is None:

@@ -18,6 +18,10 @@ class UsageError(ValueError):
     """
 
 
+class RunFailure(RuntimeError):
+    """A run that cannot go on, for a reason outside this program that the message names in one line; exit code 1."""
+
+
 def nearest(name: str, known: list[str]) -> str:
     """Return ``name``'s closest match among ``known`` as a question, or an empty string."""
     match = difflib.get_close_matches(name, known, n=1, cutoff=0.6)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from stvit_video.errors import UsageError
+from stvit_video.errors import RunFailure, UsageError
 
 if TYPE_CHECKING:
     from stvit_video.distributed import Place
@@ -32,7 +32,7 @@ def connect(place: "Place", timeout_s: int) -> Any:
             return next(iter(rendezvous("env://", place.rank, place.size, timeout=timeout)))[0]
         except dist.DistError as error:
             where = f"{place.address}:{place.port}"
-            raise RuntimeError(f"rank {place.rank}: nobody answers on {where} within {timeout_s} s") from error
+            raise RunFailure(f"rank {place.rank}: nobody answers on {where} within {timeout_s} s") from error
     host = place.address
     # Several jobs may share a machine: each has ports of its own to try, and says by a key which job it is.
     ports = [place.port] if place.port else random.Random(place.job).sample(range(20000, 32768), PORTS_TRIED)
@@ -45,7 +45,7 @@ def connect(place: "Place", timeout_s: int) -> Any:
             if store is not None:
                 return store
         time.sleep(0.2)
-    raise RuntimeError(
+    raise RunFailure(
         f"rank {place.rank} on {place.host}: rank 0 on {host} did not come within {timeout_s} s, or its ports "
         f"{', '.join(map(str, ports))} cannot be reached from here"
     )
@@ -64,7 +64,7 @@ def _serve(place: "Place", host: str, ports: list[int], timeout: datetime.timede
             continue
         store.set(f"job {place.job}", "")
         return store
-    raise RuntimeError(
+    raise RunFailure(
         f"rank 0 on {place.host}: ports {', '.join(map(str, ports))} are all taken; set MASTER_PORT to a free one"
     )
 
@@ -93,7 +93,7 @@ def _find_store(place: "Place", host: str, port: int, timeout: datetime.timedelt
 
 
 def call_roll(store: Any, place: "Place", kind: str, gpu: str, problem: str, timeout_s: int) -> None:
-    """Return once all processes have come, and their devices go together; raise RuntimeError where that fails.
+    """Return once all processes have come, and their devices go together; raise RunFailure where that fails.
 
     Every process says where it is and what it has (``kind`` of device, the GPU's identity, its ``problem``); rank 0
     judges, and its verdict reaches all.
@@ -111,7 +111,7 @@ def call_roll(store: Any, place: "Place", kind: str, gpu: str, problem: str, tim
             where = f" on {place.hosts[0]}" if place.hosts else ""
             verdict = f"rank 0{where} was lost before all processes had come ({_first_line(error)})"
     if verdict:
-        raise RuntimeError(f"rank {place.rank} on {place.host}: the processes cannot work together: {verdict}")
+        raise RunFailure(f"rank {place.rank} on {place.host}: the processes cannot work together: {verdict}")
 
 
 def _collect(store: Any, place: "Place", timeout_s: int) -> dict[int, dict[str, str]]:

@@ -8,8 +8,8 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from stvit_video.engine.stopping import EXIT_STOPPED, Diverged, Stopped
-from stvit_video.errors import Parser, run_command
+from stvit_video.engine.stopping import EXIT_STOPPED, Stopped
+from stvit_video.errors import Parser, RunFailure, run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         print(f"{stopped}; all of it is kept, and the same command, without OVERWRITE, continues", file=sys.stderr)
         return EXIT_STOPPED
-    except Diverged as error:
+    except RunFailure as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

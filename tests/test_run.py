@@ -91,6 +91,17 @@ def test_words(finished: Path, mode: str, output: Path, *more: str) -> list[str]
 test_words.__test__ = False
 
 
+def test_the_same_folder_may_be_written_in_two_ways(
+    small_run: Arguments, small_set: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["TRAIN.MAX_STEPS", "1", "DATA.VAL_LIST", ""]
+    assert run.main(small_run(*words)) == 0
+    monkeypatch.chdir(small_set.parent)
+    assert run.main(small_run(*words, "DATA.ROOT", small_set.name)) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert run.main(small_run(*words, "DATA.ROOT", ".")) == 2
+
+
 @pytest.mark.parametrize("processes", [2, 3, 4])
 def test_any_number_of_processes_gives_the_same_figures(finished: Path, tmp_path: Path, processes: int) -> None:
     """11 videos in batches of 3, as one process scored them after training: the set divides by none of them."""

@@ -146,13 +146,17 @@ def _copy_to_cpu(content: Any) -> Any:
     return content
 
 
-def save_weights(path: Path, model: nn.Module, classes: list[str]) -> None:
-    """Write weights as safetensors with the model's name and arguments: enough to build and use it again."""
+def save_weights(path: Path, model: nn.Module, classes: list[str], views: dict[str, Any] | None = None) -> None:
+    """Write weights as safetensors with the model's name and arguments: enough to build and use it again.
+
+    ``views`` are the configuration keys that say how a video becomes clips.
+    """
     metadata = {
         "format": "pt",
         "name": str(model.name),
         "arguments": json.dumps(model.arguments),
         "classes": json.dumps(classes),
+        "views": json.dumps(views or {}),
     }
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     write_atomically(path, safetensors.torch.save(state, metadata=metadata))

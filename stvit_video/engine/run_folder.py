@@ -29,6 +29,7 @@ FREE_KEYS = (
     "TRANSFER.NEIGHBOURS", "TRANSFER.TEMPERATURE", "TRANSFER.WEIGHT_DECAY", "TRANSFER.RANDOM_BASELINE",
     "TRANSFER.FINETUNE",
 )  # fmt: skip
+PATH_KEYS = ("DATA.ROOT", "MODEL.INIT")  # the same place may be written in two ways
 # What each mode writes and replaces; training writes TRAINING_FILES too. The features of a transfer are not replaced as
 # a whole: each file says itself what it is of.
 TEST_FILES = ("results.json", "confusion.png", "failures.csv", "per_class.csv", "predictions.csv")
@@ -189,6 +190,8 @@ class RunFolder:
 
 def _refuse_other_settings(path: Path, recorded: dict[str, Any], current: dict[str, Any]) -> None:
     old, new = _flat(recorded), _flat(current)
+    for key in PATH_KEYS:
+        old, new = ({**values, key: os.path.abspath(values[key]) if values.get(key) else ""} for values in (old, new))
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and key not in FREE_KEYS]
     if changed:
         shown = ", ".join(f"{key} {old.get(key)!r} (now {new.get(key)!r})" for key in changed[:5])

@@ -7,6 +7,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
+from stvit_video.errors import RunFailure
 from stvit_video.signals import STOP_SIGNALS
 
 EXIT_STOPPED = 75  # "try again later": the same command continues
@@ -20,7 +21,7 @@ class Stopped(Exception):
         super().__init__(f"stopped by {received or 'a signal to another process'} after {reached}")
 
 
-class Diverged(Exception):
+class Diverged(RunFailure):
     """Training cannot go on: too many steps had a loss or gradients that are not finite."""
 
 

@@ -22,6 +22,7 @@ from stvit_video.engine.plots import plot_curves
 from stvit_video.engine.run_folder import RunFolder
 from stvit_video.engine.start import build_cost, build_data, check_inputs, report_lists, report_model
 from stvit_video.engine.stopping import Stopped, StopSignals
+from stvit_video.engine.trained import view_settings
 from stvit_video.engine.trainer import Trainer, build_trainer
 from stvit_video.errors import UsageError
 from stvit_video.models import LoadReport, load_pretrained
@@ -84,13 +85,13 @@ def train(cfg: CfgNode, world: World) -> None:
         resume(trainer, state, folder)
     train_epochs(cfg, trainer, folder, val_loader, classes)
     tested = trainer.model_to_test()
-    on_main(world, lambda: finish_training(folder, tested, classes))
+    on_main(world, lambda: finish_training(cfg, folder, tested, classes))
     test_model(cfg, world, folder, tested, cost, test_loader, classes, trainer.failures)
 
 
-def finish_training(folder: RunFolder, model: nn.Module, classes: list[str]) -> None:
+def finish_training(cfg: CfgNode, folder: RunFolder, model: nn.Module, classes: list[str]) -> None:
     """Write the weights to be tested and the learning curves."""
-    save_weights(folder.weights, model, classes)
+    save_weights(folder.weights, model, classes, view_settings(cfg))
     plot_curves(read_metrics(folder.path / "metrics.jsonl"), folder.path / "curves.png")
 
 
@@ -183,7 +184,7 @@ def validate(
     values = {"loss": predictions.loss, "top1": predictions.top(1), "top5": predictions.top(5)}
     if values["top1"] > trainer.best:
         trainer.best = values["top1"]
-        on_main(trainer.world, lambda: save_weights(folder.best_weights, model, classes))
+        on_main(trainer.world, lambda: save_weights(folder.best_weights, model, classes, view_settings(cfg)))
     return values
 
 

@@ -131,13 +131,13 @@ def _fit_to_model(cfg: CfgNode, arguments: dict[str, Any], weights: Path) -> Non
 
 
 def read_views(weights: Path) -> dict[str, Any]:
-    """Return VIEW_KEYS with their values as an exported ``.safetensors`` carries them; empty where it has none."""
+    """Return VIEW_KEYS with their values as the ``.safetensors`` of a run or an export carries them; else empty."""
     with safe_open(weights, "pt") as file:
         text = (file.metadata() or {}).get("views", "{}")
     try:
         return dict(json.loads(text))
     except (ValueError, TypeError) as error:
-        raise UsageError(f"Checkpoint {weights}: its metadata 'views' is not JSON; export it again.") from error
+        raise UsageError(f"Checkpoint {weights}: its metadata 'views' is not JSON; write it again.") from error
 
 
 def view_settings(cfg: CfgNode) -> dict[str, Any]:
