@@ -93,7 +93,7 @@ def test_a_signal_stops_at_a_step_and_the_same_command_continues(
     said, _ = process.communicate(timeout=120)
     stopped = newest_step(output)
     assert 3 <= stopped < 12, said
-    assert f"stopped by {number.name} after step {stopped}; a checkpoint is written" in said
+    assert f"stopped by {number.name} after step {stopped}; all of it is kept" in said
     if processes == 1:
         assert process.returncode == EXIT_STOPPED
     again = subprocess.run(command, capture_output=True, text=True, timeout=300)
