@@ -24,10 +24,12 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
             points = [(row["epoch"], row[name]) for row in rows if row["split"] == split and name in row]
             if points:
                 title = "training" if split == "train" else "validation"
-                axes.plot(*zip(*points, strict=True), color=colour, label=title, marker="o" if split == "val" else None)
+                marker = "o" if split == "val" or len(points) == 1 else None  # a line of one point is none
+                axes.plot(*zip(*points, strict=True), color=colour, label=title, marker=marker)
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
+        axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
     panels[1].legend(loc="lower right")
     figure.savefig(path, dpi=120)
