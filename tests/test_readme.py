@@ -50,7 +50,8 @@ def test_its_links_lead_somewhere() -> None:
 SMALL = "DATA.SIZE 64 DATA.FRAMES 4 DATA.STRIDE 1 DATA.SHORT_SIDE [64,64] TEST.SHORT_SIDE 64 TEST.CLIPS 1 TEST.CROPS 1"
 SHORT = {
     "configs/sample_": "DATA.GENERATE= TRAIN.MAX_STEPS 1 TRAIN.BATCH_SIZE 8 DATA.WORKERS 0",
-    "stvit_video.benchmark": f"{SMALL} --clips 2 --rounds 1",
+    "stvit_video.benchmark loader": f"{SMALL} --clips 2 --rounds 1",
+    "stvit_video.benchmark model": f"{SMALL} --largest-batch 1 --rounds 1",
     "stvit_video.run --cfg configs/k400_stvit": f"{SMALL} TRAIN.MAX_STEPS 1 TRAIN.BATCH_SIZE 1 DATA.WORKERS 0",
     "configs/finetune": "TRAIN.EPOCHS 1 DATA.WORKERS 0",
 }
@@ -66,7 +67,7 @@ def here(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "data" / "sample").symlink_to(small_set)
     (folder / "videos").mkdir()
     videos = sorted((small_set / "videos").glob("*.mp4"))
-    for split, some in (("train", videos[:4]), ("val", videos[4:6]), ("test", videos[6:8])):
+    for split, some in (("train", videos[:8]), ("val", videos[8:10]), ("test", videos[10:12])):
         lines = [f"{path} {i % 2}" for i, path in enumerate(some)]
         (folder / "videos" / f"{split}.csv").write_text("\n".join(lines) + "\n")
     for i, path in enumerate(videos[:12]):
