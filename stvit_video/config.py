@@ -5,6 +5,7 @@ Experiment files hold differences only and may inherit through ``_BASE_``. Comma
 """
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -425,7 +426,11 @@ def _check_numbers(key: Key, values: list[Any]) -> None:
             continue
         if not isinstance(value, int | float):
             raise UsageError(f"{key.name} holds {value!r}; it takes numbers ({key.about}).")
-        if (key.low is not None and value < key.low) or (key.high is not None and value > key.high) or value != value:
+        if (
+            (key.low is not None and value < key.low)
+            or (key.high is not None and value > key.high)
+            or not math.isfinite(value)
+        ):
             bounds = f"at least {key.low}" if key.high is None else f"{key.low} to {key.high}"
             raise UsageError(f"{key.name} is {value}; allowed: {bounds} ({key.about}).")
 

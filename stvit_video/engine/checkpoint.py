@@ -18,12 +18,13 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
+from stvit_video.errors import UsageError
 from stvit_video.models.checkpoints import DAMAGE
 
 REQUIRED = (
     "model", "optimizer", "average", "averaged", "scheduler", "scaler", "epoch", "step", "bad_steps", "best", "setup",
 )  # fmt: skip
-READ_ERRORS = (OSError, pickle.UnpicklingError, zipfile.BadZipFile, *DAMAGE)
+DAMAGED = (pickle.UnpicklingError, zipfile.BadZipFile, *DAMAGE)  # what reading a damaged file raises
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -54,10 +55,16 @@ def save_checkpoint(folder: Path, content: dict[str, Any], keep: int) -> Path:
     if path.is_dir():  # something put a folder in its place: it is kept, out of the way
         path.rename(path.with_name(f".{path.name}.{time.time_ns()}"))
     write_atomically(path, buffer.getvalue())
-    for old in list_checkpoints(folder)[keep:]:
+    # Those of later steps are none of this run's: it began again before them, because they cannot be read.
+    earlier = [other for other in list_checkpoints(folder) if _step_of(other) <= content["step"]]
+    for old in (*earlier[keep:], *folder.glob(".step_*.pt.tmp")):  # the latter are of writes that were killed
         if old.is_file():
             old.unlink()
     return path
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step_"))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -69,7 +76,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def read_checked(path: Path) -> Any:
-    """Return what torch saved to a file, after comparing its checksums; raises one of READ_ERRORS if it is damaged."""
+    """Return what torch saved to a file, after comparing its checksums; raises one of DAMAGED if it is damaged."""
     with zipfile.ZipFile(path) as archive:  # torch's format, with a checksum of every part
         damaged = archive.testzip()
     if damaged is not None:
@@ -78,17 +85,29 @@ def read_checked(path: Path) -> Any:
 
 
 def load_newest(folder: Path) -> dict[str, Any] | None:
-    """Return the newest training state that is whole, warning about any that is not; None where there is none."""
-    for path in list_checkpoints(folder):
+    """Return the newest training state that is whole, warning about any that is not; None where there is no file.
+
+    Raises UsageError where there are files and none can be used, OSError where the disk does not give them.
+    """
+    found = list_checkpoints(folder)
+    for path in found:
+        if path.is_dir():
+            warnings.warn(f"checkpoint {path} is a folder; trying the one before", stacklevel=2)
+            continue
         try:
             content = read_checked(path)
-        except READ_ERRORS as error:
+        except DAMAGED as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             warnings.warn(f"checkpoint {path} is damaged ({reason[:120]}); trying the one before", stacklevel=2)
             continue
         if isinstance(content, dict) and all(name in content for name in REQUIRED):
             return content
         warnings.warn(f"checkpoint {path} is not a training state; trying the one before", stacklevel=2)
+    if found:
+        raise UsageError(
+            f"{folder} holds {len(found)} checkpoint(s), the newest {found[0].name}, and none can be used; put a "
+            f"whole one there, or OVERWRITE True starts the training again."
+        )
     return None
 
 

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from stvit_video.data.loader import build_test_loader
 from stvit_video.data.videos import build_classes
 from stvit_video.distributed import World, on_main
-from stvit_video.engine.evaluate import check_all_loaded
+from stvit_video.engine.evaluate import load_tested
+from stvit_video.engine.logging import check_log
 from stvit_video.engine.precision import autocast, set_precision
 from stvit_video.engine.run_folder import RunFolder
 from stvit_video.engine.start import build_cost, build_data, check_inputs, report_lists, report_model
 from stvit_video.engine.step_clock import PARTS, peak_memory
 from stvit_video.engine.train import build_weights
 from stvit_video.engine.trainer import Trainer, build_trainer
-from stvit_video.models import load_pretrained
 from stvit_video.models.zoo import build_model
 
 
@@ -29,15 +29,14 @@ def dry_run(cfg: CfgNode, world: World) -> None:
     folder = RunFolder(cfg.OUTPUT_DIR)
     on_main(world, lambda: folder.check(cfg))
     check_inputs(cfg)
+    check_log(cfg)
     classes = build_classes(cfg)
     torch.manual_seed(cfg.SEED)
     model = build_model(cfg, len(classes))
-    if cfg.MODEL.INIT and cfg.MODE == "train":
-        build_weights(cfg, model, classes)
+    if cfg.MODE == "test":
+        load_tested(cfg, folder, model)
     elif cfg.MODEL.INIT:
-        report = load_pretrained(model, cfg.MODEL.INIT, min_coverage=0.0, new_head=cfg.MODE == "transfer")
-        if cfg.MODE == "test":
-            check_all_loaded(report, model)
+        build_weights(cfg, model, classes)
     cost = build_cost(cfg, model)
     if world.is_main:
         print(f"configuration, resolved:\n{cfg.dump()}")
@@ -55,12 +54,12 @@ def dry_run(cfg: CfgNode, world: World) -> None:
         set_precision(world.device, cfg.PRECISION)
         model.to(world.device)
     started = time.monotonic()
-    batch = next(iter(loader)).to(world.device)
+    batch = next(iter(loader), None)
     waited = time.monotonic() - started
-    text = "no video of the first batch could be read"
-    if len(batch.labels):
+    text = "none for this process" if batch is None else "no video of the first could be read"
+    if batch is not None and len(batch.labels):
         with torch.no_grad(), autocast(world.device, cfg.PRECISION):
-            text = describe_shapes(model.eval(), batch.clips)
+            text = describe_shapes(model.eval(), batch.to(world.device).clips)
     lines.append(f"test batch: {text}; {waited:.2f} s to load")
     if world.is_main:
         print("\n".join(lines))

@@ -25,7 +25,7 @@ from stvit_video.engine.precision import autocast, set_precision
 from stvit_video.engine.run_folder import RunFolder
 from stvit_video.engine.start import build_cost, build_data, check_inputs, report_lists, report_model
 from stvit_video.engine.stopping import Stopped, StopSignals
-from stvit_video.errors import UsageError
+from stvit_video.errors import RunFailure, UsageError
 from stvit_video.models import LoadReport, load_pretrained
 from stvit_video.models.complexity import Cost
 from stvit_video.models.zoo import build_model
@@ -123,6 +123,12 @@ def _join(shares: list[tuple[list[Row], list[Failure]]], total: int) -> Predicti
         )
     indices, labels, scores = (torch.cat(column) for column in zip(*rows, strict=True))
     order = indices.argsort()
+    strange = ~scores.isfinite().all(dim=1)
+    if strange.any():
+        raise RunFailure(
+            f"The scores of {int(strange.sum())} of {len(scores)} videos are not finite, the first of them at place "
+            f"{int(indices[strange].min()) + 1} of the list; use PRECISION fp32, or other weights."
+        )
     assert len(indices.unique()) == len(indices) == total - len(failures), "a video was lost or counted twice"
     return Predictions(scores[order], labels[order], indices[order], total, failures)
 
@@ -145,6 +151,7 @@ def test_model(
     loader: DataLoader,
     classes: list[str],
     earlier: list[Failure],
+    signals: StopSignals,
 ) -> dict[str, Any]:
     """Test ``model`` with all views; write results, tables, failures and confusion matrix; return the results.
 
@@ -152,10 +159,10 @@ def test_model(
     """
     started = time.monotonic()
     dataset: Any = loader.dataset
-    parts = Parts(folder.parts, fingerprint(model, weights_hash(model), dataset, cfg.PRECISION, 0), world.rank)
+    key = fingerprint(model, weights_hash(model), dataset, cfg.PRECISION, 0)
+    parts = Parts(folder.parts, f"{key} in batches of {loader.batch_sampler.batch}", world.rank)  # type: ignore[union-attr]
     try:
-        with StopSignals(world.launched) as signals:
-            predictions = predict(model, loader, world, cfg.PRECISION, "test", parts=parts, signals=signals)
+        predictions = predict(model, loader, world, cfg.PRECISION, "test", parts=parts, signals=signals)
     except NothingReadError as error:
         rows = earlier + error.failures
         on_main(world, lambda: folder.write_failures(rows))
@@ -185,8 +192,8 @@ def test_model(
         check_failures(len(predictions.failures), predictions.total, cfg.DATA.MAX_FAILURES, "test")
         folder.write_table("per_class.csv", predictions.per_class(classes))
         folder.write_table("predictions.csv", predictions.rows([video.path for video in dataset.videos], classes))
-        plot_confusion(predictions.confusion(), classes, folder.path / "confusion.png")
         folder.write_results(results)
+        plot_confusion(predictions.confusion(), classes, folder.path / "confusion.png")
         parts.clear()
         print(f"{describe_results(results)}\nresults in {folder.results}", flush=True)
         return results
@@ -214,20 +221,26 @@ def check_all_loaded(report: LoadReport, model: nn.Module) -> None:
             raise UsageError(f"{report.source} was trained with {key} {old!r}, not {new!r}; set MODEL to match it.")
 
 
-def test(cfg: CfgNode, world: World) -> None:
-    """Run MODE test: the weights of MODEL.INIT, or else those that OUTPUT_DIR holds."""
-    build_data(cfg, world)
-    check_inputs(cfg)
-    folder = RunFolder(cfg.OUTPUT_DIR)
+def load_tested(cfg: CfgNode, folder: RunFolder, model: nn.Module) -> LoadReport:
+    """Load what MODE test tests: the weights of MODEL.INIT, or else those that the folder holds. Raises UsageError."""
     source = cfg.MODEL.INIT or str(folder.weights)
     if not Path(source).is_file():
         raise UsageError(
             f"MODE test: no weights at {source}; give MODEL.INIT FILE, or the OUTPUT_DIR of a finished run."
         )
-    classes = build_classes(cfg)
-    model = build_model(cfg, len(classes))
     report = load_pretrained(model, source, min_coverage=0.9)
     check_all_loaded(report, model)
+    return report
+
+
+def test(cfg: CfgNode, world: World) -> None:
+    """Run MODE test: the weights of MODEL.INIT, or else those that OUTPUT_DIR holds."""
+    build_data(cfg, world)
+    check_inputs(cfg)
+    folder = RunFolder(cfg.OUTPUT_DIR)
+    classes = build_classes(cfg)
+    model = build_model(cfg, len(classes))
+    report = load_tested(cfg, folder, model)
     cost = build_cost(cfg, model)
     set_precision(world.device, cfg.PRECISION)
     compile_model(model, cfg.COMPILE)
@@ -240,4 +253,5 @@ def test(cfg: CfgNode, world: World) -> None:
         print(report, flush=True)
         report_model(cfg, cost, world, len(classes))
         report_lists({"test": loader})
-    test_model(cfg, world, folder, model.to(world.device), cost, loader, classes, [])
+    with StopSignals(world.launched) as signals:
+        test_model(cfg, world, folder, model.to(world.device), cost, loader, classes, [], signals)

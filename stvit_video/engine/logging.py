@@ -1,6 +1,7 @@
 """What is kept of a run while it goes on: ``metrics.jsonl``, TensorBoard, and Weights & Biases if asked for."""
 
 import hashlib
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -45,16 +46,28 @@ class MetricsLog:
             self.run.finish()
 
 
-def build_log(cfg: CfgNode, folder: Path, step: int) -> MetricsLog:
-    """Return the log of a run that is at ``step``. Raises UsageError where LOG.WANDB asks for what is not installed."""
-    if not cfg.LOG.WANDB:
-        return MetricsLog(folder, step)
-    try:
-        import wandb
-    except ImportError as error:
+def check_log(cfg: CfgNode) -> None:
+    """Raise UsageError where LOG.WANDB asks for what is not installed."""
+    if cfg.LOG.WANDB and not _is_installed("wandb"):
         raise UsageError(
             f"LOG.WANDB {cfg.LOG.WANDB}: Weights & Biases is not installed; pip install wandb, or LOG.WANDB ''."
-        ) from error
+        )
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
+
+
+def build_log(cfg: CfgNode, folder: Path, step: int) -> MetricsLog:
+    """Return the log of a run that is at ``step``; ``check_log`` comes first."""
+    if not cfg.LOG.WANDB:
+        return MetricsLog(folder, step)
+    import wandb
+
     # The same folder is the same run there too, also after an interruption.
     identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     settings = yaml.safe_load(cfg.dump())

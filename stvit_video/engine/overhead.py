@@ -19,7 +19,7 @@ from stvit_video.distributed import World, pick_device
 from stvit_video.engine.precision import autocast
 from stvit_video.engine.run_folder import RunFolder
 from stvit_video.engine.start import build_cost, build_data, check_inputs
-from stvit_video.engine.stopping import Stopped
+from stvit_video.engine.stopping import Stopped, StopSignals
 from stvit_video.engine.timing import Timer, timed
 from stvit_video.engine.train import train_epochs
 from stvit_video.engine.trainer import Trainer, build_trainer
@@ -64,7 +64,8 @@ def engine_loop(cfg: CfgNode, trainer: Trainer, classes: list[str]) -> Iterator[
         run = RunFolder(Path(folder))
         run.checkpoints.mkdir()
         try:
-            train_epochs(cfg, trainer, run, None, classes)
+            with StopSignals(launched=False) as signals:
+                train_epochs(cfg, trainer, run, None, classes, signals)
         except Stopped as stopped:  # there is nothing to continue
             raise KeyboardInterrupt from stopped
     yield trainer.step

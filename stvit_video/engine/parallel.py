@@ -64,10 +64,9 @@ def whole_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
     Of a sharded model only process 0 holds them, in CPU memory; all processes have to ask.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=isinstance(model, FSDPModule))
-    return {
-        "model": get_model_state_dict(model, options=options),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
-    }
+    # An optimiser that has not stepped has no state, and torch would make one by stepping.
+    stepped = get_optimizer_state_dict(model, optimizer, options=options) if optimizer.state else {}
+    return {"model": get_model_state_dict(model, options=options), "optimizer": stepped}
 
 
 def restore_weights(model: nn.Module, state: dict[str, Any]) -> None:
@@ -78,4 +77,5 @@ def restore_weights(model: nn.Module, state: dict[str, Any]) -> None:
 def restore_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Set model and optimiser to what ``whole_state`` returned, which every process holds."""
     restore_weights(model, state["model"])
-    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=StateDictOptions(full_state_dict=True))
+    if state["optimizer"]:
+        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=StateDictOptions(full_state_dict=True))

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stvit_video.engine.checkpoint import READ_ERRORS, read_checked, write_atomically
+from stvit_video.engine.checkpoint import DAMAGED, read_checked, write_atomically
 
 Row = tuple[Tensor, Tensor, Tensor]  # of a batch: list positions (videos,), labels (videos,), scores (videos, columns)
 
@@ -34,7 +34,7 @@ class Parts:
                 content = read_checked(path)
                 if content["key"] == self.key:
                     rows.update({int(row[0][0]): row for row in content["rows"]})
-            except (*READ_ERRORS, KeyError, TypeError, IndexError):
+            except (*DAMAGED, KeyError, TypeError, IndexError):
                 warnings.warn(f"{path} is damaged; its videos are scored again", stacklevel=2)
         return list(rows.values())
 

@@ -68,8 +68,8 @@ def plot_confusion(counts: Tensor, classes: list[str], path: Path) -> None:
     axes.set_xlabel("predicted")
     axes.set_ylabel("label")
     if few:
-        axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-        axes.set_yticks(range(len(classes)), classes)
+        axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right", parse_math=False)
+        axes.set_yticks(range(len(classes)), classes, parse_math=False)
         for row, column in zip(*np.nonzero(counts.numpy()), strict=True):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(int(counts[row, column])), ha="center", va="center", color=colour, fontsize=8)

@@ -17,7 +17,7 @@ from stvit_video.data.videos import build_classes
 from stvit_video.distributed import World, any_of, gather_objects, on_main
 from stvit_video.engine.checkpoint import build_writer, load_newest, save_weights
 from stvit_video.engine.evaluate import check_failures, predict, test_model
-from stvit_video.engine.logging import build_log, describe_results, read_metrics
+from stvit_video.engine.logging import build_log, check_log, describe_results, read_metrics
 from stvit_video.engine.plots import plot_curves
 from stvit_video.engine.run_folder import RunFolder
 from stvit_video.engine.start import build_cost, build_data, check_inputs, report_lists, report_model
@@ -54,6 +54,7 @@ def train(cfg: CfgNode, world: World) -> None:
     build_data(cfg, world)
     folder = RunFolder(cfg.OUTPUT_DIR)
     on_main(world, lambda: folder.check(cfg))
+    check_log(cfg)
     if folder.is_finished() and not cfg.OVERWRITE:
         if world.is_main:
             print(f"{cfg.OUTPUT_DIR} is finished (OVERWRITE True runs it again):")
@@ -83,10 +84,11 @@ def train(cfg: CfgNode, world: World) -> None:
         report_lists({"train": trainer.loader, "val": val_loader, "test": test_loader})
     if state is not None:
         resume(trainer, state, folder)
-    train_epochs(cfg, trainer, folder, val_loader, classes)
-    tested = trainer.model_to_test()
-    on_main(world, lambda: finish_training(cfg, folder, tested, classes))
-    test_model(cfg, world, folder, tested, cost, test_loader, classes, trainer.failures)
+    with StopSignals(world.launched) as signals:
+        train_epochs(cfg, trainer, folder, val_loader, classes, signals)
+        tested = trainer.model_to_test()
+        on_main(world, lambda: finish_training(cfg, folder, tested, classes))
+        test_model(cfg, world, folder, tested, cost, test_loader, classes, trainer.failures, signals)
 
 
 def finish_training(cfg: CfgNode, folder: RunFolder, model: nn.Module, classes: list[str]) -> None:
@@ -114,7 +116,12 @@ def resume(trainer: Trainer, state: dict[str, Any], folder: RunFolder) -> None:
 
 
 def train_epochs(
-    cfg: CfgNode, trainer: Trainer, folder: RunFolder, val_loader: DataLoader | None, classes: list[str]
+    cfg: CfgNode,
+    trainer: Trainer,
+    folder: RunFolder,
+    val_loader: DataLoader | None,
+    classes: list[str],
+    signals: StopSignals,
 ) -> None:
     """Take the steps that are left, validate after epochs, and write checkpoints as the configuration asks.
 
@@ -124,7 +131,6 @@ def train_epochs(
     log = build_log(cfg, folder.path, trainer.step) if world.is_main else None
     with (
         closing(log) if log is not None else nullcontext(),
-        StopSignals(world.launched) as signals,
         build_writer(cfg, folder.checkpoints) as writer,
         Progress("train", trainer.total_steps, trainer.step, enabled=world.is_main) as progress,
     ):
@@ -179,7 +185,10 @@ def validate(
     Raises Stopped after a signal to stop; the checkpoint of the last step is there by then.
     """
     model = trainer.model_to_test()
-    predictions = predict(model, loader, trainer.world, cfg.PRECISION, signals=signals)
+    try:
+        predictions = predict(model, loader, trainer.world, cfg.PRECISION, signals=signals)
+    except Stopped:  # the scores so far are not kept: one view a video is soon made again
+        raise Stopped(signals.received, f"step {trainer.step}") from None
     trainer.failures += predictions.failures
     values = {"loss": predictions.loss, "top1": predictions.top(1), "top5": predictions.top(5)}
     if values["top1"] > trainer.best:

@@ -83,7 +83,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
         self.clock = StepClock(world.device)
         self.epoch = self.step = self.bad_steps = 0  # epochs that are over, steps taken, those of them skipped
-        self.best = 0.0  # validation top-1 in percent
+        self.best = -1.0  # validation top-1 in percent; any first one is better
         self.failures: list[Failure] = []
         self.failed: set[str] = set()  # training videos of this epoch and process
 
@@ -127,6 +127,8 @@ class Trainer:
             restore_weights(self.average.module, state["average"])
             self.average.n_averaged.fill_(state["averaged"])
         self.scheduler.load_state_dict(state["scheduler"])
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
@@ -154,21 +156,21 @@ class Trainer:
         )
         self.model.train()
         self.failed = set()
-        batches, sums, text = iter(self.loader), self._zeros(), ""
+        batches, sums, text, steps = iter(self.loader), self._zeros(), "", 0
         self.clock.lap()
         last = done + self.steps_left
         for i in range(done + 1, last + 1):
             seed_all(self._seed(self.step))
             skipped = self.bad_steps
-            sums += self.take_step(batches)
+            sums, steps = sums + self.take_step(batches), steps + 1
             if self.bad_steps > skipped:
                 progress.note(f"step {self.step} skipped: its loss or gradients are not finite")
             if i % LOG_EVERY == 0 or i == last:
-                values = self._averages(sums, (i - 1) % LOG_EVERY + 1)
+                values = self._averages(sums, steps)
                 if log is not None:
                     log.write(self.step, self.step / self.steps_per_epoch, "train", values)
                 text = describe_step(self.epoch + 1, values)
-                sums = self._zeros()
+                sums, steps = self._zeros(), 0
             progress.advance(text)
             after_step()
 
@@ -259,9 +261,9 @@ class Trainer:
         check_failures(int(failed_videos), len(self.loader.dataset), self.max_failures, "train")  # type: ignore[arg-type]
         lap = self.clock.lap()
         speed = clips / lap["elapsed"]
+        figures = {"loss": loss / clips, "top1": 100 * hits / clips} if clips else {}  # none if all were skipped
         return {
-            "loss": loss / max(1, clips),
-            "top1": 100 * hits / max(1, clips),
+            **figures,
             "lr": max(self.scheduler.get_last_lr()),
             "clips_per_second": speed,
             "data_share": lap["data"] / lap["elapsed"],
@@ -286,6 +288,8 @@ def seed_all(seed: int) -> None:
 
 def describe_step(epoch: int, values: dict[str, float]) -> str:
     """Return the figures of a progress line."""
+    if "loss" not in values:
+        return f"epoch {epoch}  all steps skipped"
     return (
         f"epoch {epoch}  loss {values['loss']:.3f}  top1 {values['top1']:.1f} %  "
         f"{values['clips_per_second']:.0f} clips/s  data {100 * values['data_share']:.0f} %  "

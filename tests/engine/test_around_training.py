@@ -113,8 +113,10 @@ def test_parts_of_other_weights_views_or_lists_are_not_used(
         interrupt(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert run.main(small_run(*words)) == EXIT_STOPPED
     scored = interrupt(monkeypatch, 99, die)
-    assert run.main(small_run(*words, "TEST.CLIPS", "2")) == 0
-    assert sum(scored) == 16
+    for other in (["TEST.CLIPS", "2"], ["TEST.BATCH_SIZE", "8", "OUTPUT_DIR", str(tmp_path / "s")]):
+        scored.clear()
+        assert run.main(small_run(*words, *other, "OVERWRITE", str(other[0] != "TEST.CLIPS"))) == 0
+        assert sum(scored) == 16
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "text", "foreign"])

@@ -8,6 +8,7 @@ import torch
 
 from stvit_video.engine import checkpoint
 from stvit_video.engine.checkpoint import list_checkpoints, load_newest, save_checkpoint, write_atomically
+from stvit_video.errors import UsageError
 
 
 def state(step: int) -> dict:
@@ -48,6 +49,32 @@ def test_a_damaged_newest_gives_way_to_the_one_before_with_a_warning(tmp_path: P
         assert load_newest(tmp_path)["step"] == 1
     save_checkpoint(tmp_path, state(2), keep=2)  # training comes there again
     assert load_newest(tmp_path)["step"] == 2
+
+
+def test_a_run_that_began_again_before_damaged_files_keeps_its_own(tmp_path: Path) -> None:
+    for step in (5, 6):
+        save_checkpoint(tmp_path, state(step), keep=2)
+        (tmp_path / f"step_{step:08d}.pt").write_bytes(b"cut")
+    (tmp_path / ".step_00000009.pt.tmp").write_bytes(b"of a write that was killed")
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, state(step), keep=2)
+    assert [int(path.stem.split("_")[1]) for path in list_checkpoints(tmp_path)] == [6, 5, 3, 2]
+    assert not list(tmp_path.glob(".*"))
+    with pytest.warns(UserWarning, match="trying the one before"):
+        assert load_newest(tmp_path)["step"] == 3
+
+
+def test_checkpoints_of_which_none_can_be_used_are_no_silent_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_checkpoint(tmp_path, state(1), keep=2)
+    with monkeypatch.context() as patch:  # the disk does not give it now: that is no damage
+        patch.setattr(checkpoint, "read_checked", lambda path: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")))
+        with pytest.raises(OSError, match="I/O error"):
+            load_newest(tmp_path)
+    torch.save({"model": {}}, path)
+    with pytest.raises(UsageError, match="none can be used"), pytest.warns(UserWarning, match="not a training state"):
+        load_newest(tmp_path)
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stvit_video import run
@@ -121,6 +123,41 @@ def test_a_run_that_diverges_ends_with_one_line(
     assert said.err.count("\n") == 1
     assert ".mp4" in said.err
     assert "skipped: its loss or gradients are not finite" in said.out
+
+
+def test_a_checkpoint_after_a_bad_first_step_changes_nothing(
+    small_run: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The optimiser has no state by then, and torch would make one by stepping."""
+    update = Trainer._update_weights
+
+    def spoil(self: Trainer) -> bool:
+        if self.step == 0:
+            next(iter(self.bare_model.parameters())).grad.fill_(torch.nan)  # type: ignore[union-attr]
+        return update(self)
+
+    monkeypatch.setattr(Trainer, "_update_weights", spoil)
+    for name, every in (("seldom", "0"), ("often", "1")):
+        words = ["DATA.VAL_LIST", "", "CHECKPOINT.EVERY_STEPS", every, "OUTPUT_DIR", str(tmp_path / name)]
+        assert run.main(small_run(*words)) == 0
+    seldom, often = (load_file(tmp_path / name / "model.safetensors") for name in ("seldom", "often"))
+    assert all(torch.equal(often[name], value) for name, value in seldom.items())
+
+
+def test_scores_that_are_not_finite_are_no_result(
+    small_run: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run.main(small_run("DATA.VAL_LIST", "", "TRAIN.MAX_STEPS", "1")) == 0
+    path = tmp_path / "run" / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata, weights = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    weights["head.proj.weight"].fill_(torch.nan)
+    save_file(weights, path, metadata)
+    capsys.readouterr()
+    words = ["MODE", "test", "MODEL.INIT", str(path), "OUTPUT_DIR", str(tmp_path / "test")]
+    assert run.main(small_run(*words)) == 1
+    assert capsys.readouterr().err.startswith("error: The scores of 16 of 16 videos are not finite")
+    assert not (tmp_path / "test" / "results.json").exists()
 
 
 def test_the_count_survives_an_interruption(
