@@ -13,7 +13,6 @@ import queue
 import sys
 import tempfile
 import threading
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -253,7 +252,6 @@ def check(arguments: Sequence[str] | None) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check a list from the command line; return the exit code."""
-    warnings.filterwarnings("ignore", message=r"`torch\.jit")  # from inside pytorchvideo
     stopped = "stopped before the end: nothing was written; the same command starts again"
     return run_command(check, arguments, stopped=stopped)
 

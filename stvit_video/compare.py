@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stvit_video.engine.logging import read_metrics
-from stvit_video.engine.plots import plot_comparison
 from stvit_video.errors import Parser, UsageError, run_command
 
 Points = list[tuple[int, float]]  # step, top-1 in percent
@@ -18,7 +16,7 @@ Points = list[tuple[int, float]]  # step, top-1 in percent
 
 def smooth(rows: list[dict[str, Any]], window: int) -> Points:
     """Return training top-1 averaged over the last ``window`` steps, from where there are as many."""
-    points = [(row["step"], row["top1"]) for row in rows if row["split"] == "train"]
+    points = [(row["step"], row["top1"]) for row in rows if row["split"] == "train" and "top1" in row]
     smoothed = []
     for i, (step, _) in enumerate(points):
         if step < window:
@@ -35,6 +33,8 @@ def first_step(points: Points, target: float) -> int | None:
 
 def read_run(folder: str, window: int) -> dict[str, Points]:
     """Return the smoothed training curve and the validation points of a run; raises UsageError where it has none."""
+    from stvit_video.engine.logging import read_metrics
+
     rows = read_metrics(Path(folder) / "metrics.jsonl")
     if not any(row["split"] == "train" for row in rows):
         raise UsageError(f"{folder} has no metrics.jsonl with training rows; give the OUTPUT_DIR of a training run.")
@@ -54,13 +54,20 @@ def compare(arguments: Sequence[str] | None) -> int:
     options = parser.parse_args(arguments)
     if options.output.suffix != ".png" or not options.output.parent.is_dir():
         raise UsageError(f"--output {options.output}: give a .png file in a folder that exists.")
+    from stvit_video.engine.plots import plot_comparison
+
     curves = {run: read_run(run, options.window) for run in options.runs}
     plot_comparison(curves, options.target, options.output)
     width = max(len(run) for run in curves)
     print(f"{'steps to ' + f'{options.target:g} %':{width}}  training  validation")
     for run, splits in curves.items():
-        steps = [first_step(splits[split], options.target) for split in ("train", "val")]
-        print(f"{run:{width}}  {steps[0] or 'never':>8}  {steps[1] or 'never':>10}")
+        cells = [
+            first_step(points, options.target) or "never" if points else "-"
+            for points in (splits["train"], splits["val"])
+        ]
+        print(f"{run:{width}}  {cells[0]:>8}  {cells[1]:>10}")
+        if not splits["train"]:
+            print(f"note: {run} has fewer steps than --window {options.window} averages over; give a smaller --window")
     print(f"picture in {options.output}")
     return 0
 

@@ -8,7 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 # What the system says where the user, not this program, has to act: nothing else is turned into one line.
-FILESYSTEM_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
+FILESYSTEM_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+}
 
 
 class UsageError(ValueError):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stvit_video.errors import Parser, UsageError, run_command
+from stvit_video.hub import check_exists
 
 if TYPE_CHECKING:  # a wrong option is answered before torch is imported
     from torch import Tensor
@@ -57,6 +58,7 @@ def export(arguments: Sequence[str] | None) -> int:
     """Parse the arguments, write the file and compare it; return the exit code. Raises UsageError."""
     options = build_parser().parse_args(arguments)
     batch = _check(options)
+    check_exists(options.checkpoint)
     from stvit_video.engine.exporters import FORMATS, check_packages
     from stvit_video.engine.trained import open_checkpoint
     from stvit_video.hub import check_push, push

@@ -15,6 +15,12 @@ def is_hub_address(name: str) -> bool:
     return name.startswith(SCHEME)
 
 
+def check_exists(checkpoint: str) -> None:
+    """Raise UsageError where a checkpoint is no file, no folder and not on the hub: said before torch is imported."""
+    if not is_hub_address(checkpoint) and not Path(checkpoint).exists():
+        raise UsageError(f"Checkpoint {checkpoint} does not exist; give the folder of a run or a .safetensors file.")
+
+
 def pull(address: str) -> Path:
     """Download (once) the file of ``hf://OWNER/NAME[/FILE]``, by default model.safetensors; return where it lies.
 

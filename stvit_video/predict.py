@@ -19,7 +19,6 @@ import json
 import os
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -29,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from stvit_video.data.frames import DecodeError
 from stvit_video.data.timeline import check_seconds
 from stvit_video.errors import Parser, UsageError, run_command
+from stvit_video.hub import check_exists
 from stvit_video.progress import Progress, clock
 
 if TYPE_CHECKING:  # a wrong option is answered before torch is imported
@@ -55,7 +55,8 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="python -m stvit_video.predict",
         form="VIDEO... --checkpoint RUN",
-        description="Say what a trained model sees in videos. Exit codes: 0 all were scored, 1 some cannot be read.",
+        description="Say what a trained model sees in videos. Exit codes: 0 all were scored, 1 some cannot be read, "
+        "2 wrong use.",
     )
     parser.add_argument(
         "videos",
@@ -96,6 +97,7 @@ def predict(arguments: Sequence[str] | None) -> int:
     """Parse the arguments, score the videos, print and write results; return the exit code. Raises UsageError."""
     options = build_parser().parse_args(arguments)
     _check(options)
+    check_exists(options.checkpoint)
     from stvit_video.data.sources import find_sources
     from stvit_video.engine.predictor import build_predictor
     from stvit_video.engine.trained import open_checkpoint
@@ -328,7 +330,6 @@ def to_rows(result: Prediction, top: int, count: int) -> Iterator[list[Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Predict from the command line; return the exit code."""
-    warnings.filterwarnings("ignore", message=r"`torch\.jit")  # from inside pytorchvideo
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show is still a result
             stream.reconfigure(errors="backslashreplace")

@@ -1,5 +1,6 @@
 """Progress as a person sees it: a bar on a terminal, plain lines in a log file."""
 
+import shutil
 import sys
 import time
 from types import TracebackType
@@ -7,6 +8,7 @@ from types import TracebackType
 from tqdm import tqdm
 
 PLAIN_LINE_SECONDS = 10.0
+WIDE = 100  # columns from which there is room for a bar beside the figures
 
 
 class Progress:
@@ -17,7 +19,15 @@ class Progress:
         self.started = self.last_line = time.monotonic()
         on_terminal = sys.stderr.isatty()
         self.plain = enabled and not on_terminal
-        self.bar = tqdm(total=total, desc=title, initial=done, disable=not (enabled and on_terminal), leave=True)
+        narrow = shutil.get_terminal_size().columns < WIDE
+        self.bar = tqdm(
+            total=total,
+            desc=title,
+            initial=done,
+            disable=not (enabled and on_terminal),
+            leave=True,
+            bar_format="{desc} {percentage:.0f} %{postfix}" if narrow else None,
+        )
 
     def __enter__(self) -> "Progress":
         return self
@@ -36,7 +46,8 @@ class Progress:
         if self.plain and (now - self.last_line >= PLAIN_LINE_SECONDS or self.done == self.total):
             self.last_line = now
             left = (now - self.started) / (self.done - self.first) * (self.total - self.done)
-            print(f"{self.title} {self.done}/{self.total}  {text}  eta {clock(left)}", flush=True)
+            parts = (f"{self.title} {self.done}/{self.total}", text, f"eta {clock(left)}")
+            print("  ".join(filter(None, parts)), flush=True)
 
     def note(self, text: str) -> None:
         """Print a line of its own beside the bar."""

@@ -7,7 +7,6 @@ confusions, accuracy by class, the worst mistakes with their frames, and what di
 
 import shlex
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,7 +49,7 @@ def report(runs: Sequence[Path], output: Path, command: str) -> str:
         raise UsageError(f"--output {output}: give a .html file in a folder that exists.")
     names = name_runs(runs)
     from stvit_video.engine.checkpoint import write_atomically
-    from stvit_video.show.run_page import headline, run_page
+    from stvit_video.show.run_page import find_warnings, headline, run_page
     from stvit_video.show.run_record import read_run
 
     try:
@@ -62,12 +61,11 @@ def report(runs: Sequence[Path], output: Path, command: str) -> str:
         write_atomically(output, page.encode())
     except OSError as error:
         raise UsageError(f"--output {output} cannot be written ({error.strerror}); give another file.") from error
-    return "\n".join([headline(records), *(line for record in records for line in record.absent), f"open {output}"])
+    return "\n".join([headline(records), *find_warnings(records), f"open {output}"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Report on runs from the command line; return the exit code."""
-    warnings.filterwarnings("ignore", message=r"`torch\.jit")  # from inside pytorchvideo
     return run_command(_main, arguments, stopped="stopped before the end: nothing was written")
 
 

@@ -5,7 +5,6 @@ of the last step; 1 failure, or Ctrl-C where nothing is under way that could be 
 """
 
 import sys
-import warnings
 from collections.abc import Sequence
 
 from stvit_video.engine.stopping import EXIT_STOPPED, Stopped
@@ -53,7 +52,6 @@ def dispatch(arguments: Sequence[str] | None) -> int:
     cfg = load_config(options.cfg, options.overrides)
 
     # Imported late: a wrong option is answered at once, and processes that only generate data stay light.
-    warnings.filterwarnings("ignore", message=r"`torch\.jit")  # from inside pytorchvideo
     if options.cost:
         from stvit_video.engine.start import print_cost
 

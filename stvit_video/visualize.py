@@ -8,13 +8,13 @@ is shown: the middle one, or that from ``--start`` seconds on. Exit codes: 0 don
 import contextlib
 import shlex
 import sys
-import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stvit_video.errors import Parser, UsageError, nearest, run_command
+from stvit_video.hub import check_exists
 
 if TYPE_CHECKING:  # what brings torch is imported once the options are known to be right
     from stvit_video.show.clip import Clip
@@ -93,6 +93,7 @@ def visualize(options: Namespace, command: str) -> str:
         raise UsageError(f"--start {options.start:g} is no place in a video; give seconds from 0 on.")
     if not options.video.exists():
         raise UsageError(f"VIDEO {options.video} does not exist; give a video, an image or a folder of images.")
+    check_exists(str(options.checkpoint))
     from stvit_video.engine.checkpoint import write_atomically
     from stvit_video.engine.trained import open_checkpoint
     from stvit_video.show.clip import read_clip
@@ -138,7 +139,6 @@ def visualize(options: Namespace, command: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Visualize a video from the command line; return the exit code."""
-    warnings.filterwarnings("ignore", message=r"`torch\.jit")  # from inside pytorchvideo
     return run_command(_main, arguments, stopped="stopped before the end")
 
 

@@ -57,3 +57,16 @@ def test_what_is_no_run_or_no_place_is_one_line(tmp_path: Path, output: str, cap
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+
+
+def test_a_run_shorter_than_the_window_is_not_said_to_miss_the_target(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short").mkdir()
+    rows = [{"step": 8, "epoch": 1.0, "split": "train", "top1": 100.0}, {"step": 8, "epoch": 1.0, "split": "train"}]
+    (tmp_path / "short" / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    assert compare.main(["short"]) == 0
+    said = capsys.readouterr().out
+    assert said.splitlines()[1].split() == ["short", "-", "-"]
+    assert "note: short has fewer steps than --window 64" in said

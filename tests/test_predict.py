@@ -300,8 +300,22 @@ def test_mistakes_are_one_line(
 def test_other_files_are_no_checkpoints(tmp_path: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
     (tmp_path / "broken.safetensors").write_bytes((run_folder / "model.safetensors").read_bytes()[:5000])
-    for name, expected in (("other.pth", "does not say which model"), ("broken.safetensors", "not a complete")):
+    (tmp_path / "exported.pt2").write_bytes(b"PK\0\0")
+    for name, expected in (
+        ("other.pth", "does not say which model"),
+        ("broken.safetensors", "not a complete"),
+        ("exported.pt2", "is an exported graph"),
+        ("absent", "does not exist"),
+    ):
         assert expected in said(capsys, "clip.mp4", "--checkpoint", str(tmp_path / name), code=2)
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(
+    tmp_path: Path, run_folder: Path, small_set: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    words = ["--checkpoint", str(run_folder), "--output", str(tmp_path / "file" / "results.json")]
+    assert "cannot be written" in said(capsys, str(small_set / "videos" / "test_00000.mp4"), *words, code=2)
 
 
 def test_a_lone_file_says_what_it_assumes(run_folder: Path, tmp_path: Path, small_set: Path) -> None:

@@ -142,6 +142,27 @@ def test_mistakes_show_the_frames_of_their_videos_surest_first(trained: Path, tm
             assert distances.min() < 12, path
 
 
+def test_runs_on_different_tests_are_not_ranked(
+    trained: Path, hand_made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = json.loads((hand_made / "results.json").read_text())
+    (hand_made / "results.json").write_text(json.dumps({**results, "videos": 6}))
+    written([trained, hand_made], tmp_path)
+    said = capsys.readouterr().out
+    assert "Best" not in said
+    assert "not to be ranked" in said
+    assert "not tested on the same number of videos" in said
+
+
+def test_equal_runs_are_level(trained: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "again" / "tiny"
+    shutil.copytree(trained, copied)
+    text = written([trained, copied], tmp_path).read_text(encoding="utf-8")
+    assert "are level" in text
+    assert "also the cheapest" not in text
+    assert 'class="best"' not in text
+
+
 def test_runs_are_compared(trained: Path, hand_made: Path, tmp_path: Path) -> None:
     text = written([trained, hand_made], tmp_path).read_text(encoding="utf-8")
     first = json.loads((trained / "results.json").read_text())

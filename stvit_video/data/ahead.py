@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 from stvit_video.data.frames import DecodeError
 
 Piece = TypeVar("Piece")
+PATIENCE_S = 2.0  # for a thread to come to its end
 AHEAD = 2  # files that are begun beyond those that threads are busy with, and pieces that wait of each
 
 
@@ -51,6 +52,8 @@ class ReadAhead(Generic[Piece]):
             self._stopped.set()
             for _ in threads:
                 self._todo.put(None)
+            for thread in threads:  # one that is cut off in native code would abort the process at its end
+                thread.join(timeout=PATIENCE_S)
 
     def _work(self) -> None:
         try:

@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 matplotlib.use("Agg")
@@ -30,6 +31,7 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
         axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylim(bottom=0)
     panels[1].legend(loc="lower right")
     figure.savefig(path, dpi=120)
@@ -73,7 +75,7 @@ def plot_confusion(counts: Tensor, classes: list[str], path: Path) -> None:
         for row, column in zip(*np.nonzero(counts.numpy()), strict=True):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(int(counts[row, column])), ha="center", va="center", color=colour, fontsize=8)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight", pad_inches=0.1)
 
 
 def plot_transfer(rows: list[dict[str, Any]], chance: float, path: Path) -> None:

@@ -112,6 +112,11 @@ def _read_safetensors(path: Path) -> StateDict:
 
 
 def _read_torch(path: Path) -> object:
+    if path.suffix in (".pt2", ".onnx"):
+        raise UsageError(
+            f"Checkpoint {path} is an exported graph, which runs without this package; give the run's folder, or a "
+            f".safetensors of it."
+        )
     try:
         with torch.serialization.safe_globals(CONTAINERS):
             return torch.load(path, map_location="cpu", weights_only=True)

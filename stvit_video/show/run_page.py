@@ -1,6 +1,7 @@
 """The page of one or several runs: what ``stvit_video.report`` writes."""
 
 import math
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
@@ -50,7 +51,7 @@ def run_page(runs: Sequence[RunRecord], command: str) -> str:
         "report.html",
         title=printable(runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"),
         headline=headline(runs),
-        warnings=[printable(line) for line in _warnings(runs)],
+        warnings=[printable(line) for line in find_warnings(runs)],
         rows=_table(runs),
         colours=[line_style(number)["color"] for number in range(len(runs))],
         curves=curves,
@@ -72,12 +73,18 @@ def headline(runs: Sequence[RunRecord]) -> str:
     right = f"{top1:.1f} % of {scored or 'the'} test videos right"
     if len(runs) == 1:
         return right + (f", at {cost:.3g} GFLOPs a video." if cost else ".")
+    if _unequal_tests(runs):
+        each = (f"{printable(run.name)} {float(run.results['top1']):.1f} %" for run in runs)
+        return f"Tested on different videos, so not to be ranked: {', '.join(each)}."
     others = [run for run in runs if run is not best]
     second = max(others, key=lambda run: float(run.results["top1"]))
     behind = top1 - float(second.results["top1"])
     words = f"Best is {printable(best.name)}: {right}, {behind:.1f} points more than {printable(second.name)}"
+    level = f"{behind:.1f}" == "0.0"
+    if level:
+        words = f"{printable(best.name)} and {printable(second.name)} are level: {right}"
     low, high = best.interval(), second.interval()
-    if low and high and low[0] < high[1]:
+    if low and high and low[0] < high[1] and not level:
         words += " (the 95 % intervals overlap)"
     cheapest = min(runs, key=lambda run: run.results.get("gflops_per_video") or math.inf)
     if cheapest.results.get("gflops_per_video") and cheapest is not best:
@@ -85,14 +92,20 @@ def headline(runs: Sequence[RunRecord]) -> str:
             f"; cheapest is {printable(cheapest.name)}: {cheapest.results['gflops_per_video']:.3g} GFLOPs a video, "
             f"{float(cheapest.results['top1']):.1f} %"
         )
-    elif cost:
+    elif cost and len({f"{run.results.get('gflops_per_video') or 0:.3g}" for run in runs}) > 1:
         words += f"; at {cost:.3g} GFLOPs a video it is also the cheapest"
     return words + "."
 
 
-def _warnings(runs: Sequence[RunRecord]) -> list[str]:
+def _unequal_tests(runs: Sequence[RunRecord]) -> bool:
+    return len({(run.results.get("videos"), _setting(run, "DATA.TEST_LIST")) for run in runs}) > 1
+
+
+def find_warnings(runs: Sequence[RunRecord]) -> list[str]:
     """Return what a reader of the table must know: unequal tests, unread videos, figures that are absent."""
     lines = []
+    if len({tuple(one.name for one in run.classes) for run in runs if run.classes}) > 1:
+        lines.append("The runs do not have the same classes: compare with care.")
     if len({run.results.get("videos") for run in runs}) > 1:
         counts = ", ".join(f"{run.name} {run.results.get('videos', '?')}" for run in runs)
         lines.append(f"The runs were not tested on the same number of videos ({counts}): compare with care.")
@@ -116,8 +129,8 @@ def _table(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
         best = [False] * len(runs)
         if name in BEST and len(runs) > 1:
             figures = [run.results.get(BEST[name][0]) for run in runs]
-            if all(figure is not None for figure in figures) and len(set(figures)) > 1:
-                best = [figure == BEST[name][1](figures) for figure in figures]
+            if all(figure is not None for figure in figures) and len(set(values)) > 1:  # as they are shown
+                best = [value == values[figures.index(BEST[name][1](figures))] for value in values]
         if any(value != NONE for value in values):
             rows.append({"name": name, "cells": list(zip(values, best, strict=True))})
     return rows
@@ -204,7 +217,7 @@ def _run(run: RunRecord) -> dict[str, Any]:
         "mistakes": _mistakes(run, mistakes[:MISTAKES]),
         "failures": [{"path": printable(f.path), "stage": f.stage, "message": f.message} for f in run.failures[:20]],
         "failure_count": len(run.failures),
-        "command": printable(" ".join(map(str, run.environment.get("command") or []))),
+        "command": printable(shlex.join(map(str, run.environment.get("command") or []))),
         "commit": (git.get("commit") or "")[:12],
         "changed": git.get("changed_files"),
         "machine": ", ".join(run.environment.get("gpus") or []) or f"{run.environment.get('cpus', '?')} CPU cores",

@@ -6,7 +6,6 @@ import os
 import socket
 import sys
 import time
-import warnings
 from argparse import SUPPRESS, Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +33,6 @@ FORM = "--cfg FILE --nodes N --gpus-per-node G [--profile FILE] [--wait] [KEY VA
 def main(arguments: Sequence[str] | None = None) -> int:
     """Submit, or act on what was submitted. Exit codes: 0 well; 1 a job failed; 2 wrong use; 130 Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    warnings.filterwarnings("ignore", message=r"`torch\.jit")  # from inside pytorchvideo
     command = act if given and given[0] in VERBS else dispatch
     return run_command(command, given, stopped="no longer following; the job goes on, if it was submitted")
 
