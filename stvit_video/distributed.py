@@ -17,9 +17,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from stvit_video.engine.stopping import Stopped
-from stvit_video.errors import UsageError
-from stvit_video.rendezvous import call_roll, connect, report
+from stvit_video.errors import Stopped, UsageError
+from stvit_video.rendezvous import Place, call_roll, connect, report
 
 T = TypeVar("T")
 
@@ -41,24 +40,6 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a launcher put this process."""
-
-    launcher: str
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int  # processes on this machine
-    host: str
-    hosts: tuple[str, ...] = ()  # of all processes, rank 0's first; empty where torchrun knows better
-    tasks: tuple[int, ...] = ()  # processes of each host
-    job: str = ""  # tells this start of this job from any other
-    cpus: int | None = None  # this process's share of the machine
-    address: str = ""  # of rank 0
-    port: int | None = None  # of rank 0, where it is fixed
 
 
 def find_place(env: Mapping[str, str]) -> Place | None:

@@ -25,6 +25,13 @@ class RunFailure(RuntimeError):
     """A run that cannot go on, for a reason outside this program that the message names in one line; exit code 1."""
 
 
+class Stopped(Exception):
+    """A run ended on a signal; all that it had done, which ``reached`` says, is kept."""
+
+    def __init__(self, received: str | None, reached: str) -> None:
+        super().__init__(f"stopped by {received or 'a signal to another process'} after {reached}")
+
+
 def nearest(name: str, known: list[str]) -> str:
     """Return ``name``'s closest match among ``known`` as a question, or an empty string."""
     match = difflib.get_close_matches(name, known, n=1, cutoff=0.6)

@@ -8,7 +8,8 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -16,15 +17,30 @@ from torch.distributed.rendezvous import rendezvous
 
 from stvit_video.errors import RunFailure, UsageError
 
-if TYPE_CHECKING:
-    from stvit_video.distributed import Place
-
 WAITING_NOTE_S = 30  # seconds between notes on who has not come yet
 PORTS_TRIED = 8
 ANSWER_S = 10
 
 
-def connect(place: "Place", timeout_s: int) -> Any:
+@dataclass(frozen=True)
+class Place:
+    """Where a launcher put this process."""
+
+    launcher: str
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int  # processes on this machine
+    host: str
+    hosts: tuple[str, ...] = ()  # of all processes, rank 0's first; empty where torchrun knows better
+    tasks: tuple[int, ...] = ()  # processes of each host
+    job: str = ""  # tells this start of this job from any other
+    cpus: int | None = None  # this process's share of the machine
+    address: str = ""  # of rank 0
+    port: int | None = None  # of rank 0, where it is fixed
+
+
+def connect(place: Place, timeout_s: int) -> Any:
     """Return the store that all processes of this start of the job share."""
     timeout = datetime.timedelta(seconds=timeout_s)
     if place.launcher == "torchrun":
@@ -51,7 +67,7 @@ def connect(place: "Place", timeout_s: int) -> Any:
     )
 
 
-def _serve(place: "Place", host: str, ports: list[int], timeout: datetime.timedelta) -> Any:
+def _serve(place: Place, host: str, ports: list[int], timeout: datetime.timedelta) -> Any:
     for port in ports:
         with socket.socket() as probe:  # torch would share a port that is being listened on
             try:
@@ -69,7 +85,7 @@ def _serve(place: "Place", host: str, ports: list[int], timeout: datetime.timede
     )
 
 
-def _find_store(place: "Place", host: str, port: int, timeout: datetime.timedelta) -> Any:
+def _find_store(place: Place, host: str, port: int, timeout: datetime.timedelta) -> Any:
     """Return this job's store if it is behind ``port``, else None."""
     found: list[Any] = []
 
@@ -92,7 +108,7 @@ def _find_store(place: "Place", host: str, port: int, timeout: datetime.timedelt
     return found[0] if found else None
 
 
-def call_roll(store: Any, place: "Place", kind: str, gpu: str, problem: str, timeout_s: int) -> None:
+def call_roll(store: Any, place: Place, kind: str, gpu: str, problem: str, timeout_s: int) -> None:
     """Return once all processes have come, and their devices go together; raise RunFailure where that fails.
 
     Every process says where it is and what it has (``kind`` of device, the GPU's identity, its ``problem``); rank 0
@@ -114,7 +130,7 @@ def call_roll(store: Any, place: "Place", kind: str, gpu: str, problem: str, tim
         raise RunFailure(f"rank {place.rank} on {place.host}: the processes cannot work together: {verdict}")
 
 
-def _collect(store: Any, place: "Place", timeout_s: int) -> dict[int, dict[str, str]]:
+def _collect(store: Any, place: Place, timeout_s: int) -> dict[int, dict[str, str]]:
     """Return what the processes said that came in time, and note now and then who has not."""
     deadline, came = time.monotonic() + timeout_s, dict[int, dict[str, str]]()
     while True:
@@ -131,7 +147,7 @@ def _collect(store: Any, place: "Place", timeout_s: int) -> dict[int, dict[str, 
             print(f"waiting for {_describe_missing(came, place)}", file=sys.stderr, flush=True)
 
 
-def _judge(came: dict[int, dict[str, str]], place: "Place", timeout_s: int) -> str:
+def _judge(came: dict[int, dict[str, str]], place: Place, timeout_s: int) -> str:
     """Return why the processes cannot form a group, empty where they can."""
     if len(came) < place.size:
         return f"{_describe_missing(came, place)} did not come within {timeout_s} s"
@@ -151,7 +167,7 @@ def _judge(came: dict[int, dict[str, str]], place: "Place", timeout_s: int) -> s
     return ""
 
 
-def _describe_missing(came: dict[int, dict[str, str]], place: "Place") -> str:
+def _describe_missing(came: dict[int, dict[str, str]], place: Place) -> str:
     """Return which ranks have not come, and from which hosts."""
     ranks = [str(rank) for rank in range(place.size) if rank not in came]
     text = f"rank {', '.join(ranks[:8])}{' ...' if len(ranks) > 8 else ''}"
@@ -162,7 +178,7 @@ def _describe_missing(came: dict[int, dict[str, str]], place: "Place") -> str:
     return f"{text} from {', '.join(short[:8])}" if short else text
 
 
-def report(store: Any, place: "Place", error: Exception) -> None:
+def report(store: Any, place: Place, error: Exception) -> None:
     """Say on which rank a run failed: the first that fails leaves a note to those that lose it."""
     who = f"rank {place.rank} of {place.size} on {place.host}"
     lost = isinstance(error, dist.DistError) or "gloo" in str(error)  # a peer's end, seen from here

@@ -7,8 +7,8 @@ of the last step; 1 failure, or Ctrl-C where nothing is under way that could be 
 import sys
 from collections.abc import Sequence
 
-from stvit_video.engine.stopping import EXIT_STOPPED, Stopped
-from stvit_video.errors import Parser, RunFailure, run_command
+from stvit_video.engine.stopping import EXIT_STOPPED
+from stvit_video.errors import Parser, RunFailure, Stopped, run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -24,8 +24,8 @@ from stvit_video.engine.plots import plot_confusion
 from stvit_video.engine.precision import autocast, set_precision
 from stvit_video.engine.run_folder import RunFolder
 from stvit_video.engine.start import build_cost, build_data, check_inputs, report_lists, report_model
-from stvit_video.engine.stopping import Stopped, StopSignals
-from stvit_video.errors import RunFailure, UsageError
+from stvit_video.engine.stopping import StopSignals
+from stvit_video.errors import RunFailure, Stopped, UsageError
 from stvit_video.models import LoadReport, load_pretrained
 from stvit_video.models.complexity import Cost
 from stvit_video.models.zoo import build_model

@@ -19,11 +19,11 @@ from stvit_video.distributed import World, pick_device
 from stvit_video.engine.precision import autocast
 from stvit_video.engine.run_folder import RunFolder
 from stvit_video.engine.start import build_cost, build_data, check_inputs
-from stvit_video.engine.stopping import Stopped, StopSignals
+from stvit_video.engine.stopping import StopSignals
 from stvit_video.engine.timing import Timer, timed
 from stvit_video.engine.train import train_epochs
 from stvit_video.engine.trainer import Trainer, build_trainer
-from stvit_video.errors import UsageError
+from stvit_video.errors import Stopped, UsageError
 from stvit_video.models.zoo import build_model
 
 

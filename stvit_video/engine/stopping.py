@@ -14,13 +14,6 @@ EXIT_STOPPED = 75  # "try again later": the same command continues
 ECHO_S = 1.0  # for a signal that comes both from the scheduler and from the launcher
 
 
-class Stopped(Exception):
-    """A run ended on a signal; all that it had done, which ``reached`` says, is kept."""
-
-    def __init__(self, received: str | None, reached: str) -> None:
-        super().__init__(f"stopped by {received or 'a signal to another process'} after {reached}")
-
-
 class Diverged(RunFailure):
     """Training cannot go on: too many steps had a loss or gradients that are not finite."""
 

@@ -21,10 +21,10 @@ from stvit_video.engine.logging import build_log, check_log, describe_results, r
 from stvit_video.engine.plots import plot_curves
 from stvit_video.engine.run_folder import RunFolder
 from stvit_video.engine.start import build_cost, build_data, check_inputs, report_lists, report_model
-from stvit_video.engine.stopping import Stopped, StopSignals
+from stvit_video.engine.stopping import StopSignals
 from stvit_video.engine.trained import view_settings
 from stvit_video.engine.trainer import Trainer, build_trainer
-from stvit_video.errors import UsageError
+from stvit_video.errors import Stopped, UsageError
 from stvit_video.models import LoadReport, load_pretrained
 from stvit_video.models.checkpoints import read_metadata
 from stvit_video.models.zoo import build_model
