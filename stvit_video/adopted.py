@@ -17,6 +17,12 @@ RUN_KEYS = (
 NOT_ADOPTED = ("num_frames", "image_size", "num_classes", "drop_path", "dropout")  # sizes and regularisation
 
 
+def config_beside(weights: Path) -> Path:
+    """Return where the configuration of the run is whose folder, or ``checkpoints`` in it, ``weights`` lie in."""
+    folder = weights.parent.parent if weights.parent.name == "checkpoints" else weights.parent
+    return folder / "config.yaml"
+
+
 def adopted_settings(init: str, keys: list[str]) -> dict[str, Any]:
     """Return values of configuration ``keys`` that the checkpoint ``init`` says it was trained with.
 
@@ -68,9 +74,8 @@ def _read_metadata(path: Path) -> dict[str, str]:
 
 def _read_run(weights: Path) -> dict[str, Any]:
     """Return RUN_KEYS from the configuration of the run that ``weights`` lie in; nothing where they do not."""
-    folder = weights.parent.parent if weights.parent.name == "checkpoints" else weights.parent
     try:
-        content = yaml.safe_load((folder / "config.yaml").read_text())
+        content = yaml.safe_load(config_beside(weights).read_text())
         return {key: content[key.split(".")[0]][key.split(".")[1]] for key in RUN_KEYS}
     except (OSError, UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError):
         return {}  # the file lies elsewhere than where it was made

@@ -32,8 +32,8 @@ class DecodeError(Exception):
         return f"{self.path}: {self.message}"
 
 
-class Reader(Protocol):
-    """An open file. Frames are numbered in the order in which they are shown."""
+class Timeline(Protocol):
+    """When a video's frames are shown: all that choosing some takes. They are numbered in that order."""
 
     @property
     def length(self) -> int:
@@ -41,6 +41,10 @@ class Reader(Protocol):
 
     def times(self) -> Times:
         """Return when each frame is shown (length,), in seconds after the first. Raises DecodeError."""
+
+
+class Reader(Timeline, Protocol):
+    """An open file."""
 
     def frames(self, indices: Indices) -> Frames:
         """Return the frames (N, H, W, 3) at ascending ``indices`` without repetitions. Raises DecodeError."""

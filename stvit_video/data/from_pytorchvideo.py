@@ -15,7 +15,7 @@ import numpy as np
 from pytorchvideo.data.clip_sampling import ConstantClipsPerVideoSampler, RandomClipSampler
 
 from stvit_video.data.annotations import Video
-from stvit_video.data.frames import Indices, Reader, Times
+from stvit_video.data.frames import Indices, Timeline, Times
 
 
 def videos_of(dataset: Any) -> list[Video]:
@@ -44,14 +44,14 @@ class SecondsSampler:
     frames: int
     seconds: float
 
-    def random(self, video: Reader, rng: np.random.Generator) -> Indices:
+    def random(self, video: Timeline, rng: np.random.Generator) -> Indices:
         """Return the indices (frames,) of a training clip out of a video."""
         times = video.times()
         with _python_draws_from(int(rng.integers(2**63))):
             clip = RandomClipSampler(Fraction(self.seconds))(0, _duration(times), {})
         return self._spread(times, clip.clip_start_sec)
 
-    def even(self, video: Reader, clips: int) -> list[Indices]:
+    def even(self, video: Timeline, clips: int) -> list[Indices]:
         """Return the indices of ``clips`` test clips, the same at every call."""
         times, sampler = video.times(), ConstantClipsPerVideoSampler(Fraction(self.seconds), clips)
         chosen, last = [], Fraction(0)

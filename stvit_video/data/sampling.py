@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from stvit_video.data.frames import Indices, Reader, Times
+from stvit_video.data.frames import Indices, Timeline, Times
 
 
 def clip_indices(start: int, frames: int, stride: int, length: int) -> Indices:
@@ -86,7 +86,7 @@ class ClipSampler:
         if self.kind not in ("dense", "uniform"):
             raise ValueError(f"kind {self.kind!r} is unknown; it is dense or uniform.")
 
-    def random(self, video: Reader, rng: np.random.Generator) -> Indices:
+    def random(self, video: Timeline, rng: np.random.Generator) -> Indices:
         """Return the indices (frames,) of a training clip out of a video."""
         if self.kind == "uniform":
             return random_segments(video.length, self.frames, rng)
@@ -94,7 +94,7 @@ class ClipSampler:
             return random_timed_clip(video.times(), self.frames, self.stride / self.rate, rng)
         return random_clip(video.length, self.frames, self.stride, rng)
 
-    def even(self, video: Reader, clips: int) -> list[Indices]:
+    def even(self, video: Timeline, clips: int) -> list[Indices]:
         """Return the indices of ``clips`` test clips, the same at every call."""
         if self.kind == "uniform":
             return even_segments(video.length, self.frames, clips)
@@ -109,10 +109,10 @@ class Sampling(Protocol):
     @property
     def frames(self) -> int: ...
 
-    def random(self, video: Reader, rng: np.random.Generator) -> Indices:
+    def random(self, video: Timeline, rng: np.random.Generator) -> Indices:
         """Return the indices (frames,) of a training clip out of a video."""
 
-    def even(self, video: Reader, clips: int) -> list[Indices]:
+    def even(self, video: Timeline, clips: int) -> list[Indices]:
         """Return the indices of ``clips`` test clips, the same at every call."""
 
 
@@ -124,7 +124,7 @@ class RandomClips:
     clips: int
     seed: tuple[int, ...]
 
-    def __call__(self, video: Reader) -> Indices:
+    def __call__(self, video: Timeline) -> Indices:
         """Return the indices (clips * frames,)."""
         rng = np.random.default_rng(self.seed)
         return np.concatenate([self.sampler.random(video, rng) for _ in range(self.clips)])
@@ -137,7 +137,7 @@ class EvenClips:
     sampler: Sampling
     clips: int
 
-    def __call__(self, video: Reader) -> Indices:
+    def __call__(self, video: Timeline) -> Indices:
         """Return the indices (clips * frames,)."""
         return np.concatenate(self.sampler.even(video, self.clips))
 
@@ -149,7 +149,7 @@ class ClipFrom:
     sampler: ClipSampler
     seconds: float
 
-    def __call__(self, video: Reader) -> Indices:
+    def __call__(self, video: Timeline) -> Indices:
         """Return the indices (frames,)."""
         times, sampler = video.times(), self.sampler
         if sampler.rate is not None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stvit_video.data.frames import Frames, Indices, Reader, Times
+from stvit_video.data.frames import Frames, Indices, Timeline, Times
 from stvit_video.data.sampling import Sampling
 
 EPSILON = 1e-6  # seconds: the times of frames are rounded in files
@@ -47,7 +47,7 @@ def spans_of(times: Times, window: float, step: float) -> list[Span]:
 
 @dataclass(frozen=True)
 class Clock:
-    """A video of which nothing is known but when its frames are shown: enough to choose some."""
+    """When frames are shown, as it is known already."""
 
     shown: Times
 
@@ -59,18 +59,12 @@ class Clock:
         """Return when each frame is shown (length,), in seconds after the first."""
         return self.shown
 
-    def frames(self, indices: Indices) -> Frames:
-        raise NotImplementedError("only the times of this video are known")
-
-    def close(self) -> None:
-        """Nothing is held open."""
-
 
 @dataclass(frozen=True)
 class Section:
-    """The frames ``first`` to before ``stop`` of an open video, as if they were a file of their own."""
+    """The frames ``first`` to before ``stop`` of a video, as if they were a file of their own."""
 
-    video: Reader
+    video: Timeline
     first: int
     stop: int
 
@@ -83,13 +77,6 @@ class Section:
         times = self.video.times()[self.first : self.stop]
         return times - times[0]
 
-    def frames(self, indices: Indices) -> Frames:
-        """Return the frames (N, H, W, 3) at ascending ``indices`` of the section."""
-        return self.video.frames(indices + self.first)
-
-    def close(self) -> None:
-        """The video is closed by who opened it."""
-
 
 @dataclass(frozen=True)
 class ClipsOfSpans:
@@ -99,7 +86,7 @@ class ClipsOfSpans:
     clips: int
     spans: tuple[Span, ...]
 
-    def __call__(self, video: Reader) -> Indices:
+    def __call__(self, video: Timeline) -> Indices:
         """Return the indices (spans * clips * frames,)."""
         times = video.times()
         edges = np.array([(span.start, span.end) for span in self.spans]) - EPSILON
@@ -112,7 +99,7 @@ class ClipsOfSpans:
 
 
 class Buffer:
-    """Frames of a running stream, the oldest ones forgotten: a Reader of what it holds."""
+    """Frames of a running stream, the oldest ones forgotten."""
 
     def __init__(self, frames: Iterable[tuple[float, Frames]] = ()) -> None:
         self.held = deque(frames)  # when each is shown, in seconds, and the picture (H, W, 3)
@@ -138,6 +125,3 @@ class Buffer:
     def frames(self, indices: Indices) -> Frames:
         """Return the frames (N, H, W, 3) at ``indices``, in any order."""
         return np.stack([self.held[i][1] for i in indices])
-
-    def close(self) -> None:
-        """Nothing is held open."""

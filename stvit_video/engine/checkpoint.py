@@ -56,23 +56,21 @@ def save_checkpoint(folder: Path, content: dict[str, Any], keep: int) -> Path:
         path.rename(path.with_name(f".{path.name}.{time.time_ns()}"))
     write_atomically(path, buffer.getvalue())
     # Those of later steps are none of this run's: it began again before them, because they cannot be read.
-    earlier = [other for other in list_checkpoints(folder) if _step_of(other) <= content["step"]]
+    earlier = [other for step, other in _by_step(folder) if step <= content["step"]]
     for old in (*earlier[keep:], *folder.glob(".step_*.pt.tmp")):  # the latter are of writes that were killed
         if old.is_file():
             old.unlink()
     return path
 
 
-def _step_of(path: Path) -> int:
-    return int(path.stem.removeprefix("step_"))
-
-
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a folder by step, newest first."""
-    found = {
-        int(match[1]): path for path in folder.glob("step_*.pt") if (match := re.search(r"step_(\d+)\.pt$", path.name))
-    }
-    return [found[step] for step in sorted(found, reverse=True)]
+    return [path for _, path in _by_step(folder)]
+
+
+def _by_step(folder: Path) -> list[tuple[int, Path]]:
+    found = ((re.search(r"step_(\d+)\.pt$", path.name), path) for path in folder.glob("step_*.pt"))
+    return sorted({int(match[1]): path for match, path in found if match}.items(), reverse=True)
 
 
 def read_checked(path: Path) -> Any:

@@ -1,5 +1,6 @@
 """Multi-view testing: each video scored once, or listed as failed, for any number of processes."""
 
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from stvit_video.adopted import NOT_ADOPTED
 from stvit_video.data.ledger import Failure
 from stvit_video.data.loader import build_test_loader
 from stvit_video.data.videos import build_classes
@@ -40,27 +42,13 @@ class NothingReadError(UsageError):
         self.failures = failures
 
 
-def predict(
-    model: nn.Module,
-    loader: DataLoader,
-    world: World,
-    precision: str,
-    title: str = "",
-    *,
-    parts: Parts | None = None,
-    signals: StopSignals | None = None,
-) -> Predictions:
-    """Score every video of the loader's list: class probabilities averaged over its views, the same on every process.
+def class_probabilities(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return the map from clips (B, 3, T, H, W) to class probabilities (B, classes) of a network, set to evaluation.
 
     ``model`` is the bare network: nothing is exchanged between processes until the end, so their shares may differ.
-    The rest is as in ``describe_videos``.
     """
     model.eval()
-
-    def describe(clips: Tensor) -> Tensor:
-        return model(clips).float().softmax(dim=1)
-
-    return describe_videos(describe, loader, world, precision, title, parts=parts, signals=signals)
+    return lambda clips: model(clips).float().softmax(dim=1)
 
 
 @torch.no_grad()
@@ -74,7 +62,7 @@ def describe_videos(
     parts: Parts | None = None,
     signals: StopSignals | None = None,
 ) -> Predictions:
-    """Average the rows ``describe(clips)`` over the views of each video of the loader's list, on every process.
+    """Average the rows ``describe(clips)`` over the views of each video of a list, the same on every process.
 
     Progress is shown where there is a ``title``. What ``parts`` holds is not computed again. Raises Stopped after a
     signal to stop, when the ``parts`` are written.
@@ -102,7 +90,7 @@ def describe_videos(
     if signals is not None and any_of(world, signals.received is not None):
         if parts is not None:
             parts.flush()
-        scored = sum(len(row[0]) for share in gather_objects(world, rows) for row in share + kept * world.is_main)
+        scored = sum(len(indices) for indices, *_ in itertools.chain(kept, *gather_objects(world, rows)))
         raise Stopped(signals.received, f"{scored} of {len(loader.dataset)} videos")  # type: ignore[arg-type]
     shares = gather_objects(world, (rows, failures))
     predictions = _join([(kept, []), *shares], len(loader.dataset))  # type: ignore[arg-type]
@@ -162,7 +150,8 @@ def test_model(
     key = fingerprint(model, weights_hash(model), dataset, cfg.PRECISION, 0)
     parts = Parts(folder.parts, f"{key} in batches of {loader.batch_sampler.batch}", world.rank)  # type: ignore[union-attr]
     try:
-        predictions = predict(model, loader, world, cfg.PRECISION, "test", parts=parts, signals=signals)
+        probabilities = class_probabilities(model)
+        predictions = describe_videos(probabilities, loader, world, cfg.PRECISION, "test", parts=parts, signals=signals)
     except NothingReadError as error:
         rows = earlier + error.failures
         on_main(world, lambda: folder.write_failures(rows))
@@ -214,10 +203,9 @@ def check_all_loaded(report: LoadReport, model: nn.Module) -> None:
             f"{' ...' if len(strange) > 8 else ''}. Give the MODEL settings that it was trained with."
         )
     given, built = report.arguments, dict(model.arguments, name=model.name)  # type: ignore[arg-type]
-    sizes = ("num_frames", "image_size", "num_classes", "drop_path", "dropout")
     for key in sorted(given.keys() | built.keys()) if given else ():
         old, new = given.get(key), built.get(key)
-        if key not in sizes and json.dumps(old) != json.dumps(new):
+        if key not in NOT_ADOPTED and json.dumps(old) != json.dumps(new):
             raise UsageError(f"{report.source} was trained with {key} {old!r}, not {new!r}; set MODEL to match it.")
 
 

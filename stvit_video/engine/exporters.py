@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from stvit_video.engine.checkpoint import save_weights
 from stvit_video.engine.trained import Trained, open_checkpoint, view_settings
 from stvit_video.errors import UsageError
 from stvit_video.models import create_model
@@ -122,15 +122,7 @@ def open_onnx(trained: Trained, path: Path) -> Run:
 
 def write_safetensors(trained: Trained, path: Path, batch: int | None) -> None:
     """Write weights, model, classes and views in one file, complete for ``--checkpoint``."""
-    metadata = {
-        "format": "pt",
-        "name": str(trained.model.name),
-        "arguments": json.dumps(trained.model.arguments),
-        "classes": json.dumps(trained.classes),
-        "views": json.dumps(view_settings(trained.cfg)),
-    }
-    state = {name: value.contiguous() for name, value in trained.model.state_dict().items()}
-    safetensors.torch.save_file(state, path, metadata=metadata)
+    save_weights(path, trained.model, trained.classes, view_settings(trained.cfg))
 
 
 def open_safetensors(trained: Trained, path: Path) -> Run:

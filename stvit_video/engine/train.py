@@ -16,7 +16,7 @@ from stvit_video.data.loader import build_test_loader
 from stvit_video.data.videos import build_classes
 from stvit_video.distributed import World, any_of, gather_objects, on_main
 from stvit_video.engine.checkpoint import build_writer, load_newest, save_weights
-from stvit_video.engine.evaluate import check_failures, predict, test_model
+from stvit_video.engine.evaluate import check_failures, class_probabilities, describe_videos, test_model
 from stvit_video.engine.logging import build_log, check_log, describe_results, read_metrics
 from stvit_video.engine.plots import plot_curves
 from stvit_video.engine.run_folder import RunFolder
@@ -186,7 +186,7 @@ def validate(
     """
     model = trainer.model_to_test()
     try:
-        predictions = predict(model, loader, trainer.world, cfg.PRECISION, signals=signals)
+        predictions = describe_videos(class_probabilities(model), loader, trainer.world, cfg.PRECISION, signals=signals)
     except Stopped:  # the scores so far are not kept: one view a video is soon made again
         raise Stopped(signals.received, f"step {trainer.step}") from None
     trainer.failures += predictions.failures

@@ -10,11 +10,12 @@ from fvcore.common.config import CfgNode
 from safetensors import safe_open
 from torch import nn
 
-from stvit_video.config import default_config, load_config, override, parse_overrides
+from stvit_video.adopted import config_beside
+from stvit_video.config import default_config, load_config, override, parse_overrides, value_of
 from stvit_video.engine.evaluate import check_all_loaded
 from stvit_video.engine.run_folder import RunFolder
 from stvit_video.errors import UsageError, nearest
-from stvit_video.hub import is_hub_address, pull
+from stvit_video.hub import check_exists, is_hub_address, pull
 from stvit_video.models import create_model, load_pretrained
 from stvit_video.models.checkpoints import read_metadata, read_state_dict
 
@@ -72,8 +73,7 @@ def find_weights(path: Path) -> tuple[Path, str]:
     """
     if path.is_file():
         return path, ""
-    if not path.is_dir():
-        raise UsageError(f"Checkpoint {path} does not exist; give the folder of a run or a .safetensors file.")
+    check_exists(str(path))
     folder = RunFolder(path)
     if folder.weights.is_file():
         return folder.weights, ""
@@ -87,15 +87,12 @@ def find_weights(path: Path) -> tuple[Path, str]:
 
 def _find_config(weights: Path, arguments: dict[str, Any], overrides: Sequence[str]) -> tuple[CfgNode, str]:
     """Return how clips are taken, and a note where that had to be assumed; frames and size are always the model's."""
-    places = [weights.parent / "config.yaml"]
-    if weights.parent.name == "checkpoints":
-        places.append(weights.parent.parent / "config.yaml")
-    found = next((place for place in places if place.is_file()), None)
+    found = config_beside(weights)
     carried = read_views(weights)
     note = ""
     if carried:
         cfg = default_config()
-    elif found is not None:
+    elif found.is_file():
         cfg = load_config(found).clone()
     else:
         cfg = default_config()
@@ -142,4 +139,4 @@ def read_views(weights: Path) -> dict[str, Any]:
 
 def view_settings(cfg: CfgNode) -> dict[str, Any]:
     """Return VIEW_KEYS with their values: what ``read_views`` reads."""
-    return {key: cfg[key.split(".")[0]][key.split(".")[1]] for key in VIEW_KEYS}
+    return {key: value_of(cfg, key) for key in VIEW_KEYS}
