@@ -84,7 +84,12 @@ KEYS = (
         high=100,
     ),
     Key("DATA.CLASSES", "", "file: one class name a line in the order of the labels, or JSON {name: label}"),
-    Key("DATA.GENERATE", "", "sample: write the sample set to DATA.ROOT first", choices=("", "sample")),
+    Key(
+        "DATA.GENERATE",
+        "",
+        "write this generated set to DATA.ROOT first: sample, or sample_hard",
+        choices=("", "sample", "sample_hard"),
+    ),
     Key("DATA.GENERATE_CLIPS", [3072, 256, 512], "training, validation and test videos to generate", length=3, low=8),
     Key("DATA.FRAMES", 16, "frames of a clip", low=1),
     Key(

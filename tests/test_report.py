@@ -16,7 +16,8 @@ from PIL import Image
 from stvit_video import run
 from stvit_video.data.decode import Request, read_frames
 from stvit_video.data.frames import Reader
-from stvit_video.data.sample import MOTIONS, video_labels
+from stvit_video.data.sample import video_labels
+from stvit_video.data.sprites import MOTIONS
 from stvit_video.report import main
 from stvit_video.show.charts import thin_out
 from stvit_video.show.run_record import read_run

@@ -19,8 +19,8 @@ KINETICS_CLASSES = 400  # what --cost assumes where there is no data; the classi
 
 def build_data(cfg: CfgNode, world: World) -> None:
     """Generate the data set that DATA.GENERATE names, once for all processes."""
-    if cfg.DATA.GENERATE == "sample":
-        spec = sample.Spec(clips=tuple(cfg.DATA.GENERATE_CLIPS))
+    if cfg.DATA.GENERATE:
+        spec = sample.Spec(clips=tuple(cfg.DATA.GENERATE_CLIPS), name=cfg.DATA.GENERATE)
         on_main(world, lambda: sample.prepare(cfg.DATA.ROOT, spec))
 
 

@@ -7,19 +7,20 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from stvit_video.data import sample
+from stvit_video.data import sample, sample_hard, sprites
 from stvit_video.data.annotations import read_classes, read_list
 from stvit_video.data.decode import open_video
 from stvit_video.errors import UsageError
 
 SPEC = sample.Spec(clips=(16, 8, 8), stills=(8, 8))
+HARD = sample.Spec(clips=(16, 16, 16), name="sample_hard")
 
 
 def digest(root: Path) -> str:
@@ -27,23 +28,45 @@ def digest(root: Path) -> str:
     return hashlib.sha256(b"".join(str(p.relative_to(root)).encode() + p.read_bytes() for p in files)).hexdigest()
 
 
-def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path: Path) -> None:
-    for name, spec, workers in (("a", SPEC, 1), ("b", SPEC, 2), ("c", sample.Spec(SPEC.clips, SPEC.stills, seed=1), 2)):
-        sample.prepare(tmp_path / name, spec, workers=workers, progress=False)
+@pytest.mark.parametrize("spec", [SPEC, HARD], ids=lambda spec: spec.name)
+def test_same_seed_same_bytes_other_seed_other_bytes(spec: sample.Spec, tmp_path: Path) -> None:
+    for name, one, workers in (("a", spec, 1), ("b", spec, 2), ("c", replace(spec, seed=1), 2)):
+        sample.prepare(tmp_path / name, one, workers=workers, progress=False)
     assert digest(tmp_path / "a") == digest(tmp_path / "b") != digest(tmp_path / "c")
 
 
 def test_layout_lists_and_files_agree(small_set: Path) -> None:
-    for labels, names in (("motion", sample.MOTIONS), ("shape", sample.SHAPES)):
+    for labels, names in (("motion", sprites.MOTIONS), ("shape", sprites.SHAPES)):
         assert tuple(read_classes(small_set / labels / "classes.txt")) == names
         for split, count in zip(sample.SPLITS, (32, 16, 16), strict=True):
             videos = read_list(small_set / labels / f"{split}.csv", small_set)
             assert len(videos) == count
             assert all(Path(video.path).is_file() for video in videos)
     reader = open_video(read_list(small_set / "motion" / "train.csv", small_set)[0].path)
-    assert reader.length == sample.FRAMES
-    assert reader.frames(np.array([0])).shape == (1, sample.SIDE, sample.SIDE, 3)
-    assert sorted(path.name for path in (small_set / "stills" / "train").iterdir()) == sorted(sample.SHAPES)
+    assert reader.length == sprites.FRAMES
+    assert reader.frames(np.array([0])).shape == (1, sprites.SIDE, sprites.SIDE, 3)
+    assert sorted(path.name for path in (small_set / "stills" / "train").iterdir()) == sorted(sprites.SHAPES)
+
+
+def test_the_hard_set_has_every_class_equally_often(tmp_path: Path) -> None:
+    sample.prepare(tmp_path, HARD, progress=False)
+    assert tuple(read_classes(tmp_path / "motion_shape" / "classes.txt")) == sample_hard.CLASSES
+    for split in sample.SPLITS:
+        videos = read_list(tmp_path / "motion_shape" / f"{split}.csv", tmp_path)
+        assert sorted(video.label for video in videos) == list(range(16))
+    reader = open_video(videos[0].path)
+    assert reader.length == sprites.FRAMES
+    assert not list(tmp_path.rglob("*.png"))
+    with pytest.raises(UsageError, match="holds the sample set"):
+        sample.prepare(tmp_path, SPEC)
+
+
+def test_a_folder_made_before_sets_had_names_is_still_one(tmp_path: Path) -> None:
+    sample.prepare(tmp_path, SPEC, progress=False)
+    record = json.loads((tmp_path / "sample.json").read_text())
+    assert record.pop("name") == "sample"
+    (tmp_path / "sample.json").write_text(json.dumps(record))
+    sample.prepare(tmp_path, SPEC, progress=False)
 
 
 def test_an_interrupted_generation_is_finished_not_half_used(tmp_path: Path) -> None:
@@ -94,15 +117,15 @@ def states(motion: str, time_step: int, count: int = 1500) -> np.ndarray:
     """x, y, angle and log-radius, as shares of their range, of ``count`` sprites at one frame."""
     rows = []
     for i in range(count):
-        state = sample.trajectory(motion, np.random.default_rng([7, sample.MOTIONS.index(motion), i]))
-        log_radius = np.log(state.radius / sample.MIN_RADIUS) / np.log(sample.MAX_RADIUS / sample.MIN_RADIUS)
-        row = (state.x / sample.SIDE, state.y / sample.SIDE, state.angle / (2 * np.pi), log_radius)
+        state = sprites.trajectory(motion, np.random.default_rng([7, sprites.MOTIONS.index(motion), i]))
+        log_radius = np.log(state.radius / sprites.MIN_RADIUS) / np.log(sprites.MAX_RADIUS / sprites.MIN_RADIUS)
+        row = (state.x / sprites.SIDE, state.y / sprites.SIDE, state.angle / (2 * np.pi), log_radius)
         rows.append([values[time_step] for values in row])
     return np.array(rows)
 
 
 @pytest.mark.parametrize("time_step", [0, 10, 19])
-@pytest.mark.parametrize("motion", sample.MOTIONS)
+@pytest.mark.parametrize("motion", sprites.MOTIONS)
 def test_every_frame_is_distributed_alike_in_every_class(motion: str, time_step: int) -> None:
     """Kolmogorov's distance to the uniform distribution, at its 0.1 % critical value, for each quantity."""
     values = np.sort(states(motion, time_step), axis=0)
@@ -112,7 +135,7 @@ def test_every_frame_is_distributed_alike_in_every_class(motion: str, time_step:
 
 def test_motions_move_what_they_name() -> None:
     def change(motion: str, quantity: str, period: float | None) -> np.ndarray:
-        steps = np.diff(getattr(sample.trajectory(motion, np.random.default_rng(3)), quantity))
+        steps = np.diff(getattr(sprites.trajectory(motion, np.random.default_rng(3)), quantity))
         return steps if period is None else (steps + period / 2) % period - period / 2
 
     for motion, quantity, period, sign in (
@@ -121,7 +144,9 @@ def test_motions_move_what_they_name() -> None:
     ):  # fmt: skip
         assert (sign * change(motion, quantity, period) > 0).all()
     for motion, sign in (("growing", 1), ("shrinking", -1)):
-        assert (sign * change(motion, "radius", None) > 0).sum() >= sample.FRAMES - 2  # at most one return to the start
+        assert (
+            sign * change(motion, "radius", None) > 0
+        ).sum() >= sprites.FRAMES - 2  # at most one return to the start
 
 
 @pytest.mark.parametrize(
@@ -151,15 +176,41 @@ def test_wrong_use_is_one_line(
 
 def test_clockwise_is_clockwise_on_the_screen() -> None:
     """A bar drawn at a small positive angle has its right end lower: on a screen, y points down."""
-    still = sample.trajectory("left", np.random.default_rng(0), frames=1)
-    tilted = sample.State(np.array([32.0]), np.array([32.0]), np.array([0.4]), still.radius * 0 + 24)
-    picture = sample.draw("bar", tilted, np.random.default_rng(0))[0].astype(float)
-    flat = sample.draw(
-        "bar", sample.State(tilted.x, tilted.y + 500, tilted.angle, still.radius * 0 + 0.01), np.random.default_rng(0)
+    still = sprites.trajectory("left", np.random.default_rng(0), frames=1)
+    tilted = sprites.State(np.array([32.0]), np.array([32.0]), np.array([0.4]), still.radius * 0 + 24)
+    picture = sprites.draw("bar", tilted, np.random.default_rng(0))[0].astype(float)
+    flat = sprites.draw(
+        "bar", sprites.State(tilted.x, tilted.y + 500, tilted.angle, still.radius * 0 + 0.01), np.random.default_rng(0)
     )
     cover = np.abs(picture - flat[0]).sum(axis=2) > 30
     rows, columns = np.nonzero(cover)
     assert np.corrcoef(rows, columns)[0, 1] > 0.3
+
+
+@pytest.mark.parametrize("label", sample_hard.CLASSES)
+def test_the_large_sprite_of_the_hard_set_moves_as_named(label: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone and before a still camera, it travels half a picture to a whole one, by the phase of its outline."""
+    monkeypatch.setattr(sample_hard, "DISTRACTORS", 0)
+    monkeypatch.setattr(sample_hard, "PAN", 0.0)
+    frames = sample_hard.draw(label, np.random.default_rng(5)).astype(float)
+    cover = (np.abs(frames - np.median(frames, axis=0)).sum(axis=3) > 40).astype(float)
+    waves = np.exp(2j * np.pi * (np.arange(sprites.SIDE) + 0.5) / sprites.SIDE)
+    travelled = []
+    for axis in (1, 2):  # y is summed away for x, and the other way round
+        phases = np.unwrap(np.angle(cover.sum(axis=axis) @ waves)) / (2 * np.pi)
+        travelled.append((phases[-1] - phases[0]) * sprites.FRAMES / (sprites.FRAMES - 1))
+    along = np.dot(travelled, sample_hard.MOVES[label.split()[0]])
+    assert 0.4 < along < 1.1
+    assert abs(abs(travelled[0]) + abs(travelled[1]) - along) < 0.1
+
+
+def test_clutter_is_still_but_for_the_camera(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no sprite is drawn, each frame is the first one, displaced."""
+    monkeypatch.setattr(sample_hard, "_add", lambda *_: None)
+    frames = sample_hard.draw("left star", np.random.default_rng(2))
+    moved = [np.roll(frames[0], (y, x), axis=(0, 1)) for y in range(-32, 32) for x in range(-32, 32)]
+    places = [next(i for i, picture in enumerate(moved) if (picture == frame).all()) for frame in frames]
+    assert len(set(places)) > 5
 
 
 def test_a_one_frame_model_stays_at_chance() -> None:
@@ -170,11 +221,11 @@ def test_a_one_frame_model_stays_at_chance() -> None:
         for i in range(count):
             rng = np.random.default_rng([seed, i])
             motion, shape = sample.video_labels(i)
-            state = sample.trajectory(motion, rng)
-            at = int(rng.integers(sample.FRAMES))
-            one = sample.State(*(values[at : at + 1] for values in (state.x, state.y, state.angle, state.radius)))
-            pictures.append(sample.draw(shape, one, rng)[0, ::2, ::2])
-        labels = torch.arange(count) % len(sample.MOTIONS)
+            state = sprites.trajectory(motion, rng)
+            at = int(rng.integers(sprites.FRAMES))
+            one = sprites.State(*(values[at : at + 1] for values in (state.x, state.y, state.angle, state.radius)))
+            pictures.append(sprites.draw(shape, one, rng)[0, ::2, ::2])
+        labels = torch.arange(count) % len(sprites.MOTIONS)
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 128 - 1, labels
 
     (x, y), (new_x, new_y) = drawings(0, 2048), drawings(1, 1024)

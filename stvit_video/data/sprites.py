@@ -1,0 +1,139 @@
+"""Sprites: textured shapes on a torus, their motions, and how they are drawn.
+
+The motion of a sprite cannot be told from any single frame: position, angle and size move on circles (a torus for the
+position; log-size starts again small when it outgrows its range) from a uniformly random start, so that at every time
+each of them is distributed alike whatever the motion.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+MOTIONS = ("left", "right", "up", "down", "clockwise", "counter-clockwise", "growing", "shrinking")
+SHAPES = ("disc", "square", "triangle", "star", "ring", "cross", "bar", "half-disc")
+SIDE, FRAMES = 64, 20  # pixels, frames a video
+MIN_RADIUS, MAX_RADIUS = 12.0, 27.0  # pixels
+
+Float = NDArray[np.float64]
+Image = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class State:
+    """A sprite's position in pixels, angle in radians and radius in pixels, one value a frame."""
+
+    x: Float
+    y: Float
+    angle: Float
+    radius: Float
+
+
+def trajectory(motion: str, rng: np.random.Generator, frames: int = FRAMES) -> State:
+    """Draw the states of a sprite over ``frames`` frames; each frame's state alone is uniform whatever the motion."""
+    phase = rng.uniform(size=4)  # of x, y, angle and log-radius, each on a circle of length 1
+    speed = np.zeros(4)
+    axis, sign = {
+        "left": (0, -1), "right": (0, 1), "up": (1, -1), "down": (1, 1),
+        "clockwise": (2, 1), "counter-clockwise": (2, -1), "growing": (3, 1), "shrinking": (3, -1),
+    }[motion]  # fmt: skip
+    cycles = {0: (0.4, 0.9), 1: (0.4, 0.9), 2: (0.4, 0.7), 3: (0.5, 0.9)}[axis]  # over the whole video
+    speed[axis] = sign * rng.uniform(*cycles) / FRAMES
+    circle = (phase[:, None] + speed[:, None] * np.arange(frames)) % 1.0
+    radius = MIN_RADIUS * (MAX_RADIUS / MIN_RADIUS) ** circle[3]
+    return State(circle[0] * SIDE, circle[1] * SIDE, circle[2] * 2 * math.pi, radius)
+
+
+@dataclass(frozen=True)
+class Look:
+    """Two colours (3,) and the bent spokes that they alternate in."""
+
+    light: Float
+    dark: Float
+    spokes: int
+    bend: float
+
+
+def draw(shape: str, state: State, rng: np.random.Generator) -> Image:
+    """Draw a sprite of random colours and texture on a random plain background: (frames, SIDE, SIDE, 3)."""
+    colours = random_colours(rng)
+    frames = np.broadcast_to(_background(rng), (len(state.x), SIDE, SIDE, 3)).copy()
+    paint(frames, shape, state, random_look(rng, colours))
+    return np.clip(frames, 0, 255).astype(np.uint8)
+
+
+def random_colours(rng: np.random.Generator) -> tuple[Float, Float]:
+    """Draw a light and a dark colour (3,) in random order."""
+    light, dark = rng.uniform(180, 255, size=3), rng.uniform(0, 75, size=3)
+    return (light, dark) if rng.random() < 0.5 else (dark, light)
+
+
+def random_look(rng: np.random.Generator, colours: tuple[Float, Float]) -> Look:
+    """Draw the texture that ``colours`` alternate in."""
+    return Look(*colours, spokes=int(rng.integers(2, 5)), bend=rng.uniform(-1, 1))
+
+
+def paint(frames: Float, shape: str, state: State, look: Look) -> None:
+    """Paint a sprite over ``frames`` (frames, SIDE, SIDE, 3), in place."""
+    for i, frame in enumerate(frames):
+        u, v = _sprite_places(state, i)
+        cover = _cover(shape, state, i, u, v)[..., None]
+        mix = np.clip(_texture(look, u, v) * 4 + 0.5, 0, 1)[..., None]
+        sprite = mix * look.light + (1 - mix) * look.dark
+        frame[:] = cover * sprite + (1 - cover) * frame
+
+
+def sprite_cover(shape: str, state: State) -> Float:
+    """Return how much of each pixel a sprite covers, its edge antialiased: (frames, SIDE, SIDE)."""
+    return np.stack([_cover(shape, state, i, *_sprite_places(state, i)) for i in range(len(state.x))])
+
+
+def _sprite_places(state: State, i: int) -> tuple[Float, Float]:
+    """Return what place (u, v) of the sprite, of radius 1, each pixel of frame ``i`` shows: (SIDE, SIDE) each."""
+    pixels = np.arange(SIDE) + 0.5
+    dx = (pixels[None, :] - state.x[i] + SIDE / 2) % SIDE - SIDE / 2  # what leaves at one edge enters at the other
+    dy = (pixels[:, None] - state.y[i] + SIDE / 2) % SIDE - SIDE / 2
+    cos, sin = math.cos(state.angle[i]), math.sin(state.angle[i])
+    return (cos * dx + sin * dy) / state.radius[i], (cos * dy - sin * dx) / state.radius[i]
+
+
+def _cover(shape: str, state: State, i: int, u: Float, v: Float) -> Float:
+    """Return how much of each pixel of frame ``i`` the sprite covers, its edge antialiased: (SIDE, SIDE)."""
+    return np.clip(_inside(shape, u, v) * state.radius[i] + 0.5, 0, 1)
+
+
+def _background(rng: np.random.Generator) -> Float:
+    """Return a smooth, still gradient of middle brightness."""
+    centre, slope = rng.uniform(90, 165, size=3), rng.uniform(-15, 15, size=(2, 3))
+    place = np.linspace(-1, 1, SIDE)
+    return centre + place[:, None, None] * slope[0] + place[None, :, None] * slope[1]
+
+
+def _inside(shape: str, u: Float, v: Float) -> Float:
+    """Return how far (u, v) lies inside a shape of radius 1, about a distance; negative outside."""
+    r = np.hypot(u, v)
+    match shape:
+        case "disc":
+            return 0.9 - r
+        case "square":
+            return 0.75 - np.maximum(abs(u), abs(v))
+        case "triangle":
+            return np.minimum(0.5 - v, np.minimum(0.5 + v / 2 - u * 0.866, 0.5 + v / 2 + u * 0.866))
+        case "star":
+            return 0.65 + 0.35 * np.cos(5 * np.arctan2(v, u)) - r
+        case "ring":
+            return 0.25 - abs(r - 0.7)
+        case "cross":
+            narrow, wide = np.minimum(abs(u), abs(v)), np.maximum(abs(u), abs(v))
+            return np.minimum(0.3 - narrow, 0.95 - wide)
+        case "bar":
+            return np.minimum(0.95 - abs(u), 0.45 - abs(v))
+        case _:
+            return np.minimum(0.95 - r, v + 0.3)
+
+
+def _texture(look: Look, u: Float, v: Float) -> Float:
+    """Return a signed pattern of bent spokes in sprite coordinates, which turns and grows with the sprite."""
+    r = np.hypot(u, v)
+    return np.sin(look.spokes * (np.arctan2(v, u) + look.bend * r)) * r
