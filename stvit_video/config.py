@@ -45,6 +45,13 @@ KEYS = (
         kind=str,
         choices=("paper", "balanced", "fast"),
     ),
+    Key(
+        "MODEL.REDUCER",
+        None,
+        "of a stvit_vit: what leaves few tokens; stgm (default) makes the semantic ones, the others are for comparison",
+        kind=str,
+        choices=("stgm", "random", "mean", "tome", "dynamicvit", "ats", "spot"),
+    ),
     Key("MODEL.BASE_DEPTH", None, "blocks on all tokens before the semantic ones; fewer is faster", kind=int, low=1),
     Key("MODEL.STGM_DEPTH", None, "blocks that generate semantic tokens", kind=int, low=2, high=4),
     Key("MODEL.UNITS", None, "dumbbell units of stvit_r models", kind=int, low=1),

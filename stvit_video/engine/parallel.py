@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from stvit_video.distributed import World
@@ -32,6 +32,8 @@ def shard(model: nn.Module) -> None:
     """Share the parameters of each block, and of what is outside them, out among all processes (FSDP2), in place."""
     for block in model.transformer_blocks():  # type: ignore[operator]
         fully_shard(block)
+        for step in getattr(block, "STEPS", ()):  # what a reducer calls in place of the whole block
+            register_fsdp_forward_method(block, step)
     fully_shard(model)
 
 

@@ -175,7 +175,10 @@ class Trainer:
             after_step()
 
     def take_step(self, batches: Iterator[Batch]) -> Tensor:
-        """Take one optimiser step on ``accumulate`` batches; return the sums of loss and hits, and the clip count."""
+        """Take one optimiser step on ``accumulate`` batches; return the sums of loss and hits, and the clip count.
+
+        The loss that is returned is the classifier's; a reducer's own is only learned from.
+        """
         sums, seen = self._zeros(), []
         for i in range(self.accumulate):
             with self.clock.part("data"):
@@ -191,8 +194,9 @@ class Trainer:
                     with autocast(self.world.device, self.precision):
                         logits = self.model(clips)
                     loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing)
+                    total = loss + auxiliary_loss(self.bare_model)
                 with self.clock.part("backward"):
-                    self.scaler.scale(loss * nan_if_not_finite(loss) / self.accumulate).backward()
+                    self.scaler.scale(total * nan_if_not_finite(total) / self.accumulate).backward()
             with torch.no_grad():
                 hits = (logits.argmax(dim=1) == labels).sum()
                 sums += torch.stack([loss * len(labels), hits, torch.tensor(len(labels), device=loss.device)])
@@ -273,6 +277,13 @@ class Trainer:
             "memory_gb": peak_memory(self.world.device),
             "bad_steps": self.bad_steps,
         }
+
+
+def auxiliary_loss(model: nn.Module) -> Tensor | float:
+    """Return what a model of this package adds to the loss of its last forward pass, such as a learned reducer's."""
+    ask = getattr(model, "auxiliary_loss", None)
+    loss = None if ask is None else ask()
+    return 0.0 if loss is None else loss
 
 
 def _whole(norm: Tensor) -> Tensor:

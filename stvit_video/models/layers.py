@@ -60,7 +60,7 @@ def note(intermediates: Intermediates | None, stage: str, x: Tensor, grid: Seque
         intermediates.note(stage, x, grid)
 
 
-def run_block(block: nn.Module, x: Tensor, *context: Tensor, recompute: bool) -> Tensor:
+def run_block(block: nn.Module, x: Tensor, *context: Tensor | None, recompute: bool) -> Tensor:
     """Run a block; with ``recompute`` its activations are not kept but computed again in the backward pass."""
     if recompute:
         return checkpoint(block, x, *context, use_reentrant=False)
@@ -130,19 +130,19 @@ class Attention(nn.Module):
         return self._heads(q), self._heads(k), self._heads(v)
 
     def forward(self, query: Tensor, context: Tensor | None = None, key_bias: Tensor | None = None) -> Tensor:
-        """Map (B, N, C) to (B, N, C); ``key_bias`` (K,) is added to every query's logits."""
-        q, k, v = self.project(query, context)
-        mask = None if key_bias is None else key_bias.to(q.dtype).expand(q.shape[0], 1, q.shape[2], -1)
+        """Map (B, N, C) to (B, N, C); ``key_bias`` (K,), or (B, K) by clip, is added to every query's logits."""
+        return self.combine(*self.project(query, context), key_bias)
+
+    def combine(self, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None = None) -> Tensor:
+        """Return the output (B, N, C) of what ``project`` returned."""
+        mask = None if key_bias is None else _by_query(key_bias).to(q.dtype).expand(q.shape[0], 1, q.shape[2], -1)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, h, N, C/h)
-        return self.proj(x.transpose(1, 2).reshape(query.shape))
+        return self.proj(x.transpose(1, 2).flatten(2))
 
     def weights(self, query: Tensor, context: Tensor | None = None, key_bias: Tensor | None = None) -> Tensor:
         """Return the attention probabilities (B, N, K), mean over heads: for pictures and tests, not for speed."""
         q, k, _ = self.project(query, context)
-        logits = (q @ k.transpose(-2, -1)).float() * q.shape[-1] ** -0.5
-        if key_bias is not None:
-            logits = logits + key_bias
-        return logits.softmax(dim=-1).mean(dim=1)
+        return _probabilities(q, k, key_bias).mean(dim=1)
 
 
 class Block(nn.Module):
@@ -188,6 +188,37 @@ class Block(nn.Module):
         """Return the probabilities (B, N, K) with which ``x`` attends to the context, mean over heads."""
         normed = None if context is None else self.norm1(context)
         return self.attn.weights(self.norm1(x), normed, key_bias)
+
+    # The steps of the block one by one, for those who have something to do in between.
+    STEPS = ("look", "attend", "transform", "attention_weights")
+
+    def look(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the attention's probabilities (B, h, N, N) and values (B, h, N, C/h) for tokens (B, N, C)."""
+        q, k, v = self.attn.project(self.norm1(x), None)
+        return _probabilities(q, k, None), v
+
+    def attend(self, x: Tensor, key_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the tokens (B, N, C) behind the attention, and their keys (B, N, C/h), mean over heads."""
+        q, k, v = self.attn.project(self.norm1(x), None)
+        x = x + self.drop_path(_scale(self.attn.combine(q, k, v, key_bias), self.gamma_1))
+        return x, k.mean(dim=1)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """Return the tokens (B, N, C), which nobody else holds, behind the MLP: what is left of the block."""
+        return feed_forward(self, x, self._mlp_branch, self.mlp.fc1.out_features)
+
+
+def _by_query(key_bias: Tensor) -> Tensor:
+    """Give a bias (K,) or (B, K) the axes of the logits (B, h, N, K)."""
+    return key_bias if key_bias.ndim == 1 else key_bias[:, None, None]
+
+
+def _probabilities(q: Tensor, k: Tensor, key_bias: Tensor | None) -> Tensor:
+    """Return the attention probabilities (B, h, N, K) in single precision."""
+    logits = (q @ k.transpose(-2, -1)).float() * q.shape[-1] ** -0.5
+    if key_bias is not None:
+        logits = logits + _by_query(key_bias)
+    return logits.softmax(dim=-1)
 
 
 def _scale(x: Tensor, gamma: Tensor | None) -> Tensor:

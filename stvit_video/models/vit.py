@@ -23,6 +23,7 @@ from stvit_video.models.layers import (
     note,
     run_block,
 )
+from stvit_video.models.reducers import REDUCERS, Reduced, Reducer, create_reducer, key_bias, mean_token
 from stvit_video.models.semantic_tokens import SemanticTokenGenerator, check_depths, default_regions
 
 BASE_ATTENTION = ("frame", "joint")
@@ -35,6 +36,8 @@ class VisionTransformer(nn.Module):
     With ``semantic_tokens`` the first ``base_depth`` blocks see all image tokens, the next ``stgm_depth`` blocks
     generate the semantic tokens, and the rest of ``depth`` runs on those alone. Without, every block sees all
     tokens. ``base_attention`` is "frame" (the image model's own computation, frame by frame) or "joint".
+    ``reducer`` "stgm" generates them as the paper does; the other REDUCERS leave as many tokens in ways of their own,
+    with which it can be compared, and none of what belongs to the STGM (``pooling`` to ``first_residual``) is theirs.
 
     ``positions`` are learned for a frame and for time apart ("frame"), or for every place of the clip ("clip", as
     VideoMAE has them). ``fc_norm`` puts the last norm behind the mean over tokens (VideoMAE, some of timm's ViTs).
@@ -59,6 +62,7 @@ class VisionTransformer(nn.Module):
         dropout: float = 0.0,
         drop_path: float = 0.0,
         semantic_tokens: bool = False,
+        reducer: str = "stgm",
         base_depth: int = 4,
         stgm_depth: int = 2,
         regions: Grid | None = None,
@@ -78,6 +82,7 @@ class VisionTransformer(nn.Module):
         self.grid = token_grid(self.input_size, (tubelet, patch_size, patch_size))
         self.depth, self.base_depth, self.stgm_depth = depth, depth, 0
         check_choice("base_attention", base_attention, BASE_ATTENTION)
+        check_choice("reducer", reducer, REDUCERS)
         check_choice("positions", positions, POSITIONS)
         if not isinstance(num_heads, int):
             raise ValueError(f"num_heads is {num_heads}; a ViT takes one number, such as 6, for all its blocks.")
@@ -95,10 +100,17 @@ class VisionTransformer(nn.Module):
             in_features=dim, out_features=num_classes, seq_pool_type="mean", dropout_rate=dropout
         )
         self.stgm: SemanticTokenGenerator | None = None
+        self.reducer: Reducer | None = None
         if semantic_tokens:
             check_depths(depth, base_depth, stgm_depth)
             self.base_depth, self.stgm_depth = base_depth, stgm_depth
             regions = regions or default_regions(self.grid, frames_per_centre)
+            self.regions = regions if reducer in ("stgm", "mean") else None  # None: tokens that lie on no grid
+        if semantic_tokens and reducer != "stgm":
+            assert regions is not None
+            self.reducer = create_reducer(reducer, dim, num_heads, self.grid, regions)
+        elif semantic_tokens:
+            assert regions is not None
             form = {"pooling": pooling, "offsets": offsets, "global_centres": global_centres}
             self.stgm = SemanticTokenGenerator(dim, self.grid, regions, first_residual=first_residual, **form)  # type: ignore[arg-type]
         self.grad_checkpointing = False
@@ -120,26 +132,43 @@ class VisionTransformer(nn.Module):
     def forward_features(self, x: Tensor, intermediates: Intermediates | None = None) -> Tensor:
         """Map a clip (B, 3, T, H, W) to normalised tokens: (B, M, C) semantic ones, or (B, N, C) in the full twin.
 
-        With ``fc_norm`` there is one token (B, 1, C), the normalised mean.
+        With ``fc_norm`` there is one token (B, 1, C), the normalised mean; with a reducer whose tokens do not count
+        alike there is one too, the weighted mean of the normalised tokens.
         """
         x = self._embed(x)
         note(intermediates, "embed", x, self.grid)
-        x = self._base(x)
+        past: list[tuple[nn.Module, Tensor]] = []
+        x = self._base(x, past)
         note(intermediates, "base", x, self.grid)
-        grid = self.grid
-        if self.stgm is not None:
-            blocks = self.blocks[self.base_depth : self.base_depth + self.stgm_depth]
-            x, assignment = self.stgm(x, list(blocks), return_assignment=intermediates is not None)
-            grid = self.stgm.pooling.regions
+        grid, weights = self.grid, None
+        if self.stgm_depth:
+            reduced = self._reduce(x, past, intermediates is not None)
+            x, weights = reduced.tokens, reduced.weights
+            grid = self.regions or (1, 1, x.shape[1])
             note(intermediates, "semantic", x, grid)
             if intermediates is not None:
-                intermediates.assignment = assignment
-            x = self._run(self.blocks[self.base_depth + self.stgm_depth :], x)
+                intermediates.assignment = reduced.assignment
+            bias = None if weights is None else key_bias(weights)
+            x = self._run(self.blocks[self.base_depth + self.stgm_depth :], x, bias)
         if self.fc_norm:
-            x, grid = x.mean(dim=1, keepdim=True), (1, 1, 1)
-        x = self.norm(x)
+            x, grid = self.norm(mean_token(x, weights)), (1, 1, 1)
+        elif weights is not None:
+            x, grid = mean_token(self.norm(x), weights), (1, 1, 1)
+        else:
+            x = self.norm(x)
         note(intermediates, "final", x, grid)
         return x
+
+    def _reduce(self, x: Tensor, past: list[tuple[nn.Module, Tensor]], return_assignment: bool) -> Reduced:
+        blocks = list(self.blocks[self.base_depth : self.base_depth + self.stgm_depth])
+        if self.reducer is not None:
+            return self.reducer(x, blocks, past, return_assignment)
+        assert self.stgm is not None
+        return Reduced(*self.stgm(x, blocks, return_assignment))
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """Return what the last forward pass in training mode adds to the loss, once; None for most models."""
+        return None if self.reducer is None else self.reducer.auxiliary_loss()
 
     def forward(self, x: Tensor, return_intermediates: bool = False) -> Tensor | tuple[Tensor, Intermediates]:
         """Map a clip (B, 3, T, H, W) to logits (B, classes), and to what it went through if asked."""
@@ -157,17 +186,25 @@ class VisionTransformer(nn.Module):
         positions = self.pos_embed.unsqueeze(1) + self.time_embed.unsqueeze(2)  # (1, t, h*w, C)
         return x + positions.reshape(1, t * h * w, -1)
 
-    def _base(self, x: Tensor) -> Tensor:
-        """Run the blocks that see all image tokens (B, N, C): inside each frame, or over the whole clip."""
-        blocks = self.blocks[: self.base_depth]
-        if self.base_attention == "joint" or self.grid[0] == 1:
-            return self._run(blocks, x)
-        B, N, C = x.shape
-        return self._run(blocks, x.reshape(B * self.grid[0], -1, C)).reshape(B, N, C)
+    def _base(self, x: Tensor, past: list[tuple[nn.Module, Tensor]]) -> Tensor:
+        """Run the blocks that see all image tokens (B, N, C): inside each frame, or over the whole clip.
 
-    def _run(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
+        The last of them, as many as the reducer asks for, go to ``past`` with what they were given.
+        """
+        B, N, C = x.shape
+        if self.base_attention == "frame":
+            x = x.reshape(B * self.grid[0], -1, C)
+        watched = 0 if self.reducer is None else self.reducer.past
+        for i in range(self.base_depth):
+            if i >= self.base_depth - watched:
+                past.append((self.blocks[i], x))
+            x = self._run(self.blocks[i : i + 1], x)
+        return x.reshape(B, N, C)
+
+    def _run(self, blocks: nn.ModuleList, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        context = () if bias is None else (None, bias)
         for block in blocks:
-            x = run_block(block, x, recompute=self.grad_checkpointing and self.training)
+            x = run_block(block, x, *context, recompute=self.grad_checkpointing and self.training)
         return x
 
     def no_weight_decay(self) -> set[str]:
@@ -184,7 +221,7 @@ class VisionTransformer(nn.Module):
             return 0
         if root == "blocks":
             return int(rest.split(".")[0]) + 1
-        if root == "stgm":
+        if root in ("stgm", "reducer"):
             return self.base_depth + 1
         return self.depth + 1
 

@@ -73,9 +73,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "fast": {"base_depth": 1, "frames_per_centre": 2},
     },
 }
+STGM_ARGUMENTS = ("pooling", "offsets", "global_centres", "first_residual")  # no other reducer has them
 VIT_SEMANTIC_ARGUMENTS = (
-    "base_depth", "stgm_depth", "regions", "frames_per_centre", "pooling", "offsets", "global_centres",
-    "first_residual",
+    "reducer", "base_depth", "stgm_depth", "regions", "frames_per_centre", *STGM_ARGUMENTS,
 )  # fmt: skip
 
 
@@ -108,6 +108,8 @@ def create_model(
         settings = {**sizes[name.removeprefix(f"{family}_")], **shared}
         if family in PRESETS:
             settings.update(_preset(family, chosen.pop("preset", "paper"), {**settings, **chosen}))
+        if constructor is SwinTransformer:
+            chosen.pop("reducer", None)  # the STGM, which is all it has
         model = constructor(**{**settings, **chosen})
     except ValueError as error:
         raise UsageError(f"{name}: {error}") from error
@@ -133,21 +135,37 @@ def _check_names(name: str, family: str, constructor: type[nn.Module], overrides
     known = [key for key in signature(constructor).parameters if key not in ("semantic_tokens", "semantic")]
     known += sorted(semantic)
     if family in PRESETS:
-        known.append("preset")
+        known += [key for key in ("preset", "reducer") if key not in known]
     else:
-        needing = semantic or set(VIT_SEMANTIC_ARGUMENTS)
-        given = [key for key in overrides if key in needing or key == "preset"]
+        needing = {"preset", "reducer", *(semantic or VIT_SEMANTIC_ARGUMENTS)}
+        given = [key for key in overrides if key in needing]
         if given:
             raise UsageError(f"{name} has no semantic tokens, so {', '.join(given)} cannot apply; use stvit_{name}.")
+    _check_reducer(name, constructor, overrides)
     for key in overrides:
         if key not in known:
             raise UsageError(f"{name} takes no argument {key!r}; known: {', '.join(known)}.{nearest(key, known)}")
 
 
+def _check_reducer(name: str, constructor: type[nn.Module], overrides: dict[str, Any]) -> None:
+    """Raise UsageError for a reducer in a Swin, and for arguments that another reducer than the STGM does not have."""
+    reducer = overrides.get("reducer", "stgm")
+    if constructor is SwinTransformer and reducer != "stgm":
+        raise UsageError(
+            f"{name} has windows, which need a grid of tokens, so reducer {reducer!r} cannot apply; leave it out, or "
+            f"use one of {', '.join(list_models('stvit_vit_*'))}."
+        )
+    foreign = [key for key in STGM_ARGUMENTS if key in overrides]
+    if reducer != "stgm" and foreign:
+        raise UsageError(
+            f"{name} with reducer {reducer!r} has no {', '.join(foreign)}, which reducer 'stgm' has; leave them out."
+        )
+
+
 # Keys of the MODEL section that are overrides of the same name.
 CONFIGURED = (
-    "preset", "base_depth", "stgm_depth", "units", "regions", "pooling", "offsets", "global_centres", "first_residual",
-    "layer_scale", "stem", "window", "base_attention", "positions", "fc_norm",
+    "preset", "reducer", "base_depth", "stgm_depth", "units", "regions", *STGM_ARGUMENTS, "layer_scale", "stem",
+    "window", "base_attention", "positions", "fc_norm",
 )  # fmt: skip
 
 
