@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,44 @@ def test_the_loss_of_a_mixed_batch_is_in_proportion_and_the_larger_label_counts(
         assert (hits, count) == (2, 2)
         assert loss == pytest.approx(-(scores * scores.log_softmax(dim=1)).sum().item(), rel=1e-5)
     assert torch.stack(model.seen)[:, 0].unique().numel() == 12  # each step draws anew
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_models_own_loss_is_learned_from_and_not_logged(precision: str) -> None:
+    class Own(nn.Module):
+        """Logits that depend on one parameter, and a loss of its own on another."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.tensor(3.0))
+
+        def forward(self, clips: torch.Tensor) -> torch.Tensor:
+            return self.scale * clips.mean(dim=(1, 2, 3, 4)).unsqueeze(1)
+
+        def auxiliary_loss(self) -> torch.Tensor:
+            return self.other.square()
+
+    model = Own()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.125)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    trainer = plain_trainer(model, optimizer, scheduler, accumulate=2, precision=precision)
+    plain = TrainTransform(8, Normalise((0, 0, 0), (1, 1, 1)), (8, 8), None, (1, 1), False)
+    collate = Collate(TrainViews(plain, 1, 2))
+    pixels = torch.full((2, 8, 8, 3), 255, dtype=torch.uint8)
+    batches = itertools.repeat(collate([Sample(pixels, label, label, (0,), []) for label in range(2)]))
+    loss, _, count = trainer.take_step(batches).tolist()
+    assert loss / count == pytest.approx(math.log(2), rel=1e-3)
+    assert model.other.item() == pytest.approx(3 - 0.125 * 2 * 3)  # of two accumulated batches: their mean
+
+
+@pytest.mark.parametrize("reducer", ["tome", "spot"])
+def test_a_reducer_of_the_configuration_is_trained(reducer: str, small_run: Callable[..., list[str]]) -> None:
+    few = small_run("MODEL.REDUCER", reducer, "TRAIN.ACCUMULATE", "2", "TRAIN.MAX_STEPS", "1")
+    before, after = initial_weights(few), weights_after_an_epoch(few)
+    assert any(name.startswith("reducer.") for name in after) == (reducer == "spot")
+    for name, weight in before.items():
+        assert not torch.equal(after[name], weight), name
+        assert after[name].isfinite().all()
 
 
 def test_transforms_give_the_same_clips_on_the_device_as_in_the_workers(small_run: Callable[..., list[str]]) -> None:
