@@ -94,7 +94,7 @@ def explain(model: nn.Module, clip: Tensor, target: int | None = None) -> Explan
         if result.contributions is None:
             result.absent.append("The head sees one token only, the mean of all: no token's own share can be told.")
         _add_assignment(result, model, seen)
-        _add_attention(result, heard, seen)
+        _add_attention(result, model, heard, seen)
         _add_recovery(result, heard)
     return result
 
@@ -160,7 +160,15 @@ def _contributions(model: nn.Module, seen: Traced, target: int) -> Array | None:
         return None
     weight: Tensor = model.get_parameter("head.proj.weight").detach().float()
     shares = tokens @ (weight[target] - weight.mean(dim=0)) / len(tokens)
-    return _array(shares.reshape(seen.grids["final"]))
+    return _array(_placed(shares, model, seen, "final"))
+
+
+def _placed(values: Tensor, model: nn.Module, seen: Intermediates, stage: str) -> Tensor:
+    """Return the values of a stage's tokens on its grid; of tokens that lie on none, on the image tokens they are."""
+    if getattr(model, "reducer", None) is None or model.regions is not None:
+        return values.reshape(seen.grids[stage])
+    assert seen.assignment is not None
+    return (values @ (seen.assignment[0] > 0).to(values)).reshape(seen.grids["base"])
 
 
 def _add_assignment(result: Explanation, model: nn.Module, seen: Traced) -> None:
@@ -174,7 +182,7 @@ def _add_assignment(result: Explanation, model: nn.Module, seen: Traced) -> None
     result.assignment = _array(seen.assignment[0]).reshape(-1, *seen.grids[last_image_stage(seen)])
 
 
-def _add_attention(result: Explanation, heard: dict[str, Tensor], seen: Traced) -> None:
+def _add_attention(result: Explanation, model: nn.Module, heard: dict[str, Tensor], seen: Traced) -> None:
     if "attention" not in heard:
         result.absent.append(
             "The last block attends inside windows: there is no attention over the whole clip to show."
@@ -182,8 +190,8 @@ def _add_attention(result: Explanation, heard: dict[str, Tensor], seen: Traced) 
         return
     weights = heard["attention"]  # (frames or 1, queries, keys)
     received = weights.mean(dim=1) * weights.shape[2]
-    grid = next(grid for grid in reversed(seen.grids.values()) if np.prod(grid) == received.numel())
-    result.attention = _array(received.reshape(grid))
+    stage = next(name for name, grid in reversed(seen.grids.items()) if np.prod(grid) == received.numel())
+    result.attention = _array(_placed(received.flatten(), model, seen, stage))
 
 
 def _add_recovery(result: Explanation, heard: dict[str, Tensor]) -> None:
@@ -201,9 +209,9 @@ def _listen(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Keep the attention weights of the last block, where it sees a whole clip or frame, and of the last recovery."""
     heard: dict[str, Tensor] = {}
 
-    def keep(name: str, contexts: int) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Any]], None]:
+    def keep(name: str, *counts: int) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Any]], None]:
         def hook(block: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Any]) -> None:
-            if not named and len(inputs) == 1 + contexts:
+            if not named and len(inputs) in counts:
                 with torch.no_grad():
                     heard[name] = block.attention_weights(*inputs).float()  # type: ignore[operator]
 
@@ -213,9 +221,9 @@ def _listen(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     recovering = [stage for stage in model.modules() if isinstance(stage, SemanticStage) and stage.recover]
     hooks = []
     if isinstance(last, Block):
-        hooks.append(last.register_forward_pre_hook(keep("attention", 0), with_kwargs=True))
+        hooks.append(last.register_forward_pre_hook(keep("attention", 1, 3), with_kwargs=True))
     if recovering:
-        hooks.append(recovering[-1].blocks[-1].register_forward_pre_hook(keep("recovery", 1), with_kwargs=True))
+        hooks.append(recovering[-1].blocks[-1].register_forward_pre_hook(keep("recovery", 2), with_kwargs=True))
     try:
         yield heard
     finally:

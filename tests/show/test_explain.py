@@ -51,6 +51,28 @@ def test_explanations_add_up(name: str, sizes: tuple[int, int]) -> None:
         np.testing.assert_allclose(own, np.broadcast_to(np.eye(groups)[:, None], own.shape), atol=1e-5)
 
 
+@pytest.mark.parametrize("reducer", ["random", "mean", "tome", "dynamicvit", "ats", "spot"])
+def test_tokens_that_lie_on_no_grid_are_shown_where_they_come_from(reducer: str) -> None:
+    sizes = {"num_frames": 8, "image_size": 64, "num_classes": 7, "regions": (4, 2, 2)}
+    model = create_model("stvit_vit_sample_patch8", **sizes, reducer=reducer).eval()
+    clip = torch.randn(3, 8, 64, 64)
+    with torch.no_grad():
+        logits, seen = model(clip.unsqueeze(0), return_intermediates=True)
+    found = explain(model, clip, target=3)
+    grid = (4, 2, 2) if reducer == "mean" else (4, 8, 8)
+    assert found.attention.shape == grid
+    gone = (seen.assignment[0].sum(dim=0) == 0).numpy().reshape(4, 8, 8)
+    assert gone.any() == (reducer not in ("mean", "tome"))
+    if reducer in ("tome", "ats"):
+        assert any("one token only" in line for line in found.absent)
+    else:
+        assert found.contributions.shape == grid
+        assert found.contributions.sum() == pytest.approx((logits[0, 3] - logits[0].mean()).item(), abs=1e-4)
+    if grid == (4, 8, 8):
+        assert (found.attention[gone] == 0).all()
+        assert (found.attention[~gone] > 0).all()
+
+
 def test_what_is_absent_is_said_not_guessed() -> None:
     swin = create_model("swin_tiny", num_frames=2, image_size=56, num_classes=3)
     found = explain(swin, torch.randn(3, 2, 56, 56))
