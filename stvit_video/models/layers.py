@@ -24,7 +24,7 @@ class Intermediates:
 
     tokens: dict[str, Tensor] = field(default_factory=dict)
     grids: dict[str, Grid] = field(default_factory=dict)
-    assignment: Tensor | None = None  # (B, M, N), see SemanticTokenGenerator.forward
+    assignment: Tensor | None = None  # (B, M, N), see SemanticTokenGenerator.forward and reducers.Reduced
 
     def note(self, stage: str, x: Tensor, grid: Sequence[int]) -> None:
         """Keep the tokens (B, N, C), or (B, t, h, w, C), that leave ``stage``."""

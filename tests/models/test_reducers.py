@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stvit_video.config import BY_NAME
 from stvit_video.errors import UsageError
 from stvit_video.models import create_model, load_pretrained
 from stvit_video.models.complexity import count_gflops, count_training_memory
@@ -196,6 +198,18 @@ def test_wrong_arguments_are_named_with_what_is_allowed(name: str, arguments: di
         create_model(name, num_frames=8, image_size=64, num_classes=7, **arguments)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_configuration_offers_the_reducers_that_there_are() -> None:
+    assert BY_NAME["MODEL.REDUCER"].choices == REDUCERS
+
+
+def test_a_reducer_that_cannot_apply_ends_the_command(
+    small_run: Callable[..., list[str]], refused: Callable[[list[str]], str]
+) -> None:
+    assert "windows" in refused(small_run("MODEL.NAME", "stvit_swin_tiny", "MODEL.REDUCER", "mean"))
+    assert "has no pooling" in refused(small_run("MODEL.REDUCER", "mean", "MODEL.POOLING", "max"))
+    assert "stgm" in refused(small_run("MODEL.REDUCER", "tom"))
 
 
 def test_the_stgm_may_be_named_where_it_is_all_there_is() -> None:

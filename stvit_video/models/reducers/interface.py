@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Added to weights before their logarithm: a dropped token's share of the attention vanishes, its gradient does not.
+# Added to weights before their logarithm: a dropped token's share of the attention vanishes, its gradient does not (but
+# in fp16, whose numbers end above it).
 FLOOR = 1e-8
 
 Past = Sequence[tuple[nn.Module, Tensor]]  # blocks that have run, each with the tokens (B, N, C) that it was given

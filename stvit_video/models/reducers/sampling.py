@@ -67,7 +67,8 @@ class AdaptiveSampling(Reducer):
 
     Ours: without a class token the attention received is the mean over all queries, and heads are added up; the level
     falls to the token in whose share it lies, where the paper interpolates between tokens; one stage in place of one in
-    many blocks. Places left over are not saved: the paper's variable number of tokens needs a batch of one.
+    many blocks. Places left over are not saved: the paper's variable number of tokens needs a batch of one. The whole
+    attention map (h N^2 numbers a clip) is made for the significance, without fused attention.
     """
 
     def forward(
