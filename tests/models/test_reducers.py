@@ -284,10 +284,6 @@ def test_merging_equal_tokens_changes_nothing(depth: int) -> None:
     reduced = reduce(model, x)
     assert (reduced.weights == 2).all()
     assert (reduced.tokens.repeat_interleave(2, dim=1) - whole).abs().max() < 1e-4
-    bias = key_bias(reduced.weights)
-    last = model.blocks[-1]
-    assert (last(reduced.tokens, None, bias).repeat_interleave(2, dim=1) - last(whole)).abs().max() < 1e-4
-    assert (last(reduced.tokens).repeat_interleave(2, dim=1) - last(whole)).abs().max() < 1e-4  # all alike: no bias
 
 
 def test_sizes_count_in_the_attention() -> None:
@@ -320,14 +316,10 @@ def test_learned_pruning_takes_the_best_in_evaluation(reducer: str) -> None:
 def test_what_is_dropped_in_training_is_as_good_as_gone(reducer: str, fc_norm: bool) -> None:
     model = build(reducer, fc_norm=fc_norm).train()
     clip = draw(model, 1)
-    _, intermediates = model(clip, return_intermediates=True)
-    decided = intermediates.assignment[0].diagonal()
-    kept = decided.nonzero()[:, 0]
-    assert set(decided.tolist()) == {0.0, 1.0}
-    assert not torch.equal(decided, torch.ones(TOKENS))
-    torch.manual_seed(1)
     logits, intermediates = model(clip, return_intermediates=True)
-    kept = intermediates.assignment[0].diagonal().nonzero()[:, 0]
+    decided = intermediates.assignment[0].diagonal()
+    assert set(decided.tolist()) == {0.0, 1.0}
+    kept = decided.nonzero()[:, 0]
     tokens = run(list(model.blocks[2:]), intermediates.tokens["base"][:, kept])
     by_hand = model.norm(tokens.mean(dim=1)) if fc_norm else model.norm(tokens).mean(dim=1)
     assert (model.head(by_hand.unsqueeze(1)) - logits).abs().max() < 1e-5 * max(1, logits.abs().max())

@@ -17,7 +17,7 @@ class LearnedPruning(Reducer):
     In training every token is kept or dropped by lot (Gumbel-softmax), the decision's gradient being that of its
     probability. Nothing is removed then: dropped tokens are not attended to and count nothing in the mean, and a loss
     pulls the share of kept tokens in each clip to M / N. So training costs more than without reduction: the decisions'
-    gradient also forbids fused attention on a CPU. In evaluation the M most relevant tokens are taken, the rest is gone.
+    gradient also forbids fused attention on a CPU. In evaluation the M most relevant tokens are taken and no others.
     """
 
     def score(self, x: Tensor, past: Past) -> Tensor:
