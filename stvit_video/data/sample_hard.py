@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from stvit_video.data.sprites import FRAMES, SHAPES, SIDE, Float, Image, Look, State, paint, random_colours, random_look
+from stvit_video.data.sprites import FRAMES, SHAPES, SIDE, Float, Image, Look, State, paint, random_colours
 
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 OUTLINES = ("triangle", "star", "ring", "cross")
@@ -41,17 +41,17 @@ def draw(label: str, rng: np.random.Generator) -> Image:
 def _add(frames: Float, shape: str, course: Float, radius: float, rng: np.random.Generator) -> None:
     """Paint a sprite that moves by ``course`` (x, y), in pictures over the video, from a random start."""
     places = rng.uniform(0, SIDE, size=2) + np.arange(FRAMES)[:, None] * course * SIDE / FRAMES
-    angle, radii = np.full(FRAMES, rng.uniform(-TILT, TILT)), np.full(FRAMES, radius)
-    colour, other = random_colours(rng)
-    faint = 0.7 * colour + 0.3 * other  # so that the outline says more than the texture
-    paint(frames, shape, State(places[:, 0], places[:, 1], angle, radii), random_look(rng, (colour, faint)))
+    angle, (body, rim) = np.full(FRAMES, rng.uniform(-TILT, TILT)), random_colours(rng)
+    for colour, share in ((rim, 1.2), (body, 0.85)):  # one light, one dark: clutter is neither
+        state = State(places[:, 0], places[:, 1], angle, np.full(FRAMES, share * radius))
+        paint(frames, shape, state, Look(colour, colour, spokes=0, bend=0.0))
 
 
 def _background(rng: np.random.Generator, camera: Float) -> Float:
     """Return still pieces of middle brightness on a plain ground, seen by the camera: (FRAMES, SIDE, SIDE, 3)."""
     ground = np.full((1, SIDE, SIDE, 3), rng.uniform(90, 165, size=3))
     for _ in range(CLUTTER):
-        colour = rng.uniform(40, 215, size=3)
+        colour = rng.uniform(75, 180, size=3)
         place, angle, radius = rng.uniform(0, SIDE, size=(2, 1)), rng.uniform(0, 2 * math.pi, size=1), rng.uniform(3, 9)
         piece = State(place[0], place[1], angle, np.array([radius]))
         paint(ground, str(rng.choice(SHAPES)), piece, Look(colour, colour, spokes=0, bend=0.0))

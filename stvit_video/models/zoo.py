@@ -24,6 +24,8 @@ VIT_SIZES: dict[str, dict[str, Any]] = {
     "base_patch16": {"dim": 768, "depth": 12, "num_heads": 12},
     # For the generated sample set: 64x64 clips, trained in minutes on two CPU cores.
     "sample_patch8": {"dim": 96, "depth": 8, "num_heads": 3, "patch_size": 8},
+    # The same for the harder set: as deep as the real ones, so that presets are what they are there.
+    "hard_patch8": {"dim": 96, "depth": 12, "num_heads": 3, "patch_size": 8, "tubelet": 4},
 }
 SWIN_SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
