@@ -95,7 +95,7 @@ class RunFolder:
             raise UsageError(f"OUTPUT_DIR {self.path} is a file; give a folder.")
         if not self.path.is_dir() or all(path.name == ".config.yaml.tmp" for path in self.path.iterdir()):
             return
-        recorded = self._recorded_config()
+        recorded = self.recorded_config()
         if recorded is None:
             raise UsageError(f"OUTPUT_DIR {self.path} holds files that are not a run's; give an empty or new folder.")
         if cfg.OVERWRITE or not self.has_progress():
@@ -133,7 +133,7 @@ class RunFolder:
                 shutil.rmtree(self.parts, ignore_errors=True)
             self.path.mkdir(parents=True, exist_ok=True)
             # A test or transfer that is done again is of the new settings; in a training run's folder it is a guest.
-            owner = (self._recorded_config() or {}).get("MODE")
+            owner = (self.recorded_config() or {}).get("MODE")
             renewed = cfg.MODE != "train" and owner == cfg.MODE
             if renewed or not (self.path / "config.yaml").exists():  # first of all files: it marks the folder
                 write_atomically(self.path / "config.yaml", cfg.dump().encode())
@@ -145,7 +145,7 @@ class RunFolder:
                 f"OUTPUT_DIR {self.path} cannot be written ({error.strerror}); give a folder that can, with space left."
             ) from error
 
-    def _recorded_config(self) -> dict[str, Any] | None:
+    def recorded_config(self) -> dict[str, Any] | None:
         """Return the configuration of the run that owns the folder, None where no run does."""
         try:
             recorded = yaml.safe_load((self.path / "config.yaml").read_text())
@@ -189,16 +189,22 @@ class RunFolder:
 
 
 def _refuse_other_settings(path: Path, recorded: dict[str, Any], current: dict[str, Any]) -> None:
+    changed = describe_changes(recorded, current)
+    if changed:
+        raise UsageError(
+            f"OUTPUT_DIR {path} holds a run with other settings: {changed}. "
+            f"Give another OUTPUT_DIR, or OVERWRITE True to replace that run."
+        )
+
+
+def describe_changes(recorded: dict[str, Any], current: dict[str, Any]) -> str:
+    """Return which settings differ between a run and its continuation, those that may left out; "" for none."""
     old, new = _flat(recorded), _flat(current)
     for key in PATH_KEYS:
         old, new = ({**values, key: os.path.abspath(values[key]) if values.get(key) else ""} for values in (old, new))
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and key not in FREE_KEYS]
-    if changed:
-        shown = ", ".join(f"{key} {old.get(key)!r} (now {new.get(key)!r})" for key in changed[:5])
-        raise UsageError(
-            f"OUTPUT_DIR {path} holds a run with other settings: {shown}{' ...' if len(changed) > 5 else ''}. "
-            f"Give another OUTPUT_DIR, or OVERWRITE True to replace that run."
-        )
+    shown = ", ".join(f"{key} {old.get(key)!r} (now {new.get(key)!r})" for key in changed[:5])
+    return f"{shown} ..." if len(changed) > 5 else shown
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

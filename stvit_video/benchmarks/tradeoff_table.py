@@ -1,0 +1,215 @@
+"""The table of accuracy beside speed: its figures, what they say of each preset in words, and its files."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stvit_video.engine.checkpoint import write_atomically
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of the table. Accuracies are top-1 in percent by seed, None where that run is not finished.
+
+    ``rate`` is in clips a second, None where speed was not measured; ``failures`` say by seed why a run ended.
+    """
+
+    name: str
+    kind: str
+    of: str | None
+    parameters: int
+    tokens: int
+    gflops: float
+    top1: dict[int, float | None]
+    rate: float | None = None
+    coverage: dict[int, float] = field(default_factory=dict)
+    failures: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def found(self) -> list[float]:
+        return [value for value in self.top1.values() if value is not None]
+
+    @property
+    def mean(self) -> float | None:
+        return sum(self.found) / len(self.found) if self.found else None
+
+    @property
+    def spread(self) -> float | None:
+        """From the least to the most of the seeds; one seed has none."""
+        return max(self.found) - min(self.found) if len(self.found) > 1 else None
+
+    @property
+    def seeds(self) -> str:
+        """What a reader has to know of a mean: nothing where all seeds are in it, and there are several."""
+        if len(self.found) == 1:
+            return "one seed only"
+        return "" if len(self.found) == len(self.top1) else f"{len(self.found)} of {len(self.top1)} seeds"
+
+
+@dataclass(frozen=True)
+class Table:
+    """All rows, the twin among them, and how far below it a preset may be, in points of top-1."""
+
+    lines: tuple[Line, ...]
+    within: float
+    machine: str = ""  # what the speeds were measured on
+
+    @property
+    def twin(self) -> Line:
+        return next(line for line in self.lines if line.kind == "twin")
+
+    def points(self, line: Line) -> float | None:
+        """Return how many points of top-1 a row is above the twin."""
+        return None if line.mean is None or self.twin.mean is None else line.mean - self.twin.mean
+
+
+def verdicts(table: Table) -> list[str]:
+    """Return a sentence on each preset: against the twin, against its controls, beside its neighbours."""
+    return [_verdict(table, line) for line in table.lines if line.kind == "preset"]
+
+
+def _verdict(table: Table, line: Line) -> str:
+    if line.mean is None:
+        return f"{line.name}: no seed is trained, so nothing can be said"
+    parts = [_against_twin(table, line)]
+    controls, neighbours = (
+        [other for other in table.lines if other.of == line.name and other.kind == kind]
+        for kind in ("control", "neighbour")
+    )
+    trained = [(other, _difference(line, other)) for other in controls if other.mean is not None]
+    for word, chosen in (
+        ("above", [(other, by) for other, by in trained if by > 0]),
+        ("NOT above", [(other, by) for other, by in trained if by <= 0]),
+    ):
+        if chosen:
+            parts.append(f"{word} " + ", ".join(_name(line, other, f"by {abs(by):.2f}") for other, by in chosen))
+    beside = [(other, _difference(other, line)) for other in neighbours if other.mean is not None]
+    if beside:
+        parts.append("neighbours: " + ", ".join(_name(line, other, f"{by:+.2f}") for other, by in beside))
+    untrained = [_short(line, other) for other in (*controls, *neighbours) if other.mean is None]
+    if untrained:
+        parts.append(f"not compared, no seed being trained: {', '.join(untrained)}")
+    return f"{line.name}: {'; '.join(parts)}"
+
+
+def _against_twin(table: Table, line: Line) -> str:
+    twin = table.twin
+    spread = line.seeds or f"spread {line.spread:.2f}"
+    if twin.mean is None:
+        return f"{line.mean:.2f} % ({spread}), and {twin.name} has no seed trained"
+    points = _difference(line, twin)
+    where = "equal to" if not points else f"{abs(points):.2f} points {'above' if points > 0 else 'below'}"
+    verdict = "within" if points >= -table.within else "NOT within"
+    other = twin.seeds or f"spread {twin.spread:.2f}"
+    return f"{where} {twin.name}, {verdict} the {table.within:g} asked ({spread}; {twin.name}: {other})"
+
+
+def _difference(line: Line, other: Line) -> float:
+    """Return how many points a row is above another, without the noise of floating point."""
+    assert line.mean is not None
+    assert other.mean is not None
+    return round(line.mean - other.mean, 9) + 0.0
+
+
+def _name(line: Line, other: Line, difference: str) -> str:
+    return f"{_short(line, other)} ({', '.join(filter(None, (difference, other.seeds)))})"
+
+
+def _short(line: Line, other: Line) -> str:
+    return other.name.removeprefix(f"{line.name}-")
+
+
+def notes(table: Table) -> list[str]:
+    """Return what else belongs below the table: runs that failed, and tests that did not score every video."""
+    said = []
+    for line in table.lines:
+        said += [f"failed: {line.name}, seed {seed}: {why}" for seed, why in line.failures.items()]
+        said += [
+            f"{line.name}, seed {seed}: top-1 of the {100 * share:.1f} % of the test videos that could be read"
+            for seed, share in line.coverage.items()
+            if share < 1
+        ]
+    return said
+
+
+def records(table: Table) -> list[dict[str, Any]]:
+    """Return the rows as plain data, one column a figure; None where there is none."""
+    twin = table.twin
+    return [
+        {
+            "row": line.name,
+            "kind": line.kind,
+            "of": line.of,
+            "parameters": line.parameters,
+            "tokens": line.tokens,
+            "gflops": line.gflops,
+            "gflops_of_twin": line.gflops / twin.gflops,
+            "clips_per_second": line.rate,
+            "speed_of_twin": None if line.rate is None or twin.rate is None else line.rate / twin.rate,
+            **{f"top1_seed{seed}": value for seed, value in line.top1.items()},
+            "mean": line.mean,
+            "spread": line.spread,
+            "points": table.points(line),
+        }
+        for line in table.lines
+    ]
+
+
+def markdown(table: Table) -> str:
+    """Return the table for a README, verdicts and notes below it."""
+    seeds = list(table.twin.top1)
+    head = ["row", "kind", "tokens", "GFLOPs", "of twin", "clips/s", "of twin"]
+    head += [*(f"seed {seed}" for seed in seeds), "mean top-1", "spread", "points"]
+    rows = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
+    for line, record in zip(table.lines, records(table), strict=True):
+        cells = [line.name, f"{line.kind} of {line.of}" if line.of else line.kind, str(line.tokens)]
+        cells += [f"{line.gflops:.3f}", f"{record['gflops_of_twin']:.2f}x"]
+        cells += [_cell(line.rate, ".1f"), _cell(record["speed_of_twin"], ".2f", "x")]
+        cells += ["failed" if seed in line.failures else _cell(line.top1[seed], ".2f") for seed in seeds]
+        cells += [_cell(line.mean, ".2f"), _cell(line.spread, ".2f"), _cell(record["points"], "+.2f")]
+        rows.append(cells)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+            for row in rows]  # fmt: skip
+    below = [*verdicts(table), *notes(table), *([table.machine] if table.machine else [])]
+    return "\n".join([*text, "", *(f"- {sentence}" for sentence in below)]) + "\n"
+
+
+def _cell(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else f"{value:{form}}{unit}"
+
+
+def write_table(table: Table, output: Path) -> None:
+    """Write tradeoff.json, tradeoff.csv and tradeoff.md, each whole or not at all."""
+    rows = records(table)
+    content = {
+        "rows": [{**row, "failures": line.failures} for row, line in zip(rows, table.lines, strict=True)],
+        "verdicts": verdicts(table),
+        "notes": notes(table),
+        "within": table.within,
+        "machine": table.machine,
+    }
+    write_atomically(output / "tradeoff.json", json.dumps(content, indent=2).encode())
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(output / "tradeoff.csv", text.getvalue().encode())
+    write_atomically(output / "tradeoff.md", markdown(table).encode())
+
+
+def read_failures(output: Path, unfinished: Sequence[tuple[str, int]]) -> dict[tuple[str, int], str]:
+    """Return why the (row, seed) that are not finished ended when they were last tried."""
+    path = output / "tradeoff.json"
+    if not path.is_file():
+        return {}
+    known = {
+        (row["row"], int(seed)): why
+        for row in json.loads(path.read_text())["rows"]
+        for seed, why in row["failures"].items()
+    }
+    return {key: why for key, why in known.items() if key in unfinished}
