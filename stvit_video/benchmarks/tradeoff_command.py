@@ -84,6 +84,7 @@ def make_table(plan: Plan, output: Path, wanted: Wanted) -> int:
     """
     chosen = choose_rows(plan, wanted.patterns)
     runs = build_runs(plan, output)  # what is wrong is found before data are generated
+    known = all(count_classes(row.cfg) is not None for row in plan.rows)
     costs = count_costs(plan)
     output.mkdir(parents=True, exist_ok=True)
     if not chosen and wanted.measure == "never":
@@ -97,7 +98,8 @@ def make_table(plan: Plan, output: Path, wanted: Wanted) -> int:
                 build_data(row.cfg, world)  # here, so that no two runs generate the same files
                 begun = all(run.folder.has_progress() for run in runs if run.row is row)
                 check_inputs(row.cfg, resumed=begun)
-            costs = count_costs(plan)  # of the classes that are known now
+            if not known:
+                costs = count_costs(plan)  # of the classes that are known now
         failures = _earlier_failures(output, runs)
         to_train = [run for run in runs if run.row in chosen]
         for run in to_train:

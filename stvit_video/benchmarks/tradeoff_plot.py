@@ -8,6 +8,7 @@ from typing import Any, Literal
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
@@ -22,6 +23,7 @@ GROUPS = {  # kind: marker, size, colour, name in the legend
     "control": ("v", 6, WEIGHTS_COLOURS["random"], "control"),
     "neighbour": ("D", 6, COLOURS["train"], "neighbour"),
 }
+WORST = 100  # a name on a name, or outside, beside a name on a bar
 POINT = 7.0  # half the room that a marker needs, in points of type
 
 
@@ -40,7 +42,7 @@ def plot_tradeoff(table: Table, path: Path) -> bool:
         group = [line for line in lines if line.kind == kind]
         if not group:
             continue
-        means = [sum(line.found) / len(line.found) for line in group]
+        means = [_height(line) for line in group]
         below = [mean - min(line.found) for mean, line in zip(means, group, strict=True)]
         above = [max(line.found) - mean for mean, line in zip(means, group, strict=True)]
         places = [_x(line, measured) for line in group]
@@ -53,7 +55,7 @@ def plot_tradeoff(table: Table, path: Path) -> bool:
     figure.legend(loc="outside upper center", ncols=len(GROUPS), fontsize="small", frameon=False)
     figure.draw_without_rendering()  # places are only known then
     figure.set_layout_engine("none")  # and stay, whatever is written
-    _write_names(axes, [(line.name, _x(line, measured), line.mean) for line in lines if line.mean is not None])
+    _write_names(axes, [(line, _x(line, measured)) for line in lines])
     figure.savefig(path, dpi=120)
     return True
 
@@ -62,33 +64,45 @@ def _x(line: Line, measured: bool) -> float:
     return line.rate if measured and line.rate is not None else line.gflops
 
 
-def _write_names(axes: Axes, points: list[tuple[str, float, float]]) -> None:
-    """Write each name at the nearest free place around its point, with a thin line where that is not beside it."""
-    scale = axes.figure.dpi / 72
-    places = [axes.transData.transform((x, y)) for _, x, y in points]
-    taken = [Bbox.from_extents(x - POINT * scale, y - POINT * scale, x + POINT * scale, y + POINT * scale)
-             for x, y in places]  # fmt: skip
-    for name, x, y in sorted(points, key=lambda point: (point[2], point[1])):
-        text = axes.annotate(
-            name, (x, y), textcoords="offset points", xytext=(0, 0), fontsize=7.5, va="center", parse_math=False
-        )
-        best: tuple[float, tuple[float, float], Side] | None = None
-        for offset, side in _offsets():
-            overlap = _overlap(_move(text, offset, side), taken, axes)
-            if best is None or overlap < best[0]:
-                best = (overlap, offset, side)
-            if not overlap:
+def _write_names(axes: Axes, points: list[tuple[Line, float]]) -> None:
+    """Write each name at the best place around its point (x beside it), with a thin line where that is not near."""
+    taken = [box for line, x in points for box in _boxes(axes, line, x)]
+    names: list[Bbox] = []
+    for line, x in sorted(points, key=lambda point: (_height(point[0]), point[1])):
+        place: dict[str, Any] = {"xy": (x, _height(line)), "textcoords": "offset points"}
+        text = axes.annotate(line.name, xytext=(0, 0), fontsize=7.5, va="center", parse_math=False, **place)
+        text.set_path_effects([withStroke(linewidth=2, foreground="white")])
+        best, least = next(_offsets()), math.inf
+        for candidate in _offsets():
+            distance = math.hypot(*candidate[0])
+            if distance >= least:
                 break
-        assert best is not None
-        taken.append(_move(text, best[1], best[2]))
-        if math.hypot(*best[1]) > 2 * POINT:
-            line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
-            axes.annotate("", (x, y), textcoords="offset points", xytext=best[1], arrowprops=line)
+            box = _move(text, *candidate)
+            penalty = distance + _overlap(box, taken) + WORST * (_overlap(box, names) + _outside(box, axes))
+            if penalty < least:
+                best, least = candidate, penalty
+        names.append(_move(text, *best))
+        if math.hypot(*best[0]) > 2 * POINT:
+            thin = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
+            axes.annotate("", xytext=best[0], arrowprops=thin, **place)
+
+
+def _boxes(axes: Axes, line: Line, x: float) -> list[Bbox]:
+    """Return where, in pixels, a point and its bar are."""
+    half = POINT * axes.figure.dpi / 72
+    place = axes.transData.transform((x, _height(line)))
+    ends = axes.transData.transform([(x, min(line.found)), (x, max(line.found))])
+    return [Bbox([place - half, place + half]), Bbox([ends[0] - 1, ends[1] + 1])]
+
+
+def _height(line: Line) -> float:
+    assert line.mean is not None  # those without are left out
+    return line.mean
 
 
 def _offsets() -> Iterator[tuple[tuple[float, float], Side]]:
     """Yield offsets in points of type, the nearest first, and on which side of the text the point then is."""
-    for distance in (9, 15, 22, 30, 40, 52, 66, 82):
+    for distance in (9, 14, 20, 27, 35, 44, 54, 66, 80, 96, 114, 134, 156, 180):
         for degrees in (0, 180, 40, -40, 140, -140, 75, -75, 105, -105):
             angle = math.radians(degrees)
             side: Side = "left" if abs(degrees) < 90 else "right"
@@ -101,9 +115,11 @@ def _move(text: Annotation, offset: tuple[float, float], side: Side) -> Bbox:
     return text.get_window_extent().padded(1)
 
 
-def _overlap(box: Bbox, taken: list[Bbox], axes: Axes) -> float:
-    """Return the area, in pixels, of a text that lies on something else or outside the axes."""
-    inside = Bbox.intersection(box, axes.bbox)
-    outside = box.width * box.height - (inside.width * inside.height if inside is not None else 0)
+def _overlap(box: Bbox, taken: list[Bbox]) -> float:
+    """Return the area, in pixels, of a text that lies on something else."""
     shared = [Bbox.intersection(box, other) for other in taken]
-    return max(0.0, outside) + sum(part.width * part.height for part in shared if part is not None)
+    return sum(part.width * part.height for part in shared if part is not None)
+
+
+def _outside(box: Bbox, axes: Axes) -> float:
+    return max(0.0, box.width * box.height - _overlap(box, [axes.bbox.padded(-4)]))

@@ -90,7 +90,7 @@ class Lock:
     """
 
     def __init__(self, output: Path, patience: float = ORPHANS_S) -> None:
-        self.path, self.patience = output / "tradeoff.lock", patience
+        self.path, self.patience = output / ".tradeoff.lock", patience
 
     def __enter__(self) -> TextIOWrapper:
         self.file = open(self.path, "a+")
