@@ -287,9 +287,9 @@ def test_wrong_options_are_refused(
     assert said.replace("\\", "") in capsys.readouterr().err
 
 
-def line(name: str, *top1: float | None, kind: str = "control", of: str | None = "fast", gflops: float = 1.0) -> Line:
-    kind, of = {"full": ("twin", None), "fast": ("preset", None)}.get(name, (kind, of))
-    return Line(name, kind, of, 1, 1, gflops, dict(enumerate(top1)))
+def line(name: str, *top1: float | None, kind: str = "control", of: str = "fast", gflops: float = 1.0) -> Line:
+    kind, of = {"full": ("twin", ""), "fast": ("preset", "")}.get(name, (kind, of))
+    return Line(name, kind, tuple(of.split()), 1, 1, gflops, dict(enumerate(top1)))
 
 
 @pytest.mark.parametrize(
@@ -328,7 +328,11 @@ def line(name: str, *top1: float | None, kind: str = "control", of: str | None =
         (
             [
                 *(line("full", 90.0, 90.0), line("fast", 90.0, 90.0), line("fast-random", 70.0, 71.0)),
-                *(line("fast-mean", 90.25, 90.25), line("few", 90.0, 90.0), line("fast-late", None, None)),
+                *(
+                    line("fast-mean", 90.25, 90.25),
+                    line("few", 90.0, 90.0, of="other fast"),
+                    line("fast-late", None, None),
+                ),
                 *(line("fast-half", 89.0, None), line("tome", 91.0, 90.0, kind="neighbour")),
                 line("other-random", 95.0, 95.0, of="other"),
             ],

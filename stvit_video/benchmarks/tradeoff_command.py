@@ -63,7 +63,7 @@ def list_rows(plan: Plan, output: Path, patterns: Sequence[str]) -> None:
     for row in chosen:
         cost, own = costs[row.name], [run for run in runs if run.row is row]
         share = cost.gflops / costs[plan.twin.name].gflops
-        kind = f"{row.kind} of {row.of}" if row.of else row.kind
+        kind = f"{row.kind} of {', '.join(row.of)}" if row.of else row.kind
         done = f"{sum(run.is_finished() for run in own)} of {len(own)}"
         table.append((row.name, kind, str(cost.tokens), f"{cost.gflops:.3f}", f"{share:.2f}x",
                       f"{cost.parameters / 1e6:.2f} M", done))  # fmt: skip

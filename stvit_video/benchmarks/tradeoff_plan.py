@@ -6,7 +6,7 @@
     rows:
       full: {MODEL.NAME: vit_sample_patch8}
       paper: {MODEL.PRESET: paper}                                  # a row of neither kind below is judged in words
-      paper-fewer-frames: {DATA.FRAMES: 4, control_of: paper}       # paper should be above it
+      paper-fewer-frames: {DATA.FRAMES: 4, control_of: paper}       # paper should be above it; [paper, fast]: both
       paper-tome: {MODEL.REDUCER: tome, neighbour_of: paper}        # another method, shown beside paper
 
 Nothing is trained before the whole plan is known to be right.
@@ -40,12 +40,12 @@ ASSUMED_CLASSES = 400  # where there is no data yet; the classifier's share of t
 class Row:
     """One model of the table: ``words`` are the KEY VALUE pairs that make it from the plan's configuration.
 
-    ``kind`` is twin, preset, control or neighbour; the latter two are ``of`` a preset.
+    ``kind`` is twin, preset, control or neighbour; the latter two are ``of`` one or more presets.
     """
 
     name: str
     kind: str
-    of: str | None
+    of: tuple[str, ...]
     words: tuple[str, ...]
     cfg: CfgNode
 
@@ -178,9 +178,9 @@ def _build_row(
         raise UsageError(said if origin in said else f"In {origin}: {said}") from error
     if cfg.MODE != "train":
         raise UsageError(f"{cfg_file} has MODE {cfg.MODE}; a plan takes a configuration with MODE train. Give another.")
-    of = content[relations[0]] if relations else None
+    of = content[relations[0]] if relations else []
     kind = RELATIONS[relations[0]] if relations else "twin" if name == twin else "preset"
-    return Row(name, kind, of, tuple(words), cfg)
+    return Row(name, kind, tuple(of if isinstance(of, list) else [of]), tuple(words), cfg)
 
 
 def _flatten(content: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -211,10 +211,11 @@ def _check_relations(path: Path, twin: Any, rows: Sequence[Row]) -> None:
         )
     presets = [row.name for row in rows if row.kind == "preset"]
     for row in rows:
-        if row.kind in RELATIONS.values() and row.of not in presets:
+        strange = next((of for of in row.of if of not in presets), None)
+        if row.kind in RELATIONS.values() and (strange is not None or not row.of):
             raise UsageError(
-                f"Plan {path}: row {row.name} is a {row.kind} of {row.of!r}, which is no row that is judged; name one "
-                f"of {', '.join(presets) or 'none: add one'}.{nearest(str(row.of), presets)}"
+                f"Plan {path}: row {row.name} is a {row.kind} of {strange!r}, which is no row that is judged; name one "
+                f"or several of {', '.join(presets) or 'none: add one'}.{nearest(str(strange), presets)}"
             )
     for row in rows:
         same = next((other for other in rows if other is not row and other.cfg == row.cfg), None)

@@ -59,10 +59,13 @@ class Run:
 
 
 def build_runs(plan: Plan, output: Path) -> list[Run]:
-    """Return all runs of a plan, row by row. Raises UsageError where a folder holds a run of other settings."""
+    """Return all runs of a plan, all rows with the first seed before the next.
+
+    Raises UsageError where a folder holds a run of other settings.
+    """
     runs = []
-    for row in plan.rows:
-        for seed in plan.seeds:
+    for seed in plan.seeds:
+        for row in plan.rows:
             path = output / row.name / f"seed{seed}"
             words = [*row.words, "OUTPUT_DIR", str(path), "SEED", str(seed)]
             _check_folder(row, path, load_config(plan.cfg_file, words))

@@ -20,7 +20,7 @@ class Line:
 
     name: str
     kind: str
-    of: str | None
+    of: tuple[str, ...]
     parameters: int
     tokens: int
     gflops: float
@@ -77,7 +77,7 @@ def _verdict(table: Table, line: Line) -> str:
         return f"{line.name}: no seed is trained, so nothing can be said"
     parts = [_against_twin(table, line)]
     controls, neighbours = (
-        [other for other in table.lines if other.of == line.name and other.kind == kind]
+        [other for other in table.lines if line.name in other.of and other.kind == kind]
         for kind in ("control", "neighbour")
     )
     trained = [(other, _difference(line, other)) for other in controls if other.mean is not None]
@@ -143,7 +143,7 @@ def records(table: Table) -> list[dict[str, Any]]:
         {
             "row": line.name,
             "kind": line.kind,
-            "of": line.of,
+            "of": ", ".join(line.of),
             "parameters": line.parameters,
             "tokens": line.tokens,
             "gflops": line.gflops,
@@ -166,7 +166,7 @@ def markdown(table: Table) -> str:
     head += [*(f"seed {seed}" for seed in seeds), "mean top-1", "spread", "points"]
     rows = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
     for line, record in zip(table.lines, records(table), strict=True):
-        cells = [line.name, f"{line.kind} of {line.of}" if line.of else line.kind, str(line.tokens)]
+        cells = [line.name, f"{line.kind} of {', '.join(line.of)}" if line.of else line.kind, str(line.tokens)]
         cells += [f"{line.gflops:.3f}", f"{record['gflops_of_twin']:.2f}x"]
         cells += [_cell(line.rate, ".1f"), _cell(record["speed_of_twin"], ".2f", "x")]
         cells += ["failed" if seed in line.failures else _cell(line.top1[seed], ".2f") for seed in seeds]
