@@ -53,6 +53,7 @@ SHORT = {
     "stvit_video.benchmark loader": f"{SMALL} --clips 2 --rounds 1",
     "stvit_video.benchmark model": f"{SMALL} --largest-batch 1 --rounds 1",
     "stvit_video.run --cfg configs/k400_stvit": f"{SMALL} TRAIN.MAX_STEPS 1 TRAIN.BATCH_SIZE 1 DATA.WORKERS 0",
+    "stvit_video.tradeoff": "--list",  # tests/test_tradeoff.py trains a plan
     "configs/finetune": "TRAIN.EPOCHS 1 DATA.WORKERS 0",
 }
 

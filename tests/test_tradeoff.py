@@ -202,6 +202,19 @@ def test_a_run_of_other_settings_is_refused(
     assert "OPTIM.LR 0.0005 (now 0.0001). Delete that folder" in said
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"rows": [{"row": 1}]}'])
+def test_a_damaged_table_is_named(
+    content: str, small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = write_plan(tmp_path, small_set)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tradeoff.json").write_text(content)
+    assert tradeoff.main(["--plan", str(plan), "--output", str(tmp_path / "out"), "--no-train"]) == 2
+    said = capsys.readouterr().err
+    assert "tradeoff.json is not what this command wrote" in said
+    assert said.count("\n") == 1
+
+
 def test_two_commands_do_not_share_a_folder(tmp_path: Path) -> None:
     with Lock(tmp_path):
         assert "is in use by another tradeoff command" in refusal(Lock(tmp_path, patience=0).__enter__)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stvit_video.engine.checkpoint import write_atomically
+from stvit_video.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -203,13 +204,19 @@ def write_table(table: Table, output: Path) -> None:
 
 
 def read_failures(output: Path, unfinished: Sequence[tuple[str, int]]) -> dict[tuple[str, int], str]:
-    """Return why the (row, seed) that are not finished ended when they were last tried."""
+    """Return why the (row, seed) that are not finished ended when they were last tried.
+
+    Raises UsageError where the table of the last time cannot be read.
+    """
     path = output / "tradeoff.json"
     if not path.is_file():
         return {}
-    known = {
-        (row["row"], int(seed)): why
-        for row in json.loads(path.read_text())["rows"]
-        for seed, why in row["failures"].items()
-    }
+    try:
+        known = {
+            (row["row"], int(seed)): str(why)
+            for row in json.loads(path.read_text())["rows"]
+            for seed, why in row["failures"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} is not what this command wrote ({type(error).__name__}); delete it.") from error
     return {key: why for key, why in known.items() if key in unfinished}
