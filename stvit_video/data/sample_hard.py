@@ -12,10 +12,10 @@ import numpy as np
 from stvit_video.data.sprites import FRAMES, SHAPES, SIDE, Float, Image, Look, State, paint, random_colours
 
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-OUTLINES = ("triangle", "star", "ring", "cross")
+OUTLINES = ("disc", "ring", "cross", "bar")
 CLASSES = tuple(f"{motion} {shape}" for shape in OUTLINES for motion in MOVES)
 CLUTTER, DISTRACTORS = 14, 3  # still pieces, small moving sprites
-TILT = 0.35  # most that a sprite is turned, in radians
+TILT = 0.2  # most that a sprite is turned, in radians
 PAN = 0.35  # most that the camera moves along an axis over the video, in pictures
 
 
@@ -41,8 +41,8 @@ def draw(label: str, rng: np.random.Generator) -> Image:
 def _add(frames: Float, shape: str, course: Float, radius: float, rng: np.random.Generator) -> None:
     """Paint a sprite that moves by ``course`` (x, y), in pictures over the video, from a random start."""
     places = rng.uniform(0, SIDE, size=2) + np.arange(FRAMES)[:, None] * course * SIDE / FRAMES
-    angle, (body, rim) = np.full(FRAMES, rng.uniform(-TILT, TILT)), random_colours(rng)
-    for colour, share in ((rim, 1.2), (body, 0.85)):  # one light, one dark: clutter is neither
+    angle, colours = np.full(FRAMES, rng.uniform(-TILT, TILT)), sorted(random_colours(rng), key=np.sum)
+    for colour, share in zip(colours, (1.2, 0.85), strict=True):  # a light body with a dark rim: clutter is neither
         state = State(places[:, 0], places[:, 1], angle, np.full(FRAMES, share * radius))
         paint(frames, shape, state, Look(colour, colour, spokes=0, bend=0.0))
 

@@ -174,9 +174,7 @@ def _placed(values: Tensor, model: nn.Module, seen: Intermediates, stage: str) -
 def _add_assignment(result: Explanation, model: nn.Module, seen: Traced) -> None:
     generators = [module for module in model.modules() if isinstance(module, SemanticTokenGenerator)]
     if seen.assignment is None or not generators:
-        result.absent.append(
-            "This model has no semantic tokens: there is no assignment, and there are no trajectories."
-        )
+        result.absent.append("This model has no semantic tokens, so neither an assignment nor trajectories are drawn.")
         return
     result.regions = generators[-1].pooling.regions
     result.assignment = _array(seen.assignment[0]).reshape(-1, *seen.grids[last_image_stage(seen)])

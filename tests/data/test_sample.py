@@ -207,7 +207,7 @@ def test_the_large_sprite_of_the_hard_set_moves_as_named(label: str, monkeypatch
 def test_clutter_is_still_but_for_the_camera(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no sprite is drawn, each frame is the first one, displaced."""
     monkeypatch.setattr(sample_hard, "_add", lambda *_: None)
-    frames = sample_hard.draw("left star", np.random.default_rng(2))
+    frames = sample_hard.draw("left ring", np.random.default_rng(2))
     moved = [np.roll(frames[0], (y, x), axis=(0, 1)) for y in range(-32, 32) for x in range(-32, 32)]
     places = [next(i for i, picture in enumerate(moved) if (picture == frame).all()) for frame in frames]
     assert len(set(places)) > 5
