@@ -202,6 +202,16 @@ def test_a_run_of_other_settings_is_refused(
     assert "OPTIM.LR 0.0005 (now 0.0001). Delete that folder" in said
 
 
+def test_a_run_that_nobody_knows_is_refused(
+    made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, output = made
+    shutil.copytree(output, tmp_path / "out")
+    (tmp_path / "out" / "paper" / "seed1" / "config.yaml").unlink()
+    assert tradeoff.main(["--plan", str(plan), "--output", str(tmp_path / "out"), "--no-train"]) == 2
+    assert "holds a run without a config.yaml that can be read" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"rows": [{"row": 1}]}'])
 def test_a_damaged_table_is_named(
     content: str, small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -236,6 +246,17 @@ def test_two_commands_do_not_share_a_folder(tmp_path: Path) -> None:
             {"rows": {**ROWS, "more": {"DATA.FRAMES": 2, "control_of": "paper", "neighbour_of": "paper"}}},
             "Remove neighbour_of",
         ),
+        ({"rows": {**ROWS, "more": {"DATA.FRAMES": 2, "control_of": None}}}, "control of None, which is no row"),
+        ({"rows": {**ROWS, "more": {"DATA.FRAMES": 2, "control_of": ["paper", "x"]}}}, "control of 'x', which is no"),
+        ({"rows": {**ROWS, "more": {"DATA.FRAMES": 2, "control_of": []}}}, "control of 'nothing', which is no row"),
+        ({"rows": {**ROWS, "more": {"PRECISION": "bf16"}}}, "row more has PRECISION 'bf16' and full 'fp32'"),
+        ({"rows": {**ROWS, "more": {"TEST.CLIPS": 3}}}, "row more has TEST.CLIPS 3 and full 1"),
+        ({"rows": {**ROWS, "more": {"TRAIN.RESUME": "never"}}}, "TRAIN.RESUME never in row more .* leave it at auto"),
+        (
+            {"rows": {**ROWS, "more": {"MODEL": {"PRESET": "fast"}, "MODEL.PRESET": "paper"}}},
+            "MODEL.PRESET stands twice in row more",
+        ),
+        ({"rows": {**ROWS, "more": False}}, "rows is not a mapping of mappings"),
         ({"rows": {**ROWS, "more": {"MODEL.PRESET": "paper"}}}, "more and paper|paper and more"),
         ({"rows": {**ROWS, "a/b": {}}}, "row 'a/b' cannot name a folder"),
         ({"rows": {**ROWS, "..": {}}}, "cannot name a folder"),
@@ -266,6 +287,8 @@ def test_a_row_given_twice_is_refused(small_set: Path, tmp_path: Path) -> None:
     plan = write_plan(tmp_path, small_set)
     plan.write_text(plan.read_text() + "  paper: {MODEL.PRESET: fast}\n")
     assert "paper is given twice" in refusal(read_plan, plan)
+    plan.write_text(plan.read_text().replace("MODEL.PRESET: fast", "LOG.WANDB: 2024-13-45"))
+    assert "is not YAML that can be used" in refusal(read_plan, plan)
     plan.unlink()
     assert "cannot be read" in refusal(read_plan, plan)
 
@@ -330,13 +353,16 @@ def line(name: str, *top1: float | None, kind: str = "control", of: str = "fast"
         ),
         (
             [line("full", 90.0, None), line("fast", None, 89.0)],
-            "1.00 points below full, NOT within the 0.5 asked (one seed only; full: one seed only)",
+            "89.00 % (one seed only), and full has none of these seeds trained",
         ),
         (
             [line("full", 90.0, 90.0, 90.0), line("fast", 90.0, 89.8, None)],
             "0.10 points below full, within the 0.5 asked (2 of 3 seeds; full: spread 0.00)",
         ),
-        ([line("full", None, None), line("fast", 89.0, 89.5)], "89.25 % (spread 0.50), and full has no seed trained"),
+        (
+            [line("full", None, None), line("fast", 89.0, 89.5)],
+            "89.25 % (spread 0.50), and full has none of these seeds trained",
+        ),
         ([line("full", 90.0, 90.0), line("fast", None, None)], "no seed is trained, so nothing can be said"),
         (
             [
@@ -350,8 +376,8 @@ def line(name: str, *top1: float | None, kind: str = "control", of: str = "fast"
                 line("other-random", 95.0, 95.0, of="other"),
             ],
             "equal to full, within the 0.5 asked (spread 0.00; full: spread 0.00); above random (by 19.50), half "
-            "(by 1.00, one seed only); NOT above mean (by 0.25), few (by 0.00); neighbours: tome (+0.50); not "
-            "compared, no seed being trained: late",
+            "(by 1.00, one seed only); NOT above mean (by 0.25), few (by 0.00, less than the spread); neighbours: "
+            "tome (+0.50, less than the spread); not compared, no seed being trained for both: late",
         ),
     ],
 )

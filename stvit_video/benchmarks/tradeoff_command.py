@@ -16,7 +16,7 @@ from stvit_video.benchmarks.report import describe_speeds, figures_of
 from stvit_video.benchmarks.speed import measure
 from stvit_video.benchmarks.tradeoff_plan import ASSUMED_CLASSES, Plan, Row, RowCost, count_classes, measure_row
 from stvit_video.benchmarks.tradeoff_plot import plot_tradeoff
-from stvit_video.benchmarks.tradeoff_runs import Lock, Run, build_runs, read_results, train_all
+from stvit_video.benchmarks.tradeoff_runs import ORPHANS_S, Lock, Run, build_runs, read_results, train_all
 from stvit_video.benchmarks.tradeoff_table import Line, Table, markdown, read_failures, write_table
 from stvit_video.distributed import World
 from stvit_video.engine.checkpoint import write_atomically
@@ -87,10 +87,8 @@ def make_table(plan: Plan, output: Path, wanted: Wanted) -> int:
     known = all(count_classes(row.cfg) is not None for row in plan.rows)
     costs = count_costs(plan)
     output.mkdir(parents=True, exist_ok=True)
-    if not chosen and wanted.measure == "never":
-        print(draw(plan, output, costs, runs, _earlier_failures(output, runs), wanted.within), flush=True)
-        return 0
-    with Lock(output) as lock:
+    only_draw = not chosen and wanted.measure == "never"
+    with Lock(output, patience=0 if only_draw else ORPHANS_S) as lock:
         runs = build_runs(plan, output)  # again: another command may have had the folder until now
         if chosen:
             world = World(0, 1, torch.device("cpu"))

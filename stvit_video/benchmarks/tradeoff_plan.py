@@ -23,7 +23,7 @@ import torch
 import yaml
 from fvcore.common.config import CfgNode
 
-from stvit_video.config import BY_NAME, load_config, override, parse_overrides
+from stvit_video.config import BY_NAME, load_config, override, parse_overrides, value_of
 from stvit_video.data.videos import build_classes
 from stvit_video.errors import UsageError, nearest
 from stvit_video.models.complexity import measure_cost
@@ -32,6 +32,11 @@ from stvit_video.models.zoo import build_model
 PLAN_KEYS = ("cfg", "seeds", "twin", "rows")
 RELATIONS = {"control_of": "control", "neighbour_of": "neighbour"}
 OWN_KEYS = ("MODE", "OUTPUT_DIR", "OVERWRITE", "SEED")  # this command sets them for each run
+# What accuracies and speeds are only comparable under: the twin's holds for all rows.
+COMMON_KEYS = (
+    "DEVICE", "PRECISION", "COMPILE", "DATA.ROOT", "DATA.GENERATE", "DATA.GENERATE_CLIPS", "DATA.SPLIT",
+    "DATA.TEST_LIST", "DATA.CLASSES", "TEST.CLIPS", "TEST.CROPS",
+)  # fmt: skip
 ROW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]{0,63}")  # a folder's name anywhere, and a cell of any table
 ASSUMED_CLASSES = 400  # where there is no data yet; the classifier's share of the cost is small
 
@@ -89,7 +94,7 @@ def read_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
     if missing:
         raise UsageError(f"Plan {path} has no {', '.join(missing)}; it needs {', '.join(PLAN_KEYS)}. Add the rest.")
     rows = content["rows"]
-    if not isinstance(rows, dict) or not all(isinstance(row or {}, dict) for row in rows.values()):
+    if not isinstance(rows, dict) or not all(row is None or isinstance(row, dict) for row in rows.values()):
         raise UsageError(f"Plan {path}: rows is not a mapping of mappings; write `NAME: {{KEY: VALUE}}` for each row.")
     for name in rows:
         if not isinstance(name, str) or not ROW_NAME.fullmatch(name):
@@ -117,7 +122,7 @@ def _read(path: Path) -> dict[Any, Any]:
         twice = _find_twice(yaml.compose(text, Loader=yaml.SafeLoader))
     except OSError as error:
         raise UsageError(f"Plan {path} cannot be read ({error.strerror}); give a .yaml file.") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: what looks like a date and is none
         reason = " ".join(str(error).split())
         raise UsageError(f"Plan {path} is not YAML that can be used ({reason}); correct the file.") from error
     if not isinstance(content, dict):
@@ -162,8 +167,12 @@ def _build_row(
         which = "is the twin" if name == twin else "has control_of and neighbour_of"
         raise UsageError(f"Plan {path}: row {name} {which}; a row is one of them or neither. Remove {relations[-1]}.")
     pairs = list(_flatten({key: value for key, value in content.items() if key not in RELATIONS}))
-    _refuse_own_keys([key for key, _ in pairs], origin)
-    both = next((key for key, _ in pairs if key in common), None)
+    names = [key for key, _ in pairs]
+    _refuse_own_keys(names, origin)
+    twice = next((key for key in names if names.count(key) > 1), None)
+    if twice:
+        raise UsageError(f"{twice} stands twice in {origin}, as a section's key and by its full name; remove one.")
+    both = next((key for key in names if key in common), None)
     if both:
         raise UsageError(
             f"{both} on the command line, where it holds for all rows, is what row {name} of {path} differs in; "
@@ -178,6 +187,11 @@ def _build_row(
         raise UsageError(said if origin in said else f"In {origin}: {said}") from error
     if cfg.MODE != "train":
         raise UsageError(f"{cfg_file} has MODE {cfg.MODE}; a plan takes a configuration with MODE train. Give another.")
+    if cfg.TRAIN.RESUME != "auto":
+        raise UsageError(
+            f"TRAIN.RESUME {cfg.TRAIN.RESUME} in {origin}: this command continues runs that were interrupted; leave it "
+            f"at auto."
+        )
     of = content[relations[0]] if relations else []
     kind = RELATIONS[relations[0]] if relations else "twin" if name == twin else "preset"
     return Row(name, kind, tuple(of if isinstance(of, list) else [of]), tuple(words), cfg)
@@ -210,12 +224,19 @@ def _check_relations(path: Path, twin: Any, rows: Sequence[Row]) -> None:
             + nearest(str(twin), names)
         )
     presets = [row.name for row in rows if row.kind == "preset"]
+    twin_row = rows[names.index(twin)]
     for row in rows:
-        strange = next((of for of in row.of if of not in presets), None)
-        if row.kind in RELATIONS.values() and (strange is not None or not row.of):
+        strange = [of for of in row.of if of not in presets] or ([] if row.of else ["nothing"])
+        if row.kind in RELATIONS.values() and strange:
             raise UsageError(
-                f"Plan {path}: row {row.name} is a {row.kind} of {strange!r}, which is no row that is judged; name one "
-                f"or several of {', '.join(presets) or 'none: add one'}.{nearest(str(strange), presets)}"
+                f"Plan {path}: row {row.name} is a {row.kind} of {strange[0]!r}, which is no row that is judged; name "
+                f"one or several of {', '.join(presets) or 'none: add one'}.{nearest(str(strange[0]), presets)}"
+            )
+        other = next((key for key in COMMON_KEYS if value_of(row.cfg, key) != value_of(twin_row.cfg, key)), None)
+        if other is not None:
+            raise UsageError(
+                f"Plan {path}: row {row.name} has {other} {value_of(row.cfg, other)!r} and {twin} "
+                f"{value_of(twin_row.cfg, other)!r}, so that figures could not be compared; give all rows the same."
             )
     for row in rows:
         same = next((other for other in rows if other is not row and other.cfg == row.cfg), None)

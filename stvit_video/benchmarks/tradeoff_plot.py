@@ -1,5 +1,6 @@
 """The picture of accuracy beside speed: a point a row, each with its name where no other text or point is."""
 
+import io
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
 from stvit_video.benchmarks.tradeoff_table import Line, Table
+from stvit_video.engine.checkpoint import write_atomically
 from stvit_video.engine.plots import COLOURS, WEIGHTS_COLOURS
 
 matplotlib.use("Agg")
@@ -56,7 +58,9 @@ def plot_tradeoff(table: Table, path: Path) -> bool:
     figure.draw_without_rendering()  # places are only known then
     figure.set_layout_engine("none")  # and stay, whatever is written
     _write_names(axes, [(line, _x(line, measured)) for line in lines])
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    write_atomically(path, picture.getvalue())
     return True
 
 

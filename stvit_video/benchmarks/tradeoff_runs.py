@@ -1,7 +1,7 @@
 """The runs behind a table: ordinary training runs in processes of their own, several at once, which can be continued.
 
-A run lives in OUTPUT/ROW/seedN, and what it printed in OUTPUT/ROW/seedN.txt: a run refuses a folder that already holds
-files of others.
+A run lives in OUTPUT/ROW/seedN, and what it printed since it was last started in OUTPUT/ROW/seedN.txt: a run refuses a
+folder that already holds files of others.
 """
 
 import contextlib
@@ -31,6 +31,8 @@ from stvit_video.errors import Stopped, UsageError
 POLL_S = 0.1
 ORPHANS_S = 60.0  # how long runs of a command that was killed may take to write their checkpoints
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
+# What runs are stopped with: should whoever ends this command signal them too, that is another kind, not a second one.
+STOP = signal.SIGUSR2
 
 
 @dataclass(frozen=True, eq=False)  # one is itself: a configuration has no hash
@@ -76,8 +78,13 @@ def build_runs(plan: Plan, output: Path) -> list[Run]:
 
 def _check_folder(row: Row, path: Path, cfg: CfgNode) -> None:
     folder = RunFolder(path)
-    recorded = folder.recorded_config() if folder.has_progress() else None
-    changed = describe_changes(recorded, yaml.safe_load(cfg.dump())) if recorded is not None else ""
+    recorded, begun = folder.recorded_config(), folder.has_progress()
+    if begun and recorded is None:
+        raise UsageError(
+            f"Row {row.name}: {path} holds a run without a config.yaml that can be read, so it may be any; "
+            f"delete that folder, or give another --output."
+        )
+    changed = describe_changes(recorded, yaml.safe_load(cfg.dump())) if begun and recorded is not None else ""
     if changed:
         raise UsageError(
             f"Row {row.name}: {path} holds a run with other settings than the plan's: {changed}. Delete that folder, "
@@ -144,7 +151,7 @@ def train_all(runs: Sequence[Run], jobs: int, lock: TextIOWrapper, finished: Cal
                     continue
                 del active[run]
                 ended += 1
-                failure = None if run.is_finished() and not process.returncode else describe_failure(run, process)
+                failure = None if run.is_finished() else describe_failure(run, process)
                 done += failure is None
                 left = len(waiting) + len(active)
                 seconds = (time.monotonic() - begun) / ended * left  # the jobs side by side are in it
@@ -166,8 +173,8 @@ def _start(run: Run, jobs: int, lock: TextIOWrapper) -> subprocess.Popen:
     prctl = ctypes.CDLL(None).prctl if on_linux else lambda *_: 0  # found before the fork
 
     def end_with_parent() -> None:
-        """Have the kernel send SIGTERM, as this process would, when this process is killed."""
-        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        """Have the kernel send STOP, as this process would, when this process is killed."""
+        prctl(PR_SET_PDEATHSIG, STOP)
         if os.getppid() != parent:  # it is dead already
             os._exit(EXIT_STOPPED)
 
@@ -196,7 +203,7 @@ def _ending(active: dict[Run, subprocess.Popen]) -> Iterator[None]:
 def _stop(active: dict[Run, subprocess.Popen]) -> None:
     """Ask the runs once to stop, and wait for their checkpoints."""
     for process in active.values():
-        process.terminate()
+        process.send_signal(STOP)
     for process in active.values():
         process.wait()
     active.clear()

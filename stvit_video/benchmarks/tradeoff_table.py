@@ -64,8 +64,28 @@ class Table:
         return next(line for line in self.lines if line.kind == "twin")
 
     def points(self, line: Line) -> float | None:
-        """Return how many points of top-1 a row is above the twin."""
-        return None if line.mean is None or self.twin.mean is None else line.mean - self.twin.mean
+        """Return how many points of top-1 a row is above the twin, None where they have no seed in common."""
+        return difference(line, self.twin)
+
+
+def difference(line: Line, other: Line) -> float | None:
+    """Return how many points a row is above another, in the mean of the seeds that both have; None without any."""
+    values = _pairs(line, other)
+    if not values:
+        return None
+    return round(sum(one - two for one, two in values) / len(values), 9) + 0.0  # without the noise of floating point
+
+
+def within_spread(line: Line, other: Line) -> bool:
+    """Say whether the seeds of one of two rows, several being known of both, lie as far apart as the rows do."""
+    pairs, by = _pairs(line, other), difference(line, other)
+    spreads = [max(values) - min(values) for values in zip(*pairs, strict=True)]
+    return len(pairs) > 1 and by is not None and abs(by) <= max(spreads)
+
+
+def _pairs(line: Line, other: Line) -> list[tuple[float, float]]:
+    found = ((one, other.top1.get(seed)) for seed, one in line.top1.items())
+    return [(one, two) for one, two in found if one is not None and two is not None]
 
 
 def verdicts(table: Table) -> list[str]:
@@ -81,43 +101,36 @@ def _verdict(table: Table, line: Line) -> str:
         [other for other in table.lines if line.name in other.of and other.kind == kind]
         for kind in ("control", "neighbour")
     )
-    trained = [(other, _difference(line, other)) for other in controls if other.mean is not None]
+    known = [(other, by) for other in controls if (by := difference(line, other)) is not None]
     for word, chosen in (
-        ("above", [(other, by) for other, by in trained if by > 0]),
-        ("NOT above", [(other, by) for other, by in trained if by <= 0]),
+        ("above", [(other, by) for other, by in known if by > 0]),
+        ("NOT above", [(other, by) for other, by in known if by <= 0]),
     ):
         if chosen:
             parts.append(f"{word} " + ", ".join(_name(line, other, f"by {abs(by):.2f}") for other, by in chosen))
-    beside = [(other, _difference(other, line)) for other in neighbours if other.mean is not None]
+    beside = [(other, by) for other in neighbours if (by := difference(other, line)) is not None]
     if beside:
         parts.append("neighbours: " + ", ".join(_name(line, other, f"{by:+.2f}") for other, by in beside))
-    untrained = [_short(line, other) for other in (*controls, *neighbours) if other.mean is None]
-    if untrained:
-        parts.append(f"not compared, no seed being trained: {', '.join(untrained)}")
+    unknown = [_short(line, other) for other in (*controls, *neighbours) if difference(line, other) is None]
+    if unknown:
+        parts.append(f"not compared, no seed being trained for both: {', '.join(unknown)}")
     return f"{line.name}: {'; '.join(parts)}"
 
 
 def _against_twin(table: Table, line: Line) -> str:
-    twin = table.twin
+    twin, points = table.twin, table.points(line)
     spread = line.seeds or f"spread {line.spread:.2f}"
-    if twin.mean is None:
-        return f"{line.mean:.2f} % ({spread}), and {twin.name} has no seed trained"
-    points = _difference(line, twin)
+    if points is None:
+        return f"{line.mean:.2f} % ({spread}), and {twin.name} has none of these seeds trained"
     where = "equal to" if not points else f"{abs(points):.2f} points {'above' if points > 0 else 'below'}"
     verdict = "within" if points >= -table.within else "NOT within"
     other = twin.seeds or f"spread {twin.spread:.2f}"
     return f"{where} {twin.name}, {verdict} the {table.within:g} asked ({spread}; {twin.name}: {other})"
 
 
-def _difference(line: Line, other: Line) -> float:
-    """Return how many points a row is above another, without the noise of floating point."""
-    assert line.mean is not None
-    assert other.mean is not None
-    return round(line.mean - other.mean, 9) + 0.0
-
-
-def _name(line: Line, other: Line, difference: str) -> str:
-    return f"{_short(line, other)} ({', '.join(filter(None, (difference, other.seeds)))})"
+def _name(line: Line, other: Line, by: str) -> str:
+    doubt = "less than the spread" if within_spread(line, other) else ""
+    return f"{_short(line, other)} ({', '.join(filter(None, (by, doubt, other.seeds)))})"
 
 
 def _short(line: Line, other: Line) -> str:

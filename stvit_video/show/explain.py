@@ -101,7 +101,7 @@ def explain(model: nn.Module, clip: Tensor, target: int | None = None) -> Explan
 
 def last_image_stage(seen: Intermediates) -> str:
     """Return the last stage that still has image tokens: what Grad-CAM is taken at."""
-    stages = [name for name in seen.tokens if name != "final"]
+    stages = [name for name in seen.tokens if name not in ("semantic", "final")]
     if seen.assignment is None:
         return stages[-1]
     return [name for name in stages if seen.tokens[name].shape[1] == seen.assignment.shape[2]][-1]
@@ -183,7 +183,8 @@ def _add_assignment(result: Explanation, model: nn.Module, seen: Traced) -> None
 def _add_attention(result: Explanation, model: nn.Module, heard: dict[str, Tensor], seen: Traced) -> None:
     if "attention" not in heard:
         result.absent.append(
-            "The last block attends inside windows: there is no attention over the whole clip to show."
+            "No attention over the whole clip to show: the last block attends inside windows, or is one of those that "
+            "reduce the tokens."
         )
         return
     weights = heard["attention"]  # (frames or 1, queries, keys)

@@ -311,6 +311,17 @@ def test_learned_pruning_takes_the_best_in_evaluation(reducer: str) -> None:
         assert reduced.assignment[i].argmax(dim=1).tolist() == best
 
 
+@pytest.mark.parametrize("reducer", LEARNED)
+def test_a_clip_keeps_its_best_token_when_all_should_go(reducer: str) -> None:
+    model = build(reducer).train()
+    with torch.no_grad():
+        model.reducer.decide[-1].bias.copy_(torch.tensor([-20.0, 20.0]))
+    logits, intermediates = model(draw(model, 3), return_intermediates=True)
+    assert intermediates.assignment.diagonal(dim1=1, dim2=2).sum(dim=1).tolist() == [1.0, 1.0, 1.0]
+    logits.square().mean().backward()
+    assert all(p.grad is None or p.grad.norm() < 1e3 for p in model.parameters())
+
+
 @pytest.mark.parametrize("fc_norm", [False, True])
 @pytest.mark.parametrize("reducer", LEARNED)
 def test_what_is_dropped_in_training_is_as_good_as_gone(reducer: str, fc_norm: bool) -> None:

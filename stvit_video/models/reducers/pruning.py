@@ -34,7 +34,9 @@ class LearnedPruning(Reducer):
             kept = top(logits[..., 0] - logits[..., 1], self.count)
             return Reduced(run(blocks, take(x, kept)), as_assignment(kept, N) if return_assignment else None)
         soft = F.gumbel_softmax(logits, dim=-1)[..., 0]
-        keep = (soft.detach() > 0.5).float() + (soft - soft.detach())  # exactly 0 or 1, with a gradient
+        best = soft.detach().amax(dim=1, keepdim=True)  # is kept always: a clip without tokens has no mean
+        hard = (soft.detach() >= best.clamp_max(0.5)).float()
+        keep = hard + (soft - soft.detach())  # exactly 0 or 1, with a gradient
         self._loss = RATIO_WEIGHT * (keep.mean(dim=1) - self.count / N).square().mean()
         assignment = torch.diag_embed(keep.detach()) if return_assignment else None
         return Reduced(run(blocks, x, keep), assignment, keep)

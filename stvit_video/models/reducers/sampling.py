@@ -21,7 +21,7 @@ class RandomTokens(Reducer):
 
     def __init__(self, grid: Grid, count: int) -> None:
         super().__init__(count)
-        order = torch.randperm(math.prod(grid), generator=torch.Generator().manual_seed(0))
+        order = torch.randperm(math.prod(grid), generator=torch.Generator().manual_seed(0), device="cpu")
         self.register_buffer("kept", order[:count].sort().values, persistent=False)
 
     def forward(
