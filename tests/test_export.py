@@ -28,11 +28,14 @@ FAMILIES = {
     "stvit_swin": ("stvit_swin_tiny", {**SWIN, "depths": (2, 1, 4, 1)}),
     "stvit_r_swin": ("stvit_r_swin_small", {**SWIN, "depths": (1, 1, 4, 1), "units": 1}),
 }
+REDUCED = {  # what depends on the clip's content, with the operations that graphs find hard
+    name: ("stvit_vit_tiny_patch16", {**VIT, "depth": 4, "preset": "fast", "reducer": name}) for name in ("tome", "ats")
+}
 
 
 def tiny(family: str, folder: Path, small_set: Path, **overrides: object) -> Trained:
     """A model of a family with random weights that move its logits, as training leaves it."""
-    name, settings = FAMILIES[family]
+    name, settings = {**FAMILIES, **REDUCED}[family]
     torch.manual_seed(0)
     model = create_model(name, num_frames=4, num_classes=5, **{**settings, **overrides}).eval()
     for parameter in model.parameters():
@@ -52,7 +55,7 @@ def check(trained: Trained, run: exporters.Run, clips: torch.Tensor) -> None:
     assert (run(clips) - expected).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *REDUCED])
 def test_graphs_of_every_family_compute_what_the_model_does(family: str, tmp_path: Path, small_set: Path) -> None:
     """Any batch: on random clips of three sizes and on a real video's."""
     trained = tiny(family, tmp_path, small_set)

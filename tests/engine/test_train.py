@@ -67,8 +67,13 @@ DROPOUT = ["MODEL.DROPOUT", "0.2", "MODEL.DROP_PATH", "0.2"]
 
 @pytest.mark.parametrize(
     "extra",
-    [[], [*DROPOUT, "DATA.WORKERS", "1"], [*AUGMENTED, *DROPOUT, "TRAIN.ACCUMULATE", "2"]],
-    ids=["plain", "dropout", "augmented"],
+    [
+        [],
+        [*DROPOUT, "DATA.WORKERS", "1"],
+        [*AUGMENTED, *DROPOUT, "TRAIN.ACCUMULATE", "2"],
+        ["MODEL.REDUCER", "dynamicvit"],  # its decisions are drawn by lot
+    ],
+    ids=["plain", "dropout", "augmented", "reducer"],
 )
 def test_interrupted_after_an_epoch_equals_uninterrupted(
     small_run: Callable[..., list[str]],
