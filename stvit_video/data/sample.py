@@ -26,7 +26,7 @@ from stvit_video.data.sprites import MOTIONS, SHAPES, Image, draw, sprite_cover,
 from stvit_video.errors import Parser, UsageError, run_command
 from stvit_video.progress import Progress
 
-SETS = ("sample", "sample_hard")
+SETS = {"sample": (3072, 256, 512), "sample_hard": (3072, 64, 2048)}  # videos to train, validate and test on
 SPLITS = ("train", "val", "test")
 RATE = 10  # frames a second
 VERSION = 1  # raise with every change of what is drawn
@@ -36,7 +36,7 @@ VERSION = 1  # raise with every change of what is drawn
 class Spec:
     """What a folder holds; written beside it, so that another set, seed or size is never mistaken for it."""
 
-    clips: tuple[int, int, int] = (3072, 256, 512)
+    clips: tuple[int, int, int] = SETS["sample"]
     stills: tuple[int, int] = (4096, 512)  # of "sample" only
     seed: int = 0
     version: int = VERSION
@@ -211,7 +211,7 @@ def generate(arguments: Sequence[str] | None) -> int:
     if options.seed < 0:
         raise UsageError(f"--seed {options.seed} is negative; give a whole number from 0.")
     try:
-        prepare(root, Spec(seed=options.seed, name=options.set))
+        prepare(root, Spec(SETS[options.set], seed=options.seed, name=options.set))
     except OSError as error:
         raise UsageError(f"--root {root} cannot be written ({error.strerror or error}); give another.") from error
     return 0

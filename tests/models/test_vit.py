@@ -37,6 +37,7 @@ VARIANTS = [
         ("stvit_vit_small_patch16", {"stgm_depth": 3, "global_centres": False}),
         ("stvit_vit_small_patch16", {"stgm_depth": 4, "first_residual": False, "frames_per_centre": 4}),
         ("stvit_vit_small_patch16", {"base_depth": 6}),
+        ("stvit_vit_small_patch16", {"preset": "fast", "reducer": "mean"}),
     ]
 ]
 
