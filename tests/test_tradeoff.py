@@ -180,7 +180,7 @@ def test_a_row_that_fails_is_in_the_table_and_the_others_stay(
     last_error = (tmp_path / "out" / "broken" / "seed0.txt").read_text().splitlines()[-1]
     assert last_error.startswith("error: ")
     assert f"broken, seed 0: failed: {last_error}" in printed
-    assert "not compared, no seed being trained: broken" in printed
+    assert "not compared, no seed being trained for both: broken" in printed
     rows = {row["row"]: row for row in json.loads((tmp_path / "out" / "tradeoff.json").read_text())["rows"]}
     assert rows["broken"]["failures"] == {"0": last_error}
     assert rows["broken"]["mean"] is None
