@@ -7,6 +7,8 @@ tubelets as in Arnab et al. (ViViT, arXiv 2103.15691).
 Legend: B clips, input (B, 3, T, H, W); token grid (t, h, w), N = t*h*w tokens, M semantic tokens, C channels.
 """
 
+from typing import Any
+
 import torch
 from pytorchvideo.models.head import create_vit_basic_head
 from torch import Tensor, nn
@@ -77,9 +79,9 @@ class VisionTransformer(nn.Module):
     ) -> None:
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        tubelet = 1 if num_frames == 1 else tubelet
+        patch = (1 if num_frames == 1 else tubelet, patch_size, patch_size)
         self.input_size = (num_frames, height, width)
-        self.grid = token_grid(self.input_size, (tubelet, patch_size, patch_size))
+        self.grid = t, h, w = token_grid(self.input_size, patch)
         self.depth, self.base_depth, self.stgm_depth = depth, depth, 0
         check_choice("base_attention", base_attention, BASE_ATTENTION)
         check_choice("reducer", reducer, REDUCERS)
@@ -88,13 +90,11 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"num_heads is {num_heads}; a ViT takes one number, such as 6, for all its blocks.")
         self.base_attention, self.positions, self.fc_norm = base_attention, positions, fc_norm
 
-        t, h, w = self.grid
-        self.patch_embed = PatchEmbed(dim, (tubelet, patch_size, patch_size))
+        self.patch_embed = PatchEmbed(dim, patch)
         self.pos_embed = nn.Parameter(torch.zeros(1, (t if positions == "clip" else 1) * h * w, dim))
         if positions == "frame":
             self.time_embed = nn.Parameter(torch.zeros(1, t, dim))  # zero at the start: a still clip is an image
-        rates = drop_path_rates(drop_path, depth)
-        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, rate) for rate in rates)
+        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, rate) for rate in drop_path_rates(drop_path, depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = create_vit_basic_head(
             in_features=dim, out_features=num_classes, seq_pool_type="mean", dropout_rate=dropout
@@ -104,17 +104,19 @@ class VisionTransformer(nn.Module):
         if semantic_tokens:
             check_depths(depth, base_depth, stgm_depth)
             self.base_depth, self.stgm_depth = base_depth, stgm_depth
+            form = {"offsets": offsets, "global_centres": global_centres, "first_residual": first_residual}
             regions = regions or default_regions(self.grid, frames_per_centre)
-            self.regions = regions if reducer in ("stgm", "mean") else None  # None: tokens that lie on no grid
-        if semantic_tokens and reducer != "stgm":
-            assert regions is not None
-            self.reducer = create_reducer(reducer, dim, num_heads, self.grid, regions)
-        elif semantic_tokens:
-            assert regions is not None
-            form = {"pooling": pooling, "offsets": offsets, "global_centres": global_centres}
-            self.stgm = SemanticTokenGenerator(dim, self.grid, regions, first_residual=first_residual, **form)  # type: ignore[arg-type]
+            self._add_reducer(reducer, dim, num_heads, regions, pooling=pooling, **form)
         self.grad_checkpointing = False
         self._init_weights()
+
+    def _add_reducer(self, name: str, dim: int, num_heads: int, regions: Grid, **form: Any) -> None:
+        """Make what leaves few tokens; ``form`` is the STGM's."""
+        self.regions = regions if name in ("stgm", "mean") else None  # None: tokens that lie on no grid
+        if name == "stgm":
+            self.stgm = SemanticTokenGenerator(dim, self.grid, regions, **form)
+        else:
+            self.reducer = create_reducer(name, dim, num_heads, self.grid, regions)
 
     def _init_weights(self) -> None:
         self.apply(init_weights)

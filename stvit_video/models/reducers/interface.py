@@ -3,6 +3,7 @@
 Legend: B clips, N image tokens, M tokens that are left, C channels.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ class Reduced:
     weights: Tensor | None = None
 
 
-class Reducer(nn.Module):
+class Reducer(nn.Module, ABC):
     """Base of the reducers: ``count`` tokens are left, and the backbone's own next blocks are run on the way.
 
     ``past`` is the number of blocks before its own that the reducer looks at.
@@ -43,11 +44,11 @@ class Reducer(nn.Module):
         self.count = count
         self._loss: Tensor | None = None
 
+    @abstractmethod
     def forward(
         self, x: Tensor, blocks: Sequence[nn.Module], past: Past = (), return_assignment: bool = False
     ) -> Reduced:
         """Map image tokens (B, N, C) to what is left of them behind ``blocks``."""
-        raise NotImplementedError
 
     def auxiliary_loss(self) -> Tensor | None:
         """Return the loss of the last forward pass in training mode, once; None where the reducer learns without."""

@@ -1,5 +1,6 @@
 """Reducers that learn which tokens to keep: soft decisions on all tokens in training, the best M in evaluation."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -20,9 +21,9 @@ class LearnedPruning(Reducer):
     gradient also forbids fused attention on a CPU. In evaluation the M most relevant tokens are taken and no others.
     """
 
+    @abstractmethod
     def score(self, x: Tensor, past: Past) -> Tensor:
         """Return the logits (B, N, 2) of keeping and of dropping each token."""
-        raise NotImplementedError
 
     def forward(
         self, x: Tensor, blocks: Sequence[nn.Module], past: Past = (), return_assignment: bool = False
