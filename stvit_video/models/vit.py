@@ -94,7 +94,7 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, (t if positions == "clip" else 1) * h * w, dim))
         if positions == "frame":
             self.time_embed = nn.Parameter(torch.zeros(1, t, dim))  # zero at the start: a still clip is an image
-        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, rate) for rate in drop_path_rates(drop_path, depth))
+        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, p) for p in drop_path_rates(drop_path, depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = create_vit_basic_head(
             in_features=dim, out_features=num_classes, seq_pool_type="mean", dropout_rate=dropout
