@@ -48,7 +48,8 @@ KEYS = (
     Key(
         "MODEL.REDUCER",
         None,
-        "of a stvit_vit: what leaves few tokens; stgm (default) makes the semantic ones, the others are for comparison",
+        "of a stvit model: what leaves few tokens; stgm (default) makes the semantic ones, the others are for "
+        "comparison (a Swin takes random and mean)",
         kind=str,
         choices=("stgm", "random", "mean", "tome", "dynamicvit", "ats", "spot"),
     ),

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from stvit_video.models.arguments import check_choice
 from stvit_video.models.layers import Block, Grid, run_block
+from stvit_video.models.reducers import GRID_REDUCERS, Reduced, create_grid_reducer
 from stvit_video.models.semantic_tokens import SemanticTokenGenerator, allowed_counts, check_depths
 from stvit_video.models.windows import WindowAttention, WindowBlock, partition, unite
 
@@ -151,8 +153,10 @@ class SemanticSettings:
     A unit has ``base_depth`` blocks on image tokens, ``stgm_depth`` that generate, the rest on semantic tokens and,
     with ``recover``, one that recovers the image tokens. ``regions`` (t, h, w) counts the centres along each axis; by
     default 3 x 3 a window for every ``frames_per_centre`` token frames. ``layer_scale`` is that of semantic blocks.
+    ``reducer`` is "stgm", or one of GRID_REDUCERS to compare it with.
     """
 
+    reducer: str = "stgm"
     recover: bool = False
     units: int = 1
     base_depth: int = 4
@@ -207,20 +211,26 @@ class SemanticStage(nn.Module):
             else:
                 self.blocks.append(Block(dim, num_heads, mlp_ratio, rate, eps, settings.layer_scale))
         self.generators = nn.ModuleList(
-            WindowedTokenGenerator(
-                dim,
-                grid,
-                self.regions,
-                window,
-                pooling=settings.pooling,
-                offsets=settings.offsets,
-                global_centres=settings.global_centres and unit == 0,  # one set a stage, as in the released code
-                first_residual=settings.first_residual,
-            )
-            for unit in range(settings.units)
+            self._generator(dim, grid, window, settings, first=unit == 0) for unit in range(settings.units)
         )
         self.downsample: nn.Module | None = None
         self.grad_checkpointing = False
+
+    def _generator(self, dim: int, grid: Grid, window: Grid, settings: SemanticSettings, first: bool) -> nn.Module:
+        """Make what leaves few tokens in a unit."""
+        if settings.reducer != "stgm":
+            check_choice("reducer", settings.reducer, GRID_REDUCERS)
+            return create_grid_reducer(settings.reducer, grid, self.regions)
+        return WindowedTokenGenerator(
+            dim,
+            grid,
+            self.regions,
+            window,
+            pooling=settings.pooling,
+            offsets=settings.offsets,
+            global_centres=settings.global_centres and first,  # one set a stage, as in the released code
+            first_residual=settings.first_residual,
+        )
 
     def forward(self, x: Tensor, return_assignment: bool = False) -> tuple[Tensor, Tensor | None]:
         """Map (B, T, H, W, C) to the grid that leaves the stage, and the last unit's assignment if asked."""
@@ -231,9 +241,9 @@ class SemanticStage(nn.Module):
                 x = self._run(block, x)
             B, C = x.shape[0], x.shape[-1]
             first_token_block = self.base_depth + self.stgm_depth
-            s, assignment = generator(
-                x.reshape(B, -1, C), list(blocks[self.base_depth : first_token_block]), return_assignment
-            )
+            on_the_way = list(blocks[self.base_depth : first_token_block])
+            reduced = generator(x.reshape(B, -1, C), on_the_way, return_assignment=return_assignment)
+            s, assignment = (reduced.tokens, reduced.assignment) if isinstance(reduced, Reduced) else reduced
             for i, block in enumerate(blocks[first_token_block : len(blocks) - self.recover]):
                 s = self._local(block, s) if i % 2 == 0 else self._run(block, s)
             if self.recover:

@@ -14,6 +14,7 @@ from torch import nn
 
 from stvit_video.errors import UsageError, nearest
 from stvit_video.models.arguments import check_argument
+from stvit_video.models.reducers import GRID_REDUCERS, REDUCERS
 from stvit_video.models.semantic_windows import SemanticSettings
 from stvit_video.models.swin import SEMANTIC_STAGE, SwinTransformer
 from stvit_video.models.vit import VisionTransformer
@@ -31,6 +32,15 @@ SWIN_SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
     "small": {"dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)},
     "base": {"dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)},
+    # For the harder generated set: 48x48 clips, one 6x6 window in the third stage.
+    "hard_patch2": {
+        "dim": 32,
+        "depths": (2, 2, 6, 2),
+        "num_heads": (1, 2, 4, 8),
+        "patch_size": 2,
+        "tubelet": 4,
+        "window": (8, 6, 6),
+    },
 }
 # What the released STViT-R checkpoints were trained with.
 RELEASED_R: dict[str, Any] = {
@@ -110,8 +120,6 @@ def create_model(
         settings = {**sizes[name.removeprefix(f"{family}_")], **shared}
         if family in PRESETS:
             settings.update(_preset(family, chosen.pop("preset", "paper"), {**settings, **chosen}))
-        if constructor is SwinTransformer:
-            chosen.pop("reducer", None)  # the STGM, which is all it has
         model = constructor(**{**settings, **chosen})
     except ValueError as error:
         raise UsageError(f"{name}: {error}") from error
@@ -150,12 +158,12 @@ def _check_names(name: str, family: str, constructor: type[nn.Module], overrides
 
 
 def _check_reducer(name: str, constructor: type[nn.Module], overrides: dict[str, Any]) -> None:
-    """Raise UsageError for a reducer in a Swin, and for arguments that another reducer than the STGM does not have."""
+    """Raise UsageError for a reducer that leaves no grid in a Swin, and for the STGM's arguments given to another."""
     reducer = overrides.get("reducer", "stgm")
-    if constructor is SwinTransformer and reducer != "stgm":
+    if constructor is SwinTransformer and reducer in REDUCERS and reducer not in GRID_REDUCERS:
         raise UsageError(
-            f"{name} has windows, which need a grid of tokens, so reducer {reducer!r} cannot apply; leave it out, or "
-            f"use one of {', '.join(list_models('stvit_vit_*'))}."
+            f"{name} has windows, which need a grid of tokens, so reducer {reducer!r} cannot apply; choose one of "
+            f"{', '.join(GRID_REDUCERS)}, or use one of {', '.join(list_models('stvit_vit_*'))}."
         )
     foreign = [key for key in STGM_ARGUMENTS if key in overrides]
     if reducer != "stgm" and foreign:

@@ -189,7 +189,14 @@ def test_auxiliary_loss_is_given_once_and_in_training_only(reducer: str) -> None
         (NAME, {"reducer": "ats", "regions": (2, 9, 2)}, "9 regions over 4 tokens of height"),
         (NAME, {"reducer": 3}, "reducer is 3; allowed: text"),
         ("vit_tiny_patch16", {"reducer": "mean"}, "use stvit_vit_tiny_patch16"),
-        ("stvit_swin_tiny", {"reducer": "mean"}, "windows, which need a grid of tokens"),
+        (
+            "stvit_swin_tiny",
+            {"reducer": "tome"},
+            "need a grid of tokens, so reducer 'tome' cannot apply; choose one of stgm, random, mean",
+        ),
+        ("stvit_swin_tiny", {"reducer": "mean", "pooling": "max"}, "has no pooling, which reducer 'stgm' has"),
+        ("stvit_swin_tiny", {"reducer": "random", "regions": (5, 3, 3)}, "5 regions over 4 tokens of time"),
+        ("stvit_swin_tiny", {"reducer": "tom"}, "reducer 'tom' is unknown; choose one of stgm, random, mean"),
         ("swin_tiny", {"reducer": "mean"}, "use stvit_swin_tiny"),
     ],
 )
@@ -207,12 +214,12 @@ def test_the_configuration_offers_the_reducers_that_there_are() -> None:
 def test_a_reducer_that_cannot_apply_ends_the_command(
     small_run: Callable[..., list[str]], refused: Callable[[list[str]], str]
 ) -> None:
-    assert "windows" in refused(small_run("MODEL.NAME", "stvit_swin_tiny", "MODEL.REDUCER", "mean"))
+    assert "windows" in refused(small_run("MODEL.NAME", "stvit_swin_tiny", "MODEL.REDUCER", "tome"))
     assert "has no pooling" in refused(small_run("MODEL.REDUCER", "mean", "MODEL.POOLING", "max"))
     assert "stgm" in refused(small_run("MODEL.REDUCER", "tom"))
 
 
-def test_the_stgm_may_be_named_where_it_is_all_there_is() -> None:
+def test_the_stgm_may_be_named() -> None:
     model = create_model("stvit_swin_tiny", num_frames=4, image_size=64, num_classes=7, reducer="stgm")
     plain = create_model("stvit_swin_tiny", num_frames=4, image_size=64, num_classes=7)
     assert list(model.state_dict()) == list(plain.state_dict())

@@ -32,7 +32,9 @@ VARIANTS = [
         ("stvit_swin_tiny", 100, {"pooling": "mean", "preset": "fast", "global_centres": True}),
         ("stvit_swin_tiny", 160, {"pooling": "mask", "preset": "fast", "offsets": True, "stgm_depth": 3}),
         ("stvit_swin_tiny", 224, {"frames_per_centre": 4, "first_residual": False, "layer_scale": 0.3}),
+        ("stvit_swin_tiny", 100, {"reducer": "mean", "frames_per_centre": 2}),
         ("stvit_r_swin_small", 224, {"units": 1}),
+        ("stvit_r_swin_small", 100, {"reducer": "mean", "units": 1}),
         ("stvit_r_swin_small", 100, {**TWO_UNITS, "preset": "fast", "global_centres": True}),
         ("stvit_r_swin_small", 250, {"units": 1, "base_depth": 2, "stem": "patch", "frames_per_centre": 2}),
     ]

@@ -36,6 +36,42 @@ class RandomTokens(Reducer):
         return Reduced(run(blocks, take(x, kept)), as_assignment(kept, N) if return_assignment else None)
 
 
+class RandomOfRegions(Reducer):
+    """One image token of each region by lot, for backbones that need a grid; drawn when ``RandomTokens`` draws.
+
+    Where regions do not divide an axis, some are a token longer.
+    """
+
+    starts: Tensor
+    sizes: Tensor
+    kept: Tensor
+
+    def __init__(self, grid: Grid, regions: Grid) -> None:
+        super().__init__(math.prod(regions))
+        self.grid = grid
+        cuts = [torch.arange(count + 1) * length // count for length, count in zip(grid, regions, strict=True)]
+        starts, sizes = (
+            torch.cartesian_prod(*axis) for axis in ([cut[:-1] for cut in cuts], [cut.diff() for cut in cuts])
+        )
+        self.register_buffer("starts", starts, persistent=False)  # (M, 3), in tokens
+        self.register_buffer("sizes", sizes, persistent=False)
+        draws = torch.rand(self.count, 3, generator=torch.Generator().manual_seed(0), device="cpu")
+        self.register_buffer("kept", self._places(draws), persistent=False)
+
+    def forward(
+        self, x: Tensor, blocks: Sequence[nn.Module], past: Past = (), return_assignment: bool = False
+    ) -> Reduced:
+        """Map (B, N, C) to (B, M, C)."""
+        B, N, _ = x.shape
+        kept = self._places(torch.rand(B, self.count, 3, device=x.device)) if self.training else self.kept.expand(B, -1)
+        return Reduced(run(blocks, take(x, kept)), as_assignment(kept, N) if return_assignment else None)
+
+    def _places(self, draws: Tensor) -> Tensor:
+        """Return the image token of each region at a share (..., M, 3) of its sides, (..., M)."""
+        t, h, w = (self.starts + (draws * self.sizes).long()).unbind(dim=-1)
+        return (t * self.grid[1] + h) * self.grid[2] + w
+
+
 class MeanTokens(Reducer):
     """Means of the image tokens over regions, which overlap where they do not divide the grid (adaptive pooling)."""
 
