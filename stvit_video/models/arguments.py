@@ -35,7 +35,7 @@ RULES: dict[str, Rule] = {
     "frames_per_centre": COUNT, "regions": GRID, "window": Rule(int, 1, lengths=(3,)),
     "window_frames": Rule(int, 1, lengths=(4,), optional=True), "layer_scale": Rule(float, 0, optional=True),
     "offsets": FLAG, "global_centres": FLAG, "first_residual": FLAG, "fc_norm": FLAG, "recover": FLAG,
-    "pooling": TEXT, "stem": TEXT, "base_attention": TEXT, "positions": TEXT, "preset": TEXT,
+    "pooling": TEXT, "stem": TEXT, "init": TEXT, "base_attention": TEXT, "positions": TEXT, "preset": TEXT,
     "reducer": TEXT,
 }  # fmt: skip
 

@@ -32,6 +32,7 @@ from stvit_video.models.semantic_windows import SemanticSettings, SemanticStage
 from stvit_video.models.windows import WindowAttention, WindowBlock
 
 STEMS = ("patch", "conv")
+INITS = ("normal", "xavier")
 STAGES = 4
 SEMANTIC_STAGE = 2  # the third of four, where the paper generates its tokens
 EPS = 1e-5  # of all layer norms, as published
@@ -131,8 +132,10 @@ class SwinTransformer(nn.Module):
     (STViT-Swin); with it the third stage is a sequence of dumbbells that give the image tokens back (STViT-R).
 
     ``window`` (t, h, w) is shortened in time to the clip, and to ``window_frames`` stage by stage. ``stem`` is "patch"
-    (Swin's) or "conv" (the released STViT-R's). Any image size works: maps are padded; a last incomplete tubelet
-    repeats its frame. Raises ValueError on sizes, depths and regions that do not fit.
+    (Swin's) or "conv" (the released STViT-R's). ``init`` is "normal" (as published: deviation 0.02) or "xavier", with
+    which models of few channels learn from the first steps on: 0.02 is far too little for them.
+    Any image size works: maps are padded; a last incomplete tubelet repeats its frame. Raises ValueError on sizes,
+    depths and regions that do not fit.
     """
 
     def __init__(
@@ -150,6 +153,7 @@ class SwinTransformer(nn.Module):
         window_frames: tuple[int, ...] | None = None,
         mlp_ratio: float = 4.0,
         stem: str = "patch",
+        init: str = "normal",
         dropout: float = 0.0,
         drop_path: float = 0.0,
         semantic_tokens: bool = False,
@@ -162,6 +166,7 @@ class SwinTransformer(nn.Module):
         self.depths = tuple(depths)
         window_frames = window_frames or (window[0],) * STAGES
         check_choice("stem", stem, STEMS)
+        check_choice("init", init, INITS)
         _check_arguments({"depths": depths, "num_heads": num_heads, "window_frames": window_frames}, stem, patch_size)
         # An image model's bias tables have one entry in time, which makes them Swin's.
         window = (1 if num_frames == 1 else window[0], window[1], window[2])
@@ -189,12 +194,15 @@ class SwinTransformer(nn.Module):
         self.head = create_vit_basic_head(
             in_features=dim, out_features=num_classes, seq_pool_type="mean", dropout_rate=dropout
         )
-        self._init_weights()
+        self._init_weights(init)
 
-    def _init_weights(self) -> None:
+    def _init_weights(self, init: str) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                if init == "normal" or module is self.head.proj:
+                    nn.init.trunc_normal_(module.weight, std=0.02)
+                else:
+                    nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for module in self.modules():

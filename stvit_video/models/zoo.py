@@ -40,6 +40,7 @@ SWIN_SIZES: dict[str, dict[str, Any]] = {
         "patch_size": 2,
         "tubelet": 4,
         "window": (8, 6, 6),
+        "init": "xavier",
     },
 }
 # What the released STViT-R checkpoints were trained with.

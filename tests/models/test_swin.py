@@ -260,6 +260,7 @@ def test_training_contracts() -> None:
         ("stvit_swin_tiny", {"offsets": "yes"}, "True or False"),
         ("stvit_swin_tiny", {"preset": "quick"}, "paper, fast"),
         ("swin_tiny", {"stem": "conv", "patch_size": 8}, "choose 4"),
+        ("swin_tiny", {"init": "kaiming"}, "init 'kaiming' is unknown; choose one of normal, xavier"),
         ("swin_tiny", {"window": 7}, "3 whole numbers"),
         ("swin_tiny", {"num_heads": (5, 6, 12, 24)}, "divisible"),
         ("vit_tiny_patch16", {"patch_size": 0}, "from 1 on"),
@@ -275,6 +276,15 @@ def test_training_contracts() -> None:
 def test_arguments_that_cannot_work(name: str, settings: dict, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         create_model(name, **{"num_frames": 1, "image_size": 224, "num_classes": 10, **settings})
+
+
+@pytest.mark.parametrize(("init", "bound"), [("normal", 2.0), ("xavier", (6 / (24 + 96)) ** 0.5)])
+def test_weights_start_as_their_initialisation_says(init: str, bound: float) -> None:
+    model = create_model("stvit_swin_tiny", num_frames=4, image_size=64, num_classes=100, init=init, **SHRUNK)
+    weight = model.get_parameter("layers.0.blocks.0.mlp.fc1.weight")
+    assert weight.abs().max() < bound
+    assert weight.std().item() == pytest.approx(0.02 if init == "normal" else bound / 3**0.5, rel=0.05)
+    assert model.head.proj.weight.std().item() == pytest.approx(0.02, rel=0.05)  # all classes about equally likely
 
 
 @pytest.mark.parametrize("settings", [{}, {"pooling": "mask"}, {"offsets": True}, {"window": (4, 5, 3)}])
