@@ -30,7 +30,7 @@ from stvit_video.engine.stopping import StopSignals
 from stvit_video.errors import RunFailure, Stopped, UsageError
 from stvit_video.models import LoadReport, load_pretrained
 from stvit_video.models.complexity import Cost
-from stvit_video.models.zoo import build_model
+from stvit_video.models.zoo import UNSAID, build_model
 from stvit_video.progress import Progress
 
 
@@ -204,7 +204,7 @@ def check_all_loaded(report: LoadReport, model: nn.Module) -> None:
         )
     given, built = report.arguments, dict(model.arguments, name=model.name)  # type: ignore[arg-type]
     for key in sorted(given.keys() | built.keys()) if given else ():
-        old, new = given.get(key), built.get(key)
+        old, new = (arguments.get(key, UNSAID.get(key)) for arguments in (given, built))
         if key not in NOT_ADOPTED and json.dumps(old) != json.dumps(new):
             raise UsageError(f"{report.source} was trained with {key} {old!r}, not {new!r}; set MODEL to match it.")
 

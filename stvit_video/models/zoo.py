@@ -92,6 +92,9 @@ VIT_SEMANTIC_ARGUMENTS = (
 )  # fmt: skip
 
 
+UNSAID = {"preset": "paper", "reducer": "stgm"}  # what models that take these are, where nothing was said
+
+
 def list_models(pattern: str = "*") -> list[str]:
     """Return the names that ``create_model`` knows and that match a shell-style pattern."""
     names = [f"{family}_{size}" for family, (_, sizes, _) in FAMILIES.items() for size in sizes]
@@ -120,7 +123,7 @@ def create_model(
         chosen = {key: check_argument(key, value) for key, value in arguments.items()}
         settings = {**sizes[name.removeprefix(f"{family}_")], **shared}
         if family in PRESETS:
-            settings.update(_preset(family, chosen.pop("preset", "paper"), {**settings, **chosen}))
+            settings.update(_preset(family, chosen.pop("preset", UNSAID["preset"]), {**settings, **chosen}))
         model = constructor(**{**settings, **chosen})
     except ValueError as error:
         raise UsageError(f"{name}: {error}") from error
@@ -160,7 +163,7 @@ def _check_names(name: str, family: str, constructor: type[nn.Module], overrides
 
 def _check_reducer(name: str, constructor: type[nn.Module], overrides: dict[str, Any]) -> None:
     """Raise UsageError for a reducer that leaves no grid in a Swin, and for the STGM's arguments given to another."""
-    reducer = overrides.get("reducer", "stgm")
+    reducer = overrides.get("reducer", UNSAID["reducer"])
     if constructor is SwinTransformer and reducer in REDUCERS and reducer not in GRID_REDUCERS:
         raise UsageError(
             f"{name} has windows, which need a grid of tokens, so reducer {reducer!r} cannot apply; choose one of "

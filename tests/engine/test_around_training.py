@@ -45,6 +45,15 @@ def test_words(trained: Path, output: Path) -> list[str]:
 test_words.__test__ = False  # type: ignore[attr-defined]
 
 
+def test_settings_that_say_what_was_meant_anyway_are_the_same_network(
+    trained: Path, small_run: Arguments, refused: Callable[[list[str]], str], tmp_path: Path
+) -> None:
+    said = small_run("MODEL.PRESET", "paper", "MODEL.REDUCER", "stgm", *test_words(trained, tmp_path / "test"))
+    assert run.main(said) == 0
+    other = small_run("MODEL.BASE_DEPTH", "3", *test_words(trained, tmp_path / "other"))
+    assert "was trained with base_depth None, not 3; set MODEL to match it" in refused(other)
+
+
 def interrupt(monkeypatch: pytest.MonkeyPatch, after: int, action: Callable[[], None]) -> list[int]:
     """Do something after so many batches of a test; returns the sizes of the batches that are scored."""
     scored: list[int] = []
