@@ -208,6 +208,27 @@ def test_wrong_use_is_one_line(words: list[str], says: str, capsys: pytest.Captu
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(("extent", "said"), [("none", "eager"), ("blocks", "blocks compiled"), ("model", "compiled")])
+def test_what_is_compiled_is_what_compile_says(
+    extent: str, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model, mode: compiled.append(type(model).__name__) or model)
+    monkeypatch.setattr(nn.Module, "compile", lambda model: compiled.append(type(model).__name__))
+    output = tmp_path / "speed.json"
+    words = ["--cfg", SAMPLE, "--rounds", "1", "--largest-batch", "1", "--output", str(output)]
+    assert benchmark.main(["model", *words, "COMPILE", extent, *SMALL]) == 0
+    assert compiled == {"none": [], "blocks": 8 * ["Block"], "model": ["VisionTransformer"]}[extent]
+    assert f"inference: cpu, fp32, {said}; a matrix" in capsys.readouterr().out
+    assert json.loads(output.read_text())["compiled"] == extent
+
+
+def test_blocks_of_a_peer_are_not_known(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--cfg", SAMPLE, "--peer", "torchvision:swin3d_t", "COMPILE", "blocks", *SMALL]
+    assert benchmark.main(["model", *words]) == 2
+    assert "blocks of torchvision:swin3d_t are not known here; use COMPILE model" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main(["model", "--cfg", SAMPLE, "DEVICE", "cuda"]) == 2

@@ -23,7 +23,7 @@ def build_conditions(cfg: CfgNode, training: bool, largest_batch: int) -> Condit
     if cfg.DEVICE == "cuda" and not found:
         raise UsageError("DEVICE cuda, but no GPU is visible to torch; use DEVICE cpu, or a machine that has one.")
     device = torch.device("cuda" if found and cfg.DEVICE != "cpu" else "cpu")
-    return Conditions(device, cfg.PRECISION, cfg.COMPILE != "none", training, largest_batch)
+    return Conditions(device, cfg.PRECISION, cfg.COMPILE, training, largest_batch)
 
 
 def benchmark_models(
@@ -44,6 +44,12 @@ def benchmark_models(
         )
     accuracies = iter([read_accuracy(path) for path in results])
     conditions = build_conditions(first, training, largest_batch)
+    whole = [one.name for one in contestants if not hasattr(one.model, "transformer_blocks")]
+    if conditions.compiled == "blocks" and whole:
+        raise UsageError(
+            f"COMPILE blocks, but the blocks of {whole[0]} are not known here; use COMPILE model, or compare models of "
+            f"this package."
+        )
     speeds, product = measure(contestants, conditions, rounds, say=lambda line: print(line, flush=True))
     print(describe_speeds(speeds, product, conditions), flush=True)
     found = [next(accuracies, None) if kind == "cfg" else None for kind, _ in words]

@@ -18,8 +18,10 @@ def describe_speeds(speeds: Sequence[Speed], product: float, conditions: Conditi
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     aligned = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     what = "training steps" if conditions.training else "inference"
-    how = f"{conditions.device.type}, {conditions.precision}, {'compiled' if conditions.compiled else 'eager'}"
-    lines = [f"{what}: {how}; a matrix product runs at {product:.0f} G multiply-adds/s", *aligned]
+    lines = [
+        f"{what}: {conditions.device.type}, {conditions}; a matrix product runs at {product:.0f} G multiply-adds/s",
+        *aligned,
+    ]
     lines.append(
         "p50, p95: of a call at batch 1; share: of the matrix product's rate; ratio: clips/s of the first row's"
     )

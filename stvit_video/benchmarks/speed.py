@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stvit_video.benchmarks.contestants import Contestant
+from stvit_video.engine.parallel import compile_model
 from stvit_video.engine.precision import HALF, autocast, matrix_rate, set_precision
 from stvit_video.models.complexity import count_operations, count_parameters
 
@@ -23,13 +24,20 @@ STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class Conditions:
-    """Under which conditions all are measured: ``training`` steps of AdamW, or inference."""
+    """Under which conditions all are measured: ``training`` steps of AdamW, or inference.
+
+    ``compiled`` is COMPILE's "none", "blocks" or "model".
+    """
 
     device: torch.device
     precision: str
-    compiled: bool = False
+    compiled: str = "none"
     training: bool = False
     largest_batch: int = 64
+
+    def __str__(self) -> str:
+        how = {"none": "eager", "blocks": "blocks compiled", "model": "compiled"}[self.compiled]
+        return f"{self.precision}, {how}"
 
 
 @dataclass
@@ -69,7 +77,11 @@ class Runner:
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5) if conditions.training else None
         # Fixed shapes: on a GPU the launches are recorded once as a CUDA graph.
         mode = "reduce-overhead" if device.type == "cuda" and not conditions.training else "default"
-        self.model: Callable[[Tensor], Tensor] = torch.compile(model, mode=mode) if conditions.compiled else model
+        self.model: Callable[[Tensor], Tensor] = model
+        if conditions.compiled == "model":
+            self.model = torch.compile(model, mode=mode)
+        else:
+            compile_model(model, conditions.compiled)
         self.batches: dict[int, Tensor] = {}
 
     def __call__(self, batch: int) -> float:

@@ -193,7 +193,7 @@ def measure_speeds(plan: Plan, output: Path, wanted: Wanted) -> None:
     where = ", ".join(machine["gpus"][:1]) if conditions.device.type == "cuda" else f"{machine['cpus']} CPU cores"
     content = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        "machine": f"speeds: {where}, {conditions.precision}, {'compiled' if conditions.compiled else 'eager'}, torch "
+        "machine": f"speeds: {where}, {conditions}, torch "
         f"{machine['packages']['torch']}, median of {wanted.rounds} interleaved rounds at the best batch of each",
         "settings": {row.name: _settings(row) for row in plan.rows},
         "clips_per_second": {speed.name: speed.rate for speed in speeds},

@@ -62,7 +62,7 @@ def read_list(path: str | Path, root: str | Path = "") -> list[Video]:
 
 def _parse_line(line: str, place: str, root: Path) -> Video:
     cut = max(line.rfind(separator) for separator in (" ", ",", "\t"))
-    name, label = line[: max(cut, 0)].rstrip(" ,\t").strip('"'), line[cut + 1 :]
+    name, label = line[: max(cut, 0)].rstrip(" ,\t").strip('"'), line[cut + 1 :].strip('"')
     if not name or not re.fullmatch(r"[+-]?[0-9]+", label):
         raise UsageError(
             f"{place}: {line[:120]!r} has no label; write the path, a space, comma or tab, and the label as a whole "

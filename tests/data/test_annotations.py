@@ -25,6 +25,11 @@ def test_separators_and_paths_with_spaces(tmp_path: Path, separator: str) -> Non
     assert read_list(tmp_path / "list.csv", "root") == [Video("root/a.mp4", 3), Video("root/my videos/b c.mp4", 0)]
 
 
+def test_quoted_fields_are_what_they_hold(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text('"a.mp4","3"\n"my videos/b, c.mp4",0\n')
+    assert read_list(tmp_path / "list.csv", "root") == [Video("root/a.mp4", 3), Video("root/my videos/b, c.mp4", 0)]
+
+
 def test_absolute_paths_stay_and_a_byte_order_mark_is_no_part_of_the_path(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_bytes(b"\xef\xbb\xbf/v/\xc3\xa4.mp4 1\n")
     assert read_list(tmp_path / "list.csv", "root") == [Video("/v/ä.mp4", 1)]
