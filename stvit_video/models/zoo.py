@@ -32,14 +32,14 @@ SWIN_SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
     "small": {"dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)},
     "base": {"dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)},
-    # For the harder generated set: 48x48 clips, one 6x6 window in the third stage.
-    "hard_patch2": {
+    # For the harder generated set: 64x64 clips, one 4x4 window in the third stage.
+    "hard_patch4": {
         "dim": 32,
         "depths": (2, 2, 6, 2),
         "num_heads": (1, 2, 4, 8),
-        "patch_size": 2,
         "tubelet": 4,
-        "window": (8, 6, 6),
+        "window": (8, 4, 4),
+        "stem": "conv",
         "init": "xavier",
     },
 }
