@@ -31,6 +31,7 @@ FAMILIES = {
 REDUCED = {  # what depends on the clip's content, with the operations that graphs find hard
     name: ("stvit_vit_tiny_patch16", {**VIT, "depth": 4, "preset": "fast", "reducer": name}) for name in ("tome", "ats")
 }
+REDUCED["in windows"] = ("stvit_swin_tiny", {**SWIN, "depths": (1, 1, 4, 1), "reducer": "random"})
 
 
 def tiny(family: str, folder: Path, small_set: Path, **overrides: object) -> Trained:
