@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from stvit_video.benchmarks.report import describe_speeds, figures_of
 from stvit_video.benchmarks.speed import measure
 from stvit_video.benchmarks.tradeoff_plan import ASSUMED_CLASSES, Plan, Row, RowCost, count_classes, measure_row
 from stvit_video.benchmarks.tradeoff_plot import plot_tradeoff
-from stvit_video.benchmarks.tradeoff_runs import ORPHANS_S, Lock, Run, build_runs, read_results, train_all
+from stvit_video.benchmarks.tradeoff_runs import ORPHANS_S, Lock, Run, build_runs, build_start, read_results, train_all
 from stvit_video.benchmarks.tradeoff_table import Line, Table, markdown, read_failures, write_table
 from stvit_video.distributed import World
 from stvit_video.engine.checkpoint import write_atomically
@@ -52,13 +53,13 @@ def choose_rows(plan: Plan, patterns: Sequence[str]) -> list[Row]:
 
 def count_costs(plan: Plan) -> dict[str, RowCost]:
     """Return what each row costs. Raises UsageError where a model cannot be built."""
-    return {row.name: measure_row(row, count_classes(row.cfg) or ASSUMED_CLASSES) for row in plan.rows}
+    return {row.name: measure_row(row, count_classes(row.cfg) or ASSUMED_CLASSES) for row in plan.trained}
 
 
 def list_rows(plan: Plan, output: Path, patterns: Sequence[str]) -> None:
     """Print the rows that match, what they cost, and how many of their runs are done; nothing is written."""
     chosen = choose_rows(plan, patterns)
-    runs, costs = build_runs(plan, output), count_costs(plan)
+    start, runs, costs = build_start(plan, output), build_runs(plan, output), count_costs(plan)
     table = [("row", "kind", "tokens", "GFLOPs", "of twin", "parameters", "runs done")]
     for row in chosen:
         cost, own = costs[row.name], [run for run in runs if run.row is row]
@@ -74,6 +75,8 @@ def list_rows(plan: Plan, output: Path, patterns: Sequence[str]) -> None:
     if any(count_classes(row.cfg) is None for row in chosen):
         print(f"no data there yet: GFLOPs and parameters with {ASSUMED_CLASSES} classes")
     left = sum(not run.is_finished() for run in runs if run.row in chosen)
+    if start is not None:
+        print(f"all start from {start.name}, which is {'finished' if start.is_finished() else 'trained first'}")
     print(f"{left} runs left, in {output}", flush=True)
 
 
@@ -91,11 +94,7 @@ def make_table(plan: Plan, output: Path, wanted: Wanted) -> int:
     with Lock(output, patience=0 if only_draw else ORPHANS_S) as lock:
         runs = build_runs(plan, output)  # again: another command may have had the folder until now
         if chosen:
-            world = World(0, 1, torch.device("cpu"))
-            for row in chosen:
-                build_data(row.cfg, world)  # here, so that no two runs generate the same files
-                begun = all(run.folder.has_progress() for run in runs if run.row is row)
-                check_inputs(row.cfg, resumed=begun)
+            prepare_data([row for row in plan.trained if row in chosen or row is plan.start], runs)
             if not known:
                 costs = count_costs(plan)  # of the classes that are known now
         failures = _earlier_failures(output, runs)
@@ -109,6 +108,8 @@ def make_table(plan: Plan, output: Path, wanted: Wanted) -> int:
             draw(plan, output, costs, runs, failures, wanted.within)
 
         draw(plan, output, costs, runs, failures, wanted.within)
+        if not all(run.is_finished() for run in to_train):
+            train_start(plan, output, lock)
         if to_train:
             train_all(to_train, wanted.jobs, lock, finished)
         if wanted.measure == "always" or (wanted.measure == "missing" and read_speeds(plan, output) is None):
@@ -116,6 +117,27 @@ def make_table(plan: Plan, output: Path, wanted: Wanted) -> int:
         print(draw(plan, output, costs, runs, failures, wanted.within), flush=True)
     print(f"table and plot in {output}: tradeoff.md, tradeoff.csv, tradeoff.json, tradeoff.png", flush=True)
     return 1 if any((run.row.name, run.seed) in failures for run in to_train) else 0
+
+
+def prepare_data(rows: Sequence[Row], runs: Sequence[Run]) -> None:
+    """Generate the data here, so that no two runs generate the same files. Raises UsageError for files that lack."""
+    for row in rows:
+        build_data(row.cfg, World(0, 1, torch.device("cpu")))
+        check_inputs(row.cfg, resumed=all(run.folder.has_progress() for run in runs if run.row is row))
+
+
+def train_start(plan: Plan, output: Path, lock: TextIOWrapper) -> None:
+    """Train what the rows start from, if it is not there. Raises UsageError where that fails: no row can be trained."""
+    run = build_start(plan, output)
+    if run is None or run.is_finished():
+        return
+    failures: list[str | None] = []
+    train_all([run], 1, lock, lambda _, failure: failures.append(failure))
+    if failures[0] is not None:
+        raise UsageError(
+            f"The start of {plan.path}, whose weights every row needs, failed: {failures[0]}; see {run.log}, mend it, "
+            f"and give the same command."
+        )
 
 
 def _earlier_failures(output: Path, runs: Sequence[Run]) -> dict[tuple[str, int], str]:
@@ -152,10 +174,21 @@ def draw(
                 failures={seed: failures[row.name, seed] for seed in plan.seeds if (row.name, seed) in failures},
             )
         )
-    table = Table(tuple(lines), within, speeds["machine"] if speeds else "")
+    table = Table(tuple(lines), within, speeds["machine"] if speeds else "", describe_start(plan, output))
     write_table(table, output)
     plot_tradeoff(table, output / "tradeoff.png")
     return markdown(table)
+
+
+def describe_start(plan: Plan, output: Path) -> str:
+    """Return what the rows started from; "" where each started by itself, or that is not finished."""
+    run = build_start(plan, output)
+    if run is None or not run.is_finished():
+        return ""
+    return (
+        f"every row starts from the weights of one {run.row.cfg.MODEL.NAME}, trained for {run.row.cfg.TRAIN.EPOCHS} "
+        f"epochs with seed {run.seed} to {read_results(run)['top1']:.2f} % top-1"
+    )
 
 
 def _settings(row: Row) -> dict[str, Any]:

@@ -3,6 +3,7 @@
     cfg: ../sample_stvit.yaml      # from the plan's folder
     seeds: [0, 1]
     twin: full                     # the row that all others are compared with
+    start: {TRAIN.EPOCHS: 10}      # may be left out: a run that comes first, whose weights all rows start from
     rows:
       full: {MODEL.NAME: vit_sample_patch8}
       paper: {MODEL.PRESET: paper}                                  # a row of neither kind below is judged in words
@@ -29,7 +30,9 @@ from stvit_video.errors import UsageError, nearest
 from stvit_video.models.complexity import measure_cost
 from stvit_video.models.zoo import build_model
 
-PLAN_KEYS = ("cfg", "seeds", "twin", "rows")
+NEEDED_KEYS = ("cfg", "seeds", "twin", "rows")
+START = "start"
+PLAN_KEYS = (*NEEDED_KEYS, START)
 RELATIONS = {"control_of": "control", "neighbour_of": "neighbour"}
 OWN_KEYS = ("MODE", "OUTPUT_DIR", "OVERWRITE", "SEED")  # this command sets them for each run
 # What accuracies and speeds are only comparable under: the twin's holds for all rows.
@@ -45,7 +48,7 @@ ASSUMED_CLASSES = 400  # where there is no data yet; the classifier's share of t
 class Row:
     """One model of the table: ``words`` are the KEY VALUE pairs that make it from the plan's configuration.
 
-    ``kind`` is twin, preset, control or neighbour; the latter two are ``of`` one or more presets.
+    ``kind`` is start, twin, preset, control or neighbour; the latter two are ``of`` one or more presets.
     """
 
     name: str
@@ -57,16 +60,22 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan that was read and checked, the twin among its ``rows``."""
+    """A plan that was read and checked, the twin among its ``rows``; ``start`` is trained before them, or None."""
 
     path: Path
     cfg_file: Path
     seeds: tuple[int, ...]
     rows: tuple[Row, ...]
+    start: Row | None = None
 
     @property
     def twin(self) -> Row:
         return next(row for row in self.rows if row.kind == "twin")
+
+    @property
+    def trained(self) -> tuple[Row, ...]:
+        """All rows, after the start where there is one."""
+        return self.rows if self.start is None else (self.start, *self.rows)
 
 
 @dataclass(frozen=True)
@@ -90,10 +99,29 @@ def read_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
             f"Plan {path}: {', '.join(unknown)} is no part of a plan; those are {', '.join(PLAN_KEYS)}."
             + nearest(unknown[0], list(PLAN_KEYS))
         )
-    missing = [key for key in PLAN_KEYS if key not in content]
+    missing = [key for key in NEEDED_KEYS if key not in content]
     if missing:
-        raise UsageError(f"Plan {path} has no {', '.join(missing)}; it needs {', '.join(PLAN_KEYS)}. Add the rest.")
+        raise UsageError(f"Plan {path} has no {', '.join(missing)}; it needs {', '.join(NEEDED_KEYS)}. Add the rest.")
     rows = content["rows"]
+    _check_rows(path, rows)
+    if not isinstance(content["cfg"], str):
+        raise UsageError(f"Plan {path}: cfg is {content['cfg']!r}; give a configuration file, from the plan's folder.")
+    cfg_file = path.parent / content["cfg"]
+    names = [name for name, _ in parse_overrides(overrides)]
+    _refuse_own_keys(names, "the command line")
+    load_config(cfg_file, overrides)  # so that a wrong word for all rows is not said to be the first row's
+    built = tuple(
+        _build_row(path, cfg_file, name, row or {}, "twin" if name == content["twin"] else "preset", overrides, names)
+        for name, row in rows.items()
+    )
+    _check_relations(path, content["twin"], built)
+    start = None
+    if START in content:
+        start = _build_start(path, cfg_file, content[START], built, overrides, names)
+    return Plan(path, cfg_file, _check_seeds(path, content["seeds"]), built, start)
+
+
+def _check_rows(path: Path, rows: Any) -> None:
     if not isinstance(rows, dict) or not all(row is None or isinstance(row, dict) for row in rows.values()):
         raise UsageError(f"Plan {path}: rows is not a mapping of mappings; write `NAME: {{KEY: VALUE}}` for each row.")
     for name in rows:
@@ -102,17 +130,23 @@ def read_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
                 f"Plan {path}: row {name!r} cannot name a folder; use up to 64 letters, digits, -, + or _, and quote "
                 f"what YAML takes for a number."
             )
-    if not isinstance(content["cfg"], str):
-        raise UsageError(f"Plan {path}: cfg is {content['cfg']!r}; give a configuration file, from the plan's folder.")
-    cfg_file = path.parent / content["cfg"]
-    names = [name for name, _ in parse_overrides(overrides)]
-    _refuse_own_keys(names, "the command line")
-    load_config(cfg_file, overrides)  # so that a wrong word for all rows is not said to be the first row's
-    built = tuple(
-        _build_row(path, cfg_file, name, row or {}, content["twin"], overrides, names) for name, row in rows.items()
-    )
-    _check_relations(path, content["twin"], built)
-    return Plan(path, cfg_file, _check_seeds(path, content["seeds"]), built)
+
+
+def _build_start(
+    path: Path, cfg_file: Path, content: Any, rows: Sequence[Row], overrides: Sequence[str], common: list
+) -> Row:
+    """Return the run whose weights the rows start from, which therefore name no others."""
+    if not isinstance(content, dict):
+        raise UsageError(f"Plan {path}: start is {content!r}; give KEY: VALUE pairs as for a row, or leave it out.")
+    if any(row.name == START for row in rows):
+        raise UsageError(f"Plan {path}: a row is named {START}, as the folder of the run before them; rename the row.")
+    named = next((row.name for row in rows if row.cfg.MODEL.INIT), None)
+    if named is not None:
+        raise UsageError(
+            f"Plan {path}: row {named} has a MODEL.INIT, and start gives all rows the weights that they start from; "
+            f"remove one of them."
+        )
+    return _build_row(path, cfg_file, START, content, START, overrides, common)
 
 
 def _read(path: Path) -> dict[Any, Any]:
@@ -158,13 +192,13 @@ def _refuse_own_keys(names: Sequence[str], origin: str) -> None:
 
 
 def _build_row(
-    path: Path, cfg_file: Path, name: str, content: dict[Any, Any], twin: Any, overrides: Sequence[str], common: list
+    path: Path, cfg_file: Path, name: str, content: dict[Any, Any], kind: str, overrides: Sequence[str], common: list
 ) -> Row:
-    """Return a row of the plan; its keys and values are checked as those of a configuration are."""
+    """Return a row of the plan, checked as a configuration is; a relation makes another ``kind`` of a preset."""
     origin = f"row {name} of {path}"
     relations = [key for key in RELATIONS if key in content]
-    if len(relations) > 1 or (relations and name == twin):
-        which = "is the twin" if name == twin else "has control_of and neighbour_of"
+    if len(relations) > 1 or (relations and kind != "preset"):
+        which = f"is the {kind}" if kind != "preset" else "has control_of and neighbour_of"
         raise UsageError(f"Plan {path}: row {name} {which}; a row is one of them or neither. Remove {relations[-1]}.")
     pairs = list(_flatten({key: value for key, value in content.items() if key not in RELATIONS}))
     names = [key for key, _ in pairs]
@@ -193,7 +227,7 @@ def _build_row(
             f"at auto."
         )
     of = content[relations[0]] if relations else []
-    kind = RELATIONS[relations[0]] if relations else "twin" if name == twin else "preset"
+    kind = RELATIONS[relations[0]] if relations else kind
     return Row(name, kind, tuple(of if isinstance(of, list) else [of]), tuple(words), cfg)
 
 

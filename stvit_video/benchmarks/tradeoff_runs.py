@@ -60,20 +60,29 @@ class Run:
         return self.folder.is_finished()
 
 
+def build_start(plan: Plan, output: Path) -> Run | None:
+    """Return the run that all others start from, of the plan's first seed; None where each starts by itself.
+
+    Raises UsageError where its folder holds a run of other settings.
+    """
+    return None if plan.start is None else _build_run(plan, plan.start, plan.seeds[0], output)
+
+
 def build_runs(plan: Plan, output: Path) -> list[Run]:
-    """Return all runs of a plan, all rows with the first seed before the next.
+    """Return the runs of a plan's rows, all rows with the first seed before the next.
 
     Raises UsageError where a folder holds a run of other settings.
     """
-    runs = []
-    for seed in plan.seeds:
-        for row in plan.rows:
-            path = output / row.name / f"seed{seed}"
-            words = [*row.words, "OUTPUT_DIR", str(path), "SEED", str(seed)]
-            _check_folder(row, path, load_config(plan.cfg_file, words))
-            command = (sys.executable, "-m", "stvit_video.run", "--cfg", str(plan.cfg_file), *words)
-            runs.append(Run(row, seed, path, command))
-    return runs
+    start = build_start(plan, output)
+    init = () if start is None else ("MODEL.INIT", str(start.folder.weights))
+    return [_build_run(plan, row, seed, output, init) for seed in plan.seeds for row in plan.rows]
+
+
+def _build_run(plan: Plan, row: Row, seed: int, output: Path, init: Sequence[str] = ()) -> Run:
+    path = output / row.name / f"seed{seed}"
+    words = [*row.words, *init, "OUTPUT_DIR", str(path), "SEED", str(seed)]
+    _check_folder(row, path, load_config(plan.cfg_file, words))
+    return Run(row, seed, path, (sys.executable, "-m", "stvit_video.run", "--cfg", str(plan.cfg_file), *words))
 
 
 def _check_folder(row: Row, path: Path, cfg: CfgNode) -> None:

@@ -58,6 +58,7 @@ class Table:
     lines: tuple[Line, ...]
     within: float
     machine: str = ""  # what the speeds were measured on
+    start: str = ""  # what all rows were trained from
 
     @property
     def twin(self) -> Line:
@@ -138,8 +139,8 @@ def _short(line: Line, other: Line) -> str:
 
 
 def notes(table: Table) -> list[str]:
-    """Return what else belongs below the table: runs that failed, and tests that did not score every video."""
-    said = []
+    """Return what else belongs below the table: the common start, runs that failed, tests that left videos out."""
+    said = [table.start] if table.start else []
     for line in table.lines:
         said += [f"failed: {line.name}, seed {seed}: {why}" for seed, why in line.failures.items()]
         said += [
