@@ -163,6 +163,8 @@ def check_options(options: argparse.Namespace) -> None:
     for option, path in (("--output", options.output), ("--plot", options.plot)):
         if path and not path.parent.is_dir():
             raise UsageError(f"{option} {path}: {path.parent} is not a folder; make it first.")
+        if path and path.is_dir():
+            raise UsageError(f"{option} {path} is a folder; name a file in it.")
     if options.plot and options.plot.suffix != ".png":
         raise UsageError(f"--plot {options.plot} is no .png file; name one that is.")
     side_by_side = options.what in ("model", "train")

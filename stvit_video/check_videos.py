@@ -226,7 +226,7 @@ def check(arguments: Sequence[str] | None) -> int:
     options = build_parser().parse_args(arguments)
     manner = build_manner(options)
     root = options.list.parent if options.root is None else options.root
-    if not root.is_dir():
+    if options.root is not None and not root.is_dir():
         raise UsageError(f"--root {root} is not a folder; give the one where the paths of {options.list} start.")
     listing = read_listing(options.list, root)
     clean = options.output / "clean.txt"

@@ -35,7 +35,7 @@ def read_run(folder: str, window: int) -> dict[str, Points]:
     """Return the smoothed training curve and the validation points of a run; raises UsageError where it has none."""
     from stvit_video.engine.logging import read_metrics
 
-    rows = read_metrics(Path(folder) / "metrics.jsonl")
+    rows = [row for row in read_metrics(Path(folder) / "metrics.jsonl") if {"split", "step"} <= set(row)]
     if not any(row["split"] == "train" for row in rows):
         raise UsageError(f"{folder} has no metrics.jsonl with training rows; give the OUTPUT_DIR of a training run.")
     validation = [(row["step"], row["top1"]) for row in rows if row["split"] == "val"]
@@ -52,6 +52,8 @@ def compare(arguments: Sequence[str] | None) -> int:
     parser.add_argument("--window", type=int, default=64, help="steps of the average (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("comparison.png"), help="default: %(default)s")
     options = parser.parse_args(arguments)
+    if options.window < 1:
+        raise UsageError(f"--window {options.window} averages over no step; give a whole number from 1 on.")
     if options.output.suffix != ".png" or not options.output.parent.is_dir():
         raise UsageError(f"--output {options.output}: give a .png file in a folder that exists.")
     from stvit_video.engine.plots import plot_comparison

@@ -41,7 +41,7 @@ KEYS = (
     Key(
         "MODEL.PRESET",
         None,
-        "paper (default of stvit models), balanced or fast",
+        "paper (default of stvit models), balanced (not of stvit_r) or fast",
         kind=str,
         choices=("paper", "balanced", "fast"),
     ),

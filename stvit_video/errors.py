@@ -34,7 +34,7 @@ class Stopped(Exception):
 
 def nearest(name: str, known: list[str]) -> str:
     """Return ``name``'s closest match among ``known`` as a question, or an empty string."""
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.67)  # gpu is no cpu
     return f" Did you mean {match[0]}?" if match else ""
 
 

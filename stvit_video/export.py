@@ -32,7 +32,7 @@ def build_parser() -> Parser:
     """Return the parser of this command's options."""
     parser = Parser(
         prog="python -m stvit_video.export",
-        form="--checkpoint RUN --format FORMAT --output FILE",
+        form="--checkpoint RUN --format FORMAT [--output FILE]",
         description="Write a trained model as a file to deploy, and compare what the file computes with the model.",
     )
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="folder of a trained run, or a .safetensors")

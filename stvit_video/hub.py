@@ -60,7 +60,10 @@ def check_push(repository: str) -> None:
 
 def _check_repository(name: str) -> str:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII):
-        raise UsageError(f"Hub repository {name!r} is not of the form OWNER/NAME; write {SCHEME}OWNER/NAME[/FILE].")
+        raise UsageError(
+            f"Hub repository {name.rstrip('/')!r} is not of the form OWNER/NAME; a checkpoint there is "
+            f"{SCHEME}OWNER/NAME[/FILE]."
+        )
     return name
 
 

@@ -39,7 +39,7 @@ def dispatch(arguments: Sequence[str] | None) -> int:
     parser.add_argument("--cfg", metavar="FILE", help="configuration, for example configs/sample_stvit.yaml")
     parser.add_argument("--keys", action="store_true", help="list every configuration key with its default and exit")
     parser.add_argument("--cost", action="store_true", help="print the model's GFLOPs and memory, and exit")
-    parser.add_argument("--dry-run", action="store_true", help="build all, run one batch, write nothing, and exit")
+    parser.add_argument("--dry-run", action="store_true", help="build all, run one batch, begin no run, and exit")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="or KEY=VALUE; last one wins")
     options = parser.parse_intermixed_args(arguments)
     from stvit_video.config import describe_keys, load_config

@@ -33,7 +33,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("video", type=Path, metavar="VIDEO", help="a video, an image or a folder of images")
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="RUN|FILE", help="folder of a run, or a .safetensors of one"
+        "--checkpoint", required=True, metavar="RUN|FILE", help="folder of a run, or a .safetensors of one"
     )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: visualize/NAME OF THE VIDEO")
     parser.add_argument("--start", type=float, metavar="SECONDS", help="where the clip starts (default: in the middle)")

@@ -77,6 +77,7 @@ def test_what_bounds_the_loader_is_said_with_what_to_change(times: tuple[float, 
         (["speed", "--cfg", "x.yaml"], "invalid choice: 'speed'"),
         (["loader", "--cfg", "CFG", "--rounds", "0"], "give whole numbers from 1 on"),
         (["loader", "--cfg", "CFG", "--output", "/nowhere/x.json"], "/nowhere is not a folder"),
+        (["loader", "--cfg", "CFG", "--output", "/tmp"], "--output /tmp is a folder; name a file in it"),
         (["loader", "--cfg", "CFG", "DATA.ROOT", "/nowhere", "DATA.GENERATE", ""], "needs files that are missing"),
     ],
 )

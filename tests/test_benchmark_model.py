@@ -230,9 +230,10 @@ def test_blocks_of_a_peer_are_not_known(capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert benchmark.main(["model", "--cfg", SAMPLE, "DEVICE", "cuda"]) == 2
-    assert "no GPU is visible" in capsys.readouterr().err
+@pytest.mark.parametrize("what", ["model", "e2e", "engine"])
+def test_a_gpu_that_is_not_there_is_refused(what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.main([what, "--cfg", SAMPLE, "DEVICE", "cuda"]) == 2
+    assert "0 GPUs are visible" in capsys.readouterr().err
 
 
 def test_an_unknown_size_is_refused() -> None:

@@ -254,6 +254,7 @@ def test_messages_are_counted_by_cause(message: str, name: str) -> None:
 REFUSED = {
     "a folder is given": ([".", "--output", "out"], "is a folder"),
     "no list": (["absent.txt", "--output", "out"], "is not a file"),
+    "no folder of a list": (["absent/list.txt", "--output", "out"], "List absent/list.txt is not a file"),
     "no label": (["bare.txt", "--output", "out"], "has no label"),
     "a video": (["good.mp4", "--output", "out"], "is not UTF-8 text"),
     "rows of several lines": (["split.csv", "--output", "out"], "rows that are empty or of several lines"),

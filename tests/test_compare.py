@@ -59,6 +59,18 @@ def test_what_is_no_run_or_no_place_is_one_line(tmp_path: Path, output: str, cap
     assert error.count("\n") == 1
 
 
+def test_rows_and_windows_that_cannot_be_averaged(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = write_run(tmp_path / "run", 0.1)
+    (tmp_path / "run" / "metrics.jsonl").open("a").write('{"epoch": 3}\n')  # another program's
+    words = [run, "--output", str(tmp_path / "x.png")]
+    assert compare.main(words) == 0
+    assert compare.main([*words, "--window", "0"]) == 2
+    assert "--window 0 averages over no step; give a whole number from 1 on" in capsys.readouterr().err
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"epoch": 3}\n')
+    assert compare.main(words) == 2
+    assert "no metrics.jsonl with training rows" in capsys.readouterr().err
+
+
 def test_a_run_shorter_than_the_window_is_not_said_to_miss_the_target(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,6 +67,7 @@ def test_the_result_cannot_be_changed(cfg_file: Path) -> None:
         (["TRAIN.EPOCHS", "0"], "at least 1"),
         (["OPTIM.LR", "-1"], "at least 0"),
         (["OPTIM.LR", ".nan"], "allowed: at least 0"),
+        (["DEVICE", "gpu"], "allowed: auto, cpu, cuda."),
         (["MODE", "trian"], "Did you mean train?"),
         (["PRECISION", "fp8"], "allowed: fp32, tf32, bf16, fp16"),
         (["MODEL.REGIONS", "[2, 4]"], "has 2 values; it takes 3"),

@@ -222,7 +222,10 @@ MISTAKES = [
     (["--format", "state-dict", "--clip", "gone.mp4"], "--clip gone.mp4: no such file"),
     (["--format", "safetensors", "--output", "{run}/model.safetensors"], "would replace the checkpoint itself"),
     (["--format", "state-dict", "--push", "nobody"], "not of the form OWNER/NAME"),
-    (["--format", "state-dict", "--checkpoint", "hf://nobody"], "not of the form OWNER/NAME"),
+    (
+        ["--format", "state-dict", "--checkpoint", "hf://nobody"],
+        "Hub repository 'nobody' is not of the form OWNER/NAME",
+    ),
 ]
 
 

@@ -18,6 +18,7 @@ from stvit_video.data.annotations import Video
 from stvit_video.data.splitting import take_part
 from stvit_video.data.videos import SPLITS, build_videos
 from stvit_video.engine.checkpoint import save_weights
+from stvit_video.engine.trained import open_checkpoint, view_settings
 from stvit_video.errors import UsageError
 from stvit_video.models import create_model
 from stvit_video.models.zoo import build_model
@@ -84,6 +85,18 @@ def test_the_network_and_its_clips_are_the_checkpoints(checkpoint: Path, my_vide
     assert (asked.DATA.FRAMES, asked.DATA.FLIP, asked.DATA.STRIDE) == (16, True, 1)
     again = load_config_of_dump(cfg, my_videos.parent)
     assert again == cfg  # a run's config.yaml needs the checkpoint no more
+
+
+def test_a_copy_of_the_weights_says_whether_clips_may_be_mirrored(
+    checkpoint: Path, my_videos: Path, tmp_path: Path, small_set: Path
+) -> None:
+    """Left and right are classes there; the run's folder may be gone."""
+    cfg = data_config(small_set, "DATA.FLIP", "False")
+    save_weights(tmp_path / "alone.safetensors", build_model(cfg, 8), [*"01234567"], view_settings(cfg))
+    words = ["DATA.ROOT", str(my_videos), "MODEL.INIT", str(tmp_path / "alone.safetensors")]
+    assert load_config(CONFIG, words).DATA.FLIP is False
+    assert load_config(CONFIG, [*words, "DATA.FLIP", "True"]).DATA.FLIP is True
+    assert open_checkpoint(tmp_path / "alone.safetensors").cfg.DATA.FLIP is False
 
 
 def load_config_of_dump(cfg: object, folder: Path) -> object:

@@ -308,6 +308,18 @@ def test_all_that_is_missing_is_said_at_once(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("words", [["MODEL.NAME", "vit"], ["DATA.SIZE", "60"], ["MODEL.INIT", "absent.pth"]])
+@pytest.mark.parametrize("mode", [["MODE", "train"], ["MODE", "test"], ["MODE", "transfer"], ["--dry-run"]])
+def test_what_needs_no_data_is_said_before_they_are_generated(
+    tmp_path: Path, refused: Refused, words: list[str], mode: list[str]
+) -> None:
+    cfg = ["--cfg", str(REPOSITORY / "configs" / "sample_stvit.yaml"), "DATA.ROOT", str(tmp_path / "set")]
+    init = [] if "MODEL.INIT" in words else ["MODEL.INIT", __file__]
+    said = refused([*cfg, "OUTPUT_DIR", str(tmp_path / "run"), *words, *init, *mode])
+    assert words[1] in said
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_resumed_run_needs_its_first_weights_no_more(
     small_run: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
 ) -> None:

@@ -114,6 +114,7 @@ def test_a_wrong_profile_is_one_line(tmp_path: Path, content: str, message: str)
         (["--gpus-per-node", "0", "--array", "SEDE=1,2"], "Did you mean SEED?"),
         (["--gpus-per-node", "0", "--cluster", "local", "--nodes", "2"], "--cluster local runs one configuration"),
         (["--gpus-per-node", "0", "--wiat"], "unrecognized arguments: --wiat"),
+        (["--cfg", "configs/sample_stvit.yaml", "--gpus-per-node"], "or status, logs, cancel, resume RUN"),
         (["--cfg", "configs/nothing.yaml", "--gpus-per-node", "0"], "is not a file"),
     ],
 )
@@ -126,6 +127,13 @@ def test_wrong_use_is_one_line(
     assert said.startswith("error: ")
     assert said.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_verb_or_a_number_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["statsu", str(tmp_path)]) == 2
+    assert "--cfg FILE is missing, or did you mean status?" in capsys.readouterr().err
+    assert main(["logs", str(tmp_path), "--lines", "0"]) == 2
+    assert "--lines 0 shows none; give a whole number from 1 on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", ["status", "logs", "cancel", "resume"])

@@ -288,6 +288,7 @@ def test_mistakes_are_refused_in_one_line(
         ([str(text), *run_folder], "text.mp4"),
         ([str(write_sound("sound.mp4")), *run_folder], "sound.mp4"),
         ([video, "--checkpoint", str(tmp_path / "none")], "none"),
+        ([video, "--checkpoint", "hf://nobody"], "not of the form OWNER/NAME"),
         ([video, "--checkpoint", str(tmp_path / "empty run")], "empty run"),
         ([video, "--checkpoint", str(tmp_path / "cut.safetensors")], "cut.safetensors"),
         ([video, "--checkpoint", str(tmp_path / "bare.safetensors")], "which model"),

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from fvcore.common.config import CfgNode
 
 from stvit_video.benchmarks.contestants import build_contestants
 from stvit_video.benchmarks.end_to_end import describe_flows, figures_of_flows, measure_flow
 from stvit_video.benchmarks.report import describe_speeds, figures_of, plot_speeds, read_accuracy
 from stvit_video.benchmarks.speed import Conditions, measure
+from stvit_video.distributed import pick_device
 from stvit_video.errors import UsageError
 
 
@@ -19,11 +19,7 @@ def build_conditions(cfg: CfgNode, training: bool, largest_batch: int) -> Condit
 
     Raises UsageError for DEVICE cuda where there is none.
     """
-    found = torch.cuda.is_available()
-    if cfg.DEVICE == "cuda" and not found:
-        raise UsageError("DEVICE cuda, but no GPU is visible to torch; use DEVICE cpu, or a machine that has one.")
-    device = torch.device("cuda" if found and cfg.DEVICE != "cpu" else "cpu")
-    return Conditions(device, cfg.PRECISION, cfg.COMPILE, training, largest_batch)
+    return Conditions(pick_device(cfg.DEVICE, 0, 1), cfg.PRECISION, cfg.COMPILE, training, largest_batch)
 
 
 def benchmark_models(

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from stvit_video.data.loader import build_test_loader, build_train_loader
 from stvit_video.data.videos import build_classes
-from stvit_video.distributed import World
+from stvit_video.distributed import World, pick_device
+from stvit_video.engine.parallel import compile_model
 from stvit_video.engine.precision import autocast, set_precision
 from stvit_video.engine.start import build_data, check_inputs
 from stvit_video.models.zoo import build_model
@@ -71,8 +72,11 @@ def build_work(cfg: CfgNode, model: nn.Module, device: torch.device, training: b
 
 
 def measure_flow(cfg: CfgNode, clips: int, rounds: int) -> list[Flow]:
-    """Time inference on the test list and training on the training list with each number of workers, in turn."""
-    device = torch.device("cuda" if cfg.DEVICE != "cpu" and torch.cuda.is_available() else "cpu")
+    """Time inference on the test list and training on the training list with each number of workers, in turn.
+
+    The network is compiled as COMPILE says; that, and the workers' start, is in a first round that is not counted.
+    """
+    device = pick_device(cfg.DEVICE, 0, 1)
     set_precision(device, cfg.PRECISION)
     world = World(0, 1, device)
     build_data(cfg, world)
@@ -82,6 +86,7 @@ def measure_flow(cfg: CfgNode, clips: int, rounds: int) -> list[Flow]:
     cfg.TRAIN.ACCUMULATE, cfg.TRAIN.MIXUP, cfg.TRAIN.CUTMIX = 1, 0.0, 0.0
     classes = len(build_classes(cfg))
     model = build_model(cfg, classes).to(device)
+    compile_model(model, cfg.COMPILE)
     flows = []
     for training in (False, True):
         work = build_work(cfg, model, device, training)

@@ -1,4 +1,4 @@
-"""A rehearsal: everything is built as for a real run, one batch goes through it, and nothing is written."""
+"""A rehearsal: everything is built as for a real run, one batch goes through it, and no run is begun."""
 
 import time
 
@@ -13,7 +13,7 @@ from stvit_video.engine.evaluate import load_tested
 from stvit_video.engine.logging import check_log
 from stvit_video.engine.precision import autocast, set_precision
 from stvit_video.engine.run_folder import RunFolder
-from stvit_video.engine.start import build_cost, build_data, check_inputs, report_lists, report_model
+from stvit_video.engine.start import build_cost, build_data, check_inputs, check_model, report_lists, report_model
 from stvit_video.engine.step_clock import PARTS, peak_memory
 from stvit_video.engine.train import build_weights
 from stvit_video.engine.trainer import Trainer, build_trainer
@@ -23,8 +23,11 @@ from stvit_video.models.zoo import build_model
 def dry_run(cfg: CfgNode, world: World) -> None:
     """Print the configuration, shapes, cost, times and memory of one training step and one test batch.
 
+    The data that DATA.GENERATE names are made, if they are not there: without them there is no batch.
+
     Raises UsageError where the real run would.
     """
+    check_model(cfg)
     build_data(cfg, world)
     folder = RunFolder(cfg.OUTPUT_DIR)
     on_main(world, lambda: folder.check(cfg))
@@ -63,7 +66,7 @@ def dry_run(cfg: CfgNode, world: World) -> None:
     lines.append(f"test batch: {text}; {waited:.2f} s to load")
     if world.is_main:
         print("\n".join(lines))
-        print(f"peak memory {peak_memory(world.device):.2f} GB. Nothing was written.", flush=True)
+        print(f"peak memory {peak_memory(world.device):.2f} GB. Nothing was written to {cfg.OUTPUT_DIR}.", flush=True)
 
 
 def describe_shapes(model: nn.Module, clips: Tensor) -> str:

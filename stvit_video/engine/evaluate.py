@@ -25,7 +25,7 @@ from stvit_video.engine.parts import Parts, Row
 from stvit_video.engine.plots import plot_confusion
 from stvit_video.engine.precision import autocast, set_precision
 from stvit_video.engine.run_folder import RunFolder
-from stvit_video.engine.start import build_cost, build_data, check_inputs, report_lists, report_model
+from stvit_video.engine.start import build_cost, build_data, check_inputs, check_model, report_lists, report_model
 from stvit_video.engine.stopping import StopSignals
 from stvit_video.errors import RunFailure, Stopped, UsageError
 from stvit_video.models import LoadReport, load_pretrained
@@ -223,6 +223,7 @@ def load_tested(cfg: CfgNode, folder: RunFolder, model: nn.Module) -> LoadReport
 
 def test(cfg: CfgNode, world: World) -> None:
     """Run MODE test: the weights of MODEL.INIT, or else those that OUTPUT_DIR holds."""
+    check_model(cfg)
     build_data(cfg, world)
     check_inputs(cfg)
     folder = RunFolder(cfg.OUTPUT_DIR)

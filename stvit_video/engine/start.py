@@ -10,11 +10,23 @@ from stvit_video.data import sample
 from stvit_video.data.annotations import summarise_videos
 from stvit_video.data.videos import build_classes, build_source
 from stvit_video.distributed import World, on_main
+from stvit_video.engine.run_folder import RunFolder
 from stvit_video.errors import UsageError
 from stvit_video.models.complexity import Cost, count_training_memory, measure_cost
 from stvit_video.models.zoo import build_model
 
 KINETICS_CLASSES = 400  # what --cost assumes where there is no data; the classifier's share of the cost is small
+SOME_CLASSES = 2  # to see whether a network can be built, before its data are there to count
+WEIGHTS_ADVICE = "MODEL.INIT is a .pth or .safetensors file, such as a finished run leaves in its OUTPUT_DIR"
+
+
+def check_model(cfg: CfgNode) -> None:
+    """Raise UsageError for a network that cannot be built or weights that are missing, before minutes of generating."""
+    if not cfg.DATA.GENERATE:
+        return
+    build_model(cfg, cfg.MODEL.NUM_CLASSES or SOME_CLASSES)
+    if _lacks_weights(cfg) and not RunFolder(cfg.OUTPUT_DIR).has_progress():
+        raise UsageError(f"MODEL.INIT {cfg.MODEL.INIT} is missing; {WEIGHTS_ADVICE}.")
 
 
 def build_data(cfg: CfgNode, world: World) -> None:
@@ -46,15 +58,19 @@ def check_inputs(cfg: CfgNode, *, resumed: bool = False) -> None:
     if cfg.DATA.CLASSES and not (root / cfg.DATA.CLASSES).is_file():
         missing.append(f"DATA.CLASSES {root / cfg.DATA.CLASSES}")
         advice.append("DATA.CLASSES holds one class name a line, or is '' for numbers")
-    if cfg.MODEL.INIT and not resumed and not Path(cfg.MODEL.INIT).is_file():
+    if _lacks_weights(cfg) and not resumed:
         missing.append(f"MODEL.INIT {cfg.MODEL.INIT}")
-        advice.append("MODEL.INIT is a .pth or .safetensors file, such as a finished run leaves in its OUTPUT_DIR")
+        advice.append(WEIGHTS_ADVICE)
     if missing:
         raise UsageError(
             f"MODE {cfg.MODE} needs files that are missing: {', '.join(missing)}. Put them there or set these keys: "
             f"{'; '.join(advice)}. Without a download this runs now: "
             f"python -m stvit_video.run --cfg configs/sample_stvit.yaml"
         )
+
+
+def _lacks_weights(cfg: CfgNode) -> bool:
+    return bool(cfg.MODEL.INIT) and not Path(cfg.MODEL.INIT).is_file()
 
 
 def build_cost(cfg: CfgNode, model: nn.Module) -> Cost:

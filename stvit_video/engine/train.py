@@ -20,7 +20,7 @@ from stvit_video.engine.evaluate import check_failures, class_probabilities, des
 from stvit_video.engine.logging import build_log, check_log, describe_results, read_metrics
 from stvit_video.engine.plots import plot_curves
 from stvit_video.engine.run_folder import RunFolder
-from stvit_video.engine.start import build_cost, build_data, check_inputs, report_lists, report_model
+from stvit_video.engine.start import build_cost, build_data, check_inputs, check_model, report_lists, report_model
 from stvit_video.engine.stopping import StopSignals
 from stvit_video.engine.trained import view_settings
 from stvit_video.engine.trainer import Trainer, build_trainer
@@ -51,6 +51,7 @@ def build_weights(cfg: CfgNode, model: nn.Module, classes: list[str]) -> LoadRep
 
 def train(cfg: CfgNode, world: World) -> None:
     """Run MODE train: from the start or the newest checkpoint, then test. A finished run is reported, not redone."""
+    check_model(cfg)
     build_data(cfg, world)
     folder = RunFolder(cfg.OUTPUT_DIR)
     on_main(world, lambda: folder.check(cfg))

@@ -24,6 +24,8 @@ VIEW_KEYS = (
     "DATA.FRAMES", "DATA.SAMPLING", "DATA.CLIP_SECONDS", "DATA.STRIDE", "DATA.FPS", "DATA.SIZE", "DATA.MEAN",
     "DATA.STD", "TEST.CLIPS", "TEST.CROPS", "TEST.SHORT_SIDE",
 )  # fmt: skip
+# What one who trains on has to know beside.
+TRAINING_KEYS = ("DATA.FLIP",)
 # What may be set for a model that is there: how videos are read and seen, not what the network is.
 FREE_KEYS = (
     *(key for key in VIEW_KEYS if key not in ("DATA.FRAMES", "DATA.SIZE")),
@@ -128,7 +130,7 @@ def _fit_to_model(cfg: CfgNode, arguments: dict[str, Any], weights: Path) -> Non
 
 
 def read_views(weights: Path) -> dict[str, Any]:
-    """Return VIEW_KEYS with their values as the ``.safetensors`` of a run or an export carries them; else empty."""
+    """Return the settings with their values as the ``.safetensors`` of a run or an export carries them; else empty."""
     with safe_open(weights, "pt") as file:
         text = (file.metadata() or {}).get("views", "{}")
     try:
@@ -138,5 +140,5 @@ def read_views(weights: Path) -> dict[str, Any]:
 
 
 def view_settings(cfg: CfgNode) -> dict[str, Any]:
-    """Return VIEW_KEYS with their values: what ``read_views`` reads."""
-    return {key: value_of(cfg, key) for key in VIEW_KEYS}
+    """Return VIEW_KEYS and TRAINING_KEYS with their values: what ``read_views`` reads."""
+    return {key: value_of(cfg, key) for key in (*VIEW_KEYS, *TRAINING_KEYS)}

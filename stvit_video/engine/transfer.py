@@ -26,7 +26,7 @@ from stvit_video.engine.fingerprint import file_hash
 from stvit_video.engine.metrics import Predictions
 from stvit_video.engine.plots import plot_transfer
 from stvit_video.engine.run_folder import RunFolder
-from stvit_video.engine.start import build_cost, build_data, check_inputs, report_model
+from stvit_video.engine.start import build_cost, build_data, check_inputs, check_model, report_model
 from stvit_video.engine.train import train
 from stvit_video.errors import UsageError
 from stvit_video.models import LoadReport, load_pretrained
@@ -73,6 +73,7 @@ def transfer(cfg: CfgNode, world: World) -> None:
     """Run MODE transfer: describe both lists with the weights of MODEL.INIT, score the test list, fine-tune last."""
     if not cfg.MODEL.INIT:
         raise UsageError("MODE transfer needs a checkpoint to evaluate; give MODEL.INIT FILE.")
+    check_model(cfg)
     build_data(cfg, world)
     check_inputs(cfg)
     folder = RunFolder(cfg.OUTPUT_DIR)

@@ -67,7 +67,7 @@ FAMILIES: dict[str, tuple[type[nn.Module], dict[str, dict[str, Any]], dict[str, 
 # base_share: the part of the depth (in Swin, of stage 3) that runs on all image tokens before the semantic ones;
 # frames_per_centre: token frames that share their centres (1 is the paper's per-frame scheme).
 # window_frames: in video the paper's cost cannot be met with Swin's 8-frame windows at the image model's depth (-21 %
-# for T where -27 % is published), so stage 1, which sees edges, looks at 4 frames: -25 %. It is our reading. In "fast"
+# for T where -27 % is published), so stage 1, which sees edges, looks at 4 frames: -26 %. It is our reading. In "fast"
 # the two stages before the semantic tokens look at 2 and 4 frames: their attention is what is left to save there.
 SWIN_FRAMES = (4, 8, 8, 8)
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {

@@ -14,7 +14,7 @@ from fvcore.common.config import CfgNode
 
 import stvit_video
 from stvit_video.config import load_config
-from stvit_video.errors import Parser, UsageError, run_command
+from stvit_video.errors import Parser, UsageError, nearest, run_command
 from stvit_video.slurm.follow import describe_status, follow, print_log, summarise
 from stvit_video.slurm.jobs import (
     Job,
@@ -27,7 +27,10 @@ from stvit_video.slurm.jobs import (
 from stvit_video.slurm.request import Request, read_profile
 
 VERBS = {"status": "say how it is", "logs": "print its log", "cancel": "end it", "resume": "submit it again"}
-FORM = "--cfg FILE --nodes N --gpus-per-node G [--profile FILE] [--wait] [KEY VALUE ...]"
+FORM = (
+    "--cfg FILE --nodes N --gpus-per-node G [--profile FILE] [--wait] [KEY VALUE ...]; "
+    "or status, logs, cancel, resume RUN"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,7 +79,8 @@ def read_options(arguments: Sequence[str]) -> Namespace:
     if unknown := [word for word in rest if word.startswith("--")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if not options.cfg:
-        parser.error("--cfg FILE is missing")
+        meant = nearest(arguments[0], list(VERBS)) if arguments else ""
+        parser.error(f"--cfg FILE is missing{', or' + meant.lower() if meant else ''}")
     # argparse gives the KEY VALUE words that follow --cfg FILE to it, and those after a later option to nobody.
     first = [options.cfg[0], *itertools.takewhile(lambda word: word.endswith((".yaml", ".yml")), options.cfg[1:])]
     options.overrides = [*options.cfg[len(first) :], *options.overrides, *rest]
@@ -167,6 +171,8 @@ def act(arguments: Sequence[str] | None) -> int:
     if verb == "resume":
         parser.add_argument("--wait", action="store_true", help="follow the jobs")
     options = parser.parse_args(rest)
+    if verb == "logs" and options.lines < 1:
+        parser.error(f"--lines {options.lines} shows none; give a whole number from 1 on")
     base = options.run.absolute()
     jobs = find_jobs(base)
     if verb == "resume":
