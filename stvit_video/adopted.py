@@ -14,7 +14,7 @@ RUN_KEYS = (
     "DATA.SAMPLING", "DATA.CLIP_SECONDS", "DATA.STRIDE", "DATA.FPS", "DATA.SHORT_SIDE", "DATA.FLIP", "DATA.MEAN",
     "DATA.STD", "TEST.SHORT_SIDE",
 )  # fmt: skip
-NOT_ADOPTED = ("num_frames", "image_size", "num_classes", "drop_path", "dropout")  # sizes and regularisation
+NOT_ADOPTED = ("num_frames", "image_size", "num_classes", "drop_path", "dropout", "init")  # sizes, what training needs
 
 
 def config_beside(weights: Path) -> Path:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from stvit_video import benchmark
+from stvit_video.benchmarks import end_to_end
 from stvit_video.benchmarks.contestants import Contestant, FramesAsBatch, build_peer
 from stvit_video.benchmarks.end_to_end import run_through
 from stvit_video.benchmarks.report import describe_speeds, plot_speeds
@@ -142,19 +143,29 @@ def test_waiting_for_data_is_told_from_work(monkeypatch: pytest.MonkeyPatch) -> 
     assert run_through(batches(), work, 8) == (1.0, 0.75)
 
 
-def test_from_files_to_logits_and_weights(small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_from_files_to_logits_and_weights(
+    small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []  # what that does is tested elsewhere
+    monkeypatch.setattr(end_to_end, "compile_model", lambda model, extent: compiled.append(extent))
     output = tmp_path / "flow.json"
     words = f"DATA.ROOT {small_set} TRAIN.BATCH_SIZE 8 TEST.BATCH_SIZE 4 TEST.CLIPS 1 --clips 8 --rounds 1"
-    arguments = ["e2e", "--cfg", SAMPLE, "DATA.GENERATE", "", *words.split(), "--output", str(output)]
+    how = ["DEVICE", "cpu", "COMPILE", "blocks"]
+    arguments = ["e2e", "--cfg", SAMPLE, "DATA.GENERATE", "", *how, *words.split(), "--output", str(output)]
     assert benchmark.main(arguments) == 0
-    flows = json.loads(output.read_text())["flows"]
+    assert compiled == ["blocks"]
+    content = json.loads(output.read_text())
+    assert (content["device"], content["precision"], content["compiled"]) == ("cpu", "fp32", "blocks")
+    flows = content["flows"]
     assert [(flow["what"], flow["workers"]) for flow in flows] == [
         (what, workers) for what in ("inference", "training") for workers in (1, 2, 4)
     ]
     for flow in flows:
         assert flow["clips_per_second"][0] > 0
         assert 0 <= flow["waiting"][0] < 1
-    assert capsys.readouterr().out.count("%") == 6
+    said = capsys.readouterr().out
+    assert said.count("%") == 6
+    assert "stvit_vit_sample_patch8, cpu, fp32, blocks compiled: from video files" in said
 
 
 def test_accuracy_replaces_gflops_where_it_is_known(tmp_path: Path) -> None:

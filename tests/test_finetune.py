@@ -18,9 +18,10 @@ from stvit_video.data.annotations import Video
 from stvit_video.data.splitting import take_part
 from stvit_video.data.videos import SPLITS, build_videos
 from stvit_video.engine.checkpoint import save_weights
+from stvit_video.engine.evaluate import check_all_loaded
 from stvit_video.engine.trained import open_checkpoint, view_settings
 from stvit_video.errors import UsageError
-from stvit_video.models import create_model
+from stvit_video.models import create_model, load_pretrained
 from stvit_video.models.zoo import build_model
 from stvit_video.predict import Predictor
 from tests.conftest import REPOSITORY, data_config
@@ -97,6 +98,22 @@ def test_a_copy_of_the_weights_says_whether_clips_may_be_mirrored(
     assert load_config(CONFIG, words).DATA.FLIP is False
     assert load_config(CONFIG, [*words, "DATA.FLIP", "True"]).DATA.FLIP is True
     assert open_checkpoint(tmp_path / "alone.safetensors").cfg.DATA.FLIP is False
+
+    views = {key: value for key, value in view_settings(cfg).items() if key != "DATA.FLIP"}  # of an earlier version
+    (tmp_path / "run").mkdir()
+    save_weights(tmp_path / "run" / "model.safetensors", build_model(cfg, 8), [*"01234567"], views)
+    (tmp_path / "run" / "config.yaml").write_text(cfg.dump())
+    assert open_checkpoint(tmp_path / "run").cfg.DATA.FLIP is False
+
+
+def test_how_weights_began_is_no_setting(tmp_path: Path, my_videos: Path) -> None:
+    model = create_model("swin_hard_patch4", num_frames=16, image_size=64, num_classes=8, init="normal")
+    save_weights(tmp_path / "normal.safetensors", model, [*"01234567"])
+    cfg = load_config(CONFIG, ["DATA.ROOT", str(my_videos), "MODEL.INIT", str(tmp_path / "normal.safetensors")])
+    assert cfg.MODEL.NAME == "swin_hard_patch4"
+    assert Path(cfg.MODEL.INIT).name == "normal.safetensors"
+    again = build_model(cfg, 8)
+    check_all_loaded(load_pretrained(again, cfg.MODEL.INIT), again)
 
 
 def load_config_of_dump(cfg: object, folder: Path) -> object:

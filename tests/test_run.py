@@ -320,6 +320,17 @@ def test_what_needs_no_data_is_said_before_they_are_generated(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_test_needs_its_weights_before_its_data(finished: Path, tmp_path: Path, refused: Refused) -> None:
+    words = ["--cfg", str(REPOSITORY / "configs" / "sample_stvit.yaml"), "DATA.ROOT", str(tmp_path / "set")]
+    none = refused([*words, "MODE", "test", "OUTPUT_DIR", str(tmp_path / "none")])
+    assert f"{tmp_path / 'none' / 'model.safetensors'} is missing; give MODEL.INIT" in none
+    mode = ["MODE", "test", "MODEL.INIT", "absent.pth", "OUTPUT_DIR", str(finished)]
+    assert "absent.pth is missing" in refused([*words, *mode])
+    restart = ["MODEL.INIT", "absent.pth", "OUTPUT_DIR", str(finished), "OVERWRITE", "True"]
+    assert "absent.pth is missing" in refused([*words, *restart])
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_resumed_run_needs_its_first_weights_no_more(
     small_run: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
 ) -> None:

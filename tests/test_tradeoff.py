@@ -225,42 +225,6 @@ def test_a_damaged_table_is_named(
     assert said.count("\n") == 1
 
 
-def test_all_rows_start_from_one_run(small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The start is trained once and first, and its weights are what a row that learns nothing ends with."""
-    start = {"MODEL.NAME": "vit_sample_patch8", "TRAIN.MAX_STEPS": 1}
-    frozen = {"MODEL.NAME": "vit_sample_patch8", "OPTIM.LR": 0.0, "MODEL.INIT_DEPTH": None}
-    plan = write_plan(tmp_path, small_set, start=start, seeds=[3, 1], rows={**ROWS, "full": frozen})
-    words = ["--plan", str(plan), "--output", str(tmp_path / "out"), "--rounds", "0"]
-    assert tradeoff.main([*words, "--list"]) == 0
-    assert "all start from start, seed 3, which is trained first" in capsys.readouterr().out
-    assert tradeoff.main([*words, "--rows", "full"]) == 0
-    said = capsys.readouterr().out
-    assert said.index("start, seed 3: starts") < said.index("full, seed 3: starts")
-    first = load_file(tmp_path / "out" / "start" / "seed3" / "model.safetensors")
-    for seed in (3, 1):
-        weights = load_file(tmp_path / "out" / "full" / f"seed{seed}" / "model.safetensors")
-        assert weights.keys() == first.keys()
-        assert all(torch.equal(weights[name], first[name]) for name in first)
-
-    top1 = json.loads((tmp_path / "out" / "start" / "seed3" / "results.json").read_text())["top1"]
-    sentence = f"every row starts from the weights of one vit_sample_patch8, .* with seed 3 to {top1:.2f} % top-1"
-    assert re.search(sentence, said)
-    assert re.search(sentence, (tmp_path / "out" / "tradeoff.md").read_text())
-    assert tradeoff.main([*words, "--rows", "full"]) == 0
-    assert "start, seed 3" not in capsys.readouterr().out
-    assert tradeoff.main([*words, "--list"]) == 0
-    assert "all start from start, seed 3, which is finished" in capsys.readouterr().out
-
-
-def test_a_start_that_fails_is_named(small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan, output = write_plan(tmp_path, small_set, start={"TRAIN.FREEZE": ["no_such_weight"]}), tmp_path / "out"
-    assert tradeoff.main(["--plan", str(plan), "--output", str(output), "--rounds", "0"]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert re.search(f"The start of {plan}, whose weights every row needs, failed: .*no_such_weight.*seed0.txt", error)
-    assert not (output / "full").exists()
-
-
 def test_two_commands_do_not_share_a_folder(tmp_path: Path) -> None:
     with Lock(tmp_path):
         assert "is in use by another tradeoff command" in refusal(Lock(tmp_path, patience=0).__enter__)
@@ -305,11 +269,6 @@ def test_two_commands_do_not_share_a_folder(tmp_path: Path) -> None:
         ({"seeds": [0, -1]}, "seeds is"),
         ({"cfg": "none.yaml"}, "none.yaml is not a file"),
         ({"seed": [0]}, "seed is no part of a plan.* Did you mean seeds"),
-        ({"start": None}, "start is None; give KEY: VALUE pairs"),
-        ({"start": {"MODEL.PRESTE": "paper"}}, "Key MODEL.PRESTE in row start of .* Did you mean"),
-        ({"start": {"DATA.FRAMES": 4, "control_of": "paper"}}, "row start is the start; .* Remove control_of"),
-        ({"start": {}, "rows": {**ROWS, "start": {"DATA.FRAMES": 2}}}, "a row is named start, .* rename the row"),
-        ({"start": {}, "rows": {**ROWS, "more": {"MODEL.INIT": "a.pth"}}}, "row more has a MODEL.INIT, and start"),
     ],
 )
 def test_wrong_plans_are_refused(

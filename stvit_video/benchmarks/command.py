@@ -58,6 +58,8 @@ def benchmark_end_to_end(cfg: CfgNode, clips: int, rounds: int) -> dict[str, Any
     """Time files to logits and training with 1, 2 and 4 workers, print the table and return the figures."""
     flows = measure_flow(cfg, clips, rounds)
     shape = f"{cfg.DATA.FRAMES} frames of {cfg.DATA.SIZE}x{cfg.DATA.SIZE}"
-    print(f"{cfg.MODEL.NAME}, {cfg.PRECISION}: from video files, clips of {shape}")
+    conditions = build_conditions(cfg, False, cfg.TEST.BATCH_SIZE)
+    print(f"{cfg.MODEL.NAME}, {conditions.device.type}, {conditions}: from video files, clips of {shape}")
     print("\n".join(describe_flows(flows)), flush=True)
-    return {"flows": figures_of_flows(flows)}
+    where = {"device": conditions.device.type, "precision": cfg.PRECISION, "compiled": cfg.COMPILE}
+    return {"model": cfg.MODEL.NAME, **where, "flows": figures_of_flows(flows)}

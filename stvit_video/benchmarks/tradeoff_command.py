@@ -5,7 +5,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,28 @@ from stvit_video.benchmarks.command import build_conditions
 from stvit_video.benchmarks.contestants import Contestant
 from stvit_video.benchmarks.report import describe_speeds, figures_of
 from stvit_video.benchmarks.speed import measure
-from stvit_video.benchmarks.tradeoff_plan import ASSUMED_CLASSES, Plan, Row, RowCost, count_classes, measure_row
+from stvit_video.benchmarks.tradeoff_plan import (
+    ASSUMED_CLASSES,
+    COMMON_KEYS,
+    Plan,
+    Row,
+    RowCost,
+    count_classes,
+    measure_row,
+)
 from stvit_video.benchmarks.tradeoff_plot import plot_tradeoff
-from stvit_video.benchmarks.tradeoff_runs import ORPHANS_S, Lock, Run, build_runs, build_start, read_results, train_all
+from stvit_video.benchmarks.tradeoff_runs import (
+    ORPHANS_S,
+    Lock,
+    Run,
+    build_runs,
+    build_start,
+    read_results,
+    start_to_train,
+    train_all,
+)
 from stvit_video.benchmarks.tradeoff_table import Line, Table, markdown, read_failures, write_table
+from stvit_video.config import value_of
 from stvit_video.distributed import World
 from stvit_video.engine.checkpoint import write_atomically
 from stvit_video.engine.run_folder import environment
@@ -74,10 +91,11 @@ def list_rows(plan: Plan, output: Path, patterns: Sequence[str]) -> None:
         print("  ".join(words))
     if any(count_classes(row.cfg) is None for row in chosen):
         print(f"no data there yet: GFLOPs and parameters with {ASSUMED_CLASSES} classes")
-    left = sum(not run.is_finished() for run in runs if run.row in chosen)
+    unfinished = [run for run in runs if run.row in chosen and not run.is_finished()]
+    first = start_to_train(start, unfinished, runs)
     if start is not None:
-        print(f"all start from {start.name}, which is {'finished' if start.is_finished() else 'trained first'}")
-    print(f"{left} runs left, in {output}", flush=True)
+        print(f"all start from {start.name}{', which is trained first' if first else ''}")
+    print(f"{len(unfinished) + (first is not None)} runs left, in {output}", flush=True)
 
 
 def make_table(plan: Plan, output: Path, wanted: Wanted) -> int:
@@ -93,12 +111,15 @@ def make_table(plan: Plan, output: Path, wanted: Wanted) -> int:
     only_draw = not chosen and wanted.measure == "never"
     with Lock(output, patience=0 if only_draw else ORPHANS_S) as lock:
         runs = build_runs(plan, output)  # again: another command may have had the folder until now
+        to_train = [run for run in runs if run.row in chosen]
+        first = start_to_train(build_start(plan, output), to_train, runs)
+        if first is not None:
+            to_train.insert(0, first)
         if chosen:
-            prepare_data([row for row in plan.trained if row in chosen or row is plan.start], runs)
+            prepare_data(to_train)
             if not known:
                 costs = count_costs(plan)  # of the classes that are known now
         failures = _earlier_failures(output, runs)
-        to_train = [run for run in runs if run.row in chosen]
         for run in to_train:
             failures.pop((run.row.name, run.seed), None)
 
@@ -108,8 +129,6 @@ def make_table(plan: Plan, output: Path, wanted: Wanted) -> int:
             draw(plan, output, costs, runs, failures, wanted.within)
 
         draw(plan, output, costs, runs, failures, wanted.within)
-        if not all(run.is_finished() for run in to_train):
-            train_start(plan, output, lock)
         if to_train:
             train_all(to_train, wanted.jobs, lock, finished)
         if wanted.measure == "always" or (wanted.measure == "missing" and read_speeds(plan, output) is None):
@@ -119,25 +138,11 @@ def make_table(plan: Plan, output: Path, wanted: Wanted) -> int:
     return 1 if any((run.row.name, run.seed) in failures for run in to_train) else 0
 
 
-def prepare_data(rows: Sequence[Row], runs: Sequence[Run]) -> None:
+def prepare_data(runs: Sequence[Run]) -> None:
     """Generate the data here, so that no two runs generate the same files. Raises UsageError for files that lack."""
-    for row in rows:
+    for row in dict.fromkeys(run.row for run in runs):
         build_data(row.cfg, World(0, 1, torch.device("cpu")))
         check_inputs(row.cfg, resumed=all(run.folder.has_progress() for run in runs if run.row is row))
-
-
-def train_start(plan: Plan, output: Path, lock: TextIOWrapper) -> None:
-    """Train what the rows start from, if it is not there. Raises UsageError where that fails: no row can be trained."""
-    run = build_start(plan, output)
-    if run is None or run.is_finished():
-        return
-    failures: list[str | None] = []
-    train_all([run], 1, lock, lambda _, failure: failures.append(failure))
-    if failures[0] is not None:
-        raise UsageError(
-            f"The start of {plan.path}, whose weights every row needs, failed: {failures[0]}; see {run.log}, mend it, "
-            f"and give the same command."
-        )
 
 
 def _earlier_failures(output: Path, runs: Sequence[Run]) -> dict[tuple[str, int], str]:
@@ -174,21 +179,24 @@ def draw(
                 failures={seed: failures[row.name, seed] for seed in plan.seeds if (row.name, seed) in failures},
             )
         )
-    table = Table(tuple(lines), within, speeds["machine"] if speeds else "", describe_start(plan, output))
+    table = Table(tuple(lines), within, speeds["machine"] if speeds else "", describe_start(plan, output, failures))
     write_table(table, output)
     plot_tradeoff(table, output / "tradeoff.png")
     return markdown(table)
 
 
-def describe_start(plan: Plan, output: Path) -> str:
-    """Return what the rows started from; "" where each started by itself, or that is not finished."""
+def describe_start(plan: Plan, output: Path, failures: dict[tuple[str, int], str]) -> str:
+    """Return what the rows started from, or why they cannot; "" where each starts by itself, or it is to come."""
     run = build_start(plan, output)
-    if run is None or not run.is_finished():
+    if run is None:
         return ""
-    return (
-        f"every row starts from the weights of one {run.row.cfg.MODEL.NAME}, trained for {run.row.cfg.TRAIN.EPOCHS} "
-        f"epochs with seed {run.seed} to {read_results(run)['top1']:.2f} % top-1"
-    )
+    if failure := failures.get((run.row.name, run.seed)):
+        return f"failed: {run.name}, from which all rows start: {failure}"
+    if not run.is_finished():
+        return ""
+    same_test = all(value_of(run.row.cfg, key) == value_of(plan.twin.cfg, key) for key in COMMON_KEYS)
+    reached = f" ({read_results(run)['top1']:.2f} % top-1)" if same_test else ""
+    return f"every row starts from the weights of {run.name}, a {run.row.cfg.MODEL.NAME}{reached}"
 
 
 def _settings(row: Row) -> dict[str, Any]:

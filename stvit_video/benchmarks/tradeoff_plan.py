@@ -1,11 +1,12 @@
 """The plan of a table of accuracy beside speed: rows that differ from one configuration, each trained with some seeds.
 
-    cfg: ../sample_stvit.yaml      # from the plan's folder
+    cfg: ../sample_hard.yaml       # from the plan's folder
     seeds: [0, 1]
     twin: full                     # the row that all others are compared with
-    start: {TRAIN.EPOCHS: 10}      # may be left out: a run that comes first, whose weights all rows start from
+    start: {TRAIN.EPOCHS: 10}      # may be left out: a run that comes first, whose weights all rows start from (they
+                                   # need a configuration with MODEL.INIT_DEPTH null, as sample_hard_finetune.yaml)
     rows:
-      full: {MODEL.NAME: vit_sample_patch8}
+      full: {MODEL.NAME: vit_hard_patch8}
       paper: {MODEL.PRESET: paper}                                  # a row of neither kind below is judged in words
       paper-fewer-frames: {DATA.FRAMES: 4, control_of: paper}       # paper should be above it; [paper, fast]: both
       paper-tome: {MODEL.REDUCER: tome, neighbour_of: paper}        # another method, shown beside paper
@@ -44,7 +45,7 @@ ROW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]{0,63}")  # a folder's name any
 ASSUMED_CLASSES = 400  # where there is no data yet; the classifier's share of the cost is small
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one is itself: a configuration has no hash
 class Row:
     """One model of the table: ``words`` are the KEY VALUE pairs that make it from the plan's configuration.
 
@@ -145,6 +146,12 @@ def _build_start(
         raise UsageError(
             f"Plan {path}: row {named} has a MODEL.INIT, and start gives all rows the weights that they start from; "
             f"remove one of them."
+        )
+    partly = next((row for row in rows if row.cfg.MODEL.INIT_DEPTH is not None), None)
+    if partly is not None:
+        raise UsageError(
+            f"Plan {path}: row {partly.name} has MODEL.INIT_DEPTH {partly.cfg.MODEL.INIT_DEPTH}, and would take the "
+            f"start's weights up to there only; set it to null in {cfg_file}."
         )
     return _build_row(path, cfg_file, START, content, START, overrides, common)
 

@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 from fvcore.common.config import CfgNode
 
-from stvit_video.benchmarks.tradeoff_plan import Plan, Row
+from stvit_video.benchmarks.tradeoff_plan import START, Plan, Row
 from stvit_video.config import load_config
 from stvit_video.engine.run_folder import RunFolder, describe_changes
 from stvit_video.engine.stopping import EXIT_STOPPED, StopSignals
@@ -78,14 +78,34 @@ def build_runs(plan: Plan, output: Path) -> list[Run]:
     return [_build_run(plan, row, seed, output, init) for seed in plan.seeds for row in plan.rows]
 
 
+def start_to_train(start: Run | None, chosen: Sequence[Run], runs: Sequence[Run]) -> Run | None:
+    """Return the start where ``chosen`` ones of all ``runs`` wait for it; None where there is none, or it is done.
+
+    Raises UsageError where its weights are gone, or begun runs would be of another start than those that follow.
+    """
+    if start is None or all(run.folder.has_progress() for run in chosen):
+        return None
+    if start.is_finished() and start.folder.weights.is_file():
+        return None
+    begun = [run for run in runs if run.folder.has_progress()]
+    if start.is_finished() or begun:
+        folders = ", ".join(dict.fromkeys(str(run.path.parent) for run in begun))
+        raise UsageError(
+            f"{start.folder.weights} is not there, and what is trained now would not have the start of the rest; "
+            f"put it back, or delete {', '.join(filter(None, (str(start.path), folders)))}."
+        )
+    return start
+
+
 def _build_run(plan: Plan, row: Row, seed: int, output: Path, init: Sequence[str] = ()) -> Run:
     path = output / row.name / f"seed{seed}"
     words = [*row.words, *init, "OUTPUT_DIR", str(path), "SEED", str(seed)]
-    _check_folder(row, path, load_config(plan.cfg_file, words))
+    _check_folder(row, path, load_config(plan.cfg_file, words), moves=bool(init))
     return Run(row, seed, path, (sys.executable, "-m", "stvit_video.run", "--cfg", str(plan.cfg_file), *words))
 
 
-def _check_folder(row: Row, path: Path, cfg: CfgNode) -> None:
+def _check_folder(row: Row, path: Path, cfg: CfgNode, moves: bool) -> None:
+    """Raise UsageError for a run of other settings; where its start ``moves`` with it, both may lie elsewhere now."""
     folder = RunFolder(path)
     recorded, begun = folder.recorded_config(), folder.has_progress()
     if begun and recorded is None:
@@ -93,6 +113,10 @@ def _check_folder(row: Row, path: Path, cfg: CfgNode) -> None:
             f"Row {row.name}: {path} holds a run without a config.yaml that can be read, so it may be any; "
             f"delete that folder, or give another --output."
         )
+    if moves and begun and recorded is not None:
+        model = recorded.get("MODEL")
+        if isinstance(model, dict) and Path(str(model.get("INIT"))).parts[-3:] == Path(cfg.MODEL.INIT).parts[-3:]:
+            model["INIT"] = cfg.MODEL.INIT
     changed = describe_changes(recorded, yaml.safe_load(cfg.dump())) if begun and recorded is not None else ""
     if changed:
         raise UsageError(
@@ -138,7 +162,8 @@ class Lock:
 def train_all(runs: Sequence[Run], jobs: int, lock: TextIOWrapper, finished: Callable[[Run, str | None], None]) -> None:
     """Run what is not finished, ``jobs`` at once; after each, call ``finished`` with why it failed or None.
 
-    Raises Stopped after a signal to stop, which is passed on to the runs: they write their checkpoints first.
+    A start runs alone, with all cores; where it fails, nothing follows. Raises Stopped after a signal to stop, which is
+    passed on to the runs: they write their checkpoints first.
     """
     waiting = [run for run in runs if not run.is_finished()]
     total, done = len(runs), len(runs) - len(waiting)
@@ -148,10 +173,12 @@ def train_all(runs: Sequence[Run], jobs: int, lock: TextIOWrapper, finished: Cal
     begun, ended = time.monotonic(), 0
     with StopSignals(launched=False) as signals, _ending(active):
         while waiting or active:
-            while waiting and len(active) < jobs and signals.received is None:
+            alone = any(run.row.kind == START for run in active)
+            while waiting and len(active) < jobs and not alone and signals.received is None:
                 run = waiting.pop(0)
+                alone = run.row.kind == START
                 print(f"{run.name}: starts, output in {run.log}", flush=True)
-                active[run], started[run] = _start(run, jobs, lock), time.monotonic()
+                active[run], started[run] = _start(run, 1 if alone else jobs, lock), time.monotonic()
             if signals.received is not None:
                 _stop(active)
                 raise Stopped(signals.received, f"{done} of {total} runs")
@@ -162,6 +189,8 @@ def train_all(runs: Sequence[Run], jobs: int, lock: TextIOWrapper, finished: Cal
                 ended += 1
                 failure = None if run.is_finished() else describe_failure(run, process)
                 done += failure is None
+                if failure is not None and run.row.kind == START:
+                    waiting.clear()
                 left = len(waiting) + len(active)
                 seconds = (time.monotonic() - begun) / ended * left  # the jobs side by side are in it
                 minutes = (time.monotonic() - started[run]) / 60
@@ -172,6 +201,8 @@ def train_all(runs: Sequence[Run], jobs: int, lock: TextIOWrapper, finished: Cal
                     flush=True,
                 )
             time.sleep(POLL_S)
+        if signals.received is not None:  # as the last run ended
+            raise Stopped(signals.received, f"{done} of {total} runs")
 
 
 def _start(run: Run, jobs: int, lock: TextIOWrapper) -> subprocess.Popen:

@@ -62,7 +62,8 @@ def read_list(path: str | Path, root: str | Path = "") -> list[Video]:
 
 def _parse_line(line: str, place: str, root: Path) -> Video:
     cut = max(line.rfind(separator) for separator in (" ", ",", "\t"))
-    name, label = line[: max(cut, 0)].rstrip(" ,\t").strip('"'), line[cut + 1 :].strip('"')
+    name, label = line[: max(cut, 0)].rstrip(" ,\t"), line[cut + 1 :]
+    name, label = (text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text for text in (name, label))
     if not name or not re.fullmatch(r"[+-]?[0-9]+", label):
         raise UsageError(
             f"{place}: {line[:120]!r} has no label; write the path, a space, comma or tab, and the label as a whole "

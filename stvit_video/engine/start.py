@@ -25,8 +25,12 @@ def check_model(cfg: CfgNode) -> None:
     if not cfg.DATA.GENERATE:
         return
     build_model(cfg, cfg.MODEL.NUM_CLASSES or SOME_CLASSES)
-    if _lacks_weights(cfg) and not RunFolder(cfg.OUTPUT_DIR).has_progress():
+    folder = RunFolder(cfg.OUTPUT_DIR)
+    resumed = cfg.MODE == "train" and not cfg.OVERWRITE and folder.has_progress()
+    if _lacks_weights(cfg) and not resumed:
         raise UsageError(f"MODEL.INIT {cfg.MODEL.INIT} is missing; {WEIGHTS_ADVICE}.")
+    if cfg.MODE == "test" and not cfg.MODEL.INIT and not folder.weights.is_file():
+        raise UsageError(f"MODE test: {folder.weights} is missing; give MODEL.INIT. {WEIGHTS_ADVICE}.")
 
 
 def build_data(cfg: CfgNode, world: World) -> None:

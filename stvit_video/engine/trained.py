@@ -94,6 +94,9 @@ def _find_config(weights: Path, arguments: dict[str, Any], overrides: Sequence[s
     note = ""
     if carried:
         cfg = default_config()
+        if found.is_file():  # files of earlier versions carry less
+            beside = load_config(found)
+            carried = {**{key: value_of(beside, key) for key in TRAINING_KEYS}, **carried}
     elif found.is_file():
         cfg = load_config(found).clone()
     else:

@@ -52,6 +52,13 @@ def default_regions(grid: Grid, frames_per_centre: int = 1) -> Grid:
     return (t // math.gcd(t, frames_per_centre), rows, columns)
 
 
+def check_frames(frames: int, regions: int) -> None:
+    """Raise ValueError where token frames cannot be dealt out to so many regions in time."""
+    if regions < 1 or frames % regions:
+        allowed = [n for n in range(1, frames + 1) if frames % n == 0]
+        raise ValueError(f"{regions} regions do not divide the {frames} token frames of the clip; allowed: {allowed}.")
+
+
 class SemanticPooling(nn.Module):
     """Initial cluster centres: one per region of the token grid (paper's Eqs. 4 and 5).
 
@@ -67,11 +74,7 @@ class SemanticPooling(nn.Module):
     def __init__(self, dim: int, grid: Grid, regions: Grid, kind: str = "mask", offsets: bool = False) -> None:
         super().__init__()
         check_choice("pooling", kind, POOLING_KINDS)
-        if regions[0] < 1 or grid[0] % regions[0]:
-            allowed = [n for n in range(1, grid[0] + 1) if grid[0] % n == 0]
-            raise ValueError(
-                f"{regions[0]} regions do not divide the {grid[0]} token frames of the clip; allowed: {allowed}."
-            )
+        check_frames(grid[0], regions[0])
         for length, count, axis in zip(grid[1:], regions[1:], ("height", "width"), strict=True):
             if not 1 <= count <= length:
                 raise ValueError(f"{count} regions over {length} tokens of {axis}; allowed: 1 to {length}.")

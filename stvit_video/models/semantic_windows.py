@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from stvit_video.models.arguments import check_choice
 from stvit_video.models.layers import Block, Grid, run_block
 from stvit_video.models.reducers import GRID_REDUCERS, Reduced, create_grid_reducer
-from stvit_video.models.semantic_tokens import SemanticTokenGenerator, allowed_counts, check_depths
+from stvit_video.models.semantic_tokens import SemanticTokenGenerator, allowed_counts, check_depths, check_frames
 from stvit_video.models.windows import WindowAttention, WindowBlock, partition, unite
 
 CENTRES = 3  # along each side of a window, the paper's choice for 7 x 7 windows
@@ -220,6 +220,8 @@ class SemanticStage(nn.Module):
         """Make what leaves few tokens in a unit."""
         if settings.reducer != "stgm":
             check_choice("reducer", settings.reducer, GRID_REDUCERS)
+            if self.recover:  # frames ask the tokens of their own group
+                check_frames(grid[0], self.regions[0])
             return create_grid_reducer(settings.reducer, grid, self.regions)
         return WindowedTokenGenerator(
             dim,

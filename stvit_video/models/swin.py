@@ -133,7 +133,7 @@ class SwinTransformer(nn.Module):
 
     ``window`` (t, h, w) is shortened in time to the clip, and to ``window_frames`` stage by stage. ``stem`` is "patch"
     (Swin's) or "conv" (the released STViT-R's). ``init`` is "normal" (as published: deviation 0.02) or "xavier", with
-    which models of few channels learn from the first steps on: 0.02 is far too little for them.
+    which models of few channels begin to learn far sooner: 0.02 is too little for them.
     Any image size works: maps are padded; a last incomplete tubelet repeats its frame. Raises ValueError on sizes,
     depths and regions that do not fit.
     """

@@ -44,6 +44,8 @@ def test_absolute_paths_stay_and_a_byte_order_mark_is_no_part_of_the_path(tmp_pa
         (b"a.mp4 walking\n", "line 1: 'a.mp4 walking' has no label"),
         (b"a.mp4 1.5\n", "has no label"),
         (b"a.mp4 -1\n", "label -1 is negative"),
+        (b'"clips/video 3"\n', "has no label"),  # a folder of frames
+        (b'a.mp4 " 3"\n', "has no label"),
         (b"3\n", "has no label"),
         (b"a.mp4 --5\n", "has no label"),
         (b"\xff\xfe\x00", "is not UTF-8 text"),

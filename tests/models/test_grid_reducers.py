@@ -31,6 +31,13 @@ def the_stage(model: nn.Module) -> SemanticStage:
     return next(stage for stage in model.layers if isinstance(stage, SemanticStage))
 
 
+def test_image_tokens_ask_the_tokens_of_their_own_frames() -> None:
+    """Frames that cannot be dealt out to the regions in time are refused, as the semantic tokens refuse them."""
+    for reducer in GRID_REDUCERS:
+        with pytest.raises(ValueError, match=r"3 regions do not divide the 4 token frames .*; allowed: \[1, 2, 4\]"):
+            build("stvit_r_swin_small", reducer, regions=(3, 6, 6))
+
+
 class Idle(nn.Module):
     """A block that does nothing."""
 
