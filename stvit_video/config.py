@@ -216,7 +216,12 @@ KEYS = (
     Key("TRANSFER.RANDOM_BASELINE", True, "score random weights too, to show what the checkpoint adds"),
     Key("TRANSFER.FINETUNE", False, "train on the training list last, in OUTPUT_DIR/finetune, and add its test"),
     Key("CHECKPOINT.KEEP", 2, "newest checkpoints to keep; at least 2, since the last may be cut short", low=2),
-    Key("CHECKPOINT.EVERY_STEPS", 0, "steps between checkpoints, beside those after each epoch; 0: none", low=0),
+    Key(
+        "CHECKPOINT.EVERY_STEPS",
+        0,
+        "steps between checkpoints (later where one is still being written); 0: epochs alone",
+        low=0,
+    ),
     Key("CHECKPOINT.EVERY_MINUTES", 10.0, "the same in minutes: what a crash may cost; 0: none", low=0),
     Key("LOG.WANDB", "", "project of Weights & Biases to log to as well; empty: none"),
     Key(

@@ -36,6 +36,7 @@ class World:
     device: torch.device
     cpu_group: Any = None  # for small messages; None is the default group
     launched: bool = False  # by torchrun or a scheduler
+    store: Any = None  # what all processes share; None of a single one
 
     @property
     def is_main(self) -> bool:
@@ -47,8 +48,10 @@ def find_place(env: Mapping[str, str]) -> Place | None:
 
     Raises UsageError where a set of variables is not complete, naming what is missing.
     """
-    present = [name for name in TORCHRUN_VARIABLES[:4] if name in env]
-    if present:
+    present = [name for name in TORCHRUN_VARIABLES if name in env]
+    # Rank 0's address alone may also be set for tasks that another launcher started.
+    others = any(name.startswith(("SLURM_", "SUBMITIT_")) for name in env)
+    if present and not (others and set(present) <= set(TORCHRUN_VARIABLES[4:])):
         missing = [name for name in TORCHRUN_VARIABLES if name not in env]
         if missing:
             raise UsageError(
@@ -164,7 +167,7 @@ def join_world(device: str = "auto", timeout_s: int = 1800) -> Iterator[World]:
     try:
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=timeout)
         messages = dist.new_group(backend="gloo") if backend == "nccl" else None
-        yield World(place.rank, place.size, target, messages, launched=True)
+        yield World(place.rank, place.size, target, messages, launched=True, store=store)
         failed = False
     except Stopped:
         failed = False
@@ -234,6 +237,17 @@ def any_of(world: World, flag: bool) -> bool:
     flags = torch.tensor([int(flag)])
     dist.all_reduce(flags, dist.ReduceOp.MAX, group=world.cpu_group)
     return bool(flags.item())
+
+
+def tell_all(world: World, note: str) -> None:
+    """Leave a note that every process can find, at once and without waiting for them."""
+    if world.store is not None:
+        world.store.set(note, "")
+
+
+def is_told(world: World, note: str) -> bool:
+    """Return whether any process of this start has left the note."""
+    return world.store is not None and bool(world.store.check([note]))
 
 
 def on_main(world: World, action: Callable[[], T]) -> T:

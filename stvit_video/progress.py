@@ -26,7 +26,7 @@ class Progress:
             initial=done,
             disable=not (enabled and on_terminal),
             leave=True,
-            bar_format="{desc} {percentage:.0f} %{postfix}" if narrow else None,
+            bar_format="{desc} {percentage:.0f} %, {remaining} left{postfix}" if narrow else None,
         )
 
     def __enter__(self) -> "Progress":

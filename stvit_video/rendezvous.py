@@ -190,11 +190,21 @@ def report(store: Any, place: Place, error: Exception) -> None:
             if not isinstance(error, UsageError):  # which is one line already
                 print(f"{who} failed: {text}", file=sys.stderr, flush=True)
             return
+        store.set(f"left/{place.rank}", "")
         store.wait(["failure"], datetime.timedelta(seconds=2))
         reason = store.get("failure").decode()
     except dist.DistError:
-        reason = f"it lost another process, whose own messages say why ({text})"
+        reason = f"it lost another process: {_describe_silent(store, place)} ({text})"
     print(f"{who} ends: {reason}", file=sys.stderr, flush=True)
+
+
+def _describe_silent(store: Any, place: Place) -> str:
+    """Return which ranks have not noticed that the run ends: one of them hangs, or was killed."""
+    try:
+        silent = [str(rank) for rank in range(place.size) if not store.check([f"left/{rank}"])]
+    except dist.DistError:
+        return "rank 0, or the machine it ran on, is gone"
+    return f"no word from rank {', '.join(silent[:8])}{' ...' if len(silent) > 8 else ''}, which hangs or was killed"
 
 
 def _first_line(error: BaseException) -> str:

@@ -35,6 +35,15 @@ def test_the_loader_is_timed_step_by_step(small_set: Path, tmp_path: Path, capsy
     assert figures["environment"]["packages"]["torch"]
 
 
+def test_the_engine_is_timed_against_a_bare_loop(small_set: Path, tmp_path: Path) -> None:
+    cfg, output = str(REPOSITORY / "configs" / "sample_stvit.yaml"), tmp_path / "engine.json"
+    words = f"DATA.ROOT {small_set} DATA.WORKERS 0 TRAIN.BATCH_SIZE 8 --steps 4 --rounds 2 --output {output}".split()
+    assert benchmark.main(["engine", "--cfg", cfg, "DATA.GENERATE", "", *words]) == 0
+    [bare, engine] = json.loads(output.read_text())["engine"]
+    assert (bare["name"], engine["name"], bare["ratio"]) == ("bare loop", "engine", 1)
+    assert engine["ratio"] > 0.5  # it cannot have left out most of the steps
+
+
 def test_rounds_are_interleaved_after_one_to_warm_up() -> None:
     calls: list[str] = []
 

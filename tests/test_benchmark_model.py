@@ -224,12 +224,12 @@ def test_what_is_compiled_is_what_compile_says(
     extent: str, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda model, mode: compiled.append(type(model).__name__) or model)
-    monkeypatch.setattr(nn.Module, "compile", lambda model: compiled.append(type(model).__name__))
+    monkeypatch.setattr(nn.Module, "compile", lambda model, **how: compiled.append((type(model).__name__, how)))
     output = tmp_path / "speed.json"
     words = ["--cfg", SAMPLE, "--rounds", "1", "--largest-batch", "1", "--output", str(output)]
     assert benchmark.main(["model", *words, "COMPILE", extent, *SMALL]) == 0
-    assert compiled == {"none": [], "blocks": 8 * ["Block"], "model": ["VisionTransformer"]}[extent]
+    expected = {"none": [], "blocks": 8 * ["Block"], "model": ["VisionTransformer"]}[extent]
+    assert compiled == [(name, {"dynamic": False, "mode": "default"}) for name in expected]
     assert f"inference: cpu, fp32, {said}; a matrix" in capsys.readouterr().out
     assert json.loads(output.read_text())["compiled"] == extent
 

@@ -44,7 +44,7 @@ def test_without_variables_one_process_runs_alone() -> None:
         assert on_main(world, lambda: 3) == 3
 
 
-@pytest.mark.parametrize("present", [("RANK",), ("WORLD_SIZE", "RANK"), TORCHRUN_VARIABLES[:-1]])
+@pytest.mark.parametrize("present", [("RANK",), ("WORLD_SIZE", "RANK"), ("MASTER_PORT",), TORCHRUN_VARIABLES[:-1]])
 def test_a_partial_set_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, present: tuple[str, ...]) -> None:
     for name in present:
         monkeypatch.setenv(name, "1")
@@ -140,12 +140,14 @@ def test_processes_that_do_not_go_together(change: dict[str, str], verdict: str)
 
 
 PROGRAM = """
-import os, sys
+import os, sys, time
 from stvit_video.distributed import any_of, gather_objects, join_world
 with join_world("cpu", timeout_s=int(sys.argv[1])) as world:
     print(gather_objects(world, os.environ["SLURMD_NODENAME"]), flush=True)
     if sys.argv[2] == os.environ["SLURMD_NODENAME"]:
         raise ArithmeticError("nothing adds up")
+    if sys.argv[2] == os.environ["SLURMD_NODENAME"] + " hangs":
+        time.sleep(int(sys.argv[1]) + 8)
     any_of(world, False)
 """
 
@@ -178,6 +180,13 @@ def test_a_failure_is_told_with_its_rank_and_ends_the_others() -> None:
     assert right != 0
     assert "rank 1 of 2 on right failed: ArithmeticError: nothing adds up" in right_said
     assert "rank 0 of 2 on left ends: rank 1 of 2 on right failed: ArithmeticError" in left_said
+
+
+def test_a_process_that_hangs_is_named_within_the_timeout() -> None:
+    (left, left_said), (right, _) = run_tasks("4", "right hangs")
+    assert left != 0
+    assert right != 0
+    assert "rank 0 of 2 on left ends: it lost another process: no word from rank 1, which hangs" in left_said
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from stvit_video.slurm.records import Failure, JobFolder
 from stvit_video.slurm.request import read_profile
 from stvit_video.slurm.task import GUARD, Task, Warnings, check_paths
 from tests.conftest import REPOSITORY
-from tests.slurm_cluster import CONFIG, settings
+from tests.slurm_cluster import CONFIG, settings, wait_until
 
 PROFILES = sorted((REPOSITORY / "slurm" / "profiles").glob("*.yaml"))
 
@@ -325,30 +325,33 @@ def test_a_requeue_that_ends_its_own_messenger_is_none(tmp_path: Path, warned: A
     assert [row["event"] for row in folder.events("abc")] == ["stopped", "requeued"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
 @pytest.mark.parametrize("old_env", [False, True])
-def test_a_warning_before_python_can_catch_it_does_not_kill(tmp_path: Path, old_env: bool) -> None:
+def test_a_warning_before_python_can_catch_it_does_not_kill(
+    tmp_path: Path, old_env: bool, number: signal.Signals
+) -> None:
     """It is held back until then; with an `env` of before 2019 it is lost, and the job lives."""
     program = """
-import signal, time
+import time
 print("up", flush=True)
 time.sleep(1)
-caught = []
-signal.signal(signal.SIGUSR2, lambda number, frame: caught.append(number))
-signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
+from stvit_video.slurm.task import Warnings
+found = Warnings()
 time.sleep(0.1)
-print("caught", len(caught))
+print("caught", found.received and found.received.name)
 """
     path = os.environ["PATH"]
     if old_env:
-        (tmp_path / "env").write_text('#!/bin/sh\n[ "$1" = --block-signal=USR2 ] && exit 125\nexec /usr/bin/env "$@"\n')
+        refuse = '[ "$1" = --block-signal=USR1,USR2 ] && exit 125'
+        (tmp_path / "env").write_text(f'#!/bin/sh\n{refuse}\nexec /usr/bin/env "$@"\n')
         (tmp_path / "env").chmod(0o755)
         path = f"{tmp_path}:{path}"
     command = ["bash", "-c", GUARD, "task", sys.executable, "-c", program]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PATH": path})
     assert process.stdout is not None
     assert process.stdout.readline() == "up\n"
-    process.send_signal(signal.SIGUSR2)
-    assert process.communicate(timeout=60)[0] == f"caught {0 if old_env else 1}\n"
+    process.send_signal(number)
+    assert process.communicate(timeout=60)[0] == f"caught {None if old_env else number.name}\n"
     assert process.returncode == 0
 
 
@@ -383,6 +386,20 @@ def test_two_processes_of_submitit_on_this_machine(small_set: Path, tmp_path: Pa
     assert code == 0, said
     assert json.loads((output / "results.json").read_text())["processes"] == 2
     assert "is done" in said
+
+
+def test_ctrl_c_in_a_terminal_leaves_a_job_on_this_machine_running(small_set: Path, tmp_path: Path) -> None:
+    """A terminal sends it to the whole group of processes."""
+    output = tmp_path / "run"
+    command = [sys.executable, str(REPOSITORY / "slurm" / "submit.py"), *CONFIG, "--gpus-per-node", "0", "--wait"]
+    command += ["--cluster", "local", *settings(small_set, output, "TRAIN.EPOCHS", "2", "TRAIN.VAL_EVERY", "2")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, start_new_session=True, env=environment, stderr=subprocess.PIPE, text=True)
+    wait_until((output / "metrics.jsonl").is_file, "the first steps", 120)
+    os.killpg(process.pid, signal.SIGINT)
+    assert "the job goes on" in process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    wait_until((output / "results.json").is_file, "the end of the job", 120)
 
 
 def test_cluster_debug_runs_in_place(small_set: Path, tmp_path: Path) -> None:

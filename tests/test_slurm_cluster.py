@@ -139,7 +139,7 @@ def requeue(cluster: Cluster, job: Job) -> None:
 
 
 def signal_by_hand(cluster: Cluster, job: Job) -> None:
-    cluster("scancel", "--signal=USR2", job.id)
+    cluster("scancel", "--signal=USR1", job.id)
 
 
 def lose_a_node(cluster: Cluster, job: Job) -> None:
@@ -197,7 +197,7 @@ def test_a_job_that_all_happens_to_ends_as_if_nothing_had(
     assert len(resumed) == 5
     assert resumed == sorted(set(resumed)), "each start went on where the one before was stopped"
     ours = [(reason, step) for reason, step in stops(output) if reason != "told to end"]  # that may come too late
-    assert ours == [("preempted", resumed[1]), ("signal SIGUSR2", resumed[3])], said
+    assert ours == [("preempted", resumed[1]), ("signal SIGUSR1", resumed[3])], said
 
 
 def test_a_job_that_runs_into_its_limit_goes_on(

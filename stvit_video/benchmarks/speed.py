@@ -75,13 +75,10 @@ class Runner:
         if self.half is not None and not conditions.training:
             model = model.to(self.half)  # as deployed; a training step keeps its weights in float32
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5) if conditions.training else None
-        # Fixed shapes: on a GPU the launches are recorded once as a CUDA graph.
-        mode = "reduce-overhead" if device.type == "cuda" and not conditions.training else "default"
-        self.model: Callable[[Tensor], Tensor] = model
-        if conditions.compiled == "model":
-            self.model = torch.compile(model, mode=mode)
-        else:
-            compile_model(model, conditions.compiled)
+        # Fixed shapes: on a GPU the launches of a whole model are recorded once as a CUDA graph.
+        graphs = device.type == "cuda" and not conditions.training and conditions.compiled == "model"
+        compile_model(model, conditions.compiled, dynamic=False, mode="reduce-overhead" if graphs else "default")
+        self.model = model
         self.batches: dict[int, Tensor] = {}
 
     def __call__(self, batch: int) -> float:

@@ -1,5 +1,6 @@
 """Files that are complete or not there: checkpoints to resume from, and the final weights."""
 
+import hashlib
 import io
 import json
 import os
@@ -7,7 +8,6 @@ import pickle
 import re
 import time
 import warnings
-import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,25 @@ from stvit_video.models.checkpoints import DAMAGE
 REQUIRED = (
     "model", "optimizer", "average", "averaged", "scheduler", "scaler", "epoch", "step", "bad_steps", "best", "setup",
 )  # fmt: skip
-DAMAGED = (pickle.UnpicklingError, zipfile.BadZipFile, *DAMAGE)  # what reading a damaged file raises
+DAMAGED = (pickle.UnpicklingError, *DAMAGE)  # what reading a damaged file raises
+CHECKSUM_BYTES = hashlib.sha256().digest_size
+
+
+def pack(content: Any) -> bytes:
+    """Return what torch saves of ``content``, and behind it the SHA-256 of all that: torch.load reads past it."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
+    return buffer.getvalue()
+
+
+def read_checked(path: Path) -> Any:
+    """Return what was packed into a file; raises one of DAMAGED if any bit of it is not as it was written."""
+    whole = memoryview(path.read_bytes())  # the one place where an OSError is the disk's, and not of the content
+    content, checksum = whole[:-CHECKSUM_BYTES], whole[-CHECKSUM_BYTES:]
+    if hashlib.sha256(content).digest() != checksum:
+        raise ValueError("wrong checksum")
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -49,12 +67,11 @@ def write_atomically(path: Path, content: bytes) -> None:
 def save_checkpoint(folder: Path, content: dict[str, Any], keep: int) -> Path:
     """Write a training state as ``step_N.pt`` and delete all but the ``keep`` newest."""
     assert all(name in content for name in REQUIRED), f"a checkpoint needs {REQUIRED}"
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
+    packed = pack(content)
     path = folder / f"step_{content['step']:08d}.pt"
     if path.is_dir():  # something put a folder in its place: it is kept, out of the way
         path.rename(path.with_name(f".{path.name}.{time.time_ns()}"))
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, packed)
     # Those of later steps are none of this run's: it began again before them, because they cannot be read.
     earlier = [other for step, other in _by_step(folder) if step <= content["step"]]
     for old in (*earlier[keep:], *folder.glob(".step_*.pt.tmp")):  # the latter are of writes that were killed
@@ -71,15 +88,6 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def _by_step(folder: Path) -> list[tuple[int, Path]]:
     found = ((re.search(r"step_(\d+)\.pt$", path.name), path) for path in folder.glob("step_*.pt"))
     return sorted({int(match[1]): path for match, path in found if match}.items(), reverse=True)
-
-
-def read_checked(path: Path) -> Any:
-    """Return what torch saved to a file, after comparing its checksums; raises one of DAMAGED if it is damaged."""
-    with zipfile.ZipFile(path) as archive:  # torch's format, with a checksum of every part
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_newest(folder: Path) -> dict[str, Any] | None:
@@ -115,7 +123,7 @@ class CheckpointWriter:
     def __init__(self, folder: Path, keep: int, every_steps: int, every_minutes: float) -> None:
         self.folder, self.keep = folder, keep
         self.every_steps, self.every_seconds = every_steps, 60 * every_minutes
-        self.last = time.monotonic()
+        self.last, self.owed = time.monotonic(), False
         self.pool = ThreadPoolExecutor(max_workers=1)
         self.pending: Future[Path] | None = None
 
@@ -130,14 +138,15 @@ class CheckpointWriter:
             self.wait()
 
     def is_due(self, step: int) -> bool:
-        """Say whether ``step`` is one after which to write."""
-        by_steps = self.every_steps > 0 and step % self.every_steps == 0
-        return by_steps or (self.every_seconds > 0 and time.monotonic() - self.last >= self.every_seconds)
+        """Say whether to write after ``step``: as often as asked for, but not before the last write is through."""
+        self.owed = self.owed or (self.every_steps > 0 and step % self.every_steps == 0)
+        late = self.every_seconds > 0 and time.monotonic() - self.last >= self.every_seconds
+        return (self.owed or late) and (self.pending is None or self.pending.done())
 
     def save(self, content: dict[str, Any]) -> None:
         """Begin to write a copy of a training state. Raises OSError where the one before could not be written."""
         self.wait()
-        self.last = time.monotonic()
+        self.last, self.owed = time.monotonic(), False
         self.pending = self.pool.submit(save_checkpoint, self.folder, _copy_to_cpu(content), self.keep)
 
     def wait(self) -> None:

@@ -16,7 +16,7 @@ from stvit_video.adopted import NOT_ADOPTED
 from stvit_video.data.ledger import Failure
 from stvit_video.data.loader import build_test_loader
 from stvit_video.data.videos import build_classes
-from stvit_video.distributed import World, any_of, gather_objects, on_main
+from stvit_video.distributed import World, any_of, gather_objects, is_told, on_main, tell_all
 from stvit_video.engine.fingerprint import fingerprint, weights_hash
 from stvit_video.engine.logging import describe_results
 from stvit_video.engine.metrics import Predictions
@@ -32,6 +32,8 @@ from stvit_video.models import LoadReport, load_pretrained
 from stvit_video.models.complexity import Cost
 from stvit_video.models.zoo import UNSAID, build_model
 from stvit_video.progress import Progress
+
+STOP = "stop"  # a note among the processes
 
 
 class NothingReadError(UsageError):
@@ -86,7 +88,9 @@ def describe_videos(
                 done += len(batch.labels)
             progress.advance(f"{done / (time.monotonic() - started):.1f} videos/s")
             if signals is not None and signals.received is not None:
-                break
+                tell_all(world, STOP)
+            if signals is not None and (signals.received is not None or is_told(world, STOP)):
+                break  # shares differ in length: no process waits here for another's batch
     if signals is not None and any_of(world, signals.received is not None):
         if parts is not None:
             parts.flush()

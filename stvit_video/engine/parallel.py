@@ -18,14 +18,23 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stvit_video.distributed import World
 
+# torch gives up on a function, and runs it uncompiled, after 8 variants; but the blocks of a network share one
+# function, and each of its widths, in training and in evaluation, is a variant.
+VARIANTS = 256
 
-def compile_model(model: nn.Module, extent: str) -> None:
-    """Compile in place, so that no name changes: each of the "blocks", the whole "model", or, with "none", nothing."""
-    if extent == "model":
-        model.compile()
-    elif extent == "blocks":
-        for block in model.transformer_blocks():  # type: ignore[operator]
-            block.compile()
+
+def compile_model(model: nn.Module, extent: str, **options: Any) -> None:
+    """Compile in place, so that no name changes: each of the "blocks", the whole "model", or, with "none", nothing.
+
+    ``options`` are torch.compile's. Raises how many variants of a function torch compiles, for the whole process.
+    """
+    if extent == "none":
+        return
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, VARIANTS)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 4 * VARIANTS)
+    for module in [model] if extent == "model" else model.transformer_blocks():  # type: ignore[operator]
+        module.compile(**options)
 
 
 def shard(model: nn.Module) -> None:

@@ -1,15 +1,13 @@
 """The scores of a long test so far: kept now and then, so that the same command goes on where it was interrupted."""
 
-import io
 import shutil
 import time
 import warnings
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from stvit_video.engine.checkpoint import DAMAGED, read_checked, write_atomically
+from stvit_video.engine.checkpoint import DAMAGED, pack, read_checked, write_atomically
 
 Row = tuple[Tensor, Tensor, Tensor]  # of a batch: list positions (videos,), labels (videos,), scores (videos, columns)
 
@@ -48,9 +46,8 @@ class Parts:
         """Write what is waiting."""
         if self.waiting:
             self.folder.mkdir(exist_ok=True)
-            buffer = io.BytesIO()
-            torch.save({"key": self.key, "rows": self.waiting}, buffer)
-            write_atomically(self.folder / f"{time.time_ns()}_{self.rank}.pt", buffer.getvalue())
+            packed = pack({"key": self.key, "rows": self.waiting})
+            write_atomically(self.folder / f"{time.time_ns()}_{self.rank}.pt", packed)
             self.waiting = []
         self.written = time.monotonic()
 

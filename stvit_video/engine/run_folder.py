@@ -21,11 +21,13 @@ from stvit_video.data.ledger import Failure, read_ledger, to_csv
 from stvit_video.engine.checkpoint import list_checkpoints, write_atomically
 from stvit_video.errors import UsageError
 
-# Keys that may change between a run and its continuation: they do not change what is computed.
+# Keys that may change between a run and its continuation: they do not change which videos a step
+# sees, and what it computes by rounding alone (Trainer.setup) or not at all.
 FREE_KEYS = (
     "MODE", "OUTPUT_DIR", "OVERWRITE", "DEVICE", "COMPILE", "DATA.WORKERS", "DATA.GENERATE", "DATA.MAX_FAILURES",
-    "DATA.DEADLINE_S", "DATA.TRANSFORM_ON", "TRAIN.RESUME", "TRAIN.MAX_BAD_STEPS", "CHECKPOINT.EVERY_STEPS",
-    "CHECKPOINT.EVERY_MINUTES", "CHECKPOINT.KEEP", "LOG.WANDB", "PARALLEL.STRATEGY", "PARALLEL.TIMEOUT_S",
+    "DATA.DEADLINE_S", "DATA.TRANSFORM_ON", "TRAIN.ACCUMULATE", "TRAIN.RESUME", "TRAIN.MAX_BAD_STEPS",
+    "CHECKPOINT.EVERY_STEPS", "CHECKPOINT.EVERY_MINUTES", "CHECKPOINT.KEEP", "LOG.WANDB", "PARALLEL.STRATEGY",
+    "PARALLEL.TIMEOUT_S",
     "TRANSFER.NEIGHBOURS", "TRANSFER.TEMPERATURE", "TRANSFER.WEIGHT_DECAY", "TRANSFER.RANDOM_BASELINE",
     "TRANSFER.FINETUNE",
 )  # fmt: skip

@@ -24,7 +24,7 @@ from stvit_video.engine.start import build_cost, build_data, check_inputs, check
 from stvit_video.engine.stopping import StopSignals
 from stvit_video.engine.trained import view_settings
 from stvit_video.engine.trainer import Trainer, build_trainer
-from stvit_video.errors import Stopped, UsageError
+from stvit_video.errors import RunFailure, Stopped, UsageError
 from stvit_video.models import LoadReport, load_pretrained
 from stvit_video.models.checkpoints import read_metadata
 from stvit_video.models.zoo import build_model
@@ -56,12 +56,12 @@ def train(cfg: CfgNode, world: World) -> None:
     folder = RunFolder(cfg.OUTPUT_DIR)
     on_main(world, lambda: folder.check(cfg))
     check_log(cfg)
-    if folder.is_finished() and not cfg.OVERWRITE:
+    if on_main(world, folder.is_finished) and not cfg.OVERWRITE:
         if world.is_main:
             print(f"{cfg.OUTPUT_DIR} is finished (OVERWRITE True runs it again):")
             print(describe_results(json.loads(folder.results.read_text())), flush=True)
         return
-    state = None if cfg.OVERWRITE else load_newest(folder.checkpoints)
+    state = None if cfg.OVERWRITE else load_agreed(world, folder)
     check_inputs(cfg, resumed=state is not None)
     classes = build_classes(cfg)
     torch.manual_seed(cfg.SEED)
@@ -90,6 +90,19 @@ def train(cfg: CfgNode, world: World) -> None:
         tested = trainer.model_to_test()
         on_main(world, lambda: finish_training(cfg, folder, tested, classes))
         test_model(cfg, world, folder, tested, cost, test_loader, classes, trainer.failures, signals)
+
+
+def load_agreed(world: World, folder: RunFolder) -> dict[str, Any] | None:
+    """Return the newest training state that is whole. Raises RunFailure where processes find different ones."""
+    state = load_newest(folder.checkpoints)
+    steps = gather_objects(world, None if state is None else int(state["step"]))
+    if len(set(steps)) > 1:
+        seen = [f"rank {rank} {'none' if step is None else f'step {step}'}" for rank, step in enumerate(steps)]
+        raise RunFailure(
+            f"the processes find different newest checkpoints in {folder.checkpoints}: {', '.join(seen[:8])}; "
+            f"OUTPUT_DIR has to be one folder that all machines share. If it is, start again: one of them saw it late."
+        )
+    return state
 
 
 def finish_training(cfg: CfgNode, folder: RunFolder, model: nn.Module, classes: list[str]) -> None:
@@ -138,12 +151,12 @@ def train_epochs(
 
         def after_step() -> None:
             stop = any_of(world, signals.received is not None)
-            if stop or trainer.steps_left == 0 or any_of(world, writer.is_due(trainer.step)):
+            if stop or trainer.steps_left == 0 or any_of(world, world.is_main and writer.is_due(trainer.step)):
                 keep_failures(trainer, folder)
                 state = trainer.state()
                 on_main(world, lambda: writer.save(state))
             if stop:
-                writer.wait()
+                on_main(world, writer.wait)  # nobody leaves, and so nobody is made to leave, before it is on the disk
                 raise Stopped(signals.received, f"step {trainer.step}")
 
         while trainer.epoch < trainer.epochs:
@@ -153,7 +166,7 @@ def train_epochs(
                 if world.is_main:
                     folder.write_failures(trainer.failures)
                 raise
-            writer.wait()  # before validation forks its workers
+            on_main(world, writer.wait)  # before validation forks its workers
             last = trainer.epoch + 1 == trainer.epochs
             if val_loader is not None and (last or (trainer.epoch + 1) % cfg.TRAIN.VAL_EVERY == 0):
                 values = validate(cfg, trainer, folder, val_loader, classes, signals)

@@ -140,7 +140,7 @@ class Trainer:
         if self.spare is None:
             return model
         self.spare.load_state_dict(whole_weights(model))
-        return self.spare
+        return self.spare.to(self.world.device)
 
     def train_epoch(self, progress: Progress, log: MetricsLog | None, after_step: Callable[[], None]) -> None:
         """Take the steps of the present epoch that are left, and call ``after_step`` after each.
@@ -155,6 +155,8 @@ class Trainer:
             {"epoch": self.epoch, "start": done * self.accumulate}
         )
         self.model.train()
+        if self.spare is not None:
+            self.spare.cpu()  # training needs the room
         self.failed = set()
         batches, sums, text, steps = iter(self.loader), self._zeros(), "", 0
         self.clock.lap()
@@ -312,10 +314,10 @@ def build_trainer(cfg: CfgNode, world: World, model: nn.Module, num_classes: int
     """Return a trainer at step 0 for ``model``, which is moved to the process's device; a clip costs ``gflops``."""
     set_precision(world.device, cfg.PRECISION)
     loader = build_train_loader(cfg, world, num_classes)
-    model = model.to(world.device)
-    freeze(model, cfg.TRAIN.FREEZE)
     sharded = world.size > 1 and cfg.PARALLEL.STRATEGY == "fsdp"
     spare = copy.deepcopy(model) if sharded else None
+    model = model.to(world.device)
+    freeze(model, cfg.TRAIN.FREEZE)
     average = average_weights(model, cfg.TRAIN.EMA) if cfg.TRAIN.EMA > 0 else None
     compile_model(model, cfg.COMPILE)
     if sharded:
@@ -335,7 +337,13 @@ def build_trainer(cfg: CfgNode, world: World, model: nn.Module, num_classes: int
         bare_model=model,
         average=average,
         spare=spare,
-        setup={"processes": world.size, "strategy": cfg.PARALLEL.STRATEGY, "compile": cfg.COMPILE},
+        setup={
+            "processes": world.size,
+            "strategy": cfg.PARALLEL.STRATEGY,
+            "accumulation": cfg.TRAIN.ACCUMULATE,
+            "compile": cfg.COMPILE,
+            "device": world.device.type,
+        },
         total_steps=total,
         precision=cfg.PRECISION,
         accumulate=cfg.TRAIN.ACCUMULATE,

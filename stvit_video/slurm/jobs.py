@@ -4,8 +4,10 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -110,7 +112,7 @@ def submit(
     keys = [uuid.uuid4().hex[:12] for _ in configs]
     limits = (profile.minutes, profile.warning_s, profile.max_timeouts)
     tasks = [Task(cfg.OUTPUT_DIR, key, *limits) for cfg, key in zip(configs, keys, strict=True)]
-    with _outside_jobs(), _in_folder(request.source):
+    with _outside_jobs(), _in_folder(request.source), _deaf_to_ctrl_c(cluster):
         try:
             with redirect_stderr(StringIO()), executor.batch():  # submitit repeats there what sbatch says
                 submitted = [executor.submit(task) for task in tasks]
@@ -177,6 +179,19 @@ def build_executor(request: Request, cluster: str, logs: Path) -> submitit.AutoE
         executor.update_parameters(local_setup=[*request.profile.setup])
         executor._executor.parameters["signal_delay_s"] = request.profile.warning_s
     return executor
+
+
+@contextmanager
+def _deaf_to_ctrl_c(cluster: str) -> Iterator[None]:
+    """Start a local job's processes deaf to the terminal's Ctrl-C, which is for the command that follows them."""
+    if cluster != "local" or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is ignored stays so in new processes
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _prepare(cfg: CfgNode) -> None:

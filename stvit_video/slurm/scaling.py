@@ -79,7 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--videos", type=int, default=240_000, help="of the training list (default: Kinetics-400)")
     parser.add_argument("--clips-a-gpu", type=int, default=8, help="batch of each GPU (default: %(default)s)")
     parser.add_argument("--gpu-tflops", type=float, default=100, help="that it sustains (assumed: %(default)s)")
-    parser.add_argument("--core-clips", type=float, default=5, help="clips/s a CPU core decodes (assumed: %(default)s)")
+    parser.add_argument(
+        "--core-clips", type=float, default=10, help="clips/s a CPU core decodes (default: %(default)s)"
+    )
     parser.add_argument("--network-gb", type=float, default=20, help="GB/s of a GPU's network (assumed: %(default)s)")
     try:
         options = parser.parse_args(arguments)

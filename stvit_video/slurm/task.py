@@ -6,6 +6,7 @@ saved. Training itself is ``python -m stvit_video.run``, as by hand.
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -27,11 +28,19 @@ OWNER_EVERY_S = 5.0
 EARLY_WARNING_S = 65  # SLURM may send its warning a minute before it is due
 REQUEUE_S = 20  # kept for asking SLURM, out of the seconds between its warning and the end
 
+NO_SCONTROL = (
+    "warning: no scontrol on this node's PATH, so the job cannot have itself queued again: after a time limit, go on "
+    "with slurm/submit.py resume. In a container, bring SLURM's commands in (slurm/profiles/container.yaml)."
+)
 TOLD_TO_END = "told to end"
 
 # What starts Python in a task. A warning that comes before Python can catch it would kill the task: it is held back,
 # or, with an `env` of before 2019, ignored.
-GUARD = 'env --block-signal=USR2 true 2>/dev/null && exec env --block-signal=USR2 "$@"; trap "" USR2; exec "$@"'
+GUARD = (
+    "env --block-signal=USR1,USR2 true 2>/dev/null && "
+    'exec env --block-signal=USR1,USR2 "$@"; trap "" USR1 USR2; exec "$@"'
+)
+HELD_BACK = (signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Warnings:
@@ -41,10 +50,10 @@ class Warnings:
         self.received: signal.Signals | None = None
         self.passed_on = False
         self.at = 0.0
-        for number in (signal.SIGUSR2, signal.SIGTERM):  # in place of submitit's, which requeue at once
+        for number in (*HELD_BACK, signal.SIGTERM):  # in place of submitit's, which requeue at once
             signal.signal(number, self._handle)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
@@ -82,6 +91,8 @@ class Task:
                 hosts=list(environment.hostnames),
                 step=folder.newest_step(),
             )
+            if environment.cluster == "slurm" and shutil.which("scontrol") is None:
+                print(NO_SCONTROL, file=sys.stderr, flush=True)
         problem = check_paths(self.run) if environment.local_rank == 0 else ""
         if problem:
             self._fail(folder, Failure(key, start, rank, _host(), 2, problem, time.time()))

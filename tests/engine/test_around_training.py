@@ -98,6 +98,17 @@ def test_a_stopped_test_goes_on_and_gives_the_same_figures(
     assert results[0] == results[1]
 
 
+def test_a_test_stops_at_its_next_batch_where_another_process_was_told_to(
+    small_run: Arguments, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """And does not finish its own share first, for which the other would wait, up to the timeout."""
+    scored = interrupt(monkeypatch, 3, lambda: monkeypatch.setattr(evaluate, "is_told", lambda world, note: True))
+    monkeypatch.setattr(evaluate, "any_of", lambda world, flag: True)
+    assert run.main(small_run(*test_words(trained, tmp_path / "told"))) == EXIT_STOPPED
+    assert scored == [2, 2, 2]
+    assert "after 6 of 16 videos" in capfd.readouterr().err
+
+
 def test_a_killed_test_after_training_goes_on(
     small_run: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,13 +1,22 @@
 """Checkpoints: whole or absent, newest valid first, never too many."""
 
 import errno
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from stvit_video.engine import checkpoint
-from stvit_video.engine.checkpoint import list_checkpoints, load_newest, save_checkpoint, write_atomically
+from stvit_video.engine.checkpoint import (
+    CheckpointWriter,
+    list_checkpoints,
+    load_newest,
+    pack,
+    save_checkpoint,
+    write_atomically,
+)
 from stvit_video.errors import UsageError
 
 
@@ -38,7 +47,7 @@ def test_a_damaged_newest_gives_way_to_the_one_before_with_a_warning(tmp_path: P
             place = content.index(torch.full((1000,), 2.0).numpy().tobytes()) + 2000
             newest.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         case "foreign":
-            torch.save({"model": {}}, newest)
+            newest.write_bytes(pack({"model": {}}))
         case _:
             newest.write_bytes(
                 {"cut": content[: len(content) // 2], "empty": b"", "zeroed": bytes(len(content)), "text": b"<html>"}[
@@ -48,6 +57,55 @@ def test_a_damaged_newest_gives_way_to_the_one_before_with_a_warning(tmp_path: P
     with pytest.warns(UserWarning, match="trying the one before"):
         assert load_newest(tmp_path)["step"] == 1
     save_checkpoint(tmp_path, state(2), keep=2)  # training comes there again
+    assert load_newest(tmp_path)["step"] == 2
+
+
+def test_a_single_wrong_bit_anywhere_is_found(tmp_path: Path) -> None:
+    """Also where a format has no checksum of its own: in the directory at the end of a zip archive."""
+    save_checkpoint(tmp_path, state(1), keep=2)
+    newest = save_checkpoint(tmp_path, state(2), keep=2)
+    content = newest.read_bytes()
+    assert torch.load(newest, weights_only=True)["step"] == 2  # it is torch's own format all the same
+    places = [*range(0, len(content) - 400, 997), *range(len(content) - 400, len(content))]
+    for place in places:
+        newest.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :])
+        with pytest.warns(UserWarning, match="trying the one before"):
+            assert load_newest(tmp_path)["step"] == 1
+
+
+def test_training_does_not_wait_for_a_slow_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint that is due while the last one is being written comes after it."""
+    go, written = threading.Event(), []
+
+    def write(folder: Path, content: dict, keep: int) -> Path:
+        assert go.wait(60)
+        written.append(content["step"])
+        return folder
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", write)
+    with CheckpointWriter(tmp_path, keep=2, every_steps=2, every_minutes=0) as writer:
+        taken = []
+        for step in range(1, 8):
+            if writer.is_due(step):
+                writer.save(state(step))
+                taken.append(step)
+            if step == 5:
+                go.set()
+                assert writer.pending is not None
+                writer.pending.result(60)
+    assert taken == written == [2, 6]
+
+
+def test_a_checkpoint_is_due_by_the_clock_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.monotonic()
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
+    with CheckpointWriter(tmp_path, keep=2, every_steps=0, every_minutes=1) as writer:
+        assert not writer.is_due(1)
+        now += 60
+        assert writer.is_due(2)
+        writer.save(state(2))
+        writer.wait()
+        assert not writer.is_due(3)
     assert load_newest(tmp_path)["step"] == 2
 
 
@@ -72,7 +130,7 @@ def test_checkpoints_of_which_none_can_be_used_are_no_silent_start(
         patch.setattr(checkpoint, "read_checked", lambda path: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")))
         with pytest.raises(OSError, match="I/O error"):
             load_newest(tmp_path)
-    torch.save({"model": {}}, path)
+    path.write_bytes(pack({"model": {}}))
     with pytest.raises(UsageError, match="none can be used"), pytest.warns(UserWarning, match="not a training state"):
         load_newest(tmp_path)
 

@@ -1,6 +1,8 @@
 """Several processes: sharded weights train like replicated ones, and a run may go on with others than it began with."""
 
 import json
+import os
+import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -77,11 +79,28 @@ def test_a_run_goes_on_with_other_processes_and_another_strategy(
     """From two sharded processes to one, and from there to two replicated ones."""
     output = tmp_path / "run"
     die_at(2, launch(small_set, output, 2, *CALM, "PARALLEL.STRATEGY", "fsdp"), tmp_path)
-    die_at(3, launch(small_set, output, 1, *CALM), tmp_path)
+    die_at(3, launch(small_set, output, 1, *CALM, "TRAIN.ACCUMULATE", "2"), tmp_path)
     said = finish(launch(small_set, output, 2, *CALM))
     assert "continuing at step 3 in epoch 1" in said
-    assert "note: the run was with processes 1 (now 2): its steps see the same videos" in said
+    assert "note: the run was with processes 1 (now 2), accumulation 2 (now 1): its steps see the same videos" in said
     assert difference(output, replicated) < 1e-5
+
+
+def test_processes_that_see_different_checkpoints_do_not_train(small_set: Path, tmp_path: Path) -> None:
+    """As where OUTPUT_DIR is a folder of each machine's own."""
+    die_at(2, launch(small_set, tmp_path / "0", 1, *CALM), tmp_path)
+    with socket.create_server(("", 0)) as free:
+        place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        place["MASTER_PORT"] = str(free.getsockname()[1])
+    started = []
+    for rank in ("0", "1"):
+        command = launch(small_set, tmp_path / rank, 1, *CALM)
+        environment = {**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank}
+        started.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    for process in started:
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == 1
+        assert "rank 0 step 2, rank 1 none; OUTPUT_DIR has to be one folder" in said
 
 
 def test_the_sharded_state_resumes_bit_for_bit(sharded: Path, small_set: Path, tmp_path: Path) -> None:

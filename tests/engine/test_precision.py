@@ -1,13 +1,16 @@
 """Precision, compilation and checkpointing of activations: what is asked for is what runs."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from stvit_video import run
+from stvit_video.engine.parallel import compile_model
 from stvit_video.engine.precision import autocast, set_precision
 from stvit_video.errors import UsageError
+from stvit_video.models import create_model
 from tests.engine.test_train import weights_after_an_epoch
 
 CPU = torch.device("cpu")
@@ -63,6 +66,24 @@ def test_a_compiled_model_trains_to_the_same_weights_under_the_same_names(
     assert len(compiled) == (1 if extent == "model" else 8)
     assert found.keys() == whole.keys()
     assert max((found[name] - value).abs().max() for name, value in whole.items()) < 1e-4
+
+
+def test_every_block_runs_compiled_in_training_and_in_evaluation() -> None:
+    """torch runs a function uncompiled after 8 variants; a Swin's blocks have more."""
+    ran: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        return lambda *arguments: ran.append("compiled") or graph(*arguments)
+
+    shape = {"dim": 24, "depths": (2, 2, 2), "num_heads": (1, 2, 4), "num_classes": 3}
+    model = create_model("swin_tiny", num_frames=4, image_size=32, **shape)
+    compile_model(model, "blocks", backend=backend)
+    for training in (True, False):
+        model.train(training)
+        with torch.set_grad_enabled(training):
+            model(torch.randn(2, 3, 4, 32, 32))
+    torch.compiler.reset()
+    assert len(ran) >= 2 * len(list(model.transformer_blocks()))
 
 
 def test_what_a_cpu_cannot_do_is_one_line(
