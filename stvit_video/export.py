@@ -124,7 +124,7 @@ def _real_clips(trained: "Trained", video: str | None) -> "Iterator[tuple[str, T
     from stvit_video.engine.predictor import build_predictor
 
     try:
-        yield video, build_predictor(trained, "cpu").clips(video)
+        yield video, build_predictor(trained, "cpu", "fp32").clips(video)
     except DecodeError as error:
         raise UsageError(f"--clip {error}; give a video that can be read.") from error
 

@@ -25,7 +25,7 @@ from stvit_video.data.timeline import Span, spans_of
 from stvit_video.distributed import World
 from stvit_video.engine import evaluate
 from stvit_video.engine.checkpoint import save_weights
-from stvit_video.engine.trained import open_checkpoint
+from stvit_video.engine.trained import open_checkpoint, view_settings
 from stvit_video.errors import UsageError
 from stvit_video.models.zoo import build_model
 from tests.conftest import REPOSITORY, data_config
@@ -104,6 +104,22 @@ def test_scores_are_those_of_mode_test(run_folder: Path, small_set: Path) -> Non
     one = predict.Predictor.load(run_folder / "model.safetensors")(paths[5])
     torch.testing.assert_close(one.scores, expected[5], rtol=0, atol=1e-6)
     assert one.top(1) == [(trained.classes[expected[5].argmax()], pytest.approx(float(expected[5].max())))]
+
+
+def test_precision_and_batch_are_those_of_the_run(run_folder: Path, small_set: Path, tmp_path: Path) -> None:
+    """Although its weights carry their views with them, as every run's do."""
+    cfg = load_config(run_folder / "config.yaml", ["PRECISION", "bf16", "DATA.DECODER", "pyav"])
+    trained = open_checkpoint(run_folder)
+    save_weights(tmp_path / "model.safetensors", trained.model, trained.classes, view_settings(cfg))
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    found = predict.Predictor.load(tmp_path)
+    assert (found.precision, found.batch_size, found.start_decoding().decoders) == ("bf16", 3, ("pyav",))
+    loader = build_test_loader(cfg, WORLD, "test", 8, clips=2, crops=3)
+    expected = evaluate.describe_videos(evaluate.class_probabilities(trained.model), loader, WORLD, "bf16").scores
+    scores = torch.stack([result.scores for result in found.predict([video.path for video in loader.dataset.videos])])
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-6)
+    (tmp_path / "config.yaml").write_text(cfg.dump().replace("bf16", "tf32"))  # of a run on a GPU
+    assert predict.Predictor.load(tmp_path, device="cpu").precision == "fp32"
 
 
 def test_files_folders_and_patterns_in_one_command(

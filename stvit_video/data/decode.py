@@ -2,8 +2,8 @@
 
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -56,12 +56,13 @@ def open_video(path: str, short_side: int | None = None, decoder: str = "decord"
 
 @dataclass(frozen=True)
 class Request:
-    """Which frames of which file: ``choice`` picks them once the file is open."""
+    """Which frames of which file: ``choice`` picks them once the file is open; ``more`` of them will be asked for."""
 
     path: str
     choice: Choice
     short_side: int | None = None
     decoders: tuple[str, ...] = ("pyav", "decord")
+    more: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,40 @@ class TimesRequest:
     decoders: tuple[str, ...]
 
 
-def read_frames(request: Request) -> Frames:
+class Shelf:
+    """Where a file stays open from a request to the next one: to open a long video takes a pass through all of it."""
+
+    def __init__(self) -> None:
+        self._held: tuple[tuple[str, int | None, str], Reader] | None = None
+
+    @contextmanager
+    def borrow(self, path: str, short_side: int | None, decoder: str, more: bool) -> Iterator[Reader]:
+        """Give out an open reader, the one on the shelf where it is of this file; it comes back if there is ``more``."""
+        key, held, self._held = (path, short_side, decoder), self._held, None
+        if held is not None and held[0] != key:
+            held[1].close()
+            held = None
+        reader = held[1] if held is not None else open_video(path, short_side, decoder)
+        try:
+            yield reader
+        except BaseException:
+            reader.close()
+            raise
+        if more:
+            self._held = (key, reader)
+        else:
+            reader.close()
+
+
+def read_frames(request: Request, shelf: Shelf | None = None) -> Frames:
     """Return the chosen frames (N, H, W, 3) in the order of the choice; each is decoded once, in file order.
 
     Decoders are tried in turn, the choice being made anew for each, since they may not agree on how long a damaged
-    file is. Raises DecodeError with what each said.
+    file is. With ``more`` to come the file stays open on the ``shelf``. Raises DecodeError with what each said.
     """
-    return _try_in_turn(request, request.short_side, lambda reader: _read_in_order(reader, request.choice(reader)))
+    return _try_in_turn(
+        request, request.short_side, lambda reader: _read_in_order(reader, request.choice(reader)), shelf, request.more
+    )
 
 
 def read_times(request: TimesRequest) -> Times:
@@ -86,11 +114,18 @@ def read_times(request: TimesRequest) -> Times:
     return _try_in_turn(request, None, lambda reader: reader.times())
 
 
-def _try_in_turn(request: Request | TimesRequest, short_side: int | None, use: Callable[[Reader], Read]) -> Read:
+def _try_in_turn(
+    request: Request | TimesRequest,
+    short_side: int | None,
+    use: Callable[[Reader], Read],
+    shelf: Shelf | None = None,
+    more: bool = False,
+) -> Read:
+    shelf, more = shelf or Shelf(), more and shelf is not None
     said: list[DecodeError] = []
     for decoder in request.decoders:
         try:
-            with closing(open_video(request.path, short_side, decoder)) as reader:
+            with shelf.borrow(request.path, short_side, decoder, more) as reader:
                 return use(reader)
         except DecodeError as error:
             said.append(error)

@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 import decord
 import numpy as np
 
-from stvit_video.data.decode import Request, TimesRequest, read_frames, read_times
+from stvit_video.data.decode import Request, Shelf, TimesRequest, read_frames, read_times
 from stvit_video.data.frames import Choice, DecodeError, Frames, Times
 from stvit_video.signals import ignore_stop_signals
 
@@ -46,9 +46,9 @@ class Decoding:
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_child": None}  # a worker that is sent a copy starts its own
 
-    def request(self, path: str, choice: Choice) -> Request:
-        """Return a request for frames of ``path`` in this process's own manner."""
-        return Request(path, choice, self.short_side, self.decoders)
+    def request(self, path: str, choice: Choice, more: bool = False) -> Request:
+        """Return a request for frames of ``path`` in this process's own manner; ``more`` of them will follow."""
+        return Request(path, choice, self.short_side, self.decoders, more)
 
     def read(self, request: Request) -> Frames:
         """Return the chosen frames (N, H, W, 3). Raises DecodeError, also for a child that hangs or crashes."""
@@ -185,6 +185,7 @@ def serve(socket_fd: int, memory_fds: Sequence[int]) -> None:
     decord.logging.set_level(decord.logging.QUIET)  # what it says of a damaged file, it also raises
     connection = Connection(socket_fd)
     connection.send(True)
+    shelf = Shelf()
     for slot in itertools.cycle(range(len(memory_fds))):
         try:
             request = connection.recv()
@@ -194,7 +195,7 @@ def serve(socket_fd: int, memory_fds: Sequence[int]) -> None:
             if isinstance(request, TimesRequest):  # times are few: they are sent, not shared
                 connection.send(read_times(request))
                 continue
-            frames = read_frames(request)
+            frames = read_frames(request, shelf)
         except DecodeError as error:
             connection.send(error)
         except MemoryError:

@@ -46,6 +46,8 @@ class AvReader:
         self.path, self.short_side = path, short_side
         self._container, self._stream = _open_av(path)
         self._scaler = VideoReformatter()
+        self._numbered: Iterator[tuple[int, VideoFrame]] | None = None  # frames in turn, where none can be jumped to
+        self._passed = 0
         try:
             packets = [(p.pts, p.is_keyframe) for p in self._container.demux(self._stream) if _is_shown(p)]
         except AV_ERRORS as error:
@@ -73,15 +75,23 @@ class AvReader:
     def frames(self, indices: Indices) -> Frames:
         """Return the frames (N, H, W, 3) at ascending ``indices``."""
         if self._stamps is None or self._container.format.name not in TIMED_CONTAINERS:
-            self._rewind()
-            counted = enumerate(self._container.decode(self._stream))
-            return self._stack(self._pick(counted, {index: index for index in indices.tolist()}))
+            numbered, self._numbered = self._number_from(int(indices[0])), None
+            found = self._stack(self._pick(numbered, {index: index for index in indices.tolist()}))
+            self._numbered, self._passed = numbered, int(indices[-1]) + 1
+            return found
         wanted = {self._stamps[index]: index for index in indices.tolist()}
         try:
             return self._stack(self._jump_and_pick(wanted))
         except DecodeError:  # not for damage alone: after a jump into a gradual refresh, frames are withheld
             self._rewind()
             return self._stack(self._pick(self._decode_on(wanted), wanted))
+
+    def _number_from(self, index: int) -> Iterator[tuple[int, VideoFrame]]:
+        """Return the frames with their numbers, going on behind those that were read where ``index`` is there."""
+        if self._numbered is not None and index >= self._passed:
+            return self._numbered
+        self._rewind()
+        return enumerate(self._container.decode(self._stream))
 
     def _stack(self, wanted: Iterator[VideoFrame]) -> Frames:
         try:

@@ -199,7 +199,7 @@ class Predictor:
         for first in range(0, len(spans), together):
             part = tuple(spans[first : first + together])
             choice = ClipsOfSpans(self.sampler, self.views.clips, part)
-            frames = decoding.read(decoding.request(path, choice))
+            frames = decoding.read(decoding.request(path, choice, more=first + together < len(spans)))
             chosen = np.split(choice(Clock(times)), len(part))
             for span, clips, indices in zip(part, np.split(frames, len(part)), chosen, strict=True):
                 yield self._prepare(clips, span, started, self._repeats(indices))
@@ -255,16 +255,18 @@ class Predictor:
 def build_predictor(
     trained: Trained, device: str = "auto", precision: str | None = None, workers: int = 1
 ) -> Predictor:
-    """Return the predictor of a trained model, with the views and the batch of its own test."""
-    cfg = trained.cfg
+    """Return the predictor of a trained model, with the views, the batch and the precision of its own test."""
+    cfg, place = trained.cfg, pick_device(device, 0, 1)
+    if precision is None:  # a CPU has no TF32: what a run rounded to that is not rounded there
+        precision = "fp32" if cfg.PRECISION == "tf32" and place.type == "cpu" else cfg.PRECISION
     return Predictor(
         trained.model,
         trained.classes,
         sampler=build_sampler(cfg),
         views=build_test_views(cfg, cfg.TEST.CLIPS, cfg.TEST.CROPS),
         start_decoding=lambda: build_decoding(cfg, cfg.TEST.SHORT_SIDE),
-        device=pick_device(device, 0, 1),
-        precision=precision or cfg.PRECISION,
+        device=place,
+        precision=precision,
         batch_size=cfg.TEST.BATCH_SIZE,
         workers=workers,
     )

@@ -26,10 +26,12 @@ VIEW_KEYS = (
 )  # fmt: skip
 # What one who trains on has to know beside.
 TRAINING_KEYS = ("DATA.FLIP",)
+# How a run's test worked, where its config.yaml lies beside: no other file says it.
+TEST_KEYS = ("PRECISION", "DATA.DECODER", "DATA.DEADLINE_S", "TEST.BATCH_SIZE")
 # What may be set for a model that is there: how videos are read and seen, not what the network is.
 FREE_KEYS = (
     *(key for key in VIEW_KEYS if key not in ("DATA.FRAMES", "DATA.SIZE")),
-    *("DATA.DECODER", "DATA.DEADLINE_S", "TEST.BATCH_SIZE"),
+    *(key for key in TEST_KEYS if key != "PRECISION"),
 )
 
 
@@ -96,7 +98,7 @@ def _find_config(weights: Path, arguments: dict[str, Any], overrides: Sequence[s
         cfg = default_config()
         if found.is_file():  # files of earlier versions carry less
             beside = load_config(found)
-            carried = {**{key: value_of(beside, key) for key in TRAINING_KEYS}, **carried}
+            carried = {**{key: value_of(beside, key) for key in (*TRAINING_KEYS, *TEST_KEYS)}, **carried}
     elif found.is_file():
         cfg = load_config(found).clone()
     else:

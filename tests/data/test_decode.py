@@ -9,7 +9,8 @@ import av
 import numpy as np
 import pytest
 
-from stvit_video.data.decode import DECODERS, Request, find_decoders, open_video, read_frames
+from stvit_video.data import readers
+from stvit_video.data.decode import DECODERS, Request, Shelf, find_decoders, open_video, read_frames
 from stvit_video.data.frames import DecodeError, Frames
 from stvit_video.data.sampling import ClipSampler, EvenClips
 from tests.conftest import numbered_frames, read_number
@@ -42,6 +43,28 @@ def test_frames_are_the_ones_asked_for_in_the_order_asked(
     for indices in orders:
         frames = read(path, *indices, decoders=(decoder,))
         assert [read_number(frame) for frame in frames] == list(indices)
+
+
+@pytest.mark.parametrize(("codec", "name"), [("libx264", "clip.mp4"), ("mpeg4", "clip.avi"), ("mpeg2video", "clip.ts")])
+def test_a_file_that_is_read_piece_by_piece_is_opened_once(
+    write_clip: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, codec: str, name: str
+) -> None:
+    """And goes on where it was, also where frames can only be counted from the start: a long video costs one pass."""
+    paths = [str(write_clip(numbered_frames(200), name=f"{i}/{name}", codec=codec)) for i in range(2)]
+    opened, open_av, shelf = [], readers._open_av, Shelf()
+    monkeypatch.setattr(readers, "_open_av", lambda path: opened.append(path) or open_av(path))
+
+    def numbers(path: str, first: int, more: bool) -> list[int]:
+        wanted = tuple(range(first, first + 10, 3))
+        return [read_number(frame) for frame in read_frames(Request(path, Frozen(wanted), None, ("pyav",), more), shelf)]
+
+    for first in range(0, 200, 10):
+        assert numbers(paths[0], first, first < 150) == list(range(first, first + 10, 3))
+        if first == 100:
+            assert len(opened) <= 2  # to count the frames, and to begin
+    assert numbers(paths[0], 30, True) == numbers(paths[0], 30, True) == [30, 33, 36, 39]  # back again
+    assert numbers(paths[1], 50, True) == [50, 53, 56, 59]  # another one comes in between
+    assert numbers(paths[0], 50, False) == [50, 53, 56, 59]
 
 
 # codec, container, pixel format, options; what a video is made of outside this package's own files
