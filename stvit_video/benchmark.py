@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fvcore.common.config import CfgNode
 
-from stvit_video.errors import Parser, UsageError, run_command
+from stvit_video.errors import Parser, UsageError, prepare_folder, run_command
 
 if TYPE_CHECKING:  # a wrong option is answered before torch, which this brings, is imported
     from stvit_video.engine.timing import Timer
@@ -140,7 +140,12 @@ def build_parser() -> Parser:
     about += "timm:vit_small_patch16_224, stvit_video:stvit_swin_tiny:fast"
     parser.add_argument("--peer", metavar="NAME", help=about, type=lambda word: ("peer", word), **named)
     parser.add_argument("--steps", type=int, default=32, help="steps a round of engine (default: %(default)s)")
-    parser.add_argument("--clips", type=int, default=64, help="clips a round of loader and e2e (default: %(default)s)")
+    parser.add_argument(
+        "--clips",
+        type=int,
+        default=64,
+        help="a round of loader and e2e; e2e: 8 batches at least (default: %(default)s)",
+    )
     parser.add_argument("--rounds", type=int, default=5, help="rounds, after one to warm up (default: %(default)s)")
     parser.add_argument(
         "--largest-batch", type=int, default=64, help="largest batch of model and train to try (default: %(default)s)"
@@ -165,6 +170,8 @@ def check_options(options: argparse.Namespace) -> None:
             raise UsageError(f"{option} {path}: {path.parent} is not a folder; make it first.")
         if path and path.is_dir():
             raise UsageError(f"{option} {path} is a folder; name a file in it.")
+        if path:
+            prepare_folder(path.parent)
     if options.plot and options.plot.suffix != ".png":
         raise UsageError(f"--plot {options.plot} is no .png file; name one that is.")
     side_by_side = options.what in ("model", "train")
@@ -209,10 +216,11 @@ def benchmark(arguments: Sequence[str] | None) -> int:
 
             figures = benchmark_end_to_end(cfg, options.clips, options.rounds)
     if options.output:
+        from stvit_video.engine.checkpoint import write_atomically
         from stvit_video.engine.run_folder import environment
 
         content = {"started": time.strftime("%Y-%m-%dT%H:%M:%S"), **figures, "environment": environment()}
-        options.output.write_text(json.dumps(content, indent=2))
+        write_atomically(options.output, json.dumps(content, indent=2).encode())
     return 0
 
 

@@ -4,7 +4,9 @@ import argparse
 import difflib
 import errno
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 # What the system says where the user, not this program, has to act: nothing else is turned into one line.
@@ -32,9 +34,21 @@ class Stopped(Exception):
         super().__init__(f"stopped by {received or 'a signal to another process'} after {reached}")
 
 
+def prepare_folder(folder: Path) -> None:
+    """Make a folder, and write to it, before the work whose result it is to hold. Raises UsageError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"folder {folder} cannot be written to ({error.strerror}); set its permissions, free space or give another."
+        ) from error
+
+
 def nearest(name: str, known: list[str]) -> str:
     """Return ``name``'s closest match among ``known`` as a question, or an empty string."""
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.67)  # gpu is no cpu
+    match = [] if name in known else difflib.get_close_matches(name, known, n=1, cutoff=0.67)  # gpu is no cpu
     return f" Did you mean {match[0]}?" if match else ""
 
 

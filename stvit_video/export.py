@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stvit_video.errors import Parser, UsageError, run_command
+from stvit_video.errors import Parser, UsageError, prepare_folder, run_command
 from stvit_video.hub import check_exists
 
 if TYPE_CHECKING:  # a wrong option is answered before torch is imported
@@ -70,7 +70,7 @@ def export(arguments: Sequence[str] | None) -> int:
     output = options.output or _default_output(trained.weights, options.format)
     if output.exists() and output.samefile(trained.weights):
         raise UsageError(f"--output {output} would replace the checkpoint itself; give another file.")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    prepare_folder(output.parent)
     print(f"{trained.model.name}, {len(trained.classes)} classes, from {trained.weights}", flush=True)
     clips = list(_real_clips(trained, options.clip))
     temporary = output.with_name(f".{output.stem}.tmp{output.suffix}")

@@ -6,8 +6,9 @@ video is scored as MODE test scores it: the same views, the same mean. From Pyth
     predictor = stvit_video.predict.Predictor.load("runs/sample_stvit")
     predictor("clip.mp4").top(3)  # [(class, probability), ...]
 
-Exit codes: 0 all videos were scored; 1 some could not be read, each said in its place; 2 wrong use; 130 Ctrl-C, after
-the results so far are written (for a camera or stream, where Ctrl-C is the way to end, 0).
+Exit codes: 0 all videos were scored; 1 some could not be read, or copied where --annotate asks for it, each said in its
+place; 2 wrong use; 130 Ctrl-C, after the results so far are written (for a camera or stream, where Ctrl-C is the way to
+end, 0).
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stvit_video.data.frames import DecodeError
 from stvit_video.data.timeline import check_seconds
-from stvit_video.errors import Parser, UsageError, run_command
+from stvit_video.errors import Parser, UsageError, prepare_folder, run_command
 from stvit_video.hub import check_exists
 from stvit_video.progress import Progress, clock
 
@@ -106,25 +107,25 @@ def predict(arguments: Sequence[str] | None) -> int:
     paths, live = find_sources(options.videos, images=trained.cfg.DATA.FRAMES == 1)
     _check_live(options, live)
     for folder in filter(None, (options.annotate, options.output and options.output.parent)):
-        folder.mkdir(parents=True, exist_ok=True)
+        prepare_folder(folder)
     predictor = build_predictor(trained, options.device, options.precision, options.workers)
     print(describe(trained, predictor), flush=True)
     results: list[Prediction] = []
     started = time.perf_counter()
-    annotating = 0.0
+    copies = Copies()
     try:
         if live is not None:
             watch(predictor, live, options, results)
         else:
-            annotating = score(predictor, paths, options, results)
+            score(predictor, paths, options, results, copies)
     finally:  # also after Ctrl-C: what was found is kept
         if options.output is not None and results:
             write_results(results, options.output, options.top)
             print(f"results in {options.output}", flush=True)
     if any(window.repeats for result in results for window in result.windows if len(result.windows) > 1):
         print("note: windows are shorter than a clip, so clips repeat frames; a longer --window may score better")
-    print(summarise(results, time.perf_counter() - started, annotating), flush=True)
-    return int(any(result.error is not None for result in results))
+    print(summarise(results, time.perf_counter() - started, copies.seconds), flush=True)
+    return int(copies.missing > 0 or any(result.error is not None for result in results))
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -169,42 +170,55 @@ def describe(trained: Trained, predictor: Predictor) -> str:
     return "\n".join(lines + ([f"note: {trained.note}"] if trained.note else []))
 
 
-def score(predictor: Predictor, paths: Sequence[str], options: argparse.Namespace, results: list[Prediction]) -> float:
-    """Score files one after the other, adding to ``results``, and print each; return the seconds spent annotating."""
-    annotating = 0.0
+@dataclass
+class Copies:
+    """The annotated copies of a command: their names, how many could not be made, and the seconds all took."""
+
+    names: set[str] = field(default_factory=set)
+    missing: int = 0
+    seconds: float = 0.0
+
+
+def score(
+    predictor: Predictor,
+    paths: Sequence[str],
+    options: argparse.Namespace,
+    results: list[Prediction],
+    copies: Copies,
+) -> None:
+    """Score files one after the other, adding to ``results``, and print each; make ``copies`` where asked to."""
     on_terminal = sys.stderr.isatty() and len(paths) > 1  # elsewhere the results themselves say how far it is
-    names: set[str] = set()
     with Progress("predict", len(paths), enabled=on_terminal) as progress:
         for result in predictor.predict(paths, window=options.window, step=options.step):
             results.append(result)
             text = describe_result(result, options.top)
             if options.annotate is not None and result.error is None:
-                began = time.perf_counter()
-                text += f"\n  {_annotate(result, options.annotate, names)}"
-                annotating += time.perf_counter() - began
+                text += f"\n  {_annotate(result, options.annotate, copies)}"
             if on_terminal:
                 progress.note(text)
             else:
                 print(text, flush=True)
             progress.advance()
-    return annotating
 
 
-def _annotate(result: Prediction, folder: Path, names: set[str]) -> str:
+def _annotate(result: Prediction, folder: Path, copies: Copies) -> str:
     """Write the annotated copy of a video under a name that no other copy has; return what became of it."""
     from stvit_video.engine.annotate import annotate
 
-    stem, number = Path(result.path).stem, 1
-    while (name := stem if number == 1 else f"{stem}-{number}") in names:
+    stem, number, began = Path(result.path).stem, 1, time.perf_counter()
+    while (name := stem if number == 1 else f"{stem}-{number}") in copies.names:
         number += 1
-    names.add(name)
+    copies.names.add(name)
     output = folder / f"{name}.mp4"
     if output.exists() and os.path.samefile(output, result.path):
         raise UsageError(f"--annotate {folder} would replace {result.path} itself; give another folder.")
     try:
         annotate(result, output)
     except DecodeError as error:
+        copies.missing += 1
         return f"no annotated copy: {error.message}"
+    finally:
+        copies.seconds += time.perf_counter() - began
     return f"annotated copy: {output}"
 
 

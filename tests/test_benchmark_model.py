@@ -12,7 +12,7 @@ from stvit_video.benchmarks import end_to_end
 from stvit_video.benchmarks.contestants import Contestant, FramesAsBatch, build_peer
 from stvit_video.benchmarks.end_to_end import run_through
 from stvit_video.benchmarks.report import describe_speeds, plot_speeds
-from stvit_video.benchmarks.speed import Conditions, Speed, best_batch, measure, peak_memory
+from stvit_video.benchmarks.speed import Conditions, Runner, Speed, best_batch, measure, peak_memory
 from stvit_video.errors import UsageError
 from stvit_video.models.complexity import count_operations
 from tests.conftest import REPOSITORY
@@ -99,6 +99,14 @@ def test_memory_is_what_a_pass_holds_at_once() -> None:
     assert two == pytest.approx(0.4, abs=0.04)
 
 
+def test_a_models_own_memory_is_its_weights_and_its_optimisers_state() -> None:
+    for training, copies in ((False, 1), (True, 3)):  # AdamW keeps two numbers a weight, and its count of steps
+        contestant = Contestant("linear", nn.Sequential(nn.Flatten(), nn.Linear(3 * 32, 1000)), (2, 4, 4))
+        runner = Runner(contestant, Conditions(torch.device("cpu"), "fp32", training=training))
+        runner(1)
+        assert runner.held() == pytest.approx(copies * 4 * 97_000 / 1e9, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("name", "size", "takes"),
     [
@@ -140,7 +148,7 @@ def test_waiting_for_data_is_told_from_work(monkeypatch: pytest.MonkeyPatch) -> 
         now[0] += 1.0
         return clips
 
-    assert run_through(batches(), work, 8) == (1.0, 0.75)
+    assert run_through(batches(), work) == (1.0, 0.75)
 
 
 def test_from_files_to_logits_and_weights(
@@ -149,7 +157,7 @@ def test_from_files_to_logits_and_weights(
     compiled: list[str] = []  # what that does is tested elsewhere
     monkeypatch.setattr(end_to_end, "compile_model", lambda model, extent: compiled.append(extent))
     output = tmp_path / "flow.json"
-    words = f"DATA.ROOT {small_set} TRAIN.BATCH_SIZE 8 TEST.BATCH_SIZE 4 TEST.CLIPS 1 --clips 8 --rounds 1"
+    words = f"DATA.ROOT {small_set} TRAIN.BATCH_SIZE 2 TEST.BATCH_SIZE 1 TEST.CLIPS 1 --clips 8 --rounds 1"
     how = ["DEVICE", "cpu", "COMPILE", "blocks"]
     arguments = ["e2e", "--cfg", SAMPLE, "DATA.GENERATE", "", *how, *words.split(), "--output", str(output)]
     assert benchmark.main(arguments) == 0
@@ -197,6 +205,9 @@ def test_accuracy_replaces_gflops_where_it_is_known(tmp_path: Path) -> None:
         (["model", "--cfg", SAMPLE, "--peer", "torchvision:swin3d_x"], "Did you mean swin3d_"),
         (["model", "--cfg", SAMPLE, "--peer", "torchvison:swin3d_t"], "Did you mean torchvision?"),
         (["model", "--cfg", SAMPLE, "--peer", "swin3d_t"], "write LIBRARY:MODEL"),
+        (["model", "--cfg", SAMPLE, "--peer", "torchvision:s3d"], "choose one of mvit_v1_b"),
+        (["model", "--cfg", SAMPLE, "--peer", "torchvision"], "write LIBRARY:MODEL, as torchvision:swin3d_t."),
+        (["model", "--cfg", SAMPLE, "--peer", "stvit_video:stvit_swin_tiny:"], "ends in a colon"),
         (["model", "--cfg", SAMPLE, "--peer", "timm:resnet50"], "no such ViT"),
         (["model", "--cfg", SAMPLE, "--peer", "pytorchvideo:slow_r50"], "choose one of mvit_base_16x4"),
         (["model", "--cfg", SAMPLE, "--peer", "stvit_video:stvit_swin_tiny:quick"], "paper, fast, balanced"),

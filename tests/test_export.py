@@ -1,6 +1,7 @@
 """Exported files compute what the model computes; where they do not, no file is left."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from stvit_video import export
 from stvit_video.engine import exporters
 from stvit_video.engine.checkpoint import save_weights
 from stvit_video.engine.trained import Trained, open_checkpoint
-from stvit_video.models import create_model
+from stvit_video.models import create_model, list_models
 from stvit_video.predict import Predictor
 from tests.conftest import REPOSITORY, data_config
 
@@ -287,6 +288,13 @@ def test_what_is_pushed_to_the_hub_can_be_pulled(
     assert torch.equal(Predictor.load("hf://me/model")(video).scores, Predictor.load(run_folder)(video).scores)
     refused = said(capsys, "--checkpoint", "hf://me/other", "--format", "state-dict", code=2)
     assert "cannot be fetched (404: no such file)" in refused
+
+
+def test_torch_hub_lists_models_alone() -> None:
+    """torch.hub.list, which reads GitHub alone, takes every public callable of the file for one."""
+    content = runpy.run_path(str(REPOSITORY / "hubconf.py"))
+    listed = [name for name, value in content.items() if callable(value) and not name.startswith("_")]
+    assert sorted(listed) == sorted([*list_models(), "trained"])
 
 
 def test_torch_hub_builds_models_and_predictors(run_folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Prediction as a user runs it: the scores of MODE test, every kind of argument, and what cannot be read."""
 
 import csv
+import errno
 import json
 import os
 import subprocess
@@ -23,6 +24,7 @@ from stvit_video.data.loader import build_test_loader
 from stvit_video.data.sources import find_sources
 from stvit_video.data.timeline import Span, spans_of
 from stvit_video.distributed import World
+from stvit_video.engine import annotate as annotate_module
 from stvit_video.engine import evaluate
 from stvit_video.engine.checkpoint import save_weights
 from stvit_video.engine.trained import open_checkpoint, view_settings
@@ -218,6 +220,36 @@ def test_a_long_video_is_read_in_parts(
     (parts,) = colours.predict([path], window=0.4, step=0.2)
     assert [w.span for w in parts.windows] == [w.span for w in whole.windows]
     assert all(torch.equal(a.scores, b.scores) for a, b in zip(parts.windows, whole.windows, strict=True))
+
+
+def test_a_folder_that_cannot_be_written_to_is_known_at_once(
+    run_folder: Path, small_set: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(predict, "score", lambda *arguments: pytest.fail("hours of work, for nothing"))
+    for option in (["--output", "/proc/nowhere/found.json"], ["--annotate", "/proc/nowhere"]):
+        words = [str(small_set / "videos"), "--checkpoint", str(run_folder), *option]
+        assert "folder /proc/nowhere cannot be written to" in said(capsys, *words, code=2)
+
+
+def test_a_copy_that_was_asked_for_and_is_missing_is_no_success(
+    run_folder: Path,
+    small_set: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A video that cannot be copied costs that copy; a folder that cannot be written to is not the video's fault."""
+    video = str(small_set / "videos" / "test_00000.mp4")
+    words = [video, "--checkpoint", str(run_folder), "--annotate", str(tmp_path / "out")]
+
+    def fail(error: Exception) -> None:
+        monkeypatch.setattr(annotate_module, "_copy", lambda *parts: (_ for _ in ()).throw(error))
+
+    fail(ValueError("the frames change their size"))
+    assert "no annotated copy: cannot be annotated (the frames change their size)" in said(capsys, *words, code=1)
+    fail(av.error.OSError(errno.ENOSPC, "No space left on device", "x.mp4"))
+    assert "test_00000.mp4 cannot be written or read (No space left on device)" in said(capsys, *words, code=2)
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_the_annotated_copy_shows_the_video_with_its_label(

@@ -18,9 +18,10 @@ from stvit_video.data.decode import Request, read_frames
 from stvit_video.data.frames import Reader
 from stvit_video.data.sample import video_labels
 from stvit_video.data.sprites import MOTIONS
+from stvit_video.models import create_model
 from stvit_video.report import main
 from stvit_video.show.charts import thin_out
-from stvit_video.show.run_record import read_run
+from stvit_video.show.run_record import count_tokens, read_run
 from tests.browser import assert_self_contained, dump, probed
 from tests.conftest import REPOSITORY
 
@@ -89,6 +90,25 @@ def cells(text: str, row: str) -> list[str]:
     match = re.search(rf'<th scope="row">{re.escape(row)}</th>(.*?)</tr>', text, re.S)
     assert match, row
     return re.findall(r"<td[^>]*>(.*?)</td>", match.group(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "counts"),
+    [
+        ("stvit_vit_sample_patch8", {}, (128, 32)),
+        ("stvit_vit_sample_patch8", {"reducer": "tome"}, (128, 32)),
+        ("stvit_vit_sample_patch8", {"reducer": "mean"}, (128, 32)),
+        ("vit_sample_patch8", {}, (128, None)),
+        ("stvit_swin_tiny", {}, (32, 18)),
+        ("stvit_swin_tiny", {"reducer": "random"}, (32, 18)),
+        ("swin_tiny", {}, (32, None)),
+    ],
+)
+def test_tokens_are_counted_whatever_reduces_them(
+    name: str, arguments: dict[str, str], counts: tuple[int, int | None]
+) -> None:
+    model = create_model(name, num_frames=4, image_size=64, num_classes=3, **arguments)
+    assert count_tokens({"name": model.name, "arguments": model.arguments}) == counts
 
 
 def test_a_run_has_its_figures_on_the_page(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

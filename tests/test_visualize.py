@@ -1,6 +1,7 @@
 """What is shown of a clip: that it is true, that it follows what moves, and that the page works in a browser."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from stvit_video.data.frames import Reader
 from stvit_video.engine.checkpoint import save_weights
 from stvit_video.engine.trained import open_checkpoint
 from stvit_video.models import create_model
+from stvit_video.predict import Predictor
 from stvit_video.show.clip import read_clip
 from stvit_video.show.explain import Explanation, explain, trajectories
 from stvit_video.visualize import main
@@ -123,9 +125,9 @@ def test_a_model_that_knows_nothing_follows_nothing(disc: Path, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_a_trained_model_draws_on_the_sprite(tmp_path: Path) -> None:
-    """One epoch of the README's first command: what its semantic tokens draw from lies on the sprite, seen or not."""
+    """Two epochs of the README's first command: its tokens draw from the sprite, and predict is mostly right."""
     sample.prepare(tmp_path / "data", sample.Spec(clips=(3072, 16, 64), stills=(16, 16)), progress=False)
-    words = f"DATA.ROOT {tmp_path}/data OUTPUT_DIR {tmp_path}/run TRAIN.EPOCHS 1".split()
+    words = f"DATA.ROOT {tmp_path}/data OUTPUT_DIR {tmp_path}/run TRAIN.EPOCHS 2".split()
     config = str(REPOSITORY / "configs" / "sample_stvit.yaml")
     assert run.main(["--cfg", config, "DATA.GENERATE", "", *words]) == 0
     shares, chances = [], []
@@ -136,6 +138,11 @@ def test_a_trained_model_draws_on_the_sprite(tmp_path: Path) -> None:
         chances.append(cover.mean())
     assert np.mean(np.array(shares) > chances) > 0.9
     assert np.mean(shares) > 1.5 * np.mean(chances)
+    videos = [tmp_path / "data" / "videos" / f"test_{i:05d}.mp4" for i in range(64)]
+    answers = [found.top(1)[0][0] for found in Predictor.load(tmp_path / "run").predict(videos)]
+    right = np.mean([answer == sample.video_labels(i)[0] for i, answer in enumerate(answers)])
+    tested = json.loads((tmp_path / "run" / "results.json").read_text())["top1"]
+    assert 100 * right == tested > 50  # chance is 12.5
 
 
 def test_sprite_mask_is_where_the_sprite_is(small_set: Path) -> None:
@@ -316,6 +323,15 @@ def test_the_video_itself_is_never_replaced(
     said = refusal([str(video), "--checkpoint", str(knowing), "--output", str(tmp_path)], capsys)
     assert "replace" in said
     assert video.read_bytes() == disc.read_bytes()
+
+
+@pytest.mark.parametrize("name", [b"a$_$b.mp4", b"caf\xe9.mp4", "動き.mp4".encode()])
+def test_a_file_of_any_name_is_drawn(knowing: Path, disc: Path, tmp_path: Path, name: bytes) -> None:
+    """A $ is no formula, and bytes need not be UTF-8."""
+    video = tmp_path / os.fsdecode(name)
+    video.write_bytes(disc.read_bytes())
+    assert main([str(video), "--checkpoint", str(knowing), "--output", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "overlays.png").stat().st_size > 10_000
 
 
 def test_script_json_survives_hostile_names() -> None:

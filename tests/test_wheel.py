@@ -1,11 +1,14 @@
 """The wheel: what it holds, and that it runs the README's first job away from the repository."""
 
+import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -41,11 +44,40 @@ def test_it_holds_the_package_its_types_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (metadata,) = [archive.read(name).decode() for name in names if name.endswith("/METADATA")]
-    files = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "stvit_video").rglob("*.py")}
+    found = [path for path in (REPOSITORY / "stvit_video").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    files = {path.relative_to(REPOSITORY).as_posix() for path in found}
+    assert any(name.endswith(".html") for name in files)  # the pages' templates are no modules
     assert files <= set(names)
     assert "stvit_video/py.typed" in names
     assert {name.split("/")[0] for name in names} <= {"stvit_video", metadata_folder(names)}
     assert "Provides-Extra: export" in metadata
+
+
+def test_what_it_imports_it_requires(wheel: Path) -> None:
+    """At import, that is: what is optional is imported where it is used."""
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = [archive.read(name).decode() for name in archive.namelist() if name.endswith("/METADATA")]
+    required = {re.split(r"[^\w.-]", line.split(": ")[1])[0].lower() for line in metadata.splitlines()
+                if line.startswith("Requires-Dist: ") and "extra ==" not in line}  # fmt: skip
+    providers = packages_distributions()
+    for path in (REPOSITORY / "stvit_video").rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            for name in {name.split(".")[0] for name in names} - {"stvit_video", *sys.stdlib_module_names}:
+                assert required & {provider.lower() for provider in providers[name]}, f"{name} in {path}"
+
+
+@pytest.mark.slow
+def test_in_an_empty_environment_it_brings_all_that_it_needs(wheel: Path, tmp_path: Path) -> None:
+    run(sys.executable, "-m", "venv", str(tmp_path / "venv"), cwd=tmp_path)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    run(python, "-m", "pip", "--disable-pip-version-check", "install", "-q", str(wheel), cwd=tmp_path)
+    shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
+    small = ["DATA.GENERATE_CLIPS", "[16,8,8]", "TRAIN.EPOCHS", "1", "TRAIN.BATCH_SIZE", "8"]
+    run(python, "-m", "stvit_video.run", "--cfg", "configs/sample_stvit.yaml", *small, cwd=tmp_path)
+    run(python, "-m", "stvit_video.report", "runs/sample_stvit", cwd=tmp_path)
+    assert (tmp_path / "report.html").is_file()
 
 
 def metadata_folder(names: list[str]) -> str:
@@ -69,3 +101,5 @@ def test_installed_it_runs_the_first_job_and_predicts(wheel: Path, tmp_path: Pat
     run(*python, "-m", "stvit_video.predict", *words, cwd=tmp_path, path=site)
     (found,) = json.loads((tmp_path / "found.json").read_text())
     assert len(found["top"]) == 5
+    run(*python, "-m", "stvit_video.report", "runs/sample_stvit", cwd=tmp_path, path=site)
+    assert (tmp_path / "report.html").is_file()

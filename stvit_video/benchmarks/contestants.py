@@ -18,6 +18,7 @@ from stvit_video.models.layers import Grid
 from stvit_video.models.zoo import build_model, create_model, list_models
 
 CLASSES = 400  # of a model whose configuration does not say how many
+VIDEO = ("swin3d_", "mvit_")  # of torchvision's; its others are no transformers
 MVIT_SIZE = (16, 224, 224)  # what the published MViT models are built for
 PYTORCHVIDEO = ("mvit_base_16x4",)
 
@@ -93,7 +94,9 @@ def _refuse(name: str, model: str, known: list[str]) -> UsageError:
 
 
 def _own(name: str, model: str, size: Grid) -> Contestant:
-    variant, _, preset = model.partition(":")
+    variant, colon, preset = model.partition(":")
+    if colon and not preset:
+        raise UsageError(f"--peer {name} ends in a colon; name a preset behind it, or leave it out.")
     if variant not in list_models():
         raise _refuse(name, variant, list_models())
     chosen = {"preset": preset} if preset else {}
@@ -102,7 +105,7 @@ def _own(name: str, model: str, size: Grid) -> Contestant:
 
 
 def _torchvision(name: str, model: str, size: Grid) -> Contestant:
-    known = torchvision.models.list_models(torchvision.models.video)
+    known = [found for found in torchvision.models.list_models(torchvision.models.video) if found.startswith(VIDEO)]
     if model not in known:
         raise _refuse(name, model, known)
     built = torchvision.models.get_model(model, weights=None, num_classes=CLASSES)

@@ -10,16 +10,20 @@ import torch
 import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from stvit_video.data.loader import build_test_loader, build_train_loader
+from stvit_video.config import value_of
+from stvit_video.data.loader import build_test_loader, build_train_loader, shorten
 from stvit_video.data.videos import build_classes
 from stvit_video.distributed import World, pick_device
 from stvit_video.engine.parallel import compile_model
 from stvit_video.engine.precision import autocast, set_precision
 from stvit_video.engine.start import build_data, check_inputs
+from stvit_video.errors import UsageError
 from stvit_video.models.zoo import build_model
 
 WORKERS = (1, 2, 4)
+LEAST = 8  # batches a round
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,15 @@ class Flow:
     waiting: list[float]
 
 
-def run_through(batches: Iterable[Any], work: Callable[[Any], int], clips: int) -> tuple[float, float]:
-    """Work on batches until so many clips are done; return clips a second and the share of time spent waiting."""
+def run_through(batches: Iterable[Any], work: Callable[[Any], int]) -> tuple[float, float]:
+    """Work on all batches; return clips a second and the share of time spent waiting.
+
+    From the second batch on: before the first one the workers have nothing to work beside.
+    """
     iterator = iter(batches)
+    work(next(iterator))
     done, waited, started = 0, 0.0, time.perf_counter()
-    while done < clips:
+    while True:
         before = time.perf_counter()
         batch = next(iterator, None)
         waited += time.perf_counter() - before
@@ -55,10 +63,12 @@ def build_work(cfg: CfgNode, model: nn.Module, device: torch.device, training: b
         batch = batch.to(device)
         with autocast(device, cfg.PRECISION):
             logits = model(batch.clips)
-        F.cross_entropy(logits.float(), batch.clip_labels).backward()
+        loss = F.cross_entropy(logits.float(), batch.clip_labels)
+        loss.backward()
         assert optimizer is not None
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        loss.item()  # the step is waited for: what a GPU has still to do is no waiting for data
         return len(batch.clips)
 
     def infer(batch: Any) -> int:
@@ -90,12 +100,12 @@ def measure_flow(cfg: CfgNode, clips: int, rounds: int) -> list[Flow]:
     flows = []
     for training in (False, True):
         work = build_work(cfg, model, device, training)
-        loaders = {workers: _loader(cfg, world, classes, training, workers) for workers in WORKERS}
+        loaders = {workers: _loader(cfg, world, classes, training, workers, clips) for workers in WORKERS}
         found: dict[int, list[tuple[float, float]]] = {workers: [] for workers in WORKERS}
         for number in range(rounds + 1):
             for workers, loader in loaders.items():
                 model.train(training)
-                result = run_through(loader, work, clips)
+                result = run_through(loader, work)
                 if number:  # the first one starts the workers
                     found[workers].append(result)
         what = "training" if training else "inference"
@@ -104,12 +114,22 @@ def measure_flow(cfg: CfgNode, clips: int, rounds: int) -> list[Flow]:
     return flows
 
 
-def _loader(cfg: CfgNode, world: World, classes: int, training: bool, workers: int) -> Any:
+def _loader(cfg: CfgNode, world: World, classes: int, training: bool, workers: int, clips: int) -> DataLoader:
+    """Return a loader of so many clips or LEAST batches, whichever is more, and one batch before them."""
     cfg = cfg.clone()
     cfg.DATA.WORKERS = workers
+    views = cfg.TEST.CLIPS * cfg.TEST.CROPS
     if training:
-        return build_train_loader(cfg, world, classes)
-    return build_test_loader(cfg, world, "test", classes, clips=cfg.TEST.CLIPS, crops=cfg.TEST.CROPS)
+        loader, size, key = build_train_loader(cfg, world, classes), cfg.TRAIN.BATCH_SIZE, "TRAIN.BATCH_SIZE"
+    else:
+        loader = build_test_loader(cfg, world, "test", classes, clips=cfg.TEST.CLIPS, crops=cfg.TEST.CROPS)
+        size, key = cfg.TEST.BATCH_SIZE * views, "TEST.BATCH_SIZE"
+    shorten(loader, 1 + max(LEAST, -(-clips // size)))
+    if len(loader) < 1 + LEAST:
+        raise UsageError(
+            f"The list gives {len(loader)} batches, and {1 + LEAST} are needed; lower {key} {value_of(cfg, key)}."
+        )
+    return loader
 
 
 def describe_flows(flows: Sequence[Flow]) -> Iterator[str]:

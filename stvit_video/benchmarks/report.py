@@ -89,7 +89,8 @@ def plot_speeds(speeds: Sequence[Speed], accuracies: Sequence[float | None], pat
             continue
         spread = [[speed.rate - min(speed.rates)], [max(speed.rates) - speed.rate]]
         axes.errorbar(speed.rate, height, xerr=spread, marker="o", color=f"C{i % 10}", capsize=3)
-        axes.annotate(speed.name, (speed.rate, height), textcoords="offset points", xytext=(6, 6), fontsize=8)
+        place, beside = (speed.rate, height), (6, 6)
+        axes.annotate(speed.name, place, beside, textcoords="offset points", fontsize=8, parse_math=False)
     axes.set_xlabel("clips a second")
     axes.set_ylabel("top-1 (%)" if known else "GFLOPs a clip")
     axes.set_xlim(0, 1.35 * max(max(speed.rates) for speed in speeds))  # room for the names

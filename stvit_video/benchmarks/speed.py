@@ -79,6 +79,7 @@ class Runner:
         graphs = device.type == "cuda" and not conditions.training and conditions.compiled == "model"
         compile_model(model, conditions.compiled, dynamic=False, mode="reduce-overhead" if graphs else "default")
         self.model = model
+        self.weights = [*model.parameters(), *model.buffers()]
         self.batches: dict[int, Tensor] = {}
 
     def __call__(self, batch: int) -> float:
@@ -94,6 +95,12 @@ class Runner:
             self._train_step(clips, self.optimizer)
         self._wait()
         return time.perf_counter() - started
+
+    def held(self) -> float:
+        """Return the memory (1e9 bytes) of weights, and of the optimiser's state where there is one."""
+        states = self.optimizer.state.values() if self.optimizer else []
+        kept = [*self.weights, *(value for state in states for value in state.values() if isinstance(value, Tensor))]
+        return sum(value.nbytes for value in kept) / 1e9
 
     def _train_step(self, clips: Tensor, optimizer: torch.optim.Optimizer) -> None:
         with autocast(self.conditions.device, self.conditions.precision):
@@ -129,14 +136,15 @@ def best_batch(run: Callable[[int], float], largest: int) -> int:
 
 
 def peak_memory(run: Callable[[int], float], batch: int, device: torch.device) -> float | None:
-    """Return the most memory (1e9 bytes) held during a pass: of the GPU; on a CPU, beyond what was held before.
+    """Return the most memory (1e9 bytes) that a pass needs beyond what was held before: of the GPU, or the process's.
 
     None where the system does not tell, which is everywhere but on Linux.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
         run(batch)
-        return torch.cuda.max_memory_allocated() / 1e9
+        return (torch.cuda.max_memory_allocated() - held) / 1e9
     try:
         ctypes.CDLL(None).malloc_trim(0)  # what earlier passes left free counts as held otherwise
         RESET.write_text("5")  # the process's peak begins anew
@@ -175,6 +183,8 @@ def measure(
         speed.batch = best_batch(run, conditions.largest_batch)
         often.append(max(1, int(LONG_ENOUGH / run(1))))
         speed.memory = peak_memory(run, speed.batch, conditions.device)
+        if speed.memory is not None and isinstance(run, Runner):
+            speed.memory += run.held()  # its own, and not that of the others beside it
         say(f"warmed up: {speed.name}, best at batch {speed.batch}")
     products = []
     for _ in range(rounds):

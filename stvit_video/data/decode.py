@@ -81,7 +81,7 @@ class Shelf:
 
     @contextmanager
     def borrow(self, path: str, short_side: int | None, decoder: str, more: bool) -> Iterator[Reader]:
-        """Give out an open reader, the one on the shelf where it is of this file; it comes back if there is ``more``."""
+        """Give out an open reader, the one held here where it is of this file; with ``more`` it is held again."""
         key, held, self._held = (path, short_side, decoder), self._held, None
         if held is not None and held[0] != key:
             held[1].close()

@@ -1,6 +1,7 @@
 """Loaders from a configuration: which process reads which videos, in what order."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
@@ -127,6 +128,13 @@ def build_test_loader(
     # As many views a batch as in the test, whatever the number of views a video.
     batch = max(1, cfg.TEST.BATCH_SIZE * cfg.TEST.CLIPS * cfg.TEST.CROPS // (clips * crops))
     return _loader(cfg, world, dataset, ShardedBatches(len(videos), batch, world.rank, world.size))
+
+
+def shorten(loader: DataLoader, batches: int) -> None:
+    """Let a loader end after so many batches, so that its workers make none that nobody takes."""
+    sampler: Any = loader.batch_sampler
+    size = sampler.step_size // sampler.accumulate if isinstance(sampler, EpochSampler) else sampler.batch
+    sampler.length = min(sampler.length, batches * size)
 
 
 def build_test_views(cfg: CfgNode, clips: int, crops: int) -> TestViews:

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from stvit_video.data.frames import DecodeError, Frames, reason
 from stvit_video.engine.predictor import Prediction, Window
+from stvit_video.errors import FILESYSTEM_ERRORS
 
 LEAST_SIDE = 240  # pixels: smaller videos are enlarged, or no label would fit
 LINES = 3
@@ -23,7 +24,8 @@ ERRORS = (av.FFmpegError, OSError, ValueError)
 def annotate(prediction: Prediction, output: Path) -> None:
     """Write the video of ``prediction`` as H.264 to ``output``, the likeliest classes of each moment in its corner.
 
-    Sound is left out. Raises DecodeError where the video cannot be read; there is no file then.
+    Sound is left out. Raises DecodeError where the video cannot be read, and OSError where the copy cannot be written;
+    there is no file then.
     """
     temporary = output.with_name(f".{output.name}.tmp.mp4")
     try:
@@ -33,7 +35,9 @@ def annotate(prediction: Prediction, output: Path) -> None:
             with av.open(str(temporary), "w") as target:
                 _copy(source, target, _labels(prediction))
         os.replace(temporary, output)
-    except av.FFmpegError as error:
+    except ERRORS as error:
+        if isinstance(error, OSError) and error.errno in FILESYSTEM_ERRORS:  # the video itself was read just now
+            raise OSError(error.errno, error.strerror, str(output)) from error
         raise DecodeError(prediction.path, f"cannot be annotated ({reason(error)})", "pyav") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 matplotlib.use("Agg")
 COLOURS = {"train": "#1f5fa8", "val": "#d1495b"}
 CURVES = {"loss": "loss", "top1": "top-1 (%)", "lr": "learning rate"}
+AS_IT_IS = {"text.parse_math": False}  # names may hold a $
 WEIGHTS_COLOURS = {"checkpoint": "#1f5fa8", "random": "#9aa0a6", "fine-tuned": "#d1495b"}
 
 
@@ -37,6 +38,7 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+@matplotlib.rc_context(AS_IT_IS)
 def plot_comparison(curves: dict[str, dict[str, list[tuple[int, float]]]], target: float, path: Path) -> None:
     """Draw training (lines) and validation (points) top-1 by step of several runs, and a line at the target."""
     columns = 2 if max(len(run) for run in curves) <= 40 else 1
@@ -58,6 +60,7 @@ def plot_comparison(curves: dict[str, dict[str, list[tuple[int, float]]]], targe
     figure.savefig(path, dpi=120)
 
 
+@matplotlib.rc_context(AS_IT_IS)
 def plot_confusion(counts: Tensor, classes: list[str], path: Path) -> None:
     """Draw the share of each label's videos by predicted class; counts (classes, classes), rows are labels."""
     shares = counts.numpy() / np.maximum(counts.sum(dim=1, keepdim=True).numpy(), 1)
@@ -70,8 +73,8 @@ def plot_confusion(counts: Tensor, classes: list[str], path: Path) -> None:
     axes.set_xlabel("predicted")
     axes.set_ylabel("label")
     if few:
-        axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right", parse_math=False)
-        axes.set_yticks(range(len(classes)), classes, parse_math=False)
+        axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+        axes.set_yticks(range(len(classes)), classes)
         for row, column in zip(*np.nonzero(counts.numpy()), strict=True):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(int(counts[row, column])), ha="center", va="center", color=colour, fontsize=8)

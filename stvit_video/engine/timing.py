@@ -21,7 +21,7 @@ from stvit_video.data.dataset import Collate, Sample, SampleKey, TestDataset, Tr
 from stvit_video.data.decode import Request, open_video, read_frames
 from stvit_video.data.decoding import Decoding
 from stvit_video.data.frames import DecodeError, Frames, Indices
-from stvit_video.data.loader import build_test_loader, build_train_loader
+from stvit_video.data.loader import build_test_loader, build_train_loader, shorten
 from stvit_video.data.readers import to_numpy
 from stvit_video.data.videos import build_classes
 from stvit_video.distributed import World
@@ -85,15 +85,14 @@ def step_timers(
     }
 
 
-def loader_timer(loader: DataLoader, items: int) -> Timer:
+def loader_timer(loader: DataLoader, batches: int) -> Timer:
     """Return a timer of the first batches of an epoch, floats included; its workers are started beforehand."""
+    shorten(loader, batches)
 
     def run() -> float:
         started, done = time.perf_counter(), 0
         for batch in loader:
             done += len(batch.clips) if isinstance(loader.dataset, TrainDataset) else len(batch.labels)
-            if done >= items:
-                break
         return (time.perf_counter() - started) / max(1, done)
 
     return run
@@ -124,7 +123,8 @@ def build_train_timers(cfg: CfgNode, clips: int, peers: Sequence[str]) -> dict[s
     timers = step_timers(dataset, chosen, cfg.DATA.REPEATS)
     for workers in _worker_counts(cfg):
         cfg.DATA.WORKERS = workers
-        timers[f"loader, {workers} worker(s)"] = loader_timer(build_train_loader(cfg, world, classes), clips)
+        loader = build_train_loader(cfg, world, classes)
+        timers[f"loader, {workers} worker(s)"] = loader_timer(loader, -(-clips // cfg.TRAIN.BATCH_SIZE))
     if "pytorchvideo" in peers:
         paths = [request.path for request, _ in chosen]
         timers["pytorchvideo, 1 worker"] = _pytorchvideo_timer(cfg, paths, clips)
@@ -141,7 +141,7 @@ def build_test_timers(cfg: CfgNode, videos: int) -> dict[str, Timer]:
     for workers in _worker_counts(cfg):
         cfg.DATA.WORKERS = workers
         loader = build_test_loader(cfg, world, "test", classes, **views)
-        timers[f"loader, {workers} worker(s)"] = loader_timer(loader, videos)
+        timers[f"loader, {workers} worker(s)"] = loader_timer(loader, -(-videos // BATCH))
     return timers
 
 

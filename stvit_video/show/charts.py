@@ -20,7 +20,7 @@ STYLE = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11, "axes.edgecolor": "#9aa3b2",
     "axes.spines.top": False, "axes.spines.right": False, "axes.labelcolor": "#1d2430", "xtick.color": "#566074",
     "ytick.color": "#566074", "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "svg.hashsalt": "stvit_video",
+    "svg.hashsalt": "stvit_video", "text.parse_math": False,
 }  # fmt: skip
 
 

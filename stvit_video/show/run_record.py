@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from safetensors import SafetensorError
 
@@ -208,7 +209,7 @@ def _read_classes(path: Path, predictions: list[Prediction]) -> list[ClassScore]
 
 
 def count_tokens(metadata: dict[str, Any]) -> tuple[int, int | None] | None:
-    """Return the image tokens of the stage that makes the semantic ones, and how many these are (None: has none).
+    """Return the image tokens of the stage that reduces them, and how many are left (None: it reduces none).
 
     The network that ``metadata`` of weights names is built for it. None where there are none.
     """
@@ -218,5 +219,12 @@ def count_tokens(metadata: dict[str, Any]) -> tuple[int, int | None] | None:
     pooling = [module.pooling for module in model.modules() if isinstance(module, SemanticTokenGenerator)]
     if pooling:
         return math.prod(pooling[0].grid), math.prod(pooling[0].regions)
-    grid = model.grid if isinstance(model, VisionTransformer) else model.layers[SEMANTIC_STAGE].out_grid  # type: ignore[index, union-attr]
-    return math.prod(grid), None
+    is_vit = isinstance(model, VisionTransformer)
+    if metadata["arguments"].get("reducer") is None:
+        grid: Any = model.grid if is_vit else model.layers[SEMANTIC_STAGE].out_grid  # type: ignore[index, union-attr]
+        return math.prod(grid), None
+    with torch.no_grad():  # other reducers leave what they choose: only their blocks know how many
+        size: Any = model.input_size
+        _, seen = model.eval()(torch.zeros(1, 3, *size), return_intermediates=True)
+    before, after = ("base", "semantic") if is_vit else (f"merged{SEMANTIC_STAGE}", f"stage{SEMANTIC_STAGE + 1}")
+    return seen.tokens[before].shape[1], seen.tokens[after].shape[1]

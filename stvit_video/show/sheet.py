@@ -16,6 +16,7 @@ from stvit_video.data.frames import Frames
 from stvit_video.data.sample import write_video
 from stvit_video.models.layers import Grid
 from stvit_video.show.overlays import Layer, Scale, region_colours, scale_of
+from stvit_video.show.page import printable
 
 matplotlib.use("Agg")
 MOST_COLUMNS = 8
@@ -23,6 +24,7 @@ BAND = 34  # pixels above a panel of the video, for its title
 INK, PAPER = "#1d2430", "#ffffff"
 
 
+@matplotlib.rc_context({"text.parse_math": False})  # names may hold a $
 def draw_sheet(
     layers: Sequence[Layer], painted: Sequence[Frames], regions: Grid | None, title: str, labels: Sequence[str]
 ) -> bytes:
@@ -36,7 +38,7 @@ def draw_sheet(
         len(layers), len(columns) + 1, width_ratios=[text] + [1] * len(columns), wspace=0.03, hspace=0.06,
         left=0.012, right=0.995, bottom=0.012, top=1 - 0.68 / figure.get_figheight(),
     )  # fmt: skip
-    figure.text(0.012, 1 - 0.16 / figure.get_figheight(), title, size=15, weight="bold", color=INK, va="top")
+    figure.text(0.012, 1 - 0.16 / figure.get_figheight(), printable(title), size=15, weight="bold", color=INK, va="top")
     for row, (layer, frames) in enumerate(zip(layers, painted, strict=True)):
         _describe(figure.add_subplot(grid[row, 0]), layer, regions)
         for column, index in enumerate(columns, start=1):

@@ -56,7 +56,9 @@ def test_a_file_that_is_read_piece_by_piece_is_opened_once(
 
     def numbers(path: str, first: int, more: bool) -> list[int]:
         wanted = tuple(range(first, first + 10, 3))
-        return [read_number(frame) for frame in read_frames(Request(path, Frozen(wanted), None, ("pyav",), more), shelf)]
+        return [
+            read_number(frame) for frame in read_frames(Request(path, Frozen(wanted), None, ("pyav",), more), shelf)
+        ]
 
     for first in range(0, 200, 10):
         assert numbers(paths[0], first, first < 150) == list(range(first, first + 10, 3))
