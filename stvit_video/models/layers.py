@@ -46,7 +46,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(3, dim, kernel_size=patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:
-        # A convolution whose stride is its kernel is one matrix product; said so, it runs at full speed on a CPU too.
+        # A convolution whose stride is its kernel is one matrix product; said so, it runs at full speed on a CPU too,
+        # and channels-last has nothing to gain: a network has no other but for a convolutional stem.
         B, _, T, H, W = x.shape
         kt, kh, kw = self.patch
         x = x.reshape(B, 3, T // kt, kt, H // kh, kh, W // kw, kw)

@@ -8,8 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
 
+from stvit_video.engine.parallel import exchanging
 from tests.conftest import REPOSITORY
 from tests.engine.test_survival import launch, newest_step
 
@@ -84,6 +88,27 @@ def test_a_run_goes_on_with_other_processes_and_another_strategy(
     assert "continuing at step 3 in epoch 1" in said
     assert "note: the run was with processes 1 (now 2), accumulation 2 (now 1): its steps see the same videos" in said
     assert difference(output, replicated) < 1e-5
+
+
+def test_accumulated_batches_are_exchanged_once() -> None:
+    exchanged = []
+
+    def count(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        exchanged.append(bucket.index())
+        done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(torch.nn.Linear(4, 4))
+        model.register_comm_hook(None, count)
+        for i in range(8):
+            with exchanging(model, i % 4 == 3):
+                model(torch.ones(2, 4)).sum().backward()
+    finally:
+        dist.destroy_process_group()
+    assert exchanged == [0, 0]  # one bucket, in the last of each four
 
 
 def test_processes_that_see_different_checkpoints_do_not_train(small_set: Path, tmp_path: Path) -> None:

@@ -171,6 +171,26 @@ def test_runs_killed_at_random_moments_end_with_the_same_weights(
     assert equal(tmp_path / "run", expected)
 
 
+def test_a_damaged_newest_checkpoint_costs_steps_and_nothing_else(
+    undisturbed: tuple[int, dict], small_set: Path, tmp_path: Path
+) -> None:
+    processes, expected = undisturbed
+    if processes > 1:
+        pytest.skip("whether one process or all read it makes no difference")
+    command = launch(small_set, tmp_path / "run")
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: newest_step(tmp_path / "run") >= 3, process)
+    process.kill()
+    process.wait()
+    newest, before = list_checkpoints(tmp_path / "run" / "checkpoints")[:2]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    assert f"{newest.name} is damaged (wrong checksum); trying the one before" in again.stderr
+    assert f"continuing at step {int(before.stem.split('_')[1])} " in again.stdout
+    assert equal(tmp_path / "run", expected)
+
+
 @pytest.mark.slow
 def test_fifteen_such_runs_for_each_number_of_processes(
     undisturbed: tuple[int, dict], small_set: Path, tmp_path: Path
