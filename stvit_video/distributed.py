@@ -8,6 +8,7 @@ import datetime
 import itertools
 import os
 import re
+import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import torch.distributed as dist
 
 from stvit_video.errors import Stopped, UsageError
 from stvit_video.rendezvous import Place, call_roll, connect, report
+from stvit_video.signals import end_with_parent
 
 T = TypeVar("T")
 
@@ -155,6 +157,8 @@ def join_world(device: str = "auto", timeout_s: int = 1800) -> Iterator[World]:
     if place is None:
         yield World(0, 1, pick_device(device, 0, 1))
         return
+    if place.launcher == "torchrun":  # killed, it would leave this process running beside those of a new start
+        end_with_parent(signal.SIGTERM)
     store = connect(place, timeout_s)
     target = _agree_on_device(store, place, device, timeout_s)
     if target.type == "cuda":

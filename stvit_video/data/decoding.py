@@ -5,7 +5,6 @@ that both share. A child that does not answer in time is killed and replaced; on
 """
 
 import contextlib
-import ctypes
 import itertools
 import os
 import signal
@@ -23,12 +22,11 @@ import numpy as np
 
 from stvit_video.data.decode import Request, Shelf, TimesRequest, read_frames, read_times
 from stvit_video.data.frames import Choice, DecodeError, Frames, Times
-from stvit_video.signals import ignore_stop_signals
+from stvit_video.signals import end_with_parent, ignore_stop_signals
 
 IN_FLIGHT = 2  # requests that the child has; each has a half of the memory that both share
 START_S = 120.0  # for the child's imports, which may come from slow storage
 AnyRequest = Request | TimesRequest
-PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a child gets when its parent dies
 
 
 class Decoding:
@@ -180,7 +178,7 @@ def _memory_file() -> int:
 
 def serve(socket_fd: int, memory_fds: Sequence[int]) -> None:
     """Answer requests until the parent closes the socket; the whole life of the child process."""
-    _die_with_parent()
+    end_with_parent(signal.SIGKILL)  # one that hangs would never see the closed socket
     ignore_stop_signals()
     decord.logging.set_level(decord.logging.QUIET)  # what it says of a damaged file, it also raises
     connection = Connection(socket_fd)
@@ -209,9 +207,3 @@ def _write(memory_fd: int, frames: Frames) -> None:
     left = np.ascontiguousarray(frames).reshape(-1).data
     while left:  # a call writes 2 GB at most
         left = left[os.pwrite(memory_fd, left, frames.nbytes - len(left)) :]
-
-
-def _die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent dies; a decoder that hangs would never see the closed socket."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,17 +1,21 @@
 """The folder of a run: whose it is, what it holds, and what may be written to it."""
 
 import csv
+import errno
+import fcntl
 import io
 import json
 import os
 import platform
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import yaml
@@ -46,12 +50,16 @@ TRAINING_FILES = (
 PACKAGES = ("torch", "torchvision", "pytorchvideo", "decord", "decord2", "av", "fvcore", "numpy", "submitit")
 
 
+LOCK_S = 30
+
+
 class RunFolder:
     """Paths inside OUTPUT_DIR, and the rules for using it. Raises UsageError where the folder cannot be used."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
+        self._lock: TextIO | None = None
 
     @property
     def results(self) -> Path:
@@ -146,6 +154,39 @@ class RunFolder:
             raise UsageError(
                 f"OUTPUT_DIR {self.path} cannot be written ({error.strerror}); give a folder that can, with space left."
             ) from error
+
+    def lock(self) -> None:
+        """Keep every other process from training in this folder until this one ends; they wait for it, LOCK_S seconds.
+
+        What a killed start left needs a moment to end, and may be writing a checkpoint. Nothing is locked in a folder
+        that is no run's yet, and on a file system that has no locks.
+        """
+        if self._lock is not None or self.recorded_config() is None:
+            return
+        # A lock of the process, not of the open file, which the loader's workers would inherit.
+        file = open(self.path / ".lock", "a+")
+        until, told = time.monotonic() + LOCK_S, False
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    break
+            file.seek(0)
+            holder = file.read() or "another process"
+            if time.monotonic() > until:
+                raise UsageError(
+                    f"OUTPUT_DIR {self.path} is being written by {holder}; wait for its end, end it, or give another."
+                )
+            if not told:
+                print(f"waiting for {holder} to end, which still writes {self.path}", flush=True)
+            told = True
+            time.sleep(0.2)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        self._lock = file
 
     def recorded_config(self) -> dict[str, Any] | None:
         """Return the configuration of the run that owns the folder, None where no run does."""

@@ -61,6 +61,7 @@ def train(cfg: CfgNode, world: World) -> None:
             print(f"{cfg.OUTPUT_DIR} is finished (OVERWRITE True runs it again):")
             print(describe_results(json.loads(folder.results.read_text())), flush=True)
         return
+    on_main(world, folder.lock)
     state = None if cfg.OVERWRITE else load_agreed(world, folder)
     check_inputs(cfg, resumed=state is not None)
     classes = build_classes(cfg)
@@ -77,6 +78,7 @@ def train(cfg: CfgNode, world: World) -> None:
     val_loader = build_test_loader(cfg, world, "val", len(classes)) if cfg.DATA.VAL_LIST else None
     test_loader = build_test_loader(cfg, world, "test", len(classes), clips=cfg.TEST.CLIPS, crops=cfg.TEST.CROPS)
     on_main(world, lambda: folder.claim(cfg))
+    on_main(world, folder.lock)  # of a new one
     if report is not None:
         text = report.to_json()
         on_main(world, lambda: folder.write_load_report(text))

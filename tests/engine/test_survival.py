@@ -1,7 +1,9 @@
 """Runs that are killed, stopped or damaged, and started again: they end as if nothing had happened."""
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -157,10 +159,18 @@ def kill_until_done(small_set: Path, output: Path, processes: int, rng: np.rando
         wait_for(lambda: newest_step(output) >= target, process)  # noqa: B023 (called at once)
         time.sleep(rng.uniform(0, 0.05))  # in a step, in a write, between them
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            kill_all(output)
             kills += 1
         process.wait()
     return kills
+
+
+def kill_all(output: Path) -> None:
+    """Kill every process of a run at once: torchrun, and those that it has started in sessions of their own."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended since
+            if f"{output}\0".encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
+                os.kill(int(path.parent.name), signal.SIGKILL)
 
 
 def test_runs_killed_at_random_moments_end_with_the_same_weights(
@@ -169,6 +179,35 @@ def test_runs_killed_at_random_moments_end_with_the_same_weights(
     processes, expected = undisturbed
     assert kill_until_done(small_set, tmp_path / "run", processes, np.random.default_rng(processes)) >= 1
     assert equal(tmp_path / "run", expected)
+
+
+def test_a_start_waits_for_the_processes_of_the_one_before(
+    undisturbed: tuple[int, dict], small_set: Path, tmp_path: Path
+) -> None:
+    """Where torchrun alone is killed they stop at their step; one that does not answer has to be ended first."""
+    processes, expected = undisturbed
+    output = tmp_path / "run"
+    command = launch(small_set, output, processes)
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(lambda: newest_step(output) >= 2, first)
+    if processes == 1:
+        first.send_signal(signal.SIGSTOP)
+    else:
+        first.kill()
+    second = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if processes == 1:
+        assert second.stdout is not None
+        line = next(line for line in second.stdout if "waiting" in line)
+        assert (
+            line == f"waiting for process {first.pid} on {socket.gethostname()} to end, which still writes {output}\n"
+        )
+        first.kill()
+    said = second.communicate(timeout=300)[0]
+    assert second.returncode == 0, said
+    assert "continuing at step" in said
+    if processes > 1:
+        assert "stopped by SIGTERM after step" in first.communicate(timeout=60)[0]
+    assert equal(output, expected)
 
 
 def test_a_damaged_newest_checkpoint_costs_steps_and_nothing_else(
