@@ -164,7 +164,7 @@ class RunFolder:
         if self._lock is not None or self.recorded_config() is None:
             return
         # A lock of the process, not of the open file, which the loader's workers would inherit.
-        file = open(self.path / ".lock", "a+")
+        file = open(self.path / ".lock", "a+")  # noqa: SIM115 (kept open)
         until, told = time.monotonic() + LOCK_S, False
         while True:
             try:

@@ -62,17 +62,18 @@ def test_a_batch_is_decoded_ahead_in_order_with_its_failures(path: str) -> None:
 
 
 def test_what_hangs_is_stopped_at_the_deadline_and_not_tried_again(path: str, tmp_path: Path) -> None:
-    decoding = Decoding(BOTH, 1.0)
+    decoding, others = Decoding(BOTH, 1.0), children()
     other = tmp_path / "other.mp4"
     other.write_bytes(Path(path).read_bytes())
     decoding.read(decoding.request(path, Frozen((0,))))  # so that the child has started
-    before, started = children(), time.monotonic()
+    before, started = children() - others, time.monotonic()
     requests = [decoding.request(str(other), Sleeping()), *(decoding.request(path, Frozen((i,))) for i in (4, 5))]
     stuck, *rest = decoding.read_all(requests)
     assert 1.0 <= time.monotonic() - started < 20
     assert isinstance(stuck, DecodeError)
     assert "took more than 1 s (DATA.DEADLINE_S)" in stuck.message
     assert [read_number(frames[0]) for frames in rest] == [4, 5]
+    assert before
     assert not before & children()  # it was killed, not left behind
     started = time.monotonic()
     with pytest.raises(DecodeError, match="is not tried again"):
