@@ -78,6 +78,7 @@ def test_models_take_turns_and_the_first_is_the_reference() -> None:
 def test_the_best_batch_ends_where_nothing_is_gained_or_memory_ends() -> None:
     assert best_batch(lambda batch: 1.0 if batch <= 8 else batch / 8, 64) == 8
     assert best_batch(lambda batch: 1.0, 16) == 16
+    assert best_batch(lambda batch: 2.0 if batch == 4 else 1.0, 16) == 16  # a size that was disturbed
 
     def short_of_memory(batch: int) -> float:
         if batch > 2:

@@ -119,19 +119,23 @@ class Runner:
 
 
 def best_batch(run: Callable[[int], float], largest: int) -> int:
-    """Return the batch size, of powers of two, beyond which no more clips a second pass or memory ends."""
-    best, best_rate, batch = 1, 0.0, 1
-    while batch <= largest:
+    """Return the batch size, of powers of two, beyond which no more clips a second pass or memory ends.
+
+    The fastest of three calls counts, and two sizes in a row have to gain nothing: times are noisy.
+    """
+    best, best_rate, batch, without_gain = 1, 0.0, 1, 0
+    while batch <= largest and without_gain < 2:
         try:
             run(batch)  # compiles, and finds the fastest kernels
-            rate = batch / run(batch)
+            rate = batch / min(run(batch) for _ in range(3))
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if "memory" not in str(error):
                 raise
             break
-        if rate < GAIN * best_rate:
-            break
-        best, best_rate, batch = batch, rate, 2 * batch
+        without_gain += 1
+        if rate >= GAIN * best_rate:
+            best, best_rate, without_gain = batch, rate, 0
+        batch *= 2
     return best
 
 
