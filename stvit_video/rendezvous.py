@@ -183,13 +183,14 @@ def report(store: Any, place: Place, error: Exception) -> None:
     who = f"rank {place.rank} of {place.size} on {place.host}"
     lost = isinstance(error, dist.DistError) or "gloo" in str(error)  # a peer's end, seen from here
     text = f"{type(error).__name__}: {_first_line(error)}"
-    try:
-        if not lost:
+    if not lost:
+        if not isinstance(error, UsageError):  # which is one line already
+            print(f"{who} failed: {text}", file=sys.stderr, flush=True)
+        with suppress(dist.DistError):  # rank 0, which keeps the store, may have failed and gone before
             if store.add("failures", 1) == 1:
                 store.set("failure", f"{who} failed: {text}")
-            if not isinstance(error, UsageError):  # which is one line already
-                print(f"{who} failed: {text}", file=sys.stderr, flush=True)
-            return
+        return
+    try:
         store.set(f"left/{place.rank}", "")
         store.wait(["failure"], datetime.timedelta(seconds=2))
         reason = store.get("failure").decode()
