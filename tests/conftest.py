@@ -1,5 +1,6 @@
 """Real files for the tests, written on the fly."""
 
+import signal
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -17,6 +18,8 @@ from stvit_video.engine.trainer import Trainer
 from stvit_video.errors import UsageError
 
 REPOSITORY = Path(__file__).parent.parent
+# A shell that starts the tests in the background has them ignore Ctrl-C, and so all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def numbered_frames(count: int, height: int = 48, width: int = 64) -> np.ndarray:
