@@ -14,6 +14,7 @@ from fvcore.common.config import CfgNode
 from stvit_video import run
 from stvit_video.config import load_config
 from stvit_video.data import sample
+from stvit_video.engine.checkpoint import CheckpointWriter
 from stvit_video.engine.trainer import Trainer
 from stvit_video.errors import UsageError
 
@@ -164,7 +165,12 @@ def run_killed(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str], int], No
     """Run a command that dies when training has taken so many steps, and make sure that it did."""
 
     def start(arguments: list[str], steps: int) -> None:
-        take_step = Trainer.take_step
+        take_step, save = Trainer.take_step, CheckpointWriter.save
+
+        def save_at_once(self: CheckpointWriter, content: dict) -> None:
+            """A checkpoint that is due while another is being written comes later; here none does."""
+            save(self, content)
+            self.wait()
 
         def die(self: Trainer, batches: object) -> torch.Tensor:
             if self.step == steps:
@@ -173,6 +179,7 @@ def run_killed(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str], int], No
 
         with monkeypatch.context() as patch:
             patch.setattr(Trainer, "take_step", die)
+            patch.setattr(CheckpointWriter, "save", save_at_once)
             with pytest.raises(Killed):
                 run.main(arguments)
 

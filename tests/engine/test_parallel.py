@@ -67,6 +67,8 @@ def die_at(step: int, command: list[str], folder: Path) -> None:
         f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n"
         "from stvit_video import run\nfrom stvit_video.engine.trainer import Trainer\ntake = Trainer.take_step\n"
         f"def die(self, batches):\n    if self.step == {step}:\n        sys.exit(9)\n    return take(self, batches)\n"
+        "from stvit_video.engine.checkpoint import CheckpointWriter\nsave = CheckpointWriter.save\n"
+        "CheckpointWriter.save = lambda self, content: (save(self, content), self.wait())\n"
         "Trainer.take_step = die\nsys.exit(run.main(sys.argv[1:]))\n"
     )
     place = command.index("stvit_video.run")
