@@ -6,12 +6,10 @@ is complete, and no video is touched. Exit codes: 0 the scan is complete, also w
 """
 
 import argparse
-import contextlib
 import json
 import os
 import queue
 import sys
-import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -27,7 +25,7 @@ from stvit_video.data.decoding import Decoding
 from stvit_video.data.frames import Choice, DecodeError, Indices, Reader
 from stvit_video.data.ledger import Failure, to_csv
 from stvit_video.data.sampling import ClipSampler, EvenClips
-from stvit_video.errors import Parser, UsageError, run_command
+from stvit_video.errors import Parser, UsageError, run_command, try_folder, writing
 from stvit_video.progress import Progress
 
 if TYPE_CHECKING:  # decoding processes import this module too: what brings torch is imported where it is used
@@ -168,14 +166,6 @@ def clean_list(listing: Listing, errors: dict[str, DecodeError]) -> bytes:
     return listing.head + listing.between.join(kept) + listing.tail
 
 
-@contextlib.contextmanager
-def _writing(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UsageError(f"--output {output} cannot be written ({error.strerror}); give another folder.") from error
-
-
 def summarise(listing: Listing, errors: dict[str, DecodeError], output: Path) -> str:
     """Return lines for the user: how many videos can be read, and how many cannot for which cause."""
     counts = Counter(cause(errors[video.path]) for video in listing.videos if video.path in errors)
@@ -232,9 +222,8 @@ def check(arguments: Sequence[str] | None) -> int:
     clean = options.output / "clean.txt"
     if clean.exists() and clean.samefile(options.list):
         raise UsageError(f"--output {options.output} would replace the list itself; give another folder.")
-    with _writing(options.output):  # tried before a scan of hours
-        options.output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=options.output).close()
+    with writing(options.output):  # tried before a scan of hours
+        try_folder(options.output)
     errors: dict[str, DecodeError] = {}
     paths = list(dict.fromkeys(video.path for video in listing.videos))
     with Progress("check", len(paths)) as progress:
@@ -242,7 +231,7 @@ def check(arguments: Sequence[str] | None) -> int:
             if error is not None:
                 errors[error.path] = error
             progress.advance(f"{len(errors):,} cannot be read")
-    with _writing(options.output):  # the ledger first: what the clean list leaves out is always accounted for
+    with writing(options.output):  # the ledger first: what the clean list leaves out is always accounted for
         ledger = to_csv(Failure.of(error, "check") for error in errors.values())
         write_atomically(options.output / "failures.csv", ledger.encode("utf-8", "surrogateescape"))
         write_atomically(clean, clean_list(listing, errors))

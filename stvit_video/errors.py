@@ -5,7 +5,8 @@ import difflib
 import errno
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -34,12 +35,25 @@ class Stopped(Exception):
         super().__init__(f"stopped by {received or 'a signal to another process'} after {reached}")
 
 
-def prepare_folder(folder: Path) -> None:
-    """Make a folder, and write to it, before the work whose result it is to hold. Raises UsageError."""
+def try_folder(folder: Path) -> None:
+    """Make a folder, and write to it, before the work whose result it is to hold. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+
+
+@contextmanager
+def writing(output: Path) -> Iterator[None]:
+    """Turn what the file system refuses of --output into an error of the user's."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        yield
+    except OSError as error:
+        raise UsageError(f"--output {output} cannot be written ({error.strerror}); give another folder.") from error
+
+
+def prepare_folder(folder: Path) -> None:
+    """Do as ``try_folder`` for a folder of any option. Raises UsageError."""
+    try:
+        try_folder(folder)
     except OSError as error:
         raise UsageError(
             f"folder {folder} cannot be written to ({error.strerror}); set its permissions, free space or give another."

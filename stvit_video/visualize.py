@@ -5,15 +5,14 @@ what each semantic token draws on and where it goes, what the head makes of it, 
 is shown: the middle one, or that from ``--start`` seconds on. Exit codes: 0 done; 2 wrong use.
 """
 
-import contextlib
 import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stvit_video.errors import Parser, UsageError, nearest, run_command
+from stvit_video.errors import Parser, UsageError, nearest, run_command, try_folder, writing
 from stvit_video.hub import check_exists
 
 if TYPE_CHECKING:  # what brings torch is imported once the options are known to be right
@@ -62,16 +61,7 @@ def check_output(output: Path, video: Path) -> None:
         if video.exists() and (output / name).exists() and (output / name).samefile(video):
             raise UsageError(f"--output {output} would replace VIDEO {video} itself; give another folder.")
     with writing(output):
-        output.mkdir(parents=True, exist_ok=True)
-
-
-@contextlib.contextmanager
-def writing(output: Path) -> Iterator[None]:
-    """Turn what the file system refuses into an error of the user's."""
-    try:
-        yield
-    except OSError as error:
-        raise UsageError(f"--output {output} cannot be written ({error.strerror}); give another folder.") from error
+        try_folder(output)
 
 
 def paint_layers(explanation: "Explanation", clip: "Clip", label: str) -> "Pictures":

@@ -61,5 +61,4 @@ def benchmark_end_to_end(cfg: CfgNode, clips: int, rounds: int) -> dict[str, Any
     conditions = build_conditions(cfg, False, cfg.TEST.BATCH_SIZE)
     print(f"{cfg.MODEL.NAME}, {conditions.device.type}, {conditions}: from video files, clips of {shape}")
     print("\n".join(describe_flows(flows)), flush=True)
-    where = {"device": conditions.device.type, "precision": cfg.PRECISION, "compiled": cfg.COMPILE}
-    return {"model": cfg.MODEL.NAME, **where, "flows": figures_of_flows(flows)}
+    return {"model": cfg.MODEL.NAME, **conditions.figures, "flows": figures_of_flows(flows)}

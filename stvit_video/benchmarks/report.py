@@ -54,9 +54,7 @@ def figures_of(speeds: Sequence[Speed], product: float, conditions: Conditions) 
         for speed in speeds
     ]
     return {
-        "device": conditions.device.type,
-        "precision": conditions.precision,
-        "compiled": conditions.compiled,
+        **conditions.figures,
         "training": conditions.training,
         "matrix_product_gmacs_per_second": product,
         "models": models,

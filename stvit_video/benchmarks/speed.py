@@ -35,6 +35,11 @@ class Conditions:
     training: bool = False
     largest_batch: int = 64
 
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The same as plain data, but for what only limits the search for a batch."""
+        return {"device": self.device.type, "precision": self.precision, "compiled": self.compiled}
+
     def __str__(self) -> str:
         how = {"none": "eager", "blocks": "blocks compiled", "model": "compiled"}[self.compiled]
         return f"{self.precision}, {how}"
@@ -79,7 +84,6 @@ class Runner:
         graphs = device.type == "cuda" and not conditions.training and conditions.compiled == "model"
         compile_model(model, conditions.compiled, dynamic=False, mode="reduce-overhead" if graphs else "default")
         self.model = model
-        self.weights = [*model.parameters(), *model.buffers()]
         self.batches: dict[int, Tensor] = {}
 
     def __call__(self, batch: int) -> float:
@@ -99,7 +103,8 @@ class Runner:
     def held(self) -> float:
         """Return the memory (1e9 bytes) of weights, and of the optimiser's state where there is one."""
         states = self.optimizer.state.values() if self.optimizer else []
-        kept = [*self.weights, *(value for state in states for value in state.values() if isinstance(value, Tensor))]
+        kept = [*self.model.parameters(), *self.model.buffers()]
+        kept += [value for state in states for value in state.values() if isinstance(value, Tensor)]
         return sum(value.nbytes for value in kept) / 1e9
 
     def _train_step(self, clips: Tensor, optimizer: torch.optim.Optimizer) -> None:

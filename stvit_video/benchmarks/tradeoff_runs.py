@@ -27,6 +27,7 @@ from stvit_video.config import load_config
 from stvit_video.engine.run_folder import RunFolder, describe_changes
 from stvit_video.engine.stopping import EXIT_STOPPED, StopSignals
 from stvit_video.errors import Stopped, UsageError
+from stvit_video.locks import wait_for_lock
 
 POLL_S = 0.1
 ORPHANS_S = 60.0  # how long runs of a command that was killed may take to write their checkpoints
@@ -137,22 +138,17 @@ class Lock:
 
     def __enter__(self) -> TextIOWrapper:
         self.file = open(self.path, "a+")
-        until, waiting = time.monotonic() + self.patience, False
-        while True:
-            try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    self.file.close()
-                    raise UsageError(
-                        f"--output {self.path.parent} is in use by another tradeoff command, or by runs that one "
-                        f"started; wait for it or end it (fuser {self.path} tells which), or give another folder."
-                    ) from None
-                if not waiting:
-                    print(f"waiting for another command that uses {self.path.parent} to end", flush=True)
-                waiting = True
-                time.sleep(POLL_S)
+        taken = wait_for_lock(
+            lambda: fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB),
+            self.patience,
+            lambda: f"waiting for another command that uses {self.path.parent} to end",
+        )
+        if not taken:
+            self.file.close()
+            raise UsageError(
+                f"--output {self.path.parent} is in use by another tradeoff command, or by runs that one "
+                f"started; wait for it or end it (fuser {self.path} tells which), or give another folder."
+            )
         return self.file
 
     def __exit__(self, *error: object) -> None:

@@ -87,10 +87,8 @@ def describe_videos(
                     parts.add(rows[-1])
                 done += len(batch.labels)
             progress.advance(f"{done / (time.monotonic() - started):.1f} videos/s")
-            if signals is not None and signals.received is not None:
-                tell_all(world, STOP)
-            if signals is not None and (signals.received is not None or is_told(world, STOP)):
-                break  # shares differ in length: no process waits here for another's batch
+            if signals is not None and stop_is_asked(world, signals):
+                break
     if signals is not None and any_of(world, signals.received is not None):
         if parts is not None:
             parts.flush()
@@ -100,6 +98,14 @@ def describe_videos(
     predictions = _join([(kept, []), *shares], len(loader.dataset))  # type: ignore[arg-type]
     predictions.kept = sum(len(indices) for indices, *_ in kept)
     return predictions
+
+
+def stop_is_asked(world: World, signals: StopSignals) -> bool:
+    """Say whether any process was told to stop; shares differ in length, so none waits here for another's batch."""
+    if signals.received is not None:
+        tell_all(world, STOP)
+        return True
+    return is_told(world, STOP)
 
 
 def _join(shares: list[tuple[list[Row], list[Failure]]], total: int) -> Predictions:

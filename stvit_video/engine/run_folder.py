@@ -1,7 +1,6 @@
 """The folder of a run: whose it is, what it holds, and what may be written to it."""
 
 import csv
-import errno
 import fcntl
 import io
 import json
@@ -11,7 +10,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +22,7 @@ from fvcore.common.config import CfgNode
 from stvit_video.data.ledger import Failure, read_ledger, to_csv
 from stvit_video.engine.checkpoint import list_checkpoints, write_atomically
 from stvit_video.errors import UsageError
+from stvit_video.locks import wait_for_lock
 
 # Keys that may change between a run and its continuation: they do not change which videos a step
 # sees, and what it computes by rounding alone (Trainer.setup) or not at all.
@@ -48,9 +47,7 @@ TRAINING_FILES = (
     "metrics.jsonl", "curves.png", "model.safetensors", "load_report.json", "config.yaml", "environment.json",
 )  # fmt: skip
 PACKAGES = ("torch", "torchvision", "pytorchvideo", "decord", "decord2", "av", "fvcore", "numpy", "submitit")
-
-
-LOCK_S = 30
+LOCK_S = 30  # more than what a killed start leaves needs to end
 
 
 class RunFolder:
@@ -165,24 +162,23 @@ class RunFolder:
             return
         # A lock of the process, not of the open file, which the loader's workers would inherit.
         file = open(self.path / ".lock", "a+")  # noqa: SIM115 (kept open)
-        until, told = time.monotonic() + LOCK_S, False
-        while True:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EAGAIN):
-                    break
+
+        def holder() -> str:
             file.seek(0)
-            holder = file.read() or "another process"
-            if time.monotonic() > until:
-                raise UsageError(
-                    f"OUTPUT_DIR {self.path} is being written by {holder}; wait for its end, end it, or give another."
-                )
-            if not told:
-                print(f"waiting for {holder} to end, which still writes {self.path}", flush=True)
-            told = True
-            time.sleep(0.2)
+            return file.read() or "another process"
+
+        try:
+            taken = wait_for_lock(
+                lambda: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB),
+                LOCK_S,
+                lambda: f"waiting for {holder()} to end, which still writes {self.path}",
+            )
+        except OSError:  # this file system has no locks
+            taken = True
+        if not taken:
+            raise UsageError(
+                f"OUTPUT_DIR {self.path} is being written by {holder()}; wait for its end, end it, or give another."
+            )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

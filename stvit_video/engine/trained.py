@@ -96,7 +96,7 @@ def _find_config(weights: Path, arguments: dict[str, Any], overrides: Sequence[s
     note = ""
     if carried:
         cfg = default_config()
-        if found.is_file():  # files of earlier versions carry less
+        if found.is_file():  # the weights do not carry all, those of earlier versions even less
             beside = load_config(found)
             carried = {**{key: value_of(beside, key) for key in (*TRAINING_KEYS, *TEST_KEYS)}, **carried}
     elif found.is_file():

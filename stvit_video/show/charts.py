@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
+from stvit_video.engine.plots import AS_IT_IS
+
 matplotlib.use("Agg")
 # Okabe and Ito's colours, which people with any colour vision can tell apart, less black and the palest.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -20,7 +22,7 @@ STYLE = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11, "axes.edgecolor": "#9aa3b2",
     "axes.spines.top": False, "axes.spines.right": False, "axes.labelcolor": "#1d2430", "xtick.color": "#566074",
     "ytick.color": "#566074", "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "svg.hashsalt": "stvit_video", "text.parse_math": False,
+    "svg.hashsalt": "stvit_video", **AS_IT_IS,
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from stvit_video.data.frames import Frames
 from stvit_video.data.sample import write_video
+from stvit_video.engine.plots import AS_IT_IS
 from stvit_video.models.layers import Grid
 from stvit_video.show.overlays import Layer, Scale, region_colours, scale_of
 from stvit_video.show.page import printable
@@ -24,7 +25,7 @@ BAND = 34  # pixels above a panel of the video, for its title
 INK, PAPER = "#1d2430", "#ffffff"
 
 
-@matplotlib.rc_context({"text.parse_math": False})  # names may hold a $
+@matplotlib.rc_context(AS_IT_IS)
 def draw_sheet(
     layers: Sequence[Layer], painted: Sequence[Frames], regions: Grid | None, title: str, labels: Sequence[str]
 ) -> bytes:
