@@ -15,15 +15,15 @@ from matplotlib.transforms import Bbox
 
 from stvit_video.benchmarks.tradeoff_table import Line, Table
 from stvit_video.engine.checkpoint import write_atomically
-from stvit_video.engine.plots import COLOURS, WEIGHTS_COLOURS
+from stvit_video.engine.plots import SPLIT_COLOURS, WEIGHTS_COLOURS
 
 matplotlib.use("Agg")
 Side = Literal["left", "right"]
 GROUPS = {  # kind: marker, size, colour, name in the legend
     "twin": ("s", 8, "black", "full twin"),
-    "preset": ("o", 9, COLOURS["val"], "preset"),
+    "preset": ("o", 9, SPLIT_COLOURS["val"], "preset"),
     "control": ("v", 6, WEIGHTS_COLOURS["random"], "control"),
-    "neighbour": ("D", 6, COLOURS["train"], "neighbour"),
+    "neighbour": ("D", 6, SPLIT_COLOURS["train"], "neighbour"),
 }
 WORST = 100  # a name on a name, or outside, beside a name on a bar
 POINT = 7.0  # half the room that a marker needs, in points of type

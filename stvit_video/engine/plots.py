@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 matplotlib.use("Agg")
-COLOURS = {"train": "#1f5fa8", "val": "#d1495b"}
+SPLIT_COLOURS = {"train": "#1f5fa8", "val": "#d1495b"}
 CURVES = {"loss": "loss", "top1": "top-1 (%)", "lr": "learning rate"}
 AS_IT_IS = {"text.parse_math": False}  # names may hold a $
 WEIGHTS_COLOURS = {"checkpoint": "#1f5fa8", "random": "#9aa0a6", "fine-tuned": "#d1495b"}
@@ -22,7 +22,7 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(14, 4), layout="constrained")
     panels = figure.subplots(1, 3)
     for axes, (name, label) in zip(panels, CURVES.items(), strict=True):
-        for split, colour in COLOURS.items():
+        for split, colour in SPLIT_COLOURS.items():
             points = [(row["epoch"], row[name]) for row in rows if row["split"] == split and name in row]
             if points:
                 title = "training" if split == "train" else "validation"

@@ -227,9 +227,9 @@ class SemanticTokenGenerator(nn.Module):
         context, merged = torch.cat([s, x], dim=1), self.pooling.frames_merged
         if merged == 1:
             return context, None
-        bias = torch.zeros(context.shape[1], device=x.device)
-        bias[: s.shape[1]] = math.log(merged)
-        return context, bias
+        # Two parts joined: a slice that is assigned to cannot be exported to ONNX.
+        centres = torch.full((s.shape[1],), math.log(merged), device=x.device)
+        return context, torch.cat([centres, torch.zeros(x.shape[1], device=x.device)])
 
 
 def check_depths(depth: int, base_depth: int, stgm_depth: int, recover: bool = False) -> None:

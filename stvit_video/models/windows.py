@@ -163,11 +163,15 @@ class WindowAttention(Attention):
         bias = self.bias().to(qkv.dtype)
         if len(self.regions) == 1:
             return self._attend_region(qkv, bias, self.get_buffer("mask_0"))
-        out = qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3)
+        parts = []
         for i, (place, _) in enumerate(self.regions):
             part = (slice(None), *place)
-            out[part] = self._attend_region(qkv[part], bias, self.get_buffer(f"mask_{i}"))
-        return out
+            parts.append(self._attend_region(qkv[part], bias, self.get_buffer(f"mask_{i}")))
+        # Joined axis by axis, the last one first: a slice that is assigned to cannot be exported to ONNX.
+        for axis in (2, 1, 0):
+            count = len({place[axis].start for place, _ in self.regions})
+            parts = [torch.cat(parts[i : i + count], dim=axis + 1) for i in range(0, len(parts), count)]
+        return parts[0]
 
     def attend(self, windows: Tensor, bias: Tensor) -> Tensor:
         """Map windows (n, P, C) to the same shape, each attending inside itself, in inference on a CPU."""
