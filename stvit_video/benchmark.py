@@ -6,113 +6,15 @@ machines, times cannot.
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fvcore.common.config import CfgNode
-
-from stvit_video.errors import Parser, UsageError, prepare_folder, run_command
-
-if TYPE_CHECKING:  # a wrong option is answered before torch, which this brings, is imported
-    from stvit_video.engine.timing import Timer
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measured step: the milliseconds of each round, per clip or per video, and the share of the first row's."""
-
-    name: str
-    milliseconds: list[float]
-    ratio: float
-
-    @property
-    def median(self) -> float:
-        return median(self.milliseconds)
-
-
-def interleave(timers: "dict[str, Timer]", rounds: int) -> list[Row]:
-    """Run each timer once a round, after a round that is not counted; ratios are to the first one's median."""
-    seconds: dict[str, list[float]] = {name: [] for name in timers}
-    for number in range(rounds + 1):
-        for name, timer in timers.items():
-            taken = timer()
-            if number:
-                seconds[name].append(1000 * taken)
-    reference = median(next(iter(seconds.values())))
-    return [Row(name, taken, median(taken) / reference) for name, taken in seconds.items()]
-
-
-def describe(title: str, item: str, rows: list[Row]) -> str:
-    """Return a table of medians and spreads."""
-    width = max(len(row.name) for row in rows)
-    lines = [f"{title}\n{'':{width}}  {'ms a ' + item:>11}  {'least to most':>17}  {item + 's/s':>9}  {'ratio':>5}"]
-    for row in rows:
-        spread = f"{min(row.milliseconds):.1f} to {max(row.milliseconds):.1f}"
-        rate = 1000 / row.median
-        lines.append(f"{row.name:{width}}  {row.median:11.1f}  {spread:>17}  {rate:9.1f}  {row.ratio:5.2f}")
-    return "\n".join(lines)
-
-
-def advise(cfg: CfgNode, train: list[Row], cores: int) -> str:
-    """Return what bounds the training loader here, and what to change."""
-    times = {row.name: row.median for row in train}
-    decode, transform, floats = times["decode"], times["crop and augment"], times["bytes to floats"]
-    handing_over = max(0.0, times["decode in its process"] - decode)
-    workers = cfg.DATA.WORKERS
-    full = times[f"loader, {workers} worker(s)"]
-    parts = (decode, handing_over, transform, floats)
-    work = sum(parts)
-    lines = [
-        "a clip costs {:.0f} ms of one core: {:.0f} % decoding, {:.0f} % handing frames over, {:.0f} % crop and "
-        "augmentation, {:.0f} % floats, which are made where the model is".format(
-            work, *(100 * p / work for p in parts)
-        )
-    ]
-    busy = work / full
-    if busy > 0.75 * cores:
-        lines.append(
-            f"bound by the {cores} cores ({busy:.1f} busy): more cores, or smaller files (short side near "
-            f"{cfg.DATA.SHORT_SIDE[0]}, key frames every second or so) and DATA.REPEATS 2"
-        )
-    elif transform > decode:
-        lines.append("bound by the transforms: DATA.TRANSFORM_ON device, or fewer DATA.RAND_AUGMENT_LAYERS")
-    else:
-        lines.append(f"bound by {workers} worker(s) ({busy:.1f} of {cores} cores busy): raise DATA.WORKERS")
-    return "\n".join(lines)
-
-
-def benchmark_loader(cfg: CfgNode, clips: int, rounds: int, peers: Sequence[str]) -> dict[str, Any]:
-    """Time each step of loading training clips and test videos, print the tables and return the figures."""
-    import torch
-
-    from stvit_video.engine.timing import build_test_timers, build_train_timers
-
-    torch.set_num_threads(1)  # as in a worker, and so that no step takes the core of another
-    train = interleave(build_train_timers(cfg, clips, peers), rounds)
-    shape = f"{cfg.DATA.FRAMES} frames of {cfg.DATA.SIZE}x{cfg.DATA.SIZE}"
-    print(describe(f"training: clips of {shape}", "clip", train), flush=True)
-    test = interleave(build_test_timers(cfg, max(1, clips // cfg.TEST.CLIPS)), rounds)
-    print(describe(f"test: {cfg.TEST.CLIPS} x {cfg.TEST.CROPS} views of {shape}", "video", test))
-    advice = advise(cfg, train, len(os.sched_getaffinity(0)))
-    print(advice, flush=True)
-    return {"train": [asdict(row) for row in train], "test": [asdict(row) for row in test], "advice": advice}
-
-
-def benchmark_engine(cfg: CfgNode, steps: int, rounds: int) -> dict[str, Any]:
-    """Time training steps with and without the engine, print the table and return the figures."""
-    from stvit_video.engine.overhead import build_engine_timers
-
-    rows = interleave(build_engine_timers(cfg, steps), rounds)
-    print(describe(f"training steps of {cfg.TRAIN.BATCH_SIZE} clips held in memory", "step", rows))
-    speed = 1 / rows[1].ratio
-    print(f"the engine takes {speed:.3f} of the bare loop's steps a second, checkpoint and logs included", flush=True)
-    return {"engine": [asdict(row) for row in rows], "speed": speed}
+from stvit_video.common.cli import Parser, run_command
+from stvit_video.common.errors import UsageError
+from stvit_video.common.files import prepare_folder
 
 
 def build_parser() -> Parser:
@@ -189,11 +91,11 @@ def benchmark(arguments: Sequence[str] | None) -> int:
     parser = build_parser()
     options = parser.parse_intermixed_args(arguments)
     check_options(options)
-    from stvit_video.config import load_config
+    from stvit_video.config.load import load_config
 
     cfg_files = [word for kind, word in options.named if kind == "cfg"]
     if options.what in ("model", "train"):
-        from stvit_video.benchmarks.command import benchmark_models
+        from stvit_video.benchmarks.models import benchmark_models
 
         figures = benchmark_models(
             options.named,
@@ -207,17 +109,21 @@ def benchmark(arguments: Sequence[str] | None) -> int:
     else:
         cfg = load_config(cfg_files[0], options.overrides)
         if options.what == "loader":
+            from stvit_video.benchmarks.loader import benchmark_loader
+
             peers = [word for kind, word in options.named if kind == "peer"]
             figures = benchmark_loader(cfg, options.clips, options.rounds, peers)
         elif options.what == "engine":
+            from stvit_video.benchmarks.engine import benchmark_engine
+
             figures = benchmark_engine(cfg, options.steps, options.rounds)
         else:
-            from stvit_video.benchmarks.command import benchmark_end_to_end
+            from stvit_video.benchmarks.models import benchmark_end_to_end
 
             figures = benchmark_end_to_end(cfg, options.clips, options.rounds)
     if options.output:
-        from stvit_video.engine.checkpoint import write_atomically
-        from stvit_video.engine.run_folder import environment
+        from stvit_video.common.files import write_atomically
+        from stvit_video.runs.environment import environment
 
         content = {"started": time.strftime("%Y-%m-%dT%H:%M:%S"), **figures, "environment": environment()}
         write_atomically(options.output, json.dumps(content, indent=2).encode())

@@ -7,25 +7,18 @@ Exit codes: 0 written, and equal within the limit; 1 not equal; 2 wrong use.
 """
 
 import argparse
-import itertools
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from stvit_video.errors import Parser, UsageError, prepare_folder, run_command
-from stvit_video.hub import check_exists
-
-if TYPE_CHECKING:  # a wrong option is answered before torch is imported
-    from torch import Tensor
-
-    from stvit_video.engine.exporters import Run
-    from stvit_video.engine.trained import Trained
+from stvit_video.common.cli import Parser, run_command
+from stvit_video.common.errors import UsageError
+from stvit_video.common.files import prepare_folder
+from stvit_video.common.hub import check_exists
 
 SUFFIXES = {"torch-export": ".pt2", "onnx": ".onnx", "safetensors": ".safetensors", "state-dict": ".pth"}
-BATCHES = (1, 3)  # that a file for any batch is tried with
 
 
 def build_parser() -> Parser:
@@ -59,9 +52,9 @@ def export(arguments: Sequence[str] | None) -> int:
     options = build_parser().parse_args(arguments)
     batch = _check(options)
     check_exists(options.checkpoint)
-    from stvit_video.engine.exporters import FORMATS, check_packages
-    from stvit_video.engine.trained import open_checkpoint
-    from stvit_video.hub import check_push, push
+    from stvit_video.common.hub import check_push, push
+    from stvit_video.inference.formats import FORMATS, check_packages, compare, real_clips
+    from stvit_video.inference.load import open_checkpoint
 
     check_packages(options.format)
     if options.push:
@@ -72,7 +65,7 @@ def export(arguments: Sequence[str] | None) -> int:
         raise UsageError(f"--output {output} would replace the checkpoint itself; give another file.")
     prepare_folder(output.parent)
     print(f"{trained.model.name}, {len(trained.classes)} classes, from {trained.weights}", flush=True)
-    clips = list(_real_clips(trained, options.clip))
+    clips = list(real_clips(trained, options.clip))
     temporary = output.with_name(f".{output.stem}.tmp{output.suffix}")
     form = FORMATS[options.format]
     started = time.perf_counter()
@@ -114,57 +107,6 @@ def _default_output(weights: Path, form: str) -> Path:
 
 def _batch_text(batch: int | None) -> str:
     return "any batch" if batch is None else f"batches of {batch}"
-
-
-def _real_clips(trained: "Trained", video: str | None) -> "Iterator[tuple[str, Tensor]]":
-    """Yield the views (V, 3, T, H, W) of a video, as its test sees it."""
-    if video is None:
-        return
-    from stvit_video.data.frames import DecodeError
-    from stvit_video.engine.predictor import build_predictor
-
-    try:
-        yield video, build_predictor(trained, "cpu", "fp32").clips(video)
-    except DecodeError as error:
-        raise UsageError(f"--clip {error}; give a video that can be read.") from error
-
-
-def compare(trained: "Trained", run: "Run", batch: int | None, clips: "Sequence[tuple[str, Tensor]]") -> float:
-    """Print the largest differences between the file's logits and the model's, and return the largest of all."""
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    size = trained.model.input_size
-    sources = list(clips)
-    for count in BATCHES if batch is None else (batch,):
-        sources.insert(0, ("random clips", torch.randn(count, 3, *size, generator=generator)))  # type: ignore[misc]
-    worst = 0.0
-    for name, given in sources:
-        for part in _batches(given, batch):
-            with torch.no_grad():
-                expected, got = trained.model(part), run(part)
-            if got.shape != expected.shape:
-                raise RuntimeError(f"the file gives {tuple(got.shape)} for {tuple(expected.shape)}")
-            difference = float((got - expected).abs().max())
-            worst = max(worst, difference) if difference == difference else float("nan")
-            print(
-                f"  {name}, batch {len(part)}: differs by {difference:.1e} at most, "
-                f"logits from {expected.min():.2f} to {expected.max():.2f}",
-                flush=True,
-            )
-            if worst != worst:
-                return worst
-    return worst
-
-
-def _batches(clips: "Tensor", batch: int | None) -> "Iterator[Tensor]":
-    """Yield all clips, in batches of a fixed size where that is asked for, the last one filled up from the first."""
-    if batch is None:
-        yield clips
-        return
-    for start in range(0, len(clips), batch):
-        chosen = itertools.islice(itertools.cycle(range(len(clips))), start, start + batch)
-        yield clips[list(chosen)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stvit_video.errors import Parser, UsageError, run_command
+from stvit_video.common.cli import Parser, run_command
+from stvit_video.common.errors import UsageError
 
 
 def build_parser() -> Parser:
@@ -25,33 +26,15 @@ def build_parser() -> Parser:
     return parser
 
 
-def name_runs(paths: Sequence[Path]) -> list[str]:
-    """Return a name for each folder: its own, with as many of its parents as tell it from the others.
-
-    Raises UsageError where one is given twice.
-    """
-    parts = [path.resolve().parts for path in paths]
-    for i, one in enumerate(parts):
-        if one in parts[:i]:
-            raise UsageError(f"RUN {paths[i]} is given twice; give each run once.")
-    names = []
-    for one in parts:
-        depth = 1
-        while sum(other[-depth:] == one[-depth:] for other in parts) > 1:
-            depth += 1
-        names.append("/".join(one[-depth:]))
-    return names
-
-
 def report(runs: Sequence[Path], output: Path, command: str) -> str:
     """Write the page of ``runs`` and return its headline. Raises UsageError."""
     if output.suffix.lower() not in (".html", ".htm") or output.is_dir() or not output.parent.is_dir():
         raise UsageError(f"--output {output}: give a .html file in a folder that exists.")
-    names = name_runs(runs)
-    from stvit_video.engine.checkpoint import write_atomically
-    from stvit_video.show.run_page import find_warnings, headline, run_page
-    from stvit_video.show.run_record import read_run
+    from stvit_video.common.files import write_atomically
+    from stvit_video.pages.run_page import find_warnings, headline, run_page
+    from stvit_video.runs.record import name_runs, read_run
 
+    names = name_runs(runs)
     try:
         records = [read_run(path, name) for path, name in zip(runs, names, strict=True)]
     except OSError as error:

@@ -7,8 +7,9 @@ of the last step; 1 failure, or Ctrl-C where nothing is under way that could be 
 import sys
 from collections.abc import Sequence
 
-from stvit_video.engine.stopping import EXIT_STOPPED
-from stvit_video.errors import Parser, RunFailure, Stopped, run_command
+from stvit_video.common.cli import Parser, run_command
+from stvit_video.common.errors import RunFailure, Stopped
+from stvit_video.runtime.stopping import EXIT_STOPPED
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,7 +43,8 @@ def dispatch(arguments: Sequence[str] | None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="build all, run one batch, begin no run, and exit")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="or KEY=VALUE; last one wins")
     options = parser.parse_intermixed_args(arguments)
-    from stvit_video.config import describe_keys, load_config
+    from stvit_video.config.load import load_config
+    from stvit_video.config.schema import describe_keys
 
     if options.keys:
         print(describe_keys())
@@ -53,15 +55,15 @@ def dispatch(arguments: Sequence[str] | None) -> int:
 
     # Imported late: a wrong option is answered at once, and processes that only generate data stay light.
     if options.cost:
-        from stvit_video.engine.start import print_cost
+        from stvit_video.runs.preflight import print_cost
 
         print_cost(cfg)
         return 0
-    from stvit_video.distributed import join_world
-    from stvit_video.engine.dry_run import dry_run
-    from stvit_video.engine.evaluate import test
-    from stvit_video.engine.train import train
-    from stvit_video.engine.transfer import transfer
+    from stvit_video.evaluation.evaluate import test
+    from stvit_video.runtime.join import join_world
+    from stvit_video.training.dry_run import dry_run
+    from stvit_video.training.loop import train
+    from stvit_video.training.transfer import transfer
 
     with join_world(cfg.DEVICE, cfg.PARALLEL.TIMEOUT_S) as world:
         command = {"train": train, "test": test, "transfer": transfer}[cfg.MODE]

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stvit_video.errors import Parser, Stopped, UsageError, run_command
+from stvit_video.common.cli import Parser, run_command
+from stvit_video.common.errors import Stopped, UsageError
 
 
 def build_parser() -> Parser:
@@ -60,8 +61,8 @@ def tradeoff(arguments: Sequence[str] | None) -> int:
     """Parse the arguments and do what they ask for; return the exit code."""
     options = build_parser().parse_intermixed_args(arguments)
     check_options(options)
-    from stvit_video.benchmarks.tradeoff_command import Wanted, list_rows, make_table
-    from stvit_video.benchmarks.tradeoff_plan import read_plan
+    from stvit_video.sweeps.plan import read_plan
+    from stvit_video.sweeps.sweep import Wanted, list_rows, make_table
 
     plan = read_plan(options.plan, options.overrides)
     output = options.output or Path("runs") / f"tradeoff_{options.plan.stem}"
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tradeoff, arguments, stopped="stopped; the same command continues", again="the same command continues"
         )
     except Stopped as stopped:
-        from stvit_video.engine.stopping import EXIT_STOPPED
+        from stvit_video.runtime.stopping import EXIT_STOPPED
 
         print(f"{stopped}; the same command continues", file=sys.stderr)
         return EXIT_STOPPED

@@ -10,17 +10,11 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from stvit_video.errors import Parser, UsageError, nearest, run_command, try_folder, writing
-from stvit_video.hub import check_exists
-
-if TYPE_CHECKING:  # what brings torch is imported once the options are known to be right
-    from stvit_video.show.clip import Clip
-    from stvit_video.show.clip_page import Pictures
-    from stvit_video.show.explain import Explanation
-
-SLOWEST = 1.0  # seconds a frame, in the video that is written
+from stvit_video.common.cli import Parser, run_command
+from stvit_video.common.errors import UsageError, nearest
+from stvit_video.common.files import try_folder, writing
+from stvit_video.common.hub import check_exists
 
 
 def build_parser() -> Parser:
@@ -64,19 +58,6 @@ def check_output(output: Path, video: Path) -> None:
         try_folder(output)
 
 
-def paint_layers(explanation: "Explanation", clip: "Clip", label: str) -> "Pictures":
-    """Return every layer of a clip, painted."""
-    from stvit_video.show.clip_page import Pictures, frame_labels
-    from stvit_video.show.overlays import build_layers, enlarge, paint
-
-    layers, frames = build_layers(explanation, label), enlarge(clip.frames)
-    painted = [paint(layer, frames, explanation.regions) for layer in layers]
-    step = 0.2
-    if clip.times is not None and len(clip.times) > 1 and clip.times[-1] > clip.times[0]:
-        step = float(clip.times[-1] - clip.times[0]) / (len(clip.times) - 1)
-    return Pictures(layers, painted, frame_labels(clip), min(step, SLOWEST))
-
-
 def visualize(options: Namespace, command: str) -> str:
     """Explain a clip and write the results; return what to tell the user. Raises UsageError."""
     if options.start is not None and not 0 <= options.start < float("inf"):
@@ -84,12 +65,12 @@ def visualize(options: Namespace, command: str) -> str:
     if not options.video.exists():
         raise UsageError(f"VIDEO {options.video} does not exist; give a video, an image or a folder of images.")
     check_exists(str(options.checkpoint))
-    from stvit_video.engine.checkpoint import write_atomically
-    from stvit_video.engine.trained import open_checkpoint
-    from stvit_video.show.clip import read_clip
-    from stvit_video.show.clip_page import Subject, clip_page
-    from stvit_video.show.explain import explain
-    from stvit_video.show.sheet import draw_sheet, write_panels
+    from stvit_video.common.files import write_atomically
+    from stvit_video.inference.load import open_checkpoint
+    from stvit_video.pages.clip import read_clip
+    from stvit_video.pages.clip_page import Subject, clip_page, paint_layers
+    from stvit_video.pages.explain import explain
+    from stvit_video.pages.sheet import draw_sheet, write_panels
 
     output = options.output or Path("visualize") / options.video.stem
     trained = open_checkpoint(options.checkpoint)

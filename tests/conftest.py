@@ -12,11 +12,11 @@ import torch
 from fvcore.common.config import CfgNode
 
 from stvit_video import run
+from stvit_video.common.errors import UsageError
 from stvit_video.config import load_config
 from stvit_video.data import sample
-from stvit_video.engine.checkpoint import CheckpointWriter
-from stvit_video.engine.trainer import Trainer
-from stvit_video.errors import UsageError
+from stvit_video.runs.checkpoint import CheckpointWriter
+from stvit_video.training.trainer import Trainer
 
 REPOSITORY = Path(__file__).parent.parent
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so all that they start.

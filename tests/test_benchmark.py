@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from stvit_video import benchmark
-from stvit_video.benchmark import Row, advise, describe, interleave
+from stvit_video.benchmarks.loader import advise
+from stvit_video.benchmarks.rounds import Row, Timer, describe, interleave
 from stvit_video.config import load_config
-from stvit_video.engine.timing import Timer
 from tests.conftest import REPOSITORY
 
 

@@ -9,12 +9,20 @@ from torch import nn
 
 from stvit_video import benchmark
 from stvit_video.benchmarks import end_to_end
-from stvit_video.benchmarks.contestants import Contestant, FramesAsBatch, build_peer
 from stvit_video.benchmarks.end_to_end import run_through
-from stvit_video.benchmarks.report import describe_speeds, plot_speeds
-from stvit_video.benchmarks.speed import Conditions, Runner, Speed, best_batch, measure, peak_memory
-from stvit_video.errors import UsageError
-from stvit_video.models.complexity import count_operations
+from stvit_video.benchmarks.models import (
+    Conditions,
+    Runner,
+    Speed,
+    best_batch,
+    describe_speeds,
+    measure,
+    peak_memory,
+    plot_speeds,
+)
+from stvit_video.benchmarks.peers import Contestant, FramesAsBatch, build_peer
+from stvit_video.common.errors import UsageError
+from stvit_video.models.cost import count_operations
 from tests.conftest import REPOSITORY
 
 SAMPLE, FULL = (str(REPOSITORY / "configs" / f"sample_{name}.yaml") for name in ("stvit", "full"))

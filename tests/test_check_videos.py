@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 from stvit_video import check_videos
-from stvit_video.check_videos import BLOCK_BYTES, EveryFrame, cause
-from stvit_video.data.annotations import read_list
-from stvit_video.data.decoding import Decoding
-from stvit_video.data.frames import DecodeError
-from stvit_video.data.ledger import read_ledger
+from stvit_video.data.decode.process import Decoding
+from stvit_video.data.decode.types import DecodeError
+from stvit_video.data.failures import read_ledger
+from stvit_video.data.lists.annotations import read_list
+from stvit_video.data.scan import BLOCK_BYTES, EveryFrame, cause
 from tests.conftest import REPOSITORY, numbered_frames
 
 # A decord that hangs or crashes on files of these names, and first says which process does.

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from stvit_video.config import KEYS, default_config, describe_keys, load_config
-from stvit_video.errors import UsageError
+from stvit_video.common.errors import UsageError
+from stvit_video.config.load import default_config, load_config
+from stvit_video.config.schema import KEYS, describe_keys
 from tests.conftest import REPOSITORY
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))

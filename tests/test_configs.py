@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from stvit_video.config import load_config
-from stvit_video.models.complexity import count_gflops
+from stvit_video.models.cost import count_gflops
 from stvit_video.models.zoo import build_model
 from tests.conftest import REPOSITORY
 

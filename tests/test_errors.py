@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from stvit_video.errors import FILESYSTEM_ERRORS, UsageError, run_command
+from stvit_video.common.cli import run_command
+from stvit_video.common.errors import FILESYSTEM_ERRORS, UsageError
 
 
 def raising(error: BaseException) -> Callable[[Sequence[str] | None], int]:

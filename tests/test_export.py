@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from stvit_video import export
-from stvit_video.engine import exporters
-from stvit_video.engine.checkpoint import save_weights
-from stvit_video.engine.trained import Trained, open_checkpoint
+from stvit_video.inference import formats as exporters
+from stvit_video.inference.load import Trained, open_checkpoint
 from stvit_video.models import create_model, list_models
+from stvit_video.models.weights.files import save_weights
 from stvit_video.predict import Predictor
 from tests.conftest import REPOSITORY, data_config
 

@@ -13,17 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from stvit_video.common.errors import UsageError
 from stvit_video.config import load_config
-from stvit_video.data.annotations import Video
-from stvit_video.data.splitting import take_part
-from stvit_video.data.videos import SPLITS, build_videos
-from stvit_video.engine.checkpoint import save_weights
-from stvit_video.engine.evaluate import check_all_loaded
-from stvit_video.engine.trained import open_checkpoint, view_settings
-from stvit_video.errors import UsageError
+from stvit_video.config.clip_settings import view_settings
+from stvit_video.data.lists.annotations import Video
+from stvit_video.data.lists.videos import SPLITS, build_videos, take_part
+from stvit_video.inference.load import open_checkpoint
 from stvit_video.models import create_model, load_pretrained
+from stvit_video.models.weights.files import save_weights
 from stvit_video.models.zoo import build_model
 from stvit_video.predict import Predictor
+from stvit_video.runs.weights import check_all_loaded
 from tests.conftest import REPOSITORY, data_config
 
 CONFIG = REPOSITORY / "configs" / "finetune.yaml"

@@ -18,18 +18,19 @@ import pytest
 import torch
 
 from stvit_video import predict
+from stvit_video.common.errors import UsageError
 from stvit_video.config import load_config
-from stvit_video.data.frames import DecodeError
+from stvit_video.config.clip_settings import view_settings
+from stvit_video.data.decode.types import DecodeError
 from stvit_video.data.loader import build_test_loader
-from stvit_video.data.sources import find_sources
-from stvit_video.data.timeline import Span, spans_of
-from stvit_video.distributed import World
-from stvit_video.engine import annotate as annotate_module
-from stvit_video.engine import evaluate
-from stvit_video.engine.checkpoint import save_weights
-from stvit_video.engine.trained import open_checkpoint, view_settings
-from stvit_video.errors import UsageError
+from stvit_video.data.streams.sources import find_sources
+from stvit_video.data.streams.windows import Span, spans_of
+from stvit_video.evaluation import evaluate
+from stvit_video.inference import annotate as annotate_module
+from stvit_video.inference.load import open_checkpoint
+from stvit_video.models.weights.files import save_weights
 from stvit_video.models.zoo import build_model
+from stvit_video.runtime.world import World
 from tests.conftest import REPOSITORY, data_config
 from tests.data.test_foreign_videos import CLIPS, FOLDER, SPEC
 
@@ -216,7 +217,7 @@ def test_a_long_video_is_read_in_parts(
 ) -> None:
     path = colour_clip(("red", 100), ("blue", 100))
     (whole,) = colours.predict([path], window=0.4, step=0.2)
-    monkeypatch.setattr("stvit_video.engine.predictor.PIECE_FRAMES", 24)
+    monkeypatch.setattr("stvit_video.inference.predictor.PIECE_FRAMES", 24)
     (parts,) = colours.predict([path], window=0.4, step=0.2)
     assert [w.span for w in parts.windows] == [w.span for w in whole.windows]
     assert all(torch.equal(a.scores, b.scores) for a, b in zip(parts.windows, whole.windows, strict=True))

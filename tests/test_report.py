@@ -14,14 +14,14 @@ import pytest
 from PIL import Image
 
 from stvit_video import run
-from stvit_video.data.decode import Request, read_frames
-from stvit_video.data.frames import Reader
+from stvit_video.common.charts import thin_out
+from stvit_video.data.decode.frames import Request, read_frames
+from stvit_video.data.decode.types import Reader
+from stvit_video.data.generated.sprites import MOTIONS
 from stvit_video.data.sample import video_labels
-from stvit_video.data.sprites import MOTIONS
 from stvit_video.models import create_model
 from stvit_video.report import main
-from stvit_video.show.charts import thin_out
-from stvit_video.show.run_record import count_tokens, read_run
+from stvit_video.runs.record import count_tokens, read_run
 from tests.browser import assert_self_contained, dump, probed
 from tests.conftest import REPOSITORY
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from stvit_video.errors import UsageError
+from stvit_video.common.errors import UsageError
 from stvit_video.slurm import follow as following
 from stvit_video.slurm import scaling
 from stvit_video.slurm.cli import main

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stvit_video.distributed import expand_hosts
+from stvit_video.runtime.launchers import expand_hosts
 from stvit_video.slurm.cli import main
 from stvit_video.slurm.jobs import Job, find_jobs
 from tests.conftest import REPOSITORY
@@ -223,7 +223,7 @@ CRASH = """
 import sys
 if "stvit_video.run" in sys.orig_argv:
     import os
-    from stvit_video.engine.trainer import Trainer
+    from stvit_video.training.trainer import Trainer
     take_step = Trainer.take_step
     def crash(self, batches):
         if self.step == 2 and os.environ["SLURM_PROCID"] == "1":
@@ -354,7 +354,9 @@ def test_an_array_leaves_four_runs_and_a_table(cluster: Cluster, small_set: Path
 PLACE = """
 import json, os, sys
 sys.path.insert(0, {repository!r})
-from stvit_video.distributed import find_place, gather_objects, join_world
+from stvit_video.runtime.join import join_world
+from stvit_video.runtime.launchers import find_place
+from stvit_video.runtime.world import gather_objects
 place = find_place(os.environ)
 with join_world("cpu", 30) as world:
     seen = gather_objects(world, os.environ.get("SLURMD_NODENAME"))

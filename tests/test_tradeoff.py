@@ -21,11 +21,10 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
 from stvit_video import run, tradeoff
-from stvit_video.benchmarks.tradeoff_plan import measure_row, read_plan
-from stvit_video.benchmarks.tradeoff_plot import plot_tradeoff
-from stvit_video.benchmarks.tradeoff_runs import Lock
-from stvit_video.benchmarks.tradeoff_table import Line, Table, markdown, records, verdicts
-from stvit_video.engine.stopping import EXIT_STOPPED
+from stvit_video.runtime.stopping import EXIT_STOPPED
+from stvit_video.sweeps.plan import measure_row, read_plan
+from stvit_video.sweeps.runs import Lock
+from stvit_video.sweeps.table import Line, Table, markdown, plot_tradeoff, records, verdicts
 from tests.conftest import REPOSITORY, refusal
 
 ROWS = {

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from stvit_video import tradeoff
-from stvit_video.benchmarks import tradeoff_runs
-from stvit_video.benchmarks.tradeoff_plan import read_plan
-from stvit_video.engine.stopping import EXIT_STOPPED
+from stvit_video.runtime.stopping import EXIT_STOPPED
+from stvit_video.sweeps import runs as tradeoff_runs
+from stvit_video.sweeps.plan import read_plan
 from tests.conftest import refusal
 from tests.test_tradeoff import start as launch
 from tests.test_tradeoff import wait_until, write_plan

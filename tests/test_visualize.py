@@ -16,14 +16,14 @@ from torch import nn
 
 from stvit_video import run
 from stvit_video.data import sample
-from stvit_video.data.decode import Request, read_frames
-from stvit_video.data.frames import Reader
-from stvit_video.engine.checkpoint import save_weights
-from stvit_video.engine.trained import open_checkpoint
+from stvit_video.data.decode.frames import Request, read_frames
+from stvit_video.data.decode.types import Reader
+from stvit_video.inference.load import open_checkpoint
 from stvit_video.models import create_model
+from stvit_video.models.weights.files import save_weights
+from stvit_video.pages.clip import read_clip
+from stvit_video.pages.explain import Explanation, explain, trajectories
 from stvit_video.predict import Predictor
-from stvit_video.show.clip import read_clip
-from stvit_video.show.explain import Explanation, explain, trajectories
 from stvit_video.visualize import main
 from tests.browser import assert_self_contained, dump, probed, screenshot
 from tests.conftest import REPOSITORY
@@ -335,7 +335,7 @@ def test_a_file_of_any_name_is_drawn(knowing: Path, disc: Path, tmp_path: Path, 
 
 
 def test_script_json_survives_hostile_names() -> None:
-    from stvit_video.show.page import printable, script_json
+    from stvit_video.pages.page import printable, script_json
 
     names = ["</script><script>alert(1)</script>", "a & b", "<!--", "\u2028", "grün"]
     text = script_json(names)

@@ -12,15 +12,16 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from stvit_video.config import value_of
+from stvit_video.common.errors import UsageError
+from stvit_video.config.schema import value_of
+from stvit_video.data.lists.videos import build_classes
 from stvit_video.data.loader import build_test_loader, build_train_loader, shorten
-from stvit_video.data.videos import build_classes
-from stvit_video.distributed import World, pick_device
-from stvit_video.engine.parallel import compile_model
-from stvit_video.engine.precision import autocast, set_precision
-from stvit_video.engine.start import build_data, check_inputs
-from stvit_video.errors import UsageError
 from stvit_video.models.zoo import build_model
+from stvit_video.runs.preflight import build_data, check_inputs
+from stvit_video.runtime.join import pick_device
+from stvit_video.runtime.parallel import compile_model
+from stvit_video.runtime.precision import autocast, set_precision
+from stvit_video.runtime.world import World
 
 WORKERS = (1, 2, 4)
 LEAST = 8  # batches a round

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from stvit_video.data.annotations import Video
-from stvit_video.data.decode import Request
-from stvit_video.data.decoding import Decoding
-from stvit_video.data.frames import DecodeError, Frames
-from stvit_video.data.ledger import Failure
-from stvit_video.data.sampling import EvenClips, RandomClips, Sampling
-from stvit_video.data.transforms import TestTransform, TrainTransform
+from stvit_video.data.clips.sampling import EvenClips, RandomClips, Sampling
+from stvit_video.data.clips.transforms import TestTransform, TrainTransform
+from stvit_video.data.decode.frames import Request
+from stvit_video.data.decode.process import Decoding
+from stvit_video.data.decode.types import DecodeError, Frames
+from stvit_video.data.failures import Failure
+from stvit_video.data.lists.annotations import Video
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,17 @@ import torch
 from fvcore.common.config import CfgNode
 from torch.utils.data import DataLoader, Sampler
 
-from stvit_video.data.annotations import check_labels
-from stvit_video.data.augment import Augment
+from stvit_video.common.errors import UsageError
+from stvit_video.data.clips.from_pytorchvideo import SecondsSampler
+from stvit_video.data.clips.sampling import ClipSampler, Sampling
+from stvit_video.data.clips.transforms import Augment, Normalise, TestTransform, TrainTransform
 from stvit_video.data.dataset import Collate, SampleKey, TestDataset, TestViews, TrainDataset, TrainViews
-from stvit_video.data.decode import find_decoders
-from stvit_video.data.decoding import Decoding
-from stvit_video.data.from_pytorchvideo import SecondsSampler
-from stvit_video.data.sampling import ClipSampler, Sampling
-from stvit_video.data.transforms import Normalise, TestTransform, TrainTransform
-from stvit_video.data.videos import build_videos
-from stvit_video.distributed import World
-from stvit_video.errors import UsageError
-from stvit_video.signals import ignore_stop_signals
+from stvit_video.data.decode.frames import find_decoders
+from stvit_video.data.decode.process import Decoding
+from stvit_video.data.lists.annotations import check_labels
+from stvit_video.data.lists.videos import build_videos
+from stvit_video.runtime.signals import ignore_stop_signals
+from stvit_video.runtime.world import World
 
 
 class EpochSampler(Sampler[list[SampleKey]]):

@@ -21,10 +21,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from stvit_video.data import sample_hard
-from stvit_video.data.sprites import MOTIONS, SHAPES, Image, draw, sprite_cover, trajectory
-from stvit_video.errors import Parser, UsageError, run_command
-from stvit_video.progress import Progress
+from stvit_video.common.cli import Parser, run_command
+from stvit_video.common.errors import UsageError
+from stvit_video.common.progress import Progress
+from stvit_video.data.generated import hard as sample_hard
+from stvit_video.data.generated.sprites import MOTIONS, SHAPES, Image, draw, sprite_cover, trajectory
 
 SETS = {"sample": (3072, 256, 512), "sample_hard": (3072, 64, 2048)}  # videos to train, validate and test on
 SPLITS = ("train", "val", "test")

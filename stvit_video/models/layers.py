@@ -4,7 +4,7 @@ Legend: B clips (or frames), N query tokens, K context tokens, C channels, h hea
 The parameter names are those of timm's ViT, so that its checkpoints fit without renaming.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,8 +14,9 @@ from pytorchvideo.layers.drop_path import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from stvit_video.models.cpu_inference import feed_forward
+
 Grid = tuple[int, int, int]
-PIECE = 2**23  # bytes of the widest activation of a piece: it then stays in the cache
 
 
 @dataclass
@@ -66,29 +67,6 @@ def run_block(block: nn.Module, x: Tensor, *context: Tensor | None, recompute: b
     if recompute:
         return checkpoint(block, x, *context, use_reentrant=False)
     return block(x, *context)
-
-
-def in_pieces(module: nn.Module, x: Tensor) -> bool:
-    """Say whether ``module`` goes through ``x`` piece by piece, all steps on one piece before the next.
-
-    On a CPU the same work is then done in the cache and without asking the system for new memory: up to twice as fast.
-    Not where each layer should be seen once: training, compilation, export, counting operations, hooks.
-    """
-    if x.device.type != "cpu" or module.training or torch.is_grad_enabled():
-        return False
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
-        return False
-    return not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
-
-
-def feed_forward(block: nn.Module, x: Tensor, branch: Callable[[Tensor], Tensor], width: int) -> Tensor:
-    """Return x + branch(x) for tokens (..., C) that nobody else holds; ``width`` is the branch's widest layer."""
-    if not in_pieces(block, x):
-        return x + branch(x)
-    x = x.contiguous()
-    for piece in x.view(-1, x.shape[-1]).split(max(1, PIECE // (width * x.element_size()))):
-        piece += branch(piece)
-    return x
 
 
 def check_clip(x: Tensor, input_size: Grid) -> None:
@@ -237,3 +215,9 @@ def init_weights(module: nn.Module) -> None:
 def drop_path_rates(rate: float, depth: int) -> list[float]:
     """Return the stochastic depth rate of each block, rising linearly from 0 to ``rate``."""
     return torch.linspace(0, rate, depth).tolist()
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(choices)}.")

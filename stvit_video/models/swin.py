@@ -8,7 +8,7 @@ those of the published Swin checkpoints.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,113 +16,14 @@ import torch.nn.functional as F
 from pytorchvideo.models.head import create_vit_basic_head
 from torch import Tensor, nn
 
-from stvit_video.models.arguments import check_choice
-from stvit_video.models.layers import (
-    Block,
-    Grid,
-    Intermediates,
-    PatchEmbed,
-    check_clip,
-    drop_path_rates,
-    note,
-    run_block,
-)
-from stvit_video.models.semantic_tokens import SemanticTokenGenerator
-from stvit_video.models.semantic_windows import SemanticSettings, SemanticStage
-from stvit_video.models.windows import WindowAttention, WindowBlock
+from stvit_video.models.layers import Grid, Intermediates, check_choice, check_clip, drop_path_rates, note
+from stvit_video.models.reducers.semantic import SemanticTokenGenerator
+from stvit_video.models.stages import EPS, ConvStem, PatchMerging, PatchStem, SemanticSettings, SemanticStage, Stage
 
 STEMS = ("patch", "conv")
 INITS = ("normal", "xavier")
 STAGES = 4
 SEMANTIC_STAGE = 2  # the third of four, where the paper generates its tokens
-EPS = 1e-5  # of all layer norms, as published
-
-
-class PatchStem(PatchEmbed):
-    """Swin's patch embedding: one projection and a norm. Maps (B, 3, T, H, W) to (B, t, h, w, C)."""
-
-    def __init__(self, dim: int, patch: Grid) -> None:
-        super().__init__(dim, patch)
-        self.norm = nn.LayerNorm(dim, eps=EPS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        grid = [size // step for size, step in zip(x.shape[2:], self.patch, strict=True)]
-        return self.norm(super().forward(x)).reshape(x.shape[0], *grid, -1)
-
-
-class ConvStem(nn.Module):
-    """The released STViT-R's embedding: two convolutions of stride 2, batch norm, Hardswish. Same shapes."""
-
-    def __init__(self, dim: int, patch: Grid) -> None:
-        super().__init__()
-        frames = patch[0]
-        self.proj = nn.Sequential(
-            self._layer(3, dim // 2, frames), nn.Hardswish(), self._layer(dim // 2, dim, 1), nn.Hardswish()
-        )
-
-    @staticmethod
-    def _layer(inputs: int, outputs: int, frames: int) -> nn.Module:
-        layer = nn.Sequential()
-        kernel, stride = (frames, 3, 3), (frames, 2, 2)
-        layer.add_module("c", nn.Conv3d(inputs, outputs, kernel, stride, padding=(0, 1, 1), bias=False))
-        layer.add_module("bn", nn.BatchNorm3d(outputs))
-        return layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).permute(0, 2, 3, 4, 1)
-
-
-class PatchMerging(nn.Module):
-    """Put 2 x 2 neighbours together and project: (B, T, H, W, C) to (B, T, H/2, W/2, 2C), odd maps being padded."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
-        self.norm = nn.LayerNorm(4 * dim, eps=EPS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        H, W = x.shape[2:4]
-        if H % 2 or W % 2:
-            x = F.pad(x, (0, 0, 0, W % 2, 0, H % 2))
-        x = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (B, T, H/2, 2, W/2, 2, C)
-        return self.reduction(self.norm(x.permute(0, 1, 2, 4, 5, 3, 6).flatten(4)))
-
-
-class Stage(nn.Module):
-    """Blocks on one grid: windows, every second one shifted, or (``window`` None) all tokens of the clip."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        grid: Grid,
-        window: Grid | None,
-        *,
-        mlp_ratio: float,
-        drop_path: Sequence[float],
-        window_frames: int,
-        eps: float,
-        layer_scale: float | None = None,
-    ) -> None:
-        super().__init__()
-        self.out_grid, self.windowed = grid, window is not None
-        self.blocks = nn.ModuleList()
-        for i, rate in enumerate(drop_path):
-            if window is None:
-                self.blocks.append(Block(dim, num_heads, mlp_ratio, rate, eps, layer_scale))
-            else:
-                attention = WindowAttention(dim, num_heads, grid, window, i % 2 == 1, window_frames)
-                self.blocks.append(WindowBlock(dim, mlp_ratio, rate, eps, attention))
-        self.downsample: nn.Module | None = None
-        self.grad_checkpointing = False
-
-    def forward(self, x: Tensor, return_assignment: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Map (B, T, H, W, C) to the same shape; there is never an assignment."""
-        shape = x.shape
-        x = x if self.windowed else x.flatten(1, 3)
-        for block in self.blocks:
-            x = run_block(block, x, recompute=self.grad_checkpointing and self.training)
-        return x.reshape(shape), None
 
 
 class SwinTransformer(nn.Module):

@@ -13,12 +13,12 @@ import torch
 from pytorchvideo.models.head import create_vit_basic_head
 from torch import Tensor, nn
 
-from stvit_video.models.arguments import check_choice
 from stvit_video.models.layers import (
     Block,
     Grid,
     Intermediates,
     PatchEmbed,
+    check_choice,
     check_clip,
     drop_path_rates,
     init_weights,
@@ -26,7 +26,7 @@ from stvit_video.models.layers import (
     run_block,
 )
 from stvit_video.models.reducers import REDUCERS, Reduced, Reducer, create_reducer, key_bias, mean_token
-from stvit_video.models.semantic_tokens import SemanticTokenGenerator, check_depths, default_regions
+from stvit_video.models.reducers.semantic import SemanticTokenGenerator, check_depths, default_regions
 
 BASE_ATTENTION = ("frame", "joint")
 POSITIONS = ("frame", "clip")

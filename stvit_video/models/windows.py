@@ -9,7 +9,7 @@ Legend: B clips, (T, H, W) token grid, (t, h, w) window, P = t*h*w positions of 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import product
 
 import torch
@@ -18,11 +18,8 @@ from pytorchvideo.layers import Mlp
 from pytorchvideo.layers.drop_path import DropPath
 from torch import Tensor, nn
 
-from stvit_video.models.layers import PIECE, Attention, Grid, feed_forward, in_pieces
-
-LOGITS = 2**18  # elements of attention logits to have at a time where they are written out
-
-Run = tuple[int, int, int]  # equal windows along an axis: where they start, how many, how long each
+from stvit_video.models.cpu_inference import LOGITS, cuts, feed_forward, in_pieces, pieces
+from stvit_video.models.layers import Attention, Grid
 
 
 def split(x: Tensor, window: Grid) -> Tensor:
@@ -42,17 +39,6 @@ def unite(windows: Tensor, window: Grid) -> Tensor:
     t, h, w = window
     x = windows.reshape(B, nt, nh, nw, t, h, w, C).permute(0, 1, 4, 2, 5, 3, 6, 7)
     return x.reshape(B, nt * t, nh * h, nw * w, C)
-
-
-def cuts(length: int, window: int, shift: int) -> list[Run]:
-    """Return the windows of an axis as runs of equal ones: (start, count, size), the ends being shorter ones.
-
-    Shifted windows under their masks are windows cut elsewhere: the masked ones consist of parts that do not see one
-    another.
-    """
-    full, rest = divmod(length - shift, window)
-    runs = [(0, 1, shift), (shift, full, window), (length - rest, 1, rest)]
-    return [(start, count, size) for start, count, size in runs if count and size]
 
 
 def axis_labels(length: int, window: int, shift: int, hide_padding: bool) -> Tensor:
@@ -231,13 +217,3 @@ class WindowBlock(nn.Module):
                 target = split(out[place], window)
                 target.copy_((tokens + self.attn.attend(self.norm1(tokens), logits)).view(target.shape))
         return out
-
-
-def pieces(clips: int, runs: Sequence[Run], size_of_window: int) -> Iterator[tuple[slice, ...]]:
-    """Yield parts of a batch (B, T, H, W) of whole windows, each of about PIECE bytes where that many are there."""
-    axes, total = [], size_of_window
-    for start, count, size in reversed([(0, clips, 1), *runs]):
-        step = max(1, min(count, PIECE // total))
-        total *= step
-        axes.append([slice(start + i * size, start + min(i + step, count) * size) for i in range(0, count, step)])
-    return product(*reversed(axes))

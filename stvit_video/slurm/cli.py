@@ -13,17 +13,11 @@ from pathlib import Path
 from fvcore.common.config import CfgNode
 
 import stvit_video
-from stvit_video.config import load_config
-from stvit_video.errors import Parser, UsageError, nearest, run_command
+from stvit_video.common.cli import Parser, run_command
+from stvit_video.common.errors import UsageError, nearest
+from stvit_video.config.load import load_config
 from stvit_video.slurm.follow import describe_status, follow, print_log, summarise
-from stvit_video.slurm.jobs import (
-    Job,
-    cancel,
-    expand_grid,
-    find_jobs,
-    resume,
-    submit,
-)
+from stvit_video.slurm.jobs import Job, cancel, expand_grid, find_jobs, resume, submit
 from stvit_video.slurm.request import Request, read_profile
 
 VERBS = {"status": "say how it is", "logs": "print its log", "cancel": "end it", "resume": "submit it again"}
@@ -139,7 +133,7 @@ def build_request(options: Namespace, configs: Sequence[CfgNode]) -> Request:
 
 def git_state() -> object:
     """Return commit and cleanliness of the checkout that is submitted."""
-    from stvit_video.engine.run_folder import environment
+    from stvit_video.runs.environment import environment
 
     return environment()["git"]
 

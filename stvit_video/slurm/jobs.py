@@ -22,7 +22,7 @@ from fvcore.common.config import CfgNode
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 import stvit_video
-from stvit_video.errors import UsageError
+from stvit_video.common.errors import UsageError
 from stvit_video.slurm.records import JobFolder
 from stvit_video.slurm.request import Profile, Request
 from stvit_video.slurm.task import Task
@@ -196,7 +196,7 @@ def _deaf_to_ctrl_c(cluster: str) -> Iterator[None]:
 
 def _prepare(cfg: CfgNode) -> None:
     """Make a folder the run's and put into it what the job will run."""
-    from stvit_video.engine.run_folder import RunFolder
+    from stvit_video.runs.folder import RunFolder
 
     folder = JobFolder(cfg.OUTPUT_DIR)
     earlier = read_job(folder.run)

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 import yaml
 from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 
-from stvit_video.errors import UsageError, nearest
+from stvit_video.common.errors import UsageError, nearest
 from stvit_video.slurm.task import GUARD
 
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d+)(?::(?P<minutes>\d+))?(?::(?P<seconds>\d+))?")

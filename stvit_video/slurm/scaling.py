@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stvit_video.errors import Parser, UsageError
+from stvit_video.common.cli import Parser
+from stvit_video.common.errors import UsageError
 
 GPUS = (1, 8, 64, 512)
 BACKWARD = 2 / 3  # its share of a step's computation, behind which gradients travel
@@ -97,10 +98,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def calculate(path: str, options: object) -> str:
     """Return the table for the configuration at ``path``."""
-    from stvit_video.config import load_config
-    from stvit_video.engine.start import KINETICS_CLASSES
-    from stvit_video.models.complexity import count_gflops, count_parameters
+    from stvit_video.config.load import load_config
+    from stvit_video.models.cost import count_gflops, count_parameters
     from stvit_video.models.zoo import build_model
+    from stvit_video.runs.preflight import KINETICS_CLASSES
 
     given, cfg = vars(options), load_config(path)
     model = build_model(cfg, cfg.MODEL.NUM_CLASSES or KINETICS_CLASSES)

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import submitit
 import yaml
 
-from stvit_video.engine.stopping import EXIT_STOPPED
+from stvit_video.runtime.stopping import EXIT_STOPPED
 from stvit_video.slurm.records import Failure, JobFolder
 
 POLL_S = 0.2

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stvit_video.data.frames import Indices, Reader
+from stvit_video.data.decode.types import Indices, Reader
 
 
 @dataclass(frozen=True)

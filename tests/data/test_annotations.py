@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from stvit_video.data.annotations import (
+from stvit_video.common.errors import UsageError
+from stvit_video.data.lists.annotations import (
     Video,
     check_files,
     check_labels,
@@ -15,7 +16,6 @@ from stvit_video.data.annotations import (
     read_list,
     summarise_videos,
 )
-from stvit_video.errors import UsageError
 from tests.conftest import refusal
 
 

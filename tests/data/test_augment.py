@@ -8,7 +8,7 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from stvit_video.data.augment import Augment, torch_draws_from
+from stvit_video.data.clips.transforms import Augment, torch_draws_from
 
 CLIP = F.resize(torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, 9, 12), dtype=np.uint8)), [24, 32])
 CHOICES = np.random.default_rng

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stvit_video.data.decoding import Decoding
-from stvit_video.data.frames import DecodeError, Frames
-from stvit_video.data.sampling import ClipSampler, EvenClips
+from stvit_video.data.clips.sampling import ClipSampler, EvenClips
+from stvit_video.data.decode.process import Decoding
+from stvit_video.data.decode.types import DecodeError, Frames
 from tests.conftest import copy_packets, numbered_frames
 from tests.data.choices import Frozen
 

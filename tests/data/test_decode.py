@@ -9,10 +9,10 @@ import av
 import numpy as np
 import pytest
 
-from stvit_video.data import readers
-from stvit_video.data.decode import DECODERS, Request, Shelf, find_decoders, open_video, read_frames
-from stvit_video.data.frames import DecodeError, Frames
-from stvit_video.data.sampling import ClipSampler, EvenClips
+from stvit_video.data.clips.sampling import ClipSampler, EvenClips
+from stvit_video.data.decode import readers
+from stvit_video.data.decode.frames import DECODERS, Request, Shelf, find_decoders, open_video, read_frames
+from stvit_video.data.decode.types import DecodeError, Frames
 from tests.conftest import numbered_frames, read_number
 from tests.data.choices import Frozen
 

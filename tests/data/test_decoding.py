@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from stvit_video import run
-from stvit_video.data.decode import read_frames
-from stvit_video.data.decoding import Decoding
-from stvit_video.data.frames import DecodeError
-from stvit_video.data.ledger import read_ledger
-from stvit_video.signals import STOP_SIGNALS
+from stvit_video.data.decode.frames import read_frames
+from stvit_video.data.decode.process import Decoding
+from stvit_video.data.decode.types import DecodeError
+from stvit_video.data.failures import read_ledger
+from stvit_video.runtime.signals import STOP_SIGNALS
 from tests.conftest import numbered_frames, read_number
 from tests.data.choices import Crashing, Frozen, Sleeping
 
@@ -127,7 +127,7 @@ def test_no_process_is_left_behind(path: str) -> None:
 def test_a_hanging_child_dies_with_its_parent(path: str) -> None:
     code = f"""
 import os, sys
-from stvit_video.data.decoding import Decoding
+from stvit_video.data.decode.process import Decoding
 from tests.data.choices import Sleeping
 decoding = Decoding(("decord",), 1e6)
 decoding._send(decoding.request({path!r}, Sleeping()), alone=True)

@@ -8,9 +8,9 @@ import av
 import numpy as np
 import pytest
 
-from stvit_video.data.decode import Request, open_video, read_frames
-from stvit_video.data.frames import DecodeError
-from stvit_video.data.sampling import ClipSampler, EvenClips
+from stvit_video.data.clips.sampling import ClipSampler, EvenClips
+from stvit_video.data.decode.frames import Request, open_video, read_frames
+from stvit_video.data.decode.types import DecodeError
 from tests.data.choices import Frozen
 
 SPREAD = EvenClips(ClipSampler("dense", 1), 16)  # 16 frames, the first and the last among them

@@ -10,11 +10,11 @@ import torch
 from pytorchvideo.data import LabeledVideoDataset, make_clip_sampler
 from pytorchvideo.data.labeled_video_paths import LabeledVideoPaths
 
-from stvit_video.data.annotations import Video
-from stvit_video.data.decode import open_video
-from stvit_video.data.from_pytorchvideo import SecondsSampler, videos_of
+from stvit_video.data.clips.from_pytorchvideo import SecondsSampler, videos_of
+from stvit_video.data.decode.frames import open_video
+from stvit_video.data.lists.annotations import Video
 from stvit_video.data.loader import build_train_loader
-from stvit_video.distributed import World
+from stvit_video.runtime.world import World
 from tests.conftest import data_config, numbered_frames, read_number
 
 

@@ -10,21 +10,16 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from stvit_video.data.annotations import Video
+from stvit_video.common.errors import UsageError
+from stvit_video.data.clips.sampling import ClipSampler
+from stvit_video.data.clips.transforms import Normalise, TestTransform, TrainTransform
 from stvit_video.data.dataset import Collate, SampleKey, TestDataset, TestViews, TrainDataset, TrainViews
-from stvit_video.data.decoding import Decoding
-from stvit_video.data.ledger import read_ledger
-from stvit_video.data.loader import (
-    EpochSampler,
-    ShardedBatches,
-    build_test_loader,
-    build_train_loader,
-)
-from stvit_video.data.sampling import ClipSampler
-from stvit_video.data.transforms import Normalise, TestTransform, TrainTransform
-from stvit_video.data.videos import build_videos
-from stvit_video.distributed import World
-from stvit_video.errors import UsageError
+from stvit_video.data.decode.process import Decoding
+from stvit_video.data.failures import read_ledger
+from stvit_video.data.lists.annotations import Video
+from stvit_video.data.lists.videos import build_videos
+from stvit_video.data.loader import EpochSampler, ShardedBatches, build_test_loader, build_train_loader
+from stvit_video.runtime.world import World
 from tests.conftest import data_config, numbered_frames, read_number
 
 PLAIN = Normalise((0, 0, 0), (1, 1, 1))

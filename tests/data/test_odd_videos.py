@@ -7,8 +7,8 @@ import av
 import numpy as np
 import pytest
 
-from stvit_video.data.decode import Request, find_decoders, open_video, read_frames
-from stvit_video.data.frames import DecodeError
+from stvit_video.data.decode.frames import Request, find_decoders, open_video, read_frames
+from stvit_video.data.decode.types import DecodeError
 from tests.conftest import copy_packets, numbered_frames, read_number
 from tests.data.choices import Frozen
 

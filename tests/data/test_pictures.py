@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stvit_video.data.decode import open_video
-from stvit_video.data.frames import DecodeError
+from stvit_video.data.decode.frames import open_video
+from stvit_video.data.decode.types import DecodeError
 
 
 def read_image(path: Path, short_side: int | None = None) -> np.ndarray:

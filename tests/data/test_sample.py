@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from stvit_video.data import sample, sample_hard, sprites
-from stvit_video.data.annotations import read_classes, read_list
-from stvit_video.data.decode import open_video
-from stvit_video.errors import UsageError
+from stvit_video.common.errors import UsageError
+from stvit_video.data import sample
+from stvit_video.data.decode.frames import open_video
+from stvit_video.data.generated import hard as sample_hard
+from stvit_video.data.generated import sprites
+from stvit_video.data.lists.annotations import read_classes, read_list
 
 SPEC = sample.Spec(clips=(16, 8, 8), stills=(8, 8))
 HARD = sample.Spec(clips=(16, 16, 16), name="sample_hard")

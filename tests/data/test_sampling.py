@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from stvit_video.data.sampling import (
+from stvit_video.data.clips.sampling import (
     ClipSampler,
     EvenClips,
     RandomClips,

@@ -6,8 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.transforms import v2
 
-from stvit_video.data.augment import Augment
-from stvit_video.data.transforms import Normalise, TestTransform, TrainTransform
+from stvit_video.data.clips.transforms import Augment, Normalise, TestTransform, TrainTransform
 
 NORMALISE = Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 FRAMES = np.random.default_rng(0).integers(0, 256, (4, 60, 90, 3), dtype=np.uint8)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from fvcore.common.config import CfgNode
 
-from stvit_video.data.annotations import Video
-from stvit_video.data.videos import build_classes, build_videos
-from stvit_video.errors import UsageError
+from stvit_video.common.errors import UsageError
+from stvit_video.data.lists.annotations import Video
+from stvit_video.data.lists.videos import build_classes, build_videos
 from tests.conftest import data_config
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from stvit_video.models import create_model
-from stvit_video.models.complexity import count_training_memory
+from stvit_video.models.cost import count_training_memory
 
 
 class Net(nn.Module):

@@ -12,7 +12,7 @@ import torchvision
 from safetensors.torch import save_file
 from yacs.config import CfgNode
 
-from stvit_video.errors import UsageError
+from stvit_video.common.errors import UsageError
 from stvit_video.models import create_model, load_pretrained
 
 NAME = "stvit_vit_sample_patch8"

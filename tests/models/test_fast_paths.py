@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from stvit_video.models import create_model, layers, windows
-from stvit_video.models.complexity import count_gflops
+from stvit_video.models import cpu_inference, create_model, windows
+from stvit_video.models.cost import count_gflops
 
 SHRUNK_VIT = {"dim": 48, "num_heads": 3, "depth": 6, "image_size": 64}
 SHRUNK_SWIN = {"dim": 24, "depths": (2, 2, 6, 2), "num_heads": (1, 2, 4, 8)}
@@ -49,12 +49,12 @@ def draw_clip(model: torch.nn.Module, count: int = 2) -> torch.Tensor:
     return torch.randn(count, 3, *model.input_size)
 
 
-@pytest.mark.parametrize("piece", [layers.PIECE, 20000])
+@pytest.mark.parametrize("piece", [cpu_inference.PIECE, 20000])
 @pytest.mark.parametrize(("name", "frames", "settings"), VARIANTS)
 def test_pieces_give_what_the_whole_gives(
     name: str, frames: int, settings: dict, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (layers, windows):
+    for module in [cpu_inference]:
         monkeypatch.setattr(module, "PIECE", piece)
     model = build(name, frames, settings)
     clip = draw_clip(model)

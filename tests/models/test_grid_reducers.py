@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from stvit_video.models import create_model, load_pretrained
-from stvit_video.models.complexity import count_gflops
+from stvit_video.models.cost import count_gflops
 from stvit_video.models.reducers import GRID_REDUCERS, create_grid_reducer
-from stvit_video.models.semantic_windows import SemanticStage
+from stvit_video.models.stages import SemanticStage
 
 NAMES = ["stvit_swin_tiny", "stvit_r_swin_small"]
 SHRUNK = {"dim": 24, "depths": (2, 2, 6, 2), "num_heads": (1, 2, 4, 8)}

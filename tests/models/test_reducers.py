@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stvit_video.config import BY_NAME
-from stvit_video.errors import UsageError
+from stvit_video.common.errors import UsageError
+from stvit_video.config.schema import BY_NAME
 from stvit_video.models import create_model, load_pretrained
-from stvit_video.models.complexity import count_gflops, count_training_memory
+from stvit_video.models.cost import count_gflops, count_training_memory
 from stvit_video.models.reducers import REDUCERS, create_reducer
 from stvit_video.models.reducers.interface import key_bias, mean_token
 from stvit_video.models.reducers.merging import match, merge

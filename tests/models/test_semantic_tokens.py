@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from stvit_video.models.layers import Block
-from stvit_video.models.semantic_tokens import (
+from stvit_video.models.reducers.semantic import (
     SemanticPooling,
     SemanticTokenGenerator,
     allowed_counts,

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torchvision
 
-from stvit_video.errors import UsageError
+from stvit_video.common.errors import UsageError
 from stvit_video.models import create_model, load_pretrained
-from stvit_video.models.complexity import count_gflops, count_parameters
+from stvit_video.models.cost import count_gflops, count_parameters
 from tests.models.weights import perturb
 
 SHRUNK = {"dim": 24, "depths": (2, 2, 6, 2), "num_heads": (1, 2, 4, 8)}

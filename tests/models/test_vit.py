@@ -4,9 +4,9 @@ import pytest
 import timm
 import torch
 
-from stvit_video.errors import UsageError
+from stvit_video.common.errors import UsageError
 from stvit_video.models import create_model, list_models, load_pretrained
-from stvit_video.models.complexity import count_gflops
+from stvit_video.models.cost import count_gflops
 
 # Small enough to run in a moment: the code paths are those of the named sizes.
 SHRUNK = {"dim": 48, "num_heads": 3, "depth": 8, "patch_size": 16}

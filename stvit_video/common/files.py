@@ -1,0 +1,76 @@
+"""Files and folders: atomic writing, locks, and one line where a place cannot be written."""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from stvit_video.common.errors import UsageError
+
+POLL_S = 0.2
+
+
+def wait_for_lock(take: Callable[[], None], patience: float, note: Callable[[], str]) -> bool:
+    """Return whether ``take`` took a lock within ``patience`` seconds; ``note`` is printed once where that takes time.
+
+    ``take`` is one of fcntl's, not blocking: it raises BlockingIOError or, as POSIX allows too, PermissionError while
+    another process holds the lock. Other errors are raised.
+    """
+    until, told = time.monotonic() + patience, False
+    while True:
+        try:
+            take()
+            return True
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() > until:
+                return False
+        if not told:
+            print(note(), flush=True)
+        told = True
+        time.sleep(POLL_S)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, or a restart after a kill, finds it whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must survive a power cut
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def try_folder(folder: Path) -> None:
+    """Make a folder, and write to it, before the work whose result it is to hold. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+
+
+@contextmanager
+def writing(output: Path) -> Iterator[None]:
+    """Turn what the file system refuses of --output into an error of the user's."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"--output {output} cannot be written ({error.strerror}); give another folder.") from error
+
+
+def prepare_folder(folder: Path) -> None:
+    """Do as ``try_folder`` for a folder of any option. Raises UsageError."""
+    try:
+        try_folder(folder)
+    except OSError as error:
+        raise UsageError(
+            f"folder {folder} cannot be written to ({error.strerror}); set its permissions, free space or give another."
+        ) from error

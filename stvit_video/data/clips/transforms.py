@@ -1,0 +1,174 @@
+"""Frames to clips: uint8 (T, H, W, 3) from the decoder to normalised float (3, T, S, S) for the model.
+
+A crop of a resized frame is computed as one resize of a crop: fewer pixels are touched, and frames stay uint8 until
+the end.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from stvit_video.data.decode.types import Frames
+
+
+@contextmanager
+def torch_draws_from(seed: int) -> Iterator[None]:
+    """Let torch's CPU generator start from ``seed`` inside the block, and go on afterwards as if nothing was drawn."""
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed, which would seed the GPUs too, and with them the dropout of the training around us.
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+@dataclass(frozen=True)
+class Augment:
+    """RandAugment, colour jitter and random erasing of one clip; what is 0 is left out and draws nothing.
+
+    ``layers`` operations of RandAugment have a ``magnitude`` of 0 to 30; none of them mirrors. ``jitter`` is the
+    largest relative change of brightness, contrast and saturation, ``erase`` the probability of random erasing.
+    """
+
+    layers: int = 0
+    magnitude: int = 9
+    jitter: float = 0.0
+    erase: float = 0.0
+
+    def distort(self, clip: Tensor, rng: np.random.Generator) -> Tensor:
+        """Return uint8 (T, 3, H, W) after RandAugment and colour jitter, as uint8."""
+        steps = []
+        if self.layers > 0:
+            steps.append(v2.RandAugment(self.layers, self.magnitude, interpolation=v2.InterpolationMode.BILINEAR))
+        if self.jitter > 0:
+            steps.append(v2.ColorJitter(self.jitter, self.jitter, self.jitter))
+        if not steps:
+            return clip
+        with torch_draws_from(_seed(rng)):
+            return v2.Compose(steps)(clip)
+
+    def cover(self, clip: Tensor, rng: np.random.Generator) -> Tensor:
+        """Return normalised float (3, T, H, W), maybe with one rectangle of noise over all frames, in place."""
+        if self.erase == 0:
+            return clip
+        with torch_draws_from(_seed(rng)):
+            return v2.RandomErasing(self.erase, value="random", inplace=True)(clip.transpose(0, 1)).transpose(0, 1)
+
+
+def _seed(rng: np.random.Generator) -> int:
+    return int(rng.integers(2**63))
+
+
+@dataclass(frozen=True)
+class Normalise:
+    """uint8 in 0 to 255 to float with the given mean and standard deviation (of values in 0 to 1), channels first."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, pixels: Tensor, out: Tensor | None = None) -> Tensor:
+        """Map uint8 (T, H, W, 3) to float32 (3, T, H, W), written to ``out`` where that is given."""
+        mean = torch.tensor(self.mean, device=pixels.device).view(3, 1, 1, 1) * 255
+        std = torch.tensor(self.std, device=pixels.device).view(3, 1, 1, 1) * 255
+        if out is None:
+            out = torch.empty(3, *pixels.shape[:3], device=pixels.device)
+        return out.copy_(pixels.permute(3, 0, 1, 2)).sub_(mean).div_(std)
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """Random crop, optional mirror image and augmentation, each the same for all frames of a clip.
+
+    With ``area`` None: the short side becomes a random length in ``short_side``, then a random square is cut. Else a
+    random share ``area`` of the frame, with a random ``ratio`` of width to height, is stretched to the square.
+    """
+
+    size: int
+    normalise: Normalise
+    short_side: tuple[int, int]
+    area: tuple[float, float] | None
+    ratio: tuple[float, float]
+    flip: bool
+    augment: Augment = field(default_factory=Augment)
+
+    def crop(self, frames: Frames | Tensor, rng: np.random.Generator) -> Tensor:
+        """Map frames (T, H, W, 3), an array or a tensor, to uint8 (T, size, size, 3) on the same device."""
+        clip = torch.as_tensor(frames).permute(0, 3, 1, 2)  # (T, 3, H, W)
+        height, width = clip.shape[-2:]
+        top, left, crop_height, crop_width = self._box(height, width, rng)
+        clip = F.resized_crop(clip, top, left, crop_height, crop_width, [self.size, self.size], antialias=True)
+        if self.flip and rng.random() < 0.5:
+            clip = F.horizontal_flip(clip)
+        return self.augment.distort(clip, rng).permute(0, 2, 3, 1)
+
+    def finish(self, pixels: Tensor, rng: np.random.Generator, out: Tensor | None = None) -> Tensor:
+        """Map a crop (T, size, size, 3) to a clip (3, T, size, size)."""
+        return self.augment.cover(self.normalise(pixels, out), rng)
+
+    def __call__(self, frames: Frames | Tensor, rng: np.random.Generator) -> Tensor:
+        """Map frames (T, H, W, 3), an array or a tensor, to a clip (3, T, size, size) on the same device."""
+        return self.finish(self.crop(frames, rng), rng)
+
+    def _box(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+        if self.area is None:
+            side = int(rng.integers(self.short_side[0], self.short_side[1] + 1))
+            crop = max(1, round(self.size * min(height, width) / side))  # the square, in the file's own pixels
+            return int(rng.integers(height - crop + 1)), int(rng.integers(width - crop + 1)), crop, crop
+        for _ in range(10):
+            area = height * width * rng.uniform(*self.area)
+            ratio = math.exp(rng.uniform(*np.log(self.ratio)))
+            h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+            if 0 < h <= height and 0 < w <= width:
+                return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+        square = min(height, width)
+        return (height - square) // 2, (width - square) // 2, square, square
+
+
+@dataclass(frozen=True)
+class TestTransform:
+    """Resize the short side, then cut one centred square or three along the longer side."""
+
+    __test__ = False  # its name is the field's, not a test case's
+
+    size: int
+    normalise: Normalise
+    short_side: int
+    crops: int
+
+    def resize(self, frames: Frames | Tensor) -> Tensor:
+        """Map frames (T, H, W, 3) to uint8 (T, h, w, 3), of which crops are cut."""
+        clip = torch.as_tensor(frames).permute(0, 3, 1, 2)  # (T, 3, H, W)
+        return F.resize(clip, self._resized(*clip.shape[-2:]), antialias=True).permute(0, 2, 3, 1)
+
+    def finish(self, pixels: Tensor, out: Tensor | None = None) -> Tensor:
+        """Map resized frames (T, h, w, 3) to views (crops, 3, T, size, size)."""
+        if out is None:
+            out = torch.empty(self.crops, 3, len(pixels), self.size, self.size, device=pixels.device)
+        for crop, view in zip(self._cut(pixels), out, strict=True):
+            self.normalise(crop, view)
+        return out
+
+    def __call__(self, frames: Frames | Tensor) -> Tensor:
+        """Map frames (T, H, W, 3) to views (crops, 3, T, size, size)."""
+        return self.finish(self.resize(frames))
+
+    def _resized(self, height: int, width: int) -> list[int]:
+        scale = self.short_side / min(height, width)
+        return [max(self.size, round(height * scale)), max(self.size, round(width * scale))]
+
+    def _cut(self, pixels: Tensor) -> list[Tensor]:
+        """Return the crops (T, size, size, 3) of frames (T, h, w, 3)."""
+        spare_rows, spare_columns = pixels.shape[1] - self.size, pixels.shape[2] - self.size
+        shares = (0.5,) if self.crops == 1 else (0.0, 0.5, 1.0)
+        crops = []
+        for share in shares:
+            along_rows = spare_rows > spare_columns
+            top = round(spare_rows * (share if along_rows else 0.5))
+            left = round(spare_columns * (0.5 if along_rows else share))
+            crops.append(pixels[:, top : top + self.size, left : left + self.size])
+        return crops

@@ -1,0 +1,62 @@
+"""The ledger of what could not be read: ``failures.csv``, over all workers, processes and restarts of a run."""
+
+import csv
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timezone
+from io import StringIO
+from pathlib import Path
+
+from stvit_video.common.errors import UsageError
+from stvit_video.data.decode.types import DecodeError
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A video or image that could not be read: a row of ``failures.csv``. Equal to another at any other time."""
+
+    path: str
+    stage: str
+    decoder: str
+    message: str
+    first_seen: str = field(compare=False)
+
+    @classmethod
+    def of(cls, error: DecodeError, stage: str) -> "Failure":
+        """Return the row for an error that has just happened."""
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        return cls(error.path, stage, error.decoder, error.message, now)
+
+
+def merge(failures: Iterable[Failure]) -> list[Failure]:
+    """Return each path once a stage, as it was first seen, sorted by path."""
+    earliest: dict[tuple[str, str], Failure] = {}
+    for failure in sorted(failures, key=lambda failure: failure.first_seen):
+        earliest.setdefault((failure.path, failure.stage), failure)
+    return [earliest[key] for key in sorted(earliest)]
+
+
+def to_csv(failures: Iterable[Failure]) -> str:
+    """Return a ledger as text, with a header also where it has no rows."""
+    text = StringIO()
+    writer = csv.DictWriter(text, [column.name for column in fields(Failure)])
+    writer.writeheader()
+    writer.writerows(asdict(failure) for failure in merge(failures))
+    return text.getvalue()
+
+
+def read_ledger(path: str | Path) -> list[Failure]:
+    """Return the rows of a ledger; none where there is no file."""
+    if not Path(path).is_file():
+        return []
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return [Failure(**row) for row in csv.DictReader(file)]
+
+
+def check_failures(failures: int, total: int, most: float, what: str) -> None:
+    """Raise UsageError where more than the share ``most`` of ``total`` videos failed."""
+    if failures > most * total:
+        raise UsageError(
+            f"{failures} of {total} {what} videos could not be read, more than DATA.MAX_FAILURES {most:g} allows; "
+            f"they are listed in failures.csv. Repair or remove them, or raise DATA.MAX_FAILURES."
+        )

@@ -1,0 +1,215 @@
+"""Annotation lists and class folders: which videos there are, and what they show."""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchvision.datasets.folder import make_dataset
+
+from stvit_video.common.errors import UsageError, nearest
+from stvit_video.data.decode.types import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+
+MEDIA_SUFFIXES = IMAGE_SUFFIXES + VIDEO_SUFFIXES
+MAX_LABEL = 999_999  # more classes than any data set has: a larger number is an id or a time, read as a label
+MAX_LOOKS = 512  # files to look at where a list is checked
+LIST_FORM = "a text file with lines `path label`, a Kinetics CSV or a Something-Something JSON"
+CLASS_FORM = "one class name a line, in the order of the labels"
+
+
+@dataclass(frozen=True)
+class Video:
+    """One video of a list: where it is and its label, from 0. An image, or a folder of frames, is a video too.
+
+    ``missing`` says that the list was read by searching for its files, and that this one was not found.
+    """
+
+    path: str
+    label: int
+    missing: bool = False
+
+
+def read_lines(path: str | Path, what: str, form: str) -> list[str]:
+    """Return the lines of a text file, with their ends.
+
+    Raises UsageError, saying ``what`` the file should be and in which ``form``, where it is none or not UTF-8 text.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"{what} {path} is not a file; give {form}.")
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            return list(file)  # line by line, so that a large binary file is refused at its first bytes
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{what} {path} is not UTF-8 text ({error.reason}); give {form}.") from error
+
+
+def read_list(path: str | Path, root: str | Path = "") -> list[Video]:
+    """Read lines ``path label``, separated by space, comma or tab; paths may hold spaces and start from ``root``.
+
+    Blank lines are passed over. Raises UsageError, naming the line, where one has no label.
+    """
+    videos = []
+    for number, line in enumerate(read_lines(path, "List", LIST_FORM), start=1):
+        if line.strip():
+            videos.append(_parse_line(line.strip(), f"{path}, line {number}", Path(root)))
+    if not videos:
+        raise UsageError(f"List {path} is empty; give at least one line `path label`.")
+    return videos
+
+
+def _parse_line(line: str, place: str, root: Path) -> Video:
+    cut = max(line.rfind(separator) for separator in (" ", ",", "\t"))
+    name, label = line[: max(cut, 0)].rstrip(" ,\t"), line[cut + 1 :]
+    name, label = (text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text for text in (name, label))
+    if not name or not re.fullmatch(r"[+-]?[0-9]+", label):
+        raise UsageError(
+            f"{place}: {line[:120]!r} has no label; write the path, a space, comma or tab, and the label as a whole "
+            f"number."
+        )
+    number = int(label) if len(label) < 20 else MAX_LABEL + 1  # Python refuses numbers of many thousand digits
+    if number < 0:
+        raise UsageError(f"{place}: label {label} is negative; labels count from 0.")
+    if number > MAX_LABEL:
+        raise UsageError(f"{place}: label {label[:20]} is above {MAX_LABEL:,}; give class numbers, counted from 0.")
+    return Video(str(root / name), number)
+
+
+def class_folders(path: str | Path) -> list[str]:
+    """Return the sorted names of the class folders in ``path``, without hidden ones; UsageError where there is none."""
+    path = Path(path)
+    names = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise UsageError(f"Folder {path} has no class folders; put files at {path}/CLASS/FILE, one folder a class.")
+    return names
+
+
+def read_folder(path: str | Path, classes: Sequence[str] | None = None) -> list[Video]:
+    """Read class folders of images and videos, their sub-folders included, sorted by path.
+
+    A label is the folder's place in ``classes``, or else among the folders' sorted names; a class may have no files
+    and no folder. Hidden files and files that are neither image nor video by their ending are passed over. Raises
+    UsageError where a folder is not in ``classes``, or where there are no class folders or no images and videos at all.
+    """
+    path = Path(path)
+    folders = class_folders(path)
+    names = folders if classes is None else list(classes)
+    for folder in folders:
+        if folder not in names:
+            raise UsageError(
+                f"Folder {path / folder} is of none of the {len(names)} classes ({names[0]} to {names[-1]}); "
+                f"rename it or correct DATA.CLASSES.{nearest(folder, names)}"
+            )
+    labels = {name: names.index(name) for name in folders}
+
+    def is_shown(name: str) -> bool:
+        return f"{os.sep}." not in name.removeprefix(str(path)) and is_media(name)
+
+    found = make_dataset(str(path), labels, is_valid_file=is_shown, allow_empty=True)
+    if not found:
+        raise UsageError(
+            f"Folder {path}: none of its {len(folders)} class folders holds an image or a video; give files ending in "
+            f"{', '.join(MEDIA_SUFFIXES)}."
+        )
+    return [Video(name, label) for name, label in found]
+
+
+def is_media(name: str | Path) -> bool:
+    """Return whether a file is an image or a video by its ending."""
+    return str(name).lower().endswith(MEDIA_SUFFIXES)
+
+
+def read_file(path: str | Path, classes: Sequence[str]) -> list[Video]:
+    """Return one image or video as a list, labelled by the folder it lies in; UsageError where that is no class."""
+    path = Path(path)
+    folder = path.absolute().parent.name
+    if folder not in classes:
+        raise UsageError(
+            f"{path} is one file without a label: its folder {folder!r} is none of the {len(classes)} class names; "
+            f"put it into the folder of its class, or give a text file with the line `path label`."
+            f"{nearest(folder, list(classes))}"
+        )
+    return [Video(str(path), list(classes).index(folder))]
+
+
+def read_classes(path: str | Path) -> list[str]:
+    """Read class names in the order of the labels: one a line, or JSON with the label of each name."""
+    text = "".join(read_lines(path, "Class file", CLASS_FORM)).strip()
+    if str(path).lower().endswith(".json") or text.startswith("{"):
+        return _parse_classes(text, path)
+    names = [line.strip() for line in text.split("\n") if line.strip()]
+    if not names:
+        raise UsageError(f"Class file {path} is empty; give {CLASS_FORM}.")
+    return names
+
+
+def _parse_classes(text: str, path: str | Path) -> list[str]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"Class file {path} is not JSON ({error}); give {CLASS_FORM}.") from error
+    labels = content if isinstance(content, dict) else {}
+    names = {str(label): name for name, label in labels.items()}  # labels are published as text and as numbers
+    if not labels or names.keys() != {str(label) for label in range(len(labels))}:
+        raise UsageError(
+            f'Class file {path} does not give each name its label, from 0 without gaps, as {{"walking": 0, '
+            f'"running": 1}}; correct it, or give one class name a line.'
+        )
+    return [names[str(label)] for label in range(len(labels))]
+
+
+def check_labels(videos: list[Video], num_classes: int, source: str | Path) -> None:
+    """Raise UsageError where a label lies outside 0 to ``num_classes`` - 1."""
+    for video in videos:
+        if video.label >= num_classes:
+            raise UsageError(
+                f"{source}: label {video.label} of {video.path} is out of range; allowed: 0 to {num_classes - 1}. "
+                f"Correct the list, DATA.CLASSES or MODEL.NUM_CLASSES."
+            )
+
+
+def check_files(videos: list[Video], max_failures: float, source: str | Path, root: str | Path) -> None:
+    """Raise UsageError where more than the share ``max_failures`` of the files is missing, naming the first."""
+    missing, known = find_missing(videos)
+    if len(missing) > max_failures * known:
+        raise UsageError(
+            f"{source}: {len(missing):,} of {known:,} files{'' if known == len(videos) else ' looked at'} are missing, "
+            f"the first {missing[0]}; at most {100 * max_failures:g} % may fail (DATA.MAX_FAILURES). Check DATA.ROOT "
+            f"{root} and the list, or download the files."
+        )
+
+
+def summarise_videos(videos: list[Video], split: str) -> str:
+    """Return a line for the user: how many videos ``split`` has, and how many of them are missing."""
+    missing, known = find_missing(videos)
+    line = f"{split}: {len(videos):,} videos"
+    if not missing:
+        return line
+    count = f"{len(missing):,}{'' if known == len(videos) else f' of {known:,} looked at'}"
+    return (
+        f"{line}, {count} ({100 * len(missing) / known:.1f} %) missing, the first {missing[0]}; they count as failures "
+        f"and are listed in failures.csv"
+    )
+
+
+def find_missing(videos: list[Video]) -> tuple[list[str], int]:
+    """Return the paths that are missing, and of how many files this is known.
+
+    It is known of all where searching for the files left some unfound. Else evenly spread ones are looked at, about
+    ``MAX_LOOKS``: a wrong root shows within seconds on any storage.
+    """
+    unfound = [video.path for video in videos if video.missing]
+    if unfound:
+        return unfound, len(videos)
+    looked_at = videos[:: max(1, len(videos) // MAX_LOOKS)]
+    return [video.path for video in looked_at if not _is_there(video.path)], len(looked_at)
+
+
+def _is_there(path: str) -> bool:
+    """Return whether ``path`` is a file, or a folder (of frames) that is not empty."""
+    if os.path.isdir(path):
+        with os.scandir(path) as entries:
+            return next(entries, None) is not None
+    return os.path.isfile(path)

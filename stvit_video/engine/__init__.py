@@ -1,1 +1,0 @@
-"""Training, testing and what they leave in the run folder."""

@@ -1,0 +1,1 @@
+"""Exact multi-view testing."""

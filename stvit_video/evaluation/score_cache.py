@@ -1,0 +1,157 @@
+"""The scores of a long test so far: kept now and then, so that the same command goes on where it was interrupted."""
+
+import hashlib
+import json
+import shutil
+import time
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from stvit_video import __version__
+from stvit_video.common.files import write_atomically
+from stvit_video.data.dataset import TestDataset
+from stvit_video.data.failures import Failure
+from stvit_video.evaluation.metrics import Predictions
+from stvit_video.runs.checkpoint import DAMAGED, pack, read_checked
+
+Row = tuple[Tensor, Tensor, Tensor]  # of a batch: list positions (videos,), labels (videos,), scores (videos, columns)
+
+
+class Parts:
+    """A folder of scored batches, written by each process for itself.
+
+    ``key`` is the fingerprint of all that the scores depend on; parts of another are not used. Batches in which a video
+    failed are not kept: it may be mended until the next start.
+    """
+
+    def __init__(self, folder: Path, key: str, rank: int, every_s: float = 30.0) -> None:
+        self.folder, self.key, self.rank, self.every_s = folder, key, rank, every_s
+        self.waiting: list[Row] = []
+        self.written = time.monotonic()
+
+    def read(self) -> list[Row]:
+        """Return what was kept, each batch once; files that are damaged or of another key are passed over."""
+        rows: dict[int, Row] = {}
+        for path in sorted(self.folder.glob("*.pt")):
+            try:
+                content = read_checked(path)
+                if content["key"] == self.key:
+                    rows.update({int(row[0][0]): row for row in content["rows"]})
+            except (*DAMAGED, KeyError, TypeError, IndexError):
+                warnings.warn(f"{path} is damaged; its videos are scored again", stacklevel=2)
+        return list(rows.values())
+
+    def add(self, row: Row) -> None:
+        """Take in a batch, and write what is waiting if the last time is long ago."""
+        self.waiting.append(row)
+        if time.monotonic() - self.written >= self.every_s:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is waiting."""
+        if self.waiting:
+            self.folder.mkdir(exist_ok=True)
+            packed = pack({"key": self.key, "rows": self.waiting})
+            write_atomically(self.folder / f"{time.time_ns()}_{self.rank}.pt", packed)
+            self.waiting = []
+        self.written = time.monotonic()
+
+    def clear(self) -> None:
+        """Delete the folder: the test is complete."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+TENSORS = ("scores", "labels", "indices")
+
+
+def write_features(path: Path, key: str, described: Predictions) -> None:
+    """Write a description with its failures, complete or not at all."""
+    failures = [dict(asdict(failure), state=_file_state(failure.path)) for failure in described.failures]
+    record = json.dumps({"total": described.total, "failures": failures})
+    tensors = {name: getattr(described, name).contiguous() for name in TENSORS}
+    metadata = {"fingerprint": key, "record": record, "checksum": _checksum(tensors, record)}
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, safetensors.torch.save(tensors, metadata=metadata))
+
+
+def read_features(path: Path, key: str) -> tuple[Predictions | None, str]:
+    """Return the description that ``path`` holds for ``key``, or None, and a line about a file that is there.
+
+    A file that is damaged, of another fingerprint, or older than a change to a video that had failed is not used.
+    """
+    if not path.exists():
+        return None, ""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in TENSORS}
+        whole = metadata["checksum"] == _checksum(tensors, metadata["record"])
+        record: dict[str, Any] = json.loads(metadata["record"]) if whole else {}
+    except (SafetensorError, OSError, KeyError) as error:
+        return None, f"{path} is damaged ({str(error).splitlines()[0]}); computing it again"
+    if not whole:
+        return None, f"{path} is damaged (checksum); computing it again"
+    if metadata["fingerprint"] != key:
+        return None, f"{path} is of another checkpoint, list or setting; computing it again"
+    if any(_file_state(row["path"]) != row.pop("state") for row in record["failures"]):
+        return None, f"{path}: videos that could not be read have changed since; computing it again"
+    failures = [Failure(**row) for row in record["failures"]]
+    return Predictions(**tensors, total=record["total"], failures=failures), f"{path} is used again"
+
+
+def _checksum(tensors: dict[str, Tensor], record: str) -> str:
+    digest = hashlib.sha256(record.encode())
+    for name in TENSORS:
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _file_state(path: str) -> list[int] | None:
+    """Return size and time of change (ns) of a file, None where there is none."""
+    try:
+        state = Path(path).stat()
+    except OSError:
+        return None
+    return [state.st_size, state.st_mtime_ns]
+
+
+def file_hash(path: str | Path) -> str:
+    """Return the SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Return a SHA-256 of a model's weights and their names."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def fingerprint(model: nn.Module, weights: str, dataset: TestDataset, precision: str, seed: int) -> str:
+    """Return a hash of what a description depends on: network, ``weights``, list, views, clips and arithmetic.
+
+    Of the video files themselves, only names and labels count.
+    """
+    content = {
+        "version": __version__,
+        "model": [str(model.name), model.arguments],
+        "weights": weights,
+        "videos": [[video.path, video.label] for video in dataset.videos],
+        "decoders": dataset.decoding.decoders,
+        "views": [repr(dataset.sampler), repr(dataset.views), dataset.decoding.short_side],
+        "precision": precision,
+        "seed": seed,  # of the random weights, and of those that a checkpoint does not hold
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

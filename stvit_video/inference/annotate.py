@@ -1,0 +1,112 @@
+"""A copy of a video with what a model says about it drawn on its frames."""
+
+import os
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+
+import av
+import matplotlib
+import numpy as np
+from av.video.frame import VideoFrame
+from PIL import Image, ImageDraw, ImageFont
+
+from stvit_video.common.errors import FILESYSTEM_ERRORS
+from stvit_video.data.decode.types import DecodeError, Frames, reason
+from stvit_video.inference.predictor import Prediction, Window
+
+LEAST_SIDE = 240  # pixels: smaller videos are enlarged, or no label would fit
+LINES = 3
+ERRORS = (av.FFmpegError, OSError, ValueError)
+
+
+def annotate(prediction: Prediction, output: Path) -> None:
+    """Write the video of ``prediction`` as H.264 to ``output``, the likeliest classes of each moment in its corner.
+
+    Sound is left out. Raises DecodeError where the video cannot be read, and OSError where the copy cannot be written;
+    there is no file then.
+    """
+    temporary = output.with_name(f".{output.name}.tmp.mp4")
+    try:
+        with av.open(os.path.abspath(prediction.path), metadata_errors="ignore") as source:
+            if not source.streams.video:
+                raise DecodeError(prediction.path, "has no video stream", "pyav")
+            with av.open(str(temporary), "w") as target:
+                _copy(source, target, _labels(prediction))
+        os.replace(temporary, output)
+    except ERRORS as error:
+        if isinstance(error, OSError) and error.errno in FILESYSTEM_ERRORS:  # the video itself was read just now
+            raise OSError(error.errno, error.strerror, str(output)) from error
+        raise DecodeError(prediction.path, f"cannot be annotated ({reason(error)})", "pyav") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _copy(
+    source: av.container.InputContainer, target: av.container.OutputContainer, labels: Callable[[float], Sequence[str]]
+) -> None:
+    """Decode, draw and encode one frame after the other, each shown when it was."""
+    shown = source.streams.video[0]
+    rate = shown.average_rate or shown.guessed_rate or Fraction(25)
+    stream = first = None
+    for number, frame in enumerate(source.decode(shown)):
+        time = frame.time if frame.time is not None else number / float(rate)
+        first = time if first is None else first
+        picture = draw(_picture(frame), labels(time - first))
+        if stream is None:
+            stream = target.add_stream("libx264", rate=rate, options={"crf": "20", "preset": "veryfast"})
+            stream.width, stream.height, stream.pix_fmt = picture.shape[1], picture.shape[0], "yuv420p"
+            stream.codec_context.time_base = Fraction(1, 90_000)  # fine enough for files of a variable rate
+        made = VideoFrame.from_ndarray(picture, format="rgb24")
+        made.pts, made.time_base = round((time - first) * 90_000), Fraction(1, 90_000)
+        target.mux(stream.encode(made))
+    if stream is not None:
+        target.mux(stream.encode())
+
+
+def _picture(frame: VideoFrame) -> Frames:
+    """Return a frame (H, W, 3) the right way up, of even sides, and large enough to be written on."""
+    turned = np.rot90(frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False), round(frame.rotation / 90))
+    height, width = turned.shape[:2]
+    scale = max(1.0, LEAST_SIDE / min(height, width))
+    sides = tuple(2 * round(side * scale / 2) for side in (width, height))
+    return turned if sides == (width, height) else np.asarray(Image.fromarray(turned).resize(sides))
+
+
+def _labels(prediction: Prediction) -> Callable[[float], Sequence[str]]:
+    """Return what to write at a time: the classes of the window whose middle is nearest."""
+    windows = prediction.windows
+    middles = np.array([0.0 if w.span is None else (w.span.start + w.span.end) / 2 for w in windows])
+
+    @lru_cache(maxsize=2)
+    def text(place: int) -> list[str]:
+        window: Window = windows[place]
+        return [f"{name} {100 * score:.1f} %" for name, score in prediction.top(LINES, window)]
+
+    return lambda time: text(int(abs(middles - time).argmin()))
+
+
+def draw(picture: Frames, lines: Sequence[str]) -> Frames:
+    """Write lines into the upper left corner of a picture (H, W, 3), light on a darkened ground."""
+    height, width = picture.shape[:2]
+    image = Image.fromarray(picture)
+    brush = ImageDraw.Draw(image, "RGBA")
+    size = max(11, min(height, width) // 18)
+    widest = max((brush.textlength(line, font=_font(size)) for line in lines), default=0)
+    if widest > width - 2 * size:  # a long name is made to fit
+        size = max(8, int(size * (width - 2 * size) / widest))
+    row = round(1.35 * size)
+    widest = max((brush.textlength(line, font=_font(size)) for line in lines), default=0)
+    brush.rectangle((0, 0, widest + size, row * len(lines) + size // 2), fill=(0, 0, 0, 150))
+    for i, line in enumerate(lines):
+        brush.text(
+            (size // 2, size // 4 + i * row), line, font=_font(size), fill=(255, 255, 255, 255 if i == 0 else 190)
+        )
+    return np.asarray(image)
+
+
+@lru_cache(maxsize=8)
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """Return Matplotlib's own font, which knows Latin, Greek, Cyrillic and more; other scripts show as boxes."""
+    return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)

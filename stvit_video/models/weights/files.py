@@ -1,0 +1,162 @@
+"""Checkpoint files: read tensors by name without running code from the file, and say plainly what is wrong with it."""
+
+import argparse
+import errno
+import json
+import pickle
+import re
+import struct
+import tarfile
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from stvit_video.common.errors import UsageError
+from stvit_video.common.files import write_atomically
+
+StateDict = dict[str, Tensor]
+
+# What torch.load raises on a file that is not whole, by where it was damaged.
+DAMAGE = (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError, struct.error)
+# Containers that published training checkpoints carry beside their weights: the command line (DeiT, VideoMAE), and the
+# configuration (Swin), which is read as an ordinary dictionary. They hold values and run nothing.
+CONTAINERS: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
+WRAPPERS = ("model", "state_dict", "module")
+PREFIXES = re.compile(r"^((module|_orig_mod)\.)+")  # of DistributedDataParallel and torch.compile
+# What is often saved under a checkpoint's name, by its first bytes.
+IMPOSTORS = (
+    (b"version https://git-lfs", "a Git-LFS pointer, not the file it points to; run `git lfs pull` and give that file"),
+    (b"<", "a web page, probably an error message saved under this name; download the file again"),
+    (b"{", "JSON text, not a checkpoint; download the file again"),
+)
+
+
+def read_state_dict(path: str | Path) -> StateDict:
+    """Read the tensors of a ``.safetensors`` or ``torch.save`` file without running code from it.
+
+    Wrappers (``model``, ``state_dict``, ``module``) are opened and a ``module.`` prefix is stripped. Raises UsageError
+    on a missing or unreadable file, or one that would have to run code to load.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"Checkpoint {path} is not a file; give the path of a .safetensors or .pth file.")
+    try:
+        _refuse_impostors(path)
+        content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # torch seeks past the end of a file that was cut short
+            raise UsageError(f"Checkpoint {path} is damaged or cut short; fetch it again.") from error
+        raise UsageError(
+            f"Checkpoint {path} cannot be read ({error.strerror}); check the file and its rights."
+        ) from error
+    while isinstance(content, dict):
+        inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+        if inner is None:
+            break
+        content = inner
+    return check_tensors(content, f"Checkpoint {path}")
+
+
+def check_tensors(content: object, name: str) -> StateDict:
+    """Return the dense tensors of a mapping by name, wrappers' prefixes stripped; raise UsageError where none is."""
+    tensors = {}
+    if isinstance(content, dict):
+        tensors = {PREFIXES.sub("", str(key)): value for key, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise UsageError(f"{name} holds no tensors by name; give a file with a model's state dict.")
+    odd = [key for key, value in tensors.items() if value.is_meta or value.layout != torch.strided]
+    if odd:
+        raise UsageError(f"{name}: {odd[0]} is a sparse or empty tensor; save the weights as ordinary tensors.")
+    return tensors
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """Return what this package saved beside the weights of a ``.safetensors``: name, arguments, classes.
+
+    Empty for other files.
+    """
+    if Path(path).suffix != ".safetensors":
+        return {}
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    try:
+        arguments, classes = json.loads(metadata["arguments"]), json.loads(metadata.get("classes", "null"))
+        return {"name": metadata["name"], "arguments": dict(arguments), "classes": classes}
+    except (ValueError, LookupError, TypeError):
+        return {}  # another program's
+
+
+def _refuse_impostors(path: Path) -> None:
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if not start:
+        raise UsageError(f"Checkpoint {path} is empty; download or save it again.")
+    if b"\0" in start:
+        return  # binary: no page or message
+    start = start.lstrip(b"\xef\xbb\xbf \r\n\t")
+    for signature, what in IMPOSTORS:
+        if start.startswith(signature):
+            raise UsageError(f"Checkpoint {path} is {what}.")
+
+
+def _read_safetensors(path: Path) -> StateDict:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UsageError(f"Checkpoint {path} is not a complete safetensors file ({error}); fetch it again.") from error
+
+
+def _read_torch(path: Path) -> object:
+    if path.suffix in (".pt2", ".onnx"):
+        raise UsageError(
+            f"Checkpoint {path} is an exported graph, which runs without this package; give the run's folder, or a "
+            f".safetensors of it."
+        )
+    try:
+        with torch.serialization.safe_globals(CONTAINERS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = sorted(set(re.findall(r"GLOBAL (\S+)", str(error))))
+        if refused:
+            raise UsageError(
+                f"Checkpoint {path} needs code to load, which is refused ({', '.join(refused)}); "
+                f"save its state dict alone and give that file."
+            ) from error
+        raise UsageError(f"Checkpoint {path} is not a torch file; fetch it again.") from error
+    except DAMAGE as error:
+        if tarfile.is_tarfile(path) or _is_torchscript(path):
+            raise UsageError(
+                f"Checkpoint {path} is a TorchScript or tar archive, which may hold code; save its state dict alone."
+            ) from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"Checkpoint {path} is damaged or cut short ({reason}); fetch it again.") from error
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("constants.pkl") for name in archive.namelist())
+
+
+def save_weights(path: Path, model: nn.Module, classes: list[str], views: dict[str, Any] | None = None) -> None:
+    """Write weights as safetensors with the model's name and arguments: enough to build and use it again.
+
+    ``views`` are the configuration keys that say how a video becomes clips.
+    """
+    metadata = {
+        "format": "pt",
+        "name": str(model.name),
+        "arguments": json.dumps(model.arguments),
+        "classes": json.dumps(classes),
+        "views": json.dumps(views or {}),
+    }
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    write_atomically(path, safetensors.torch.save(state, metadata=metadata))

@@ -1,0 +1,234 @@
+"""What a model did with one clip, as plain arrays: nothing here draws.
+
+Sources: the assignment of Chang et al. (STViT, arXiv 2303.08685); Grad-CAM of Selvaraju et al. (arXiv 1610.02391).
+
+Legend: clip (3, T, H, W); (t, h, w) a grid of image tokens, N = t*h*w of them; M semantic tokens on a grid of regions.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from stvit_video.models.layers import Block, Grid, Intermediates
+from stvit_video.models.reducers.semantic import SemanticTokenGenerator
+from stvit_video.models.stages import SemanticStage
+from stvit_video.models.windows import WindowBlock
+
+Array = NDArray[np.floating[Any]]
+
+
+@dataclass
+class Explanation:
+    """What one clip went through. Arrays that a model has no such thing for are None; ``absent`` says why."""
+
+    probabilities: Array  # (classes,)
+    target: int  # the class that ``contributions`` and ``grad_cam`` are of
+    stages: list[tuple[str, Grid]]  # the token grids, from the embedding to the last norm
+    grad_cam: Array  # (t, h, w), from 0 to 1
+    assignment: Array | None = None  # (M, t, h, w): what each semantic token draws from each image token
+    regions: Grid | None = None  # the grid of semantic tokens: M is its product
+    recovery: Array | None = None  # (t, h, w, M): what each image token is given back from each semantic one
+    attention: Array | None = None  # on a token grid: attention received in the last block, 1 being an even share
+    contributions: Array | None = None  # on the last token grid: what each token adds to the logit of ``target``
+    absent: list[str] = field(default_factory=list)
+
+    @property
+    def drawn(self) -> Array | None:
+        """How much all semantic tokens together draw from each image token (t, h, w); 1 is an even share."""
+        if self.assignment is None:
+            return None
+        total = self.assignment.sum(axis=0)
+        return total / total.mean()
+
+    @property
+    def owners(self) -> NDArray[np.int64] | None:
+        """The semantic token (t, h, w) that draws most from each image token."""
+        return None if self.assignment is None else self.assignment.argmax(axis=0)
+
+    @property
+    def givers(self) -> NDArray[np.int64] | None:
+        """The semantic token (t, h, w) that gives most to each image token in the last recovery."""
+        return None if self.recovery is None else self.recovery.argmax(axis=-1)
+
+
+class Traced(Intermediates):
+    """Intermediates that also keep the very tensors which the network goes on with, for their gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own: dict[str, Tensor] = {}
+
+    def note(self, stage: str, x: Tensor, grid: Any) -> None:
+        super().note(stage, x, grid)
+        self.own[stage] = x
+
+
+def explain(model: nn.Module, clip: Tensor, target: int | None = None) -> Explanation:
+    """Run one clip (3, T, H, W) through a model of this package and return what it did.
+
+    ``target`` is the class to explain, by default the one that the model finds most likely.
+    """
+    model.eval()
+    seen = Traced()
+    with torch.enable_grad(), _listen(model) as heard:
+        tokens = model.forward_features(clip.unsqueeze(0), seen)  # type: ignore[operator]
+        logits = model.head(tokens)[0].float()  # type: ignore[operator]
+    probabilities = logits.softmax(dim=0)
+    target = int(logits.argmax()) if target is None else target
+    stage = last_image_stage(seen)
+    cam = grad_cam(logits[target], seen.own[stage]).reshape(seen.grids[stage])
+    result = Explanation(
+        probabilities=_array(probabilities),
+        target=target,
+        stages=_stages(model, seen),
+        grad_cam=_array(cam),
+        contributions=_contributions(model, seen, target),
+    )
+    with torch.no_grad():
+        if result.contributions is None:
+            result.absent.append("The head sees one token only, the mean of all: no token's own share can be told.")
+        _add_assignment(result, model, seen)
+        _add_attention(result, model, heard, seen)
+        _add_recovery(result, heard)
+    return result
+
+
+def last_image_stage(seen: Intermediates) -> str:
+    """Return the last stage that still has image tokens: what Grad-CAM is taken at."""
+    stages = [name for name in seen.tokens if name not in ("semantic", "final")]
+    if seen.assignment is None:
+        return stages[-1]
+    return [name for name in stages if seen.tokens[name].shape[1] == seen.assignment.shape[2]][-1]
+
+
+def grad_cam(logit: Tensor, features: Tensor) -> Tensor:
+    """Return Grad-CAM (N,) of a logit at ``features`` (1, ..., C), N places in all, divided by its largest value.
+
+    The channels are added up with their mean gradients as weights; what speaks against the class is cut to 0.
+    """
+    (gradient,) = torch.autograd.grad(logit, features, retain_graph=True)
+    features, gradient = (x.detach().float().reshape(-1, x.shape[-1]) for x in (features, gradient))  # (N, C)
+    cam = (features @ gradient.mean(dim=0)).relu()
+    return cam / cam.max().clamp_min(1e-12)
+
+
+def trajectories(assignment: Array, regions: Grid) -> Array:
+    """Return where each region's token looks, frame by frame: (h * w regions, t, 2) as (x, y) from 0 to 1.
+
+    At each token frame, it is the image token of that frame that the frame's token of the region draws most from,
+    moved to the centre of gravity of it and its eight neighbours. A mean over the whole frame would lie between two
+    things that are both looked at, where there is nothing.
+    """
+    t, h, w = assignment.shape[1:]
+    slots = np.arange(t) * regions[0] // t
+    by_region = assignment.reshape(regions[0], regions[1] * regions[2], t, h, w)
+    own = by_region[slots, :, np.arange(t)]  # (t, regions, h, w)
+    row, column = np.divmod(own.reshape(t, -1, h * w).argmax(axis=-1), w)
+    rows, columns = np.arange(h), np.arange(w)
+    near = (abs(rows - row[..., None]) <= 1)[..., None] & (abs(columns - column[..., None]) <= 1)[..., None, :]
+    shares = own * near
+    shares = shares / shares.sum(axis=(2, 3), keepdims=True)
+    xs, ys = (columns + 0.5) / w, (rows + 0.5) / h
+    places = np.stack([(shares * xs).sum(axis=(2, 3)), (shares * ys[:, None]).sum(axis=(2, 3))], axis=-1)
+    return places.transpose(1, 0, 2)
+
+
+def _stages(model: nn.Module, seen: Traced) -> list[tuple[str, Grid]]:
+    """Return the token grids in order; inside a stage that gives image tokens back, its semantic ones too."""
+    stages = []
+    inner = {f"stage{i}": m for i, m in enumerate(getattr(model, "layers", ()), 1) if isinstance(m, SemanticStage)}
+    for name, grid in seen.grids.items():
+        if name in inner and inner[name].recover:
+            stages.append((f"inside {name}", inner[name].regions))
+        stages.append((name, grid))
+    return stages
+
+
+def _contributions(model: nn.Module, seen: Traced, target: int) -> Array | None:
+    """Return what each of the last tokens adds to the target's logit, over the mean of all classes' logits.
+
+    The head takes the mean of its tokens and one linear map, so this is exact: together with the biases they add up.
+    """
+    tokens = seen.tokens["final"][0].detach().float()  # (M, C)
+    if len(tokens) == 1:
+        return None
+    weight: Tensor = model.get_parameter("head.proj.weight").detach().float()
+    shares = tokens @ (weight[target] - weight.mean(dim=0)) / len(tokens)
+    return _array(_placed(shares, model, seen, "final"))
+
+
+def _placed(values: Tensor, model: nn.Module, seen: Intermediates, stage: str) -> Tensor:
+    """Return the values of a stage's tokens on its grid; of tokens that lie on none, on the image tokens they are."""
+    if getattr(model, "reducer", None) is None or model.regions is not None:
+        return values.reshape(seen.grids[stage])
+    assert seen.assignment is not None
+    return (values @ (seen.assignment[0] > 0).to(values)).reshape(seen.grids["base"])
+
+
+def _add_assignment(result: Explanation, model: nn.Module, seen: Traced) -> None:
+    generators = [module for module in model.modules() if isinstance(module, SemanticTokenGenerator)]
+    if seen.assignment is None or not generators:
+        result.absent.append("This model has no semantic tokens, so neither an assignment nor trajectories are drawn.")
+        return
+    result.regions = generators[-1].pooling.regions
+    result.assignment = _array(seen.assignment[0]).reshape(-1, *seen.grids[last_image_stage(seen)])
+
+
+def _add_attention(result: Explanation, model: nn.Module, heard: dict[str, Tensor], seen: Traced) -> None:
+    if "attention" not in heard:
+        result.absent.append(
+            "No attention over the whole clip to show: the last block attends inside windows, or is one of those that "
+            "reduce the tokens."
+        )
+        return
+    weights = heard["attention"]  # (frames or 1, queries, keys)
+    received = weights.mean(dim=1) * weights.shape[2]
+    stage = next(name for name, grid in reversed(seen.grids.items()) if np.prod(grid) == received.numel())
+    result.attention = _array(_placed(received.flatten(), model, seen, stage))
+
+
+def _add_recovery(result: Explanation, heard: dict[str, Tensor]) -> None:
+    if "recovery" not in heard or result.assignment is None:
+        return
+    weights = heard["recovery"]  # (groups, image tokens of a group, semantic tokens of a group)
+    groups, tokens, own = weights.shape
+    full = weights.new_zeros(groups, tokens, groups, own)  # a group asks its own semantic tokens only
+    full[torch.arange(groups), :, torch.arange(groups)] = weights
+    result.recovery = _array(full).reshape(*result.assignment.shape[1:], groups * own)
+
+
+@contextmanager
+def _listen(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Keep the attention weights of the last block, where it sees a whole clip or frame, and of the last recovery."""
+    heard: dict[str, Tensor] = {}
+
+    def keep(name: str, *counts: int) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Any]], None]:
+        def hook(block: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Any]) -> None:
+            if not named and len(inputs) in counts:
+                with torch.no_grad():
+                    heard[name] = block.attention_weights(*inputs).float()  # type: ignore[operator]
+
+        return hook
+
+    last = [module for module in model.modules() if isinstance(module, Block | WindowBlock)][-1]
+    recovering = [stage for stage in model.modules() if isinstance(stage, SemanticStage) and stage.recover]
+    hooks = []
+    if isinstance(last, Block):
+        hooks.append(last.register_forward_pre_hook(keep("attention", 1, 3), with_kwargs=True))
+    if recovering:
+        hooks.append(recovering[-1].blocks[-1].register_forward_pre_hook(keep("recovery", 2), with_kwargs=True))
+    try:
+        yield heard
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def _array(x: Tensor) -> Array:
+    return x.detach().float().cpu().numpy()

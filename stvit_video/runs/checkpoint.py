@@ -1,0 +1,150 @@
+"""Files that are complete or not there: checkpoints to resume from, and the final weights."""
+
+import hashlib
+import io
+import pickle
+import re
+import time
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+
+from stvit_video.common.errors import UsageError
+from stvit_video.common.files import write_atomically
+from stvit_video.models.weights.files import DAMAGE
+
+REQUIRED = (
+    "model", "optimizer", "average", "averaged", "scheduler", "scaler", "epoch", "step", "bad_steps", "best", "setup",
+)  # fmt: skip
+DAMAGED = (pickle.UnpicklingError, *DAMAGE)  # what reading a damaged file raises
+CHECKSUM_BYTES = hashlib.sha256().digest_size
+
+
+def pack(content: Any) -> bytes:
+    """Return what torch saves of ``content``, and behind it the SHA-256 of all that: torch.load reads past it."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
+    return buffer.getvalue()
+
+
+def read_checked(path: Path) -> Any:
+    """Return what was packed into a file; raises one of DAMAGED if any bit of it is not as it was written."""
+    whole = memoryview(path.read_bytes())  # the one place where an OSError is the disk's, and not of the content
+    content, checksum = whole[:-CHECKSUM_BYTES], whole[-CHECKSUM_BYTES:]
+    if hashlib.sha256(content).digest() != checksum:
+        raise ValueError("wrong checksum")
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def save_checkpoint(folder: Path, content: dict[str, Any], keep: int) -> Path:
+    """Write a training state as ``step_N.pt`` and delete all but the ``keep`` newest."""
+    assert all(name in content for name in REQUIRED), f"a checkpoint needs {REQUIRED}"
+    packed = pack(content)
+    path = folder / f"step_{content['step']:08d}.pt"
+    if path.is_dir():  # something put a folder in its place: it is kept, out of the way
+        path.rename(path.with_name(f".{path.name}.{time.time_ns()}"))
+    write_atomically(path, packed)
+    # Those of later steps are none of this run's: it began again before them, because they cannot be read.
+    earlier = [other for step, other in _by_step(folder) if step <= content["step"]]
+    for old in (*earlier[keep:], *folder.glob(".step_*.pt.tmp")):  # the latter are of writes that were killed
+        if old.is_file():
+            old.unlink()
+    return path
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of a folder by step, newest first."""
+    return [path for _, path in _by_step(folder)]
+
+
+def _by_step(folder: Path) -> list[tuple[int, Path]]:
+    found = ((re.search(r"step_(\d+)\.pt$", path.name), path) for path in folder.glob("step_*.pt"))
+    return sorted({int(match[1]): path for match, path in found if match}.items(), reverse=True)
+
+
+def load_newest(folder: Path) -> dict[str, Any] | None:
+    """Return the newest training state that is whole, warning about any that is not; None where there is no file.
+
+    Raises UsageError where there are files and none can be used, OSError where the disk does not give them.
+    """
+    found = list_checkpoints(folder)
+    for path in found:
+        if path.is_dir():
+            warnings.warn(f"checkpoint {path} is a folder; trying the one before", stacklevel=2)
+            continue
+        try:
+            content = read_checked(path)
+        except DAMAGED as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            warnings.warn(f"checkpoint {path} is damaged ({reason[:120]}); trying the one before", stacklevel=2)
+            continue
+        if isinstance(content, dict) and all(name in content for name in REQUIRED):
+            return content
+        warnings.warn(f"checkpoint {path} is not a training state; trying the one before", stacklevel=2)
+    if found:
+        raise UsageError(
+            f"{folder} holds {len(found)} checkpoint(s), the newest {found[0].name}, and none can be used; put a "
+            f"whole one there, or OVERWRITE True starts the training again."
+        )
+    return None
+
+
+class CheckpointWriter:
+    """Decides when a checkpoint is due and writes it in a thread: training waits for the copy of the state only."""
+
+    def __init__(self, folder: Path, keep: int, every_steps: int, every_minutes: float) -> None:
+        self.folder, self.keep = folder, keep
+        self.every_steps, self.every_seconds = every_steps, 60 * every_minutes
+        self.last, self.owed = time.monotonic(), False
+        self.pool = ThreadPoolExecutor(max_workers=1)
+        self.pending: Future[Path] | None = None
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.pool.shutdown()  # what was begun is finished, also where training failed
+        if error is None:
+            self.wait()
+
+    def is_due(self, step: int) -> bool:
+        """Say whether to write after ``step``: as often as asked for, but not before the last write is through."""
+        self.owed = self.owed or (self.every_steps > 0 and step % self.every_steps == 0)
+        late = self.every_seconds > 0 and time.monotonic() - self.last >= self.every_seconds
+        return (self.owed or late) and (self.pending is None or self.pending.done())
+
+    def save(self, content: dict[str, Any]) -> None:
+        """Begin to write a copy of a training state. Raises OSError where the one before could not be written."""
+        self.wait()
+        self.last, self.owed = time.monotonic(), False
+        self.pending = self.pool.submit(save_checkpoint, self.folder, _copy_to_cpu(content), self.keep)
+
+    def wait(self) -> None:
+        """Return once nothing is being written. Raises OSError where it could not be."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            pending.result()
+
+
+def build_writer(cfg: CfgNode, folder: Path) -> CheckpointWriter:
+    """Return the writer of a run's checkpoints."""
+    return CheckpointWriter(folder, cfg.CHECKPOINT.KEEP, cfg.CHECKPOINT.EVERY_STEPS, cfg.CHECKPOINT.EVERY_MINUTES)
+
+
+def _copy_to_cpu(content: Any) -> Any:
+    """Return a state whose tensors, in CPU memory, are no longer those that training goes on to change."""
+    if isinstance(content, torch.Tensor):
+        return content.detach().to("cpu", copy=True)
+    if isinstance(content, dict):
+        return {key: _copy_to_cpu(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return type(content)(_copy_to_cpu(value) for value in content)
+    return content

@@ -1,0 +1,250 @@
+"""The folder of a run: whose it is, what it holds, and what may be written to it."""
+
+import csv
+import fcntl
+import io
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+from fvcore.common.config import CfgNode
+
+from stvit_video.common.errors import UsageError
+from stvit_video.common.files import wait_for_lock, write_atomically
+from stvit_video.data.failures import Failure, read_ledger, to_csv
+from stvit_video.runs.checkpoint import list_checkpoints
+from stvit_video.runs.environment import environment
+
+# Keys that may change between a run and its continuation: they do not change which videos a step
+# sees, and what it computes by rounding alone (Trainer.setup) or not at all.
+FREE_KEYS = (
+    "MODE", "OUTPUT_DIR", "OVERWRITE", "DEVICE", "COMPILE", "DATA.WORKERS", "DATA.GENERATE", "DATA.MAX_FAILURES",
+    "DATA.DEADLINE_S", "DATA.TRANSFORM_ON", "TRAIN.ACCUMULATE", "TRAIN.RESUME", "TRAIN.MAX_BAD_STEPS",
+    "CHECKPOINT.EVERY_STEPS", "CHECKPOINT.EVERY_MINUTES", "CHECKPOINT.KEEP", "LOG.WANDB", "PARALLEL.STRATEGY",
+    "PARALLEL.TIMEOUT_S",
+    "TRANSFER.NEIGHBOURS", "TRANSFER.TEMPERATURE", "TRANSFER.WEIGHT_DECAY", "TRANSFER.RANDOM_BASELINE",
+    "TRANSFER.FINETUNE",
+)  # fmt: skip
+PATH_KEYS = ("DATA.ROOT", "MODEL.INIT")  # the same place may be written in two ways
+# What each mode writes and replaces; training writes TRAINING_FILES too. The features of a transfer are not replaced as
+# a whole: each file says itself what it is of.
+TEST_FILES = ("results.json", "confusion.png", "failures.csv", "per_class.csv", "predictions.csv")
+RESULT_FILES = {
+    "train": TEST_FILES,
+    "test": TEST_FILES,
+    "transfer": ("transfer.json", "transfer.png", "failures.csv", "load_report.json"),
+}
+TRAINING_FILES = (
+    "metrics.jsonl", "curves.png", "model.safetensors", "load_report.json", "config.yaml", "environment.json",
+)  # fmt: skip
+
+
+LOCK_S = 30  # more than what a killed start leaves needs to end
+
+
+class RunFolder:
+    """Paths inside OUTPUT_DIR, and the rules for using it. Raises UsageError where the folder cannot be used."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self._lock: TextIO | None = None
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results.json"
+
+    @property
+    def weights(self) -> Path:
+        return self.path / "model.safetensors"
+
+    @property
+    def best_weights(self) -> Path:
+        return self.checkpoints / "best.safetensors"
+
+    @property
+    def parts(self) -> Path:
+        """What a test that was interrupted has already scored."""
+        return self.checkpoints / "test_parts"
+
+    @property
+    def transfer(self) -> Path:
+        return self.path / "transfer.json"
+
+    def is_finished(self) -> bool:
+        """Say whether the run here was trained and tested."""
+        return self.results.is_file() and self.weights.is_file()
+
+    def has_progress(self) -> bool:
+        """Say whether there is anything here that a run would lose."""
+        found = self.results.exists() or self.weights.exists() or bool(list_checkpoints(self.checkpoints))
+        return found or (self.transfer.exists() and self._transfer_is_complete())
+
+    def _transfer_is_complete(self) -> bool:
+        """Say whether nothing is left to do; the rows that stand before fine-tuning are quickly made again."""
+        try:
+            content = json.loads(self.transfer.read_text())
+        except ValueError:
+            return True  # not ours to replace unasked
+        return not isinstance(content, dict) or content.get("complete") is not False
+
+    def check(self, cfg: CfgNode) -> None:
+        """Make sure that the run of ``cfg`` may write here; nothing is touched."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"OUTPUT_DIR {self.path} is a file; give a folder.")
+        if not self.path.is_dir() or all(path.name == ".config.yaml.tmp" for path in self.path.iterdir()):
+            return
+        recorded = self.recorded_config()
+        if recorded is None:
+            raise UsageError(f"OUTPUT_DIR {self.path} holds files that are not a run's; give an empty or new folder.")
+        if cfg.OVERWRITE or not self.has_progress():
+            return
+        if cfg.MODE == "train":
+            _refuse_other_settings(self.path, recorded, yaml.safe_load(cfg.dump()))
+            self._refuse_continuing(cfg)
+            return
+        results = [name for name in RESULT_FILES[cfg.MODE] if (self.path / name).exists()]
+        if results and (cfg.MODE == "transfer" or self.results.exists()):
+            init = cfg.MODEL.INIT or self.weights
+            raise UsageError(
+                f"OUTPUT_DIR {self.path} holds results ({', '.join(results)}); "
+                f"give another one (and MODEL.INIT {init}), or OVERWRITE True."
+            )
+
+    def _refuse_continuing(self, cfg: CfgNode) -> None:
+        if cfg.TRAIN.RESUME == "never" and list_checkpoints(self.checkpoints):
+            raise UsageError(
+                f"{self.checkpoints} holds checkpoints and TRAIN.RESUME is never; set it to auto to continue, "
+                f"OVERWRITE True to start again, or give another OUTPUT_DIR."
+            )
+        if self.results.exists() and not self.weights.exists():
+            raise UsageError(
+                f"{self.results} is of a test, not of a training run; give another OUTPUT_DIR, or OVERWRITE True."
+            )
+
+    def claim(self, cfg: CfgNode) -> None:
+        """Make the folder this run's, clearing what it replaces; ``check`` comes first."""
+        self.check(cfg)
+        try:
+            if cfg.OVERWRITE or not self.has_progress():
+                self._clear(cfg.MODE)
+            if cfg.OVERWRITE and cfg.MODE == "test":
+                shutil.rmtree(self.parts, ignore_errors=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            # A test or transfer that is done again is of the new settings; in a training run's folder it is a guest.
+            owner = (self.recorded_config() or {}).get("MODE")
+            renewed = cfg.MODE != "train" and owner == cfg.MODE
+            if renewed or not (self.path / "config.yaml").exists():  # first of all files: it marks the folder
+                write_atomically(self.path / "config.yaml", cfg.dump().encode())
+            if renewed or not (self.path / "environment.json").exists():
+                write_atomically(self.path / "environment.json", json.dumps(environment(), indent=2).encode())
+            self.checkpoints.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"OUTPUT_DIR {self.path} cannot be written ({error.strerror}); give a folder that can, with space left."
+            ) from error
+
+    def lock(self) -> None:
+        """Keep every other process from training in this folder until this one ends; they wait for it, LOCK_S seconds.
+
+        What a killed start left needs a moment to end, and may be writing a checkpoint. Nothing is locked in a folder
+        that is no run's yet, and on a file system that has no locks.
+        """
+        if self._lock is not None or self.recorded_config() is None:
+            return
+        # A lock of the process, not of the open file, which the loader's workers would inherit.
+        file = open(self.path / ".lock", "a+")  # noqa: SIM115 (kept open)
+
+        def holder() -> str:
+            file.seek(0)
+            return file.read() or "another process"
+
+        try:
+            taken = wait_for_lock(
+                lambda: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB),
+                LOCK_S,
+                lambda: f"waiting for {holder()} to end, which still writes {self.path}",
+            )
+        except OSError:  # this file system has no locks
+            taken = True
+        if not taken:
+            raise UsageError(
+                f"OUTPUT_DIR {self.path} is being written by {holder()}; wait for its end, end it, or give another."
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        self._lock = file
+
+    def recorded_config(self) -> dict[str, Any] | None:
+        """Return the configuration of the run that owns the folder, None where no run does."""
+        try:
+            recorded = yaml.safe_load((self.path / "config.yaml").read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            return None
+        return recorded if isinstance(recorded, dict) and {"MODEL", "DATA", "OUTPUT_DIR"} <= recorded.keys() else None
+
+    def _clear(self, mode: str) -> None:
+        """Delete what an earlier run of this mode wrote here, and nothing else."""
+        for name in RESULT_FILES[mode] + (TRAINING_FILES if mode == "train" else ()):
+            (self.path / name).unlink(missing_ok=True)
+        if mode == "train":
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
+            for events in self.path.glob("events.out.tfevents.*"):
+                events.unlink()
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        """Write ``results.json``."""
+        write_atomically(self.results, json.dumps(results, indent=2).encode())
+
+    def write_table(self, name: str, rows: list[dict[str, object]]) -> None:
+        """Write rows as a CSV file of that name, columns as in the first."""
+        text = io.StringIO(newline="")
+        table = csv.DictWriter(text, list(rows[0]) if rows else [])
+        table.writeheader()
+        table.writerows(rows)
+        write_atomically(self.path / name, text.getvalue().encode("utf-8", "surrogateescape"))
+
+    def write_load_report(self, text: str) -> None:
+        """Write ``load_report.json``: what became of every key of MODEL.INIT."""
+        write_atomically(self.path / "load_report.json", text.encode())
+
+    def write_failures(self, failures: Iterable[Failure]) -> None:
+        """Write ``failures.csv``: each video once a stage, also where there is none."""
+        ledger = to_csv(failures).encode("utf-8", "surrogateescape")  # names of files need not be UTF-8
+        write_atomically(self.path / "failures.csv", ledger)
+
+    def read_failures(self) -> list[Failure]:
+        """Return the rows of ``failures.csv``: what the earlier part of an interrupted run reported."""
+        return read_ledger(self.path / "failures.csv")
+
+
+def _refuse_other_settings(path: Path, recorded: dict[str, Any], current: dict[str, Any]) -> None:
+    changed = describe_changes(recorded, current)
+    if changed:
+        raise UsageError(
+            f"OUTPUT_DIR {path} holds a run with other settings: {changed}. "
+            f"Give another OUTPUT_DIR, or OVERWRITE True to replace that run."
+        )
+
+
+def describe_changes(recorded: dict[str, Any], current: dict[str, Any]) -> str:
+    """Return which settings differ between a run and its continuation, those that may left out; "" for none."""
+    old, new = _flat(recorded), _flat(current)
+    for key in PATH_KEYS:
+        old, new = ({**values, key: os.path.abspath(values[key]) if values.get(key) else ""} for values in (old, new))
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and key not in FREE_KEYS]
+    shown = ", ".join(f"{key} {old.get(key)!r} (now {new.get(key)!r})" for key in changed[:5])
+    return f"{shown} ..." if len(changed) > 5 else shown
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
+    return flat

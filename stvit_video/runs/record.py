@@ -1,0 +1,278 @@
+"""What a run's folder says about it, read for a report. Only ``results.json`` must be there."""
+
+import csv
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+
+from stvit_video.common.errors import UsageError
+from stvit_video.data.failures import Failure, read_ledger
+from stvit_video.models import create_model
+from stvit_video.models.reducers.semantic import SemanticTokenGenerator
+from stvit_video.models.swin import SEMANTIC_STAGE
+from stvit_video.models.vit import VisionTransformer
+from stvit_video.models.weights.files import read_metadata
+from stvit_video.runs.folder import RunFolder
+from stvit_video.runs.log import read_metrics
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A row of ``predictions.csv``: classes by name, probabilities of the predicted and of the right one."""
+
+    path: str
+    label: str
+    predicted: str
+    probability: float
+    label_probability: float
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """How many videos of a class were scored, and how many of them rightly."""
+
+    name: str
+    videos: int
+    correct: int
+
+    @property
+    def top1(self) -> float:
+        """Accuracy in percent; NaN where the class has no video."""
+        return 100 * self.correct / self.videos if self.videos else math.nan
+
+
+@dataclass
+class RunRecord:
+    """A run. What it does not have is empty or None, and ``absent`` says so."""
+
+    path: Path
+    name: str
+    results: dict[str, Any]
+    config: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    predictions: list[Prediction] = field(default_factory=list)
+    classes: list[ClassScore] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    tokens: tuple[int, int | None] | None = None  # image tokens, and the semantic ones that they become
+    absent: list[str] = field(default_factory=list)
+
+    @property
+    def views(self) -> int:
+        """Views of a test video."""
+        views = self.results.get("views") or {}
+        return int(views.get("clips", 1)) * int(views.get("crops", 1))
+
+    def interval(self) -> tuple[float, float] | None:
+        """Return the 95 % interval of top-1 in percent (Wilson): what other videos of the same kind would give."""
+        n = self.results.get("scored")
+        if not n or "top1" not in self.results:
+            return None
+        p, z = self.results["top1"] / 100, 1.96
+        middle, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return tuple(100 * (middle + sign * spread) / (1 + z * z / n) for sign in (-1, 1))
+
+    def confusion(self) -> Counter[tuple[str, str]]:
+        """Return how often each label (first) was taken for each class (second)."""
+        return Counter((row.label, row.predicted) for row in self.predictions)
+
+    def mistakes(self) -> list[Prediction]:
+        """Return the wrong predictions, those that the model was surest of first."""
+        return sorted((row for row in self.predictions if row.label != row.predicted), key=lambda row: -row.probability)
+
+    def find_video(self, path: str) -> Path | None:
+        """Return where a tested video is: as it was named, below DATA.ROOT, or from a folder that the run lies in."""
+        root = str((self.config.get("DATA") or {}).get("ROOT") or ".")
+        bases = [Path(), *self.path.resolve().parents]
+        places = [base / inner for base in bases for inner in (path, Path(root) / path)]
+        return next((place for place in places if place.exists()), None)
+
+
+def read_run(path: Path, name: str | None = None) -> RunRecord:
+    """Read a run's folder. Raises UsageError where it is none, has no results yet, or they are damaged."""
+    folder = RunFolder(path)
+    if not path.is_dir():
+        raise UsageError(f"RUN {path} is not a folder; give the OUTPUT_DIR of a run.")
+    if not folder.results.is_file():
+        raise UsageError(f"RUN {path} has no results.json; give the OUTPUT_DIR of a run that was tested.")
+    run = RunRecord(path, name or path.resolve().name, _read_json(folder.results))
+    if not isinstance(run.results.get("top1"), int | float):
+        raise UsageError(f"{folder.results} holds no top1; give the OUTPUT_DIR of a run that was tested.")
+    run.config = _read_config(path / "config.yaml")
+    if (path / "environment.json").is_file():
+        run.environment = _read_json(path / "environment.json")
+    run.metrics = [row for row in read_metrics(path / "metrics.jsonl") if {"split", "epoch", "step"} <= row.keys()]
+    run.failures = read_ledger(path / "failures.csv")
+    metadata = _metadata(folder.weights)
+    names = metadata.get("classes") or []
+    run.predictions = _read_predictions(path / "predictions.csv", names)
+    run.classes = _read_classes(path / "per_class.csv", run.predictions)
+    run.tokens = count_tokens(metadata)
+    run.absent = _absent(run)
+    return run
+
+
+def _absent(run: RunRecord) -> list[str]:
+    """Return a sentence on each thing that the run has not left."""
+    lines = [] if run.metrics else [f"{run.name} has no metrics.jsonl, so no curves: it was only tested."]
+    files = [] if run.predictions else ["predictions.csv (mistakes)"]
+    files += [] if run.classes else ["per_class.csv (accuracy by class)"]
+    if files:
+        lines.append(f"{run.name} has no {' and no '.join(files)}: a new test would write them.")
+    return lines
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path} is not whole JSON ({error}); test the run again, or leave it out.") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds no JSON object; test the run again, or leave it out.")
+    return content
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not whole YAML; restore it, or leave the run out.") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _metadata(weights: Path) -> dict[str, Any]:
+    """Return what the run wrote beside its weights; nothing where it left none, as a test does."""
+    if not weights.is_file():
+        return {}
+    try:
+        return read_metadata(weights)
+    except SafetensorError as error:
+        raise UsageError(
+            f"{weights} is not whole ({error}); restore it, or delete it and test the run again."
+        ) from error
+
+
+def _rows(path: Path, columns: set[str]) -> list[dict[str, str]]:
+    """Return the rows of a CSV with a header; none where there is no file. Raises UsageError for other columns."""
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    lacking = columns - set(reader.fieldnames or ())
+    if lacking or any(row[column] is None for row in rows for column in columns):
+        raise UsageError(
+            f"{path} lacks {', '.join(sorted(lacking)) or 'values'}; test the run again, or delete the file."
+        )
+    return rows
+
+
+def _read_predictions(path: Path, names: list[str]) -> list[Prediction]:
+    def named(word: str) -> str:
+        known = word.isdecimal() and word not in names and int(word) < len(names)
+        return names[int(word)] if known else word
+
+    rows = _rows(path, {"path", "label", "predicted", "probability", "label_probability"})
+    try:
+        return [
+            Prediction(
+                row["path"], named(row["label"]), named(row["predicted"]), float(row["probability"]),
+                float(row["label_probability"]),
+            )
+            for row in rows
+        ]  # fmt: skip
+    except ValueError as error:
+        raise UsageError(f"{path} holds {error}; test the run again, or delete the file.") from error
+
+
+def _read_classes(path: Path, predictions: list[Prediction]) -> list[ClassScore]:
+    """Return the classes' scores as written, or else as counted from the predictions."""
+    rows = _rows(path, {"class", "videos", "correct"})
+    try:
+        scores = [ClassScore(row["class"], int(row["videos"]), int(row["correct"])) for row in rows]
+    except ValueError as error:
+        raise UsageError(f"{path} holds {error}; test the run again, or delete the file.") from error
+    if scores:
+        return scores
+    videos = Counter(row.label for row in predictions)
+    correct = Counter(row.label for row in predictions if row.label == row.predicted)
+    return [ClassScore(name, count, correct[name]) for name, count in sorted(videos.items())]
+
+
+def count_tokens(metadata: dict[str, Any]) -> tuple[int, int | None] | None:
+    """Return the image tokens of the stage that reduces them, and how many are left (None: it reduces none).
+
+    The network that ``metadata`` of weights names is built for it. None where there are none.
+    """
+    if not metadata:
+        return None
+    model = create_model(metadata["name"], **metadata["arguments"])
+    pooling = [module.pooling for module in model.modules() if isinstance(module, SemanticTokenGenerator)]
+    if pooling:
+        return math.prod(pooling[0].grid), math.prod(pooling[0].regions)
+    is_vit = isinstance(model, VisionTransformer)
+    if metadata["arguments"].get("reducer") is None:
+        grid: Any = model.grid if is_vit else model.layers[SEMANTIC_STAGE].out_grid  # type: ignore[index, union-attr]
+        return math.prod(grid), None
+    with torch.no_grad():  # other reducers leave what they choose: only their blocks know how many
+        size: Any = model.input_size
+        _, seen = model.eval()(torch.zeros(1, 3, *size), return_intermediates=True)
+    before, after = ("base", "semantic") if is_vit else (f"merged{SEMANTIC_STAGE}", f"stage{SEMANTIC_STAGE + 1}")
+    return seen.tokens[before].shape[1], seen.tokens[after].shape[1]
+
+
+Points = list[tuple[int, float]]  # step, top-1 in percent
+
+
+def read_curves(folder: Path, window: int) -> dict[str, Points]:
+    """Return the smoothed training curve and the validation points of a run; raises UsageError where it has none."""
+    rows = [row for row in read_metrics(folder / "metrics.jsonl") if {"split", "step"} <= set(row)]
+    if not any(row["split"] == "train" for row in rows):
+        raise UsageError(f"{folder} has no metrics.jsonl with training rows; give the OUTPUT_DIR of a training run.")
+    validation = [(row["step"], row["top1"]) for row in rows if row["split"] == "val"]
+    return {"train": smooth(rows, window), "val": validation}
+
+
+def smooth(rows: list[dict[str, Any]], window: int) -> Points:
+    """Return training top-1 averaged over the last ``window`` steps, from where there are as many."""
+    points = [(row["step"], row["top1"]) for row in rows if row["split"] == "train" and "top1" in row]
+    smoothed = []
+    for i, (step, _) in enumerate(points):
+        if step < window:
+            continue
+        recent = [top1 for earlier, top1 in points[: i + 1] if earlier > step - window]
+        smoothed.append((step, sum(recent) / len(recent)))
+    return smoothed
+
+
+def first_step(points: Points, target: float) -> int | None:
+    """Return the first step at which the target is reached, None where it never is."""
+    return next((step for step, top1 in points if top1 >= target), None)
+
+
+def name_runs(paths: Sequence[Path]) -> list[str]:
+    """Return a name for each folder: its own, with as many of its parents as tell it from the others.
+
+    Raises UsageError where one is given twice.
+    """
+    parts = [path.resolve().parts for path in paths]
+    for i, one in enumerate(parts):
+        if one in parts[:i]:
+            raise UsageError(f"RUN {paths[i]} is given twice; give each run once.")
+    names = []
+    for one in parts:
+        depth = 1
+        while sum(other[-depth:] == one[-depth:] for other in parts) > 1:
+            depth += 1
+        names.append("/".join(one[-depth:]))
+    return names

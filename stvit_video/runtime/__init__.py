@@ -1,0 +1,1 @@
+"""Processes: who they are, how they meet, and how they stop."""

@@ -1,0 +1,39 @@
+"""Numeric precision: what runs is what PRECISION names."""
+
+import time
+from contextlib import AbstractContextManager
+from statistics import median
+
+import torch
+
+from stvit_video.common.errors import UsageError
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def set_precision(device: torch.device, precision: str) -> None:
+    """Let products of fp32 numbers be rounded to TF32, or not, on this process's GPU.
+
+    Raises UsageError for tf32 on a CPU, which has none.
+    """
+    if precision == "tf32" and device.type != "cuda":
+        raise UsageError("PRECISION tf32 on a CPU, which does not have it; choose fp32 or bf16, or DEVICE cuda.")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """Return the context in which the forward pass runs in ``precision``."""
+    return torch.autocast(device.type, dtype=HALF.get(precision, torch.bfloat16), enabled=precision in HALF)
+
+
+def matrix_rate(device: torch.device, precision: str, repeats: int = 5) -> float:
+    """Return the multiply-adds a second (1e9) of a plain matrix product here, in ``precision``; about 0.1 s."""
+    size = 8192 if device.type == "cuda" else 768
+    a, b = (torch.randn(size, size, device=device, dtype=HALF.get(precision)) for _ in range(2))
+    seconds = []
+    for number in range(repeats + 1):
+        started = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for the GPU
+        if number:
+            seconds.append(time.perf_counter() - started)
+    return size**3 / median(seconds) / 1e9

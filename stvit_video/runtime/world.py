@@ -1,0 +1,78 @@
+"""The processes of a run, and what they exchange."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from stvit_video.common.errors import UsageError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all processes of the run."""
+
+    rank: int
+    size: int
+    device: torch.device
+    cpu_group: Any = None  # for small messages; None is the default group
+    launched: bool = False  # by torchrun or a scheduler
+    store: Any = None  # what all processes share; None of a single one
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def gather_objects(world: World, value: Any) -> list[Any]:
+    """Return every process's ``value``, by rank, on every process."""
+    if world.size == 1:
+        return [value]
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def sum_over_world(world: World, values: torch.Tensor) -> torch.Tensor:
+    """Return the sum of ``values`` over all processes."""
+    if world.size > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def any_of(world: World, flag: bool) -> bool:
+    """Return whether ``flag`` is set on any process. Between CPUs: no GPU has to wait for its queue."""
+    if world.size == 1:
+        return flag
+    flags = torch.tensor([int(flag)])
+    dist.all_reduce(flags, dist.ReduceOp.MAX, group=world.cpu_group)
+    return bool(flags.item())
+
+
+def tell_all(world: World, note: str) -> None:
+    """Leave a note that every process can find, at once and without waiting for them."""
+    if world.store is not None:
+        world.store.set(note, "")
+
+
+def is_told(world: World, note: str) -> bool:
+    """Return whether any process of this start has left the note."""
+    return world.store is not None and bool(world.store.check([note]))
+
+
+def on_main(world: World, action: Callable[[], T]) -> T:
+    """Run ``action`` on rank 0 and return its result everywhere; an error a user can mend is raised everywhere."""
+    outcome: tuple[Any, Exception | None] = (None, None)
+    if world.is_main:
+        try:
+            outcome = (action(), None)
+        except (UsageError, OSError) as error:
+            outcome = (None, error)
+    value, failure = gather_objects(world, outcome)[0]
+    if failure is not None:
+        raise failure
+    return value

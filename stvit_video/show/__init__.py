@@ -1,1 +1,0 @@
-"""Pictures and pages: what a model saw in a video, and what runs came to."""

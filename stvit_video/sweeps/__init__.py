@@ -1,0 +1,1 @@
+"""Accuracy beside speed, over many runs."""

@@ -1,0 +1,385 @@
+"""The trainer: the state of a training run, and its steps."""
+
+import copy
+import random
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader
+
+from stvit_video.common.errors import UsageError
+from stvit_video.common.progress import Progress
+from stvit_video.data.clips.mixing import Mix, build_mix
+from stvit_video.data.dataset import Batch, TrainDataset
+from stvit_video.data.failures import Failure, check_failures
+from stvit_video.data.lists.annotations import Video
+from stvit_video.data.loader import build_train_loader
+from stvit_video.runs.log import MetricsLog
+from stvit_video.runtime.clock import PARTS, StepClock, peak_memory
+from stvit_video.runtime.parallel import (
+    compile_model,
+    exchanging,
+    replicate,
+    restore_state,
+    restore_weights,
+    shard,
+    whole_state,
+    whole_weights,
+)
+from stvit_video.runtime.precision import autocast, matrix_rate, set_precision
+from stvit_video.runtime.stopping import Diverged
+from stvit_video.runtime.world import World, any_of, gather_objects, sum_over_world
+from stvit_video.training.optim import average_weights, build_optimizer, build_scheduler, freeze
+
+LOG_EVERY = 8  # steps between rows of metrics.jsonl
+
+
+class Trainer:
+    """The state of a training run, and one epoch of it at a time.
+
+    ``model`` is what the gradients are computed with: wrapped (DDP), sharded (FSDP) or neither. ``bare_model`` is the
+    network inside. ``average`` follows its weights, and ``spare`` is an unsharded copy to test a sharded one with.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LambdaLR,
+        loader: DataLoader,
+        world: World,
+        *,
+        bare_model: nn.Module,
+        average: AveragedModel | None,
+        spare: nn.Module | None,
+        setup: dict[str, Any],
+        total_steps: int,
+        precision: str,
+        accumulate: int,
+        clip_grad: float,
+        label_smoothing: float,
+        mix: Mix | None,
+        max_failures: float,
+        max_bad_steps: int,
+        full_speed: float,
+        seed: int,
+    ) -> None:
+        self.model, self.bare_model, self.average, self.spare = model, bare_model, average, spare
+        self.optimizer, self.scheduler, self.loader, self.world = optimizer, scheduler, loader, world
+        self.setup, self.total_steps, self.seed = setup, total_steps, seed
+        self.precision, self.accumulate, self.clip_grad = precision, accumulate, clip_grad
+        self.label_smoothing, self.mix = label_smoothing, mix
+        self.max_failures, self.max_bad_steps = max_failures, max_bad_steps
+        self.full_speed = full_speed  # training clips a second if a step were nothing but one matrix product
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
+        self.clock = StepClock(world.device)
+        self.epoch = self.step = self.bad_steps = 0  # epochs that are over, steps taken, those of them skipped
+        self.best = -1.0  # validation top-1 in percent; any first one is better
+        self.failures: list[Failure] = []
+        self.failed: set[str] = set()  # training videos of this epoch and process
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.loader) // self.accumulate
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that training has, the last of them perhaps cut short."""
+        return -(-self.total_steps // self.steps_per_epoch)
+
+    @property
+    def steps_left(self) -> int:
+        """Steps of the present epoch that are not yet taken."""
+        return min((self.epoch + 1) * self.steps_per_epoch, self.total_steps) - self.step
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds; every process has to ask, and process 0 gets all of it.
+
+        There is no random state in it: every step seeds its own. The order of the videos follows from seed and epoch,
+        and the place in it from the step.
+        """
+        return {
+            **whole_state(self.bare_model, self.optimizer),
+            "average": None if self.average is None else whole_weights(self.average.module),
+            "averaged": 0 if self.average is None else int(self.average.n_averaged),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "bad_steps": self.bad_steps,
+            "best": self.best,
+            "setup": self.setup,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint's state."""
+        restore_state(self.bare_model, self.optimizer, state)
+        if self.average is not None:
+            restore_weights(self.average.module, state["average"])
+            self.average.n_averaged.fill_(state["averaged"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
+        self.bad_steps = state["bad_steps"]
+
+    def model_to_test(self) -> nn.Module:
+        """Return the network with the weights that are tested: the average where there is one; every process asks."""
+        model = self.bare_model if self.average is None else self.average.module
+        if self.spare is None:
+            return model
+        self.spare.load_state_dict(whole_weights(model))
+        return self.spare.to(self.world.device)
+
+    def train_epoch(self, progress: Progress, log: MetricsLog | None, after_step: Callable[[], None]) -> None:
+        """Take the steps of the present epoch that are left, and call ``after_step`` after each.
+
+        Augmentation, mixing and dropout depend on seed, epoch or step, and rank alone: an epoch that was interrupted
+        goes on as if it had not been.
+        """
+        if self.steps_left == 0:
+            return  # the run was stopped between the last step and validation
+        done = self.step - self.epoch * self.steps_per_epoch
+        self.loader.batch_sampler.load_state_dict(  # type: ignore[union-attr]
+            {"epoch": self.epoch, "start": done * self.accumulate}
+        )
+        self.model.train()
+        if self.spare is not None:
+            self.spare.cpu()  # training needs the room
+        self.failed = set()
+        batches, sums, text, steps = iter(self.loader), self._zeros(), "", 0
+        self.clock.lap()
+        last = done + self.steps_left
+        for i in range(done + 1, last + 1):
+            seed_all(self._seed(self.step))
+            skipped = self.bad_steps
+            sums, steps = sums + self.take_step(batches), steps + 1
+            if self.bad_steps > skipped:
+                progress.note(f"step {self.step} skipped: its loss or gradients are not finite")
+            if i % LOG_EVERY == 0 or i == last:
+                values = self._averages(sums, steps)
+                if log is not None:
+                    log.write(self.step, self.step / self.steps_per_epoch, "train", values)
+                text = describe_step(self.epoch + 1, values)
+                sums, steps = self._zeros(), 0
+            progress.advance(text)
+            after_step()
+
+    def take_step(self, batches: Iterator[Batch]) -> Tensor:
+        """Take one optimiser step on ``accumulate`` batches; return the sums of loss and hits, and the clip count.
+
+        The loss that is returned is the classifier's; a reducer's own is only learned from.
+        """
+        sums, seen = self._zeros(), []
+        for i in range(self.accumulate):
+            with self.clock.part("data"):
+                batch = self._next(batches)
+                clips, labels = batch.clips, batch.clip_labels
+            # Gradients are exchanged once a step, with its last batch.
+            with exchanging(self.model, i + 1 == self.accumulate):
+                with self.clock.part("forward"):
+                    targets = labels
+                    if self.mix is not None:
+                        clips, targets = self.mix(clips, labels, self._seed(self.step, i))
+                        labels = targets.argmax(dim=1)  # for the hits: the label with the larger share
+                    with autocast(self.world.device, self.precision):
+                        logits = self.model(clips)
+                    loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing)
+                    total = loss + auxiliary_loss(self.bare_model)
+                with self.clock.part("backward"):
+                    self.scaler.scale(total * nan_if_not_finite(total) / self.accumulate).backward()
+            with torch.no_grad():
+                hits = (logits.argmax(dim=1) == labels).sum()
+                sums += torch.stack([loss * len(labels), hits, torch.tensor(len(labels), device=loss.device)])
+            seen.append((batch, logits.detach(), loss.detach()))
+        with self.clock.part("optimizer"):
+            finite = self._update_weights()
+        self.scheduler.step()
+        self.step += 1
+        if not finite:
+            self._skip(seen)
+            return self._zeros()
+        return sums
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        """Return the next batch on the device, its failures noted."""
+        batch = next(batches)
+        self.failures += batch.failures
+        self.failed.update(failure.path for failure in batch.failures)
+        if batch.missing:
+            first = batch.failures[0]
+            raise UsageError(
+                f"{TrainDataset.MAX_TRIES} training videos in a row could not be read, the first {first.path}: "
+                f"{first.message}. Check DATA.ROOT and DATA.TRAIN_LIST."
+            )
+        return batch.to(self.world.device)
+
+    def _update_weights(self) -> bool:
+        """Clip the gradients and step; where they are not finite, on every process, leave the weights as they are."""
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.bare_model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        finite = bool(_whole(norm).isfinite())
+        if finite and self.clip_grad > 0:
+            nn.utils.clip_grads_with_norm_(self.bare_model.parameters(), self.clip_grad, norm)
+        if finite or self.scaler.is_enabled():  # the scaler itself skips steps that are not finite, and learns
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if finite and self.average is not None:
+            self.average.update_parameters(self.bare_model)
+        return finite
+
+    def _skip(self, seen: list[tuple[Batch, Tensor, Tensor]]) -> None:
+        """Count a step that was skipped. An overflow of fp16 that a smaller scale mends is none."""
+        videos = self.loader.dataset.videos  # type: ignore[attr-defined]
+        paths = [path for part in seen for path in suspects(videos, *part)]
+        if self.scaler.is_enabled() and not any_of(self.world, bool(paths)) and self.scaler.get_scale() >= 1:
+            return
+        self.bad_steps += 1
+        if self.bad_steps > self.max_bad_steps:
+            paths = [path for share in gather_objects(self.world, paths) for path in share]
+            every = [videos[index].path for batch, *_ in seen for index in batch.indices.tolist()]
+            refuse(self.bad_steps, self.max_bad_steps, self.step, paths or every)
+
+    def _seed(self, *of: int) -> int:
+        """Return a seed that depends on the run's seed, the process and ``of`` alone."""
+        return int(np.random.SeedSequence([self.seed, *of, self.world.rank]).generate_state(1)[0])
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros(3, device=self.world.device)
+
+    def _averages(self, sums: Tensor, steps: int) -> dict[str, float]:
+        """Return the figures of the last ``steps`` steps, over all processes; times are of this one."""
+        failed = torch.tensor([len(self.failed)], dtype=sums.dtype, device=sums.device)
+        loss, hits, clips, failed_videos = sum_over_world(self.world, torch.cat([sums, failed])).tolist()
+        check_failures(int(failed_videos), len(self.loader.dataset), self.max_failures, "train")  # type: ignore[arg-type]
+        lap = self.clock.lap()
+        speed = clips / lap["elapsed"]
+        figures = {"loss": loss / clips, "top1": 100 * hits / clips} if clips else {}  # none if all were skipped
+        return {
+            **figures,
+            "lr": max(self.scheduler.get_last_lr()),
+            "clips_per_second": speed,
+            "data_share": lap["data"] / lap["elapsed"],
+            "step_s": lap["elapsed"] / steps,
+            **{f"{part}_s": lap[part] / steps for part in PARTS},
+            "mfu": speed / self.full_speed,
+            "memory_gb": peak_memory(self.world.device),
+            "bad_steps": self.bad_steps,
+        }
+
+
+def auxiliary_loss(model: nn.Module) -> Tensor | float:
+    """Return what a model of this package adds to the loss of its last forward pass, such as a learned reducer's."""
+    ask = getattr(model, "auxiliary_loss", None)
+    loss = None if ask is None else ask()
+    return 0.0 if loss is None else loss
+
+
+def _whole(norm: Tensor) -> Tensor:
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def seed_all(seed: int) -> None:
+    """Seed every generator that a network may draw from: torch's, also those of the GPUs, NumPy's and Python's."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def describe_step(epoch: int, values: dict[str, float]) -> str:
+    """Return the figures of a progress line."""
+    if "loss" not in values:
+        return f"epoch {epoch}  all steps skipped"
+    return (
+        f"epoch {epoch}  loss {values['loss']:.3f}  top1 {values['top1']:.1f} %  "
+        f"{values['clips_per_second']:.0f} clips/s  data {100 * values['data_share']:.0f} %  "
+        f"mfu {100 * values['mfu']:.0f} %"
+    )
+
+
+def build_trainer(cfg: CfgNode, world: World, model: nn.Module, num_classes: int, gflops: float) -> Trainer:
+    """Return a trainer at step 0 for ``model``, which is moved to the process's device; a clip costs ``gflops``."""
+    set_precision(world.device, cfg.PRECISION)
+    loader = build_train_loader(cfg, world, num_classes)
+    sharded = world.size > 1 and cfg.PARALLEL.STRATEGY == "fsdp"
+    spare = copy.deepcopy(model) if sharded else None
+    model = model.to(world.device)
+    freeze(model, cfg.TRAIN.FREEZE)
+    average = average_weights(model, cfg.TRAIN.EMA) if cfg.TRAIN.EMA > 0 else None
+    compile_model(model, cfg.COMPILE)
+    if sharded:
+        shard(model)
+        if average is not None:
+            shard(average.module)
+    steps_per_epoch = len(loader) // cfg.TRAIN.ACCUMULATE
+    total = min(cfg.TRAIN.EPOCHS * steps_per_epoch, cfg.TRAIN.MAX_STEPS or sys.maxsize)
+    optimizer = build_optimizer(cfg, model)
+    rate = sum_over_world(world, torch.tensor([matrix_rate(world.device, cfg.PRECISION)], device=world.device))
+    return Trainer(
+        replicate(model, world) if world.size > 1 and not sharded else model,
+        optimizer,
+        build_scheduler(cfg, optimizer, steps_per_epoch, total),
+        loader,
+        world,
+        bare_model=model,
+        average=average,
+        spare=spare,
+        setup={
+            "processes": world.size,
+            "strategy": cfg.PARALLEL.STRATEGY,
+            "accumulation": cfg.TRAIN.ACCUMULATE,
+            "compile": cfg.COMPILE,
+            "device": world.device.type,
+        },
+        total_steps=total,
+        precision=cfg.PRECISION,
+        accumulate=cfg.TRAIN.ACCUMULATE,
+        clip_grad=cfg.OPTIM.CLIP_GRAD,
+        label_smoothing=cfg.OPTIM.LABEL_SMOOTHING,
+        mix=build_mix(cfg, world, num_classes),
+        max_failures=cfg.DATA.MAX_FAILURES,
+        max_bad_steps=cfg.TRAIN.MAX_BAD_STEPS,
+        full_speed=float(rate) / (3 * gflops),  # the backward pass costs twice the forward pass
+        seed=cfg.SEED,
+    )
+
+
+def nan_if_not_finite(loss: Tensor) -> Tensor:
+    """Return a factor of 1, or NaN where the loss is not finite.
+
+    It makes the gradients of that process NaN for certain, so that every process sees it in their sum and all skip the
+    step together, without a message of their own.
+    """
+    return torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+
+
+def suspects(videos: list[Video], batch: Batch, logits: Tensor, loss: Tensor) -> list[str]:
+    """Return the paths of the videos whose logits are not finite; of the whole batch if only its loss is not."""
+    if loss.isfinite():
+        return []
+    rows = (~logits.detach().isfinite()).any(dim=1).view(len(batch.indices), -1).any(dim=1).cpu()
+    indices = batch.indices[rows] if rows.any() else batch.indices
+    return [videos[index].path for index in indices.tolist()]
+
+
+def refuse(count: int, most: int, step: int, paths: list[str]) -> None:
+    """Raise Diverged where more than ``most`` steps have been bad; ``paths`` are the videos of the last."""
+    if count <= most:
+        return
+    raise Diverged(
+        f"{count} steps had a loss or gradients that are not finite, the last step {step} with the video(s) "
+        f"{', '.join(paths[:8])}{' ...' if len(paths) > 8 else ''}; TRAIN.MAX_BAD_STEPS {most} are allowed. Look at "
+        f"these videos, lower OPTIM.LR, raise OPTIM.WARMUP_EPOCHS, or use PRECISION fp32."
+    )

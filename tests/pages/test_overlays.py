@@ -1,0 +1,31 @@
+"""Painting marks what it should, and nothing else."""
+
+import numpy as np
+
+from stvit_video.pages import overlays
+
+
+def test_painting_marks_the_tokens_that_count_and_no_others() -> None:
+    frames = np.full((4, 40, 40, 3), (200, 100, 50), np.uint8)
+    values = np.ones((2, 4, 4))
+    values[1, 2, 3] = 8
+    layer = overlays.Layer("drawn", "", "", "ratio", values, 8.0)
+    painted = overlays.paint(layer, frames, None)
+    changed = (painted != overlays.fade(frames)).any(axis=-1)
+    expected = np.zeros((4, 40, 40), bool)
+    expected[2:, 20:30, 30:40] = True
+    np.testing.assert_array_equal(changed, expected)
+    owners = overlays.Layer("owners", "", "", "owner", np.full((2, 4, 4), 5), 8.0, strength=values)
+    painted = overlays.paint(owners, frames, (1, 3, 3)).astype(int)
+    inside = painted[2:, 22:28, 32:38]
+    red, green, blue = overlays.region_colours((1, 3, 3))[1, 2]
+    assert np.ptp(inside, axis=(0, 1, 2)).max() == 0
+    assert abs(inside[0, 0, 0] - (red, green, blue)).max() < 25
+    assert (painted[:2] == overlays.fade(frames)[:2]).all()
+
+
+def test_neighbouring_regions_have_different_colours() -> None:
+    for side in range(2, 13):
+        colours = overlays.region_colours((1, side, side)).astype(int)
+        assert (np.abs(np.diff(colours, axis=0)).sum(axis=-1) > 60).all(), side
+        assert (np.abs(np.diff(colours, axis=1)).sum(axis=-1) > 60).all(), side

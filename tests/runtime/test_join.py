@@ -1,0 +1,198 @@
+"""Rank variables: a complete set, none, or an error that names what is missing."""
+
+import os
+import random
+import socket
+import subprocess
+import sys
+
+import pytest
+from submitit.slurm.slurm import _parse_node_list
+
+from stvit_video.common.errors import UsageError
+from stvit_video.runtime.join import Place, join_world
+from stvit_video.runtime.launchers import SLURM_VARIABLES, TORCHRUN_VARIABLES, expand_hosts, find_place
+from stvit_video.runtime.rendezvous import PORTS_TRIED, _judge
+from stvit_video.runtime.world import on_main
+
+TORCHRUN = dict(zip(TORCHRUN_VARIABLES, ("3", "4", "1", "2", "10.0.0.1", "29500"), strict=True))
+# What srun sets for the last of five tasks on three nodes, as printed by one.
+STEP = {
+    "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_PROCID": "4", "SLURM_NTASKS": "5", "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "2", "SLURM_JOB_NODELIST": "gpu[01-02,07]", "SLURM_STEP_NODELIST": "gpu[01-02,07]",
+    "SLURM_STEP_NUM_TASKS": "5", "SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURMD_NODENAME": "gpu07",
+    "SLURM_CPUS_PER_TASK": "6", "ENVIRONMENT": "BATCH",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _no_rank_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name in TORCHRUN_VARIABLES or name.startswith(("SLURM", "SUBMITIT")):
+            monkeypatch.delenv(name)
+
+
+def test_without_variables_one_process_runs_alone() -> None:
+    with join_world("cpu") as world:
+        assert (world.rank, world.size, world.is_main) == (0, 1, True)
+        assert on_main(world, lambda: 3) == 3
+
+
+@pytest.mark.parametrize("present", [("RANK",), ("WORLD_SIZE", "RANK"), ("MASTER_PORT",), TORCHRUN_VARIABLES[:-1]])
+def test_a_partial_set_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, present: tuple[str, ...]) -> None:
+    for name in present:
+        monkeypatch.setenv(name, "1")
+    with pytest.raises(UsageError) as error, join_world("cpu"):
+        pass
+    for name in TORCHRUN_VARIABLES:
+        assert name in str(error.value)
+
+
+def test_a_group_that_cannot_form_is_an_error_not_a_single_process() -> None:
+    code = "from stvit_video.runtime.join import join_world\nwith join_world('cpu', timeout_s=3) as w: print('ran', w)"
+    env = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29871"}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0
+    assert "ran" not in result.stdout
+
+
+def test_a_missing_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UsageError, match="0 GPUs are visible"), join_world("cuda"):
+        pass
+
+
+def test_a_task_of_slurm_knows_its_place() -> None:
+    place = find_place(STEP)
+    assert place is not None
+    assert (place.launcher, place.rank, place.size, place.local_rank, place.local_size) == ("SLURM", 4, 5, 0, 1)
+    assert (place.host, place.hosts, place.tasks) == ("gpu07", ("gpu01", "gpu02", "gpu07"), (2, 2, 1))
+    assert (place.address, place.port, place.cpus) == ("gpu01", None, 6)
+    again = find_place(STEP | {"SLURM_RESTART_COUNT": "1"})
+    assert again is not None
+    assert again.job != place.job  # an earlier start that lingers is not met
+
+
+def test_torchrun_comes_before_slurm() -> None:
+    """torchrun inside a task of SLURM, whose variables all its workers have alike."""
+    place = find_place(STEP | TORCHRUN)
+    assert place is not None
+    assert (place.launcher, place.rank, place.size, place.local_rank) == ("torchrun", 3, 4, 1)
+
+
+def test_half_of_torchruns_variables_is_an_error_inside_slurm_too() -> None:
+    with pytest.raises(UsageError, match="RANK set but WORLD_SIZE"):
+        find_place(STEP | {"RANK": "0"})
+
+
+@pytest.mark.parametrize("missing", SLURM_VARIABLES)
+def test_a_partial_set_of_slurms_names_what_is_missing(missing: str) -> None:
+    env = {name: value for name, value in STEP.items() if name in SLURM_VARIABLES and name != missing}
+    with pytest.raises(UsageError, match=missing):
+        find_place(env)
+
+
+def test_the_shell_of_a_job_is_a_single_process_or_told_to_use_srun() -> None:
+    batch = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_NODELIST": "n1"}
+    batch |= {"ENVIRONMENT": "BATCH"}
+    salloc = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2"}
+    for shell in (batch, salloc):
+        assert find_place(shell) is None
+        assert find_place(shell | {"SLURM_NTASKS": "1"}) is None
+        with pytest.raises(UsageError, match="srun python"):
+            find_place(shell | {"SLURM_NTASKS": "2"})
+    interactive = STEP | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}  # as `srun --pty bash` in a larger job
+    assert find_place(interactive) is None
+
+
+def test_a_number_that_is_none_is_said() -> None:
+    with pytest.raises(UsageError, match="RANK is 'first'"):
+        find_place(TORCHRUN | {"RANK": "first"})
+
+
+@pytest.mark.parametrize("text", ["n1", "n[1-3]", "gpu[08-11,20],login", "a-[1,3]-b[1-2],c", "n[098-101]"])
+def test_node_lists_are_read_as_submitit_does(text: str) -> None:
+    assert list(expand_hosts(text)) == _parse_node_list(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    [
+        ({}, ""),
+        ({"gpu": "GPU-1"}, "ranks 0 and 1 on n1 have the same GPU"),
+        ({"gpu": "GPU-1", "host": "n2"}, ""),  # identities repeat where machines are cloned
+        ({"kind": "cpu", "gpu": ""}, "rank 1 on n1: no GPU, while others have one"),
+        ({"problem": "2 GPUs are needed"}, "rank 1 on n1: 2 GPUs are needed"),
+    ],
+)
+def test_processes_that_do_not_go_together(change: dict[str, str], verdict: str) -> None:
+    entries = [{"host": "n1", "kind": "cuda", "gpu": f"GPU-{rank + 1}", "problem": ""} for rank in range(2)]
+    found = _judge({0: entries[0], 1: entries[1] | change}, Place("SLURM", 0, 2, 0, 2, "n1"), 5)
+    assert found.startswith(verdict)
+    assert bool(found) == bool(verdict)
+
+
+PROGRAM = """
+import os, sys, time
+from stvit_video.runtime.join import join_world
+from stvit_video.runtime.world import any_of, gather_objects
+with join_world("cpu", timeout_s=int(sys.argv[1])) as world:
+    print(gather_objects(world, os.environ["SLURMD_NODENAME"]), flush=True)
+    if sys.argv[2] == os.environ["SLURMD_NODENAME"]:
+        raise ArithmeticError("nothing adds up")
+    if sys.argv[2] == os.environ["SLURMD_NODENAME"] + " hangs":
+        time.sleep(int(sys.argv[1]) + 8)
+    any_of(world, False)
+"""
+
+
+def run_tasks(*words: str, ranks: tuple[int, ...] = (0, 1), job: str = "901") -> list[tuple[int, str]]:
+    """Run tasks of two as srun would start them on two nodes; return exit codes and what was said."""
+    started = []
+    for rank in ranks:
+        task = STEP | {"SLURM_JOB_ID": job, "SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)}
+        task |= {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+        task |= {"SLURM_STEP_NODELIST": "left,right", "SLURMD_NODENAME": ("left", "right")[rank]}
+        env = {**os.environ, **task, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", PROGRAM, *words]
+        started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    said = [process.communicate(timeout=180)[0] for process in started]
+    return [(process.returncode, text) for process, text in zip(started, said, strict=True)]
+
+
+def test_tasks_meet_although_ports_are_taken() -> None:
+    """By others, who listen there: on the first that this job would use, and on the second."""
+    ports = random.Random("902.0.0").sample(range(20000, 32768), PORTS_TRIED)[:2]
+    with socket.create_server(("", ports[0])), socket.create_server(("", ports[1])):
+        for code, said in run_tasks("90", "nobody", job="902"):
+            assert (code, "['left', 'right']" in said) == (0, True), said
+
+
+def test_a_failure_is_told_with_its_rank_and_ends_the_others() -> None:
+    (left, left_said), (right, right_said) = run_tasks("90", "right")
+    assert left != 0
+    assert right != 0
+    assert "rank 1 of 2 on right failed: ArithmeticError: nothing adds up" in right_said
+    assert "rank 0 of 2 on left ends: rank 1 of 2 on right failed: ArithmeticError" in left_said
+
+
+def test_a_process_that_hangs_is_named_within_the_timeout() -> None:
+    (left, left_said), (right, _) = run_tasks("4", "right hangs")
+    assert left != 0
+    assert right != 0
+    assert "rank 0 of 2 on left ends: it lost another process: no word from rank 1, which hangs" in left_said
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [
+        (0, "rank 1 from right (0 of 1 came) did not come within 3 s"),
+        (1, "rank 1 on right: rank 0 on 127.0.0.1 did not come within 3 s"),
+    ],
+)
+def test_who_does_not_come_is_named(rank: int, message: str) -> None:
+    [(code, said)] = run_tasks("3", "nobody", ranks=(rank,), job=f"90{rank + 3}")
+    assert code != 0
+    assert message in said
+    assert "['left'" not in said

@@ -1,0 +1,193 @@
+"""The trainer: accumulation, resuming, precision, and what a run leaves behind."""
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from stvit_video import run
+from stvit_video.common.progress import Progress
+from stvit_video.config import load_config
+from stvit_video.data.clips.mixing import Mix
+from stvit_video.data.clips.transforms import Augment, Normalise, TrainTransform
+from stvit_video.data.dataset import Collate, Sample, TrainViews
+from stvit_video.models.zoo import build_model
+from stvit_video.runs.log import MetricsLog, read_metrics
+from stvit_video.runtime.world import World
+from stvit_video.training.trainer import Trainer, build_trainer
+
+WORLD = World(0, 1, torch.device("cpu"))
+
+
+def weights_after_an_epoch(arguments: list[str]) -> dict[str, torch.Tensor]:
+    cfg = load_config(arguments[1], arguments[2:])
+    torch.manual_seed(0)
+    trainer = build_trainer(cfg, WORLD, build_model(cfg, 8), 8, gflops=1.0)
+    trainer.train_epoch(Progress("", trainer.steps_per_epoch, enabled=False), None, lambda: None)
+    return trainer.bare_model.state_dict()
+
+
+def test_accumulated_batches_equal_one_large_batch(small_run: Callable[..., list[str]]) -> None:
+    sgd = ["OPTIM.CLIP_GRAD", "0.01"]
+    whole = weights_after_an_epoch(small_run(*sgd))
+    for accumulate in ("2", "4"):
+        parts = weights_after_an_epoch(small_run(*sgd, "TRAIN.ACCUMULATE", accumulate))
+        difference = max((parts[name] - whole[name]).abs().max() for name in whole)
+        moved = max((parts[name] - value).abs().max() for name, value in initial_weights(small_run()).items())
+        assert difference < 1e-5 < moved
+
+
+def plain_trainer(model: nn.Module, optimizer: Any, scheduler: Any, loader: Any = None, **settings: Any) -> Trainer:
+    """A trainer of any module, without all that can be switched off."""
+    off = {"average": None, "spare": None, "setup": {}, "total_steps": 12, "precision": "fp32", "accumulate": 1}
+    off |= {"clip_grad": 0.0, "label_smoothing": 0.0, "mix": None, "max_failures": 0.1, "max_bad_steps": 0}
+    off |= {"full_speed": 1.0, "seed": 0, "bare_model": model}
+    return Trainer(model, optimizer, scheduler, loader, WORLD, **{**off, **settings})
+
+
+def initial_weights(arguments: list[str]) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return build_model(load_config(arguments[1], arguments[2:]), 8).state_dict()
+
+
+AUGMENTED = [
+    *("DATA.RAND_AUGMENT_LAYERS", "2", "DATA.COLOR_JITTER", "0.4", "DATA.ERASE", "0.5"),
+    *("TRAIN.MIXUP", "0.8", "TRAIN.CUTMIX", "1.0", "TRAIN.MIX_PROBABILITY", "0.8", "OPTIM.LABEL_SMOOTHING", "0.1"),
+]
+DROPOUT = ["MODEL.DROPOUT", "0.2", "MODEL.DROP_PATH", "0.2"]
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        [],
+        [*DROPOUT, "DATA.WORKERS", "1"],
+        [*AUGMENTED, *DROPOUT, "TRAIN.ACCUMULATE", "2"],
+        ["MODEL.REDUCER", "dynamicvit"],  # its decisions are drawn by lot
+    ],
+    ids=["plain", "dropout", "augmented", "reducer"],
+)
+def test_interrupted_after_an_epoch_equals_uninterrupted(
+    small_run: Callable[..., list[str]],
+    run_killed: Callable[[list[str], int], None],
+    tmp_path: Path,
+    extra: list[str],
+) -> None:
+    extra = [*extra, "TRAIN.EPOCHS", "2", "DATA.VAL_LIST", ""]
+    assert run.main(small_run(*extra)) == 0
+    whole = load_file(tmp_path / "run" / "model.safetensors")
+
+    output = ["OUTPUT_DIR", str(tmp_path / "killed")]
+    run_killed(small_run(*extra, *output), 5)
+    assert not (tmp_path / "killed" / "results.json").exists()
+    assert run.main(small_run(*extra, *output)) == 0
+    resumed = load_file(tmp_path / "killed" / "model.safetensors")
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+    for folder in ("run", "killed"):
+        steps = [row["step"] for row in read_metrics(tmp_path / folder / "metrics.jsonl")]
+        assert steps == [4, 8]
+
+
+def test_augmentation_is_as_configured_and_off_by_default(small_run: Callable[..., list[str]]) -> None:
+    def build(*overrides: str) -> Trainer:
+        arguments = small_run(*overrides)
+        cfg = load_config(arguments[1], arguments[2:])
+        return build_trainer(cfg, WORLD, build_model(cfg, 8), 8, gflops=1.0)
+
+    plain, trainer = build(), build(*AUGMENTED, "DATA.RAND_AUGMENT_MAGNITUDE", "7", "TRAIN.MIX_SWITCH", "0.3")
+    assert (plain.loader.dataset.views.transform.augment, plain.mix) == (Augment(), None)
+    assert trainer.loader.dataset.views.transform.augment == Augment(layers=2, magnitude=7, jitter=0.4, erase=0.5)
+    assert [transform.alpha for transform in trainer.mix.transforms] == [0.8, 1.0]
+    assert (trainer.mix.probability, trainer.mix.switch, trainer.mix.num_classes) == (0.8, 0.3, 8)
+
+
+def test_the_loss_of_a_mixed_batch_is_in_proportion_and_the_larger_label_counts() -> None:
+    """Clip 0 is all 0, clip 1 all 1: the mean of a mixed clip is its share of label 1, which the model takes as is."""
+
+    class Share(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+            self.seen: list[torch.Tensor] = []
+
+        def forward(self, clips: torch.Tensor) -> torch.Tensor:
+            share = clips.mean(dim=(1, 2, 3, 4))
+            self.seen.append(share)
+            return self.scale * torch.stack([1 - share, share], dim=1)
+
+    model = Share()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    mix = Mix(mixup=1.0, cutmix=1.0, probability=1.0, switch=0.5, num_classes=2)
+    trainer = plain_trainer(model, optimizer, scheduler, mix=mix)
+    plain = TrainTransform(8, Normalise((0, 0, 0), (1, 1, 1)), (8, 8), None, (1, 1), False)
+    collate = Collate(TrainViews(plain, 1, 2))
+    pixels = [torch.full((2, 8, 8, 3), 255 * label, dtype=torch.uint8) for label in range(2)]
+    batches = itertools.repeat(collate([Sample(pixels[label], label, label, (0,), []) for label in range(2)]))
+    for _ in range(12):
+        loss, hits, count = trainer.take_step(batches).tolist()
+        share = model.seen[-1]
+        scores = torch.stack([1 - share, share], dim=1)
+        assert (hits, count) == (2, 2)
+        assert loss == pytest.approx(-(scores * scores.log_softmax(dim=1)).sum().item(), rel=1e-5)
+    assert torch.stack(model.seen)[:, 0].unique().numel() == 12  # each step draws anew
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_models_own_loss_is_learned_from_and_not_logged(precision: str) -> None:
+    class Own(nn.Module):
+        """Logits that depend on one parameter, and a loss of its own on another."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.tensor(3.0))
+
+        def forward(self, clips: torch.Tensor) -> torch.Tensor:
+            return self.scale * clips.mean(dim=(1, 2, 3, 4)).unsqueeze(1)
+
+        def auxiliary_loss(self) -> torch.Tensor:
+            return self.other.square()
+
+    model = Own()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.125)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    trainer = plain_trainer(model, optimizer, scheduler, accumulate=2, precision=precision)
+    plain = TrainTransform(8, Normalise((0, 0, 0), (1, 1, 1)), (8, 8), None, (1, 1), False)
+    collate = Collate(TrainViews(plain, 1, 2))
+    pixels = torch.full((2, 8, 8, 3), 255, dtype=torch.uint8)
+    batches = itertools.repeat(collate([Sample(pixels, label, label, (0,), []) for label in range(2)]))
+    loss, _, count = trainer.take_step(batches).tolist()
+    assert loss / count == pytest.approx(math.log(2), rel=1e-3)
+    assert model.other.item() == pytest.approx(3 - 0.125 * 2 * 3)  # of two accumulated batches: their mean
+
+
+@pytest.mark.parametrize("reducer", ["tome", "spot"])
+def test_a_reducer_of_the_configuration_is_trained(reducer: str, small_run: Callable[..., list[str]]) -> None:
+    few = small_run("MODEL.REDUCER", reducer, "TRAIN.ACCUMULATE", "2", "TRAIN.MAX_STEPS", "1")
+    before, after = initial_weights(few), weights_after_an_epoch(few)
+    assert any(name.startswith("reducer.") for name in after) == (reducer == "spot")
+    for name, weight in before.items():
+        assert not torch.equal(after[name], weight), name
+        assert after[name].isfinite().all()
+
+
+def test_transforms_give_the_same_clips_on_the_device_as_in_the_workers(small_run: Callable[..., list[str]]) -> None:
+    words = ["DATA.REPEATS", "2", "DATA.RAND_AUGMENT_LAYERS", "2", "DATA.ERASE", "0.5", "DATA.WORKERS", "1"]
+    early, late = (weights_after_an_epoch(small_run(*words, "DATA.TRANSFORM_ON", on)) for on in ("workers", "device"))
+    assert all(torch.equal(early[name], value) for name, value in late.items())
+
+
+def test_metrics_of_lost_work_are_dropped_and_a_cut_line_is_left_out(tmp_path: Path) -> None:
+    rows = [{"step": step, "epoch": 1, "split": "train", "loss": 1.0} for step in (4, 8, 12)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 16, "ep')
+    log = MetricsLog(tmp_path, step=8)
+    log.write(9, 1.1, "train", {"loss": 0.5})
+    log.close()
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [4, 8, 9]
