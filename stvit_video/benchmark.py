@@ -5,7 +5,6 @@ machines, times cannot.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -122,11 +121,11 @@ def benchmark(arguments: Sequence[str] | None) -> int:
 
             figures = benchmark_end_to_end(cfg, options.clips, options.rounds)
     if options.output:
-        from stvit_video.common.files import write_atomically
+        from stvit_video.common.files import write_json
         from stvit_video.runs.environment import environment
 
         content = {"started": time.strftime("%Y-%m-%dT%H:%M:%S"), **figures, "environment": environment()}
-        write_atomically(options.output, json.dumps(content, indent=2).encode())
+        write_json(options.output, content)
     return 0
 
 

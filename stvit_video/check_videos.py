@@ -18,7 +18,7 @@ from stvit_video.common.progress import Progress
 from stvit_video.data.clips.sampling import ClipSampler, EvenClips
 from stvit_video.data.decode.frames import DECODERS, find_decoders
 from stvit_video.data.decode.types import DecodeError
-from stvit_video.data.failures import Failure, to_csv
+from stvit_video.data.failures import Failure, failures_csv
 from stvit_video.data.scan import EveryFrame, Manner, clean_list, read_listing, scan, summarise
 
 
@@ -77,8 +77,8 @@ def check(arguments: Sequence[str] | None) -> int:
                 errors[error.path] = error
             progress.advance(f"{len(errors):,} cannot be read")
     with writing(options.output):  # the ledger first: what the clean list leaves out is always accounted for
-        ledger = to_csv(Failure.of(error, "check") for error in errors.values())
-        write_atomically(options.output / "failures.csv", ledger.encode("utf-8", "surrogateescape"))
+        ledger = failures_csv(Failure.of(error, "check") for error in errors.values())
+        write_atomically(options.output / "failures.csv", ledger)
         write_atomically(clean, clean_list(listing, errors))
     print(summarise(listing, errors, options.output))
     return 0

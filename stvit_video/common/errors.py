@@ -28,6 +28,11 @@ class Stopped(Exception):
         super().__init__(f"stopped by {received or 'a signal to another process'} after {reached}")
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def nearest(name: str, known: list[str]) -> str:
     """Return ``name``'s closest match among ``known`` as a question, or an empty string."""
     match = [] if name in known else difflib.get_close_matches(name, known, n=1, cutoff=0.67)  # gpu is no cpu

@@ -1,5 +1,6 @@
 """Files and folders: atomic writing, locks, and one line where a place cannot be written."""
 
+import json
 import os
 import tempfile
 import time
@@ -49,6 +50,11 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write ``content`` as indented JSON, atomically."""
+    write_atomically(path, json.dumps(content, indent=2).encode())
 
 
 def try_folder(folder: Path) -> None:

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from stvit_video.common.errors import UsageError
+from stvit_video.common.errors import UsageError, first_line
 
 SCHEME = "hf://"
 
@@ -33,7 +33,7 @@ def pull(address: str) -> Path:
     try:
         return Path(hub.hf_hub_download(repository, file or "model.safetensors"))
     except _errors(hub) as error:
-        raise UsageError(f"Checkpoint {address} cannot be fetched ({_first_line(error)}).") from error
+        raise UsageError(f"Checkpoint {address} cannot be fetched ({first_line(error)}).") from error
 
 
 def push(path: Path, repository: str) -> str:
@@ -48,7 +48,7 @@ def push(path: Path, repository: str) -> str:
         hub.create_repo(repository, private=True, exist_ok=True)
         hub.upload_file(path_or_fileobj=str(path), path_in_repo=name, repo_id=repository)
     except _errors(hub) as error:
-        raise UsageError(f"--push {repository} failed ({_first_line(error)}); the file is kept at {path}.") from error
+        raise UsageError(f"--push {repository} failed ({first_line(error)}); the file is kept at {path}.") from error
     return f"{SCHEME}{repository}" if name == "model.safetensors" else f"{SCHEME}{repository}/{name}"
 
 
@@ -79,7 +79,3 @@ def _import_hub() -> Any:
 def _errors(hub: Any) -> tuple[type[Exception], ...]:
     """Return what the hub's package raises for names, rights and connections."""
     return (hub.errors.HfHubHTTPError, hub.errors.LocalEntryNotFoundError, hub.errors.HFValidationError, OSError)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -317,3 +318,12 @@ def value_of(cfg: CfgNode, name: str) -> Any:
     for part in name.split("."):
         cfg = cfg[part]
     return cfg
+
+
+def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested sections as one mapping of full names, such as DATA.FRAMES."""
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        full = f"{prefix}{name}"
+        flat |= flatten(value, f"{full}.") if isinstance(value, Mapping) else {full: value}
+    return flat

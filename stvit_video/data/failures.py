@@ -4,10 +4,10 @@ import csv
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
-from io import StringIO
 from pathlib import Path
 
 from stvit_video.common.errors import UsageError
+from stvit_video.common.tables import to_csv
 from stvit_video.data.decode.types import DecodeError
 
 
@@ -36,13 +36,9 @@ def merge(failures: Iterable[Failure]) -> list[Failure]:
     return [earliest[key] for key in sorted(earliest)]
 
 
-def to_csv(failures: Iterable[Failure]) -> str:
-    """Return a ledger as text, with a header also where it has no rows."""
-    text = StringIO()
-    writer = csv.DictWriter(text, [column.name for column in fields(Failure)])
-    writer.writeheader()
-    writer.writerows(asdict(failure) for failure in merge(failures))
-    return text.getvalue()
+def failures_csv(failures: Iterable[Failure]) -> bytes:
+    """Return a ledger as a CSV file, with a header also where it has no rows."""
+    return to_csv(map(asdict, merge(failures)), [column.name for column in fields(Failure)])
 
 
 def read_ledger(path: str | Path) -> list[Failure]:

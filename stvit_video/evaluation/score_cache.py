@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from stvit_video import __version__
+from stvit_video.common.errors import first_line
 from stvit_video.common.files import write_atomically
 from stvit_video.data.dataset import TestDataset
 from stvit_video.data.failures import Failure
@@ -94,7 +95,7 @@ def read_features(path: Path, key: str) -> tuple[Predictions | None, str]:
         whole = metadata["checksum"] == _checksum(tensors, metadata["record"])
         record: dict[str, Any] = json.loads(metadata["record"]) if whole else {}
     except (SafetensorError, OSError, KeyError) as error:
-        return None, f"{path} is damaged ({str(error).splitlines()[0]}); computing it again"
+        return None, f"{path} is damaged ({first_line(error)}); computing it again"
     if not whole:
         return None, f"{path} is damaged (checksum); computing it again"
     if metadata["fingerprint"] != key:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from fvcore.common.config import CfgNode
 
-from stvit_video.common.errors import UsageError
+from stvit_video.common.errors import UsageError, first_line
 from stvit_video.common.files import write_atomically
 from stvit_video.models.weights.files import DAMAGE
 
@@ -81,7 +81,7 @@ def load_newest(folder: Path) -> dict[str, Any] | None:
         try:
             content = read_checked(path)
         except DAMAGED as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = first_line(error)
             warnings.warn(f"checkpoint {path} is damaged ({reason[:120]}); trying the one before", stacklevel=2)
             continue
         if isinstance(content, dict) and all(name in content for name in REQUIRED):

@@ -1,8 +1,6 @@
 """The folder of a run: whose it is, what it holds, and what may be written to it."""
 
-import csv
 import fcntl
-import io
 import json
 import os
 import shutil
@@ -15,8 +13,10 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from stvit_video.common.errors import UsageError
-from stvit_video.common.files import wait_for_lock, write_atomically
-from stvit_video.data.failures import Failure, read_ledger, to_csv
+from stvit_video.common.files import wait_for_lock, write_atomically, write_json
+from stvit_video.common.tables import to_csv
+from stvit_video.config.schema import flatten
+from stvit_video.data.failures import Failure, failures_csv, read_ledger
 from stvit_video.runs.checkpoint import list_checkpoints
 from stvit_video.runs.environment import environment
 
@@ -142,7 +142,7 @@ class RunFolder:
             if renewed or not (self.path / "config.yaml").exists():  # first of all files: it marks the folder
                 write_atomically(self.path / "config.yaml", cfg.dump().encode())
             if renewed or not (self.path / "environment.json").exists():
-                write_atomically(self.path / "environment.json", json.dumps(environment(), indent=2).encode())
+                write_json(self.path / "environment.json", environment())
             self.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
             raise UsageError(
@@ -200,15 +200,11 @@ class RunFolder:
 
     def write_results(self, results: dict[str, Any]) -> None:
         """Write ``results.json``."""
-        write_atomically(self.results, json.dumps(results, indent=2).encode())
+        write_json(self.results, results)
 
     def write_table(self, name: str, rows: list[dict[str, object]]) -> None:
         """Write rows as a CSV file of that name, columns as in the first."""
-        text = io.StringIO(newline="")
-        table = csv.DictWriter(text, list(rows[0]) if rows else [])
-        table.writeheader()
-        table.writerows(rows)
-        write_atomically(self.path / name, text.getvalue().encode("utf-8", "surrogateescape"))
+        write_atomically(self.path / name, to_csv(rows, list(rows[0]) if rows else []))
 
     def write_load_report(self, text: str) -> None:
         """Write ``load_report.json``: what became of every key of MODEL.INIT."""
@@ -216,8 +212,7 @@ class RunFolder:
 
     def write_failures(self, failures: Iterable[Failure]) -> None:
         """Write ``failures.csv``: each video once a stage, also where there is none."""
-        ledger = to_csv(failures).encode("utf-8", "surrogateescape")  # names of files need not be UTF-8
-        write_atomically(self.path / "failures.csv", ledger)
+        write_atomically(self.path / "failures.csv", failures_csv(failures))
 
     def read_failures(self) -> list[Failure]:
         """Return the rows of ``failures.csv``: what the earlier part of an interrupted run reported."""
@@ -235,16 +230,9 @@ def _refuse_other_settings(path: Path, recorded: dict[str, Any], current: dict[s
 
 def describe_changes(recorded: dict[str, Any], current: dict[str, Any]) -> str:
     """Return which settings differ between a run and its continuation, those that may left out; "" for none."""
-    old, new = _flat(recorded), _flat(current)
+    old, new = flatten(recorded), flatten(current)
     for key in PATH_KEYS:
         old, new = ({**values, key: os.path.abspath(values[key]) if values.get(key) else ""} for values in (old, new))
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and key not in FREE_KEYS]
     shown = ", ".join(f"{key} {old.get(key)!r} (now {new.get(key)!r})" for key in changed[:5])
     return f"{shown} ..." if len(changed) > 5 else shown
-
-
-def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in content.items():
-        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
-    return flat

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from stvit_video.common.errors import RunFailure, UsageError
+from stvit_video.common.errors import RunFailure, UsageError, first_line
 from stvit_video.runtime.launchers import Place
 
 WAITING_NOTE_S = 30  # seconds between notes on who has not come yet
@@ -107,7 +107,7 @@ def call_roll(store: Any, place: Place, kind: str, gpu: str, problem: str, timeo
             verdict = store.get("verdict").decode()
         except dist.DistError as error:
             where = f" on {place.hosts[0]}" if place.hosts else ""
-            verdict = f"rank 0{where} was lost before all processes had come ({_first_line(error)})"
+            verdict = f"rank 0{where} was lost before all processes had come ({first_line(error)})"
     if verdict:
         raise RunFailure(f"rank {place.rank} on {place.host}: the processes cannot work together: {verdict}")
 
@@ -164,7 +164,7 @@ def report(store: Any, place: Place, error: Exception) -> None:
     """Say on which rank a run failed: the first that fails leaves a note to those that lose it."""
     who = f"rank {place.rank} of {place.size} on {place.host}"
     lost = isinstance(error, dist.DistError) or "gloo" in str(error)  # a peer's end, seen from here
-    text = f"{type(error).__name__}: {_first_line(error)}"
+    text = f"{type(error).__name__}: {first_line(error)}"
     if not lost:
         if not isinstance(error, UsageError):  # which is one line already
             print(f"{who} failed: {text}", file=sys.stderr, flush=True)
@@ -188,7 +188,3 @@ def _describe_silent(store: Any, place: Place) -> str:
     except dist.DistError:
         return "rank 0, or the machine it ran on, is gone"
     return f"no word from rank {', '.join(silent[:8])}{' ...' if len(silent) > 8 else ''}, which hangs or was killed"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0]

@@ -13,7 +13,7 @@ import torch
 from stvit_video.benchmarks.models import build_conditions, describe_speeds, figures_of, measure
 from stvit_video.benchmarks.peers import Contestant
 from stvit_video.common.errors import UsageError
-from stvit_video.common.files import write_atomically
+from stvit_video.common.files import write_json
 from stvit_video.config.schema import value_of
 from stvit_video.models.zoo import build_model
 from stvit_video.runs.environment import environment
@@ -230,4 +230,4 @@ def measure_speeds(plan: Plan, output: Path, wanted: Wanted) -> None:
         **figures_of(speeds, product, conditions),
         "environment": machine,
     }
-    write_atomically(output / "speed.json", json.dumps(content, indent=2).encode())
+    write_json(output / "speed.json", content)

@@ -18,7 +18,7 @@ from matplotlib.transforms import Bbox
 
 from stvit_video.common.charts import SPLIT_COLOURS, WEIGHTS_COLOURS
 from stvit_video.common.errors import UsageError
-from stvit_video.common.files import write_atomically
+from stvit_video.common.files import write_atomically, write_json
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def write_table(table: Table, output: Path) -> None:
         "within": table.within,
         "machine": table.machine,
     }
-    write_atomically(output / "tradeoff.json", json.dumps(content, indent=2).encode())
+    write_json(output / "tradeoff.json", content)
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()

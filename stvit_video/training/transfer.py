@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from stvit_video.common.charts import plot_transfer
 from stvit_video.common.errors import UsageError
-from stvit_video.common.files import write_atomically
+from stvit_video.common.files import write_json
 from stvit_video.data.failures import check_failures
 from stvit_video.data.lists.videos import build_classes
 from stvit_video.data.loader import build_test_loader, build_train_loader
@@ -243,7 +243,7 @@ def write_transfer(folder: RunFolder, content: dict[str, Any]) -> None:
     """Print the table, and write it as ``transfer.json`` and ``transfer.png``."""
     rows, chance = content["rows"], content["chance"]
     plot_transfer(rows, chance, folder.path / "transfer.png")
-    write_atomically(folder.transfer, json.dumps(content, indent=2).encode())
+    write_json(folder.transfer, content)
     print(f"{describe_rows(rows, chance)}\nresults in {folder.transfer}", flush=True)
 
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from stvit_video.common.errors import UsageError
+from stvit_video.common.errors import UsageError, first_line
 from stvit_video.common.files import write_atomically
 
 StateDict = dict[str, Tensor]
@@ -135,7 +135,7 @@ def _read_torch(path: Path) -> object:
             raise UsageError(
                 f"Checkpoint {path} is a TorchScript or tar archive, which may hold code; save its state dict alone."
             ) from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise UsageError(f"Checkpoint {path} is damaged or cut short ({reason}); fetch it again.") from error
 
 

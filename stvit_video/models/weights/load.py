@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from stvit_video.common.errors import UsageError
+from stvit_video.common.errors import UsageError, first_line
 from stvit_video.models.layers import Grid
 from stvit_video.models.weights.files import DAMAGE, StateDict, check_tensors, read_metadata, read_state_dict
 from stvit_video.models.weights.layouts import LAYOUTS, Converted, recognise
@@ -96,7 +96,7 @@ def load_pretrained(
         from_image = is_image_state(converted.state)
         fitted = _fit_all(state, converted, model, report, new_head, depth)
     except DAMAGE as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise UsageError(
             f"{name} looks like a {layout} checkpoint, but its tensors do not fit together ({reason}); fetch it again."
         ) from error
