@@ -9,13 +9,13 @@ import struct
 import tarfile
 import zipfile
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from stvit_video.common.errors import UsageError, first_line
@@ -38,18 +38,30 @@ IMPOSTORS = (
 )
 
 
-def read_state_dict(path: str | Path) -> StateDict:
-    """Read the tensors of a ``.safetensors`` or ``torch.save`` file without running code from it.
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a checkpoint file, and what this package saved beside them.
+
+    ``metadata`` has ``name``, ``arguments``, ``classes`` and ``views`` (see ``save_weights``), or is empty.
+    """
+
+    path: str
+    tensors: StateDict
+    metadata: dict[str, Any]
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a ``.safetensors`` or ``torch.save`` file, opened once, without running code from it.
 
     Wrappers (``model``, ``state_dict``, ``module``) are opened and a ``module.`` prefix is stripped. Raises UsageError
     on a missing or unreadable file, or one that would have to run code to load.
     """
-    path = Path(path)
+    name, path = str(path), Path(path)
     if not path.is_file():
         raise UsageError(f"Checkpoint {path} is not a file; give the path of a .safetensors or .pth file.")
     try:
         _refuse_impostors(path)
-        content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+        content, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_torch(path), {})
     except OSError as error:
         if error.errno == errno.EINVAL:  # torch seeks past the end of a file that was cut short
             raise UsageError(f"Checkpoint {path} is damaged or cut short; fetch it again.") from error
@@ -61,7 +73,12 @@ def read_state_dict(path: str | Path) -> StateDict:
         if inner is None:
             break
         content = inner
-    return check_tensors(content, f"Checkpoint {path}")
+    return Checkpoint(name, check_tensors(content, f"Checkpoint {path}"), metadata)
+
+
+def read_state_dict(path: str | Path) -> StateDict:
+    """Return the tensors of ``read_checkpoint``."""
+    return read_checkpoint(path).tensors
 
 
 def check_tensors(content: object, name: str) -> StateDict:
@@ -78,17 +95,17 @@ def check_tensors(content: object, name: str) -> StateDict:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """Return what this package saved beside the weights of a ``.safetensors``: name, arguments, classes.
-
-    Empty for other files.
-    """
+    """Return the ``metadata`` of a ``.safetensors`` without its tensors; empty for other files."""
     if Path(path).suffix != ".safetensors":
         return {}
     with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
+        return _parse_metadata(file.metadata() or {})
+
+
+def _parse_metadata(header: dict[str, str]) -> dict[str, Any]:
     try:
-        arguments, classes = json.loads(metadata["arguments"]), json.loads(metadata.get("classes", "null"))
-        return {"name": metadata["name"], "arguments": dict(arguments), "classes": classes}
+        values = {key: json.loads(header.get(key, "null")) for key in ("arguments", "classes", "views")}
+        return {**values, "name": header["name"], "arguments": dict(values["arguments"])}
     except (ValueError, LookupError, TypeError):
         return {}  # another program's
 
@@ -106,9 +123,10 @@ def _refuse_impostors(path: Path) -> None:
             raise UsageError(f"Checkpoint {path} is {what}.")
 
 
-def _read_safetensors(path: Path) -> StateDict:
+def _read_safetensors(path: Path) -> tuple[StateDict, dict[str, Any]]:
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, _parse_metadata(file.metadata() or {})  # noqa: SIM118
     except SafetensorError as error:
         raise UsageError(f"Checkpoint {path} is not a complete safetensors file ({error}); fetch it again.") from error
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from stvit_video.common.errors import UsageError, first_line
 from stvit_video.models.layers import Grid
-from stvit_video.models.weights.files import DAMAGE, StateDict, check_tensors, read_metadata, read_state_dict
+from stvit_video.models.weights.files import DAMAGE, Checkpoint, StateDict, check_tensors, read_checkpoint
 from stvit_video.models.weights.layouts import LAYOUTS, Converted, recognise
 from stvit_video.models.weights.resize import adapt_positions, add_motion, fit, is_image_state
 
@@ -60,7 +60,7 @@ class LoadReport:
 
 def load_pretrained(
     model: nn.Module,
-    source: str | Path | StateDict,
+    source: str | Path | Checkpoint | StateDict,
     *,
     min_coverage: float = 0.5,
     new_head: bool = False,
@@ -78,8 +78,10 @@ def load_pretrained(
     first step (see ``add_motion``). Raises UsageError when a file cannot be read, its layout is not known, or less
     than ``min_coverage`` of the weights asked for fit; the model is then as it was.
     """
-    name = str(source) if isinstance(source, str | Path) else "state dict"
-    state = read_state_dict(source) if isinstance(source, str | Path) else check_tensors(source, name)
+    checkpoint = read_checkpoint(source) if isinstance(source, str | Path) else source
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = Checkpoint("state dict", check_tensors(checkpoint, "state dict"), {})
+    name, state = checkpoint.path, dict(checkpoint.tensors)
     recognised = recognise(state)
     if recognised is None:
         raise UsageError(
@@ -88,9 +90,8 @@ def load_pretrained(
         )
     layout, convert = recognised
     report = LoadReport(name, layout)
-    if isinstance(source, str | Path):
-        metadata = read_metadata(source)
-        report.arguments = {"name": metadata["name"], **metadata["arguments"]} if metadata else {}
+    if checkpoint.metadata:
+        report.arguments = {"name": checkpoint.metadata["name"], **checkpoint.metadata["arguments"]}
     try:
         converted = convert(state)
         from_image = is_image_state(converted.state)
