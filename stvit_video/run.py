@@ -6,10 +6,14 @@ of the last step; 1 failure, or Ctrl-C where nothing is under way that could be 
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from stvit_video.common.cli import Parser, run_command
 from stvit_video.common.errors import RunFailure, Stopped
 from stvit_video.runtime.stopping import EXIT_STOPPED
+
+if TYPE_CHECKING:
+    from fvcore.common.config import CfgNode
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +47,7 @@ def dispatch(arguments: Sequence[str] | None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="build all, run one batch, begin no run, and exit")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="or KEY=VALUE; last one wins")
     options = parser.parse_intermixed_args(arguments)
-    from stvit_video.config.load import load_config
+    from stvit_video.config import load_config
     from stvit_video.config.schema import describe_keys
 
     if options.keys:
@@ -53,22 +57,31 @@ def dispatch(arguments: Sequence[str] | None) -> int:
         parser.error("--cfg FILE is missing")
     cfg = load_config(options.cfg, options.overrides)
 
-    # Imported late: a wrong option is answered at once, and processes that only generate data stay light.
     if options.cost:
-        from stvit_video.runs.preflight import print_cost
+        from stvit_video.runs.preflight import build_cost_report
 
-        print_cost(cfg)
-        return 0
+        print(build_cost_report(cfg), flush=True)
+    else:
+        open_and_run(cfg, rehearse=options.dry_run)
+    return 0
+
+
+def open_and_run(cfg: "CfgNode", *, rehearse: bool) -> None:
+    """Open the run on all its processes, and do what MODE names, or rehearse it."""
+    # Imported late: a wrong option is answered at once, and processes that only generate data stay light.
     from stvit_video.evaluation.evaluate import test
+    from stvit_video.runs.preflight import open_run
     from stvit_video.runtime.join import join_world
     from stvit_video.training.dry_run import dry_run
     from stvit_video.training.loop import train
     from stvit_video.training.transfer import transfer
 
     with join_world(cfg.DEVICE, cfg.PARALLEL.TIMEOUT_S) as world:
-        command = {"train": train, "test": test, "transfer": transfer}[cfg.MODE]
-        (dry_run if options.dry_run else command)(cfg, world)
-    return 0
+        run = open_run(cfg, world, "rehearse" if rehearse else "run")
+        if run is None:  # finished already
+            return
+        command = dry_run if rehearse else {"train": train, "test": test, "transfer": transfer}[cfg.MODE]
+        command(run)
 
 
 if __name__ == "__main__":

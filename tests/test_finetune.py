@@ -17,7 +17,7 @@ from stvit_video.common.errors import UsageError
 from stvit_video.config import load_config
 from stvit_video.config.clip_settings import view_settings
 from stvit_video.data.lists.annotations import Video
-from stvit_video.data.lists.videos import SPLITS, build_videos, take_part
+from stvit_video.data.lists.videos import SPLITS, build_lists, take_part
 from stvit_video.inference.load import open_checkpoint
 from stvit_video.models import create_model, load_pretrained
 from stvit_video.models.weights.files import save_weights
@@ -164,7 +164,7 @@ def test_a_text_list_is_dealt_out_too(my_videos: Path) -> None:
     (my_videos / "all.csv").write_text("\n".join(lines))
     lists = [word for split in SPLITS for word in (f"DATA.{split.upper()}_LIST", "all.csv")]
     cfg = load_config(CONFIG, ["DATA.ROOT", str(my_videos), "MODEL.NAME", "vit_tiny_patch16", *lists])
-    found = [{video.path for video in build_videos(cfg, split)} for split in SPLITS]
+    found = [{video.path for video in build_lists(cfg).videos(split)} for split in SPLITS]
     assert [len(part) for part in found] == [12, 2, 2]
     assert len(set.union(*found)) == 16
 
@@ -201,4 +201,4 @@ def test_a_folder_that_is_split_already_is_said_to_be(
     said = refused([*words, "OUTPUT_DIR", str(tmp_path / "run")])
     assert "is split already (train, val); give DATA.SPLIT None" in said
     lists = ["DATA.SPLIT", "None", "DATA.TRAIN_LIST", "train", "DATA.VAL_LIST", "val", "DATA.TEST_LIST", "val"]
-    assert len(build_videos(load_config(words[1], [*words[2:], *lists]), "train")) == 16
+    assert len(build_lists(load_config(words[1], [*words[2:], *lists])).videos("train")) == 16

@@ -22,6 +22,7 @@ from stvit_video.common.errors import UsageError
 from stvit_video.config import load_config
 from stvit_video.config.clip_settings import view_settings
 from stvit_video.data.decode.types import DecodeError
+from stvit_video.data.lists.videos import build_lists
 from stvit_video.data.loader import build_test_loader
 from stvit_video.data.streams.sources import find_sources
 from stvit_video.data.streams.windows import Span, spans_of
@@ -94,7 +95,7 @@ def said(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
 
 def test_scores_are_those_of_mode_test(run_folder: Path, small_set: Path) -> None:
     cfg = load_config(run_folder / "config.yaml")
-    loader = build_test_loader(cfg, WORLD, "test", 8, clips=2, crops=3)
+    loader = build_test_loader(cfg, WORLD, build_lists(cfg).videos("test"), clips=2, crops=3)
     trained = open_checkpoint(run_folder)
     probabilities = evaluate.class_probabilities(trained.model)
     expected = evaluate.describe_videos(probabilities, loader, WORLD, "fp32").scores
@@ -117,7 +118,7 @@ def test_precision_and_batch_are_those_of_the_run(run_folder: Path, small_set: P
     (tmp_path / "config.yaml").write_text(cfg.dump())
     found = predict.Predictor.load(tmp_path)
     assert (found.precision, found.batch_size, found.start_decoding().decoders) == ("bf16", 3, ("pyav",))
-    loader = build_test_loader(cfg, WORLD, "test", 8, clips=2, crops=3)
+    loader = build_test_loader(cfg, WORLD, build_lists(cfg).videos("test"), clips=2, crops=3)
     expected = evaluate.describe_videos(evaluate.class_probabilities(trained.model), loader, WORLD, "bf16").scores
     scores = torch.stack([result.scores for result in found.predict([video.path for video in loader.dataset.videos])])
     torch.testing.assert_close(scores, expected, rtol=0, atol=1e-6)

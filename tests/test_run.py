@@ -342,7 +342,7 @@ def test_a_resumed_run_needs_its_first_weights_no_more(
     def stop(*rest: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("stvit_video.training.loop.finish_training", stop)
+    monkeypatch.setattr("stvit_video.training.loop.Training.finish", stop)
     assert run.main(words) == 1
     monkeypatch.undo()
     report = (tmp_path / "run" / "load_report.json").read_text()

@@ -14,10 +14,8 @@ from torch.utils.data import DataLoader
 
 from stvit_video.common.errors import UsageError
 from stvit_video.config.schema import value_of
-from stvit_video.data.lists.videos import build_classes
 from stvit_video.data.loader import build_test_loader, build_train_loader, shorten
-from stvit_video.models.zoo import build_model
-from stvit_video.runs.preflight import build_data, check_inputs
+from stvit_video.runs.preflight import OpenRun, open_run
 from stvit_video.runtime.join import pick_device
 from stvit_video.runtime.parallel import compile_model
 from stvit_video.runtime.precision import autocast, set_precision
@@ -90,18 +88,17 @@ def measure_flow(cfg: CfgNode, clips: int, rounds: int) -> list[Flow]:
     device = pick_device(cfg.DEVICE, 0, 1)
     set_precision(device, cfg.PRECISION)
     world = World(0, 1, device)
-    build_data(cfg, world)
-    check_inputs(cfg, resumed=True)
     cfg = cfg.clone()
     cfg.defrost()
     cfg.TRAIN.ACCUMULATE, cfg.TRAIN.MIXUP, cfg.TRAIN.CUTMIX = 1, 0.0, 0.0
-    classes = len(build_classes(cfg))
-    model = build_model(cfg, classes).to(device)
+    run = open_run(cfg, world, "measure")
+    assert run is not None, "nothing is finished where nothing is written"
+    model = run.model.to(device)
     compile_model(model, cfg.COMPILE)
     flows = []
     for training in (False, True):
         work = build_work(cfg, model, device, training)
-        loaders = {workers: _loader(cfg, world, classes, training, workers, clips) for workers in WORKERS}
+        loaders = {workers: _build_loader(run, training, workers, clips) for workers in WORKERS}
         found: dict[int, list[tuple[float, float]]] = {workers: [] for workers in WORKERS}
         for number in range(rounds + 1):
             for workers, loader in loaders.items():
@@ -115,15 +112,16 @@ def measure_flow(cfg: CfgNode, clips: int, rounds: int) -> list[Flow]:
     return flows
 
 
-def _loader(cfg: CfgNode, world: World, classes: int, training: bool, workers: int, clips: int) -> DataLoader:
+def _build_loader(run: OpenRun, training: bool, workers: int, clips: int) -> DataLoader:
     """Return a loader of so many clips or LEAST batches, whichever is more, and one batch before them."""
-    cfg = cfg.clone()
+    cfg, world = run.cfg.clone(), run.world
     cfg.DATA.WORKERS = workers
     views = cfg.TEST.CLIPS * cfg.TEST.CROPS
     if training:
-        loader, size, key = build_train_loader(cfg, world, classes), cfg.TRAIN.BATCH_SIZE, "TRAIN.BATCH_SIZE"
+        loader = build_train_loader(cfg, world, run.videos["train"])
+        size, key = cfg.TRAIN.BATCH_SIZE, "TRAIN.BATCH_SIZE"
     else:
-        loader = build_test_loader(cfg, world, "test", classes, clips=cfg.TEST.CLIPS, crops=cfg.TEST.CROPS)
+        loader = build_test_loader(cfg, world, run.videos["test"], clips=cfg.TEST.CLIPS, crops=cfg.TEST.CROPS)
         size, key = cfg.TEST.BATCH_SIZE * views, "TEST.BATCH_SIZE"
     shorten(loader, 1 + max(LEAST, -(-clips // size)))
     if len(loader) < 1 + LEAST:

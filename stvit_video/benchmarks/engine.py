@@ -4,7 +4,8 @@ import contextlib
 import io
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
+from contextlib import closing
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,16 +19,16 @@ from stvit_video.benchmarks.loader import timed
 from stvit_video.benchmarks.rounds import Timer, describe, interleave
 from stvit_video.common.errors import Stopped, UsageError
 from stvit_video.data.dataset import Batch
-from stvit_video.data.lists.videos import build_classes
-from stvit_video.models.zoo import build_model
+from stvit_video.runs.checkpoint import CheckpointWriter
 from stvit_video.runs.folder import RunFolder
-from stvit_video.runs.preflight import build_cost, build_data, check_inputs
+from stvit_video.runs.log import MetricsLog
+from stvit_video.runs.preflight import open_run
 from stvit_video.runtime.join import pick_device
 from stvit_video.runtime.precision import autocast
 from stvit_video.runtime.stopping import StopSignals
 from stvit_video.runtime.world import World
-from stvit_video.training.loop import train_epochs
-from stvit_video.training.trainer import Trainer, build_trainer
+from stvit_video.training.loop import Training, build_training
+from stvit_video.training.trainer import Trainer
 
 
 class HeldBatches:
@@ -46,29 +47,34 @@ class HeldBatches:
 
 def bare_loop(trainer: Trainer, batches: list[Batch]) -> Iterator[float]:
     """Train on batches with nothing but what the steps need; yield each loss."""
-    trainer.model.train()
+    trainer.wrapped.train()
     for batch in batches:
         batch = batch.to(trainer.world.device)
-        with autocast(trainer.world.device, trainer.precision):
-            logits = trainer.model(batch.clips)
-        loss = F.cross_entropy(logits.float(), batch.clip_labels, label_smoothing=trainer.label_smoothing)
+        with autocast(trainer.world.device, trainer.settings.precision):
+            logits = trainer.wrapped(batch.clips)
+        loss = F.cross_entropy(logits.float(), batch.clip_labels, label_smoothing=trainer.settings.label_smoothing)
         loss.backward()
-        nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.clip_grad)
+        nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.settings.clip_grad)
         trainer.optimizer.step()
         trainer.optimizer.zero_grad(set_to_none=True)
         trainer.scheduler.step()
         yield loss.item()
 
 
-def engine_loop(cfg: CfgNode, trainer: Trainer, classes: list[str]) -> Iterator[int]:
+def engine_loop(training: Training, keep: int) -> Iterator[int]:
     """Train an epoch as a run does: logs, guards, stop signals and the checkpoint at its end included."""
+    trainer = training.trainer
     trainer.epoch = trainer.step = 0
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         run = RunFolder(Path(folder))
         run.checkpoints.mkdir()
         try:
-            with StopSignals(launched=False) as signals:
-                train_epochs(cfg, trainer, run, None, classes, signals)
+            with (
+                StopSignals(launched=False) as signals,
+                closing(MetricsLog(run.path, 0)) as log,
+                CheckpointWriter(run.checkpoints, keep, 0, 0) as writer,
+            ):
+                replace(training, folder=run).run_epochs(log, writer, signals)
         except Stopped as stopped:  # there is nothing to continue
             raise KeyboardInterrupt from stopped
     yield trainer.step
@@ -77,23 +83,23 @@ def engine_loop(cfg: CfgNode, trainer: Trainer, classes: list[str]) -> Iterator[
 def build_engine_timers(cfg: CfgNode, steps: int) -> dict[str, Timer]:
     """Return timers of a step of the bare loop, which comes first, and of the engine."""
     world = World(0, 1, pick_device(cfg.DEVICE, 0, 1))
-    build_data(cfg, world)
-    check_inputs(cfg, resumed=True)
     cfg = cfg.clone()
     cfg.defrost()
     cfg.TRAIN.EPOCHS, cfg.TRAIN.MAX_STEPS, cfg.TRAIN.ACCUMULATE, cfg.LOG.WANDB = 1, steps, 1, ""
     cfg.TRAIN.MIXUP = cfg.TRAIN.CUTMIX = cfg.TRAIN.EMA = 0.0
     cfg.freeze()
-    classes = build_classes(cfg)
-    model = build_model(cfg, len(classes))
-    trainer = build_trainer(cfg, world, model, len(classes), build_cost(cfg, model).gflops)
-    if trainer.clip_grad <= 0 or trainer.scaler.is_enabled():
+    run = open_run(cfg, world, "measure")
+    assert run is not None, "nothing is finished where nothing is written"
+    run.videos.pop("val", None)
+    training = build_training(run)
+    trainer = training.trainer
+    if trainer.settings.clip_grad <= 0 or trainer.scaler.is_enabled():
         raise UsageError("The engine is timed with OPTIM.CLIP_GRAD above 0 and PRECISION fp32, tf32 or bf16; set them.")
     batches = list(islice(trainer.loader, steps))
     trainer.loader = HeldBatches(batches, trainer.loader.dataset)  # type: ignore[assignment]
     return {
         "bare loop": timed(lambda: bare_loop(trainer, batches), len(batches)),
-        "engine": timed(lambda: engine_loop(cfg, trainer, classes), len(batches)),
+        "engine": timed(lambda: engine_loop(training, cfg.CHECKPOINT.KEEP), len(batches)),
     }
 
 

@@ -26,9 +26,8 @@ from stvit_video.data.decode.frames import Request, open_video, read_frames
 from stvit_video.data.decode.process import Decoding
 from stvit_video.data.decode.readers import to_numpy
 from stvit_video.data.decode.types import DecodeError, Frames, Indices
-from stvit_video.data.lists.videos import build_classes
 from stvit_video.data.loader import build_test_loader, build_train_loader, shorten
-from stvit_video.runs.preflight import build_data, check_inputs
+from stvit_video.runs.preflight import OpenRun, open_run
 from stvit_video.runtime.world import World
 
 BATCH = 8  # videos a batch: enough that its first one, which nothing is done beside, counts little
@@ -100,16 +99,15 @@ def loader_timer(loader: DataLoader, batches: int) -> Timer:
     return run
 
 
-def _prepare(cfg: CfgNode) -> tuple[CfgNode, World, int]:
-    """Return the configuration in small batches, a world of one process, and the number of classes."""
-    world = World(0, 1, torch.device("cpu"))
-    build_data(cfg, world)
+def _build_run(cfg: CfgNode) -> OpenRun:
+    """Return a run of one process in small batches."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.TRAIN.BATCH_SIZE, cfg.TRAIN.ACCUMULATE = BATCH * cfg.DATA.REPEATS, 1
     cfg.TEST.BATCH_SIZE = BATCH
-    check_inputs(cfg, resumed=True)
-    return cfg, world, len(build_classes(cfg))
+    run = open_run(cfg, World(0, 1, torch.device("cpu")), "measure")
+    assert run is not None, "nothing is finished where nothing is written"
+    return run
 
 
 def _worker_counts(cfg: CfgNode) -> list[int]:
@@ -118,14 +116,15 @@ def _worker_counts(cfg: CfgNode) -> list[int]:
 
 def build_train_timers(cfg: CfgNode, clips: int, peers: Sequence[str]) -> dict[str, Timer]:
     """Return timers per training clip, the reference first. Raises UsageError as training would."""
-    cfg, world, classes = _prepare(cfg)
-    dataset: Any = build_train_loader(cfg, world, classes).dataset
+    run = _build_run(cfg)
+    cfg, world, found = run.cfg, run.world, run.videos["train"]
+    dataset: Any = build_train_loader(cfg, world, found).dataset
     keys = [SampleKey(0, index) for index in range(min(len(dataset), -(-clips // cfg.DATA.REPEATS)))]
     chosen = choose_readable(dataset.request(key, key.index) for key in keys)
     timers = step_timers(dataset, chosen, cfg.DATA.REPEATS)
     for workers in _worker_counts(cfg):
         cfg.DATA.WORKERS = workers
-        loader = build_train_loader(cfg, world, classes)
+        loader = build_train_loader(cfg, world, found)
         timers[f"loader, {workers} worker(s)"] = loader_timer(loader, -(-clips // cfg.TRAIN.BATCH_SIZE))
     if "pytorchvideo" in peers:
         paths = [request.path for request, _ in chosen]
@@ -135,14 +134,15 @@ def build_train_timers(cfg: CfgNode, clips: int, peers: Sequence[str]) -> dict[s
 
 def build_test_timers(cfg: CfgNode, videos: int) -> dict[str, Timer]:
     """Return timers per test video, the reference first."""
-    cfg, world, classes = _prepare(cfg)
+    run = _build_run(cfg)
+    cfg, world, found = run.cfg, run.world, run.videos["test"]
     views = {"clips": cfg.TEST.CLIPS, "crops": cfg.TEST.CROPS}
-    dataset: Any = build_test_loader(cfg, world, "test", classes, **views).dataset
+    dataset: Any = build_test_loader(cfg, world, found, **views).dataset
     chosen = choose_readable(dataset.request(index) for index in range(min(len(dataset), videos)))
     timers = step_timers(dataset, chosen, 1)
     for workers in _worker_counts(cfg):
         cfg.DATA.WORKERS = workers
-        loader = build_test_loader(cfg, world, "test", classes, **views)
+        loader = build_test_loader(cfg, world, found, **views)
         timers[f"loader, {workers} worker(s)"] = loader_timer(loader, -(-videos // BATCH))
     return timers
 

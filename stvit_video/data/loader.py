@@ -14,8 +14,7 @@ from stvit_video.data.clips.transforms import Augment, Normalise, TestTransform,
 from stvit_video.data.dataset import Collate, SampleKey, TestDataset, TestViews, TrainDataset, TrainViews
 from stvit_video.data.decode.frames import find_decoders
 from stvit_video.data.decode.process import Decoding
-from stvit_video.data.lists.annotations import check_labels
-from stvit_video.data.lists.videos import build_videos
+from stvit_video.data.lists.annotations import Video
 from stvit_video.runtime.signals import ignore_stop_signals
 from stvit_video.runtime.world import World
 
@@ -24,8 +23,8 @@ class EpochSampler(Sampler[list[SampleKey]]):
     """Batches of a shuffled epoch for one process. The order depends on seed and epoch alone.
 
     A step of ``step_size`` videos is the same set for any number of processes and accumulated batches; a last
-    incomplete one is left out. An epoch has ``accumulate`` batches a step, of which the first ``start`` are passed
-    over: epoch and start are the position that ``state_dict`` saves.
+    incomplete one is left out. An epoch has ``accumulate`` batches a step, of which the first ``start`` are skipped:
+    epoch and start are the position that ``state_dict`` saves.
     """
 
     def __init__(self, length: int, step_size: int, accumulate: int, rank: int, world: int, seed: int) -> None:
@@ -54,10 +53,10 @@ class EpochSampler(Sampler[list[SampleKey]]):
 
 
 class ShardedBatches(Sampler[list[int]]):
-    """Consecutive batches of a list, dealt out to the processes in turn; no video twice, none left out.
+    """Consecutive batches of a list, sharded over the processes; no video twice, none left out.
 
-    A batch holds the same videos for any number of processes, so their logits are the same too. ``done`` are the first
-    videos of batches that are passed over.
+    A batch holds the same videos for any number of processes, so their logits are the same too. ``done`` holds the
+    first videos of batches that are skipped.
     """
 
     def __init__(self, length: int, batch: int, rank: int, world: int) -> None:
@@ -74,10 +73,8 @@ class ShardedBatches(Sampler[list[int]]):
         return (list(range(start, min(start + self.batch, self.length))) for start in self._starts())
 
 
-def build_train_loader(cfg: CfgNode, world: World, num_classes: int) -> DataLoader:
-    """Return the training loader; its ``batch_sampler`` is an EpochSampler of micro-batches."""
-    videos = build_videos(cfg, "train")
-    check_labels(videos, num_classes, cfg.DATA.TRAIN_LIST)
+def build_train_loader(cfg: CfgNode, world: World, videos: list[Video]) -> DataLoader:
+    """Return the training loader of ``videos``; its ``batch_sampler`` is an EpochSampler of micro-batches."""
     repeats = cfg.DATA.REPEATS
     per_step = world.size * cfg.TRAIN.ACCUMULATE * repeats
     if cfg.TRAIN.BATCH_SIZE % per_step:
@@ -108,15 +105,13 @@ def build_train_loader(cfg: CfgNode, world: World, num_classes: int) -> DataLoad
         seed=cfg.SEED,
     )
     sampler = EpochSampler(len(videos), videos_per_step, cfg.TRAIN.ACCUMULATE, world.rank, world.size, cfg.SEED)
-    return _loader(cfg, world, dataset, sampler)
+    return _build_loader(cfg, world, dataset, sampler)
 
 
 def build_test_loader(
-    cfg: CfgNode, world: World, split: str, num_classes: int, *, clips: int = 1, crops: int = 1
+    cfg: CfgNode, world: World, videos: list[Video], split: str = "test", *, clips: int = 1, crops: int = 1
 ) -> DataLoader:
-    """Return a loader of ``clips`` x ``crops`` views of each video of ``split``."""
-    videos = build_videos(cfg, split)
-    check_labels(videos, num_classes, cfg.DATA[f"{split.upper()}_LIST"])
+    """Return a loader of ``clips`` x ``crops`` views of each of the videos of ``split``."""
     dataset = TestDataset(
         videos,
         sampler=build_sampler(cfg),
@@ -126,11 +121,11 @@ def build_test_loader(
     )
     # As many views a batch as in the test, whatever the number of views a video.
     batch = max(1, cfg.TEST.BATCH_SIZE * cfg.TEST.CLIPS * cfg.TEST.CROPS // (clips * crops))
-    return _loader(cfg, world, dataset, ShardedBatches(len(videos), batch, world.rank, world.size))
+    return _build_loader(cfg, world, dataset, ShardedBatches(len(videos), batch, world.rank, world.size))
 
 
 def shorten(loader: DataLoader, batches: int) -> None:
-    """Let a loader end after so many batches, so that its workers make none that nobody takes."""
+    """Let a loader end after so many batches, so that its workers load no more."""
     sampler: Any = loader.batch_sampler
     size = sampler.step_size // sampler.accumulate if isinstance(sampler, EpochSampler) else sampler.batch
     sampler.length = min(sampler.length, batches * size)
@@ -168,7 +163,7 @@ def build_normalise(cfg: CfgNode) -> Normalise:
     return Normalise(tuple(cfg.DATA.MEAN), tuple(cfg.DATA.STD))
 
 
-def _loader(cfg: CfgNode, world: World, dataset: TrainDataset | TestDataset, sampler: Sampler) -> DataLoader:
+def _build_loader(cfg: CfgNode, world: World, dataset: TrainDataset | TestDataset, sampler: Sampler) -> DataLoader:
     workers = cfg.DATA.WORKERS
     return DataLoader(
         dataset,

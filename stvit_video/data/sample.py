@@ -157,13 +157,18 @@ def prepare(root: str | Path, spec: Spec | None = None, *, workers: int | None =
     if not record.exists():
         record.write_text(content)
     todo = [job for job in jobs(root, spec) if not _is_there(Path(job.path))]
-    if not todo and (root / "complete").exists():
+    if not todo and is_complete(root):
         return
     for folder in {Path(job.path).parent for job in todo}:
         folder.mkdir(parents=True, exist_ok=True)
     _run(todo, workers or os.cpu_count() or 1, progress, str(root))
     write_lists(root, spec)
     (root / "complete").touch()
+
+
+def is_complete(root: str | Path) -> bool:
+    """Return whether ``root`` holds a whole generated set."""
+    return (Path(root) / "complete").exists()
 
 
 def _check_root(root: Path, record: Path, spec: Spec) -> None:

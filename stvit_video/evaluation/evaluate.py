@@ -3,10 +3,10 @@
 import itertools
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -14,22 +14,19 @@ from stvit_video.common.charts import plot_confusion
 from stvit_video.common.errors import RunFailure, Stopped, UsageError
 from stvit_video.common.progress import Progress
 from stvit_video.data.failures import Failure, check_failures
-from stvit_video.data.lists.videos import build_classes
 from stvit_video.data.loader import build_test_loader
 from stvit_video.evaluation.metrics import Predictions
-from stvit_video.evaluation.score_cache import Parts, Row, fingerprint, weights_hash
+from stvit_video.evaluation.score_cache import Parts, ScoredBatch, fingerprint, weights_hash
 from stvit_video.models.cost import Cost
-from stvit_video.models.zoo import build_model
 from stvit_video.runs.folder import RunFolder
 from stvit_video.runs.log import describe_results
-from stvit_video.runs.preflight import build_cost, build_data, check_inputs, check_model, report_lists, report_model
-from stvit_video.runs.weights import load_tested
+from stvit_video.runs.preflight import OpenRun
 from stvit_video.runtime.parallel import compile_model
 from stvit_video.runtime.precision import autocast, set_precision
 from stvit_video.runtime.stopping import StopSignals
 from stvit_video.runtime.world import World, any_of, gather_objects, is_told, on_main, tell_all
 
-STOP = "stop"  # a note among the processes
+STOP = "stop"  # the note that tells all processes to stop
 
 
 class NothingReadError(UsageError):
@@ -43,7 +40,7 @@ class NothingReadError(UsageError):
 def class_probabilities(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """Return the map from clips (B, 3, T, H, W) to class probabilities (B, classes) of a network, set to evaluation.
 
-    ``model`` is the bare network: nothing is exchanged between processes until the end, so their shares may differ.
+    ``model`` is not wrapped for several processes: they exchange nothing until the end, so shards may differ in length.
     """
     model.eval()
     return lambda clips: model(clips).float().softmax(dim=1)
@@ -62,12 +59,12 @@ def describe_videos(
 ) -> Predictions:
     """Average the rows ``describe(clips)`` over the views of each video of a list, the same on every process.
 
-    Progress is shown where there is a ``title``. What ``parts`` holds is not computed again. Raises Stopped after a
-    signal to stop, when the ``parts`` are written.
+    Progress is shown where there is a ``title``. Scores in ``parts``, of an interrupted test, are not computed again.
+    Raises Stopped after a signal to stop, when ``parts`` is written.
     """
     kept = on_main(world, parts.read) if parts is not None else []
     loader.batch_sampler.done = {int(indices[0]) for indices, *_ in kept}  # type: ignore[union-attr]
-    rows: list[Row] = []
+    rows: list[ScoredBatch] = []
     failures: list[Failure] = []
     done, started = 0, time.monotonic()
     with Progress(title, len(loader), enabled=bool(title) and world.is_main) as progress:
@@ -90,24 +87,24 @@ def describe_videos(
             parts.flush()
         scored = sum(len(indices) for indices, *_ in itertools.chain(kept, *gather_objects(world, rows)))
         raise Stopped(signals.received, f"{scored} of {len(loader.dataset)} videos")  # type: ignore[arg-type]
-    shares = gather_objects(world, (rows, failures))
-    predictions = _join([(kept, []), *shares], len(loader.dataset))  # type: ignore[arg-type]
+    shards = gather_objects(world, (rows, failures))
+    predictions = _join([(kept, []), *shards], len(loader.dataset))  # type: ignore[arg-type]
     predictions.kept = sum(len(indices) for indices, *_ in kept)
     return predictions
 
 
 def stop_is_asked(world: World, signals: StopSignals) -> bool:
-    """Say whether any process was told to stop; shares differ in length, so none waits here for another's batch."""
+    """Return whether any process was told to stop; shards differ in length, so none waits for another's batch here."""
     if signals.received is not None:
         tell_all(world, STOP)
         return True
     return is_told(world, STOP)
 
 
-def _join(shares: list[tuple[list[Row], list[Failure]]], total: int) -> Predictions:
-    """Put the processes' shares into list order and make sure that no video is missing or counted twice."""
-    rows = [row for share, _ in shares for row in share]
-    failures = [failure for _, share in shares for failure in share]
+def _join(shards: list[tuple[list[ScoredBatch], list[Failure]]], total: int) -> Predictions:
+    """Join the shards of all processes in list order; no video may be missing or counted twice."""
+    rows = [row for shard, _ in shards for row in shard]
+    failures = [failure for _, shard in shards for failure in shard]
     if not rows:
         shown = failures[0] if failures else None
         raise NothingReadError(
@@ -127,86 +124,114 @@ def _join(shares: list[tuple[list[Row], list[Failure]]], total: int) -> Predicti
     return Predictions(scores[order], labels[order], indices[order], total, failures)
 
 
-def test_model(
-    cfg: CfgNode,
-    world: World,
-    folder: RunFolder,
-    model: nn.Module,
-    cost: Cost,
-    loader: DataLoader,
-    classes: list[str],
-    earlier: list[Failure],
-    signals: StopSignals,
-) -> dict[str, Any]:
-    """Test ``model`` with all views; write results, tables, failures and confusion matrix; return the results.
+@dataclass(frozen=True)
+class Tester:
+    """The multi-view test of a run: every view of every video of the test list, and the files that it writes."""
 
-    A test that was interrupted goes on. Raises Stopped, with nothing lost, after a signal to stop.
-    """
-    started = time.monotonic()
-    dataset: Any = loader.dataset
-    key = fingerprint(model, weights_hash(model), dataset, cfg.PRECISION, 0)
-    parts = Parts(folder.parts, f"{key} in batches of {loader.batch_sampler.batch}", world.rank)  # type: ignore[union-attr]
-    try:
-        probabilities = class_probabilities(model)
-        predictions = describe_videos(probabilities, loader, world, cfg.PRECISION, "test", parts=parts, signals=signals)
-    except NothingReadError as error:
-        rows = earlier + error.failures
-        on_main(world, lambda: folder.write_failures(rows))
-        raise
-    seconds = time.monotonic() - started
-    views = cfg.TEST.CLIPS * cfg.TEST.CROPS
-    fresh = len(predictions.labels) - predictions.kept
-    results = {
-        "model": cfg.MODEL.NAME,
-        "top1": predictions.top(1),
-        "top5": predictions.top(5),
-        "coverage": predictions.coverage,
-        "videos": predictions.total,
-        "scored": len(predictions.labels),
-        "failed": len(predictions.failures),
-        "views": {"clips": cfg.TEST.CLIPS, "crops": cfg.TEST.CROPS},
-        "parameters": cost.parameters,
-        "gflops": cost.gflops,
-        "gflops_per_video": cost.gflops * views,
-        "clips_per_second": fresh * views / seconds if fresh else None,  # of this process's start, not of earlier ones
-        "precision": cfg.PRECISION,
-        "processes": world.size,
-    }
+    loader: DataLoader
+    world: World
+    folder: RunFolder
+    classes: list[str]
+    model_name: str
+    cost: Cost
+    precision: str
+    clips: int  # views of a video: clips x crops
+    crops: int
+    max_failures: float  # share of the list
 
-    def write() -> dict[str, Any]:
-        folder.write_failures(earlier + predictions.failures)
-        check_failures(len(predictions.failures), predictions.total, cfg.DATA.MAX_FAILURES, "test")
-        folder.write_table("per_class.csv", predictions.per_class(classes))
-        folder.write_table("predictions.csv", predictions.rows([video.path for video in dataset.videos], classes))
-        folder.write_results(results)
-        plot_confusion(predictions.confusion(), classes, folder.path / "confusion.png")
-        parts.clear()
-        print(f"{describe_results(results)}\nresults in {folder.results}", flush=True)
-        return results
+    def test(self, model: nn.Module, earlier: list[Failure], signals: StopSignals) -> dict[str, Any]:
+        """Test ``model``; write results, tables, failures and confusion matrix; return the results.
 
-    return on_main(world, write)
+        An interrupted test continues. ``earlier`` are failures of training. Raises Stopped after a signal to stop, when
+        the scores so far are written.
+        """
+        started, folder, dataset = time.monotonic(), self.folder, self.dataset
+        key = fingerprint(model, weights_hash(model.state_dict()), dataset, self.precision, 0)
+        batches: Any = self.loader.batch_sampler
+        parts = Parts(folder.parts, f"{key} in batches of {batches.batch}", self.world.rank)
+        try:
+            predictions = describe_videos(
+                class_probabilities(model),
+                self.loader,
+                self.world,
+                self.precision,
+                "test",
+                parts=parts,
+                signals=signals,
+            )
+        except NothingReadError as error:
+            failed = earlier + error.failures
+            on_main(self.world, lambda: folder.write_failures(failed))
+            raise
+        results = self.summarise(predictions, time.monotonic() - started)
+
+        def write() -> dict[str, Any]:
+            folder.write_failures(earlier + predictions.failures)
+            check_failures(len(predictions.failures), predictions.total, self.max_failures, "test")
+            paths = [video.path for video in dataset.videos]
+            folder.write_table("per_class.csv", predictions.per_class(self.classes))
+            folder.write_table("predictions.csv", predictions.rows(paths, self.classes))
+            folder.write_results(results)
+            plot_confusion(predictions.confusion(), self.classes, folder.path / "confusion.png")
+            parts.clear()
+            print(f"{describe_results(results)}\nresults in {folder.results}", flush=True)
+            return results
+
+        return on_main(self.world, write)
+
+    @property
+    def dataset(self) -> Any:
+        return self.loader.dataset
+
+    def summarise(self, predictions: Predictions, seconds: float) -> dict[str, Any]:
+        """Return what ``results.json`` says of the predictions, which took so many ``seconds``."""
+        views = self.clips * self.crops
+        fresh = len(predictions.labels) - predictions.kept  # scored by this start, not by an earlier one
+        return {
+            "model": self.model_name,
+            "top1": predictions.top(1),
+            "top5": predictions.top(5),
+            "coverage": predictions.coverage,
+            "videos": predictions.total,
+            "scored": len(predictions.labels),
+            "failed": len(predictions.failures),
+            "views": {"clips": self.clips, "crops": self.crops},
+            "parameters": self.cost.parameters,
+            "gflops": self.cost.gflops,
+            "gflops_per_video": self.cost.gflops * views,
+            "clips_per_second": fresh * views / seconds if fresh else None,
+            "precision": self.precision,
+            "processes": self.world.size,
+        }
 
 
-def test(cfg: CfgNode, world: World) -> None:
-    """Run MODE test: the weights of MODEL.INIT, or else those that OUTPUT_DIR holds."""
-    check_model(cfg)
-    build_data(cfg, world)
-    check_inputs(cfg)
-    folder = RunFolder(cfg.OUTPUT_DIR)
-    classes = build_classes(cfg)
-    model = build_model(cfg, len(classes))
-    report = load_tested(cfg, folder, model)
-    cost = build_cost(cfg, model)
-    set_precision(world.device, cfg.PRECISION)
-    compile_model(model, cfg.COMPILE)
-    # Before anything is written: a wrong list is said here.
-    loader = build_test_loader(cfg, world, "test", len(classes), clips=cfg.TEST.CLIPS, crops=cfg.TEST.CROPS)
-    on_main(world, lambda: folder.claim(cfg))
-    if cfg.MODEL.INIT:  # else the report is of this folder's own weights
-        on_main(world, lambda: folder.write_load_report(report.to_json()))
-    if world.is_main:
-        print(report, flush=True)
-        report_model(cfg, cost, world, len(classes))
-        report_lists({"test": loader})
-    with StopSignals(world.launched) as signals:
-        test_model(cfg, world, folder, model.to(world.device), cost, loader, classes, [], signals)
+def build_tester(run: OpenRun) -> Tester:
+    """Return the multi-view test of a run."""
+    cfg, views = run.cfg, {"clips": run.cfg.TEST.CLIPS, "crops": run.cfg.TEST.CROPS}
+    return Tester(
+        loader=build_test_loader(cfg, run.world, run.videos["test"], **views),
+        world=run.world,
+        folder=run.folder,
+        classes=run.classes,
+        model_name=cfg.MODEL.NAME,
+        cost=run.cost,
+        precision=cfg.PRECISION,
+        max_failures=cfg.DATA.MAX_FAILURES,
+        **views,
+    )
+
+
+def build_tested_model(run: OpenRun) -> nn.Module:
+    """Return the model of a run that does not train, ready for inference on the process's device."""
+    set_precision(run.world.device, run.cfg.PRECISION)
+    compile_model(run.model, run.cfg.COMPILE)
+    return run.model.to(run.world.device)
+
+
+def test(run: OpenRun) -> None:
+    """Run MODE test: score the weights of MODEL.INIT, or else those that OUTPUT_DIR holds."""
+    model, tester = build_tested_model(run), build_tester(run)
+    own = run.report is not None and run.report.source == str(run.folder.weights)  # whose report is there already
+    run.claim(keep_report=not own)
+    with StopSignals(run.world.launched) as signals:
+        tester.test(model, [], signals)

@@ -1,6 +1,6 @@
-"""Descriptions of whole lists, computed once: a pass over all videos takes hours, scoring what it gives takes seconds.
+"""Features of whole lists, computed once: a pass over all videos takes hours, scoring its features seconds.
 
-A cache file is used again only where the fingerprint of everything that it depends on agrees.
+A cached file is used only where the fingerprint of everything that it depends on agrees.
 """
 
 from collections.abc import Callable
@@ -18,9 +18,9 @@ from stvit_video.runtime.world import World, on_main
 
 @dataclass(frozen=True)
 class Describer:
-    """A frozen network and the map from clips (B, 3, T, H, W) to what is kept of them, a row each.
+    """A frozen network and the map from clips (B, 3, T, H, W) to a row of features or probabilities each.
 
-    ``kind`` is its name in files; ``weights`` says where its weights are from, as exactly as can be.
+    ``kind`` is its name in files; ``weights`` identifies its weights: a hash, or how they were drawn.
     """
 
     kind: str
@@ -48,9 +48,9 @@ def frame_probabilities(image_model: nn.Module) -> Callable[[Tensor], Tensor]:
 def describe_list(
     describer: Describer, split: str, loader: DataLoader, folder: Path, world: World, precision: str, seed: int
 ) -> Predictions:
-    """Describe the videos of the loader's list, on every process, or take it from ``folder`` where that has it.
+    """Return the features of the loader's videos, on every process: from ``folder`` where it has them, else computed.
 
-    Says in one line what became of a file that was there.
+    Prints a line about a cached file, used or not.
     """
     path = folder / f"{split}_{describer.kind}.safetensors"
     dataset = loader.dataset

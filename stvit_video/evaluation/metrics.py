@@ -44,7 +44,7 @@ class Predictions:
         return float(-chosen.log().mean()) if len(self.labels) else float("nan")
 
     def per_class(self, classes: list[str]) -> list[dict[str, object]]:
-        """Return a row a class: its scored videos, how many of them are right, and top-1 in percent."""
+        """Return a row per class: its scored videos, how many of them are correct, and top-1 in percent."""
         counts = self.confusion()
         return [
             {"class": name, "videos": videos, "correct": right, "top1": 100 * right / videos if videos else None}
@@ -52,7 +52,7 @@ class Predictions:
         ]
 
     def rows(self, paths: list[str], classes: list[str]) -> list[dict[str, object]]:
-        """Return a row a scored video, in list order: what it is, what it was taken for, and both probabilities."""
+        """Return a row per scored video, in list order: its class, the predicted class, and both probabilities."""
         best, predicted = self.scores.max(dim=1)
         own = self.scores.gather(1, self.labels[:, None])[:, 0]
         columns = (self.indices, self.labels, predicted, best, own)

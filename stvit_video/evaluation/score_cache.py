@@ -1,15 +1,17 @@
-"""The scores of a long test so far: kept now and then, so that the same command goes on where it was interrupted."""
+"""Caches of scores: of an interrupted test, so that the same command continues, and of the features of whole lists."""
 
 import hashlib
 import json
 import shutil
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -21,24 +23,26 @@ from stvit_video.data.failures import Failure
 from stvit_video.evaluation.metrics import Predictions
 from stvit_video.runs.checkpoint import DAMAGED, pack, read_checked
 
-Row = tuple[Tensor, Tensor, Tensor]  # of a batch: list positions (videos,), labels (videos,), scores (videos, columns)
+ScoredBatch = tuple[
+    Tensor, Tensor, Tensor
+]  # of a batch: list positions (videos,), labels (videos,), scores (videos, columns)
 
 
 class Parts:
-    """A folder of scored batches, written by each process for itself.
+    """A folder with the scored batches of an interrupted test; each process writes files of its own.
 
-    ``key`` is the fingerprint of all that the scores depend on; parts of another are not used. Batches in which a video
-    failed are not kept: it may be mended until the next start.
+    ``key`` is the fingerprint of all that the scores depend on; files of another key are ignored. Batches in which a
+    video failed are not kept: the video may be repaired before the next start.
     """
 
     def __init__(self, folder: Path, key: str, rank: int, every_s: float = 30.0) -> None:
         self.folder, self.key, self.rank, self.every_s = folder, key, rank, every_s
-        self.waiting: list[Row] = []
+        self.waiting: list[ScoredBatch] = []
         self.written = time.monotonic()
 
-    def read(self) -> list[Row]:
-        """Return what was kept, each batch once; files that are damaged or of another key are passed over."""
-        rows: dict[int, Row] = {}
+    def read(self) -> list[ScoredBatch]:
+        """Return the kept batches, each once; damaged files and files of another key are ignored."""
+        rows: dict[int, ScoredBatch] = {}
         for path in sorted(self.folder.glob("*.pt")):
             try:
                 content = read_checked(path)
@@ -48,14 +52,14 @@ class Parts:
                 warnings.warn(f"{path} is damaged; its videos are scored again", stacklevel=2)
         return list(rows.values())
 
-    def add(self, row: Row) -> None:
-        """Take in a batch, and write what is waiting if the last time is long ago."""
+    def add(self, row: ScoredBatch) -> None:
+        """Add a batch, and write those that wait every ``every_s`` seconds."""
         self.waiting.append(row)
         if time.monotonic() - self.written >= self.every_s:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is waiting."""
+        """Write the batches that wait."""
         if self.waiting:
             self.folder.mkdir(exist_ok=True)
             packed = pack({"key": self.key, "rows": self.waiting})
@@ -72,7 +76,7 @@ TENSORS = ("scores", "labels", "indices")
 
 
 def write_features(path: Path, key: str, described: Predictions) -> None:
-    """Write a description with its failures, complete or not at all."""
+    """Write features with the failures of their list, completely or not at all."""
     failures = [dict(asdict(failure), state=_file_state(failure.path)) for failure in described.failures]
     record = json.dumps({"total": described.total, "failures": failures})
     tensors = {name: getattr(described, name).contiguous() for name in TENSORS}
@@ -82,7 +86,7 @@ def write_features(path: Path, key: str, described: Predictions) -> None:
 
 
 def read_features(path: Path, key: str) -> tuple[Predictions | None, str]:
-    """Return the description that ``path`` holds for ``key``, or None, and a line about a file that is there.
+    """Return the features that ``path`` holds for ``key``, or None, and a line about a file that is there.
 
     A file that is damaged, of another fingerprint, or older than a change to a video that had failed is not used.
     """
@@ -122,26 +126,17 @@ def _file_state(path: str) -> list[int] | None:
     return [state.st_size, state.st_mtime_ns]
 
 
-def file_hash(path: str | Path) -> str:
-    """Return the SHA-256 of a file's content."""
+def weights_hash(state: Mapping[str, Tensor]) -> str:
+    """Return a SHA-256 of weights and their names."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def weights_hash(model: nn.Module) -> str:
-    """Return a SHA-256 of a model's weights and their names."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
+    for name, value in state.items():
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)  # bfloat16 too
     return digest.hexdigest()
 
 
 def fingerprint(model: nn.Module, weights: str, dataset: TestDataset, precision: str, seed: int) -> str:
-    """Return a hash of what a description depends on: network, ``weights``, list, views, clips and arithmetic.
+    """Return a hash of what features depend on: network, ``weights``, list, views, clips and arithmetic.
 
     Of the video files themselves, only names and labels count.
     """

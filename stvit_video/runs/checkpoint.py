@@ -1,4 +1,4 @@
-"""Files that are complete or not there: checkpoints to resume from, and the final weights."""
+"""Checkpoints to resume training from, each written completely or not at all."""
 
 import hashlib
 import io
@@ -26,7 +26,7 @@ CHECKSUM_BYTES = hashlib.sha256().digest_size
 
 
 def pack(content: Any) -> bytes:
-    """Return what torch saves of ``content``, and behind it the SHA-256 of all that: torch.load reads past it."""
+    """Return ``content`` as torch saves it, followed by its SHA-256, which torch.load ignores."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
@@ -34,8 +34,8 @@ def pack(content: Any) -> bytes:
 
 
 def read_checked(path: Path) -> Any:
-    """Return what was packed into a file; raises one of DAMAGED if any bit of it is not as it was written."""
-    whole = memoryview(path.read_bytes())  # the one place where an OSError is the disk's, and not of the content
+    """Return what ``pack`` wrote to a file; raises one of DAMAGED if any bit of it has changed."""
+    whole = memoryview(path.read_bytes())  # an OSError here is the disk's, not of damaged content
     content, checksum = whole[:-CHECKSUM_BYTES], whole[-CHECKSUM_BYTES:]
     if hashlib.sha256(content).digest() != checksum:
         raise ValueError("wrong checksum")
@@ -47,12 +47,12 @@ def save_checkpoint(folder: Path, content: dict[str, Any], keep: int) -> Path:
     assert all(name in content for name in REQUIRED), f"a checkpoint needs {REQUIRED}"
     packed = pack(content)
     path = folder / f"step_{content['step']:08d}.pt"
-    if path.is_dir():  # something put a folder in its place: it is kept, out of the way
+    if path.is_dir():  # made by something else: kept, under another name
         path.rename(path.with_name(f".{path.name}.{time.time_ns()}"))
     write_atomically(path, packed)
-    # Those of later steps are none of this run's: it began again before them, because they cannot be read.
+    # Checkpoints of later steps could not be read: the run continued from an earlier one.
     earlier = [other for step, other in _by_step(folder) if step <= content["step"]]
-    for old in (*earlier[keep:], *folder.glob(".step_*.pt.tmp")):  # the latter are of writes that were killed
+    for old in (*earlier[keep:], *folder.glob(".step_*.pt.tmp")):  # the latter are left by killed writes
         if old.is_file():
             old.unlink()
     return path
@@ -96,7 +96,7 @@ def load_newest(folder: Path) -> dict[str, Any] | None:
 
 
 class CheckpointWriter:
-    """Decides when a checkpoint is due and writes it in a thread: training waits for the copy of the state only."""
+    """Decides when a checkpoint is due, and writes it in a thread: training only waits for a copy of the state."""
 
     def __init__(self, folder: Path, keep: int, every_steps: int, every_minutes: float) -> None:
         self.folder, self.keep = folder, keep
@@ -111,12 +111,12 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.pool.shutdown()  # what was begun is finished, also where training failed
+        self.pool.shutdown()  # finishes a write that has begun, also where training failed
         if error is None:
             self.wait()
 
     def is_due(self, step: int) -> bool:
-        """Say whether to write after ``step``: as often as asked for, but not before the last write is through."""
+        """Return whether to write after ``step``: as often as configured, but not while the last write goes on."""
         self.owed = self.owed or (self.every_steps > 0 and step % self.every_steps == 0)
         late = self.every_seconds > 0 and time.monotonic() - self.last >= self.every_seconds
         return (self.owed or late) and (self.pending is None or self.pending.done())
@@ -140,7 +140,7 @@ def build_writer(cfg: CfgNode, folder: Path) -> CheckpointWriter:
 
 
 def _copy_to_cpu(content: Any) -> Any:
-    """Return a state whose tensors, in CPU memory, are no longer those that training goes on to change."""
+    """Return a copy of a state in CPU memory, which training does not change."""
     if isinstance(content, torch.Tensor):
         return content.detach().to("cpu", copy=True)
     if isinstance(content, dict):

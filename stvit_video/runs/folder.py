@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,8 +20,8 @@ from stvit_video.data.failures import Failure, failures_csv, read_ledger
 from stvit_video.runs.checkpoint import list_checkpoints
 from stvit_video.runs.environment import environment
 
-# Keys that may change between a run and its continuation: they do not change which videos a step
-# sees, and what it computes by rounding alone (Trainer.setup) or not at all.
+# Keys that may change between a run and its continuation: they do not change which videos a step sees, and its result
+# at most by rounding (Trainer.setup).
 FREE_KEYS = (
     "MODE", "OUTPUT_DIR", "OVERWRITE", "DEVICE", "COMPILE", "DATA.WORKERS", "DATA.GENERATE", "DATA.MAX_FAILURES",
     "DATA.DEADLINE_S", "DATA.TRANSFORM_ON", "TRAIN.ACCUMULATE", "TRAIN.RESUME", "TRAIN.MAX_BAD_STEPS",
@@ -31,8 +31,8 @@ FREE_KEYS = (
     "TRANSFER.FINETUNE",
 )  # fmt: skip
 PATH_KEYS = ("DATA.ROOT", "MODEL.INIT")  # the same place may be written in two ways
-# What each mode writes and replaces; training writes TRAINING_FILES too. The features of a transfer are not replaced as
-# a whole: each file says itself what it is of.
+# What each mode writes and replaces; training writes TRAINING_FILES too. The cached features of a transfer are kept:
+# each file carries a fingerprint of what it was computed from.
 TEST_FILES = ("results.json", "confusion.png", "failures.csv", "per_class.csv", "predictions.csv")
 RESULT_FILES = {
     "train": TEST_FILES,
@@ -44,14 +44,17 @@ TRAINING_FILES = (
 )  # fmt: skip
 
 
-LOCK_S = 30  # more than what a killed start leaves needs to end
+LOCK_S = 30  # longer than the processes of a killed start need to end
 
 
 class RunFolder:
-    """Paths inside OUTPUT_DIR, and the rules for using it. Raises UsageError where the folder cannot be used."""
+    """Paths inside OUTPUT_DIR, and the rules for using it. Raises UsageError where the folder cannot be used.
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    ``settings`` is the resolved configuration of the run that wants to write here, empty for one that only reads.
+    """
+
+    def __init__(self, path: str | Path, settings: Mapping[str, Any] | None = None) -> None:
+        self.path, self.settings = Path(path), settings or {}
         self.checkpoints = self.path / "checkpoints"
         self._lock: TextIO | None = None
 
@@ -69,12 +72,17 @@ class RunFolder:
 
     @property
     def parts(self) -> Path:
-        """What a test that was interrupted has already scored."""
+        """Scores of an interrupted test."""
         return self.checkpoints / "test_parts"
 
     @property
     def transfer(self) -> Path:
         return self.path / "transfer.json"
+
+    @property
+    def config_text(self) -> str:
+        """The resolved configuration as YAML."""
+        return yaml.safe_dump(dict(self.settings))
 
     def is_finished(self) -> bool:
         """Say whether the run here was trained and tested."""
@@ -93,8 +101,9 @@ class RunFolder:
             return True  # not ours to replace unasked
         return not isinstance(content, dict) or content.get("complete") is not False
 
-    def check(self, cfg: CfgNode) -> None:
-        """Make sure that the run of ``cfg`` may write here; nothing is touched."""
+    def check(self) -> None:
+        """Make sure that the run may write here; nothing is changed."""
+        mode = self.settings["MODE"]
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"OUTPUT_DIR {self.path} is a file; give a folder.")
         if not self.path.is_dir() or all(path.name == ".config.yaml.tmp" for path in self.path.iterdir()):
@@ -102,22 +111,22 @@ class RunFolder:
         recorded = self.recorded_config()
         if recorded is None:
             raise UsageError(f"OUTPUT_DIR {self.path} holds files that are not a run's; give an empty or new folder.")
-        if cfg.OVERWRITE or not self.has_progress():
+        if self.settings["OVERWRITE"] or not self.has_progress():
             return
-        if cfg.MODE == "train":
-            _refuse_other_settings(self.path, recorded, yaml.safe_load(cfg.dump()))
-            self._refuse_continuing(cfg)
+        if mode == "train":
+            _refuse_other_settings(self.path, recorded, self.settings)
+            self._refuse_continuing()
             return
-        results = [name for name in RESULT_FILES[cfg.MODE] if (self.path / name).exists()]
-        if results and (cfg.MODE == "transfer" or self.results.exists()):
-            init = cfg.MODEL.INIT or self.weights
+        results = [name for name in RESULT_FILES[mode] if (self.path / name).exists()]
+        if results and (mode == "transfer" or self.results.exists()):
+            init = self.settings["MODEL"]["INIT"] or self.weights
             raise UsageError(
                 f"OUTPUT_DIR {self.path} holds results ({', '.join(results)}); "
                 f"give another one (and MODEL.INIT {init}), or OVERWRITE True."
             )
 
-    def _refuse_continuing(self, cfg: CfgNode) -> None:
-        if cfg.TRAIN.RESUME == "never" and list_checkpoints(self.checkpoints):
+    def _refuse_continuing(self) -> None:
+        if self.settings["TRAIN"]["RESUME"] == "never" and list_checkpoints(self.checkpoints):
             raise UsageError(
                 f"{self.checkpoints} holds checkpoints and TRAIN.RESUME is never; set it to auto to continue, "
                 f"OVERWRITE True to start again, or give another OUTPUT_DIR."
@@ -127,20 +136,21 @@ class RunFolder:
                 f"{self.results} is of a test, not of a training run; give another OUTPUT_DIR, or OVERWRITE True."
             )
 
-    def claim(self, cfg: CfgNode) -> None:
+    def claim(self) -> None:
         """Make the folder this run's, clearing what it replaces; ``check`` comes first."""
-        self.check(cfg)
+        self.check()
+        mode, overwrite = self.settings["MODE"], self.settings["OVERWRITE"]
         try:
-            if cfg.OVERWRITE or not self.has_progress():
-                self._clear(cfg.MODE)
-            if cfg.OVERWRITE and cfg.MODE == "test":
+            if overwrite or not self.has_progress():
+                self._clear(mode)
+            if overwrite and mode == "test":
                 shutil.rmtree(self.parts, ignore_errors=True)
             self.path.mkdir(parents=True, exist_ok=True)
-            # A test or transfer that is done again is of the new settings; in a training run's folder it is a guest.
+            # A repeated test or transfer records its new settings, but never replaces those of a training run.
             owner = (self.recorded_config() or {}).get("MODE")
-            renewed = cfg.MODE != "train" and owner == cfg.MODE
+            renewed = mode != "train" and owner == mode
             if renewed or not (self.path / "config.yaml").exists():  # first of all files: it marks the folder
-                write_atomically(self.path / "config.yaml", cfg.dump().encode())
+                write_atomically(self.path / "config.yaml", self.config_text.encode())
             if renewed or not (self.path / "environment.json").exists():
                 write_json(self.path / "environment.json", environment())
             self.checkpoints.mkdir(exist_ok=True)
@@ -150,10 +160,10 @@ class RunFolder:
             ) from error
 
     def lock(self) -> None:
-        """Keep every other process from training in this folder until this one ends; they wait for it, LOCK_S seconds.
+        """Keep other processes from training in this folder until this one ends; wait LOCK_S seconds for another.
 
-        What a killed start left needs a moment to end, and may be writing a checkpoint. Nothing is locked in a folder
-        that is no run's yet, and on a file system that has no locks.
+        The processes of a killed start need a moment to end, and may be writing a checkpoint. Nothing is locked in a
+        folder that does not belong to a run yet, or on a file system without locks.
         """
         if self._lock is not None or self.recorded_config() is None:
             return
@@ -198,6 +208,10 @@ class RunFolder:
             for events in self.path.glob("events.out.tfevents.*"):
                 events.unlink()
 
+    def read_results(self) -> dict[str, Any]:
+        """Return what ``results.json`` holds."""
+        return json.loads(self.results.read_text())
+
     def write_results(self, results: dict[str, Any]) -> None:
         """Write ``results.json``."""
         write_json(self.results, results)
@@ -207,11 +221,11 @@ class RunFolder:
         write_atomically(self.path / name, to_csv(rows, list(rows[0]) if rows else []))
 
     def write_load_report(self, text: str) -> None:
-        """Write ``load_report.json``: what became of every key of MODEL.INIT."""
+        """Write ``load_report.json``: the status of every key of MODEL.INIT."""
         write_atomically(self.path / "load_report.json", text.encode())
 
     def write_failures(self, failures: Iterable[Failure]) -> None:
-        """Write ``failures.csv``: each video once a stage, also where there is none."""
+        """Write ``failures.csv``, each video once a stage; a header alone where none failed."""
         write_atomically(self.path / "failures.csv", failures_csv(failures))
 
     def read_failures(self) -> list[Failure]:
@@ -219,7 +233,12 @@ class RunFolder:
         return read_ledger(self.path / "failures.csv")
 
 
-def _refuse_other_settings(path: Path, recorded: dict[str, Any], current: dict[str, Any]) -> None:
+def build_run_folder(cfg: CfgNode) -> RunFolder:
+    """Return the folder of the configured run, OUTPUT_DIR."""
+    return RunFolder(cfg.OUTPUT_DIR, yaml.safe_load(cfg.dump()))
+
+
+def _refuse_other_settings(path: Path, recorded: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     changed = describe_changes(recorded, current)
     if changed:
         raise UsageError(
@@ -228,8 +247,8 @@ def _refuse_other_settings(path: Path, recorded: dict[str, Any], current: dict[s
         )
 
 
-def describe_changes(recorded: dict[str, Any], current: dict[str, Any]) -> str:
-    """Return which settings differ between a run and its continuation, those that may left out; "" for none."""
+def describe_changes(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> str:
+    """Return which settings differ that must not between a run and its continuation; "" for none."""
     old, new = flatten(recorded), flatten(current)
     for key in PATH_KEYS:
         old, new = ({**values, key: os.path.abspath(values[key]) if values.get(key) else ""} for values in (old, new))

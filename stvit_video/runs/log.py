@@ -46,12 +46,10 @@ class MetricsLog:
             self.run.finish()
 
 
-def check_log(cfg: CfgNode) -> None:
-    """Raise UsageError where LOG.WANDB asks for what is not installed."""
-    if cfg.LOG.WANDB and not _is_installed("wandb"):
-        raise UsageError(
-            f"LOG.WANDB {cfg.LOG.WANDB}: Weights & Biases is not installed; pip install wandb, or LOG.WANDB ''."
-        )
+def check_wandb(project: str) -> None:
+    """Raise UsageError where a project of Weights & Biases is given and the package is not installed."""
+    if project and not _is_installed("wandb"):
+        raise UsageError(f"LOG.WANDB {project}: Weights & Biases is not installed; pip install wandb, or LOG.WANDB ''.")
 
 
 def _is_installed(name: str) -> bool:
@@ -63,7 +61,7 @@ def _is_installed(name: str) -> bool:
 
 
 def build_log(cfg: CfgNode, folder: Path, step: int) -> MetricsLog:
-    """Return the log of a run that is at ``step``; ``check_log`` comes first."""
+    """Return the log of a run that is at ``step``; ``check_wandb`` comes first."""
     if not cfg.LOG.WANDB:
         return MetricsLog(folder, step)
     import wandb

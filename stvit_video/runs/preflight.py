@@ -1,80 +1,171 @@
-"""What training and testing begin with: data in place, and a line about the model."""
+"""Opening a run: what it needs is read once, checked before anything is written, and handed on as plain values."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
+import torch
 from fvcore.common.config import CfgNode
 from torch import nn
-from torch.utils.data import DataLoader
 
-from stvit_video.common.errors import UsageError
+from stvit_video.common.errors import RunFailure, UsageError
 from stvit_video.data import sample
-from stvit_video.data.lists.annotations import summarise_videos
-from stvit_video.data.lists.videos import build_classes, build_source
+from stvit_video.data.lists.annotations import Video, summarise_videos
+from stvit_video.data.lists.videos import ListReader, build_lists
+from stvit_video.models import LoadReport
 from stvit_video.models.cost import Cost, count_training_memory, measure_cost
+from stvit_video.models.weights.files import Checkpoint, read_checkpoint
 from stvit_video.models.zoo import build_model
-from stvit_video.runs.folder import RunFolder
-from stvit_video.runtime.world import World, on_main
+from stvit_video.runs.checkpoint import load_newest
+from stvit_video.runs.folder import RunFolder, build_run_folder
+from stvit_video.runs.log import check_wandb, describe_results
+from stvit_video.runs.weights import build_weights, build_weights_path
+from stvit_video.runtime.world import World, gather_objects, on_main
 
 KINETICS_CLASSES = 400  # what --cost assumes where there is no data; the classifier's share of the cost is small
 SOME_CLASSES = 2  # to see whether a network can be built, before its data are there to count
 WEIGHTS_ADVICE = "MODEL.INIT is a .pth or .safetensors file, such as a finished run leaves in its OUTPUT_DIR"
+# run: as MODE says. rehearse: the same, but nothing is written or continued. measure: OUTPUT_DIR and weights are not
+# read, as for a benchmark.
+Purpose = Literal["run", "rehearse", "measure"]
 
 
-def check_model(cfg: CfgNode) -> None:
-    """Raise UsageError for a network that cannot be built or weights that are missing, before minutes of generating."""
-    if not cfg.DATA.GENERATE:
-        return
-    build_model(cfg, cfg.MODEL.NUM_CLASSES or SOME_CLASSES)
-    folder = RunFolder(cfg.OUTPUT_DIR)
-    resumed = cfg.MODE == "train" and not cfg.OVERWRITE and folder.has_progress()
-    if _lacks_weights(cfg) and not resumed:
-        raise UsageError(f"MODEL.INIT {cfg.MODEL.INIT} is missing; {WEIGHTS_ADVICE}.")
-    if cfg.MODE == "test" and not cfg.MODEL.INIT and not folder.weights.is_file():
-        raise UsageError(f"MODE test: {folder.weights} is missing; give MODEL.INIT. {WEIGHTS_ADVICE}.")
+@dataclass
+class OpenRun:
+    """A run whose inputs are read and checked; nothing in its folder has been changed yet.
 
-
-def build_data(cfg: CfgNode, world: World) -> None:
-    """Generate the data set that DATA.GENERATE names, once for all processes."""
-    if cfg.DATA.GENERATE:
-        spec = sample.Spec(clips=tuple(cfg.DATA.GENERATE_CLIPS), name=cfg.DATA.GENERATE)
-        on_main(world, lambda: sample.prepare(cfg.DATA.ROOT, spec))
-
-
-def check_inputs(cfg: CfgNode, *, resumed: bool = False) -> None:
-    """Raise UsageError, naming all of them at once, where files that MODE needs are missing.
-
-    A ``resumed`` run does not need MODEL.INIT any more.
+    ``cfg`` is there for the functions that build parts of the run; all else is a plain value.
     """
-    root = Path(cfg.DATA.ROOT)
-    splits = {"train": ["train", "val", "test"], "test": ["test"], "transfer": ["train", "test"]}[cfg.MODE]
-    if cfg.MODE == "transfer" and cfg.TRANSFER.FINETUNE:
-        splits.insert(1, "val")
+
+    cfg: CfgNode
+    world: World
+    folder: RunFolder
+    classes: list[str]
+    videos: dict[str, list[Video]]  # by split
+    model: nn.Module  # on the CPU, with its weights
+    cost: Cost
+    summary: str  # lines for the user: the model, where it runs, the lists
+    checkpoint: Checkpoint | None = None  # MODEL.INIT, in MODE transfer, which loads it more than once
+    report: LoadReport | None = None  # which of the checkpoint's weights were loaded
+    state: dict[str, Any] | None = None  # the training state to continue from
+
+    def claim(self, *, keep_report: bool = True) -> None:
+        """Make the folder this run's, and say what it is; from here on files are written."""
+        on_main(self.world, self.folder.claim)
+        report = self.report
+        if report is not None and keep_report:
+            on_main(self.world, lambda: self.folder.write_load_report(report.to_json()))
+        if self.world.is_main:
+            print("\n".join(filter(None, [str(report or ""), self.summary])), flush=True)
+
+
+def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: OpenRun | None = None) -> OpenRun | None:
+    """Read and check what a run needs: folder, lists, checkpoint and model, each once.
+
+    Return None where a training run is finished already: its results are printed. ``opened`` is a run of the same lists
+    and MODEL.INIT, which are then not read again. Raises UsageError for everything that can be found wrong before the
+    first batch, RunFailure where the processes find different checkpoints.
+    """
+    if cfg.MODE == "transfer" and not cfg.MODEL.INIT:
+        raise UsageError("MODE transfer needs a checkpoint to evaluate; give MODEL.INIT FILE.")
+    folder, state = build_run_folder(cfg), None
+    if purpose != "measure":
+        on_main(world, folder.check)
+        check_wandb(cfg.LOG.WANDB)
+    if purpose == "run" and cfg.MODE == "train":
+        if on_main(world, folder.is_finished) and not cfg.OVERWRITE:
+            if world.is_main:
+                results = describe_results(folder.read_results())
+                print(f"{cfg.OUTPUT_DIR} is finished (OVERWRITE True runs it again):\n{results}", flush=True)
+            return None
+        on_main(world, folder.lock)
+        state = None if cfg.OVERWRITE else load_agreed(world, folder)
+    needs_weights = purpose != "measure" and state is None
+    source = build_weights_path(cfg, folder.weights) if needs_weights else ""
+    classes, videos = (opened.classes, opened.videos) if opened else open_lists(cfg, world, needs_weights=needs_weights)
+    torch.manual_seed(cfg.SEED)  # for weights that no file holds
+    model = build_model(cfg, len(classes))
+    checkpoint = opened.checkpoint if opened else read_checkpoint(source) if source else None
+    report = build_weights(cfg, model, checkpoint, classes) if source and checkpoint else None
+    cost = build_cost(cfg, model)
+    summary = _build_summary(cfg, world, cost, len(classes), videos)
+    kept = checkpoint if cfg.MODE == "transfer" else None
+    return OpenRun(cfg, world, folder, classes, videos, model, cost, summary, kept, report, state)
+
+
+def open_lists(cfg: CfgNode, world: World, *, needs_weights: bool) -> tuple[list[str], dict[str, list[Video]]]:
+    """Return the class names, and the videos of each split that MODE uses: read by rank 0, sent to the others.
+
+    The set that DATA.GENERATE names is generated first.
+    """
+    lists, splits = build_lists(cfg), build_splits(cfg)
+    weights = cfg.MODEL.INIT if needs_weights else ""
+
+    def read() -> tuple[list[str], dict[str, list[Video]]]:
+        if cfg.DATA.GENERATE:
+            build_data(cfg, weights)
+        check_inputs(cfg.MODE, lists, splits, weights)
+        return lists.classes, {split: lists.videos(split) for split in splits if lists.lists[split]}
+
+    return on_main(world, read)
+
+
+def load_agreed(world: World, folder: RunFolder) -> dict[str, Any] | None:
+    """Return the newest training state that is whole. Raises RunFailure where processes find different ones."""
+    state = load_newest(folder.checkpoints)
+    steps = gather_objects(world, None if state is None else int(state["step"]))
+    if len(set(steps)) > 1:
+        seen = [f"rank {rank} {'none' if step is None else f'step {step}'}" for rank, step in enumerate(steps)]
+        raise RunFailure(
+            f"the processes find different newest checkpoints in {folder.checkpoints}: {', '.join(seen[:8])}; "
+            f"OUTPUT_DIR has to be one folder that all machines share. If it is, start again: one of them saw it late."
+        )
+    return state
+
+
+def build_splits(cfg: CfgNode) -> list[str]:
+    """Return the splits that MODE uses."""
+    if cfg.MODE == "test":
+        return ["test"]
+    return ["train", "test"] if cfg.MODE == "transfer" and not cfg.TRANSFER.FINETUNE else ["train", "val", "test"]
+
+
+def build_data(cfg: CfgNode, weights: str) -> None:
+    """Generate the data set that DATA.GENERATE names, unless it is there.
+
+    That may take minutes: raises UsageError before, for a network that cannot be built or ``weights`` that are missing.
+    """
+    if not sample.is_complete(cfg.DATA.ROOT):
+        build_model(cfg, cfg.MODEL.NUM_CLASSES or SOME_CLASSES)
+    if weights and not Path(weights).is_file():
+        raise UsageError(f"MODEL.INIT {weights} is missing; {WEIGHTS_ADVICE}.")
+    sample.prepare(cfg.DATA.ROOT, sample.Spec(clips=tuple(cfg.DATA.GENERATE_CLIPS), name=cfg.DATA.GENERATE))
+
+
+def check_inputs(mode: str, lists: ListReader, splits: list[str], weights: str) -> None:
+    """Raise UsageError, naming all of them at once, where files are missing that a run of ``mode`` needs."""
     missing, advice = [], []
     for split in splits:
-        name = f"{split.upper()}_LIST"
-        if (split != "val" or cfg.DATA[name]) and not (cfg.DATA[name] and build_source(cfg, split).exists()):
-            missing.append(f"DATA.{name} {build_source(cfg, split) if cfg.DATA[name] else repr('')}")
+        name = lists.lists[split]
+        if (split != "val" or name) and not (name and lists.source(split).exists()):
+            missing.append(f"DATA.{split.upper()}_LIST {lists.source(split) if name else repr('')}")
     if missing:
         advice.append(
-            f"a list holds lines `path label`, paths starting from DATA.ROOT {root}, or is a Kinetics CSV, a "
+            f"a list holds lines `path label`, paths starting from DATA.ROOT {lists.root}, or is a Kinetics CSV, a "
             f"Something-Something JSON, or a folder CLASS/FILE"
         )
-    if cfg.DATA.CLASSES and not (root / cfg.DATA.CLASSES).is_file():
-        missing.append(f"DATA.CLASSES {root / cfg.DATA.CLASSES}")
+    if lists.class_file and not (lists.root / lists.class_file).is_file():
+        missing.append(f"DATA.CLASSES {lists.root / lists.class_file}")
         advice.append("DATA.CLASSES holds one class name a line, or is '' for numbers")
-    if _lacks_weights(cfg) and not resumed:
-        missing.append(f"MODEL.INIT {cfg.MODEL.INIT}")
+    if weights and not Path(weights).is_file():
+        missing.append(f"MODEL.INIT {weights}")
         advice.append(WEIGHTS_ADVICE)
     if missing:
         raise UsageError(
-            f"MODE {cfg.MODE} needs files that are missing: {', '.join(missing)}. Put them there or set these keys: "
+            f"MODE {mode} needs files that are missing: {', '.join(missing)}. Put them there or set these keys: "
             f"{'; '.join(advice)}. Without a download this runs now: "
             f"python -m stvit_video.run --cfg configs/sample_stvit.yaml"
         )
-
-
-def _lacks_weights(cfg: CfgNode) -> bool:
-    return bool(cfg.MODEL.INIT) and not Path(cfg.MODEL.INIT).is_file()
 
 
 def build_cost(cfg: CfgNode, model: nn.Module) -> Cost:
@@ -82,51 +173,45 @@ def build_cost(cfg: CfgNode, model: nn.Module) -> Cost:
     return measure_cost(model, (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE))
 
 
-def print_cost(cfg: CfgNode) -> None:
-    """Print what the configured model costs to run and to train; without data, for Kinetics' 400 classes."""
+def build_cost_report(cfg: CfgNode) -> str:
+    """Return what the configured model costs to run and to train; without data, for Kinetics' 400 classes."""
     try:
-        classes = len(build_classes(cfg))
+        classes, note = len(build_lists(cfg).classes), []
     except UsageError:
         classes = cfg.MODEL.NUM_CLASSES or KINETICS_CLASSES
-        print(f"no data found in {cfg.DATA.ROOT}: {classes} classes assumed")
+        note = [f"no data found in {cfg.DATA.ROOT}: {classes} classes assumed"]
     model = build_model(cfg, classes)
     cost = build_cost(cfg, model)
-    print(_describe_model(cfg, cost, classes), flush=True)
     clip = count_training_memory(model, cost.input_size, cfg.PRECISION)
-    print(
+    training = (
         f"training: {clip:.2f} GB a clip kept for the backward pass in {cfg.PRECISION}, beside "
         f"{16 * cost.parameters / 1e9:.2f} GB for weights, gradients and optimiser; a step of "
         f"{cfg.TRAIN.BATCH_SIZE} clips in {cfg.TRAIN.ACCUMULATE} batch(es) on N processes: "
         f"{clip * cfg.TRAIN.BATCH_SIZE / cfg.TRAIN.ACCUMULATE:.0f} / N GB"
     )
+    return "\n".join([*note, _build_model_line(cfg, cost, classes), training])
 
 
-def report_model(cfg: CfgNode, cost: Cost, world: World, num_classes: int) -> None:
-    """Print the model's size and cost, and where it runs."""
-    sharded = ", weights shared out (fsdp)" if world.size > 1 and cfg.PARALLEL.STRATEGY == "fsdp" else ""
+def _build_summary(cfg: CfgNode, world: World, cost: Cost, num_classes: int, videos: dict[str, list[Video]]) -> str:
+    """Return lines on the model, where it runs, and how many videos each split has and lacks; empty but on rank 0."""
+    if not world.is_main:
+        return ""
+    sharded = ", weights sharded (fsdp)" if world.size > 1 and cfg.PARALLEL.STRATEGY == "fsdp" else ""
     compiled = f", compiled ({cfg.COMPILE})" if cfg.COMPILE != "none" else ""
-    print(
-        f"{_describe_model(cfg, cost, num_classes)}\n"
+    lines = [
+        _build_model_line(cfg, cost, num_classes),
         f"{world.size} process(es) on {world.device.type}, {cfg.PRECISION}{sharded}{compiled}, output in "
         f"{cfg.OUTPUT_DIR}",
-        flush=True,
-    )
+    ]
     if cfg.DATA.SPLIT is not None:
-        print(
+        lines.append(
             f"DATA.SPLIT: {' / '.join(map(str, cfg.DATA.SPLIT))} % of each class for training / validation / test, "
-            f"drawn from file names; cuts of one recording may be on both sides",
-            flush=True,
+            f"drawn from file names; cuts of one recording may be on both sides"
         )
+    return "\n".join(lines + [summarise_videos(found, split) for split, found in videos.items()])
 
 
-def report_lists(loaders: dict[str, DataLoader | None]) -> None:
-    """Print how many videos each split has, and how many of them are missing."""
-    for split, loader in loaders.items():
-        if loader is not None:
-            print(summarise_videos(loader.dataset.videos, split), flush=True)  # type: ignore[attr-defined]
-
-
-def _describe_model(cfg: CfgNode, cost: Cost, num_classes: int) -> str:
+def _build_model_line(cfg: CfgNode, cost: Cost, num_classes: int) -> str:
     """Return a line on the model's size and its cost, per clip and per test video."""
     (frames, height, width), views = cost.input_size, cfg.TEST.CLIPS * cfg.TEST.CROPS
     return (

@@ -1,4 +1,4 @@
-"""Weights that a run starts from or tests."""
+"""The weights that a run starts from, tests or transfers."""
 
 import json
 from pathlib import Path
@@ -9,15 +9,14 @@ from torch import nn
 from stvit_video.common.errors import UsageError
 from stvit_video.config.clip_settings import NOT_ADOPTED
 from stvit_video.models import LoadReport, load_pretrained
-from stvit_video.models.weights.files import read_metadata
+from stvit_video.models.weights.files import Checkpoint
 from stvit_video.models.zoo import UNSAID
-from stvit_video.runs.folder import RunFolder
 
 
 def check_all_loaded(report: LoadReport, model: nn.Module) -> None:
-    """Raise UsageError unless the checkpoint is this network's own: to test other weights would be to test nothing.
+    """Raise UsageError unless the checkpoint holds all of this network's weights: others would be tested as random.
 
-    Only the time embedding, which starts at zero, may be new: an image model is tested on video with it.
+    Only the time embedding, which starts at zero, may be new: so an image model is tested on video.
     """
     strange = [f"{key} ({status})" for status in ("new", "wrong shape", "unused") for key in report.keys[status]]
     strange = [key for key in strange if key != "time_embed (new)"]
@@ -33,21 +32,35 @@ def check_all_loaded(report: LoadReport, model: nn.Module) -> None:
             raise UsageError(f"{report.source} was trained with {key} {old!r}, not {new!r}; set MODEL to match it.")
 
 
-def load_tested(cfg: CfgNode, folder: RunFolder, model: nn.Module) -> LoadReport:
-    """Load what MODE test tests: the weights of MODEL.INIT, or else those that the folder holds. Raises UsageError."""
-    source = cfg.MODEL.INIT or str(folder.weights)
+def build_weights_path(cfg: CfgNode, own: Path) -> str:
+    """Return the file of the weights that the configured mode reads, "" for none; ``own`` are those of OUTPUT_DIR.
+
+    Raises UsageError in MODE test where there is no such file.
+    """
+    if cfg.MODE != "test":
+        return cfg.MODEL.INIT
+    source = cfg.MODEL.INIT or str(own)
     if not Path(source).is_file():
         raise UsageError(
             f"MODE test: no weights at {source}; give MODEL.INIT FILE, or the OUTPUT_DIR of a finished run."
         )
-    report = load_pretrained(model, source, min_coverage=0.9)
-    check_all_loaded(report, model)
-    return report
+    return source
 
 
-def build_weights(cfg: CfgNode, model: nn.Module, classes: list[str]) -> LoadReport:
-    """Load MODEL.INIT into the model as the configuration asks; a classifier of other classes is no silent start."""
-    known = read_metadata(cfg.MODEL.INIT).get("classes") if Path(cfg.MODEL.INIT).is_file() else None
+def build_weights(cfg: CfgNode, model: nn.Module, checkpoint: Checkpoint, classes: list[str]) -> LoadReport:
+    """Load a checkpoint into the model as the configured mode asks.
+
+    Raises UsageError in MODE train where its classifier is for other classes and MODEL.NEW_HEAD is not set, and in MODE
+    test where it is not a whole checkpoint of the model.
+    """
+    if cfg.MODE == "test":
+        report = load_pretrained(model, checkpoint, min_coverage=0.9)
+        check_all_loaded(report, model)
+        return report
+    least = cfg.MODEL.INIT_MIN_COVERAGE
+    if cfg.MODE == "transfer":  # its classifier is not used
+        return load_pretrained(model, checkpoint, min_coverage=least, new_head=True)
+    known = checkpoint.metadata.get("classes")
     if known not in (None, classes) and not cfg.MODEL.NEW_HEAD and cfg.MODEL.INIT_DEPTH is None:
         raise UsageError(
             f"{cfg.MODEL.INIT}: its classifier is for other classes ({', '.join(map(str, known[:4]))} ...) than the "
@@ -55,8 +68,8 @@ def build_weights(cfg: CfgNode, model: nn.Module, classes: list[str]) -> LoadRep
         )
     return load_pretrained(
         model,
-        cfg.MODEL.INIT,
-        min_coverage=cfg.MODEL.INIT_MIN_COVERAGE,
+        checkpoint,
+        min_coverage=least,
         new_head=cfg.MODEL.NEW_HEAD,
         motion=cfg.MODEL.INIT_MOTION,
         depth=cfg.MODEL.INIT_DEPTH,

@@ -196,7 +196,7 @@ def _deaf_to_ctrl_c(cluster: str) -> Iterator[None]:
 
 def _prepare(cfg: CfgNode) -> None:
     """Make a folder the run's and put into it what the job will run."""
-    from stvit_video.runs.folder import RunFolder
+    from stvit_video.runs.folder import build_run_folder
 
     folder = JobFolder(cfg.OUTPUT_DIR)
     earlier = read_job(folder.run)
@@ -205,11 +205,11 @@ def _prepare(cfg: CfgNode) -> None:
             f"OUTPUT_DIR {folder.run} belongs to job {earlier.id}, which has not ended; give another one, or end that "
             f"job: python slurm/submit.py cancel {folder.run}"
         )
-    run = RunFolder(cfg.OUTPUT_DIR)
-    run.check(cfg)
+    run = build_run_folder(cfg)
+    run.check()
     if run.is_finished() and cfg.MODE == "train" and not cfg.OVERWRITE:
         raise UsageError(f"OUTPUT_DIR {run.path} is finished; give another one, or OVERWRITE True to run it again.")
-    run.claim(cfg)
+    run.claim()
     cfg = cfg.clone()
     cfg.defrost()
     cfg.OVERWRITE = False  # done; the job continues each time it starts

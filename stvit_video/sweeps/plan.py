@@ -28,7 +28,7 @@ from fvcore.common.config import CfgNode
 from stvit_video.common.errors import UsageError, nearest
 from stvit_video.config.load import load_config, override, parse_overrides
 from stvit_video.config.schema import BY_NAME, value_of
-from stvit_video.data.lists.videos import build_classes
+from stvit_video.data.lists.videos import build_lists
 from stvit_video.models.cost import measure_cost
 from stvit_video.models.zoo import build_model
 
@@ -292,7 +292,7 @@ def _check_relations(path: Path, twin: Any, rows: Sequence[Row]) -> None:
 def count_classes(cfg: CfgNode) -> int | None:
     """Return how many classes the data of ``cfg`` have; None where there are no data yet."""
     try:
-        return len(build_classes(cfg))
+        return len(build_lists(cfg).classes)
     except UsageError:
         return cfg.MODEL.NUM_CLASSES
 

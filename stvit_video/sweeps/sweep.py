@@ -17,7 +17,7 @@ from stvit_video.common.files import write_json
 from stvit_video.config.schema import value_of
 from stvit_video.models.zoo import build_model
 from stvit_video.runs.environment import environment
-from stvit_video.runs.preflight import build_data, check_inputs
+from stvit_video.runs.preflight import open_lists
 from stvit_video.runtime.world import World
 from stvit_video.sweeps.plan import ASSUMED_CLASSES, COMMON_KEYS, Plan, Row, RowCost, count_classes, measure_row
 from stvit_video.sweeps.runs import (
@@ -130,8 +130,8 @@ def make_table(plan: Plan, output: Path, wanted: Wanted) -> int:
 def prepare_data(runs: Sequence[Run]) -> None:
     """Generate the data here, so that no two runs generate the same files. Raises UsageError for files that lack."""
     for row in dict.fromkeys(run.row for run in runs):
-        build_data(row.cfg, World(0, 1, torch.device("cpu")))
-        check_inputs(row.cfg, resumed=all(run.folder.has_progress() for run in runs if run.row is row))
+        begun = all(run.folder.has_progress() for run in runs if run.row is row)
+        open_lists(row.cfg, World(0, 1, torch.device("cpu")), needs_weights=not begun)
 
 
 def _earlier_failures(output: Path, runs: Sequence[Run]) -> dict[tuple[str, int], str]:

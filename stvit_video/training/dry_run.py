@@ -3,74 +3,32 @@
 import time
 
 import torch
-from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from stvit_video.data.lists.videos import build_classes
-from stvit_video.data.loader import build_test_loader
-from stvit_video.models.zoo import build_model
-from stvit_video.runs.folder import RunFolder
-from stvit_video.runs.log import check_log
-from stvit_video.runs.preflight import build_cost, build_data, check_inputs, check_model, report_lists, report_model
-from stvit_video.runs.weights import build_weights, load_tested
+from stvit_video.evaluation.evaluate import Tester, build_tested_model, build_tester
+from stvit_video.runs.preflight import OpenRun
 from stvit_video.runtime.clock import PARTS, peak_memory
-from stvit_video.runtime.precision import autocast, set_precision
-from stvit_video.runtime.world import World, on_main
+from stvit_video.runtime.precision import autocast
 from stvit_video.training.trainer import Trainer, build_trainer
 
 
-def dry_run(cfg: CfgNode, world: World) -> None:
+def dry_run(run: OpenRun) -> None:
     """Print the configuration, shapes, cost, times and memory of one training step and one test batch.
 
-    The data that DATA.GENERATE names are made, if they are not there: without them there is no batch.
-
-    Raises UsageError where the real run would.
+    The data that DATA.GENERATE names are generated if they are not there. Raises UsageError where the real run would.
     """
-    check_model(cfg)
-    build_data(cfg, world)
-    folder = RunFolder(cfg.OUTPUT_DIR)
-    on_main(world, lambda: folder.check(cfg))
-    check_inputs(cfg)
-    check_log(cfg)
-    classes = build_classes(cfg)
-    torch.manual_seed(cfg.SEED)
-    model = build_model(cfg, len(classes))
-    if cfg.MODE == "test":
-        load_tested(cfg, folder, model)
-    elif cfg.MODEL.INIT:
-        build_weights(cfg, model, classes)
-    cost = build_cost(cfg, model)
+    world = run.world
     if world.is_main:
-        print(f"configuration, resolved:\n{cfg.dump()}")
-        report_model(cfg, cost, world, len(classes))
-    trainer = build_trainer(cfg, world, model, len(classes), cost.gflops) if cfg.MODE == "train" else None
-    views = {"clips": cfg.TEST.CLIPS, "crops": cfg.TEST.CROPS}
-    loader = build_test_loader(cfg, world, "test", len(classes), **views)
-    if world.is_main:
-        report_lists({"train": trainer.loader if trainer else None, "test": loader})
-    lines = []
-    if trainer is not None:
-        lines.append(rehearse_step(trainer))
-        model = trainer.model_to_test()
+        print(f"configuration, resolved:\n{run.folder.config_text}{run.summary}")
+    if run.folder.settings["MODE"] == "train":
+        trainer = build_trainer(run)
+        lines, model = [rehearse_step(trainer)], trainer.model_to_test()
     else:
-        set_precision(world.device, cfg.PRECISION)
-        model.to(world.device)
-    started = time.monotonic()
-    batch = next(iter(loader), None)
-    waited = time.monotonic() - started
-    text = "none for this process" if batch is None else "no video of the first could be read"
-    if batch is not None and len(batch.labels):
-        with torch.no_grad(), autocast(world.device, cfg.PRECISION):
-            text = describe_shapes(model.eval(), batch.to(world.device).clips)
-    lines.append(f"test batch: {text}; {waited:.2f} s to load")
+        lines, model = [], build_tested_model(run)
+    lines.append(rehearse_test(build_tester(run), model))
     if world.is_main:
         print("\n".join(lines))
-        print(f"peak memory {peak_memory(world.device):.2f} GB. Nothing was written to {cfg.OUTPUT_DIR}.", flush=True)
-
-
-def describe_shapes(model: nn.Module, clips: Tensor) -> str:
-    """Return the shapes of clips and of the logits that they become."""
-    return f"clips {tuple(clips.shape)} -> logits {tuple(model(clips).shape)}"
+        print(f"peak memory {peak_memory(world.device):.2f} GB. Nothing was written to {run.folder.path}.", flush=True)
 
 
 def rehearse_step(trainer: Trainer) -> str:
@@ -78,15 +36,33 @@ def rehearse_step(trainer: Trainer) -> str:
     seen: list[str] = []
 
     def note(module: nn.Module, clips: tuple[Tensor, ...], logits: Tensor) -> None:
-        seen.append(f"clips {tuple(clips[0].shape)} -> logits {tuple(logits.shape)}")
+        seen.append(describe_shapes(clips[0], logits))
 
-    hook = trainer.model.register_forward_hook(note)
-    trainer.model.train()
+    hook = trainer.wrapped.register_forward_hook(note)
+    trainer.wrapped.train()
     trainer.clock.lap()
     loss, _, count = trainer.take_step(iter(trainer.loader)).tolist()
     hook.remove()
     lap = trainer.clock.lap()
     parts = ", ".join(f"{part} {lap[part]:.2f} s" for part in PARTS)
-    batches = f"{trainer.accumulate} x " if trainer.accumulate > 1 else ""
+    batches = f"{trainer.settings.accumulate} x " if trainer.settings.accumulate > 1 else ""
     outcome = f"loss {loss / count:.3f}" if count else "skipped: its loss or gradients are not finite"
     return f"first training step: {batches}{seen[0]}, {outcome}; {parts}"
+
+
+def rehearse_test(tester: Tester, model: nn.Module) -> str:
+    """Run the first test batch through the model, and return a line on it."""
+    started = time.monotonic()
+    batch = next(iter(tester.loader), None)
+    waited = time.monotonic() - started
+    text = "none for this process" if batch is None else "no video of the first could be read"
+    if batch is not None and len(batch.labels):
+        clips = batch.to(tester.world.device).clips
+        with torch.no_grad(), autocast(tester.world.device, tester.precision):
+            text = describe_shapes(clips, model.eval()(clips))
+    return f"test batch: {text}; {waited:.2f} s to load"
+
+
+def describe_shapes(clips: Tensor, logits: Tensor) -> str:
+    """Return the shapes of clips and of the logits that they become."""
+    return f"clips {tuple(clips.shape)} -> logits {tuple(logits.shape)}"

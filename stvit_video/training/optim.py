@@ -74,12 +74,12 @@ def build_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer, steps_per_ep
         multiplier = CompositeParamScheduler(
             [LinearParamScheduler(0.0, 1.0), cosine], [warmup, 1 - warmup], ["rescaled", "rescaled"]
         )
-    # Half a step in, so that neither the first nor the last step is wasted on a rate of zero.
+    # Half a step further, so that neither the first nor the last step has a rate of zero.
     return LambdaLR(optimizer, lambda step: multiplier((min(step, total - 1) + 0.5) / total))
 
 
 def warmed_decay(decay: float, updates: int) -> float:
-    """Return the decay after so many updates: small at first, so that the initial weights are soon forgotten.
+    """Return the decay after so many updates: small at first, so that the initial weights soon lose their influence.
 
     As in TensorFlow's ExponentialMovingAverage.
     """

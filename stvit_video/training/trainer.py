@@ -4,6 +4,7 @@ import copy
 import random
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from stvit_video.data.failures import Failure, check_failures
 from stvit_video.data.lists.annotations import Video
 from stvit_video.data.loader import build_train_loader
 from stvit_video.runs.log import MetricsLog
+from stvit_video.runs.preflight import OpenRun
 from stvit_video.runtime.clock import PARTS, StepClock, peak_memory
 from stvit_video.runtime.parallel import (
     compile_model,
@@ -42,53 +44,64 @@ from stvit_video.training.optim import average_weights, build_optimizer, build_s
 LOG_EVERY = 8  # steps between rows of metrics.jsonl
 
 
-class Trainer:
-    """The state of a training run, and one epoch of it at a time.
+@dataclass(frozen=True)
+class StepSettings:
+    """How a step is taken."""
 
-    ``model`` is what the gradients are computed with: wrapped (DDP), sharded (FSDP) or neither. ``bare_model`` is the
-    network inside. ``average`` follows its weights, and ``spare`` is an unsharded copy to test a sharded one with.
+    precision: str
+    accumulate: int  # batches a step and process
+    clip_grad: float  # largest norm of the gradients; 0: no clipping
+    label_smoothing: float
+    max_failures: float  # share of the training videos that may be unreadable
+    max_bad_steps: int  # steps that may be skipped because loss or gradients are not finite
+    peak_clips_per_second: float  # if a training step were nothing but one matrix product, over all processes
+    seed: int
+    mix: Mix | None = None
+
+
+@dataclass(frozen=True)
+class Networks:
+    """A network in training.
+
+    ``wrapped`` is what gradients are computed with: ``model`` itself, sharded in place (FSDP) or not, or ``model``
+    inside DDP.
     """
+
+    model: nn.Module
+    wrapped: nn.Module
+    ema_model: AveragedModel | None = None  # follows the weights of ``model``
+    eval_model: nn.Module | None = None  # an unsharded copy, to test a sharded model with
+
+
+class Trainer:
+    """The state of a training run, and one epoch of it at a time."""
 
     def __init__(
         self,
-        model: nn.Module,
+        networks: Networks,
         optimizer: torch.optim.Optimizer,
         scheduler: torch.optim.lr_scheduler.LambdaLR,
         loader: DataLoader,
         world: World,
+        settings: StepSettings,
         *,
-        bare_model: nn.Module,
-        average: AveragedModel | None,
-        spare: nn.Module | None,
-        setup: dict[str, Any],
         total_steps: int,
-        precision: str,
-        accumulate: int,
-        clip_grad: float,
-        label_smoothing: float,
-        mix: Mix | None,
-        max_failures: float,
-        max_bad_steps: int,
-        full_speed: float,
-        seed: int,
+        setup: dict[str, Any],  # what may change between a run and its continuation, and changes rounding
     ) -> None:
-        self.model, self.bare_model, self.average, self.spare = model, bare_model, average, spare
+        self.model, self.wrapped = networks.model, networks.wrapped
+        self.ema_model, self.eval_model = networks.ema_model, networks.eval_model
         self.optimizer, self.scheduler, self.loader, self.world = optimizer, scheduler, loader, world
-        self.setup, self.total_steps, self.seed = setup, total_steps, seed
-        self.precision, self.accumulate, self.clip_grad = precision, accumulate, clip_grad
-        self.label_smoothing, self.mix = label_smoothing, mix
-        self.max_failures, self.max_bad_steps = max_failures, max_bad_steps
-        self.full_speed = full_speed  # training clips a second if a step were nothing but one matrix product
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
+        self.settings, self.total_steps, self.setup = settings, total_steps, setup
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=settings.precision == "fp16")
         self.clock = StepClock(world.device)
-        self.epoch = self.step = self.bad_steps = 0  # epochs that are over, steps taken, those of them skipped
+        self.epoch = self.step = self.bad_steps = 0  # finished epochs, steps taken, those of them that were skipped
         self.best = -1.0  # validation top-1 in percent; any first one is better
         self.failures: list[Failure] = []
         self.failed: set[str] = set()  # training videos of this epoch and process
 
     @property
     def steps_per_epoch(self) -> int:
-        return len(self.loader) // self.accumulate
+        return len(self.loader) // self.settings.accumulate
 
     @property
     def epochs(self) -> int:
@@ -101,15 +114,15 @@ class Trainer:
         return min((self.epoch + 1) * self.steps_per_epoch, self.total_steps) - self.step
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint holds; every process has to ask, and process 0 gets all of it.
+        """Return what a checkpoint holds. A collective call: every process must make it; rank 0 gets the whole state.
 
-        There is no random state in it: every step seeds its own. The order of the videos follows from seed and epoch,
-        and the place in it from the step.
+        There is no random state: each step seeds the generators. The order of the videos follows from seed and epoch,
+        the position in it from the step.
         """
         return {
-            **whole_state(self.bare_model, self.optimizer),
-            "average": None if self.average is None else whole_weights(self.average.module),
-            "averaged": 0 if self.average is None else int(self.average.n_averaged),
+            **whole_state(self.model, self.optimizer),
+            "average": None if self.ema_model is None else whole_weights(self.ema_model.module),
+            "averaged": 0 if self.ema_model is None else int(self.ema_model.n_averaged),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
@@ -121,10 +134,10 @@ class Trainer:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint's state."""
-        restore_state(self.bare_model, self.optimizer, state)
-        if self.average is not None:
-            restore_weights(self.average.module, state["average"])
-            self.average.n_averaged.fill_(state["averaged"])
+        restore_state(self.model, self.optimizer, state)
+        if self.ema_model is not None:
+            restore_weights(self.ema_model.module, state["average"])
+            self.ema_model.n_averaged.fill_(state["averaged"])
         self.scheduler.load_state_dict(state["scheduler"])
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
@@ -134,28 +147,28 @@ class Trainer:
         self.bad_steps = state["bad_steps"]
 
     def model_to_test(self) -> nn.Module:
-        """Return the network with the weights that are tested: the average where there is one; every process asks."""
-        model = self.bare_model if self.average is None else self.average.module
-        if self.spare is None:
+        """Return the network to test: the moving average where there is one. A collective call of all processes."""
+        model = self.model if self.ema_model is None else self.ema_model.module
+        if self.eval_model is None:
             return model
-        self.spare.load_state_dict(whole_weights(model))
-        return self.spare.to(self.world.device)
+        self.eval_model.load_state_dict(whole_weights(model))
+        return self.eval_model.to(self.world.device)
 
     def train_epoch(self, progress: Progress, log: MetricsLog | None, after_step: Callable[[], None]) -> None:
         """Take the steps of the present epoch that are left, and call ``after_step`` after each.
 
-        Augmentation, mixing and dropout depend on seed, epoch or step, and rank alone: an epoch that was interrupted
-        goes on as if it had not been.
+        Augmentation, mixing and dropout depend on seed, epoch or step, and rank alone, so an interrupted epoch
+        continues bit for bit.
         """
         if self.steps_left == 0:
             return  # the run was stopped between the last step and validation
         done = self.step - self.epoch * self.steps_per_epoch
         self.loader.batch_sampler.load_state_dict(  # type: ignore[union-attr]
-            {"epoch": self.epoch, "start": done * self.accumulate}
+            {"epoch": self.epoch, "start": done * self.settings.accumulate}
         )
-        self.model.train()
-        if self.spare is not None:
-            self.spare.cpu()  # training needs the room
+        self.wrapped.train()
+        if self.eval_model is not None:
+            self.eval_model.cpu()  # training needs the room
         self.failed = set()
         batches, sums, text, steps = iter(self.loader), self._zeros(), "", 0
         self.clock.lap()
@@ -178,26 +191,26 @@ class Trainer:
     def take_step(self, batches: Iterator[Batch]) -> Tensor:
         """Take one optimiser step on ``accumulate`` batches; return the sums of loss and hits, and the clip count.
 
-        The loss that is returned is the classifier's; a reducer's own is only learned from.
+        The returned loss is the classifier's; a reducer's auxiliary loss is added for the gradients only.
         """
         sums, seen = self._zeros(), []
-        for i in range(self.accumulate):
+        for i in range(self.settings.accumulate):
             with self.clock.part("data"):
                 batch = self._next(batches)
                 clips, labels = batch.clips, batch.clip_labels
-            # Gradients are exchanged once a step, with its last batch.
-            with exchanging(self.model, i + 1 == self.accumulate):
+            # Processes exchange gradients once a step, with its last batch.
+            with exchanging(self.wrapped, i + 1 == self.settings.accumulate):
                 with self.clock.part("forward"):
                     targets = labels
-                    if self.mix is not None:
-                        clips, targets = self.mix(clips, labels, self._seed(self.step, i))
+                    if self.settings.mix is not None:
+                        clips, targets = self.settings.mix(clips, labels, self._seed(self.step, i))
                         labels = targets.argmax(dim=1)  # for the hits: the label with the larger share
-                    with autocast(self.world.device, self.precision):
-                        logits = self.model(clips)
-                    loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing)
-                    total = loss + auxiliary_loss(self.bare_model)
+                    with autocast(self.world.device, self.settings.precision):
+                        logits = self.wrapped(clips)
+                    loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.settings.label_smoothing)
+                    total = loss + auxiliary_loss(self.model)
                 with self.clock.part("backward"):
-                    self.scaler.scale(total * nan_if_not_finite(total) / self.accumulate).backward()
+                    self.scaler.scale(total * nan_if_not_finite(total) / self.settings.accumulate).backward()
             with torch.no_grad():
                 hits = (logits.argmax(dim=1) == labels).sum()
                 sums += torch.stack([loss * len(labels), hits, torch.tensor(len(labels), device=loss.device)])
@@ -227,34 +240,34 @@ class Trainer:
     def _update_weights(self) -> bool:
         """Clip the gradients and step; where they are not finite, on every process, leave the weights as they are."""
         self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.bare_model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         finite = bool(_whole(norm).isfinite())
-        if finite and self.clip_grad > 0:
-            nn.utils.clip_grads_with_norm_(self.bare_model.parameters(), self.clip_grad, norm)
-        if finite or self.scaler.is_enabled():  # the scaler itself skips steps that are not finite, and learns
+        if finite and self.settings.clip_grad > 0:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.settings.clip_grad, norm)
+        if finite or self.scaler.is_enabled():  # the scaler skips steps that are not finite, and lowers its scale
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if finite and self.average is not None:
-            self.average.update_parameters(self.bare_model)
+        if finite and self.ema_model is not None:
+            self.ema_model.update_parameters(self.model)
         return finite
 
     def _skip(self, seen: list[tuple[Batch, Tensor, Tensor]]) -> None:
-        """Count a step that was skipped. An overflow of fp16 that a smaller scale mends is none."""
+        """Count a skipped step; fp16 overflows that the loss scaler handles are not counted."""
         videos = self.loader.dataset.videos  # type: ignore[attr-defined]
         paths = [path for part in seen for path in suspects(videos, *part)]
         if self.scaler.is_enabled() and not any_of(self.world, bool(paths)) and self.scaler.get_scale() >= 1:
             return
         self.bad_steps += 1
-        if self.bad_steps > self.max_bad_steps:
+        if self.bad_steps > self.settings.max_bad_steps:
             paths = [path for share in gather_objects(self.world, paths) for path in share]
             every = [videos[index].path for batch, *_ in seen for index in batch.indices.tolist()]
-            refuse(self.bad_steps, self.max_bad_steps, self.step, paths or every)
+            refuse(self.bad_steps, self.settings.max_bad_steps, self.step, paths or every)
 
     def _seed(self, *of: int) -> int:
-        """Return a seed that depends on the run's seed, the process and ``of`` alone."""
-        return int(np.random.SeedSequence([self.seed, *of, self.world.rank]).generate_state(1)[0])
+        """Return a seed that depends on the run's seed, the rank and ``of`` alone."""
+        return int(np.random.SeedSequence([self.settings.seed, *of, self.world.rank]).generate_state(1)[0])
 
     def _zeros(self) -> Tensor:
         return torch.zeros(3, device=self.world.device)
@@ -263,7 +276,7 @@ class Trainer:
         """Return the figures of the last ``steps`` steps, over all processes; times are of this one."""
         failed = torch.tensor([len(self.failed)], dtype=sums.dtype, device=sums.device)
         loss, hits, clips, failed_videos = sum_over_world(self.world, torch.cat([sums, failed])).tolist()
-        check_failures(int(failed_videos), len(self.loader.dataset), self.max_failures, "train")  # type: ignore[arg-type]
+        check_failures(int(failed_videos), len(self.loader.dataset), self.settings.max_failures, "train")  # type: ignore[arg-type]
         lap = self.clock.lap()
         speed = clips / lap["elapsed"]
         figures = {"loss": loss / clips, "top1": 100 * hits / clips} if clips else {}  # none if all were skipped
@@ -274,7 +287,7 @@ class Trainer:
             "data_share": lap["data"] / lap["elapsed"],
             "step_s": lap["elapsed"] / steps,
             **{f"{part}_s": lap[part] / steps for part in PARTS},
-            "mfu": speed / self.full_speed,
+            "mfu": speed / self.settings.peak_clips_per_second,
             "memory_gb": peak_memory(self.world.device),
             "bad_steps": self.bad_steps,
         }
@@ -309,58 +322,59 @@ def describe_step(epoch: int, values: dict[str, float]) -> str:
     )
 
 
-def build_trainer(cfg: CfgNode, world: World, model: nn.Module, num_classes: int, gflops: float) -> Trainer:
-    """Return a trainer at step 0 for ``model``, which is moved to the process's device; a clip costs ``gflops``."""
+def build_trainer(run: OpenRun) -> Trainer:
+    """Return a trainer at step 0; the run's model is moved to the process's device."""
+    cfg, world = run.cfg, run.world
     set_precision(world.device, cfg.PRECISION)
-    loader = build_train_loader(cfg, world, num_classes)
-    sharded = world.size > 1 and cfg.PARALLEL.STRATEGY == "fsdp"
-    spare = copy.deepcopy(model) if sharded else None
-    model = model.to(world.device)
-    freeze(model, cfg.TRAIN.FREEZE)
-    average = average_weights(model, cfg.TRAIN.EMA) if cfg.TRAIN.EMA > 0 else None
-    compile_model(model, cfg.COMPILE)
-    if sharded:
-        shard(model)
-        if average is not None:
-            shard(average.module)
+    loader = build_train_loader(cfg, world, run.videos["train"])
+    networks = build_networks(cfg, world, run.model)
     steps_per_epoch = len(loader) // cfg.TRAIN.ACCUMULATE
     total = min(cfg.TRAIN.EPOCHS * steps_per_epoch, cfg.TRAIN.MAX_STEPS or sys.maxsize)
-    optimizer = build_optimizer(cfg, model)
+    optimizer = build_optimizer(cfg, networks.model)
     rate = sum_over_world(world, torch.tensor([matrix_rate(world.device, cfg.PRECISION)], device=world.device))
-    return Trainer(
-        replicate(model, world) if world.size > 1 and not sharded else model,
-        optimizer,
-        build_scheduler(cfg, optimizer, steps_per_epoch, total),
-        loader,
-        world,
-        bare_model=model,
-        average=average,
-        spare=spare,
-        setup={
-            "processes": world.size,
-            "strategy": cfg.PARALLEL.STRATEGY,
-            "accumulation": cfg.TRAIN.ACCUMULATE,
-            "compile": cfg.COMPILE,
-            "device": world.device.type,
-        },
-        total_steps=total,
+    settings = StepSettings(
         precision=cfg.PRECISION,
         accumulate=cfg.TRAIN.ACCUMULATE,
         clip_grad=cfg.OPTIM.CLIP_GRAD,
         label_smoothing=cfg.OPTIM.LABEL_SMOOTHING,
-        mix=build_mix(cfg, world, num_classes),
         max_failures=cfg.DATA.MAX_FAILURES,
         max_bad_steps=cfg.TRAIN.MAX_BAD_STEPS,
-        full_speed=float(rate) / (3 * gflops),  # the backward pass costs twice the forward pass
+        peak_clips_per_second=float(rate) / (3 * run.cost.gflops),  # the backward pass costs twice the forward pass
         seed=cfg.SEED,
+        mix=build_mix(cfg, world, len(run.classes)),
     )
+    setup = {
+        "processes": world.size,
+        "strategy": cfg.PARALLEL.STRATEGY,
+        "accumulation": cfg.TRAIN.ACCUMULATE,
+        "compile": cfg.COMPILE,
+        "device": world.device.type,
+    }
+    scheduler = build_scheduler(cfg, optimizer, steps_per_epoch, total)
+    return Trainer(networks, optimizer, scheduler, loader, world, settings, total_steps=total, setup=setup)
+
+
+def build_networks(cfg: CfgNode, world: World, model: nn.Module) -> Networks:
+    """Return the model on the process's device: frozen, averaged, compiled and sharded or replicated as configured."""
+    sharded = world.size > 1 and cfg.PARALLEL.STRATEGY == "fsdp"
+    eval_model = copy.deepcopy(model) if sharded else None
+    model = model.to(world.device)
+    freeze(model, cfg.TRAIN.FREEZE)
+    ema_model = average_weights(model, cfg.TRAIN.EMA) if cfg.TRAIN.EMA > 0 else None
+    compile_model(model, cfg.COMPILE)
+    if sharded:
+        shard(model)
+        if ema_model is not None:
+            shard(ema_model.module)
+    wrapped = replicate(model, world) if world.size > 1 and not sharded else model
+    return Networks(model, wrapped, ema_model, eval_model)
 
 
 def nan_if_not_finite(loss: Tensor) -> Tensor:
     """Return a factor of 1, or NaN where the loss is not finite.
 
-    It makes the gradients of that process NaN for certain, so that every process sees it in their sum and all skip the
-    step together, without a message of their own.
+    It makes all gradients of that process NaN, so that every process sees it in their sum and all skip the step
+    together, without another exchange.
     """
     return torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 

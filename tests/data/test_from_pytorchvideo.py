@@ -13,6 +13,7 @@ from pytorchvideo.data.labeled_video_paths import LabeledVideoPaths
 from stvit_video.data.clips.from_pytorchvideo import SecondsSampler, videos_of
 from stvit_video.data.decode.frames import open_video
 from stvit_video.data.lists.annotations import Video
+from stvit_video.data.lists.videos import build_lists
 from stvit_video.data.loader import build_train_loader
 from stvit_video.runtime.world import World
 from tests.conftest import data_config, numbered_frames, read_number
@@ -63,7 +64,8 @@ def test_random_clips_are_of_the_right_length_and_draw_from_the_sample_alone(wri
 @pytest.mark.parametrize("decoder", ["pyav", "decord"])  # of which PyTorchVideo changes the second as it is imported
 def test_seconds_are_a_way_of_sampling_in_a_configuration(small_set: Path, decoder: str) -> None:
     words = ["DATA.SAMPLING", "seconds", "DATA.CLIP_SECONDS", "0.5", "DATA.DECODER", decoder]
-    loader = build_train_loader(data_config(small_set, *words), World(0, 1, torch.device("cpu")), 8)
+    cfg = data_config(small_set, *words)
+    loader = build_train_loader(cfg, World(0, 1, torch.device("cpu")), build_lists(cfg).videos("train"))
     assert loader.dataset.sampler == SecondsSampler(8, 0.5)
     batch = next(iter(loader))
     assert batch.clips.shape == (8, 3, 8, 64, 64)

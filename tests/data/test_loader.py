@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fvcore.common.config import CfgNode
 from torch.utils.data import DataLoader
 
 from stvit_video.common.errors import UsageError
@@ -17,13 +18,21 @@ from stvit_video.data.dataset import Collate, SampleKey, TestDataset, TestViews,
 from stvit_video.data.decode.process import Decoding
 from stvit_video.data.failures import read_ledger
 from stvit_video.data.lists.annotations import Video
-from stvit_video.data.lists.videos import build_videos
+from stvit_video.data.lists.videos import build_lists
 from stvit_video.data.loader import EpochSampler, ShardedBatches, build_test_loader, build_train_loader
 from stvit_video.runtime.world import World
 from tests.conftest import data_config, numbered_frames, read_number
 
 PLAIN = Normalise((0, 0, 0), (1, 1, 1))
 CPU = torch.device("cpu")
+
+
+def train_loader(cfg: CfgNode) -> DataLoader:
+    return build_train_loader(cfg, World(0, 1, CPU), build_lists(cfg).videos("train"))
+
+
+def views_loader(cfg: CfgNode, clips: int) -> DataLoader:
+    return build_test_loader(cfg, World(0, 1, CPU), build_lists(cfg).videos("test"), clips=clips)
 
 
 def views_of(loader: DataLoader, key: SampleKey | int) -> torch.Tensor:
@@ -58,7 +67,7 @@ def test_a_step_sees_the_same_videos_for_any_world_and_accumulation(world: int, 
 
 
 def test_epochs_differ_in_order_and_in_random_choices(small_set: Path) -> None:
-    loader = build_train_loader(data_config(small_set), World(0, 1, CPU), 8)
+    loader = train_loader(data_config(small_set))
     order = list(loader.batch_sampler)
     loader.batch_sampler.epoch = 1
     assert [key.index for batch in order for key in batch] != [
@@ -72,7 +81,7 @@ def test_epochs_differ_in_order_and_in_random_choices(small_set: Path) -> None:
 def test_the_first_batch_is_the_same_for_any_number_of_workers(small_set: Path) -> None:
     batches = []
     for workers in (0, 1, 3):
-        loader = build_train_loader(data_config(small_set, "DATA.WORKERS", str(workers)), World(0, 1, CPU), 8)
+        loader = train_loader(data_config(small_set, "DATA.WORKERS", str(workers)))
         batches.append(next(iter(loader)))
     for batch in batches[1:]:
         assert torch.equal(batch.clips, batches[0].clips)
@@ -100,19 +109,19 @@ def test_views_are_the_clips_and_crops_of_their_video(write_clip: Callable[..., 
 
 
 def test_repeats_are_clips_of_one_decode_and_count_in_the_batch(small_set: Path) -> None:
-    loader = build_train_loader(data_config(small_set, "DATA.REPEATS", "2"), World(0, 1, CPU), 8)
+    loader = train_loader(data_config(small_set, "DATA.REPEATS", "2"))
     assert len(loader) == 32 * 2 // 8
     batch = next(iter(loader))
     assert len(batch.labels) == 4
     assert batch.clips.shape[0] == 8
     assert batch.clip_labels.tolist() == [label for label in batch.labels.tolist() for _ in range(2)]
     assert not torch.equal(batch.clips[0], batch.clips[1])
-    single = build_train_loader(data_config(small_set), World(0, 1, CPU), 8)
+    single = train_loader(data_config(small_set))
     twice = views_of(loader, SampleKey(0, 5))
     assert twice.shape == (2, 3, 8, 64, 64)
     assert torch.equal(twice[0], views_of(single, SampleKey(0, 5))[0])
     with pytest.raises(UsageError, match=r"x DATA\.REPEATS 3; choose a multiple of 3"):
-        build_train_loader(data_config(small_set, "DATA.REPEATS", "3"), World(0, 1, CPU), 8)
+        train_loader(data_config(small_set, "DATA.REPEATS", "3"))
 
 
 def test_the_position_of_the_sampler_can_be_saved_and_restored(small_set: Path) -> None:
@@ -123,7 +132,7 @@ def test_the_position_of_the_sampler_can_be_saved_and_restored(small_set: Path) 
     later.load_state_dict({**whole.state_dict(), "start": 3})
     assert list(later) == keys[3:]
     assert later.state_dict() == {"epoch": 4, "start": 3}
-    loader = build_train_loader(data_config(small_set, "DATA.WORKERS", "2"), World(0, 1, CPU), 8)
+    loader = train_loader(data_config(small_set, "DATA.WORKERS", "2"))
     all_clips = [batch.clips for batch in loader]
     loader.batch_sampler.load_state_dict({"epoch": 0, "start": 2})
     rest = [batch.clips for batch in loader]
@@ -143,7 +152,7 @@ def damaged_set(small_set: Path, tmp_path: Path) -> Path:
 
 
 def test_training_takes_the_next_video_and_reports(damaged_set: Path) -> None:
-    loader = build_train_loader(data_config(damaged_set), World(0, 1, CPU), 8)
+    loader = train_loader(data_config(damaged_set))
     sample = loader.dataset[SampleKey(0, 1)]
     assert sample.index == 3
     assert [Path(failure.path).name for failure in sample.failures] == ["train_00001.mp4", "train_00002.mp4"]
@@ -153,9 +162,7 @@ def test_training_takes_the_next_video_and_reports(damaged_set: Path) -> None:
 
 
 def test_testing_replaces_nothing(damaged_set: Path) -> None:
-    loader = build_test_loader(
-        data_config(damaged_set, "DATA.MAX_FAILURES", "0.5"), World(0, 1, CPU), "test", 8, clips=2
-    )
+    loader = views_loader(data_config(damaged_set, "DATA.MAX_FAILURES", "0.5"), clips=2)
     batch = next(iter(loader))
     assert batch.indices.tolist() == [i for i in range(16) if i not in (3, 15)]
     assert sorted(Path(failure.path).name for failure in batch.failures) == ["test_00003.mp4", "test_00015.mp4"]
@@ -183,7 +190,7 @@ def test_training_gives_up_after_a_bounded_number_of_tries(tmp_path: Path) -> No
 )
 def test_wrong_settings_are_named(small_set: Path, overrides: list[str], says: str) -> None:
     with pytest.raises(UsageError) as error:
-        build_train_loader(data_config(small_set, *overrides), World(0, 1, CPU), 8)
+        train_loader(data_config(small_set, *overrides))
     assert says in str(error.value)
 
 
@@ -203,11 +210,11 @@ def test_the_frames_of_a_sample_are_those_of_its_sampling(
     words = f"DATA.ROOT {tmp_path} DATA.TRAIN_LIST train.csv DATA.TEST_LIST test.csv DATA.CLASSES  DATA.FRAMES 4"
     plain = "DATA.SHORT_SIDE [64,64] DATA.MEAN [0,0,0] DATA.STD [1,1,1] DATA.STRIDE 5 TRAIN.BATCH_SIZE 1"
     cfg = data_config(small_set, *words.split(" "), *plain.split(" "), "DATA.SAMPLING", sampling)
-    views = views_of(build_test_loader(cfg, World(0, 1, CPU), "test", 1, clips=2), 0)
+    views = views_of(views_loader(cfg, clips=2), 0)
     dense = [[0, 5, 10, 15], [44, 49, 54, 59]]
     uniform = [[3, 18, 33, 48], [11, 26, 41, 56]]  # at 1/4 and 3/4 of each segment of 15 frames
     assert numbers(views) == {"dense": dense, "uniform": uniform}[sampling]
-    train = build_train_loader(cfg, World(0, 1, CPU), 1)
+    train = train_loader(cfg)
     clips = [numbers(views_of(train, SampleKey(epoch, 0)))[0] for epoch in range(8)]
     if sampling == "dense":
         assert all(np.diff(clip).tolist() == [5, 5, 5] for clip in clips)
@@ -220,7 +227,7 @@ def test_the_frames_of_a_sample_are_those_of_its_sampling(
 def test_a_still_is_a_clip_of_equal_frames(small_set: Path, frames: int) -> None:
     lists = ["DATA.TRAIN_LIST", "stills/train", "DATA.TEST_LIST", "stills/val", "DATA.CLASSES", "shape/classes.txt"]
     cfg = data_config(small_set, *lists, "DATA.FRAMES", str(frames))
-    loaders = build_train_loader(cfg, World(0, 1, CPU), 8), build_test_loader(cfg, World(0, 1, CPU), "test", 8, clips=2)
+    loaders = train_loader(cfg), views_loader(cfg, clips=2)
     train, test = views_of(loaders[0], SampleKey(0, 5)), views_of(loaders[1], 5)
     assert train.shape == (1, 3, frames, 64, 64)
     assert test.shape == (2, 3, frames, 64, 64)
@@ -228,7 +235,7 @@ def test_a_still_is_a_clip_of_equal_frames(small_set: Path, frames: int) -> None
         assert (views == views[:1, :, :1]).all()
         assert views.std() > 0.1
     names = (small_set / "shape" / "classes.txt").read_text().split()
-    assert names[loaders[1].dataset[5].label] == Path(build_videos(cfg, "test")[5].path).parent.name
+    assert names[loaders[1].dataset[5].label] == Path(build_lists(cfg).videos("test")[5].path).parent.name
 
 
 def test_what_failed_is_listed_although_the_run_stops(

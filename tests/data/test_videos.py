@@ -9,16 +9,16 @@ from fvcore.common.config import CfgNode
 
 from stvit_video.common.errors import UsageError
 from stvit_video.data.lists.annotations import Video
-from stvit_video.data.lists.videos import build_classes, build_videos
+from stvit_video.data.lists.videos import build_lists
 from tests.conftest import data_config
 
 
 def test_class_count_comes_from_the_data(small_set: Path) -> None:
-    assert build_classes(data_config(small_set)) == (small_set / "motion" / "classes.txt").read_text().split()
-    assert build_classes(data_config(small_set, "DATA.CLASSES", "")) == [str(i) for i in range(8)]
-    assert len(build_classes(data_config(small_set, "DATA.CLASSES", "", "MODEL.NUM_CLASSES", "11"))) == 11
+    assert build_lists(data_config(small_set)).classes == (small_set / "motion" / "classes.txt").read_text().split()
+    assert build_lists(data_config(small_set, "DATA.CLASSES", "")).classes == [str(i) for i in range(8)]
+    assert len(build_lists(data_config(small_set, "DATA.CLASSES", "", "MODEL.NUM_CLASSES", "11")).classes) == 11
     with pytest.raises(UsageError, match="names 8"):
-        build_classes(data_config(small_set, "MODEL.NUM_CLASSES", "9"))
+        _ = build_lists(data_config(small_set, "MODEL.NUM_CLASSES", "9")).classes
 
 
 def test_class_names_of_folders_are_those_of_the_training_list(small_set: Path, tmp_path: Path) -> None:
@@ -27,21 +27,21 @@ def test_class_names_of_folders_are_those_of_the_training_list(small_set: Path, 
     shutil.rmtree(root / "val" / "bar")  # validation folders alone would count one class less
     folders = ["DATA.ROOT", str(root), "DATA.TRAIN_LIST", "train", "DATA.TEST_LIST", "val", "DATA.CLASSES", ""]
     cfg = data_config(small_set, *folders)
-    names = build_classes(cfg)
+    names = build_lists(cfg).classes
     assert names == sorted((small_set / "shape" / "classes.txt").read_text().split())
-    videos = build_videos(cfg, "test")
+    videos = build_lists(cfg).videos("test")
     assert videos
     assert all(names[video.label] == Path(video.path).parent.name for video in videos)
     with pytest.raises(UsageError, match="names 8; unset the first"):
-        build_classes(data_config(small_set, *folders, "MODEL.NUM_CLASSES", "9"))
+        _ = build_lists(data_config(small_set, *folders, "MODEL.NUM_CLASSES", "9")).classes
     (root / "val" / "bars").mkdir()
     with pytest.raises(UsageError, match=r"val/bars is of none of the 8 classes.*Did you mean bar\?"):
-        build_videos(cfg, "test")
+        build_lists(cfg).videos("test")
     unnamed = ["DATA.TRAIN_LIST", "shape/train.csv", "DATA.TEST_LIST", "stills/val", "DATA.CLASSES", ""]
     with pytest.raises(UsageError, match=r"labels of .*train\.csv have no names; give DATA\.CLASSES"):
-        build_videos(data_config(small_set, *unnamed), "test")
+        build_lists(data_config(small_set, *unnamed)).videos("test")
     with pytest.raises(UsageError, match="is missing"):
-        build_videos(data_config(small_set, "DATA.TEST_LIST", ""), "test")
+        build_lists(data_config(small_set, "DATA.TEST_LIST", "")).videos("test")
 
 
 @pytest.fixture
@@ -64,22 +64,26 @@ def named_config(root: Path, *overrides: str) -> CfgNode:
 
 def test_kinetics_labels_are_those_of_the_training_list(kinetics: Path) -> None:
     cfg = named_config(kinetics, "DATA.MAX_FAILURES", "0.5")
-    assert build_classes(cfg) == ["skiing", "tai chi", "yoga"]
-    assert [video.label for video in build_videos(cfg, "train")] == [2, 1, 0]
-    assert build_videos(cfg, "test") == [
+    assert build_lists(cfg).classes == ["skiing", "tai chi", "yoga"]
+    assert [video.label for video in build_lists(cfg).videos("train")] == [2, 1, 0]
+    assert build_lists(cfg).videos("test") == [
         Video(f"{kinetics}/videos/ddd_000004_000014.mp4", 2),
         Video(f"{kinetics}/tai chi/eee_000005_000015.mp4", 1, missing=True),
     ]
     (kinetics / "names.txt").write_text("yoga\nskiing\ntai chi\n")
-    assert [v.label for v in build_videos(named_config(kinetics, "DATA.CLASSES", "names.txt"), "train")] == [0, 2, 1]
+    assert [v.label for v in build_lists(named_config(kinetics, "DATA.CLASSES", "names.txt")).videos("train")] == [
+        0,
+        2,
+        1,
+    ]
     (kinetics / "names.txt").write_text("yoga\nskiing\ntai_chi\n")
     with pytest.raises(UsageError, match=r"label 'tai chi' is none of the 3 classes.*Did you mean tai_chi\?"):
-        build_videos(named_config(kinetics, "DATA.CLASSES", "names.txt"), "train")
+        build_lists(named_config(kinetics, "DATA.CLASSES", "names.txt")).videos("train")
 
 
 def test_too_many_missing_kinetics_videos_stop_the_run(kinetics: Path) -> None:
     with pytest.raises(UsageError) as error:
-        build_videos(named_config(kinetics), "test")
+        build_lists(named_config(kinetics)).videos("test")
     assert f"1 of 2 files are missing, the first {kinetics}/tai chi/eee_000005_000015.mp4; at most 10 % may" in str(
         error.value
     )
@@ -89,7 +93,7 @@ def test_too_many_missing_kinetics_videos_stop_the_run(kinetics: Path) -> None:
 def test_numbered_training_lists_give_named_test_lists_no_labels(kinetics: Path) -> None:
     (kinetics / "numbers.txt").write_text("videos/aaa_000001_000011.mp4 1\n")
     with pytest.raises(UsageError, match=r"test\.csv gives its classes by name, but the labels of .*numbers\.txt have"):
-        build_videos(named_config(kinetics, "DATA.TRAIN_LIST", "numbers.txt"), "test")
+        build_lists(named_config(kinetics, "DATA.TRAIN_LIST", "numbers.txt")).videos("test")
 
 
 def test_something_labels_are_those_of_the_labels_file(tmp_path: Path) -> None:
@@ -103,11 +107,11 @@ def test_something_labels_are_those_of_the_labels_file(tmp_path: Path) -> None:
     (tmp_path / "2" / "1.jpg").touch()
     videos = [str(tmp_path / "1.webm"), str(tmp_path / "2")]
     cfg = named_config(tmp_path, "DATA.TRAIN_LIST", "train.json")
-    assert build_classes(cfg) == ["Closing something", "Holding something next to something"]
-    assert [(video.path, video.label) for video in build_videos(cfg, "train")] == [(videos[0], 1), (videos[1], 0)]
+    assert build_lists(cfg).classes == ["Closing something", "Holding something next to something"]
+    assert [(video.path, video.label) for video in build_lists(cfg).videos("train")] == [(videos[0], 1), (videos[1], 0)]
     cfg = named_config(tmp_path, "DATA.TRAIN_LIST", "train.json", "DATA.CLASSES", "labels.json")
-    assert build_classes(cfg) == list(labels)
-    assert [(video.path, video.label) for video in build_videos(cfg, "train")] == [(videos[0], 0), (videos[1], 1)]
+    assert build_lists(cfg).classes == list(labels)
+    assert [(video.path, video.label) for video in build_lists(cfg).videos("train")] == [(videos[0], 0), (videos[1], 1)]
 
 
 def test_one_file_is_a_list_where_its_folder_is_a_class(kinetics: Path) -> None:
@@ -115,10 +119,12 @@ def test_one_file_is_a_list_where_its_folder_is_a_class(kinetics: Path) -> None:
     path = kinetics / "tai chi" / "mine.MP4"
     path.touch()
     shutil.copy(path, kinetics / "videos")
-    assert build_videos(named_config(kinetics, "DATA.TEST_LIST", "tai chi/mine.MP4"), "test") == [Video(str(path), 1)]
-    assert build_videos(named_config(kinetics, "DATA.TEST_LIST", str(path)), "test") == [Video(str(path), 1)]
+    assert build_lists(named_config(kinetics, "DATA.TEST_LIST", "tai chi/mine.MP4")).videos("test") == [
+        Video(str(path), 1)
+    ]
+    assert build_lists(named_config(kinetics, "DATA.TEST_LIST", str(path))).videos("test") == [Video(str(path), 1)]
     with pytest.raises(UsageError, match=r"'videos' is none of the 3 class names; .* line `path label`"):
-        build_videos(named_config(kinetics, "DATA.TEST_LIST", "videos/mine.MP4"), "test")
+        build_lists(named_config(kinetics, "DATA.TEST_LIST", "videos/mine.MP4")).videos("test")
     alone = named_config(kinetics, "DATA.TRAIN_LIST", "", "DATA.TEST_LIST", "tai chi/mine.MP4")
     with pytest.raises(UsageError, match="'tai chi' is none of the 0 class names"):
-        build_classes(alone)
+        _ = build_lists(alone).classes

@@ -133,7 +133,7 @@ def test_a_checkpoint_after_a_bad_first_step_changes_nothing(
 
     def spoil(self: Trainer) -> bool:
         if self.step == 0:
-            next(iter(self.bare_model.parameters())).grad.fill_(torch.nan)  # type: ignore[union-attr]
+            next(iter(self.model.parameters())).grad.fill_(torch.nan)  # type: ignore[union-attr]
         return update(self)
 
     monkeypatch.setattr(Trainer, "_update_weights", spoil)

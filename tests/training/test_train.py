@@ -20,18 +20,18 @@ from stvit_video.data.clips.transforms import Augment, Normalise, TrainTransform
 from stvit_video.data.dataset import Collate, Sample, TrainViews
 from stvit_video.models.zoo import build_model
 from stvit_video.runs.log import MetricsLog, read_metrics
+from stvit_video.runs.preflight import open_run
 from stvit_video.runtime.world import World
-from stvit_video.training.trainer import Trainer, build_trainer
+from stvit_video.training.trainer import Networks, StepSettings, Trainer, build_trainer
 
 WORLD = World(0, 1, torch.device("cpu"))
 
 
 def weights_after_an_epoch(arguments: list[str]) -> dict[str, torch.Tensor]:
     cfg = load_config(arguments[1], arguments[2:])
-    torch.manual_seed(0)
-    trainer = build_trainer(cfg, WORLD, build_model(cfg, 8), 8, gflops=1.0)
+    trainer = build_trainer(open_run(cfg, WORLD, "measure"))
     trainer.train_epoch(Progress("", trainer.steps_per_epoch, enabled=False), None, lambda: None)
-    return trainer.bare_model.state_dict()
+    return trainer.model.state_dict()
 
 
 def test_accumulated_batches_equal_one_large_batch(small_run: Callable[..., list[str]]) -> None:
@@ -46,10 +46,10 @@ def test_accumulated_batches_equal_one_large_batch(small_run: Callable[..., list
 
 def plain_trainer(model: nn.Module, optimizer: Any, scheduler: Any, loader: Any = None, **settings: Any) -> Trainer:
     """A trainer of any module, without all that can be switched off."""
-    off = {"average": None, "spare": None, "setup": {}, "total_steps": 12, "precision": "fp32", "accumulate": 1}
-    off |= {"clip_grad": 0.0, "label_smoothing": 0.0, "mix": None, "max_failures": 0.1, "max_bad_steps": 0}
-    off |= {"full_speed": 1.0, "seed": 0, "bare_model": model}
-    return Trainer(model, optimizer, scheduler, loader, WORLD, **{**off, **settings})
+    off = {"precision": "fp32", "accumulate": 1, "clip_grad": 0.0, "label_smoothing": 0.0, "max_failures": 0.1}
+    steps = StepSettings(**{**off, "max_bad_steps": 0, "peak_clips_per_second": 1.0, "seed": 0, **settings})
+    networks = Networks(model, model)
+    return Trainer(networks, optimizer, scheduler, loader, WORLD, steps, total_steps=12, setup={})
 
 
 def initial_weights(arguments: list[str]) -> dict[str, torch.Tensor]:
@@ -99,13 +99,14 @@ def test_augmentation_is_as_configured_and_off_by_default(small_run: Callable[..
     def build(*overrides: str) -> Trainer:
         arguments = small_run(*overrides)
         cfg = load_config(arguments[1], arguments[2:])
-        return build_trainer(cfg, WORLD, build_model(cfg, 8), 8, gflops=1.0)
+        return build_trainer(open_run(cfg, WORLD, "measure"))
 
     plain, trainer = build(), build(*AUGMENTED, "DATA.RAND_AUGMENT_MAGNITUDE", "7", "TRAIN.MIX_SWITCH", "0.3")
-    assert (plain.loader.dataset.views.transform.augment, plain.mix) == (Augment(), None)
+    assert (plain.loader.dataset.views.transform.augment, plain.settings.mix) == (Augment(), None)
     assert trainer.loader.dataset.views.transform.augment == Augment(layers=2, magnitude=7, jitter=0.4, erase=0.5)
-    assert [transform.alpha for transform in trainer.mix.transforms] == [0.8, 1.0]
-    assert (trainer.mix.probability, trainer.mix.switch, trainer.mix.num_classes) == (0.8, 0.3, 8)
+    mix = trainer.settings.mix
+    assert [transform.alpha for transform in mix.transforms] == [0.8, 1.0]
+    assert (mix.probability, mix.switch, mix.num_classes) == (0.8, 0.3, 8)
 
 
 def test_the_loss_of_a_mixed_batch_is_in_proportion_and_the_larger_label_counts() -> None:

@@ -19,17 +19,18 @@ from stvit_video import run
 from stvit_video.common.charts import plot_transfer
 from stvit_video.config import load_config
 from stvit_video.data.failures import Failure
+from stvit_video.data.lists.videos import build_lists
 from stvit_video.data.loader import build_test_loader
 from stvit_video.evaluation import features as features_module
 from stvit_video.evaluation.features import fingerprint, frame_probabilities
 from stvit_video.evaluation.metrics import Predictions
 from stvit_video.evaluation.score_cache import read_features, write_features
 from stvit_video.models import create_model
-from stvit_video.models.weights.files import save_weights
+from stvit_video.models.weights.files import read_checkpoint, save_weights
 from stvit_video.runs.folder import RunFolder
 from stvit_video.runs.log import read_metrics
 from stvit_video.runtime.world import World
-from stvit_video.training.transfer import build_image_model, build_rows, describe_rows, linear_probe, nearest_neighbours
+from stvit_video.training.transfer import Transfer, build_image_model, describe_rows, linear_probe, nearest_neighbours
 from tests.conftest import REPOSITORY, Killed
 
 Arguments = Callable[..., list[str]]
@@ -82,8 +83,9 @@ def test_frames_are_classified_alone_and_averaged() -> None:
 
 def test_top_5_of_three_classes_is_everything(tmp_path: Path) -> None:
     parts = {name: described(torch.randn(6, 4), torch.arange(6) % 3) for name in ("train_init", "test_init")}
-    cfg = load_config(REPOSITORY / "configs" / "sample_transfer.yaml")
-    rows = build_rows(cfg, RunFolder(tmp_path), parts, 3)
+    scoring = {"neighbours": 20, "temperature": 0.07, "weight_decay": 1e-3, "max_failures": 0.1}
+    task = Transfer(RunFolder(tmp_path), 3, [], {}, "", precision="fp32", seed=0, **scoring)
+    rows = task.score(parts)
     assert [row["top5"] for row in rows] == [100, 100]
     assert rows[0]["method"] == "k-nearest neighbours (k 6, temperature 0.07)"  # not the 20 that were asked for
     lines = describe_rows(rows, 100 / 3).splitlines()
@@ -155,7 +157,7 @@ def test_the_image_head_is_scored_where_the_classes_agree(
     first = content["rows"][0]
     assert first["method"] == "image head, averaged over frames"
     cfg, hits = load_config(arguments[1], arguments[2:]), 0
-    loader = build_test_loader(cfg, World(0, 1, torch.device("cpu")), "test", 8, clips=2)
+    loader = build_test_loader(cfg, World(0, 1, torch.device("cpu")), build_lists(cfg).videos("test"), clips=2)
     for i in range(16):
         batch = loader.collate_fn([loader.dataset[i]])
         frames = batch.clips.transpose(1, 2).flatten(0, 1)  # all frames of both views
@@ -183,12 +185,12 @@ def test_an_image_head_that_does_not_apply_is_absent_with_its_reason(small_set: 
     }
     for says, (model, names) in cases.items():
         save_weights(path, model, names)
-        found, reason = build_image_model(cfg, classes)
+        found, reason = build_image_model(cfg, read_checkpoint(path), classes)
         assert found is None
         assert says in reason
         assert "\n" not in reason
     save_weights(path, image_model(8, regions=(1, 4, 4)), classes)
-    assert build_image_model(cfg, classes)[1] == ""
+    assert build_image_model(cfg, read_checkpoint(path), classes)[1] == ""
 
 
 @pytest.fixture
@@ -287,7 +289,8 @@ def test_the_fingerprint_follows_everything_that_features_depend_on(small_run: A
     def key(*words: str, weights: str = "a", **overrides: Any) -> str:
         arguments = small_run(*words)
         cfg = load_config(arguments[1], arguments[2:])
-        loader = build_test_loader(cfg, World(0, 1, torch.device("cpu")), "test", 8, clips=cfg.TEST.CLIPS)
+        videos = build_lists(cfg).videos("test")
+        loader = build_test_loader(cfg, World(0, 1, torch.device("cpu")), videos, clips=cfg.TEST.CLIPS)
         return fingerprint(image_model(8, **overrides), weights, loader.dataset, cfg.PRECISION, cfg.SEED)
 
     changes = (

@@ -19,7 +19,7 @@ LIST_FORM = "a text file with lines `path label`, a Kinetics CSV or a Something-
 CLASS_FORM = "one class name a line, in the order of the labels"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # lists have hundreds of thousands
 class Video:
     """One video of a list: where it is and its label, from 0. An image, or a folder of frames, is a video too.
 

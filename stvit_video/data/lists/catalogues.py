@@ -4,7 +4,7 @@ import csv
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,8 +58,12 @@ def read_catalogue(path: str | Path) -> Catalogue | None:
     return None
 
 
-def find_videos(catalogue: Catalogue, root: str | Path, classes: Sequence[str]) -> list[Video]:
+def find_videos(
+    catalogue: Catalogue, root: str | Path, classes: Sequence[str], clips: Mapping[str, str] | None = None
+) -> list[Video]:
     """Return the catalogue's videos in its order, labelled by the place of their class in ``classes``.
+
+    ``clips`` is what ``find_clips`` found under ``root``; it is searched where that is not given.
 
     One whose file is nowhere under ``root`` stays, marked as missing, with the path where it is expected. Raises
     UsageError where a class is not in ``classes``.
@@ -73,7 +77,7 @@ def find_videos(catalogue: Catalogue, root: str | Path, classes: Sequence[str]) 
                 f"List {catalogue.source}: label {name!r} is none of the {len(classes)} classes ({classes[0]} to "
                 f"{classes[-1]}); correct it, or give all names in DATA.CLASSES.{nearest(name, list(classes))}"
             )
-    found = find_clips(root, catalogue.clip_folder)
+    found = find_clips(root, catalogue.clip_folder) if clips is None else clips
     videos = []
     for entry in catalogue.entries:
         path = next((found[name] for name in entry.names if name in found), None)

@@ -1,9 +1,10 @@
-"""Which videos a configuration names, and what their labels are called."""
+"""The videos and class names of a run: each list is read once, each root is walked once."""
 
 import hashlib
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from fvcore.common.config import CfgNode
@@ -12,6 +13,7 @@ from stvit_video.common.errors import UsageError
 from stvit_video.data.lists.annotations import (
     Video,
     check_files,
+    check_labels,
     class_folders,
     is_media,
     read_classes,
@@ -19,19 +21,136 @@ from stvit_video.data.lists.annotations import (
     read_folder,
     read_list,
 )
-from stvit_video.data.lists.catalogues import find_videos, read_catalogue
+from stvit_video.data.lists.catalogues import Catalogue, find_clips, find_videos, read_catalogue
 
 SPLITS = ("train", "val", "test")
 
 
-def build_videos(cfg: CfgNode, split: str) -> list[Video]:
-    """Return the videos of ``split`` (train, val, test), its share of the one list where DATA.SPLIT is set."""
-    videos = _read_videos(cfg, split)
-    if cfg.DATA.SPLIT is None:
+class ListReader:
+    """Reads the lists of the splits train, val and test, and remembers what it has read.
+
+    A list is what it looks like: a folder of class folders, one image or video, a Kinetics CSV, a Something-Something
+    JSON, or else lines ``path label``.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        lists: Mapping[str, str],
+        *,
+        class_file: str = "",  # file of class names, from root; empty: the lists name the classes, or are of numbers
+        num_classes: int | None = None,  # of numbered labels; None: as many as the largest label asks for
+        shares: Sequence[int] | None = None,  # percent of one list that serves as all splits
+        max_failures: float = 0.0,  # share of a list's files that may be missing
+    ) -> None:
+        self.root, self.lists, self.class_file = Path(root), lists, class_file
+        self.num_classes, self.shares, self.max_failures = num_classes, shares, max_failures
+        self._catalogues: dict[Path, Catalogue | None] = {}
+        self._clips: dict[str, dict[str, str]] = {}  # files under root, by the pattern of clip folders
+        self._lists: dict[Path, list[Video]] = {}
+
+    def source(self, split: str) -> Path:
+        """Return the file or folder that the list of ``split`` is."""
+        return self.root / self.lists[split]
+
+    def videos(self, split: str) -> list[Video]:
+        """Return the videos of ``split``; its share of the one list where there are shares.
+
+        Raises UsageError where the list is of no known form, a label is out of range, or too many files are missing.
+        """
+        source = self.source(split)
+        if source not in self._lists:
+            self._lists[source] = self._read(split)
+        videos = self._lists[source]
+        if self.shares is not None:
+            _refuse_split_folders(source)
+            videos = take_part(videos, SPLITS.index(split), self.shares, source if source.is_dir() else self.root)
+        check_labels(videos, len(self.classes), self.lists[split])
         return videos
-    source = build_source(cfg, split)
-    _refuse_split_folders(source)
-    return take_part(videos, SPLITS.index(split), cfg.DATA.SPLIT, source if source.is_dir() else cfg.DATA.ROOT)
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """The class names: of the class file, else those that folders or a published list name, else numbers.
+
+        They are those of the training list, or of the test list where there is no training list.
+        """
+        names, source = self._named_classes, self.source(self._naming_split)
+        if names is None:
+            count = self.num_classes
+            if count is None:
+                self._lists.setdefault(source, self._read(self._naming_split))
+                count = max(video.label for video in self._lists[source]) + 1
+            return [str(label) for label in range(count)]
+        if self.num_classes not in (None, len(names)):
+            origin = "DATA.CLASSES" if self.class_file else str(source)
+            raise UsageError(
+                f"MODEL.NUM_CLASSES is {self.num_classes} but {origin} names {len(names)}; unset the first."
+            )
+        return names
+
+    def _read(self, split: str) -> list[Video]:
+        """Return all videos of the list of ``split``; relative paths start from root."""
+        source = self.source(split)
+        if source.is_dir() and self.lists[split]:
+            return read_folder(source, self._class_names(split))
+        if not source.is_file():
+            raise UsageError(
+                f"DATA.{split.upper()}_LIST: {source} is missing; put lines `path label` there, or set DATA.ROOT and "
+                f"DATA.{split.upper()}_LIST. To run without any data: --cfg configs/sample_stvit.yaml"
+            )
+        if is_media(source):
+            return read_file(source, self._named_classes or [])
+        catalogue = self._catalogue(source)
+        if catalogue is None:
+            videos = read_list(source, self.root)
+        else:
+            pattern = catalogue.clip_folder.pattern
+            if pattern not in self._clips:
+                self._clips[pattern] = find_clips(self.root, catalogue.clip_folder)
+            videos = find_videos(catalogue, self.root, self._class_names(split), self._clips[pattern])
+        check_files(videos, self.max_failures, source, self.root)
+        return videos
+
+    def _catalogue(self, source: Path) -> Catalogue | None:
+        if source not in self._catalogues:
+            self._catalogues[source] = read_catalogue(source)
+        return self._catalogues[source]
+
+    @property
+    def _naming_split(self) -> str:
+        return "train" if self.lists["train"] and self.source("train").exists() else "test"
+
+    @cached_property
+    def _named_classes(self) -> list[str] | None:
+        """The class names that a file, folders or a published list give; None where there are only numbers."""
+        if self.class_file:
+            return read_classes(self.root / self.class_file)
+        source = self.source(self._naming_split)
+        if source.is_dir():
+            return class_folders(source)
+        catalogue = self._catalogue(source) if source.is_file() and not is_media(source) else None
+        return catalogue.classes() if catalogue else None
+
+    def _class_names(self, split: str) -> list[str]:
+        """Return the names that the classes of ``split`` take their labels from: the same for every list."""
+        if self._named_classes is None:
+            raise UsageError(
+                f"DATA.{split.upper()}_LIST {self.source(split)} gives its classes by name, but the labels of "
+                f"{self.source(self._naming_split)} have no names; give DATA.CLASSES, the names in their order."
+            )
+        return self._named_classes
+
+
+def build_lists(cfg: CfgNode) -> ListReader:
+    """Return the reader of the configured lists."""
+    return ListReader(
+        cfg.DATA.ROOT,
+        {split: cfg.DATA[f"{split.upper()}_LIST"] for split in SPLITS},
+        class_file=cfg.DATA.CLASSES,
+        num_classes=cfg.MODEL.NUM_CLASSES,
+        shares=cfg.DATA.SPLIT,
+        max_failures=cfg.DATA.MAX_FAILURES,
+    )
 
 
 def _refuse_split_folders(source: Path) -> None:
@@ -44,93 +163,19 @@ def _refuse_split_folders(source: Path) -> None:
         )
 
 
-def _read_videos(cfg: CfgNode, split: str) -> list[Video]:
-    """Return all videos of a list; relative lists, folders and paths start from DATA.ROOT.
-
-    A list is what it looks like: a folder of class folders, one image or video, a Kinetics CSV, a Something-Something
-    JSON, or else lines ``path label``. Raises UsageError where it is none of them, or where too many files are missing.
-    """
-    source = build_source(cfg, split)
-    if source.is_dir() and cfg.DATA[f"{split.upper()}_LIST"]:
-        return read_folder(source, _class_names(cfg, split))
-    if not source.is_file():
-        raise UsageError(
-            f"DATA.{split.upper()}_LIST: {source} is missing; put lines `path label` there, or set DATA.ROOT and "
-            f"DATA.{split.upper()}_LIST. To run without any data: --cfg configs/sample_stvit.yaml"
-        )
-    if is_media(source):
-        return read_file(source, _named_classes(cfg) or [])
-    catalogue = read_catalogue(source)
-    if catalogue is None:
-        videos = read_list(source, cfg.DATA.ROOT)
-    else:
-        videos = find_videos(catalogue, cfg.DATA.ROOT, _class_names(cfg, split))
-    check_files(videos, cfg.DATA.MAX_FAILURES, source, cfg.DATA.ROOT)
-    return videos
-
-
-def build_source(cfg: CfgNode, split: str) -> Path:
-    """Return where the list of ``split`` is: a file or a folder."""
-    return Path(cfg.DATA.ROOT) / cfg.DATA[f"{split.upper()}_LIST"]
-
-
-def build_classes(cfg: CfgNode) -> list[str]:
-    """Return the class names: from DATA.CLASSES, else those that folders or a published list name, else numbers.
-
-    They are those of the training list, or of the test list where there is no training list; numbers go up to
-    MODEL.NUM_CLASSES or the largest label.
-    """
-    names = _named_classes(cfg)
-    if names is None:
-        count = cfg.MODEL.NUM_CLASSES or max(video.label for video in build_videos(cfg, _naming_split(cfg))) + 1
-        return [str(label) for label in range(count)]
-    if cfg.MODEL.NUM_CLASSES not in (None, len(names)):
-        origin = "DATA.CLASSES" if cfg.DATA.CLASSES else str(build_source(cfg, _naming_split(cfg)))
-        raise UsageError(
-            f"MODEL.NUM_CLASSES is {cfg.MODEL.NUM_CLASSES} but {origin} names {len(names)}; unset the first."
-        )
-    return names
-
-
-def _naming_split(cfg: CfgNode) -> str:
-    return "train" if cfg.DATA.TRAIN_LIST and build_source(cfg, "train").exists() else "test"
-
-
-def _named_classes(cfg: CfgNode) -> list[str] | None:
-    """Return the class names that a file, folders or a published list give; None where there are only numbers."""
-    if cfg.DATA.CLASSES:
-        return read_classes(Path(cfg.DATA.ROOT) / cfg.DATA.CLASSES)
-    source = build_source(cfg, _naming_split(cfg))
-    if source.is_dir():
-        return class_folders(source)
-    catalogue = read_catalogue(source) if source.is_file() and not is_media(source) else None
-    return catalogue.classes() if catalogue else None
-
-
-def _class_names(cfg: CfgNode, split: str) -> list[str]:
-    """Return the names that the classes of ``split`` take their labels from: the same for every list."""
-    names = _named_classes(cfg)
-    if names is None:
-        raise UsageError(
-            f"DATA.{split.upper()}_LIST {build_source(cfg, split)} gives its classes by name, but the labels of "
-            f"{build_source(cfg, _naming_split(cfg))} have no names; give DATA.CLASSES, the names in their order."
-        )
-    return names
-
-
 def take_part(videos: Sequence[Video], part: int, shares: Sequence[int], root: str | Path) -> list[Video]:
     """Return the videos of ``part`` (its place in ``shares``, percentages that add up to 100), in their order.
 
-    Each class is dealt out by itself, in an order that is drawn from the names of the files below ``root`` and nothing
-    else: it is the same on every machine and for every seed. Where a share is above 0 it gets one video of a class at
-    least. Raises UsageError for a class with too few.
+    Each class is split by itself, in an order that depends on the names of its files below ``root`` alone: it is the
+    same on every machine and for every seed. A share above 0 gets at least one video of each class. Raises UsageError
+    for a class with too few.
     """
     classes: dict[int, list[Video]] = {}
     for video in videos:
         classes.setdefault(video.label, []).append(video)
     taken: set[str] = set()
     for members in classes.values():
-        ordered = sorted(members, key=lambda video: _draw(video.path, root))
+        ordered = sorted(members, key=lambda video: _sort_key(video.path, root))
         edges = _edges(len(ordered), shares)
         if any(stop == start for share, start, stop in zip(shares, edges, edges[1:], strict=False) if share):
             folder = Path(members[0].path).parent
@@ -143,13 +188,13 @@ def take_part(videos: Sequence[Video], part: int, shares: Sequence[int], root: s
 
 
 def _edges(count: int, shares: Sequence[int]) -> list[int]:
-    """Return where each part begins and ends among ``count`` videos; parts after the first have one at least."""
+    """Return where each part begins and ends among ``count`` videos; parts after the first have at least one."""
     sizes = [max(1, round(count * share / 100)) if share else 0 for share in shares[1:]]
     sizes.insert(0, max(0, count - sum(sizes)))
     return [min(count, sum(sizes[:i])) for i in range(len(sizes) + 1)]
 
 
-def _draw(path: str, root: str | Path) -> bytes:
-    """Return a number for a file that depends on its name below ``root`` alone, however that is written."""
+def _sort_key(path: str, root: str | Path) -> bytes:
+    """Return a sort key that depends on the file's name below ``root`` alone, in any Unicode normal form."""
     name = unicodedata.normalize("NFC", os.path.relpath(path, root)).encode("utf-8", "surrogateescape")
     return hashlib.sha256(name).digest()
