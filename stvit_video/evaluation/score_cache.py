@@ -23,9 +23,8 @@ from stvit_video.data.failures import Failure
 from stvit_video.evaluation.metrics import Predictions
 from stvit_video.runs.checkpoint import DAMAGED, pack, read_checked
 
-ScoredBatch = tuple[
-    Tensor, Tensor, Tensor
-]  # of a batch: list positions (videos,), labels (videos,), scores (videos, columns)
+# Of a batch: list positions (videos,), labels (videos,), scores (videos, columns).
+ScoredBatch = tuple[Tensor, Tensor, Tensor]
 
 
 class Parts:

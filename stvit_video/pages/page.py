@@ -17,7 +17,7 @@ TYPES = {"png": "image/png", "webp": "image/webp", "svg": "image/svg+xml", "mp4"
 def render(template: str, **values: Any) -> str:
     """Return a page of ``templates/``; text in ``values`` is escaped, so that a name cannot become a tag."""
     environment = Environment(
-        loader=PackageLoader("stvit_video.show"),
+        loader=PackageLoader("stvit_video.pages"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
