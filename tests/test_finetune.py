@@ -175,7 +175,7 @@ def test_a_text_list_is_dealt_out_too(my_videos: Path) -> None:
         (["DATA.SPLIT", "[70,15]"], "has 2 values; it takes 3"),
         (["DATA.SPLIT", "[70,15,10]"], "add up to 100"),
         (["DATA.SPLIT", "[85,15,0]"], "only validation being 0"),
-        (["DATA.TEST_LIST", "test.csv"], "deals out one list"),
+        (["DATA.TEST_LIST", "test.csv"], "splits one list"),
         (["DATA.SPLIT", "[80,0,20]"], "set them to ['.', '', '.']"),
         (["MODEL.INIT", ""], "which is empty; give MODEL.INIT FILE"),
         (["MODEL.INIT", "{root}/gone.safetensors"], "needs files that are missing: MODEL.INIT"),

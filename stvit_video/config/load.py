@@ -1,7 +1,7 @@
-"""Every configuration key once: default, unit, advice. Loading, checking, and nothing else.
+"""Loading and checking configurations.
 
 Experiment files hold differences only and may inherit through ``_BASE_``. Command-line overrides come last, as bare
-``KEY VALUE`` pairs or ``KEY=VALUE``. Only ``build_*`` functions read the result; constructors take plain values.
+``KEY VALUE`` pairs or ``KEY=VALUE``. Only ``build_*`` and ``open_*`` functions read the result; constructors take plain values.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -54,7 +54,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
         given.add(name)
     if cfg.MODEL.NAME == "auto":
         for name, value in adopted_settings(cfg.MODEL.INIT, list(BY_NAME)).items():
-            if name not in given or name == "MODEL.NAME":  # what is asked for goes before what the checkpoint had
+            if name not in given or name == "MODEL.NAME":  # explicit settings override those of the checkpoint
                 _assign(cfg, name, value, f"MODEL.INIT {cfg.MODEL.INIT}")
     if not cfg.OUTPUT_DIR:
         cfg.OUTPUT_DIR = str(Path("runs") / path.stem)
@@ -140,7 +140,7 @@ def check(cfg: CfgNode) -> None:
 
 
 def _check_split(cfg: CfgNode) -> None:
-    """Raise UsageError where DATA.SPLIT cannot deal out the lists: they are not one, or the shares are no shares."""
+    """Raise UsageError where DATA.SPLIT cannot split the lists: they differ, or the shares do not add up to 100."""
     lists = [cfg.DATA.TRAIN_LIST, cfg.DATA.VAL_LIST, cfg.DATA.TEST_LIST]
     shares = cfg.DATA.SPLIT
     if shares is None:
@@ -153,7 +153,7 @@ def _check_split(cfg: CfgNode) -> None:
     expected = [lists[0], lists[0] if shares[1] else "", lists[0]]
     if lists != expected:
         raise UsageError(
-            f"DATA.SPLIT {list(shares)} deals out one list, but DATA.TRAIN_LIST, VAL_LIST and TEST_LIST are {lists}; "
+            f"DATA.SPLIT {list(shares)} splits one list, but DATA.TRAIN_LIST, VAL_LIST and TEST_LIST are {lists}; "
             f"set them to {expected}, or DATA.SPLIT None."
         )
 

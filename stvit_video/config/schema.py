@@ -1,4 +1,4 @@
-"""What a configuration key is, and which values it takes."""
+"""Every configuration key once: its default, unit and advice, and the values it takes."""
 
 import contextlib
 import math
@@ -97,7 +97,7 @@ KEYS = (
     Key(
         "PRECISION",
         "fp32",
-        "what runs: fp32; tf32 (of a GPU: inputs of products in 19 bits); bf16 or fp16 under autocast, weights in fp32",
+        "fp32; tf32 (GPU only: products of 19-bit inputs); bf16 or fp16 under autocast, weights in fp32",
         choices=("fp32", "tf32", "bf16", "fp16"),
     ),
     Key(
@@ -300,7 +300,7 @@ KEYS = (
     Key(
         "PARALLEL.STRATEGY",
         "ddp",
-        "ddp: each process holds the weights; fsdp: they are shared out, for models that would not fit",
+        "ddp: each process holds all weights; fsdp: weights are sharded, for models that would not fit",
         choices=("ddp", "fsdp"),
     ),
     Key("PARALLEL.TIMEOUT_S", 1800, "seconds a process waits for the others before it gives up", low=1),

@@ -35,16 +35,14 @@ def check_all_loaded(report: LoadReport, model: nn.Module) -> None:
 def build_weights_path(cfg: CfgNode, own: Path) -> str:
     """Return the file of the weights that the configured mode reads, "" for none; ``own`` are those of OUTPUT_DIR.
 
-    Raises UsageError in MODE test where there is no such file.
+    Raises UsageError in MODE test without MODEL.INIT where the folder has none; a missing MODEL.INIT is reported with
+    all other missing files.
     """
-    if cfg.MODE != "test":
+    if cfg.MODEL.INIT or cfg.MODE != "test":
         return cfg.MODEL.INIT
-    source = cfg.MODEL.INIT or str(own)
-    if not Path(source).is_file():
-        raise UsageError(
-            f"MODE test: no weights at {source}; give MODEL.INIT FILE, or the OUTPUT_DIR of a finished run."
-        )
-    return source
+    if not own.is_file():
+        raise UsageError(f"MODE test: {own} is missing; give MODEL.INIT FILE, or the OUTPUT_DIR of a finished run.")
+    return str(own)
 
 
 def build_weights(cfg: CfgNode, model: nn.Module, checkpoint: Checkpoint, classes: list[str]) -> LoadReport:
