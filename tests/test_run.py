@@ -194,7 +194,7 @@ def test_wrong_use_is_one_line(small_run: Arguments, refused: Refused, tmp_path:
         "files that are not a run's": ["OUTPUT_DIR", str(tmp_path / "photos")],
         "is a file; give a folder": ["OUTPUT_DIR", str(tmp_path / "file")],
         "cannot be written": ["OUTPUT_DIR", str(tmp_path / "file" / "run")],
-        "no weights at": ["MODE", "test"],
+        "is missing; give MODEL.INIT FILE": ["MODE", "test"],
     }
     for says, words in cases.items():
         output = [] if "OUTPUT_DIR" in words else ["OUTPUT_DIR", str(tmp_path / f"out {len(says)}{says[:3]}")]
@@ -324,9 +324,9 @@ def test_a_test_needs_its_weights_before_its_data(finished: Path, tmp_path: Path
     words = ["--cfg", str(REPOSITORY / "configs" / "sample_stvit.yaml"), "DATA.ROOT", str(tmp_path / "set")]
     none = refused([*words, "MODE", "test", "OUTPUT_DIR", str(tmp_path / "none")])
     assert f"{tmp_path / 'none' / 'model.safetensors'} is missing; give MODEL.INIT" in none
-    mode = ["MODE", "test", "MODEL.INIT", "absent.pth", "OUTPUT_DIR", str(finished)]
+    mode = ["MODE", "test", "MODEL.INIT", "absent.pth", "OUTPUT_DIR", str(tmp_path / "other")]
     assert "absent.pth is missing" in refused([*words, *mode])
-    restart = ["MODEL.INIT", "absent.pth", "OUTPUT_DIR", str(finished), "OVERWRITE", "True"]
+    restart = ["MODEL.INIT", "absent.pth", "OUTPUT_DIR", str(finished / "run"), "OVERWRITE", "True"]
     assert "absent.pth is missing" in refused([*words, *restart])
     assert not list(tmp_path.iterdir())
 
