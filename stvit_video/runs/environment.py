@@ -1,4 +1,4 @@
-"""What a figure needs beside it: command, versions, machine, source."""
+"""The environment that figures were measured in: command, versions, machine, source."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ PACKAGES = ("torch", "torchvision", "pytorchvideo", "decord", "decord2", "av", "
 
 
 def environment() -> dict[str, Any]:
-    """Return what a figure needs beside it: command, versions, machine, and the state of the source."""
+    """Return the command, the versions of packages, the machine, and the state of the source."""
     versions = {}
     for package in PACKAGES:
         try:

@@ -34,7 +34,7 @@ class Video:
 def read_lines(path: str | Path, what: str, form: str) -> list[str]:
     """Return the lines of a text file, with their ends.
 
-    Raises UsageError, saying ``what`` the file should be and in which ``form``, where it is none or not UTF-8 text.
+    Raises UsageError, saying ``what`` the file should be and in which ``form``, where there is no such file or it is not UTF-8 text.
     """
     path = Path(path)
     if not path.is_file():
@@ -49,7 +49,7 @@ def read_lines(path: str | Path, what: str, form: str) -> list[str]:
 def read_list(path: str | Path, root: str | Path = "") -> list[Video]:
     """Read lines ``path label``, separated by space, comma or tab; paths may hold spaces and start from ``root``.
 
-    Blank lines are passed over. Raises UsageError, naming the line, where one has no label.
+    Blank lines are skipped. Raises UsageError, naming the line, where one has no label.
     """
     videos = []
     for number, line in enumerate(read_lines(path, "List", LIST_FORM), start=1):
@@ -90,7 +90,7 @@ def read_folder(path: str | Path, classes: Sequence[str] | None = None) -> list[
     """Read class folders of images and videos, their sub-folders included, sorted by path.
 
     A label is the folder's place in ``classes``, or else among the folders' sorted names; a class may have no files
-    and no folder. Hidden files and files that are neither image nor video by their ending are passed over. Raises
+    and no folder. Hidden files and files that are neither image nor video by their ending are skipped. Raises
     UsageError where a folder is not in ``classes``, or where there are no class folders or no images and videos at all.
     """
     path = Path(path)

@@ -92,7 +92,7 @@ def find_videos(
 def find_clips(root: str | Path, clip_folder: re.Pattern[str]) -> dict[str, str]:
     """Return the path of each video file and each ``clip_folder`` anywhere under ``root``, by name without ending.
 
-    Of several with one name the first is taken, by folder and then by file. Hidden folders are passed over, and so
+    Of several with one name the first is taken, by folder and then by file. Hidden folders are skipped, and so
     are folders that may not be read (as lost+found): what they hold counts as missing.
     """
     found: dict[str, str] = {}
