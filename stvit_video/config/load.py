@@ -1,7 +1,8 @@
 """Loading and checking configurations.
 
 Experiment files hold differences only and may inherit through ``_BASE_``. Command-line overrides come last, as bare
-``KEY VALUE`` pairs or ``KEY=VALUE``. Only ``build_*`` and ``open_*`` functions read the result; constructors take plain values.
+``KEY VALUE`` pairs or ``KEY=VALUE``. Only ``build_*`` and ``open_*`` functions read the result; constructors take plain
+values.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -34,7 +34,7 @@ class Video:
 def read_lines(path: str | Path, what: str, form: str) -> list[str]:
     """Return the lines of a text file, with their ends.
 
-    Raises UsageError, saying ``what`` the file should be and in which ``form``, where there is no such file or it is not UTF-8 text.
+    Raises UsageError, saying ``what`` the file should be and in which ``form``, where it is missing or not UTF-8 text.
     """
     path = Path(path)
     if not path.is_file():
