@@ -1,1 +1,1 @@
-"""Processes: who they are, how they meet, and how they stop."""
+"""The processes of a run: rank and launcher, process group, parallelism, precision, and how a run is stopped."""

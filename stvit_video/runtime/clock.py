@@ -1,4 +1,4 @@
-"""Where the time and the memory of training steps go."""
+"""Time and memory of training steps."""
 
 import resource
 import time
@@ -11,7 +11,7 @@ PARTS = ("data", "forward", "backward", "optimizer")
 
 
 class StepClock:
-    """Adds up the seconds of each part of a step; on a GPU its own, without making the CPU wait for it."""
+    """Sums the seconds of each part of a step. On a GPU it uses CUDA events, without a synchronisation per step."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -21,8 +21,8 @@ class StepClock:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count the time inside as that of a part."""
-        # Waiting for data is the CPU's: a GPU has nothing to do meanwhile and records nothing.
+        """Add the time inside to a part."""
+        # Waiting for data is time of the CPU; the GPU is idle meanwhile.
         if self.device.type == "cuda" and name != "data":
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
@@ -35,7 +35,7 @@ class StepClock:
         self.seconds[name] += time.perf_counter() - begun
 
     def lap(self) -> dict[str, float]:
-        """Return the seconds of each part and of all (``elapsed``) since the last lap, and start a new one."""
+        """Return the seconds of each part and in total (``elapsed``) since the last lap, and start a new lap."""
         for name, begin, end in self.events:
             end.synchronize()
             self.seconds[name] += begin.elapsed_time(end) / 1000
@@ -46,7 +46,7 @@ class StepClock:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Return the most memory so far in GB (1e9 bytes): of the GPU's tensors, or of this process on a CPU."""
+    """Return the peak memory in GB (1e9 bytes): of tensors on the GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # KiB on Linux

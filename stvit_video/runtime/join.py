@@ -1,8 +1,4 @@
-"""Processes and devices. The only module that reads rank, world and host variables.
-
-Who started this process is found in this order: a complete set of torchrun's variables; submitit on this machine; a
-task of a SLURM step; nobody, which is a single process. A set that is not complete is an error that says what lacks.
-"""
+"""Joining the process group, and the device of each process."""
 
 import datetime
 import os
@@ -16,7 +12,7 @@ import torch.distributed as dist
 
 from stvit_video.common.errors import Stopped, UsageError
 from stvit_video.runtime.launchers import Place, find_place
-from stvit_video.runtime.rendezvous import call_roll, connect, report
+from stvit_video.runtime.rendezvous import connect, report_failure, wait_for_all_ranks
 from stvit_video.runtime.signals import end_with_parent
 from stvit_video.runtime.world import World
 
@@ -25,44 +21,43 @@ from stvit_video.runtime.world import World
 def join_world(device: str = "auto", timeout_s: int = 1800) -> Iterator[World]:
     """Join the process group that the environment describes, or run alone; leave the group at the end.
 
-    NCCL between GPUs, gloo between CPUs. A group that cannot be formed is an error that names who is missing, never a
-    silent single process; an error inside is reported with the rank it happened on. Raises UsageError for an
-    incomplete environment or too few GPUs, RunFailure where other processes do not come.
+    The backend is NCCL between GPUs and gloo between CPUs. An error inside is reported with its rank. Raises UsageError
+    for incomplete variables or too few GPUs, RunFailure, which names the missing ranks, where the group is incomplete.
     """
-    place = find_place(os.environ)
+    place = find_place()
     if place is None:
         yield World(0, 1, pick_device(device, 0, 1))
         return
-    if place.launcher == "torchrun":  # killed, it would leave this process running beside those of a new start
+    if place.launcher == "torchrun":  # torchrun that is killed must not leave this process beside those of a new start
         end_with_parent(signal.SIGTERM)
     store = connect(place, timeout_s)
     target = _agree_on_device(store, place, device, timeout_s)
     if target.type == "cuda":
         torch.cuda.set_device(target)
     elif "OMP_NUM_THREADS" not in os.environ or (place.launcher, os.environ["OMP_NUM_THREADS"]) == ("torchrun", "1"):
-        # torchrun gives each process one thread; share the machine's cores instead.
+        # torchrun sets one thread per process by default; divide the machine's cores instead.
         torch.set_num_threads(place.cpus or max(1, len(os.sched_getaffinity(0)) // place.local_size))
     backend, timeout = "nccl" if target.type == "cuda" else "gloo", datetime.timedelta(seconds=timeout_s)
     failed = True
     try:
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=timeout)
-        messages = dist.new_group(backend="gloo") if backend == "nccl" else None
-        yield World(place.rank, place.size, target, messages, launched=True, store=store)
+        cpu_group = dist.new_group(backend="gloo") if backend == "nccl" else None
+        yield World(place.rank, place.size, target, cpu_group, launched=True, store=store)
         failed = False
     except Stopped:
         failed = False
         raise
     except Exception as error:
-        report(store, place, error)
+        report_failure(store, place, error)
         raise
     finally:
-        # After a failure NCCL would wait for the others, who may wait for this process: its end frees them.
+        # After a failure NCCL would wait for the other ranks, which may wait for this one: exit without it.
         if dist.is_initialized() and not (failed and backend == "nccl"):
             dist.destroy_process_group()
 
 
 def _agree_on_device(store: Any, place: Place, name: str, timeout_s: int) -> torch.device:
-    """Return this process's device, once all processes have theirs."""
+    """Return this process's device as soon as all processes have one."""
     target, gpu, problem = torch.device("cpu"), "", None
     try:
         target = pick_device(name, place.local_rank, place.local_size, bound=place.launcher == "SLURM")
@@ -70,18 +65,18 @@ def _agree_on_device(store: Any, place: Place, name: str, timeout_s: int) -> tor
     except UsageError as error:
         problem = error
     try:
-        call_roll(store, place, target.type, gpu, str(problem or ""), timeout_s)
+        wait_for_all_ranks(store, place, target.type, gpu, str(problem or ""), timeout_s)
     except RuntimeError:
-        if problem is not None:  # the others are told by the roll; here it is one line
+        if problem is not None:  # the other ranks report it with its rank; here it is one line
             raise problem from None
         raise
     return target
 
 
 def pick_device(name: str, local_rank: int, processes: int, bound: bool = False) -> torch.device:
-    """Return this process's device; all processes of a machine come to the same kind.
+    """Return the device of one of the ``processes`` on this machine; all of them get the same type of device.
 
-    Where SLURM has ``bound`` a GPU to each task, a task sees that one alone.
+    With ``bound``, SLURM may have bound one GPU to each task, which then sees only that one.
     """
     count = torch.cuda.device_count() if name != "cpu" and torch.cuda.is_available() else 0
     if bound and count == 1:

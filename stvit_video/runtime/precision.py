@@ -1,4 +1,4 @@
-"""Numeric precision: what runs is what PRECISION names."""
+"""Numeric precision: PRECISION names what the forward pass computes in."""
 
 import time
 from contextlib import AbstractContextManager
@@ -12,9 +12,9 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def set_precision(device: torch.device, precision: str) -> None:
-    """Let products of fp32 numbers be rounded to TF32, or not, on this process's GPU.
+    """Allow TF32 in fp32 matrix products and convolutions on this process's GPU, or forbid it.
 
-    Raises UsageError for tf32 on a CPU, which has none.
+    Raises UsageError for tf32 on a CPU.
     """
     if precision == "tf32" and device.type != "cuda":
         raise UsageError("PRECISION tf32 on a CPU, which does not have it; choose fp32 or bf16, or DEVICE cuda.")
@@ -27,13 +27,12 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
 
 def matrix_rate(device: torch.device, precision: str, repeats: int = 5) -> float:
-    """Return the multiply-adds a second (1e9) of a plain matrix product here, in ``precision``; about 0.1 s."""
+    """Measure the rate of a large matrix product in ``precision``, in 1e9 multiply-adds per second; takes 0.1 s."""
     size = 8192 if device.type == "cuda" else 768
     a, b = (torch.randn(size, size, device=device, dtype=HALF.get(precision)) for _ in range(2))
     seconds = []
-    for number in range(repeats + 1):
+    for _ in range(repeats + 1):
         started = time.perf_counter()
         (a @ b)[0, 0].item()  # waits for the GPU
-        if number:
-            seconds.append(time.perf_counter() - started)
-    return size**3 / median(seconds) / 1e9
+        seconds.append(time.perf_counter() - started)
+    return size**3 / median(seconds[1:]) / 1e9  # the first is a warm-up

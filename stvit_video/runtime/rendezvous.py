@@ -1,4 +1,4 @@
-"""How the processes of a run find each other, and who is to blame where they do not."""
+"""How the processes of a run find each other, and which one is named where they do not."""
 
 import datetime
 import json
@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -17,13 +18,14 @@ from torch.distributed.rendezvous import rendezvous
 from stvit_video.common.errors import RunFailure, UsageError, first_line
 from stvit_video.runtime.launchers import Place
 
-WAITING_NOTE_S = 30  # seconds between notes on who has not come yet
+WAITING_NOTE_S = 30  # between two notes about missing ranks
 PORTS_TRIED = 8
 ANSWER_S = 10
+RANKS_SHOWN = 8
 
 
 def connect(place: Place, timeout_s: int) -> Any:
-    """Return the store that all processes of this start of the job share."""
+    """Return the key-value store of all processes of this start of the job."""
     timeout = datetime.timedelta(seconds=timeout_s)
     if place.launcher == "torchrun":
         try:
@@ -31,33 +33,33 @@ def connect(place: Place, timeout_s: int) -> Any:
         except dist.DistError as error:
             where = f"{place.address}:{place.port}"
             raise RunFailure(f"rank {place.rank}: nobody answers on {where} within {timeout_s} s") from error
-    host = place.address
-    # Several jobs may share a machine: each has ports of its own to try, and says by a key which job it is.
+    # Several jobs may share a machine: each tries ports of its own, and a key in the store tells the jobs apart.
     ports = [place.port] if place.port else random.Random(place.job).sample(range(20000, 32768), PORTS_TRIED)
     if place.rank == 0:
-        return _serve(place, host, ports, timeout)
+        return _serve(place, ports, timeout)
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         for port in ports:
-            store = _find_store(place, host, port, timeout)
+            store = _find_store(place, port, timeout)
             if store is not None:
                 return store
         time.sleep(0.2)
     raise RunFailure(
-        f"rank {place.rank} on {place.host}: rank 0 on {host} did not come within {timeout_s} s, or its ports "
+        f"rank {place.rank} on {place.host}: rank 0 on {place.address} did not come within {timeout_s} s, or its ports "
         f"{', '.join(map(str, ports))} cannot be reached from here"
     )
 
 
-def _serve(place: Place, host: str, ports: list[int], timeout: datetime.timedelta) -> Any:
+def _serve(place: Place, ports: list[int], timeout: datetime.timedelta) -> Any:
+    """Open the store on the first free port."""
     for port in ports:
-        with socket.socket() as probe:  # torch would share a port that is being listened on
+        with socket.socket() as probe:  # torch would share a port on which another process listens
             try:
                 probe.bind(("", port))
             except OSError:
                 continue
         try:
-            store = TCPStore(host, port, place.size, True, timeout, wait_for_workers=False)
+            store = TCPStore(place.address, port, place.size, True, timeout, wait_for_workers=False)
         except dist.DistError:
             continue
         store.set(f"job {place.job}", "")
@@ -67,21 +69,22 @@ def _serve(place: Place, host: str, ports: list[int], timeout: datetime.timedelt
     )
 
 
-def _find_store(place: Place, host: str, port: int, timeout: datetime.timedelta) -> Any:
-    """Return this job's store if it is behind ``port``, else None."""
+def _find_store(place: Place, port: int, timeout: datetime.timedelta) -> Any:
+    """Return this job's store if rank 0 serves it on ``port``, else None."""
     found: list[Any] = []
 
     def ask() -> None:
         with suppress(dist.DistError):
-            store = TCPStore(host, port, place.size, False, datetime.timedelta(seconds=5), wait_for_workers=False)
+            limit = datetime.timedelta(seconds=5)
+            store = TCPStore(place.address, port, place.size, False, limit, wait_for_workers=False)
             if store.check([f"job {place.job}"]):
                 found.append(store)
 
     try:
-        socket.create_connection((host, port), timeout=2).close()  # refused at once where nobody listens
+        socket.create_connection((place.address, port), timeout=2).close()  # fails at once where nobody listens
     except OSError:
         return None
-    # Whatever listens there may never answer, and torch would wait for ever: in a thread that can be left behind.
+    # Another program on that port may never answer, and torch has no time limit there: the thread is then abandoned.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(ANSWER_S)
@@ -90,16 +93,15 @@ def _find_store(place: Place, host: str, port: int, timeout: datetime.timedelta)
     return found[0] if found else None
 
 
-def call_roll(store: Any, place: Place, kind: str, gpu: str, problem: str, timeout_s: int) -> None:
-    """Return once all processes have come, and their devices go together; raise RunFailure where that fails.
+def wait_for_all_ranks(store: Any, place: Place, kind: str, gpu: str, problem: str, timeout_s: int) -> None:
+    """Return when all processes are there and have suitable devices. Raises RunFailure on every rank otherwise.
 
-    Every process says where it is and what it has (``kind`` of device, the GPU's identity, its ``problem``); rank 0
-    judges, and its verdict reaches all.
+    Each process reports its type of device, the GPU's UUID and its ``problem``; rank 0 decides for all.
     """
     entry = {"host": place.host, "kind": kind, "gpu": gpu, "problem": problem}
     store.set(f"here/{place.rank}", json.dumps(entry))
     if place.rank == 0:
-        verdict = _judge(_collect(store, place, timeout_s), place, timeout_s)
+        verdict = _find_problem(_collect(store, place, timeout_s), place, timeout_s)
         store.set("verdict", verdict)
     else:
         try:
@@ -113,62 +115,64 @@ def call_roll(store: Any, place: Place, kind: str, gpu: str, problem: str, timeo
 
 
 def _collect(store: Any, place: Place, timeout_s: int) -> dict[int, dict[str, str]]:
-    """Return what the processes said that came in time, and note now and then who has not."""
-    deadline, came = time.monotonic() + timeout_s, dict[int, dict[str, str]]()
+    """Return the reports that arrive in time, by rank; print now and then which are missing."""
+    deadline, reports = time.monotonic() + timeout_s, dict[int, dict[str, str]]()
     while True:
-        missing = [rank for rank in range(place.size) if rank not in came]
+        missing = [rank for rank in range(place.size) if rank not in reports]
         patience = min(WAITING_NOTE_S, deadline - time.monotonic())
         if not missing or patience <= 0:
-            return came
+            return reports
         with suppress(dist.DistError):
             store.wait([f"here/{rank}" for rank in missing], datetime.timedelta(seconds=patience))
         for rank in missing:
             if store.check([f"here/{rank}"]):
-                came[rank] = json.loads(store.get(f"here/{rank}"))
-        if len(came) < place.size:
-            print(f"waiting for {_describe_missing(came, place)}", file=sys.stderr, flush=True)
+                reports[rank] = json.loads(store.get(f"here/{rank}"))
+        if len(reports) < place.size:
+            print(f"waiting for {_describe_missing(reports, place)}", file=sys.stderr, flush=True)
 
 
-def _judge(came: dict[int, dict[str, str]], place: Place, timeout_s: int) -> str:
+def _find_problem(reports: dict[int, dict[str, str]], place: Place, timeout_s: int) -> str:
     """Return why the processes cannot form a group, empty where they can."""
-    if len(came) < place.size:
-        return f"{_describe_missing(came, place)} did not come within {timeout_s} s"
-    troubled = [
-        f"rank {rank} on {entry['host']}: {entry['problem']}" for rank, entry in came.items() if entry["problem"]
-    ]
-    if troubled:
-        return "; ".join(troubled[:3])
-    on_cpu = [f"rank {rank} on {entry['host']}" for rank, entry in came.items() if entry["kind"] == "cpu"]
+    if len(reports) < place.size:
+        return f"{_describe_missing(reports, place)} did not come within {timeout_s} s"
+    problems = [f"rank {rank} on {e['host']}: {e['problem']}" for rank, e in reports.items() if e["problem"]]
+    if problems:
+        return "; ".join(problems[:3])
+    on_cpu = [f"rank {rank} on {entry['host']}" for rank, entry in reports.items() if entry["kind"] == "cpu"]
     if 0 < len(on_cpu) < place.size:
         return f"{', '.join(on_cpu[:3])}: no GPU, while others have one; ask for GPUs on every node, or set DEVICE cpu"
     owners: dict[tuple[str, str], int] = {}
-    for rank, entry in came.items():
+    for rank, entry in reports.items():
         other = owners.setdefault((entry["host"], entry["gpu"]), rank)
         if entry["gpu"] and other != rank:
             return f"ranks {other} and {rank} on {entry['host']} have the same GPU; start one process a GPU"
     return ""
 
 
-def _describe_missing(came: dict[int, dict[str, str]], place: Place) -> str:
-    """Return which ranks have not come, and from which hosts."""
-    ranks = [str(rank) for rank in range(place.size) if rank not in came]
-    text = f"rank {', '.join(ranks[:8])}{' ...' if len(ranks) > 8 else ''}"
-    arrived = [sum(entry["host"] == host for entry in came.values()) for host in place.hosts]
-    short = [
+def _describe_missing(reports: dict[int, dict[str, str]], place: Place) -> str:
+    """Return which ranks have not reported, and from which hosts."""
+    text = _list_ranks(rank for rank in range(place.size) if rank not in reports)
+    arrived = [sum(entry["host"] == host for entry in reports.values()) for host in place.hosts]
+    incomplete = [
         f"{host} ({n} of {of} came)" for host, n, of in zip(place.hosts, arrived, place.tasks, strict=False) if n < of
     ]
-    return f"{text} from {', '.join(short[:8])}" if short else text
+    return f"{text} from {', '.join(incomplete[:8])}" if incomplete else text
 
 
-def report(store: Any, place: Place, error: Exception) -> None:
-    """Say on which rank a run failed: the first that fails leaves a note to those that lose it."""
+def _list_ranks(ranks: Iterable[int]) -> str:
+    names = [str(rank) for rank in ranks]
+    return f"rank {', '.join(names[:RANKS_SHOWN])}{' ...' if len(names) > RANKS_SHOWN else ''}"
+
+
+def report_failure(store: Any, place: Place, error: Exception) -> None:
+    """Print on which rank a run failed. The first rank that fails leaves its error in the store for the others."""
     who = f"rank {place.rank} of {place.size} on {place.host}"
-    lost = isinstance(error, dist.DistError) or "gloo" in str(error)  # a peer's end, seen from here
+    lost_a_peer = isinstance(error, dist.DistError) or "gloo" in str(error)
     text = f"{type(error).__name__}: {first_line(error)}"
-    if not lost:
-        if not isinstance(error, UsageError):  # which is one line already
+    if not lost_a_peer:
+        if not isinstance(error, UsageError):  # which the command prints as one line
             print(f"{who} failed: {text}", file=sys.stderr, flush=True)
-        with suppress(dist.DistError):  # rank 0, which keeps the store, may have failed and gone before
+        with suppress(dist.DistError):  # rank 0, which serves the store, may have ended
             if store.add("failures", 1) == 1:
                 store.set("failure", f"{who} failed: {text}")
         return
@@ -182,9 +186,9 @@ def report(store: Any, place: Place, error: Exception) -> None:
 
 
 def _describe_silent(store: Any, place: Place) -> str:
-    """Return which ranks have not noticed that the run ends: one of them hangs, or was killed."""
+    """Return which ranks have not noticed that the run ends: one of them hangs or was killed."""
     try:
-        silent = [str(rank) for rank in range(place.size) if not store.check([f"left/{rank}"])]
+        silent = [rank for rank in range(place.size) if not store.check([f"left/{rank}"])]
     except dist.DistError:
         return "rank 0, or the machine it ran on, is gone"
-    return f"no word from rank {', '.join(silent[:8])}{' ...' if len(silent) > 8 else ''}, which hangs or was killed"
+    return f"no word from {_list_ranks(silent)}, which hangs or was killed"

@@ -1,25 +1,26 @@
-"""The signals that ask a run to stop, which only its main processes answer."""
+"""The signals that ask a run to stop, and the processes that ignore them or end with their parent."""
 
 import ctypes
 import signal
 import sys
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-
-
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
+# Looked up at import: between fork and exec nothing may be loaded.
+_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 def end_with_parent(number: signal.Signals) -> None:
-    """Have Linux send this process a signal when the one that started it dies, even by SIGKILL."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+    """Have Linux send this process ``number`` when its parent dies, even by SIGKILL. May be called after a fork."""
+    if _prctl is not None:
+        _prctl(PR_SET_PDEATHSIG, number)
 
 
 def ignore_stop_signals() -> None:
-    """Leave it to the parent process when to stop: it may still need what this one makes, up to its next step.
+    """Ignore STOP_SIGNALS, in this process and in those that it starts: the parent process decides when to stop.
 
-    What a terminal or a scheduler sends, it sends to every process. Processes that this one starts inherit it.
+    A terminal or a scheduler signals all processes at once, but the parent still needs the results of this one until
+    the end of its current step.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Why a run ends early: signals, which set a flag until the next step, so that nothing is lost; and divergence."""
+"""Why a run ends early: a signal, which is handled at the next step, or divergence."""
 
 import os
 import signal
@@ -10,48 +10,48 @@ from typing import Any
 from stvit_video.common.errors import RunFailure
 from stvit_video.runtime.signals import STOP_SIGNALS
 
-EXIT_STOPPED = 75  # "try again later": the same command continues
-ECHO_S = 1.0  # for a signal that comes both from the scheduler and from the launcher
+EXIT_STOPPED = 75  # EX_TEMPFAIL: the same command continues
+ECHO_S = 1.0  # within which a repeated signal is taken for the same one, sent by scheduler and launcher
 
 
 class Diverged(RunFailure):
-    """Training cannot go on: too many steps had a loss or gradients that are not finite."""
+    """Too many steps had a loss or gradients that are not finite."""
 
 
 class StopSignals:
-    """While entered, SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGUSR2 only set ``received``.
+    """A context in which SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGUSR2 only set ``received``, the first one's name.
 
-    The same one again exits at once, and so does Ctrl-C after another: someone does not want to wait.
-    A process that was ``launched`` lets a second pass for echoes, since launchers pass on what it has had
-    already. Another kind is what a scheduler sends next, and changes nothing. The handler does nothing else: no file,
-    no other process, no GPU is touched inside it.
+    The same signal again, or Ctrl-C after another one, exits at once. In a process that was ``launched`` by torchrun or
+    a scheduler, a repetition within ECHO_S is ignored: launchers pass on a signal that the process already has. A
+    signal of another kind is a scheduler's next warning and changes nothing.
     """
 
     def __init__(self, launched: bool) -> None:
         self.received: str | None = None
         self._echo_s = ECHO_S if launched else 0.0
-        self._seen: dict[int, float] = {}  # when each kind came first
-        self._before: dict[signal.Signals, Any] = {}
+        self._first_seen: dict[int, float] = {}
+        self._handlers_before: dict[signal.Signals, Any] = {}
         self._process = os.getpid()
 
     def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
+            self._handlers_before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a loader's worker: its parent decides
+        # Only note the signal: files, other processes and the GPU may be in any state now.
+        if os.getpid() != self._process:  # a loader worker, which inherited the handler
             return
         now = time.monotonic()
-        if number == signal.SIGINT or number in self._seen:
-            earlier = self._seen.get(number, min(self._seen.values(), default=now))
-            if self._seen and now - earlier >= self._echo_s:
+        if number == signal.SIGINT or number in self._first_seen:
+            earlier = self._first_seen.get(number, min(self._first_seen.values(), default=now))
+            if self._first_seen and now - earlier >= self._echo_s:
                 os._exit(128 + number)
-        self._seen.setdefault(number, now)
+        self._first_seen.setdefault(number, now)
         self.received = self.received or signal.Signals(number).name

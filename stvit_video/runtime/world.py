@@ -1,4 +1,4 @@
-"""The processes of a run, and what they exchange."""
+"""The processes of a run as each of them sees it, and their communication."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all processes of the run."""
+    """This process's rank and device, and the number of processes."""
 
     rank: int
     size: int
     device: torch.device
-    cpu_group: Any = None  # for small messages; None is the default group
+    cpu_group: Any = None  # process group for CPU tensors; None: the default group
     launched: bool = False  # by torchrun or a scheduler
-    store: Any = None  # what all processes share; None of a single one
+    store: Any = None  # key-value store of all processes; None of a single process
 
     @property
     def is_main(self) -> bool:
@@ -38,14 +38,14 @@ def gather_objects(world: World, value: Any) -> list[Any]:
 
 
 def sum_over_world(world: World, values: torch.Tensor) -> torch.Tensor:
-    """Return the sum of ``values`` over all processes."""
+    """Return the sum of ``values`` over all processes, in place."""
     if world.size > 1:
         dist.all_reduce(values)
     return values
 
 
 def any_of(world: World, flag: bool) -> bool:
-    """Return whether ``flag`` is set on any process. Between CPUs: no GPU has to wait for its queue."""
+    """Return whether ``flag`` is set on any process. Reduced on CPUs, so no GPU has to be synchronised."""
     if world.size == 1:
         return flag
     flags = torch.tensor([int(flag)])
@@ -54,18 +54,18 @@ def any_of(world: World, flag: bool) -> bool:
 
 
 def tell_all(world: World, note: str) -> None:
-    """Leave a note that every process can find, at once and without waiting for them."""
+    """Set the key ``note`` in the store of all processes, without waiting for them."""
     if world.store is not None:
         world.store.set(note, "")
 
 
 def is_told(world: World, note: str) -> bool:
-    """Return whether any process of this start has left the note."""
+    """Return whether any process has set the key ``note``."""
     return world.store is not None and bool(world.store.check([note]))
 
 
 def on_main(world: World, action: Callable[[], T]) -> T:
-    """Run ``action`` on rank 0 and return its result everywhere; an error a user can mend is raised everywhere."""
+    """Run ``action`` on rank 0 and return its result on all ranks, or raise its UsageError or OSError on all ranks."""
     outcome: tuple[Any, Exception | None] = (None, None)
     if world.is_main:
         try:

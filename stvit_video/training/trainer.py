@@ -28,13 +28,13 @@ from stvit_video.runs.preflight import OpenRun
 from stvit_video.runtime.clock import PARTS, StepClock, peak_memory
 from stvit_video.runtime.parallel import (
     compile_model,
-    exchanging,
+    full_state_dict,
+    gradient_sync,
+    load_full_state_dict,
+    load_model_state_dict,
+    model_state_dict,
     replicate,
-    restore_state,
-    restore_weights,
     shard,
-    whole_state,
-    whole_weights,
 )
 from stvit_video.runtime.precision import autocast, matrix_rate, set_precision
 from stvit_video.runtime.stopping import Diverged
@@ -120,8 +120,8 @@ class Trainer:
         the position in it from the step.
         """
         return {
-            **whole_state(self.model, self.optimizer),
-            "average": None if self.ema_model is None else whole_weights(self.ema_model.module),
+            **full_state_dict(self.model, self.optimizer),
+            "average": None if self.ema_model is None else model_state_dict(self.ema_model.module),
             "averaged": 0 if self.ema_model is None else int(self.ema_model.n_averaged),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -134,9 +134,9 @@ class Trainer:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint's state."""
-        restore_state(self.model, self.optimizer, state)
+        load_full_state_dict(self.model, self.optimizer, state)
         if self.ema_model is not None:
-            restore_weights(self.ema_model.module, state["average"])
+            load_model_state_dict(self.ema_model.module, state["average"])
             self.ema_model.n_averaged.fill_(state["averaged"])
         self.scheduler.load_state_dict(state["scheduler"])
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
@@ -151,7 +151,7 @@ class Trainer:
         model = self.model if self.ema_model is None else self.ema_model.module
         if self.eval_model is None:
             return model
-        self.eval_model.load_state_dict(whole_weights(model))
+        self.eval_model.load_state_dict(model_state_dict(model))
         return self.eval_model.to(self.world.device)
 
     def train_epoch(self, progress: Progress, log: MetricsLog | None, after_step: Callable[[], None]) -> None:
@@ -199,7 +199,7 @@ class Trainer:
                 batch = self._next(batches)
                 clips, labels = batch.clips, batch.clip_labels
             # Processes exchange gradients once a step, with its last batch.
-            with exchanging(self.wrapped, i + 1 == self.settings.accumulate):
+            with gradient_sync(self.wrapped, i + 1 == self.settings.accumulate):
                 with self.clock.part("forward"):
                     targets = labels
                     if self.settings.mix is not None:

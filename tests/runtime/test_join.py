@@ -1,18 +1,18 @@
-"""Rank variables: a complete set, none, or an error that names what is missing."""
+"""Launchers and rendezvous: a complete set of variables, none, or an error that names what is missing."""
 
 import os
 import random
 import socket
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
-from submitit.slurm.slurm import _parse_node_list
 
 from stvit_video.common.errors import UsageError
-from stvit_video.runtime.join import Place, join_world
-from stvit_video.runtime.launchers import SLURM_VARIABLES, TORCHRUN_VARIABLES, expand_hosts, find_place
-from stvit_video.runtime.rendezvous import PORTS_TRIED, _judge
+from stvit_video.runtime.join import join_world
+from stvit_video.runtime.launchers import SLURM_VARIABLES, TORCHRUN_VARIABLES, Place, find_place
+from stvit_video.runtime.rendezvous import PORTS_TRIED, _find_problem
 from stvit_video.runtime.world import on_main
 
 TORCHRUN = dict(zip(TORCHRUN_VARIABLES, ("3", "4", "1", "2", "10.0.0.1", "29500"), strict=True))
@@ -32,14 +32,20 @@ def _no_rank_variables(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-def test_without_variables_one_process_runs_alone() -> None:
+def place_in(env: dict[str, str]) -> Place | None:
+    """Return the place of a process with these variables."""
+    with mock.patch.dict(os.environ, env):
+        return find_place()
+
+
+def test_single_process_without_variables() -> None:
     with join_world("cpu") as world:
         assert (world.rank, world.size, world.is_main) == (0, 1, True)
         assert on_main(world, lambda: 3) == 3
 
 
 @pytest.mark.parametrize("present", [("RANK",), ("WORLD_SIZE", "RANK"), ("MASTER_PORT",), TORCHRUN_VARIABLES[:-1]])
-def test_a_partial_set_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, present: tuple[str, ...]) -> None:
+def test_incomplete_torchrun_variables_are_named(monkeypatch: pytest.MonkeyPatch, present: tuple[str, ...]) -> None:
     for name in present:
         monkeypatch.setenv(name, "1")
     with pytest.raises(UsageError) as error, join_world("cpu"):
@@ -48,7 +54,7 @@ def test_a_partial_set_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, pr
         assert name in str(error.value)
 
 
-def test_a_group_that_cannot_form_is_an_error_not_a_single_process() -> None:
+def test_incomplete_group_is_an_error() -> None:
     code = "from stvit_video.runtime.join import join_world\nwith join_world('cpu', timeout_s=3) as w: print('ran', w)"
     env = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29871"}
@@ -57,63 +63,74 @@ def test_a_group_that_cannot_form_is_an_error_not_a_single_process() -> None:
     assert "ran" not in result.stdout
 
 
-def test_a_missing_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UsageError, match="0 GPUs are visible"), join_world("cuda"):
         pass
 
 
-def test_a_task_of_slurm_knows_its_place() -> None:
-    place = find_place(STEP)
+def test_place_of_a_slurm_task() -> None:
+    place = place_in(STEP)
     assert place is not None
     assert (place.launcher, place.rank, place.size, place.local_rank, place.local_size) == ("SLURM", 4, 5, 0, 1)
     assert (place.host, place.hosts, place.tasks) == ("gpu07", ("gpu01", "gpu02", "gpu07"), (2, 2, 1))
     assert (place.address, place.port, place.cpus) == ("gpu01", None, 6)
-    again = find_place(STEP | {"SLURM_RESTART_COUNT": "1"})
+    again = place_in(STEP | {"SLURM_RESTART_COUNT": "1"})
     assert again is not None
-    assert again.job != place.job  # an earlier start that lingers is not met
+    assert again.job != place.job  # an earlier start that still runs is not joined
 
 
 def test_torchrun_comes_before_slurm() -> None:
-    """torchrun inside a task of SLURM, whose variables all its workers have alike."""
-    place = find_place(STEP | TORCHRUN)
+    """All workers of torchrun inside a SLURM task see the same SLURM variables."""
+    place = place_in(STEP | TORCHRUN)
     assert place is not None
     assert (place.launcher, place.rank, place.size, place.local_rank) == ("torchrun", 3, 4, 1)
 
 
-def test_half_of_torchruns_variables_is_an_error_inside_slurm_too() -> None:
+def test_incomplete_torchrun_variables_are_an_error_inside_slurm() -> None:
     with pytest.raises(UsageError, match="RANK set but WORLD_SIZE"):
-        find_place(STEP | {"RANK": "0"})
+        place_in(STEP | {"RANK": "0"})
 
 
 @pytest.mark.parametrize("missing", SLURM_VARIABLES)
-def test_a_partial_set_of_slurms_names_what_is_missing(missing: str) -> None:
+def test_incomplete_slurm_variables_are_named(missing: str) -> None:
     env = {name: value for name, value in STEP.items() if name in SLURM_VARIABLES and name != missing}
     with pytest.raises(UsageError, match=missing):
-        find_place(env)
+        place_in(env)
 
 
-def test_the_shell_of_a_job_is_a_single_process_or_told_to_use_srun() -> None:
+def test_shell_of_a_job_is_a_single_process_or_an_error() -> None:
     batch = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_NODELIST": "n1"}
     batch |= {"ENVIRONMENT": "BATCH"}
     salloc = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2"}
     for shell in (batch, salloc):
-        assert find_place(shell) is None
-        assert find_place(shell | {"SLURM_NTASKS": "1"}) is None
+        assert place_in(shell) is None
+        assert place_in(shell | {"SLURM_NTASKS": "1"}) is None
         with pytest.raises(UsageError, match="srun python"):
-            find_place(shell | {"SLURM_NTASKS": "2"})
+            place_in(shell | {"SLURM_NTASKS": "2"})
     interactive = STEP | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}  # as `srun --pty bash` in a larger job
-    assert find_place(interactive) is None
+    assert place_in(interactive) is None
 
 
-def test_a_number_that_is_none_is_said() -> None:
+def test_rank_has_to_be_a_number() -> None:
     with pytest.raises(UsageError, match="RANK is 'first'"):
-        find_place(TORCHRUN | {"RANK": "first"})
+        place_in(TORCHRUN | {"RANK": "first"})
 
 
-@pytest.mark.parametrize("text", ["n1", "n[1-3]", "gpu[08-11,20],login", "a-[1,3]-b[1-2],c", "n[098-101]"])
-def test_node_lists_are_read_as_submitit_does(text: str) -> None:
-    assert list(expand_hosts(text)) == _parse_node_list(text)
+@pytest.mark.parametrize(
+    ("nodes", "hosts"),
+    [
+        ("n1", "n1"),
+        ("n[1-3]", "n1 n2 n3"),
+        ("gpu[08-11,20],login", "gpu08 gpu09 gpu10 gpu11 gpu20 login"),
+        ("a-[1,3]-b[1-2],c", "a-1-b1 a-1-b2 a-3-b1 a-3-b2 c"),
+        ("n[098-101]", "n098 n099 n100 n101"),
+    ],
+)
+def test_node_lists_are_expanded(nodes: str, hosts: str) -> None:
+    place = place_in(STEP | {"SLURM_STEP_NODELIST": nodes})
+    assert place is not None
+    assert place.hosts == tuple(hosts.split())
 
 
 @pytest.mark.parametrize(
@@ -121,14 +138,14 @@ def test_node_lists_are_read_as_submitit_does(text: str) -> None:
     [
         ({}, ""),
         ({"gpu": "GPU-1"}, "ranks 0 and 1 on n1 have the same GPU"),
-        ({"gpu": "GPU-1", "host": "n2"}, ""),  # identities repeat where machines are cloned
+        ({"gpu": "GPU-1", "host": "n2"}, ""),  # UUIDs repeat on cloned machines
         ({"kind": "cpu", "gpu": ""}, "rank 1 on n1: no GPU, while others have one"),
         ({"problem": "2 GPUs are needed"}, "rank 1 on n1: 2 GPUs are needed"),
     ],
 )
-def test_processes_that_do_not_go_together(change: dict[str, str], verdict: str) -> None:
+def test_incompatible_processes_are_named(change: dict[str, str], verdict: str) -> None:
     entries = [{"host": "n1", "kind": "cuda", "gpu": f"GPU-{rank + 1}", "problem": ""} for rank in range(2)]
-    found = _judge({0: entries[0], 1: entries[1] | change}, Place("SLURM", 0, 2, 0, 2, "n1"), 5)
+    found = _find_problem({0: entries[0], 1: entries[1] | change}, Place("SLURM", 0, 2, 0, 2, "n1"), 5)
     assert found.startswith(verdict)
     assert bool(found) == bool(verdict)
 
@@ -148,7 +165,7 @@ with join_world("cpu", timeout_s=int(sys.argv[1])) as world:
 
 
 def run_tasks(*words: str, ranks: tuple[int, ...] = (0, 1), job: str = "901") -> list[tuple[int, str]]:
-    """Run tasks of two as srun would start them on two nodes; return exit codes and what was said."""
+    """Run tasks as srun would start them on two nodes; return exit codes and outputs."""
     started = []
     for rank in ranks:
         task = STEP | {"SLURM_JOB_ID": job, "SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)}
@@ -161,15 +178,15 @@ def run_tasks(*words: str, ranks: tuple[int, ...] = (0, 1), job: str = "901") ->
     return [(process.returncode, text) for process, text in zip(started, said, strict=True)]
 
 
-def test_tasks_meet_although_ports_are_taken() -> None:
-    """By others, who listen there: on the first that this job would use, and on the second."""
+def test_tasks_meet_when_ports_are_taken() -> None:
+    """Other programs listen on the first two ports of this job."""
     ports = random.Random("902.0.0").sample(range(20000, 32768), PORTS_TRIED)[:2]
     with socket.create_server(("", ports[0])), socket.create_server(("", ports[1])):
         for code, said in run_tasks("90", "nobody", job="902"):
             assert (code, "['left', 'right']" in said) == (0, True), said
 
 
-def test_a_failure_is_told_with_its_rank_and_ends_the_others() -> None:
+def test_failure_is_reported_with_its_rank_on_all_ranks() -> None:
     (left, left_said), (right, right_said) = run_tasks("90", "right")
     assert left != 0
     assert right != 0
@@ -177,7 +194,7 @@ def test_a_failure_is_told_with_its_rank_and_ends_the_others() -> None:
     assert "rank 0 of 2 on left ends: rank 1 of 2 on right failed: ArithmeticError" in left_said
 
 
-def test_a_process_that_hangs_is_named_within_the_timeout() -> None:
+def test_hanging_process_is_named_within_the_timeout() -> None:
     (left, left_said), (right, _) = run_tasks("4", "right hangs")
     assert left != 0
     assert right != 0
@@ -191,7 +208,7 @@ def test_a_process_that_hangs_is_named_within_the_timeout() -> None:
         (1, "rank 1 on right: rank 0 on 127.0.0.1 did not come within 3 s"),
     ],
 )
-def test_who_does_not_come_is_named(rank: int, message: str) -> None:
+def test_missing_rank_is_named(rank: int, message: str) -> None:
     [(code, said)] = run_tasks("3", "nobody", ranks=(rank,), job=f"90{rank + 3}")
     assert code != 0
     assert message in said

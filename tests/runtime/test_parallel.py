@@ -1,4 +1,4 @@
-"""Several processes: sharded weights train like replicated ones, and a run may go on with others than it began with."""
+"""Several processes: FSDP trains like DDP, and a run may resume with other processes and another strategy."""
 
 import json
 import os
@@ -13,12 +13,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
-from stvit_video.runtime.parallel import exchanging
+from stvit_video.runtime.parallel import gradient_sync
 from tests.conftest import REPOSITORY
 from tests.training.test_survival import launch, newest_step
 
 Arguments = Callable[..., list[str]]
-# Weights move little, and no gradient is so near to zero that its sign could differ: what is left is rounding.
+# Small updates, and no gradient so close to zero that its sign could differ: only rounding remains.
 CALM = ["OPTIM.LR", "1e-4", "DATA.WORKERS", "0", "TRAIN.EMA", "0.9", "TRAIN.MIXUP", "0.0", "TRAIN.CUTMIX", "0.0"]
 CALM += ["TRAIN.MAX_STEPS", "5", "PARALLEL.TIMEOUT_S", "120", "MODEL.DROPOUT", "0.0", "MODEL.DROP_PATH", "0.0"]
 
@@ -49,19 +49,19 @@ def sharded(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_sharded_training_equals_replicated_training(replicated: Path, sharded: Path) -> None:
+def test_fsdp_equals_ddp(replicated: Path, sharded: Path) -> None:
     assert difference(sharded, replicated) < 1e-5
     results = [json.loads((path / "results.json").read_text()) for path in (sharded, replicated)]
     assert results[0]["top1"] == results[1]["top1"]
 
 
-def test_accumulated_batches_of_shards_equal_whole_ones(replicated: Path, small_set: Path, tmp_path: Path) -> None:
+def test_fsdp_accumulation_equals_whole_batches(replicated: Path, small_set: Path, tmp_path: Path) -> None:
     finish(launch(small_set, tmp_path / "run", 2, *CALM, "PARALLEL.STRATEGY", "fsdp", "TRAIN.ACCUMULATE", "2"))
     assert difference(tmp_path / "run", replicated) < 1e-5
 
 
 def die_at(step: int, command: list[str], folder: Path) -> None:
-    """Run a command whose processes all die when training has come to ``step``, and make sure that it did."""
+    """Run a command whose processes all exit when training reaches ``step``, and check that it did."""
     script = folder / "die.py"
     script.write_text(
         f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n"
@@ -79,9 +79,7 @@ def die_at(step: int, command: list[str], folder: Path) -> None:
     assert newest_step(output) == step, ended.stderr
 
 
-def test_a_run_goes_on_with_other_processes_and_another_strategy(
-    replicated: Path, small_set: Path, tmp_path: Path
-) -> None:
+def test_resume_with_other_processes_and_strategy(replicated: Path, small_set: Path, tmp_path: Path) -> None:
     """From two sharded processes to one, and from there to two replicated ones."""
     output = tmp_path / "run"
     die_at(2, launch(small_set, output, 2, *CALM, "PARALLEL.STRATEGY", "fsdp"), tmp_path)
@@ -92,11 +90,11 @@ def test_a_run_goes_on_with_other_processes_and_another_strategy(
     assert difference(output, replicated) < 1e-5
 
 
-def test_accumulated_batches_are_exchanged_once() -> None:
-    exchanged = []
+def test_accumulated_gradients_are_reduced_once() -> None:
+    reduced = []
 
     def count(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        exchanged.append(bucket.index())
+        reduced.append(bucket.index())
         done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
         done.set_result(bucket.buffer())
         return done
@@ -106,15 +104,15 @@ def test_accumulated_batches_are_exchanged_once() -> None:
         model = DistributedDataParallel(torch.nn.Linear(4, 4))
         model.register_comm_hook(None, count)
         for i in range(8):
-            with exchanging(model, i % 4 == 3):
+            with gradient_sync(model, i % 4 == 3):
                 model(torch.ones(2, 4)).sum().backward()
     finally:
         dist.destroy_process_group()
-    assert exchanged == [0, 0]  # one bucket, in the last of each four
+    assert reduced == [0, 0]  # one bucket, in every fourth backward pass
 
 
-def test_processes_that_see_different_checkpoints_do_not_train(small_set: Path, tmp_path: Path) -> None:
-    """As where OUTPUT_DIR is a folder of each machine's own."""
+def test_different_checkpoints_on_ranks_are_an_error(small_set: Path, tmp_path: Path) -> None:
+    """As with an OUTPUT_DIR on a local disk of each machine."""
     die_at(2, launch(small_set, tmp_path / "0", 1, *CALM), tmp_path)
     with socket.create_server(("", 0)) as free:
         place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -130,7 +128,7 @@ def test_processes_that_see_different_checkpoints_do_not_train(small_set: Path, 
         assert "rank 0 step 2, rank 1 none; OUTPUT_DIR has to be one folder" in said
 
 
-def test_the_sharded_state_resumes_bit_for_bit(sharded: Path, small_set: Path, tmp_path: Path) -> None:
+def test_fsdp_resumes_bit_for_bit(sharded: Path, small_set: Path, tmp_path: Path) -> None:
     command = launch(small_set, tmp_path / "run", 2, *CALM, "PARALLEL.STRATEGY", "fsdp")
     die_at(3, command, tmp_path)
     assert "continuing at step 3" in finish(command)

@@ -1,4 +1,4 @@
-"""Precision, compilation and checkpointing of activations: what is asked for is what runs."""
+"""Precision, compilation and activation checkpointing."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ from tests.training.test_train import weights_after_an_epoch
 CPU = torch.device("cpu")
 
 
-def test_precision_names_what_runs() -> None:
+def test_autocast_dtype() -> None:
     layer, seen = torch.nn.Linear(4, 4), []
     layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     for precision in ("fp32", "tf32", "bf16", "fp16"):
@@ -25,7 +25,7 @@ def test_precision_names_what_runs() -> None:
     assert seen == [torch.float32, torch.float32, torch.bfloat16, torch.float16]
 
 
-def test_tf32_is_used_where_it_is_asked_for_and_nowhere_else() -> None:
+def test_tf32_is_set_only_for_tf32() -> None:
     gpu = torch.device("cuda")
     for precision, allowed in (("tf32", True), ("fp32", False), ("bf16", False)):
         set_precision(gpu, precision)
@@ -35,13 +35,13 @@ def test_tf32_is_used_where_it_is_asked_for_and_nowhere_else() -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_trains_with_weights_in_fp32(small_run: Callable[..., list[str]], precision: str) -> None:
+def test_half_precision_keeps_weights_in_fp32(small_run: Callable[..., list[str]], precision: str) -> None:
     whole, half = weights_after_an_epoch(small_run()), weights_after_an_epoch(small_run("PRECISION", precision))
     assert half["head.proj.weight"].dtype == torch.float32
     assert 0 < (half["head.proj.weight"] - whole["head.proj.weight"]).abs().max() < 0.01
 
 
-def test_recomputed_activations_change_nothing(small_run: Callable[..., list[str]]) -> None:
+def test_activation_checkpointing_changes_nothing(small_run: Callable[..., list[str]]) -> None:
     dropout = ["MODEL.DROPOUT", "0.2", "MODEL.DROP_PATH", "0.2"]
     whole = weights_after_an_epoch(small_run(*dropout))
     again = weights_after_an_epoch(small_run(*dropout, "MODEL.GRAD_CHECKPOINTING", "True"))
@@ -49,10 +49,10 @@ def test_recomputed_activations_change_nothing(small_run: Callable[..., list[str
 
 
 @pytest.mark.parametrize("extent", ["blocks", "model"])
-def test_a_compiled_model_trains_to_the_same_weights_under_the_same_names(
+def test_compiled_model_trains_to_the_same_weights(
     small_run: Callable[..., list[str]], extent: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By dynamo alone: what it captured is run as it is, and the compiler proper is torch's to test."""
+    """With the backend aot_eager: code generation is torch's to test."""
     compiled, compile_in_place = [], torch.nn.Module.compile
 
     def compile_lightly(module: torch.nn.Module) -> None:
@@ -68,8 +68,8 @@ def test_a_compiled_model_trains_to_the_same_weights_under_the_same_names(
     assert max((found[name] - value).abs().max() for name, value in whole.items()) < 1e-4
 
 
-def test_every_block_runs_compiled_in_training_and_in_evaluation() -> None:
-    """torch runs a function uncompiled after 8 variants; a Swin's blocks have more."""
+def test_every_block_is_compiled_in_training_and_evaluation() -> None:
+    """torch runs a function uncompiled after 8 recompilations; the blocks of a Swin need more."""
     ran: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
@@ -86,7 +86,7 @@ def test_every_block_runs_compiled_in_training_and_in_evaluation() -> None:
     assert len(ran) >= 2 * len(list(model.transformer_blocks()))
 
 
-def test_what_a_cpu_cannot_do_is_one_line(
+def test_unsupported_options_on_a_cpu_are_one_line(
     small_run: Callable[..., list[str]], refused: Callable[[list[str]], str]
 ) -> None:
     assert "choose fp32 or bf16" in refused(small_run("DEVICE", "cpu", "PRECISION", "tf32"))
