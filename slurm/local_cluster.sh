@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# A real SLURM of virtual nodes on this one machine, for tests and for trying a job before it goes to a cluster.
+# A real SLURM of virtual nodes on this machine, for tests and for trying a job before submitting it to a cluster.
 #
-#   slurm/local_cluster.sh up DIR      start it in DIR (at most 55 characters), or restart what is missing of it
+#   slurm/local_cluster.sh up DIR      start it in DIR (at most 55 characters), or restart its missing daemons
 #   source DIR/env.sh                  point sbatch, squeue, scontrol and slurm/submit.py at it
-#   slurm/local_cluster.sh down DIR    end what was started there, and nothing else; the logs in DIR/log stay
+#   slurm/local_cluster.sh down DIR    end what was started there; the logs in DIR/log stay
 #
 # Linux and root; Debian's packages slurmctld, slurmd, slurm-client and munge; no systemd; loopback only. Each node is
-# a slurmd with its own hostname, /etc/hosts and process table: killing pid `cut -d' ' -f1 DIR/pids/node2` is losing
-# node2, and `up` brings it back. Partition main is the default; a job in partition urgent takes its nodes from it.
-# NODES (2), CPUS (4), MEMORY_MB (16000) and GPUS (0, pretended: there is nothing to compute with) say what to start.
+# a slurmd with its own hostname, /etc/hosts and process table: kill pid `cut -d' ' -f1 DIR/pids/node2` to lose node2,
+# and use `up` to restore it. Partition main is the default; jobs in partition urgent preempt its jobs.
+# The variables NODES (2), CPUS (4), MEMORY_MB (16000) and GPUS (0; fake devices) set the size.
 set -euo pipefail
 export LC_ALL=C
 say() { echo "local_cluster: $*" >&2; }
@@ -20,12 +20,12 @@ DIR=$(realpath -m "$2") PATIENCE=45
 for name in $(compgen -e | grep -E '^(SLURM|SLURMD|SBATCH|SRUN|SALLOC|SQUEUE|SCANCEL)_' || true); do unset "$name"; done
 export SLURM_CONF=$DIR/slurm.conf
 
-# ---- processes: DIR/pids/NAME holds "pid start-time", so that another process with that number is never taken for ours
+# ---- processes: DIR/pids/NAME contains "pid start-time", which tells our process from a later one with the same pid
 start_time() { local s; s=$(cat "/proc/$1/stat" 2>/dev/null) || return 0; s=${s##*) }; set -- $s; [[ $1 = Z ]] || echo "${20}"; }
 alive() { local pid at; read -r pid at 2>/dev/null <"$DIR/pids/$1" && [[ -n $at && $(start_time "$pid") = "$at" ]]; }
 stop() {
   alive "$1" || return 0
-  kill -KILL "$(cut -d' ' -f1 "$DIR/pids/$1")"  # unshare: the first process of its name space, and so all others, go too
+  kill -KILL "$(cut -d' ' -f1 "$DIR/pids/$1")"  # unshare also ends the first process of its namespace, and so all others
   for _ in {1..50}; do alive "$1" || return 0; sleep 0.1; done
   say "$1 does not end"; exit 1
 }
@@ -70,12 +70,12 @@ if [[ ! -d $DIR/pids ]]; then  # ---- a new cluster
   { echo "127.0.0.1 localhost slurmctl munge $(hostname) ${nodes[*]}"; grep -v '^127\.' /etc/hosts || true; } >"$DIR/hosts"
   cat >"$DIR/machine.sh" <<END
 #!/bin/bash
-# NAME COMMAND...: the first process of a machine, which stays up when COMMAND dies
+# NAME COMMAND...: the first process of a machine, which survives COMMAND
 hostname "\$1" && mount --bind "$DIR/hosts" /etc/hosts || exit 1
 shift; "\$@" & while :; do sleep 3600 & wait \$!; done
 END
   chmod 755 "$DIR/machine.sh"
-  printf '%s\n' CgroupPlugin=cgroup/v1 CgroupAutomount=no >"$DIR/cgroup.conf"  # slurmd loads one whether it is used or not
+  printf '%s\n' CgroupPlugin=cgroup/v1 CgroupAutomount=no >"$DIR/cgroup.conf"  # slurmd always loads a cgroup plugin
   cat >"$SLURM_CONF" <<END
 ClusterName=local
 SlurmctldHost=slurmctl(127.0.0.1)
@@ -99,10 +99,10 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
-# Nodes may claim more than this machine has; what can never run is refused at once.
+# Nodes may claim more CPUs than this machine has; impossible jobs are refused at submission.
 SlurmdParameters=config_overrides
 EnforcePartLimits=ALL
-# The signal that a job asks for comes at the start of GraceTime, when it is preempted.
+# A preempted job gets its --signal at the start of GraceTime.
 SlurmctldParameters=preempt_send_user_signal
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -114,7 +114,7 @@ SlurmdTimeout=6
 MessageTimeout=5
 TCPTimeout=2
 KillWait=15
-# Job ids of an earlier cluster do not come back: logs are named by them.
+# Do not reuse job ids of an earlier cluster: logs are named by them.
 FirstJobId=$((1000 + $(date +%s) % 60000000))
 $([[ ${GPUS:-0} = 0 ]] || echo GresTypes=gpu)
 $(for i in "${!nodes[@]}"; do echo "NodeName=${nodes[i]} NodeAddr=127.0.0.1 Port=$((port + 1 + i)) CPUs=${CPUS:-4}" \
@@ -122,7 +122,7 @@ $(for i in "${!nodes[@]}"; do echo "NodeName=${nodes[i]} NodeAddr=127.0.0.1 Port
 PartitionName=main Nodes=ALL Default=YES PriorityTier=1 GraceTime=10 DefaultTime=60 State=UP
 PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF DefaultTime=60 State=UP
 END
-  if [[ ${GPUS:-0} != 0 ]]; then  # any character device will do; a plain file would not
+  if [[ ${GPUS:-0} != 0 ]]; then  # SLURM accepts any character device, but no plain file
     mkdir "$DIR/gpu"; for i in $(seq 0 $((GPUS - 1))); do mknod "$DIR/gpu/$i" c 1 3; done
     echo "Name=gpu File=$DIR/gpu/[0-$((GPUS - 1))]" >"$DIR/gres.conf"
   fi
@@ -132,7 +132,7 @@ export SLURM_CONF=$SLURM_CONF GLOO_SOCKET_IFNAME=lo
 END
 fi
 
-# ---- daemons, where they do not run
+# ---- start the daemons that do not run
 mapfile -t nodes < <(ls "$DIR/spool")
 port=$(sed -n 's/^SlurmctldPort=//p' "$SLURM_CONF")
 if ! alive munge; then
@@ -142,7 +142,7 @@ if ! alive munge; then
 fi
 wait_for "answer from munged" timeout 2 munge -S "$DIR/munge/socket" -n
 alive slurmctl || spawn slurmctl slurmctld -D -f "$SLURM_CONF"
-wait_for "answer from slurmctld" listening "$port"  # a slurmd that comes earlier waits for seconds before it tries again
+wait_for "answer from slurmctld" listening "$port"  # an earlier slurmd would wait for seconds before its next attempt
 ready() {
   local name state number=0
   while read -r name state; do case $state in
@@ -152,7 +152,7 @@ ready() {
   [[ $number = "${#nodes[@]}" ]]
 }
 for i in "${!nodes[@]}"; do
-  # Of a node that runs without its slurmd, restart all.
+  # Restart all of a node whose slurmd is dead.
   if alive "${nodes[i]}" && ! listening $((port + 1 + i)); then sleep 1; listening $((port + 1 + i)) || stop "${nodes[i]}"; fi
   alive "${nodes[i]}" || spawn "${nodes[i]}" slurmd -D -f "$SLURM_CONF" -N "${nodes[i]}"
 done

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Submit runs to SLURM, follow them, and take them up again: ``python slurm/submit.py --help``, slurm/README.md."""
+"""Submit runs to SLURM, follow and resume them: ``python slurm/submit.py --help``, slurm/README.md."""
 
 import sys
 from pathlib import Path

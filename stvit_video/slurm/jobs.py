@@ -1,4 +1,4 @@
-"""Submitting runs, and asking what became of them."""
+"""Submitting runs as jobs, and asking for their state."""
 
 import itertools
 import json
@@ -11,7 +11,7 @@ import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -23,54 +23,59 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 import stvit_video
 from stvit_video.common.errors import UsageError
-from stvit_video.slurm.records import JobFolder
-from stvit_video.slurm.request import Profile, Request
+from stvit_video.common.files import write_json
+from stvit_video.slurm.records import JobFolder, read_json
+from stvit_video.slurm.request import JobRequest, Profile
 from stvit_video.slurm.task import Task
 
-# SLURM's names of states that a job does not leave by itself. All others (RUNNING, PENDING, COMPLETING ...) go on.
+# SLURM's final states of a job, although it may still queue the job again. All others (RUNNING, PENDING ...) go on.
+GONE = "GONE"  # not SLURM's: it no longer knows the job
 ENDED = {
     "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE",
-    "REVOKED", "SPECIAL_EXIT", "GONE",
+    "REVOKED", "SPECIAL_EXIT", GONE,
 }  # fmt: skip
-GONE = "GONE"  # no longer known to SLURM
 NO_ANSWER = "NO ANSWER"
 
 
 @dataclass(frozen=True)
-class Job:
-    """A submitted run."""
+class ClusterJob:
+    """A run that was submitted as a job."""
 
     run: Path
     cluster: str
     id: str
     logs: Path
-    submission: str  # its key in the run folder
+    submission: str  # key of the submission in the run folder
 
     @property
     def folder(self) -> JobFolder:
         return JobFolder(self.run)
 
     def log(self, rank: int = 0) -> Path:
-        """Return where a task's output is."""
+        """Return the path of a task's output."""
         return self.logs / f"{self.id}_{rank}_log.out"
 
     def is_done(self) -> bool:
-        """Say whether rank 0 saw the run to its end: SLURM's word for it says less."""
+        """Say whether rank 0 recorded that the run is complete. SLURM's state alone does not tell."""
         return any(row["event"] == "done" for row in self.folder.events(self.submission))
 
     def state(self) -> tuple[str, str]:
-        """Return the job's state and, where SLURM gives any, reason or nodes. Asks once, and waits for a minute."""
+        """Return the job's state and, where SLURM gives them, its nodes or a reason. Takes at most a minute."""
         if self.cluster != "slurm":
             return self._local_state(), ""
-        known, said = _ask("squeue", "--noheader", "--array", "--states=all", "--format=%T|%r|%N", f"--jobs={self.id}")
-        if known and said:
+        ok, said = run_client(
+            "squeue", "--noheader", "--array", "--states=all", "--format=%T|%r|%N", f"--jobs={self.id}"
+        )
+        if ok and said:
             state, reason, nodes = said.splitlines()[0].split("|")
             return state, nodes or ("" if reason == "None" else reason)
-        if not known and "Invalid job id" not in said:
+        if not ok and "Invalid job id" not in said:
             return NO_ANSWER, said
-        # Forgotten by the controller; where there is accounting, that still knows it.
-        known, said = _ask("sacct", "--noheader", "--allocations", "--parsable2", "--format=State", f"--jobs={self.id}")
-        return (said.split()[0], "") if known and said else (GONE, "")
+        # The controller forgets old jobs; accounting, where there is any, does not.
+        ok, said = run_client(
+            "sacct", "--noheader", "--allocations", "--parsable2", "--format=State", f"--jobs={self.id}"
+        )
+        return (said.split()[0], "") if ok and said else (GONE, "")
 
     def _local_state(self) -> str:
         try:
@@ -82,83 +87,16 @@ class Job:
         return "COMPLETED" if self.is_done() else "FAILED"
 
 
-def _ask(*command: str) -> tuple[bool, str]:
-    """Return whether SLURM answered, and what it said."""
+def run_client(*command: str) -> tuple[bool, str]:
+    """Run one of SLURM's clients; return whether it succeeded, and its output or its error."""
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired) as error:
         return False, str(error)
-    return found.returncode == 0, (found.stdout if found.returncode == 0 else found.stderr).strip()
+    return found.returncode == 0, (found.stderr if found.returncode else found.stdout).strip()
 
 
-def submit(
-    configs: Sequence[CfgNode], request: Request, cluster: str, logs: Path, about: dict[str, Any], copy: bool = False
-) -> list[Job]:
-    """Submit a job a configuration, as one array where there are several; all paths in them are absolute.
-
-    The run folders are marked, and emptied where the configuration says OVERWRITE, before anything is submitted. The
-    jobs run from the package as it will be then, or from a ``copy``. Raises UsageError where the cluster refuses.
-    """
-    check_cluster(cluster, len(configs), request)
-    if cluster == "slurm" and any(cfg.OVERWRITE for cfg in configs):
-        _rehearse(request, logs, len(configs))  # nothing is deleted for a job that SLURM would not take
-    for cfg in configs:
-        _prepare(cfg)
-    logs.mkdir(parents=True, exist_ok=True)
-    if copy:
-        request = replace(request, source=str(copy_source(logs)))
-    executor = build_executor(request, cluster, logs)
-    profile = request.profile
-    keys = [uuid.uuid4().hex[:12] for _ in configs]
-    limits = (profile.minutes, profile.warning_s, profile.max_timeouts)
-    tasks = [Task(cfg.OUTPUT_DIR, key, *limits) for cfg, key in zip(configs, keys, strict=True)]
-    with _outside_jobs(), _in_folder(request.source), _deaf_to_ctrl_c(cluster):
-        try:
-            with redirect_stderr(StringIO()), executor.batch():  # submitit repeats there what sbatch says
-                submitted = [executor.submit(task) for task in tasks]
-        except (FailedJobError, FailedSubmissionError) as error:
-            raise UsageError(_explain_refusal(str(error))) from error
-        jobs = [
-            Job(Path(task.run), cluster, job.job_id, logs, task.submission)
-            for task, job in zip(tasks, submitted, strict=True)
-        ]
-        for job in jobs:
-            record = {
-                "id": job.id,
-                "submission": job.submission,
-                "cluster": cluster,
-                "logs": str(logs),
-                "request": asdict(request),
-                **about,
-            }
-            job.folder.write(job.folder.job, record)
-        if cluster == "debug":
-            submitted[0].results()
-    return jobs
-
-
-@contextmanager
-def _outside_jobs() -> Iterator[None]:
-    """Hide the variables of a job that we are in from the one we submit; which cluster is meant stays."""
-    conf = os.environ.get("SLURM_CONF")
-    with submitit.helpers.clean_env():
-        if conf is not None:
-            os.environ["SLURM_CONF"] = conf
-        yield
-
-
-@contextmanager
-def _in_folder(path: str) -> Iterator[None]:
-    """Stay in a folder: where tasks start, and so where the package is imported from."""
-    before = os.getcwd()
-    os.chdir(path)
-    try:
-        yield
-    finally:
-        os.chdir(before)
-
-
-def check_cluster(cluster: str, jobs: int, request: Request) -> None:
+def check_cluster(cluster: str, jobs: int, request: JobRequest) -> None:
     """Raise UsageError where ``cluster`` cannot be used from here."""
     if cluster == "slurm" and shutil.which("sbatch") is None:
         raise UsageError(
@@ -170,32 +108,22 @@ def check_cluster(cluster: str, jobs: int, request: Request) -> None:
         raise UsageError(f"--cluster {cluster} runs {most}; use --cluster slurm for {jobs} of {request.nodes} node(s).")
 
 
-def build_executor(request: Request, cluster: str, logs: Path) -> submitit.AutoExecutor:
-    """Return submitit's executor for the job."""
-    python = {"slurm_python": request.launcher()} if cluster == "slurm" else {}
-    executor = submitit.AutoExecutor(logs, cluster=cluster, **python)
-    executor.update_parameters(**request.parameters())
-    if cluster == "local":
-        executor.update_parameters(local_setup=[*request.profile.setup])
-        executor._executor.parameters["signal_delay_s"] = request.profile.warning_s
-    return executor
+def open_job_folders(configs: Sequence[CfgNode], request: JobRequest, cluster: str, logs: Path) -> list[JobFolder]:
+    """Claim the run folder of each configuration for a new job; all paths in configurations are absolute.
+
+    Folders are cleared where the configuration says OVERWRITE. Raises UsageError, before any folder is changed, where
+    the cluster cannot be used.
+    """
+    check_cluster(cluster, len(configs), request)
+    if cluster == "slurm" and any(cfg.OVERWRITE for cfg in configs):
+        _test_submission(request, logs, len(configs))  # delete nothing for a job that SLURM would refuse
+    folders = [open_job_folder(cfg) for cfg in configs]
+    logs.mkdir(parents=True, exist_ok=True)
+    return folders
 
 
-@contextmanager
-def _deaf_to_ctrl_c(cluster: str) -> Iterator[None]:
-    """Start a local job's processes deaf to the terminal's Ctrl-C, which is for the command that follows them."""
-    if cluster != "local" or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is ignored stays so in new processes
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _prepare(cfg: CfgNode) -> None:
-    """Make a folder the run's and put into it what the job will run."""
+def open_job_folder(cfg: CfgNode) -> JobFolder:
+    """Claim a run folder, and write into it the configuration that the job will run."""
     from stvit_video.runs.folder import build_run_folder
 
     folder = JobFolder(cfg.OUTPUT_DIR)
@@ -212,73 +140,133 @@ def _prepare(cfg: CfgNode) -> None:
     run.claim()
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.OVERWRITE = False  # done; the job continues each time it starts
+    cfg.OVERWRITE = False  # the folder is cleared; from now on each start of the job continues
     folder.path.mkdir(exist_ok=True)
     folder.config.write_text(cfg.dump())
+    return folder
 
 
-def _rehearse(request: Request, logs: Path, jobs: int) -> None:
+def submit(
+    folders: Sequence[JobFolder], request: JobRequest, cluster: str, logs: Path, about: dict[str, Any]
+) -> list[ClusterJob]:
+    """Submit a job for each run folder, as one array where there are several, and record it there with ``about``.
+
+    Raises UsageError where the cluster refuses.
+    """
+    executor, profile = request.executor(cluster, logs), request.profile
+    limits = (profile.minutes, profile.warning_s, profile.max_timeouts)
+    tasks = [Task(str(folder.run), uuid.uuid4().hex[:12], *limits) for folder in folders]
+    with _outside_jobs(), _in_folder(request.source), ignore_sigint(cluster):
+        try:
+            with redirect_stderr(StringIO()), executor.batch():  # submitit repeats sbatch's message there
+                submitted = [executor.submit(task) for task in tasks]
+        except (FailedJobError, FailedSubmissionError) as error:
+            raise UsageError(_explain_refusal(str(error))) from error
+        jobs = [
+            ClusterJob(folder.run, cluster, job.job_id, logs, task.submission)
+            for folder, task, job in zip(folders, tasks, submitted, strict=True)
+        ]
+        for job in jobs:
+            record = {"id": job.id, "submission": job.submission, "cluster": cluster, "logs": str(logs)}
+            write_json(job.folder.job, {**record, "request": asdict(request), **about})
+        if cluster == "debug":
+            submitted[0].results()
+    return jobs
+
+
+@contextmanager
+def _outside_jobs() -> Iterator[None]:
+    """Hide the variables of an enclosing job from the submission, except which cluster is meant."""
+    conf = os.environ.get("SLURM_CONF")
+    with submitit.helpers.clean_env():
+        if conf is not None:
+            os.environ["SLURM_CONF"] = conf
+        yield
+
+
+@contextmanager
+def _in_folder(path: str) -> Iterator[None]:
+    """Change the working directory: tasks start there, and import the package from there."""
+    before = os.getcwd()
+    os.chdir(path)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@contextmanager
+def ignore_sigint(cluster: str) -> Iterator[None]:
+    """Start the processes of a local job with SIGINT ignored: Ctrl-C in the terminal only stops following the job."""
+    if cluster != "local" or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # new processes inherit it
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _test_submission(request: JobRequest, logs: Path, jobs: int) -> None:
     """Raise UsageError where sbatch would refuse the job."""
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as script, _outside_jobs():
         script.write(request.sbatch_text(logs, jobs))
         script.flush()
-        known, said = _ask("sbatch", "--test-only", script.name)
-    if not known:
+        ok, said = run_client("sbatch", "--test-only", script.name)
+    if not ok:
         raise UsageError(_explain_refusal(said))
 
 
 def _explain_refusal(said: str) -> str:
-    """Return sbatch's reason on one line, with a remedy."""
+    """Return sbatch's reason and what the cluster offers, on one line."""
     lines = [line.partition(":")[2].removeprefix(" error:").strip() for line in said.splitlines() if "sbatch:" in line]
     reason = lines[-1] if lines else (said.strip().splitlines() or ["no reason given"])[-1]
-    known, listed = _ask("sinfo", "--noheader", "--format=%R: %D node(s) of %c CPUs, %G, at most %l")
-    offers = f" Partitions here: {'; '.join(dict.fromkeys(listed.splitlines()))}." if known and listed else ""
+    ok, listed = run_client("sinfo", "--noheader", "--format=%R: %D node(s) of %c CPUs, %G, at most %l")
+    offers = f" Partitions here: {'; '.join(dict.fromkeys(listed.splitlines()))}." if ok and listed else ""
     return f"sbatch refused the job: {reason.rstrip('.')}.{offers} Correct the profile, --nodes or --gpus-per-node."
 
 
-def read_job(run: Path) -> Job | None:
-    """Return the job that was submitted last for a run folder, None where none was."""
-    try:
-        record = json.loads(JobFolder(run).job.read_text())
-    except FileNotFoundError:
+def read_job(run: Path) -> ClusterJob | None:
+    """Return the job that was last submitted for a run folder, None where none was."""
+    record = read_json(JobFolder(run).job)
+    if record is None:
         return None
-    return Job(run, record["cluster"], record["id"], Path(record["logs"]), record["submission"])
+    return ClusterJob(run, record["cluster"], record["id"], Path(record["logs"]), record["submission"])
 
 
-def find_jobs(folder: Path) -> list[Job]:
+def find_jobs(folder: Path) -> list[ClusterJob]:
     """Return the jobs of a run folder, or of all run folders of an array. Raises UsageError where there is none."""
     single = read_job(folder)
-    if single is not None:
-        return [single]
-    try:
-        runs = json.loads((folder / "slurm" / "array.json").read_text())
-    except FileNotFoundError:
-        raise UsageError(f"{folder} holds no submitted job; give the OUTPUT_DIR that submit.py printed.") from None
+    runs = [folder] if single else read_json(folder / "slurm" / "array.json")
+    if runs is None:
+        raise UsageError(f"{folder} holds no submitted job; give the OUTPUT_DIR that submit.py printed.")
     jobs = [read_job(Path(run)) for run in runs]
     return [job for job in jobs if job is not None]
 
 
-def resume(job: Job) -> Job:
-    """Submit the run of a job again, as it was; it continues at its newest checkpoint."""
+def resume(job: ClusterJob) -> ClusterJob:
+    """Submit the run of a job again with the same request; it continues at its newest checkpoint."""
     state, _ = job.state()
     if state not in ENDED:
         raise UsageError(f"{job.run} belongs to job {job.id}, which is {state}; there is nothing to resume.")
     record = json.loads(job.folder.job.read_text())
     given = record.pop("request")
-    request = Request(**given | {"profile": Profile(**given["profile"])})
-    cfg = CfgNode(yaml.safe_load(job.folder.config.read_text()))
+    request = JobRequest(**given | {"profile": Profile(**given["profile"])})
     about = {name: value for name, value in record.items() if name not in ("id", "cluster", "logs", "submission")}
-    return submit([cfg], request, job.cluster, job.logs, about)[0]
+    config = CfgNode(yaml.safe_load(job.folder.config.read_text()))
+    folders = open_job_folders([config], request, job.cluster, job.logs)
+    return submit(folders, request, job.cluster, job.logs, about)[0]
 
 
-def cancel(job: Job) -> None:
-    """End a job; what it has trained stays."""
+def cancel(job: ClusterJob) -> None:
+    """End a job; its checkpoints stay."""
     if job.cluster == "slurm":
-        known, said = _ask("scancel", job.id)
-        if not known:
+        ok, said = run_client("scancel", job.id)
+        if not ok:
             raise UsageError(f"scancel {job.id}: {said.splitlines()[-1] if said else 'no answer'}; try again.")
     elif job.state()[0] == "RUNNING":
-        os.kill(int(job.id), 15)
+        os.kill(int(job.id), signal.SIGTERM)
 
 
 def expand_grid(text: str) -> Iterator[list[str]]:
@@ -310,7 +298,7 @@ def _split(values: str) -> list[str]:
 
 
 def copy_source(to: Path) -> Path:
-    """Copy the package to a new folder under ``to``, so that jobs that wait do not see later changes."""
+    """Copy the package to a new folder under ``to``, so that later changes do not affect waiting jobs."""
     package = Path(stvit_video.__file__).parent
     for number in itertools.count(1):
         target = to / f"source{number}"

@@ -1,21 +1,22 @@
-"""What a job leaves in its run folder, beside what training leaves there: OUTPUT_DIR/slurm.
+"""What a job leaves in OUTPUT_DIR/slurm, beside the files of training in OUTPUT_DIR.
 
-``config.yaml`` is the resolved configuration that the job runs, ``job.json`` how it was submitted, ``history.jsonl``
-what became of each of its starts, and ``failures/`` which of its tasks failed where. Both name the submission by a key
-of ours: SLURM counts its jobs from 1 again when it is set up anew. Logs are submitit's: ``<job>_<rank>_log.out``.
+``config.yaml`` is the resolved configuration, ``job.json`` how the job was submitted, ``history.jsonl`` the events of
+each start, ``failures/`` which task failed where. The last two name the submission by a key of our own, because a SLURM
+that is set up anew counts its jobs from 1 again. The logs, ``<job>_<rank>_log.out``, are submitit's.
 """
 
 import json
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from stvit_video.common.files import write_json
+
 
 @dataclass(frozen=True)
-class Failure:
-    """One task's end. ``problem`` is empty where its log says more."""
+class TaskFailure:
+    """How one task failed. ``problem`` is empty where the task's log says more."""
 
     submission: str
     start: int
@@ -27,49 +28,37 @@ class Failure:
 
 
 class JobFolder:
-    """OUTPUT_DIR/slurm of a run. Readers find whole files, or none."""
+    """OUTPUT_DIR/slurm of a run. JSON files are written atomically."""
 
     def __init__(self, run: str | Path) -> None:
         self.run = Path(run)
         self.path = self.run / "slurm"
         self.config = self.path / "config.yaml"
         self.job = self.path / "job.json"
-        self.owner = self.path / "owner.json"
+        self.owner = self.path / "owner.json"  # which start of which submission trains
         self.history = self.path / "history.jsonl"
 
-    def write(self, path: Path, content: Any) -> None:
-        """Write a JSON file so that nobody reads half of it."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(temporary, path)
-
-    def note(self, submission: str, start: int, event: str, **more: Any) -> None:
-        """Add a line to the history. Rank 0 alone does."""
+    def add_event(self, submission: str, start: int, event: str, **more: Any) -> None:
+        """Append a line to the history. Called on rank 0 only."""
         row = {"time": time.time(), "submission": submission, "start": start, "event": event, **more}
         with self.history.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def events(self, submission: str) -> list[dict[str, Any]]:
-        """Return the history of one submission, oldest first."""
-        if not self.history.is_file():
-            return []
-        rows = []
-        for line in self.history.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:  # cut short by a power cut, or being written
-                continue
+        """Return the history of one submission, oldest first; incomplete lines are left out."""
+        lines = self.history.read_text().splitlines() if self.history.is_file() else []
+        rows = [row for line in lines if (row := parse_json(line)) is not None]
         return [row for row in rows if row["submission"] == submission]
 
-    def add_failure(self, failure: Failure) -> None:
-        """Keep a task's failure."""
+    def add_failure(self, failure: TaskFailure) -> None:
         path = self.path / "failures" / f"{failure.submission}.{failure.start}.{failure.rank}.json"
-        self.write(path, asdict(failure))
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, asdict(failure))
 
-    def failures(self, submission: str) -> list[Failure]:
-        """Return the failures of a submission's last start that had any, by time: the others follow from the first."""
-        found = [Failure(**json.loads(path.read_text())) for path in self.path.glob(f"failures/{submission}.*.json")]
+    def failures(self, submission: str) -> list[TaskFailure]:
+        """Return the failures of a submission's last start that had any, oldest first."""
+        paths = self.path.glob(f"failures/{submission}.*.json")
+        found = [TaskFailure(**json.loads(path.read_text())) for path in paths]
         last = max((failure.start for failure in found), default=0)
         return sorted((failure for failure in found if failure.start == last), key=lambda failure: failure.time)
 
@@ -77,3 +66,19 @@ class JobFolder:
         """Return the step of the newest checkpoint, 0 where there is none."""
         names = [path.stem.removeprefix("step_") for path in self.run.glob("checkpoints/step_*.pt")]
         return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def parse_json(text: str) -> Any:
+    """Return the content of JSON text, None where it is incomplete: it may be being written, or cut off by a crash."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file, None where it is absent or incomplete."""
+    try:
+        return parse_json(path.read_text())
+    except OSError:
+        return None

@@ -1,4 +1,4 @@
-"""A real SLURM of two virtual nodes for the tests, and runs on it that are quick and can be held at a step."""
+"""A real SLURM of virtual nodes for the tests, and quick runs that can be paused at a step."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from tests.conftest import REPOSITORY
 
 SCRIPT = REPOSITORY / "slurm" / "local_cluster.sh"
 SUBMIT = REPOSITORY / "slurm" / "submit.py"
-# Dropout, augmentation and mixing, so that a step that is taken twice or left out shows; four steps an epoch.
+# Dropout, augmentation and mixing show a step that is repeated or left out; four steps per epoch.
 SETTINGS = [
     *("TRAIN.BATCH_SIZE", "8", "TRAIN.EPOCHS", "3", "TRAIN.VAL_EVERY", "3", "DEVICE", "cpu", "DATA.GENERATE", ""),
     *("DATA.WORKERS", "0", "MODEL.DROPOUT", "0.2", "MODEL.DROP_PATH", "0.2", "DATA.ERASE", "0.3"),
@@ -30,7 +30,7 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = 90) ->
 
 
 def processes(*words: str) -> list[int]:
-    """Return the processes that have all ``words`` in their command line, also those inside virtual nodes."""
+    """Return the processes with all ``words`` in their command line, also inside virtual nodes."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -68,7 +68,7 @@ class Cluster:
         return subprocess.run(command, env={**self.env, **settings}, capture_output=True, text=True, timeout=90)
 
     def __call__(self, *command: str, seconds: float = 60) -> str:
-        """Run a client and return what it said."""
+        """Run a client and return its output."""
         found = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=seconds)
         assert found.returncode == 0, f"{command}: {found.stderr}"
         return found.stdout.strip()
@@ -81,7 +81,7 @@ class Cluster:
         )
 
     def submit(self, *words: str, seconds: float = 180, env: dict[str, str] | None = None) -> tuple[int, str]:
-        """Run slurm/submit.py; return its exit code and what it said."""
+        """Run slurm/submit.py; return its exit code and its output."""
         process = self.start(*words, env=env)
         try:
             return finish(process, seconds)
@@ -92,13 +92,13 @@ class Cluster:
         return self("squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job}")
 
     def slurmd(self, node: str) -> int:
-        """Return the process number of a node's slurmd."""
+        """Return the pid of a node's slurmd."""
         found = processes("slurmd -D", str(self.folder), f"-N {node}")
         names = {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in found}
         return next(pid for pid, name in names.items() if name == "slurmd")
 
     def inside(self, node: str, *command: str) -> str:
-        """Run a command with the file systems that a node sees."""
+        """Run a command in the mount namespace of a node."""
         return self("nsenter", "--mount", "--target", str(self.slurmd(node)), *command)
 
 
@@ -108,7 +108,7 @@ def finish(process: subprocess.Popen[str], seconds: float = 180) -> tuple[int, s
 
 
 def hold(output: Path, step: int) -> list[int]:
-    """Stop the training processes of a run where they are, once that step is taken; return them."""
+    """Pause the training processes of a run after a step; return them."""
     checkpoints = output / "checkpoints"
     wait_until(lambda: any(int(p.stem[5:]) >= step for p in checkpoints.glob("step_*.pt")), f"step {step} of {output}")
     pids = processes("-m stvit_video.run", str(output))
@@ -126,7 +126,7 @@ def let_go(pids: Sequence[int]) -> None:
 
 
 def why_not() -> str:
-    """Return why there can be no cluster here, empty where there can."""
+    """Return why no cluster can be started here, empty where it can."""
     missing = [name for name in ("slurmctld", "slurmd", "sbatch", "munged") if shutil.which(name) is None]
     if missing:
         return f"{', '.join(missing)} absent: apt-get install slurmctld slurmd slurm-client munge"

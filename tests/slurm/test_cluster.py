@@ -1,4 +1,4 @@
-"""Jobs on a real SLURM of two virtual nodes: they finish, whatever happens to them, as if nothing had."""
+"""Jobs on a real SLURM of two virtual nodes: an interrupted job gives the result of an uninterrupted one."""
 
 import json
 import os
@@ -19,11 +19,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stvit_video.runtime.launchers import expand_hosts
+from stvit_video.runtime.launchers import find_place
 from stvit_video.slurm.cli import main
-from stvit_video.slurm.jobs import Job, find_jobs
+from stvit_video.slurm.jobs import ClusterJob, find_jobs
 from tests.conftest import REPOSITORY
-from tests.slurm_cluster import (
+from tests.slurm.cluster import (
     CONFIG,
     Cluster,
     finish,
@@ -58,7 +58,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(autouse=True)
 def _free(cluster: Cluster) -> Iterator[None]:
-    """Each test finds both nodes free, and leaves no job."""
+    """Restore the nodes before a test, and end its jobs after it."""
     cluster.script("up")
     yield
     left = cluster("squeue", "--noheader", "--format=%A").split()
@@ -89,20 +89,18 @@ def assert_same(output: Path, expected: Path) -> None:
     assert figures == known
 
 
-def job_of(output: Path) -> Job:
+def job_of(output: Path) -> ClusterJob:
     return find_jobs(output)[0]
 
 
 def stops(output: Path) -> list[tuple[str, int]]:
-    """Why, and at which step, the starts of a job were stopped by us."""
+    """Return reason and step of each stop that the job recorded."""
     job = job_of(output)
     rows = job.folder.events(job.submission)
     return [(row["reason"], row["step"]) for row in rows if row["event"] == "stopped"]
 
 
-def test_two_nodes_train_like_two_processes(
-    cluster: Cluster, small_set: Path, undisturbed: Path, tmp_path: Path
-) -> None:
+def test_two_nodes_equal_two_processes(cluster: Cluster, small_set: Path, undisturbed: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     code, said = cluster.submit(*CONFIG, *TWO_NODES, "--copy-source", "--wait", *settings(small_set, output))
     assert code == 0, said
@@ -129,28 +127,28 @@ def test_two_nodes_train_like_two_processes(
     assert_same(output, undisturbed)
 
 
-def preempt(cluster: Cluster, job: Job) -> None:
+def preempt(cluster: Cluster, job: ClusterJob) -> None:
     cluster("sbatch", "-p", "urgent", "-N", "2", "--exclusive", "-o", "/dev/null", "--wrap", "srun sleep 2")
     wait_until(lambda: cluster.state(job.id) != "RUNNING", "the job makes way", 30)
 
 
-def requeue(cluster: Cluster, job: Job) -> None:
+def requeue(cluster: Cluster, job: ClusterJob) -> None:
     cluster("scontrol", "requeue", job.id)
 
 
-def signal_by_hand(cluster: Cluster, job: Job) -> None:
+def signal_by_hand(cluster: Cluster, job: ClusterJob) -> None:
     cluster("scancel", "--signal=USR1", job.id)
 
 
-def lose_a_node(cluster: Cluster, job: Job) -> None:
-    """Kill a slurmd. What it had started works on, as it does where only the daemon or the network failed."""
+def lose_a_node(cluster: Cluster, job: ClusterJob) -> None:
+    """Kill a slurmd. Its tasks go on, as where only the daemon or the network failed."""
     os.kill(cluster.slurmd("node2"), signal.SIGKILL)
     wait_until(lambda: cluster.state(job.id) == "PENDING", "the job is queued again", 60)
     cluster.script("up")
 
 
-def disturb(cluster: Cluster, job: Job, how: Callable[[Cluster, Job], None]) -> None:
-    """Do something to a job after a step or two of its present start, and wait until it has been started again."""
+def disturb(cluster: Cluster, job: ClusterJob, how: Callable[[Cluster, ClusterJob], None]) -> None:
+    """Interrupt a job after a step or two of its current start, and wait for its next start."""
     held = hold(job.run, job.folder.newest_step() + 1)
     starts = len(started(job))
     if how is not lose_a_node:  # then they must not end the run before SLURM has missed the node
@@ -159,7 +157,7 @@ def disturb(cluster: Cluster, job: Job, how: Callable[[Cluster, Job], None]) -> 
     wait_until(lambda: len(started(job)) > starts, "the job's next start", 90)
 
 
-def started(job: Job) -> list[dict[str, Any]]:
+def started(job: ClusterJob) -> list[dict[str, Any]]:
     return [row for row in job.folder.events(job.submission) if row["event"] == "started"]
 
 
@@ -169,17 +167,17 @@ def assert_steps_once(output: Path) -> None:
     assert steps == sorted(set(steps))
 
 
-def test_a_job_that_all_happens_to_ends_as_if_nothing_had(
+def test_interrupted_job_equals_uninterrupted(
     cluster: Cluster, small_set: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """Preempted, queued again by hand, warned by hand, and without a node: each in the middle of an epoch."""
+    """Preemption, requeue, a signal and the loss of a node, each in the middle of an epoch."""
     output = tmp_path / "run"
     process = cluster.start(*CONFIG, *TWO_NODES, "--time", "60", "--wait", *settings(small_set, output))
     try:
         wait_until((output / "slurm" / "job.json").is_file, "the submission")
         job = job_of(output)
         disturb(cluster, job, preempt)
-        # What submitit would take for the end: the error of another rank, left by an earlier start.
+        # submitit would take this result of an earlier start for an error of the next one.
         stale = job.logs / f"{job.id}_1_result.pkl"
         stale.write_bytes(pickle.dumps(("error", "Connection closed by peer")))
         disturb(cluster, job, requeue)
@@ -195,20 +193,18 @@ def test_a_job_that_all_happens_to_ends_as_if_nothing_had(
     assert pickle.loads(stale.read_bytes())[0] == "success"  # noqa: S301 (written by this test's own job)
     resumed = [row["step"] for row in started(job)]
     assert len(resumed) == 5
-    assert resumed == sorted(set(resumed)), "each start went on where the one before was stopped"
-    ours = [(reason, step) for reason, step in stops(output) if reason != "told to end"]  # that may come too late
+    assert resumed == sorted(set(resumed)), "each start continues where the one before was stopped"
+    ours = [(reason, step) for reason, step in stops(output) if reason != "told to end"]  # may be recorded too late
     assert ours == [("preempted", resumed[1]), ("signal SIGUSR1", resumed[3])], said
 
 
-def test_a_job_that_runs_into_its_limit_goes_on(
-    cluster: Cluster, small_set: Path, undisturbed: Path, tmp_path: Path
-) -> None:
+def test_time_limit_is_survived(cluster: Cluster, small_set: Path, undisturbed: Path, tmp_path: Path) -> None:
     output, profile = tmp_path / "run", tmp_path / "site.yaml"
     profile.write_text("time: 1\nwarning_s: 10\n")
     words = [*CONFIG, *TWO_NODES, "--profile", str(profile), "--wait", *settings(small_set, output)]
     process = cluster.start(*words)
     try:
-        hold(output, 5)  # SLURM's warning, SIGCONT and SIGUSR2, wakes them
+        hold(output, 5)  # until SLURM's warning, SIGCONT and SIGUSR2
         code, said = finish(process)
     finally:
         process.kill()
@@ -233,7 +229,7 @@ if "stvit_video.run" in sys.orig_argv:
 """
 
 
-def test_a_crash_ends_all_nodes_and_is_shown(cluster: Cluster, small_set: Path, tmp_path: Path) -> None:
+def test_crash_ends_all_nodes_and_is_shown(cluster: Cluster, small_set: Path, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(CRASH)
     output = tmp_path / "run"
     words = [*CONFIG, *TWO_NODES, "--wait", *settings(small_set, output)]
@@ -252,9 +248,7 @@ def test_a_crash_ends_all_nodes_and_is_shown(cluster: Cluster, small_set: Path, 
     assert end - ended < 15, rows
 
 
-def test_a_node_without_the_data_ends_the_job_before_it_trains(
-    cluster: Cluster, small_set: Path, tmp_path: Path
-) -> None:
+def test_node_without_data_ends_the_job_before_training(cluster: Cluster, small_set: Path, tmp_path: Path) -> None:
     output, empty = tmp_path / "run", tmp_path / "empty"
     empty.mkdir()
     root = small_set
@@ -269,7 +263,7 @@ def test_a_node_without_the_data_ends_the_job_before_it_trains(
     assert "Traceback" not in said
     assert not list(output.glob("checkpoints/*"))
     job = job_of(output)
-    assert len(started(job)) <= 1, "what will not get better by itself is not tried again"  # 0: rank 1 failed first
+    assert len(started(job)) <= 1, "a missing file is not retried"  # 0: rank 1 failed first
     assert "Restarts=0" in cluster("scontrol", "show", "job", job.id)
 
 
@@ -282,7 +276,7 @@ def test_a_node_without_the_data_ends_the_job_before_it_trains(
         (["--gpus-per-node", "8"], "sbatch refused the job: Batch job submission failed: "),
     ],
 )
-def test_what_sbatch_refuses_is_one_line(
+def test_refusal_of_sbatch_is_one_line(
     cluster: Cluster,
     small_set: Path,
     tmp_path: Path,
@@ -299,9 +293,7 @@ def test_what_sbatch_refuses_is_one_line(
     assert "Partitions here: main: 2 node(s) of 4 CPUs" in said
 
 
-def test_ctrl_c_leaves_the_job_cancel_saves_it_and_resume_ends_it(
-    cluster: Cluster, small_set: Path, undisturbed: Path, tmp_path: Path
-) -> None:
+def test_ctrl_c_cancel_and_resume(cluster: Cluster, small_set: Path, undisturbed: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     process = cluster.start(*CONFIG, *TWO_NODES, "--wait", *settings(small_set, output))
     try:
@@ -327,7 +319,7 @@ def test_ctrl_c_leaves_the_job_cancel_saves_it_and_resume_ends_it(
     assert_same(output, undisturbed)
 
 
-def test_an_array_leaves_four_runs_and_a_table(cluster: Cluster, small_set: Path, tmp_path: Path) -> None:
+def test_array_of_four_runs_and_its_table(cluster: Cluster, small_set: Path, tmp_path: Path) -> None:
     words = [
         *CONFIG,
         "--gpus-per-node",
@@ -357,11 +349,11 @@ sys.path.insert(0, {repository!r})
 from stvit_video.runtime.join import join_world
 from stvit_video.runtime.launchers import find_place
 from stvit_video.runtime.world import gather_objects
-place = find_place(os.environ)
+place = find_place()
 with join_world("cpu", 30) as world:
     seen = gather_objects(world, os.environ.get("SLURMD_NODENAME"))
     mine = [world.rank, world.size, place and place.launcher, place and place.local_rank, seen]
-    with open(f"{folder}/place-{{world.rank}}.json", "w") as file:  # lines of two processes in one file may be mixed
+    with open(f"{folder}/place-{{world.rank}}.json", "w") as file:  # a file per process: lines may interleave
         json.dump(mine + [os.environ.get("CUDA_VISIBLE_DEVICES")], file)
 """
 
@@ -375,7 +367,7 @@ with join_world("cpu", 30) as world:
         ("torchrun --standalone --nproc_per_node 2", [[r, 2, "torchrun", r] for r in range(2)]),
     ],
 )
-def test_every_launcher_gives_the_right_ranks(
+def test_launchers_give_the_right_ranks(
     cluster: Cluster, tmp_path: Path, launcher: str, expected: list[list[object]]
 ) -> None:
     program = tmp_path / "place.py"
@@ -395,11 +387,11 @@ def test_every_launcher_gives_the_right_ranks(
         assert found[: len(wanted)] == wanted
 
 
-def test_a_rank_that_does_not_come_is_named(cluster: Cluster, tmp_path: Path) -> None:
+def test_missing_rank_is_named(cluster: Cluster, tmp_path: Path) -> None:
     program = tmp_path / "place.py"
     program.write_text(PLACE.format(repository=str(REPOSITORY), folder=tmp_path).replace('"cpu", 30', '"cpu", 8'))
     script = tmp_path / "job.sh"
-    # Without --kill-on-bad-exit: rank 1 leaves in silence, and the others must not wait for ever.
+    # Rank 1 exits without an error; the others must not wait forever.
     script.write_text(
         f"#!/bin/bash\nsrun --kill-on-bad-exit=0 bash -c '[ $SLURM_PROCID = 1 ] || {sys.executable} {program}'\n"
     )
@@ -412,5 +404,10 @@ def test_a_rank_that_does_not_come_is_named(cluster: Cluster, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("text", ["node[1-2]", "gpu[01-03,7],login", "a1,b[9-11],c", "r[1-2]n[08-10]"])
-def test_node_lists_are_read_as_scontrol_does(cluster: Cluster, text: str) -> None:
-    assert list(expand_hosts(text)) == cluster("scontrol", "show", "hostnames", text).split()
+def test_node_lists_are_parsed_as_scontrol_does(cluster: Cluster, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = {"STEP_ID": "0", "PROCID": "0", "LOCALID": "0", "NTASKS": "2", "STEP_NODELIST": text}
+    for name, value in step.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    place = find_place()
+    assert place is not None
+    assert list(place.hosts) == cluster("scontrol", "show", "hostnames", text).split()

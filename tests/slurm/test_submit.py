@@ -1,4 +1,4 @@
-"""Submission without a SLURM: profiles, scripts, grids, what is told of jobs, and what submitit gets wrong."""
+"""Submission without SLURM: profiles, scripts, grids, following jobs, requeueing, and submitit's local executor."""
 
 import json
 import os
@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -17,19 +16,19 @@ from stvit_video.common.errors import UsageError
 from stvit_video.slurm import follow as following
 from stvit_video.slurm import scaling
 from stvit_video.slurm.cli import main
-from stvit_video.slurm.jobs import Job, expand_grid
-from stvit_video.slurm.records import Failure, JobFolder
+from stvit_video.slurm.jobs import ClusterJob, expand_grid
+from stvit_video.slurm.records import JobFolder, TaskFailure
 from stvit_video.slurm.request import read_profile
-from stvit_video.slurm.task import GUARD, Task, Warnings, check_paths
+from stvit_video.slurm.task import GUARD, Task, TaskStart, WarningSignals, check_paths
 from tests.conftest import REPOSITORY
-from tests.slurm_cluster import CONFIG, settings, wait_until
+from tests.slurm.cluster import CONFIG, settings, wait_until
 
 PROFILES = sorted((REPOSITORY / "slurm" / "profiles").glob("*.yaml"))
 
 
 @pytest.fixture
 def no_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A PATH without SLURM's commands; returns a folder at its front, for pretended ones."""
+    """Set a PATH without SLURM's clients; return its first folder, for mock clients."""
     front = tmp_path / "bin"
     front.mkdir()
     for name in ("python3", "bash", "env", "git", "sh"):
@@ -39,7 +38,7 @@ def no_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
-def test_the_profiles_that_come_along_can_be_used(
+def test_every_profile_gives_a_script(
     path: Path, tmp_path: Path, no_slurm: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [*CONFIG, "--nodes", "2", "--gpus-per-node", "4", "--profile", str(path), "--dry-run"]
@@ -54,7 +53,7 @@ def test_the_profiles_that_come_along_can_be_used(
     assert subprocess.run(["/usr/bin/bash", "-n"], input=said.partition("\nruns:")[0], text=True).returncode == 0
 
 
-def test_a_dry_run_says_what_an_array_takes(tmp_path: Path, no_slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_prints_what_an_array_takes(tmp_path: Path, no_slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*CONFIG, "--nodes", "2", "--gpus-per-node", "8", "--cpus-per-task", "12", "--time", "2:30:00", "--dry-run"]
     assert main([*words, "--array", "SEED=0,1 OPTIM.LR=1e-3,1e-4", "OUTPUT_DIR", str(tmp_path / "grid")]) == 0
     said = capsys.readouterr().out
@@ -72,7 +71,7 @@ def test_a_dry_run_says_what_an_array_takes(tmp_path: Path, no_slurm: Path, caps
     ("text", "minutes"),
     [("90", 90), ("24:00:00", 1440), ("30:00", 30), ("2-12", 3600), ("1-00:30:00", 1470), ("4320", 4320)],
 )
-def test_a_time_is_read_as_slurm_reads_it(tmp_path: Path, text: str, minutes: int) -> None:
+def test_time_is_parsed_as_slurm_does(tmp_path: Path, text: str, minutes: int) -> None:
     profile = tmp_path / "site.yaml"
     profile.write_text(f"time: {text}\n")
     assert read_profile(profile).minutes == minutes
@@ -92,7 +91,7 @@ def test_a_time_is_read_as_slurm_reads_it(tmp_path: Path, text: str, minutes: in
         ("a: [", "cannot be read"),
     ],
 )
-def test_a_wrong_profile_is_one_line(tmp_path: Path, content: str, message: str) -> None:
+def test_wrong_profile_is_one_line(tmp_path: Path, content: str, message: str) -> None:
     profile = tmp_path / "site.yaml"
     profile.write_text(content)
     with pytest.raises(UsageError) as error:
@@ -129,7 +128,7 @@ def test_wrong_use_is_one_line(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_verb_or_a_number_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_verb_and_wrong_number_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["statsu", str(tmp_path)]) == 2
     assert "--cfg FILE is missing, or did you mean status?" in capsys.readouterr().err
     assert main(["logs", str(tmp_path), "--lines", "0"]) == 2
@@ -137,21 +136,21 @@ def test_a_verb_or_a_number_that_is_none(tmp_path: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize("verb", ["status", "logs", "cancel", "resume"])
-def test_a_folder_without_a_job_is_one_line(tmp_path: Path, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folder_without_a_job_is_one_line(tmp_path: Path, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([verb, str(tmp_path)]) == 2
     assert "holds no submitted job" in capsys.readouterr().err
 
 
-def test_a_grid_is_a_product_and_lists_stay_whole() -> None:
+def test_grid_is_a_product_and_keeps_lists() -> None:
     points = list(expand_grid("SEED=0,1 MODEL.REGIONS=[8,4,4],[4,4,4]"))
     assert points == [[f"SEED={s}", f"MODEL.REGIONS={r}"] for s in (0, 1) for r in ("[8,4,4]", "[4,4,4]")]
 
 
-# --- what happens to a job, as SLURM's commands would tell it
+# --- jobs as mock clients of SLURM report them
 
 
-def pretend(folder: Path, name: str, answers: list[str]) -> None:
-    """Put a command into ``folder`` that gives one answer after the other, and the last for ever."""
+def mock_client(folder: Path, name: str, answers: list[str]) -> None:
+    """Write a client that prints one answer per call, and then the last one; ``!`` marks an error."""
     counter = folder / f"{name}.count"
     counter.write_text("0")
     program = f"""#!{sys.executable}
@@ -169,19 +168,19 @@ print(answer)
 
 
 @pytest.fixture
-def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ClusterJob:
     monkeypatch.setattr(following, "SETTLE_S", {"COMPLETED": 0.2, "FAILED": 0.2})
     monkeypatch.setattr(following, "SETTLE_OTHERS_S", 0.5)
     monkeypatch.setattr(following.time, "sleep", lambda seconds: None)
     run = tmp_path / "run"
     (run / "slurm").mkdir(parents=True)
-    return Job(run, "slurm", "7", run / "slurm", "abc")
+    return ClusterJob(run, "slurm", "7", run / "slurm", "abc")
 
 
-def test_a_lost_node_is_not_the_end(no_slurm: Path, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-    """SLURM says NODE_FAIL first, and queues the job again after that."""
+def test_follow_continues_after_node_fail(no_slurm: Path, job: ClusterJob, capsys: pytest.CaptureFixture[str]) -> None:
+    """SLURM reports NODE_FAIL before it requeues the job."""
     states = ["RUNNING|None|node[1-2]", "NODE_FAIL|None|node[1-2]", "PENDING|BeginTime|", "RUNNING|None|node[1-2]"]
-    pretend(no_slurm, "squeue", [*states, "COMPLETED|None|node[1-2]"])
+    mock_client(no_slurm, "squeue", [*states, "COMPLETED|None|node[1-2]"])
     following.follow([job])
     said = re.findall(r"job 7  (\w+)", capsys.readouterr().out)
     assert said == ["RUNNING", "NODE_FAIL", "PENDING", "RUNNING", "COMPLETED"]
@@ -196,34 +195,32 @@ def test_a_lost_node_is_not_the_end(no_slurm: Path, job: Job, capsys: pytest.Cap
         ("COMPLETED|None|node1", "ended without a result (COMPLETED node1)"),
     ],
 )
-def test_no_wait_is_without_an_end(
-    no_slurm: Path, job: Job, answer: str, message: str, capsys: pytest.CaptureFixture[str]
+def test_follow_ends_without_a_result(
+    no_slurm: Path, job: ClusterJob, answer: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also where there is no accounting, and where a job was killed before it could say anything."""
-    pretend(no_slurm, "squeue", [answer])
+    """Without accounting, or with a job that was killed before it wrote a result, too."""
+    mock_client(no_slurm, "squeue", [answer])
     begun = time.monotonic()
     assert not following.follow([job])
     assert time.monotonic() - begun < 10
     assert message in capsys.readouterr().out
 
 
-def test_silence_of_slurm_is_borne_for_a_while_only(
-    no_slurm: Path, job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_follow_gives_up_without_an_answer(
+    no_slurm: Path, job: ClusterJob, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pretend(no_slurm, "squeue", ["RUNNING|None|node1", "!slurm_load_jobs error: Unable to contact slurm controller"])
+    mock_client(no_slurm, "squeue", ["RUNNING|None|node1", "!slurm_load_jobs error: Unable to contact controller"])
     monkeypatch.setattr(following, "SILENCE_S", 0.5)
     assert not following.follow([job])
     assert "no answer from SLURM" in capsys.readouterr().out
 
 
-def test_the_first_failure_is_the_one_that_is_shown(
-    no_slurm: Path, job: Job, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pretend(no_slurm, "squeue", ["FAILED|NonZeroExitCode|node[1-2]"])
+def test_first_failure_is_shown(no_slurm: Path, job: ClusterJob, capsys: pytest.CaptureFixture[str]) -> None:
+    mock_client(no_slurm, "squeue", ["FAILED|NonZeroExitCode|node[1-2]"])
     folder = JobFolder(job.run)
-    folder.add_failure(Failure("abc", 0, 0, "node1", 1, "", 20.0))
-    folder.add_failure(Failure("abc", 0, 1, "node2", 1, "", 10.0))
-    folder.add_failure(Failure("earlier", 0, 3, "node4", 1, "", 1.0))  # of a submission with the same number
+    folder.add_failure(TaskFailure("abc", 0, 0, "node1", 1, "", 20.0))
+    folder.add_failure(TaskFailure("abc", 0, 1, "node2", 1, "", 10.0))
+    folder.add_failure(TaskFailure("earlier", 0, 3, "node4", 1, "", 1.0))  # another submission
     job.log(1).write_text("epoch 1\nZeroDivisionError: division by zero\n")
     job.log(0).write_text("RuntimeError: Connection closed by peer\n")
     assert not following.follow([job])
@@ -233,10 +230,10 @@ def test_the_first_failure_is_the_one_that_is_shown(
     assert "Connection closed" not in said
 
 
-def test_an_earlier_cluster_with_the_same_job_numbers_does_not_matter(job: Job) -> None:
-    JobFolder(job.run).note("earlier", 0, "done")
+def test_events_of_another_submission_are_ignored(job: ClusterJob) -> None:
+    JobFolder(job.run).add_event("earlier", 0, "done")
     assert not job.is_done()
-    JobFolder(job.run).note("abc", 0, "done")
+    JobFolder(job.run).add_event("abc", 0, "done")
     assert job.is_done()
 
 
@@ -246,21 +243,25 @@ def test_an_earlier_cluster_with_the_same_job_numbers_does_not_matter(job: Job) 
 class Environment:
     """A job environment of submitit, as far as a task needs it."""
 
+    global_rank = 0
+
     def __init__(self, cluster: str, outcome: Exception | None = None) -> None:
-        self.job_id, self.cluster, self.outcome, self.left = "7", cluster, outcome, [None]
+        self.job_id, self.cluster, self.outcome, self.timeouts_left = "7", cluster, outcome, [None]
 
     def _requeue(self, countdown: int) -> None:
-        self.left.append(countdown)
+        self.timeouts_left.append(countdown)
         if self.outcome is not None:
             raise self.outcome
 
 
-@pytest.fixture
-def warned() -> Any:
-    """Warnings that have come, without handlers of their own."""
-    found = Warnings.__new__(Warnings)
-    found.received, found.at, found.passed_on = signal.SIGUSR2, 0.0, True
-    return found
+def warned_task(
+    run: Path | str, environment: Environment, elapsed: float, number: signal.Signals = signal.SIGUSR2, start: int = 0
+) -> TaskStart:
+    """Return a task of a job of ten minutes that has received a signal after ``elapsed`` seconds."""
+    signals = WarningSignals.__new__(WarningSignals)  # without its handlers
+    signals.received, signals.at, signals.passed_on = number, 0.0, True
+    task = Task(str(run), "abc", minutes=10, warning_s=30, max_timeouts=2)
+    return TaskStart(task, signals, environment, start, time.monotonic() - elapsed)
 
 
 @pytest.mark.parametrize(
@@ -274,69 +275,64 @@ def warned() -> Any:
         ("JobState=CANCELLED PreemptTime=None", 30, "told to end"),
         ("JobState=COMPLETING PreemptTime=None", 30, "told to end"),
         ("!scontrol: error", 30, "signal SIGUSR2"),
-        ("JobState=RUNNING PreemptTime=None SIGTERM", 30, "told to end"),  # srun, because another task has failed
+        ("JobState=RUNNING PreemptTime=None SIGTERM", 30, "told to end"),  # from srun, because another task has failed
         ("JobState=RUNNING PreemptTime=2026-11-23T01:00:00 SIGTERM", 30, "preempted"),
     ],
 )
-def test_a_time_out_is_told_from_preemption_also_in_short_jobs(
-    no_slurm: Path, warned: Any, facts: str, elapsed: float, reason: str
-) -> None:
-    """submitit takes every warning to a job of up to ten minutes for a time-out, and counts it."""
-    pretend(no_slurm, "scontrol", [facts if facts.startswith("!") else f"JobId=7 JobName=a {facts} Restarts=0"])
-    task = Task("run", "abc", minutes=10, warning_s=30, max_timeouts=3)
-    warned.received = signal.SIGTERM if facts.endswith("SIGTERM") else signal.SIGUSR2
-    assert task._reason(Environment("slurm"), warned, elapsed) == reason
+def test_stop_reason_tells_time_limit_from_preemption(no_slurm: Path, facts: str, elapsed: float, reason: str) -> None:
+    """submitit counts every warning in a job of up to ten minutes as a time-out."""
+    mock_client(no_slurm, "scontrol", [facts if facts.startswith("!") else f"JobId=7 JobName=a {facts} Restarts=0"])
+    number = signal.SIGTERM if facts.endswith("SIGTERM") else signal.SIGUSR2
+    assert warned_task("run", Environment("slurm"), elapsed, number)._stop_reason() == reason
 
 
-def test_time_outs_are_counted_and_the_last_is_said(tmp_path: Path, warned: Any) -> None:
-    folder = JobFolder(tmp_path)
-    folder.path.mkdir()
-    task, environment = Task(str(tmp_path), "abc", minutes=10, warning_s=30, max_timeouts=2), Environment("local")
+@pytest.fixture
+def folder(tmp_path: Path) -> JobFolder:
+    found = JobFolder(tmp_path)
+    found.path.mkdir()
+    return found
+
+
+def test_time_outs_are_counted_up_to_max_timeouts(folder: JobFolder) -> None:
+    environment = Environment("local")
     for start in range(2):
-        task._requeue(folder, environment, start, warned, elapsed=590)
-    task._requeue(folder, environment, 2, warned, elapsed=30)  # by hand: not counted
-    assert environment.left[1:] == [1, 0, 0]
+        warned_task(folder.run, environment, elapsed=590, start=start)._requeue()
+    warned_task(folder.run, environment, elapsed=30, start=2)._requeue()  # a signal by hand is not counted
+    assert environment.timeouts_left[1:] == [1, 0, 0]
     with pytest.raises(SystemExit) as ended:
-        task._requeue(folder, environment, 3, warned, elapsed=590)
+        warned_task(folder.run, environment, elapsed=590, start=3)._requeue()
     assert ended.value.code == 1
-    assert len(environment.left) == 4
+    assert len(environment.timeouts_left) == 4
     [failure] = folder.failures("abc")
     assert failure.problem.startswith(
         "timed out 3 times, and max_timeouts is 2; go on with: python slurm/submit.py resume"
     )
 
 
-def test_a_requeue_that_slurm_refuses_is_a_failure_that_says_how_to_go_on(tmp_path: Path, warned: Any) -> None:
-    folder = JobFolder(tmp_path)
-    folder.path.mkdir()
-    task = Task(str(tmp_path), "abc", minutes=60, warning_s=30, max_timeouts=2)
+def test_refused_requeue_is_a_failure_with_a_remedy(folder: JobFolder) -> None:
     refusal = subprocess.CalledProcessError(1, ["scontrol", "requeue", "7"])
     with pytest.raises(SystemExit):
-        task._requeue(folder, Environment("local", refusal), 0, warned, elapsed=30)
+        warned_task(folder.run, Environment("local", refusal), elapsed=30)._requeue()
     assert "SLURM did not queue the job again" in folder.failures("abc")[0].problem
     assert "resume" in folder.failures("abc")[0].problem
 
 
-def test_a_requeue_that_ends_its_own_messenger_is_none(tmp_path: Path, warned: Any) -> None:
-    folder = JobFolder(tmp_path)
-    folder.path.mkdir()
+def test_scontrol_killed_by_its_own_requeue_is_no_failure(folder: JobFolder) -> None:
     ended = subprocess.CalledProcessError(-signal.SIGTERM, ["scontrol", "requeue", "7"])
-    Task(str(tmp_path), "abc", 60, 30, 2)._requeue(folder, Environment("local", ended), 0, warned, elapsed=30)
+    warned_task(folder.run, Environment("local", ended), elapsed=30)._requeue()
     assert [row["event"] for row in folder.events("abc")] == ["stopped", "requeued"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
 @pytest.mark.parametrize("old_env", [False, True])
-def test_a_warning_before_python_can_catch_it_does_not_kill(
-    tmp_path: Path, old_env: bool, number: signal.Signals
-) -> None:
-    """It is held back until then; with an `env` of before 2019 it is lost, and the job lives."""
+def test_warning_before_python_starts_does_not_kill(tmp_path: Path, old_env: bool, number: signal.Signals) -> None:
+    """It is blocked until then; with an `env` older than 2019 it is ignored."""
     program = """
 import time
 print("up", flush=True)
 time.sleep(1)
-from stvit_video.slurm.task import Warnings
-found = Warnings()
+from stvit_video.slurm.task import WarningSignals
+found = WarningSignals()
 time.sleep(0.1)
 print("caught", found.received and found.received.name)
 """
@@ -355,7 +351,7 @@ print("caught", found.received and found.received.name)
     assert process.returncode == 0
 
 
-def test_what_a_node_lacks_is_named(small_set: Path, tmp_path: Path) -> None:
+def test_missing_paths_are_named(small_set: Path, tmp_path: Path) -> None:
     folder = JobFolder(tmp_path / "run")
     folder.path.mkdir(parents=True)
     content = {"MODE": "train", "MODEL": {"INIT": ""}, "DATA": {"GENERATE": "", "ROOT": str(small_set), "CLASSES": ""}}
@@ -379,7 +375,7 @@ def submit_here(*words: str, env: dict[str, str] | None = None) -> tuple[int, st
     return found.returncode, found.stdout + found.stderr
 
 
-def test_two_processes_of_submitit_on_this_machine(small_set: Path, tmp_path: Path) -> None:
+def test_cluster_local_runs_two_processes(small_set: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     quick = settings(small_set, output, "TRAIN.EPOCHS", "1", "TRAIN.VAL_EVERY", "1")
     code, said = submit_here("--cluster", "local", "--tasks-per-node", "2", "--wait", *quick)
@@ -388,8 +384,8 @@ def test_two_processes_of_submitit_on_this_machine(small_set: Path, tmp_path: Pa
     assert "is done" in said
 
 
-def test_ctrl_c_in_a_terminal_leaves_a_job_on_this_machine_running(small_set: Path, tmp_path: Path) -> None:
-    """A terminal sends it to the whole group of processes."""
+def test_ctrl_c_leaves_a_local_job_running(small_set: Path, tmp_path: Path) -> None:
+    """A terminal sends SIGINT to the whole process group."""
     output = tmp_path / "run"
     command = [sys.executable, str(REPOSITORY / "slurm" / "submit.py"), *CONFIG, "--gpus-per-node", "0", "--wait"]
     command += ["--cluster", "local", *settings(small_set, output, "TRAIN.EPOCHS", "2", "TRAIN.VAL_EVERY", "2")]
@@ -402,7 +398,7 @@ def test_ctrl_c_in_a_terminal_leaves_a_job_on_this_machine_running(small_set: Pa
     wait_until((output / "results.json").is_file, "the end of the job", 120)
 
 
-def test_cluster_debug_runs_in_place(small_set: Path, tmp_path: Path) -> None:
+def test_cluster_debug_runs_here(small_set: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     code, said = submit_here("--cluster", "debug", *settings(small_set, output, "TRAIN.EPOCHS", "1"))
     assert code == 0, said
@@ -412,7 +408,7 @@ def test_cluster_debug_runs_in_place(small_set: Path, tmp_path: Path) -> None:
 # --- slurm/README.md
 
 
-def test_the_readmes_dry_run_and_its_table_are_what_the_commands_print(
+def test_readme_commands_run_and_its_table_is_current(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(REPOSITORY)
@@ -427,10 +423,10 @@ def test_the_readmes_dry_run_and_its_table_are_what_the_commands_print(
     assert "\n".join(printed) in text
 
 
-def test_the_calculation_by_hand() -> None:
+def test_scaling_by_hand() -> None:
     """100 M parameters are 0.4 GB; 10 GFLOPs forward are 60 in training, so 60 TFLOP/s are 1,000 clips/s."""
     costs = scaling.Costs(100_000_000, forward_gflops=10, gpu_tflops=60, core_clips=20, network_gb=10)
-    row = scaling.scale(costs, 8, clips_a_gpu=10, lr=1e-3, base_batch=40, videos=8_050, epochs=2)
+    row = scaling.scale(costs, 8, clips_per_gpu=10, lr=1e-3, base_batch=40, videos=8_050, epochs=2)
     assert (row.batch, row.lr, row.steps, row.cores) == (80, 2e-3, 200, 50)
     assert row.ddp_gb == pytest.approx(2 * 7 / 8 * 0.4)
     assert row.fsdp_gb == pytest.approx(3 * 7 / 8 * 0.4)
