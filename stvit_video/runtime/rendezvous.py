@@ -32,7 +32,7 @@ def connect(place: Place, timeout_s: int) -> Any:
             return next(iter(rendezvous("env://", place.rank, place.size, timeout=timeout)))[0]
         except dist.DistError as error:
             where = f"{place.address}:{place.port}"
-            raise RunFailure(f"rank {place.rank}: nobody answers on {where} within {timeout_s} s") from error
+            raise RunFailure(f"rank {place.rank}: no answer from {where} within {timeout_s} s") from error
     # Several jobs may share a machine: each tries ports of its own, and a key in the store tells the jobs apart.
     ports = [place.port] if place.port else random.Random(place.job).sample(range(20000, 32768), PORTS_TRIED)
     if place.rank == 0:
@@ -45,8 +45,8 @@ def connect(place: Place, timeout_s: int) -> Any:
                 return store
         time.sleep(0.2)
     raise RunFailure(
-        f"rank {place.rank} on {place.host}: rank 0 on {place.address} did not come within {timeout_s} s, or its ports "
-        f"{', '.join(map(str, ports))} cannot be reached from here"
+        f"rank {place.rank} on {place.host}: no answer from rank 0 on {place.address} within {timeout_s} s: it did not "
+        f"start, or its ports {', '.join(map(str, ports))} cannot be reached from here"
     )
 
 
@@ -109,9 +109,9 @@ def wait_for_all_ranks(store: Any, place: Place, kind: str, gpu: str, problem: s
             verdict = store.get("verdict").decode()
         except dist.DistError as error:
             where = f" on {place.hosts[0]}" if place.hosts else ""
-            verdict = f"rank 0{where} was lost before all processes had come ({first_line(error)})"
+            verdict = f"rank 0{where} was lost before all processes had connected ({first_line(error)})"
     if verdict:
-        raise RunFailure(f"rank {place.rank} on {place.host}: the processes cannot work together: {verdict}")
+        raise RunFailure(f"rank {place.rank} on {place.host}: the processes cannot form a group: {verdict}")
 
 
 def _collect(store: Any, place: Place, timeout_s: int) -> dict[int, dict[str, str]]:
@@ -134,7 +134,7 @@ def _collect(store: Any, place: Place, timeout_s: int) -> dict[int, dict[str, st
 def _find_problem(reports: dict[int, dict[str, str]], place: Place, timeout_s: int) -> str:
     """Return why the processes cannot form a group, empty where they can."""
     if len(reports) < place.size:
-        return f"{_describe_missing(reports, place)} did not come within {timeout_s} s"
+        return f"{_describe_missing(reports, place)} did not connect within {timeout_s} s"
     problems = [f"rank {rank} on {e['host']}: {e['problem']}" for rank, e in reports.items() if e["problem"]]
     if problems:
         return "; ".join(problems[:3])
@@ -154,7 +154,9 @@ def _describe_missing(reports: dict[int, dict[str, str]], place: Place) -> str:
     text = _list_ranks(rank for rank in range(place.size) if rank not in reports)
     arrived = [sum(entry["host"] == host for entry in reports.values()) for host in place.hosts]
     incomplete = [
-        f"{host} ({n} of {of} came)" for host, n, of in zip(place.hosts, arrived, place.tasks, strict=False) if n < of
+        f"{host} ({n} of {of} connected)"
+        for host, n, of in zip(place.hosts, arrived, place.tasks, strict=False)
+        if n < of
     ]
     return f"{text} from {', '.join(incomplete[:8])}" if incomplete else text
 
@@ -191,4 +193,4 @@ def _describe_silent(store: Any, place: Place) -> str:
         silent = [rank for rank in range(place.size) if not store.check([f"left/{rank}"])]
     except dist.DistError:
         return "rank 0, or the machine it ran on, is gone"
-    return f"no word from {_list_ranks(silent)}, which hangs or was killed"
+    return f"{_list_ranks(silent)}, which hangs or was killed"

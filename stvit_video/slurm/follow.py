@@ -63,7 +63,7 @@ def follow(jobs: Sequence[ClusterJob]) -> bool:
     while running := [follower for follower in followers if not follower.ended]:
         for follower in running:
             follower.update()
-        # Often at first, so that errors show soon; later seldom, to spare SLURM's controller.
+        # Often at first, so that errors show soon; later rarely, to spare SLURM's controller.
         time.sleep(min(30.0, 1.0 + (time.monotonic() - begun) / 60))
     for job in jobs:
         print(describe_end(job), flush=True)

@@ -7,10 +7,9 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import threading
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import asdict, dataclass
 from io import StringIO
 from pathlib import Path
@@ -24,7 +23,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 import stvit_video
 from stvit_video.common.errors import UsageError
 from stvit_video.common.files import write_json
-from stvit_video.slurm.records import JobFolder, read_json
+from stvit_video.slurm.records import JobFolder
 from stvit_video.slurm.request import JobRequest, Profile
 from stvit_video.slurm.task import Task
 
@@ -156,7 +155,7 @@ def submit(
     executor, profile = request.executor(cluster, logs), request.profile
     limits = (profile.minutes, profile.warning_s, profile.max_timeouts)
     tasks = [Task(str(folder.run), uuid.uuid4().hex[:12], *limits) for folder in folders]
-    with _outside_jobs(), _in_folder(request.source), ignore_sigint(cluster):
+    with _outside_jobs(), _in_folder(request.source), ignore_sigint() if cluster == "local" else nullcontext():
         try:
             with redirect_stderr(StringIO()), executor.batch():  # submitit repeats sbatch's message there
                 submitted = [executor.submit(task) for task in tasks]
@@ -196,11 +195,8 @@ def _in_folder(path: str) -> Iterator[None]:
 
 
 @contextmanager
-def ignore_sigint(cluster: str) -> Iterator[None]:
-    """Start the processes of a local job with SIGINT ignored: Ctrl-C in the terminal only stops following the job."""
-    if cluster != "local" or threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def ignore_sigint() -> Iterator[None]:
+    """Ignore SIGINT in the processes of a local job: Ctrl-C in the terminal only stops following the job."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # new processes inherit it
     try:
         yield
@@ -229,20 +225,21 @@ def _explain_refusal(said: str) -> str:
 
 def read_job(run: Path) -> ClusterJob | None:
     """Return the job that was last submitted for a run folder, None where none was."""
-    record = read_json(JobFolder(run).job)
-    if record is None:
+    path = JobFolder(run).job
+    if not path.is_file():
         return None
+    record = json.loads(path.read_text())
     return ClusterJob(run, record["cluster"], record["id"], Path(record["logs"]), record["submission"])
 
 
 def find_jobs(folder: Path) -> list[ClusterJob]:
     """Return the jobs of a run folder, or of all run folders of an array. Raises UsageError where there is none."""
-    single = read_job(folder)
-    runs = [folder] if single else read_json(folder / "slurm" / "array.json")
-    if runs is None:
+    array = folder / "slurm" / "array.json"
+    runs = json.loads(array.read_text()) if array.is_file() and not JobFolder(folder).job.is_file() else [folder]
+    jobs = [job for run in runs if (job := read_job(Path(run))) is not None]
+    if not jobs:
         raise UsageError(f"{folder} holds no submitted job; give the OUTPUT_DIR that submit.py printed.")
-    jobs = [read_job(Path(run)) for run in runs]
-    return [job for job in jobs if job is not None]
+    return jobs
 
 
 def resume(job: ClusterJob) -> ClusterJob:
@@ -287,6 +284,7 @@ def expand_grid(text: str) -> Iterator[list[str]]:
 
 
 def _split(values: str) -> list[str]:
+    """Split at the commas outside brackets."""
     parts, depth = [""], 0
     for letter in values:
         depth += (letter == "[") - (letter == "]")
@@ -300,9 +298,6 @@ def _split(values: str) -> list[str]:
 def copy_source(to: Path) -> Path:
     """Copy the package to a new folder under ``to``, so that later changes do not affect waiting jobs."""
     package = Path(stvit_video.__file__).parent
-    for number in itertools.count(1):
-        target = to / f"source{number}"
-        if not target.exists():
-            shutil.copytree(package, target / package.name, ignore=shutil.ignore_patterns("__pycache__"))
-            return target
-    raise AssertionError
+    target = next(path for number in itertools.count(1) if not (path := to / f"source{number}").exists())
+    shutil.copytree(package, target / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    return target

@@ -198,14 +198,14 @@ def test_hanging_process_is_named_within_the_timeout() -> None:
     (left, left_said), (right, _) = run_tasks("4", "right hangs")
     assert left != 0
     assert right != 0
-    assert "rank 0 of 2 on left ends: it lost another process: no word from rank 1, which hangs" in left_said
+    assert "rank 0 of 2 on left ends: it lost another process: rank 1, which hangs" in left_said
 
 
 @pytest.mark.parametrize(
     ("rank", "message"),
     [
-        (0, "rank 1 from right (0 of 1 came) did not come within 3 s"),
-        (1, "rank 1 on right: rank 0 on 127.0.0.1 did not come within 3 s"),
+        (0, "rank 1 from right (0 of 1 connected) did not connect within 3 s"),
+        (1, "rank 1 on right: no answer from rank 0 on 127.0.0.1 within 3 s"),
     ],
 )
 def test_missing_rank_is_named(rank: int, message: str) -> None:

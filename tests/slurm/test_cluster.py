@@ -399,7 +399,7 @@ def test_missing_rank_is_named(cluster: Cluster, tmp_path: Path) -> None:
     wait_until(lambda: cluster.state(job) in ("COMPLETED", "FAILED"), "the job's end")
     said = (tmp_path / "out").read_text()
     assert cluster.state(job) == "FAILED", said
-    assert "rank 1 from node2 (0 of 1 came) did not come within 8 s" in said
+    assert "rank 1 from node2 (0 of 1 connected) did not connect within 8 s" in said
     assert not list(tmp_path.glob("place-*.json"))
 
 
