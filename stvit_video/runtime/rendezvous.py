@@ -183,14 +183,10 @@ def report_failure(store: Any, place: Place, error: Exception) -> None:
         store.wait(["failure"], datetime.timedelta(seconds=2))
         reason = store.get("failure").decode()
     except dist.DistError:
-        reason = f"it lost another process: {_describe_silent(store, place)} ({text})"
+        try:  # ranks that have not noticed the end of the run
+            silent = [rank for rank in range(place.size) if not store.check([f"left/{rank}"])]
+            lost = f"{_list_ranks(silent)}, which hangs or was killed"
+        except dist.DistError:
+            lost = "rank 0, or the machine it ran on, is gone"
+        reason = f"it lost another process: {lost} ({text})"
     print(f"{who} ends: {reason}", file=sys.stderr, flush=True)
-
-
-def _describe_silent(store: Any, place: Place) -> str:
-    """Return which ranks have not noticed that the run ends: one of them hangs or was killed."""
-    try:
-        silent = [rank for rank in range(place.size) if not store.check([f"left/{rank}"])]
-    except dist.DistError:
-        return "rank 0, or the machine it ran on, is gone"
-    return f"{_list_ranks(silent)}, which hangs or was killed"

@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import asdict, dataclass
 from io import StringIO
 from pathlib import Path
@@ -61,7 +61,10 @@ class ClusterJob:
     def state(self) -> tuple[str, str]:
         """Return the job's state and, where SLURM gives them, its nodes or a reason. Takes at most a minute."""
         if self.cluster != "slurm":
-            return self._local_state(), ""
+            with suppress(OSError):
+                if b"submitit.local" in Path(f"/proc/{self.id}/cmdline").read_bytes():
+                    return "RUNNING", ""
+            return "COMPLETED" if self.is_done() else "FAILED", ""
         ok, said = run_client(
             "squeue", "--noheader", "--array", "--states=all", "--format=%T|%r|%N", f"--jobs={self.id}"
         )
@@ -76,15 +79,6 @@ class ClusterJob:
         )
         return (said.split()[0], "") if ok and said else (GONE, "")
 
-    def _local_state(self) -> str:
-        try:
-            command = Path(f"/proc/{self.id}/cmdline").read_bytes()
-        except OSError:
-            command = b""
-        if b"submitit.local" in command:
-            return "RUNNING"
-        return "COMPLETED" if self.is_done() else "FAILED"
-
 
 def run_client(*command: str) -> tuple[bool, str]:
     """Run one of SLURM's clients; return whether it succeeded, and its output or its error."""
@@ -95,27 +89,28 @@ def run_client(*command: str) -> tuple[bool, str]:
     return found.returncode == 0, (found.stderr if found.returncode else found.stdout).strip()
 
 
-def check_cluster(cluster: str, jobs: int, request: JobRequest) -> None:
-    """Raise UsageError where ``cluster`` cannot be used from here."""
-    if cluster == "slurm" and shutil.which("sbatch") is None:
-        raise UsageError(
-            "sbatch is not on the PATH, so this is no login node of a SLURM cluster; go to one, use --cluster local to "
-            "run on this machine, or try slurm/local_cluster.sh."
-        )
-    if cluster != "slurm" and (jobs > 1 or request.nodes > 1 or (cluster == "debug" and request.tasks > 1)):
-        most = "one process" if cluster == "debug" else "one configuration on one node"
-        raise UsageError(f"--cluster {cluster} runs {most}; use --cluster slurm for {jobs} of {request.nodes} node(s).")
-
-
 def open_job_folders(configs: Sequence[CfgNode], request: JobRequest, cluster: str, logs: Path) -> list[JobFolder]:
     """Claim the run folder of each configuration for a new job; all paths in configurations are absolute.
 
     Folders are cleared where the configuration says OVERWRITE. Raises UsageError, before any folder is changed, where
     the cluster cannot be used.
     """
-    check_cluster(cluster, len(configs), request)
-    if cluster == "slurm" and any(cfg.OVERWRITE for cfg in configs):
-        _test_submission(request, logs, len(configs))  # delete nothing for a job that SLURM would refuse
+    if cluster == "slurm" and shutil.which("sbatch") is None:
+        raise UsageError(
+            "sbatch is not on the PATH, so this is no login node of a SLURM cluster; go to one, use --cluster local to "
+            "run on this machine, or try slurm/local_cluster.sh."
+        )
+    jobs = len(configs)
+    if cluster != "slurm" and (jobs > 1 or request.nodes > 1 or (cluster == "debug" and request.tasks > 1)):
+        most = "one process" if cluster == "debug" else "one configuration on one node"
+        raise UsageError(f"--cluster {cluster} runs {most}; use --cluster slurm for {jobs} of {request.nodes} node(s).")
+    if cluster == "slurm" and any(cfg.OVERWRITE for cfg in configs):  # delete nothing for a job that SLURM would refuse
+        with tempfile.NamedTemporaryFile("w", suffix=".sh") as script, _outside_jobs():
+            script.write(request.sbatch_text(logs, jobs))
+            script.flush()
+            ok, said = run_client("sbatch", "--test-only", script.name)
+        if not ok:
+            raise UsageError(_explain_refusal(said))
     folders = [open_job_folder(cfg) for cfg in configs]
     logs.mkdir(parents=True, exist_ok=True)
     return folders
@@ -202,16 +197,6 @@ def ignore_sigint() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _test_submission(request: JobRequest, logs: Path, jobs: int) -> None:
-    """Raise UsageError where sbatch would refuse the job."""
-    with tempfile.NamedTemporaryFile("w", suffix=".sh") as script, _outside_jobs():
-        script.write(request.sbatch_text(logs, jobs))
-        script.flush()
-        ok, said = run_client("sbatch", "--test-only", script.name)
-    if not ok:
-        raise UsageError(_explain_refusal(said))
 
 
 def _explain_refusal(said: str) -> str:

@@ -137,27 +137,24 @@ class JobRequest:
         profile = self.profile
         words = f"bash -c {shlex.quote(GUARD)} task {shlex.quote(profile.python)}"
         executor = _SlurmExecutor(logs, python=f"{profile.container} {words}".strip())
-        optional = {
-            "gpus_per_node": self.gpus_per_node,
-            "mem": f"{profile.memory_gb}GB" if profile.memory_gb else "",
-            "partition": profile.partition,
-            "account": profile.account,
-            "qos": profile.qos,
-            "constraint": profile.constraint,
-        }
         executor.update_parameters(
             job_name=self.name,
             time=profile.minutes,
             nodes=self.nodes,
             ntasks_per_node=self.tasks_per_node,
             cpus_per_task=self.cpus_per_task,
+            gpus_per_node=self.gpus_per_node or None,
+            mem=f"{profile.memory_gb}GB" if profile.memory_gb else None,
+            partition=profile.partition or None,
+            account=profile.account or None,
+            qos=profile.qos or None,
+            constraint=profile.constraint or None,
             stderr_to_stdout=True,
             signal_delay_s=profile.warning_s,
             setup=[f"module load {shlex.quote(name)}" for name in profile.modules] + profile.setup,
             # From version 22.05 on, srun does not take the CPUs per task from sbatch.
             srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={self.cpus_per_task}", *profile.srun],
             additional_parameters={"requeue": True, "chdir": self.source, **profile.sbatch},
-            **{name: value for name, value in optional.items() if value},
         )
         return executor
 

@@ -12,9 +12,17 @@ from stvit_video.common.cli import Parser, run_command
 from stvit_video.common.tables import format_table
 
 GPUS = (1, 8, 64, 512)
-COLUMNS = (
-    "GPUs", "batch", "learning rate", "steps", "GB a step, DDP", "FSDP", "efficiency (%)", "hours", "decode cores",
-)  # fmt: skip
+COLUMNS = {
+    "GPUs": "d",
+    "batch": "d",
+    "learning rate": ".2g",
+    "steps": "d",
+    "GB a step, DDP": ".3f",  # sent by each GPU
+    "FSDP": ".3f",
+    "efficiency (%)": ".0f",
+    "hours": ".1f",
+    "decode cores": ".0f",  # of all machines
+}
 BACKWARD = 2 / 3  # share of a step's computation, during which gradients are exchanged
 
 
@@ -34,43 +42,23 @@ class Costs:
         return self.gpu_tflops * 1000 / (self.forward_gflops * 3 * 2)
 
 
-@dataclass(frozen=True)
-class ScalingRow:
-    """Training on one number of GPUs."""
-
-    batch: int
-    lr: float
-    steps: int
-    ddp_gb: float  # sent by each GPU per step
-    fsdp_gb: float
-    efficiency: float
-    hours: float
-    cores: float  # CPU cores that decode, per GPU
-
-
 def scale(
     costs: Costs, gpus: int, clips_per_gpu: int, lr: float, base_batch: int, videos: int, epochs: int
-) -> ScalingRow:
-    """Return the training on ``gpus`` GPUs, where ``lr`` belongs to a batch of ``base_batch`` and scales linearly.
+) -> dict[str, float]:
+    """Return the row of COLUMNS for ``gpus``, where ``lr`` belongs to a batch of ``base_batch`` and scales linearly.
 
     Gradients and weights are 4 bytes. A ring all-reduce sends 2 (N - 1) / N of the gradients; sharding (FSDP) gathers
     the weights twice and scatters the gradients, 3 (N - 1) / N.
     """
     batch = clips_per_gpu * gpus
-    size, share = 4e-9 * costs.parameters, (gpus - 1) / gpus
+    sent = 4e-9 * costs.parameters * (gpus - 1) / gpus
     compute = clips_per_gpu / costs.gpu_clips
-    waiting = max(0.0, 2 * share * size / costs.network_gb - BACKWARD * compute)
+    waiting = max(0.0, 2 * sent / costs.network_gb - BACKWARD * compute)
     steps = epochs * (videos // batch)
-    return ScalingRow(
-        batch=batch,
-        lr=lr * batch / base_batch,
-        steps=steps,
-        ddp_gb=2 * share * size,
-        fsdp_gb=3 * share * size,
-        efficiency=compute / (compute + waiting),
-        hours=steps * (compute + waiting) / 3600,
-        cores=costs.gpu_clips / costs.core_clips,
-    )
+    efficiency, hours = compute / (compute + waiting), steps * (compute + waiting) / 3600
+    cores = gpus * costs.gpu_clips / costs.core_clips
+    values = (gpus, batch, lr * batch / base_batch, steps, 2 * sent, 3 * sent, 100 * efficiency, hours, cores)
+    return dict(zip(COLUMNS, values, strict=True))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -116,18 +104,13 @@ def build_table(options: Namespace) -> str:
     gflops = count_gflops(model, (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE))
     costs = Costs(count_parameters(model), gflops, options.gpu_tflops, options.core_clips, options.network_gb)
     run = (options.clips_a_gpu, cfg.OPTIM.LR, cfg.TRAIN.BATCH_SIZE, options.videos, cfg.TRAIN.EPOCHS)
-    rows = []
-    for gpus in GPUS:
-        row = scale(costs, gpus, *run)
-        share = [f"{row.ddp_gb:.3f}", f"{row.fsdp_gb:.3f}", f"{100 * row.efficiency:.0f}"]
-        rows.append(
-            [gpus, row.batch, f"{row.lr:.2g}", row.steps, *share, f"{row.hours:.1f}", f"{row.cores * gpus:.0f}"]
-        )
+    table = [scale(costs, gpus, *run) for gpus in GPUS]
+    rows = [[format(value, COLUMNS[name]) for name, value in row.items()] for row in table]
     return (
         f"{cfg.MODEL.NAME}: {costs.parameters / 1e6:.1f} M parameters, {gflops:.1f} GFLOPs a clip forward\n"
         f"a GPU of {costs.gpu_tflops:g} TFLOP/s trains on {costs.gpu_clips:.0f} clips/s, and needs "
         f"{costs.gpu_clips / costs.core_clips:.0f} cores that decode {costs.core_clips:g} clips/s each\n\n"
-        f"{format_table(COLUMNS, rows, style='github')}"
+        f"{format_table(list(COLUMNS), rows, style='github')}"
     )
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -176,8 +177,12 @@ class TaskStart:
         Some sites preempt with SIGTERM. Otherwise it comes from scancel, from scontrol requeue, or from srun after
         another task has failed: none of these is to be queued again from here.
         """
-        received = self.signals.received
-        facts = job_facts(self.environment.job_id) if self.environment.cluster == "slurm" else {}
+        received, said = self.signals.received, ""
+        if self.environment.cluster == "slurm":
+            command = ["scontrol", "--oneliner", "show", "job", self.environment.job_id]
+            with suppress(OSError, subprocess.SubprocessError):  # no answer: judge by the signal
+                said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+        facts = dict(word.split("=", 1) for word in said.split() if "=" in word)
         if facts.get("JobState", "RUNNING") != "RUNNING":
             return TOLD_TO_END
         if facts.get("PreemptTime", "None") not in ("None", "N/A", "Unknown"):
@@ -233,13 +238,3 @@ def check_paths(run: str | Path) -> str:
     return (
         f"node {host_name()} cannot use {', '.join(problems)}; mount or copy what is missing there, or exclude the node"
     )
-
-
-def job_facts(job: str) -> dict[str, str]:
-    """Return the fields of ``scontrol show job``, empty where it does not answer."""
-    try:
-        command = ["scontrol", "--oneliner", "show", "job", job]
-        said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return dict(word.split("=", 1) for word in said.split() if "=" in word)

@@ -427,9 +427,9 @@ def test_scaling_by_hand() -> None:
     """100 M parameters are 0.4 GB; 10 GFLOPs forward are 60 in training, so 60 TFLOP/s are 1,000 clips/s."""
     costs = scaling.Costs(100_000_000, forward_gflops=10, gpu_tflops=60, core_clips=20, network_gb=10)
     row = scaling.scale(costs, 8, clips_per_gpu=10, lr=1e-3, base_batch=40, videos=8_050, epochs=2)
-    assert (row.batch, row.lr, row.steps, row.cores) == (80, 2e-3, 200, 50)
-    assert row.ddp_gb == pytest.approx(2 * 7 / 8 * 0.4)
-    assert row.fsdp_gb == pytest.approx(3 * 7 / 8 * 0.4)
+    assert (row["batch"], row["learning rate"], row["steps"], row["decode cores"]) == (80, 2e-3, 200, 8 * 50)
+    assert row["GB a step, DDP"] == pytest.approx(2 * 7 / 8 * 0.4)
+    assert row["FSDP"] == pytest.approx(3 * 7 / 8 * 0.4)
     # A step computes for 10 ms and sends for 70 ms, of which 6.67 ms are hidden.
-    assert row.efficiency == pytest.approx(0.01 / (0.01 + 0.07 - 0.02 / 3))
-    assert scaling.scale(costs, 1, 10, 1e-3, 40, 8_050, 2).efficiency == 1
+    assert row["efficiency (%)"] == pytest.approx(100 * 0.01 / (0.01 + 0.07 - 0.02 / 3))
+    assert scaling.scale(costs, 1, 10, 1e-3, 40, 8_050, 2)["efficiency (%)"] == 100
