@@ -89,24 +89,28 @@ def run_client(*command: str) -> tuple[bool, str]:
     return found.returncode == 0, (found.stderr if found.returncode else found.stdout).strip()
 
 
+def check_cluster(cluster: str, jobs: int, request: JobRequest) -> None:
+    """Raise UsageError where ``cluster`` cannot be used from here."""
+    if cluster == "slurm" and shutil.which("sbatch") is None:
+        raise UsageError(
+            "sbatch is not on the PATH, so this is no login node of a SLURM cluster; go to one, use --cluster local to "
+            "run on this machine, or try slurm/local_cluster.sh."
+        )
+    if cluster != "slurm" and (jobs > 1 or request.nodes > 1 or (cluster == "debug" and request.tasks > 1)):
+        most = "one process" if cluster == "debug" else "one configuration on one node"
+        raise UsageError(f"--cluster {cluster} runs {most}; use --cluster slurm for {jobs} of {request.nodes} node(s).")
+
+
 def open_job_folders(configs: Sequence[CfgNode], request: JobRequest, cluster: str, logs: Path) -> list[JobFolder]:
     """Claim the run folder of each configuration for a new job; all paths in configurations are absolute.
 
     Folders are cleared where the configuration says OVERWRITE. Raises UsageError, before any folder is changed, where
     the cluster cannot be used.
     """
-    if cluster == "slurm" and shutil.which("sbatch") is None:
-        raise UsageError(
-            "sbatch is not on the PATH, so this is no login node of a SLURM cluster; go to one, use --cluster local to "
-            "run on this machine, or try slurm/local_cluster.sh."
-        )
-    jobs = len(configs)
-    if cluster != "slurm" and (jobs > 1 or request.nodes > 1 or (cluster == "debug" and request.tasks > 1)):
-        most = "one process" if cluster == "debug" else "one configuration on one node"
-        raise UsageError(f"--cluster {cluster} runs {most}; use --cluster slurm for {jobs} of {request.nodes} node(s).")
+    check_cluster(cluster, len(configs), request)
     if cluster == "slurm" and any(cfg.OVERWRITE for cfg in configs):  # delete nothing for a job that SLURM would refuse
         with tempfile.NamedTemporaryFile("w", suffix=".sh") as script, _outside_jobs():
-            script.write(request.sbatch_text(logs, jobs))
+            script.write(request.sbatch_text(logs, len(configs)))
             script.flush()
             ok, said = run_client("sbatch", "--test-only", script.name)
         if not ok:
