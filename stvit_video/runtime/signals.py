@@ -6,14 +6,12 @@ import sys
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
-# Looked up at import: between fork and exec nothing may be loaded.
-_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 def end_with_parent(number: signal.Signals) -> None:
-    """Have Linux send this process ``number`` when its parent dies, even by SIGKILL. May be called after a fork."""
-    if _prctl is not None:
-        _prctl(PR_SET_PDEATHSIG, number)
+    """Have Linux send this process ``number`` when its parent dies, even by SIGKILL."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def ignore_stop_signals() -> None:
