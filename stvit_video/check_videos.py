@@ -1,8 +1,8 @@
-"""Which videos of a list can be read: ``python -m stvit_video.check_videos LIST --output DIR``.
+"""Find the videos of a list that cannot be read: ``python -m stvit_video.check_videos LIST --output DIR``.
 
-Every video of LIST is read as a test would. DIR/clean.txt gets what LIST says of those that can be read, unchanged and
-in the same order, and DIR/failures.csv the others, each path once with the reason. Neither is written unless the scan
-is complete, and no video is touched. Exit codes: 0 the scan is complete, also with failures; 2 wrong use; 130 Ctrl-C.
+Every video of LIST is decoded as in a test. DIR/clean.txt gets the lines of LIST whose videos can be read, unchanged
+and in the same order; DIR/failures.csv the other videos, each path once with the reason. Both are written only when the
+scan is complete. No video is changed. Exit codes: 0 scan complete, also with failures; 2 wrong use; 130 Ctrl-C.
 """
 
 import argparse
@@ -13,13 +13,13 @@ from pathlib import Path
 
 from stvit_video.common.cli import Parser, run_command
 from stvit_video.common.errors import UsageError
-from stvit_video.common.files import try_folder, writing
+from stvit_video.common.files import try_folder, write_atomically, writing
 from stvit_video.common.progress import Progress
 from stvit_video.data.clips.sampling import ClipSampler, EvenClips
 from stvit_video.data.decode.frames import DECODERS, find_decoders
 from stvit_video.data.decode.types import DecodeError
 from stvit_video.data.failures import Failure, failures_csv
-from stvit_video.data.scan import EveryFrame, Manner, clean_list, read_listing, scan, summarise
+from stvit_video.data.scan import EveryFrame, ScanSettings, clean_list, read_listing, scan, summarise
 
 
 def build_parser() -> Parser:
@@ -41,25 +41,23 @@ def build_parser() -> Parser:
     return parser
 
 
-def build_manner(options: argparse.Namespace) -> Manner:
-    """Return how the options ask for videos to be read. Raises UsageError for what cannot be done."""
-    for name, least, most in (("workers", 1, 1_000), ("frames", 1, 10_000), ("deadline", 0.1, 1_000_000)):
-        if not least <= getattr(options, name) <= most:
-            raise UsageError(f"--{name} {getattr(options, name)} is out of range; give {least} to {most:,}.")
+def read_settings(options: argparse.Namespace) -> ScanSettings:
+    """Return the options as settings. Raises UsageError for values out of range and decoders that are missing."""
+    for name, low, high in (("workers", 1, 1_000), ("frames", 1, 10_000), ("deadline", 0.1, 1_000_000)):
+        if not low <= getattr(options, name) <= high:
+            raise UsageError(f"--{name} {getattr(options, name)} is out of range; give {low} to {high:,}.")
     try:
         decoders = find_decoders(options.decoder)
     except ValueError as error:
         raise UsageError(f"--decoder: {error}") from error
     spread = EvenClips(ClipSampler("dense", 1), options.frames)  # clips of one frame, from the first to the last
-    return Manner(options.workers, EveryFrame() if options.all_frames else spread, decoders, options.deadline)
+    return ScanSettings(options.workers, EveryFrame() if options.all_frames else spread, decoders, options.deadline)
 
 
 def check(arguments: Sequence[str] | None) -> int:
     """Parse the arguments, scan the list, write the results and print a summary. Raises UsageError."""
-    from stvit_video.common.files import write_atomically
-
     options = build_parser().parse_args(arguments)
-    manner = build_manner(options)
+    settings = read_settings(options)
     root = options.list.parent if options.root is None else options.root
     if options.root is not None and not root.is_dir():
         raise UsageError(f"--root {root} is not a folder; give the one where the paths of {options.list} start.")
@@ -67,18 +65,18 @@ def check(arguments: Sequence[str] | None) -> int:
     clean = options.output / "clean.txt"
     if clean.exists() and clean.samefile(options.list):
         raise UsageError(f"--output {options.output} would replace the list itself; give another folder.")
-    with writing(options.output):  # tried before a scan of hours
+    with writing(options.output):  # tried before a scan that may take hours
         try_folder(options.output)
     errors: dict[str, DecodeError] = {}
     paths = list(dict.fromkeys(video.path for video in listing.videos))
     with Progress("check", len(paths)) as progress:
-        for error in scan(paths, manner):
+        for error in scan(paths, settings):
             if error is not None:
                 errors[error.path] = error
             progress.advance(f"{len(errors):,} cannot be read")
-    with writing(options.output):  # the ledger first: what the clean list leaves out is always accounted for
-        ledger = failures_csv(Failure.of(error, "check") for error in errors.values())
-        write_atomically(options.output / "failures.csv", ledger)
+    with writing(options.output):  # failures first, so that what clean.txt leaves out is always listed
+        failures = failures_csv(Failure.of(error, "check") for error in errors.values())
+        write_atomically(options.output / "failures.csv", failures)
         write_atomically(clean, clean_list(listing, errors))
     print(summarise(listing, errors, options.output))
     return 0
@@ -91,7 +89,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # By its own name, under which a decoding process finds ``EveryFrame``; here the module is called __main__.
-    from stvit_video.check_videos import main as named_main
-
-    sys.exit(named_main())
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Scanning lists: what can be read is kept word for word, the rest is listed, and nothing is written too early."""
+"""Scanning lists: readable videos are kept verbatim, the others listed, and nothing is written before the end."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ from stvit_video.data.lists.annotations import read_list
 from stvit_video.data.scan import BLOCK_BYTES, EveryFrame, cause
 from tests.conftest import REPOSITORY, numbered_frames
 
-# A decord that hangs or crashes on files of these names, and first says which process does.
+# A decord that hangs or crashes on files of these names, and first writes down its process.
 STUB = """
 import os, sys, time
 sys.path.remove({folder!r})
@@ -47,7 +47,7 @@ decord.VideoReader = VideoReader
 
 @pytest.fixture
 def root(write_clip: Callable[..., Path], tmp_path: Path) -> Path:
-    """Return a folder with two clips that can be read, one of them with spaces in its name, and files that cannot."""
+    """Return a folder with two readable clips, one of them with spaces in its name, and unreadable files."""
     clip = write_clip(numbered_frames(20), "videos/good.mp4")
     (clip.parent / "so good.mp4").write_bytes(clip.read_bytes())
     (clip.parent / "page.mp4").write_bytes(b"<html>not found</html>")
@@ -76,9 +76,7 @@ def check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., l
     return run
 
 
-def test_every_line_is_kept_word_for_word_or_listed(
-    root: Path, tmp_path: Path, check: Callable[..., list[str]]
-) -> None:
+def test_lines_are_kept_verbatim_or_listed(root: Path, tmp_path: Path, check: Callable[..., list[str]]) -> None:
     clean = [b"good.mp4 0\n", b'"so good.mp4",1\r\n', b"so good.mp4\t2\n", b"  ./good.mp4   3  \n", b"good.mp4 4"]
     lines = [b"\xef\xbb\xbf", clean[0], b"page.mp4 0\n", clean[1], b" \r\n", b"none.mp4 1\n", *clean[2:4]]
     lines += [b"page.mp4,7\n", b"cut.mp4 2\n", clean[4]]
@@ -104,7 +102,7 @@ def test_every_line_is_kept_word_for_word_or_listed(
     assert sorted(entry.name for entry in output.iterdir()) == ["clean.txt", "failures.csv"]
 
 
-def test_paths_start_from_the_root_that_is_given_and_only_two_files_are_replaced(
+def test_paths_start_from_root_and_only_two_files_are_replaced(
     root: Path, tmp_path: Path, check: Callable[..., list[str]]
 ) -> None:
     path, output = tmp_path / "list.txt", tmp_path / "out"
@@ -123,7 +121,7 @@ def test_paths_start_from_the_root_that_is_given_and_only_two_files_are_replaced
     assert (output / "notes.txt").read_text() == "old"
 
 
-def test_published_lists_keep_their_form(root: Path, tmp_path: Path, check: Callable[..., list[str]]) -> None:
+def test_published_lists_keep_their_format(root: Path, tmp_path: Path, check: Callable[..., list[str]]) -> None:
     (root / "abseiling").mkdir()
     for name in ("-0good_000001_000011.mp4", "7.webm"):
         (root / "abseiling" / name).write_bytes((root / "good.mp4").read_bytes())
@@ -143,7 +141,7 @@ def test_published_lists_keep_their_form(root: Path, tmp_path: Path, check: Call
 @pytest.mark.parametrize(
     ("options", "readable"), [([], 1), (["--frames", "2"], 1), (["--frames", "60"], 0), (["--all-frames"], 0)]
 )
-def test_as_many_frames_are_read_as_asked(
+def test_the_requested_number_of_frames_is_read(
     tmp_path: Path, options: list[str], readable: int, check: Callable[..., list[str]]
 ) -> None:
     (tmp_path / "frames").mkdir()
@@ -156,7 +154,7 @@ def test_as_many_frames_are_read_as_asked(
 
 def test_the_module_as_a_command_reads_all_frames(root: Path) -> None:
     (root / "list.txt").write_text("good.mp4 0\n")
-    # It is called __main__ then, a name under which a decoding process would look for the choice in vain.
+    # The decoding process unpickles the choice by the name of its module, which must not be __main__.
     command = [sys.executable, "-m", "stvit_video.check_videos", "list.txt", "--output", "out", "--all-frames"]
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     found = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
@@ -165,7 +163,7 @@ def test_the_module_as_a_command_reads_all_frames(root: Path) -> None:
 
 
 class Blocks:
-    """A video that notes which frames are read together."""
+    """A video that records which frames are read together."""
 
     length = 1000
 
@@ -178,7 +176,7 @@ class Blocks:
 
 
 @pytest.mark.parametrize(("side", "block"), [(8, 1000), (1000, 22), (6000, 1)])
-def test_all_frames_are_read_in_blocks_that_fit(side: int, block: int) -> None:
+def test_all_frames_are_read_in_blocks_of_limited_size(side: int, block: int) -> None:
     video = Blocks(side)
     assert EveryFrame()(video).tolist() == [0]
     first, *blocks = video.read
@@ -188,7 +186,7 @@ def test_all_frames_are_read_in_blocks_that_fit(side: int, block: int) -> None:
     assert block == 1 or block * side**2 * 3 <= BLOCK_BYTES
 
 
-def test_what_hangs_or_crashes_costs_one_line(root: Path, stub: Path, check: Callable[..., list[str]]) -> None:
+def test_hangs_and_crashes_are_counted(root: Path, stub: Path, check: Callable[..., list[str]]) -> None:
     for name in ("stuck.mp4", "crash.mp4"):
         (root / name).write_bytes((root / "good.mp4").read_bytes())
     (root / "list.txt").write_text("".join(f"{name}.mp4 0\n" for name in ("good", "stuck", "crash", "so good")))
@@ -222,9 +220,7 @@ def test_ctrl_c_ends_at_once_and_writes_nothing(root: Path, stub: Path, tmp_path
     pytest.fail("a decoding process is left behind")
 
 
-def test_an_error_of_our_own_is_not_taken_for_a_damaged_video(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_errors_are_not_counted_as_damage(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: Decoding, request: object) -> None:
         raise RuntimeError("no process can be started")
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from stvit_video import run
 from stvit_video.common.charts import thin_out
-from stvit_video.data.decode.frames import Request, read_frames
+from stvit_video.data.decode.frames import FrameRequest, read_file
 from stvit_video.data.decode.types import Reader
 from stvit_video.data.generated.sprites import MOTIONS
 from stvit_video.data.sample import video_labels
@@ -155,7 +155,7 @@ def test_mistakes_show_the_frames_of_their_videos_surest_first(trained: Path, tm
         return np.arange(video.length)
 
     for path, shown in zip(paths, np.reshape(np.arange(12), (4, 3)), strict=True):
-        frames = read_frames(Request(path, all_frames)).astype(float)
+        frames = read_file(FrameRequest(path, all_frames)).astype(float)
         for third, number in enumerate(shown):
             picture = np.asarray(pictures[number].convert("RGB").resize((64, 64)), float)
             distances = np.abs(frames - picture).mean(axis=(1, 2, 3))

@@ -16,7 +16,7 @@ from torch import nn
 
 from stvit_video import run
 from stvit_video.data import sample
-from stvit_video.data.decode.frames import Request, read_frames
+from stvit_video.data.decode.frames import FrameRequest, read_file
 from stvit_video.data.decode.types import Reader
 from stvit_video.inference.load import open_checkpoint
 from stvit_video.models import create_model
@@ -151,7 +151,8 @@ def test_sprite_mask_is_where_the_sprite_is(small_set: Path) -> None:
         def all_frames(video: Reader) -> np.ndarray:
             return np.arange(video.length)
 
-        frames = read_frames(Request(str(small_set / "videos" / f"test_{index:05d}.mp4"), all_frames)).astype(float)
+        path = str(small_set / "videos" / f"test_{index:05d}.mp4")
+        frames = read_file(FrameRequest(path, all_frames)).astype(float)
         seen = np.abs(frames - np.median(frames, axis=0)).max(axis=-1) > 30
         mask = sample.sprite_mask("test", index)
         assert mask.shape == seen.shape
@@ -180,7 +181,7 @@ def test_the_command_leaves_a_page_a_sheet_and_a_video(page: Path) -> None:
     def all_frames(video: Reader) -> np.ndarray:
         return np.arange(video.length)
 
-    frames = read_frames(Request(str(page.parent / "overlays.mp4"), all_frames))
+    frames = read_file(FrameRequest(str(page.parent / "overlays.mp4"), all_frames))
     assert len(frames) == 8
     text = page.read_text(encoding="utf-8")
     assert "256 image tokens become 64 semantic tokens" in text

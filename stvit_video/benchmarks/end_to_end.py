@@ -60,18 +60,19 @@ def build_work(cfg: CfgNode, model: nn.Module, device: torch.device, training: b
 
     def train(batch: Any) -> int:
         batch = batch.to(device)
+        clips = batch.make_clips()
         with autocast(device, cfg.PRECISION):
-            logits = model(batch.clips)
+            logits = model(clips)
         loss = F.cross_entropy(logits.float(), batch.clip_labels)
         loss.backward()
         assert optimizer is not None
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss.item()  # the step is waited for: what a GPU has still to do is no waiting for data
-        return len(batch.clips)
+        return len(clips)
 
     def infer(batch: Any) -> int:
-        clips: Tensor = batch.to(device).clips
+        clips: Tensor = batch.to(device).make_clips()
         with torch.inference_mode(), autocast(device, cfg.PRECISION):
             model(clips).float().cpu()  # the logits are waited for
         return len(clips)

@@ -51,7 +51,7 @@ def bare_loop(trainer: Trainer, batches: list[Batch]) -> Iterator[float]:
     for batch in batches:
         batch = batch.to(trainer.world.device)
         with autocast(trainer.world.device, trainer.settings.precision):
-            logits = trainer.wrapped(batch.clips)
+            logits = trainer.wrapped(batch.make_clips())
         loss = F.cross_entropy(logits.float(), batch.clip_labels, label_smoothing=trainer.settings.label_smoothing)
         loss.backward()
         nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.settings.clip_grad)

@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 from stvit_video.benchmarks.rounds import Row, Timer, describe, interleave
 from stvit_video.common.errors import UsageError
 from stvit_video.data.dataset import Collate, Sample, SampleKey, TestDataset, TrainDataset
-from stvit_video.data.decode.frames import Request, open_video, read_frames
+from stvit_video.data.decode.frames import FrameRequest, open_video, read_file
 from stvit_video.data.decode.process import Decoding
 from stvit_video.data.decode.readers import to_numpy
 from stvit_video.data.decode.types import DecodeError, Frames, Indices
@@ -49,7 +49,7 @@ def bare_decord(path: str, indices: Indices) -> Frames:
     return to_numpy(decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1).get_batch(indices))
 
 
-def choose_readable(requests: Iterable[Request]) -> list[tuple[Request, Indices]]:
+def choose_readable(requests: Iterable[FrameRequest]) -> list[tuple[FrameRequest, Indices]]:
     """Return the requests that decord can answer, with the frames that each asks for."""
     chosen = []
     for request in requests:
@@ -67,22 +67,22 @@ def choose_readable(requests: Iterable[Request]) -> list[tuple[Request, Indices]
 
 
 def step_timers(
-    dataset: TrainDataset | TestDataset, chosen: list[tuple[Request, Indices]], items_each: int
+    dataset: TrainDataset | TestDataset, chosen: list[tuple[FrameRequest, Indices]], items_each: int
 ) -> dict[str, Timer]:
     """Return timers of the steps before the loader; a request stands for ``items_each`` items."""
     decoding, views = Decoding(("pyav", "decord"), 600.0), dataset.views
     requests = [request for request, _ in chosen]
     items = len(requests) * items_each
-    frames = read_frames(requests[0])
+    frames = read_file(requests[0])
     collate = Collate(views)
     sample = Sample(views.prepare(frames, (0, 0, 0)), 0, 0, (0, 0, 0), [])
     some = min(len(requests), 8)
     return {
         "decord, bare": timed(lambda: (bare_decord(r.path, np.unique(indices)) for r, indices in chosen), items),
-        "decode": timed(lambda: map(read_frames, requests), items),
+        "decode": timed(lambda: map(read_file, requests), items),
         "decode in its process": timed(lambda: decoding.read_all(requests), items),
         "crop and augment": timed(lambda: (views.prepare(frames, (0, 0, i)) for i in range(some)), some * items_each),
-        "bytes to floats": timed(lambda: (collate([sample]).clips for _ in range(some)), some * items_each),
+        "bytes to floats": timed(lambda: (collate([sample]).make_clips() for _ in range(some)), some * items_each),
     }
 
 
@@ -93,7 +93,7 @@ def loader_timer(loader: DataLoader, batches: int) -> Timer:
     def run() -> float:
         started, done = time.perf_counter(), 0
         for batch in loader:
-            done += len(batch.clips) if isinstance(loader.dataset, TrainDataset) else len(batch.labels)
+            done += len(batch.make_clips()) if isinstance(loader.dataset, TrainDataset) else len(batch.labels)
         return (time.perf_counter() - started) / max(1, done)
 
     return run
@@ -120,7 +120,7 @@ def build_train_timers(cfg: CfgNode, clips: int, peers: Sequence[str]) -> dict[s
     cfg, world, found = run.cfg, run.world, run.videos["train"]
     dataset: Any = build_train_loader(cfg, world, found).dataset
     keys = [SampleKey(0, index) for index in range(min(len(dataset), -(-clips // cfg.DATA.REPEATS)))]
-    chosen = choose_readable(dataset.request(key, key.index) for key in keys)
+    chosen = choose_readable(dataset.request(key) for key in keys)
     timers = step_timers(dataset, chosen, cfg.DATA.REPEATS)
     for workers in _worker_counts(cfg):
         cfg.DATA.WORKERS = workers

@@ -1,11 +1,12 @@
-"""Map-style datasets: a key from the sampler to a decoded, transformed sample.
+"""Map-style datasets: from a sampler's key to a decoded and transformed sample, and to a batch.
 
-Nothing random is global: each training sample draws from a generator seeded by (seed, epoch, index), so it is the same
-whichever worker or process loads it.
+No random state is global: each training sample draws from a generator seeded by (seed, epoch, index), so it is the
+same in whichever worker or process it is loaded.
 """
 
-from dataclasses import dataclass, replace
-from typing import Protocol
+from abc import abstractmethod
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -14,65 +15,45 @@ from torch.utils.data import Dataset
 
 from stvit_video.data.clips.sampling import EvenClips, RandomClips, Sampling
 from stvit_video.data.clips.transforms import TestTransform, TrainTransform
-from stvit_video.data.decode.frames import Request
+from stvit_video.data.decode.frames import FrameRequest
 from stvit_video.data.decode.process import Decoding
-from stvit_video.data.decode.types import DecodeError, Frames
+from stvit_video.data.decode.types import Choice, DecodeError, Frames
 from stvit_video.data.failures import Failure
 from stvit_video.data.lists.annotations import Video
 
 
 @dataclass(frozen=True)
 class SampleKey:
-    """What a training sampler asks for: the video, and the epoch that its random choices belong to."""
+    """What a training sampler asks for: a video, and the epoch that determines its random choices."""
 
     epoch: int
     index: int
 
 
+Key = TypeVar("Key")
 Seed = tuple[int, ...]
 
 
-class Views(Protocol):
-    """How a video's frames become ``count`` views of (3, ``frames``, ``size``, ``size``), in two halves.
-
-    The first runs in the loader's workers; the second where the model is, so that bytes travel and not floats, which
-    are four times as many. ``seed`` fixes what is random.
-    """
-
-    @property
-    def count(self) -> int: ...
-
-    @property
-    def frames(self) -> int: ...
-
-    @property
-    def size(self) -> int: ...
-
-    def prepare(self, frames: Frames, seed: Seed) -> Tensor:
-        """Map decoded frames (N, H, W, 3) to uint8 pixels (n, h, w, 3)."""
-
-    def finish(self, pixels: Tensor, seed: Seed, out: Tensor) -> None:
-        """Write normalised float views (count, 3, frames, size, size) of ``pixels`` to ``out``, on the same device."""
+# Frames become views in two halves: ``prepare`` runs in the loader's workers, ``finish`` on the model's device, since
+# uint8 pixels take a quarter of the space of floats on the way. ``seed`` determines what is random.
 
 
 @dataclass(frozen=True)
 class TrainViews:
-    """``count`` random crops, of as many clips. With ``late``, all but the decoding happens where the model is."""
+    """Random crops of ``count`` clips."""
 
     transform: TrainTransform
     count: int
-    frames: int
-    late: bool = False
-
-    @property
-    def size(self) -> int:
-        return self.transform.size
+    frames: int  # per clip
+    late: bool = False  # crop and augment on the model's device too, so that workers only decode
 
     def prepare(self, frames: Frames, seed: Seed) -> Tensor:
+        """Map decoded frames (N, H, W, 3) to uint8 pixels (n, h, w, 3)."""
         pixels = torch.from_numpy(frames)
         return pixels if self.late else self._crop(pixels, seed)
 
     def finish(self, pixels: Tensor, seed: Seed, out: Tensor) -> None:
+        """Write normalised float views (count, 3, frames, size, size) of ``pixels`` to ``out``, on the same device."""
         rng = np.random.default_rng((*seed, 2))
         crops = self._crop(pixels, seed) if self.late else pixels
         for crop, view in zip(crops.chunk(self.count), out, strict=True):
@@ -85,33 +66,34 @@ class TrainViews:
 
 @dataclass(frozen=True)
 class TestViews:
-    """The crops of each of ``clips`` clips."""
+    """The crops of each of ``clips`` clips. Nothing is random."""
 
     __test__ = False
 
     transform: TestTransform
     clips: int
-    frames: int
+    frames: int  # per clip
 
     @property
     def count(self) -> int:
         return self.clips * self.transform.crops
 
-    @property
-    def size(self) -> int:
-        return self.transform.size
-
     def prepare(self, frames: Frames, seed: Seed) -> Tensor:
+        """Map decoded frames (N, H, W, 3) to uint8 pixels (n, h, w, 3)."""
         return self.transform.resize(frames)
 
     def finish(self, pixels: Tensor, seed: Seed, out: Tensor) -> None:
+        """Write normalised float views (count, 3, frames, size, size) of ``pixels`` to ``out``, on the same device."""
         for clip, views in zip(pixels.chunk(self.clips), out.chunk(self.clips), strict=True):
             self.transform.finish(clip, views)
 
 
+Views = TrainViews | TestViews
+
+
 @dataclass
 class Sample:
-    """One video's pixels (n, h, w, 3), or none where it failed, with its place in the list."""
+    """One video: its pixels (n, h, w, 3), or None where it cannot be read, and its index in the list."""
 
     pixels: Tensor | None
     label: int
@@ -122,28 +104,31 @@ class Sample:
 
 @dataclass
 class Batch:
-    """Videos' pixels, one after the other in one tensor, their labels (videos,) and list positions (videos,)."""
+    """The videos of a batch: their pixels, labels (videos,) and list indices (videos,)."""
 
-    pixels: Tensor  # uint8, flat: one tensor is one file descriptor between processes
+    pixels: Tensor  # uint8, those of all videos in one flat tensor: one file descriptor between processes
     shapes: list[torch.Size]
     seeds: list[Seed]
     labels: Tensor
     indices: Tensor
     views: Views
     failures: list[Failure]
-    missing: int = 0  # samples asked for that have no pixels
+    missing: int = 0  # samples without pixels
 
-    @property
-    def clips(self) -> Tensor:
-        """The views (videos * views, 3, T, H, W), video by video, computed on the device of the pixels."""
-        video = (self.views.count, 3, self.views.frames, self.views.size, self.views.size)
-        if self.pixels.device.type == "cpu":  # NumPy asks for huge pages: a third of the time for the first writes
-            clips = torch.from_numpy(np.empty((len(self.shapes), *video), np.float32))
+    def make_clips(self) -> Tensor:
+        """Crop, augment and normalise to views (videos * views, 3, T, H, W), on the device of the pixels.
+
+        This is computed at each call: call it once per step.
+        """
+        size = self.views.transform.size
+        shape = (len(self.shapes), self.views.count, 3, self.views.frames, size, size)
+        if self.pixels.device.type == "cpu":  # NumPy asks for huge pages: the first write takes a third of the time
+            clips = torch.from_numpy(np.empty(shape, np.float32))
         else:
-            clips = torch.empty(len(self.shapes), *video, device=self.pixels.device)
-        parts = self.pixels.split([shape.numel() for shape in self.shapes])
-        for part, shape, seed, out in zip(parts, self.shapes, self.seeds, clips, strict=True):
-            self.views.finish(part.view(shape), seed, out)
+            clips = torch.empty(shape, device=self.pixels.device)
+        videos = self.pixels.split([shape.numel() for shape in self.shapes])
+        for pixels, stored, seed, out in zip(videos, self.shapes, self.seeds, clips, strict=True):
+            self.views.finish(pixels.view(stored), seed, out)
         return clips.flatten(0, 1)
 
     @property
@@ -157,13 +142,13 @@ class Batch:
         return replace(self, pixels=pixels, labels=labels)
 
     def pin_memory(self) -> "Batch":
-        """Called by the loader where a GPU will read the batch."""
+        """Return the batch in pinned memory; the loader calls this where a GPU will read the batch."""
         return replace(self, pixels=self.pixels.pin_memory(), labels=self.labels.pin_memory())
 
 
 @dataclass(frozen=True)
 class Collate:
-    """Puts samples together; those that failed leave only their failures."""
+    """Makes a batch of samples; those that cannot be read leave only their failures."""
 
     views: Views
 
@@ -182,83 +167,90 @@ class Collate:
         )
 
 
-class TrainDataset(Dataset[Sample]):
-    """Random clips of each video. An unreadable video is reported and the next one in the list taken instead.
+@dataclass(eq=False, repr=False)
+class VideoDataset(Dataset[Sample], Generic[Key]):
+    """The videos of a list as samples. One that cannot be read gives a sample without pixels and its failure."""
 
-    After ``MAX_TRIES`` in a row the sample has no pixels: the list or its root is wrong, which the trainer says.
+    videos: list[Video]
+    _: KW_ONLY
+    sampler: Sampling
+    views: Views
+    decoding: Decoding
+    stage: str  # that of the failures
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, key: Key) -> Sample:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list[Key]) -> list[Sample]:
+        """Return a batch's samples; a video is decoded while the one before is transformed."""
+        read = self.decoding.read_all(map(self.request, keys))
+        return [self._sample(key, frames) for key, frames in zip(keys, read, strict=True)]
+
+    def request(self, key: Key) -> FrameRequest:
+        """Return which frames to decode for ``key``."""
+        index, _, choice = self._plan(key)
+        return self.decoding.request(self.videos[index].path, choice)
+
+    def _sample(self, key: Key, frames: Frames | DecodeError) -> Sample:
+        index, seed, _ = self._plan(key)
+        label = self.videos[index].label
+        if isinstance(frames, DecodeError):
+            return Sample(None, label, index, (), [Failure.of(frames, self.stage)])
+        return Sample(self.views.prepare(frames, seed), label, index, seed, [])
+
+    @abstractmethod
+    def _plan(self, key: Key) -> tuple[int, Seed, Choice]:
+        """Return the index of a key's video, the seed of its sample, and the choice of its frames."""
+
+
+@dataclass(eq=False, repr=False)
+class TrainDataset(VideoDataset[SampleKey]):
+    """Random clips of each video. One that cannot be read is reported and replaced by the next in the list.
+
+    After ``MAX_TRIES`` in a row the sample has no pixels: the list or its root is wrong, which the trainer reports.
     """
 
     MAX_TRIES = 10
 
-    def __init__(
-        self, videos: list[Video], *, sampler: Sampling, views: TrainViews, decoding: Decoding, seed: int
-    ) -> None:
-        self.videos, self.sampler, self.views = videos, sampler, views
-        self.decoding, self.seed = decoding, seed
-
-    def __len__(self) -> int:
-        return len(self.videos)
-
-    def __getitem__(self, key: SampleKey) -> Sample:
-        return self.__getitems__([key])[0]
+    _: KW_ONLY
+    views: TrainViews
+    stage: str = "train"
+    seed: int
 
     def __getitems__(self, keys: list[SampleKey]) -> list[Sample]:
-        """Return a batch's samples; a video is decoded while the one before is transformed."""
-        read = self.decoding.read_all(self.request(key, key.index) for key in keys)
+        """Return a batch's samples. Replacements are read last, when the decoder has no other requests."""
+        samples = super().__getitems__(keys)
         return [
-            self._replace(key, frames) if isinstance(frames, DecodeError) else self._sample(key, key.index, frames, [])
-            for key, frames in zip(keys, read, strict=True)
+            self._replace(key, sample.failures) if sample.pixels is None else sample
+            for key, sample in zip(keys, samples, strict=True)
         ]
 
-    def request(self, key: SampleKey, index: int) -> Request:
-        """Return what is to be decoded of the video at ``index``, as ``key``'s epoch draws it."""
-        choice = RandomClips(self.sampler, self.views.count, (self.seed, key.epoch, index, 0))
-        return self.decoding.request(self.videos[index].path, choice)
-
-    def _sample(self, key: SampleKey, index: int, frames: Frames, failures: list[Failure]) -> Sample:
-        seed = (self.seed, key.epoch, index)
-        return Sample(self.views.prepare(frames, seed), self.videos[index].label, index, seed, failures)
-
-    def _replace(self, key: SampleKey, error: DecodeError) -> Sample:
-        """Return the first of the next videos that can be read, with the failures up to it."""
-        failures = [Failure.of(error, "train")]
+    def _replace(self, key: SampleKey, failures: list[Failure]) -> Sample:
+        """Return the first of the next videos that can be read, with all failures up to it."""
         for attempt in range(1, self.MAX_TRIES):
-            index = (key.index + attempt) % len(self.videos)
-            try:
-                return self._sample(key, index, self.decoding.read(self.request(key, index)), failures)
-            except DecodeError as again:
-                failures.append(Failure.of(again, "train"))
+            following = replace(key, index=(key.index + attempt) % len(self.videos))
+            (sample,) = super().__getitems__([following])
+            failures = failures + sample.failures
+            if sample.pixels is not None:
+                return replace(sample, failures=failures)
         return Sample(None, -1, key.index, (), failures)
 
+    def _plan(self, key: SampleKey) -> tuple[int, Seed, Choice]:
+        seed = (self.seed, key.epoch, key.index)
+        return key.index, seed, RandomClips(self.sampler, self.views.count, (*seed, 0))
 
-class TestDataset(Dataset[Sample]):
-    """A video's views, clips x crops, from one pass of the decoder. An unreadable one is reported, never replaced."""
+
+@dataclass(eq=False, repr=False)
+class TestDataset(VideoDataset[int]):
+    """Each video's views, clips x crops, from one pass of the decoder. None is replaced."""
 
     __test__ = False
 
-    def __init__(
-        self, videos: list[Video], *, sampler: Sampling, views: TestViews, decoding: Decoding, stage: str
-    ) -> None:
-        self.videos, self.sampler, self.views = videos, sampler, views
-        self.decoding, self.stage = decoding, stage
+    _: KW_ONLY
+    views: TestViews
 
-    def __len__(self) -> int:
-        return len(self.videos)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: list[int]) -> list[Sample]:
-        """Return a batch's samples; a video is decoded while the one before is transformed."""
-        read = self.decoding.read_all(map(self.request, indices))
-        return [self._sample(index, frames) for index, frames in zip(indices, read, strict=True)]
-
-    def request(self, index: int) -> Request:
-        """Return what is to be decoded of the video at ``index``."""
-        return self.decoding.request(self.videos[index].path, EvenClips(self.sampler, self.views.clips))
-
-    def _sample(self, index: int, frames: Frames | DecodeError) -> Sample:
-        label = self.videos[index].label
-        if isinstance(frames, DecodeError):
-            return Sample(None, label, index, (), [Failure.of(frames, self.stage)])
-        return Sample(self.views.prepare(frames, ()), label, index, (), [])
+    def _plan(self, key: int) -> tuple[int, Seed, Choice]:
+        return key, (), EvenClips(self.sampler, self.views.clips)

@@ -1,4 +1,4 @@
-"""The ledger of what could not be read: ``failures.csv``, over all workers, processes and restarts of a run."""
+"""Videos that could not be read: ``failures.csv``, over all workers, processes and restarts of a run."""
 
 import csv
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from stvit_video.data.decode.types import DecodeError
 
 @dataclass(frozen=True)
 class Failure:
-    """A video or image that could not be read: a row of ``failures.csv``. Equal to another at any other time."""
+    """A video or image that could not be read: a row of ``failures.csv``. Two at different times are equal."""
 
     path: str
     stage: str
@@ -29,7 +29,7 @@ class Failure:
 
 
 def merge(failures: Iterable[Failure]) -> list[Failure]:
-    """Return each path once a stage, as it was first seen, sorted by path."""
+    """Return the earliest failure of each path and stage, sorted by path."""
     earliest: dict[tuple[str, str], Failure] = {}
     for failure in sorted(failures, key=lambda failure: failure.first_seen):
         earliest.setdefault((failure.path, failure.stage), failure)
@@ -37,12 +37,12 @@ def merge(failures: Iterable[Failure]) -> list[Failure]:
 
 
 def failures_csv(failures: Iterable[Failure]) -> bytes:
-    """Return a ledger as a CSV file, with a header also where it has no rows."""
+    """Return the merged failures as a CSV file, which has a header even without rows."""
     return to_csv(map(asdict, merge(failures)), [column.name for column in fields(Failure)])
 
 
 def read_ledger(path: str | Path) -> list[Failure]:
-    """Return the rows of a ledger; none where there is no file."""
+    """Return the rows of ``failures.csv``; none where there is no file."""
     if not Path(path).is_file():
         return []
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:

@@ -1,8 +1,8 @@
-"""The sample sets: short H.264 videos of moving sprites, generated once, for someone with nothing downloaded.
+"""The sample sets: short H.264 videos of moving sprites, generated once, for users without data.
 
-Of ``sample`` two label sets describe the same videos: ``motion``, which no single frame tells, and ``shape``, what the
-sprite is. A folder of stills serves image models. ``sample_hard`` has one label set, ``motion_shape``: one large sprite
-among small ones that move otherwise, before a cluttered background, seen by a moving camera.
+The videos of ``sample`` have two label sets: ``motion``, which no single frame shows, and ``shape``, that of the
+sprite. A folder of stills serves image models. ``sample_hard`` has one label set, ``motion_shape``: a large sprite
+among small ones that move differently, in front of a cluttered background, seen by a moving camera.
 
     python -m stvit_video.data.sample --root data/sample
     python -m stvit_video.data.sample --set sample_hard --root data/sample_hard
@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from multiprocessing import get_context
@@ -24,110 +25,118 @@ from numpy.typing import NDArray
 from stvit_video.common.cli import Parser, run_command
 from stvit_video.common.errors import UsageError
 from stvit_video.common.progress import Progress
-from stvit_video.data.generated import hard as sample_hard
+from stvit_video.data.generated import hard
 from stvit_video.data.generated.sprites import MOTIONS, SHAPES, Image, draw, sprite_cover, trajectory
 
-SETS = {"sample": (3072, 256, 512), "sample_hard": (3072, 64, 2048)}  # videos to train, validate and test on
+SETS = {"sample": (3072, 256, 512), "sample_hard": (3072, 64, 2048)}  # videos per split
 SPLITS = ("train", "val", "test")
-RATE = 10  # frames a second
-VERSION = 1  # raise with every change of what is drawn
+RATE = 10  # frames per second
+VERSION = 1  # increase it with every change of what is drawn
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a folder holds; written beside it, so that another set, seed or size is never mistaken for it."""
+    """What a folder holds; recorded in it, so that another set, seed or size is not taken for it."""
 
     clips: tuple[int, int, int] = SETS["sample"]
-    stills: tuple[int, int] = (4096, 512)  # of "sample" only
+    stills: tuple[int, int] = (4096, 512)  # to train and test on; only of "sample"
     seed: int = 0
     version: int = VERSION
     name: str = "sample"
 
 
 def sprite_mask(split: str, index: int, seed: int = 0) -> NDArray[np.bool_]:
-    """Return where the sprite is in the ``index``-th video of ``split``: (FRAMES, SIDE, SIDE), True on the sprite."""
+    """Return the mask (FRAMES, SIDE, SIDE) of the sprite in the ``index``-th video of ``split``."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     motion, shape = video_labels(index)
     return sprite_cover(shape, trajectory(motion, rng)) > 0.5
 
 
 def video_labels(index: int) -> tuple[str, str]:
-    """Return motion and shape of the ``index``-th video of a split: all 64 pairs in turn."""
+    """Return motion and shape of the ``index``-th video of a split, which cycles through all 64 pairs."""
     return MOTIONS[index % len(MOTIONS)], SHAPES[index // len(MOTIONS) % len(SHAPES)]
 
 
+def still_shape(index: int) -> str:
+    """Return the shape in the ``index``-th still of a split, which cycles through all shapes."""
+    return SHAPES[index % len(SHAPES)]
+
+
 def label_sets(name: str) -> dict[str, tuple[Sequence[str], Callable[[int], str]]]:
-    """Return the label sets of a set: names of their classes, and the class of the ``index``-th video of a split."""
+    """Return a sample set's label sets: the class names, and a function from a video's index to its class."""
     if name == "sample_hard":
-        return {"motion_shape": (sample_hard.CLASSES, sample_hard.video_class)}
+        return {"motion_shape": (hard.CLASSES, hard.video_class)}
     return {"motion": (MOTIONS, lambda index: video_labels(index)[0]), "shape": (SHAPES, lambda i: video_labels(i)[1])}
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[Path]:
+    """Provide a temporary path, and rename it to ``path`` at the end: a file is complete or not there."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_video(path: Path, frames: Image, rate: int | Fraction = RATE) -> None:
     """Write frames (N, H, W, 3) as H.264, complete or not at all."""
     import av
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with av.open(str(temporary), "w", format="mp4") as container:
-            # One thread and no lookahead: the bytes then depend on the frames alone. With macroblock trees, x264 gave
-            # about one file in a hundred another content from the same frames.
-            options = {"crf": "20", "preset": "veryfast", "x264-params": "mbtree=0:rc-lookahead=0:sync-lookahead=0"}
-            stream = container.add_stream("libx264", rate=rate, options=options)
-            stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
-            stream.thread_count = 1
-            for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-            container.mux(stream.encode())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _whole_file(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+        # One thread and no lookahead make the bytes depend on the frames alone. With macroblock trees, x264 gave about
+        # one file in a hundred different content for the same frames.
+        options = {"crf": "20", "preset": "veryfast", "x264-params": "mbtree=0:rc-lookahead=0:sync-lookahead=0"}
+        stream = container.add_stream("libx264", rate=rate, options=options)
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        stream.thread_count = 1
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
 
 
 def write_still(path: Path, image: Image) -> None:
     """Write one frame (H, W, 3) as PNG, complete or not at all."""
     from PIL import Image as PillowImage
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with _whole_file(path) as temporary:
         PillowImage.fromarray(image).save(temporary, format="PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
-class Job:
-    """One file to make. Its content follows from seed, kind and index, not from who makes it or when."""
+class SampleFile:
+    """One file of a set. Seed, kind and index determine its content, whichever process writes it."""
 
-    path: str
+    path: Path
     kind: int  # 0 to 2: videos of a split; 3 and 4: stills to train and to test on
     index: int
-    seed: int
-    name: str
+    spec: Spec
 
-    def __call__(self) -> None:
-        rng = np.random.default_rng([self.seed, self.kind, self.index])
+    def write(self) -> None:
+        """Draw and write the file."""
+        rng = np.random.default_rng([self.spec.seed, self.kind, self.index])
         motion, shape = video_labels(self.index)
-        if self.name == "sample_hard":
-            write_video(Path(self.path), sample_hard.draw(sample_hard.video_class(self.index), rng))
+        if self.spec.name == "sample_hard":
+            write_video(self.path, hard.draw(hard.video_class(self.index), rng))
         elif self.kind < len(SPLITS):
-            write_video(Path(self.path), draw(shape, trajectory(motion, rng), rng))
+            write_video(self.path, draw(shape, trajectory(motion, rng), rng))
         else:
-            shape = SHAPES[self.index % len(SHAPES)]
-            write_still(Path(self.path), draw(shape, trajectory(motion, rng, frames=1), rng)[0])
+            write_still(self.path, draw(still_shape(self.index), trajectory(motion, rng, frames=1), rng)[0])
+
+    def is_written(self) -> bool:
+        """Say whether the file exists and is not empty."""
+        return self.path.is_file() and self.path.stat().st_size > 0
 
 
-def jobs(root: Path, spec: Spec) -> Iterator[Job]:
-    """Yield every file of the set: videos in one flat folder, stills in class folders."""
-    for kind, (split, count) in enumerate(zip(SPLITS, spec.clips, strict=True)):
-        for i in range(count):
-            yield Job(str(root / "videos" / f"{split}_{i:05d}.mp4"), kind, i, spec.seed, spec.name)
+def sample_files(root: Path, spec: Spec) -> Iterator[SampleFile]:
+    """Yield all files of the set: videos in one folder, stills in class folders."""
     stills = spec.stills if spec.name == "sample" else (0, 0)
-    for kind, (split, count) in enumerate(zip(("train", "val"), stills, strict=True), start=len(SPLITS)):
+    for kind, count in enumerate((*spec.clips, *stills)):
+        split = SPLITS[kind % len(SPLITS)]
         for i in range(count):
-            shape = SHAPES[i % len(SHAPES)]
-            yield Job(str(root / "stills" / split / shape / f"{i:05d}.png"), kind, i, spec.seed, spec.name)
+            video, still = f"videos/{split}_{i:05d}.mp4", f"stills/{split}/{still_shape(i)}/{i:05d}.png"
+            yield SampleFile(root / (video if kind < len(SPLITS) else still), kind, i, spec)
 
 
 def write_lists(root: Path, spec: Spec) -> None:
@@ -142,7 +151,7 @@ def write_lists(root: Path, spec: Spec) -> None:
 
 
 def prepare(root: str | Path, spec: Spec | None = None, *, workers: int | None = None, progress: bool = True) -> None:
-    """Make sure that ``root`` holds the whole set: nothing to do, all to do, or what an interrupted call left.
+    """Generate the set in ``root``, or what is missing of it after an interruption or a loss of files.
 
     Raises UsageError where ``root`` holds something else.
     """
@@ -156,18 +165,25 @@ def prepare(root: str | Path, spec: Spec | None = None, *, workers: int | None =
     content = json.dumps(asdict(spec))
     if not record.exists():
         record.write_text(content)
-    todo = [job for job in jobs(root, spec) if not _is_there(Path(job.path))]
+    todo = [file for file in sample_files(root, spec) if not file.is_written()]
     if not todo and is_complete(root):
         return
-    for folder in {Path(job.path).parent for job in todo}:
+    for folder in {file.path.parent for file in todo}:
         folder.mkdir(parents=True, exist_ok=True)
-    _run(todo, workers or os.cpu_count() or 1, progress, str(root))
+    # Threads of torch and decord do not survive a fork, so the workers are spawned.
+    processes = min(workers or os.cpu_count() or 1, len(todo) // 16 + 1)
+    with (
+        ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool,
+        Progress(f"sample set in {root}", len(todo), enabled=progress) as bar,
+    ):
+        for _ in pool.map(SampleFile.write, todo, chunksize=16):
+            bar.advance()
     write_lists(root, spec)
     (root / "complete").touch()
 
 
 def is_complete(root: str | Path) -> bool:
-    """Return whether ``root`` holds a whole generated set."""
+    """Say whether ``root`` holds a whole generated set."""
     return (Path(root) / "complete").exists()
 
 
@@ -177,9 +193,9 @@ def _check_root(root: Path, record: Path, spec: Spec) -> None:
     if not record.is_file():
         raise UsageError(f"{root} exists but holds no sample set; give another DATA.ROOT or an empty folder.")
     try:
-        found = {"name": "sample", **json.loads(record.read_text())}  # earlier records name no set: there was one
+        found = {"name": "sample", **json.loads(record.read_text())}  # records of older versions name no set
     except json.JSONDecodeError:
-        record.unlink()  # cut short while being written, before anything else was
+        record.unlink()  # incomplete: it is written first, so there are no other files yet
         return
     if found != json.loads(json.dumps(asdict(spec))):
         raise UsageError(
@@ -188,22 +204,8 @@ def _check_root(root: Path, record: Path, spec: Spec) -> None:
         )
 
 
-def _is_there(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size > 0
-
-
-def _run(todo: Sequence[Job], workers: int, progress: bool, root: str) -> None:
-    # Threads of torch and decord do not survive a fork, so workers start fresh.
-    with (
-        ProcessPoolExecutor(min(workers, len(todo) // 16 + 1), mp_context=get_context("spawn")) as pool,
-        Progress(f"sample set in {root}", len(todo), enabled=progress) as bar,
-    ):
-        for _ in pool.map(Job.__call__, todo, chunksize=16):
-            bar.advance()
-
-
 def generate(arguments: Sequence[str] | None) -> int:
-    """Parse the arguments and make sure that the set is there."""
+    """Parse the arguments and generate the set."""
     parser = Parser(
         prog="python -m stvit_video.data.sample",
         form="[--root FOLDER] [--set NAME] [--seed NUMBER]",

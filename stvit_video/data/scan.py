@@ -1,12 +1,11 @@
 """Reading every video of a list once, to find those that cannot be decoded."""
 
 import json
-import queue
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,11 +18,10 @@ from stvit_video.data.decode.types import Choice, DecodeError, Indices, Reader
 if TYPE_CHECKING:
     from stvit_video.data.lists.annotations import Video
 
-
-SHORT_SIDE = 64  # nobody looks at the frames: they are reduced as they are decoded, and a block of them stays small
-BLOCK_BYTES = 64 * 2**20  # frames that are held at once where all are read
+SHORT_SIDE = 64  # frames are only decoded, not used: reduced to this, a block of them stays small
+BLOCK_BYTES = 64 * 2**20  # of frames in memory at once, where all are read
 FRAMES_FAIL = "frames cannot be decoded"
-# What a message says, and the cause it is counted under. The first that fits, so those that say more come first.
+# Part of an error's message, and the cause to count it under. The first match counts: more specific parts come first.
 CAUSES = (
     ("no such file", "no such file"),
     ("took more than", "took too long"),
@@ -41,7 +39,7 @@ CAUSES = (
 
 @dataclass(frozen=True)
 class EveryFrame:
-    """The choice that reads a whole video, block by block; only its first frame is sent back."""
+    """A choice that itself reads the whole video, block by block; only the first frame is then sent back."""
 
     def __call__(self, video: Reader) -> Indices:
         """Return the index of the first frame (1,). Raises DecodeError where a frame cannot be read."""
@@ -53,17 +51,17 @@ class EveryFrame:
 
 
 @dataclass(frozen=True)
-class Manner:
-    """How videos are read: by how many processes at once, which frames, with which decoders, in how many seconds."""
+class ScanSettings:
+    """How to read the videos of a list."""
 
-    workers: int
-    choice: Choice
+    workers: int  # decoding processes
+    choice: Choice  # of the frames to read
     decoders: tuple[str, ...]
-    deadline_s: float
+    deadline_s: float  # for each video
 
 
 class Listing(NamedTuple):
-    """A list: its videos, the piece of the file that names each, and what stands before, between and after those."""
+    """The videos of a list, the part of the file for each, and the text before, between and after these parts."""
 
     videos: "list[Video]"
     pieces: list[bytes]
@@ -73,17 +71,18 @@ class Listing(NamedTuple):
 
 
 def read_listing(path: Path, root: Path) -> Listing:
-    """Read lines ``path label``, a Kinetics CSV or a Something-Something JSON whose videos lie under ``root``.
+    """Read lines ``path label``, a Kinetics CSV or a Something-Something JSON of videos under ``root``.
 
-    Raises UsageError where the file is none of them.
+    Raises UsageError for any other file.
     """
+    # Imported late: these import torch, which the decoding processes, as they import this module, do not need.
     from stvit_video.data.lists.annotations import LIST_FORM, read_list
     from stvit_video.data.lists.catalogues import find_videos, read_catalogue
 
     if path.is_dir():
         raise UsageError(f"List {path} is a folder; give {LIST_FORM}, for class folders one line for each file.")
     catalogue = read_catalogue(path)
-    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # Windows' mark is the file's, not its first line's
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # the byte order mark is not part of the first line
     lines = [line for line in content.splitlines(keepends=True) if line.decode().strip()]
     if catalogue is None:
         return Listing(read_list(path, root), lines)
@@ -96,56 +95,28 @@ def read_listing(path: Path, root: Path) -> Listing:
     return Listing(videos, lines[1:], head=lines[0])
 
 
-def scan(paths: Sequence[str], manner: Manner) -> Iterator[DecodeError | None]:
-    """Read each video; yield as many results in the order in which they come: None, or why it cannot be read.
+def scan(paths: Sequence[str], settings: ScanSettings) -> Iterator[DecodeError | None]:
+    """Read each video; yield a result as each is done, in any order: None, or why it cannot be read."""
+    thread = threading.local()
 
-    Each thread has a decoding process. The threads are daemons: one that waits for a slow video, up to the deadline,
-    does not hold up Ctrl-C.
-    """
-    todo: queue.SimpleQueue[str] = queue.SimpleQueue()
-    for path in paths:
-        todo.put(path)
-    results: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-    stopped = threading.Event()
-    work = partial(threading.Thread, target=_work, args=(todo, results, stopped, manner), daemon=True)
-    threads = [work() for _ in range(min(manner.workers, len(paths)))]
-    for thread in threads:
-        thread.start()
-    try:
-        for _ in paths:
-            result = results.get()
-            if result is not None and not isinstance(result, DecodeError):
-                raise result
-            yield result
-    finally:
-        stopped.set()  # so that no process is started for what nobody waits for any more
-    for thread in threads:
-        thread.join()
+    def start() -> None:
+        thread.decoding = Decoding(settings.decoders, settings.deadline_s, SHORT_SIDE)
 
-
-def _work(
-    todo: "queue.SimpleQueue[str]",
-    results: "queue.SimpleQueue[BaseException | None]",
-    stopped: threading.Event,
-    manner: Manner,
-) -> None:
-    """Read videos until there are no more. Errors are results, too: the main thread raises our own mistakes."""
-    decoding = Decoding(manner.decoders, manner.deadline_s, SHORT_SIDE)
-    while not stopped.is_set():
+    def read(path: str) -> DecodeError | None:
         try:
-            path = todo.get_nowait()
-        except queue.Empty:
-            return
-        try:
-            decoding.read(decoding.request(path, manner.choice))
-        except BaseException as error:
-            results.put(error)
-        else:
-            results.put(None)
+            thread.decoding.read(thread.decoding.request(path, settings.choice))
+        except DecodeError as error:
+            return error
+        return None
+
+    # A thread for each decoding process. The pool's threads are daemons, so that one that waits for a slow video, up to
+    # the deadline, does not delay Ctrl-C. Other errors than DecodeError are raised here.
+    with ThreadPool(max(1, min(settings.workers, len(paths))), start) as pool:
+        yield from pool.imap_unordered(read, paths)
 
 
 def cause(error: DecodeError) -> str:
-    """Return what an error is counted under."""
+    """Return the cause under which an error is counted."""
     return next((name for part, name in CAUSES if part in error.message), error.message.partition(" (")[0])
 
 
@@ -156,7 +127,7 @@ def clean_list(listing: Listing, errors: dict[str, DecodeError]) -> bytes:
 
 
 def summarise(listing: Listing, errors: dict[str, DecodeError], output: Path) -> str:
-    """Return lines for the user: how many videos can be read, and how many cannot for which cause."""
+    """Return lines for the user: how many videos can be read, and how many cannot, by cause."""
     counts = Counter(cause(errors[video.path]) for video in listing.videos if video.path in errors)
     total, failed = len(listing.videos), sum(counts.values())
     lines = [f"{total - failed:,} of {total:,} videos can be read: {output / 'clean.txt'}"]

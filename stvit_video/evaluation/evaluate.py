@@ -71,7 +71,7 @@ def describe_videos(
         for batch in loader:
             failures += batch.failures
             if len(batch.labels):
-                clips = batch.to(world.device).clips
+                clips = batch.to(world.device).make_clips()
                 with autocast(world.device, precision):
                     figures = describe(clips).float()
                 views = len(figures) // len(batch.labels)

@@ -16,8 +16,8 @@ from stvit_video.data.decode.process import Decoding
 from stvit_video.data.decode.types import DecodeError, Frames, Indices
 from stvit_video.data.loader import build_decoding, build_sampler, build_test_views
 from stvit_video.data.streams.live import read_windows
-from stvit_video.data.streams.prefetch import ReadAhead
-from stvit_video.data.streams.windows import ClipsOfSpans, Clock, Span, check_seconds, spans_of
+from stvit_video.data.streams.prefetch import read_ahead
+from stvit_video.data.streams.windows import ClipsOfSpans, KnownTimes, Span, check_seconds, spans_of
 from stvit_video.inference.load import Trained, open_checkpoint
 from stvit_video.runtime.join import pick_device
 from stvit_video.runtime.precision import autocast, set_precision
@@ -149,7 +149,7 @@ class Predictor:
         results = [Prediction(name, self.classes) for name in names]
         waiting: deque[tuple[int, _Piece]] = deque()
         given = read = 0  # videos that were yielded, and those that are read to their end
-        for i, item in ReadAhead(names, lambda: self._reader(window, step), self.workers):
+        for i, item in read_ahead(names, lambda: self._reader(window, step), self.workers):
             if isinstance(item, _Piece):
                 waiting.append((i, item))
                 if len(waiting) < self.batch_size:
@@ -172,7 +172,7 @@ class Predictor:
         """
         check_seconds(window, step)
         result = Prediction(address, self.classes)
-        for _, item in ReadAhead([address], lambda: self._live_reader(window, step or window), 1):
+        for _, item in read_ahead([address], lambda: self._live_reader(window, step or window), 1):
             if isinstance(item, DecodeError):
                 raise item
             if item is not None:
@@ -199,8 +199,8 @@ class Predictor:
         for first in range(0, len(spans), together):
             part = tuple(spans[first : first + together])
             choice = ClipsOfSpans(self.sampler, self.views.clips, part)
-            frames = decoding.read(decoding.request(path, choice, more=first + together < len(spans)))
-            chosen = np.split(choice(Clock(times)), len(part))
+            frames = decoding.read(decoding.request(path, choice, keep_open=first + together < len(spans)))
+            chosen = np.split(choice(KnownTimes(times)), len(part))
             for span, clips, indices in zip(part, np.split(frames, len(part)), chosen, strict=True):
                 yield self._prepare(clips, span, started, self._repeats(indices))
                 started = time.perf_counter()
@@ -249,7 +249,7 @@ class Predictor:
 
     def _batch(self, videos: Sequence[Tensor]) -> Tensor:
         samples = [Sample(pixels, -1, i, (), []) for i, pixels in enumerate(videos)]
-        return Collate(self.views)(samples).to(self.device).clips
+        return Collate(self.views)(samples).to(self.device).make_clips()
 
 
 def build_predictor(

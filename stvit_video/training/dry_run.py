@@ -57,7 +57,7 @@ def rehearse_test(tester: Tester, model: nn.Module) -> str:
     waited = time.monotonic() - started
     text = "none for this process" if batch is None else "no video of the first could be read"
     if batch is not None and len(batch.labels):
-        clips = batch.to(tester.world.device).clips
+        clips = batch.to(tester.world.device).make_clips()
         with torch.no_grad(), autocast(tester.world.device, tester.precision):
             text = describe_shapes(clips, model.eval()(clips))
     return f"test batch: {text}; {waited:.2f} s to load"

@@ -197,7 +197,7 @@ class Trainer:
         for i in range(self.settings.accumulate):
             with self.clock.part("data"):
                 batch = self._next(batches)
-                clips, labels = batch.clips, batch.clip_labels
+                clips, labels = batch.make_clips(), batch.clip_labels
             # Processes exchange gradients once a step, with its last batch.
             with gradient_sync(self.wrapped, i + 1 == self.settings.accumulate):
                 with self.clock.part("forward"):

@@ -1,4 +1,4 @@
-"""Choices of frames for the decoding process, which imports this module: keep it light."""
+"""Choices of frames for the decoding process. It imports this module, so keep imports light."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from stvit_video.data.decode.types import Indices, Reader
 
 @dataclass(frozen=True)
 class Frozen:
-    """The choice of given frames, whatever the video."""
+    """Chooses given frames, for any video."""
 
     indices: tuple[int, ...]
 
@@ -22,7 +22,7 @@ class Frozen:
 
 @dataclass(frozen=True)
 class Sleeping:
-    """A decoder that never ends."""
+    """Hangs like a decoder in an endless loop."""
 
     def __call__(self, video: Reader) -> Indices:
         time.sleep(1e6)
@@ -31,7 +31,7 @@ class Sleeping:
 
 @dataclass(frozen=True)
 class Crashing:
-    """A decoder that crashes as native code does."""
+    """Crashes like native code."""
 
     def __call__(self, video: Reader) -> Indices:
         os.kill(os.getpid(), signal.SIGSEGV)

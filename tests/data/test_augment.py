@@ -15,7 +15,7 @@ CHOICES = np.random.default_rng
 
 
 def randaugment_at_nine() -> dict[str, torch.Tensor]:
-    """What each operation of RandAugment makes of the clip at 9 of 30: three tenths of its range."""
+    """Return the result of each operation of RandAugment at magnitude 9 of 30, which is 0.3 of its range."""
 
     def moved(
         angle: float = 0.0, translate: tuple[int, int] = (0, 0), shear: tuple[float, float] = (0, 0)
@@ -44,7 +44,7 @@ def randaugment_at_nine() -> dict[str, torch.Tensor]:
     return results
 
 
-def test_one_layer_of_randaugment_is_one_known_operation_on_all_frames_and_none_mirrors() -> None:
+def test_randaugment_applies_one_known_operation_per_layer_and_never_mirrors() -> None:
     known, seen = randaugment_at_nine(), set()
     for seed in range(300):
         clip = Augment(layers=1, magnitude=9).distort(CLIP, CHOICES(seed))
@@ -55,7 +55,7 @@ def test_one_layer_of_randaugment_is_one_known_operation_on_all_frames_and_none_
     assert seen == set(known)
 
 
-def test_each_frame_changes_as_it_would_alone() -> None:
+def test_all_frames_of_a_clip_are_augmented_alike() -> None:
     augment, changed = Augment(layers=2, magnitude=20, jitter=0.4), 0
     for seed in range(30):
         clip = augment.distort(CLIP, CHOICES(seed))
@@ -66,7 +66,7 @@ def test_each_frame_changes_as_it_would_alone() -> None:
     assert changed > 27
 
 
-def test_jitter_changes_grey_by_up_to_its_strength() -> None:
+def test_jitter_changes_brightness_up_to_its_strength() -> None:
     """Grey without detail has no contrast or saturation to change, so its brightness factor can be read."""
     grey = torch.full((2, 3, 4, 4), 100, dtype=torch.uint8)
     clips = [Augment(jitter=0.4).distort(grey, CHOICES(seed)) for seed in range(200)]
@@ -75,7 +75,7 @@ def test_jitter_changes_grey_by_up_to_its_strength() -> None:
     assert 57 <= levels.min() < 65 < 135 < levels.max() <= 140  # a grey value loses 1 in each of three roundings
 
 
-def test_erasing_covers_one_box_of_all_frames_with_noise_as_often_as_asked() -> None:
+def test_erasing_fills_one_box_of_all_frames_with_noise() -> None:
     shares, noise = [], []
     for seed in range(300):
         clip = Augment(erase=0.25).cover(torch.zeros(3, 4, 40, 40), CHOICES(seed))
@@ -95,7 +95,7 @@ def test_erasing_covers_one_box_of_all_frames_with_noise_as_often_as_asked() -> 
     assert torch.cat(noise).std() == pytest.approx(1, abs=0.02)
 
 
-def test_choices_come_from_the_given_generator_and_global_ones_are_left_alone() -> None:
+def test_augmentation_draws_from_its_generator_only() -> None:
     def run(seed: int) -> torch.Tensor:
         augment, rng = Augment(2, 15, 0.4, 1.0), CHOICES(seed)
         return augment.cover(augment.distort(CLIP, rng).transpose(0, 1).float(), rng)
@@ -111,14 +111,14 @@ def test_choices_come_from_the_given_generator_and_global_ones_are_left_alone() 
     assert not torch.equal(first, other)
 
 
-def test_the_global_generator_goes_on_after_an_error_too() -> None:
+def test_the_global_generator_is_restored_after_an_error() -> None:
     state = torch.get_rng_state()
     with pytest.raises(RuntimeError), torch_draws_from(5):
         torch.rand(3) @ torch.rand(4)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_switched_off_it_does_and_draws_nothing() -> None:
+def test_disabled_augmentation_draws_no_random_numbers() -> None:
     rng = CHOICES(0)
     clip = torch.zeros(3, 2, 8, 8)
     assert Augment().distort(CLIP, rng) is CLIP

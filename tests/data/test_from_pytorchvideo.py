@@ -19,7 +19,7 @@ from stvit_video.runtime.world import World
 from tests.conftest import data_config, numbered_frames, read_number
 
 
-def test_the_videos_of_a_data_set_keep_their_order_and_labels(small_set: Path) -> None:
+def test_videos_keep_order_and_labels(small_set: Path) -> None:
     paths = LabeledVideoPaths.from_path(str(small_set / "motion" / "train.csv"))
     videos = videos_of(LabeledVideoDataset(paths, make_clip_sampler("random", 1), decode_audio=False))
     assert videos == [Video(*line.split()[:1], int(line.split()[1])) for line in
@@ -30,7 +30,7 @@ def test_the_videos_of_a_data_set_keep_their_order_and_labels(small_set: Path) -
 
 
 @pytest.mark.parametrize("clips", [1, 2, 5])
-def test_test_clips_are_those_of_pytorchvideo(write_clip: Callable[..., Path], clips: int) -> None:
+def test_test_clips_equal_those_of_pytorchvideo(write_clip: Callable[..., Path], clips: int) -> None:
     path = str(write_clip(numbered_frames(100), rate=25))
     theirs = LabeledVideoDataset(
         [(path, {"label": 0})], make_clip_sampler("constant_clips_per_video", 0.8, clips), decode_audio=False
@@ -46,7 +46,7 @@ def test_test_clips_are_those_of_pytorchvideo(write_clip: Callable[..., Path], c
     assert all(set(np.diff(clip)) <= {2, 3} for clip in ours)
 
 
-def test_random_clips_are_of_the_right_length_and_draw_from_the_sample_alone(write_clip: Callable[..., Path]) -> None:
+def test_random_clips_draw_from_the_sample_seed_only(write_clip: Callable[..., Path]) -> None:
     video, sampler = open_video(str(write_clip(numbered_frames(100), rate=25))), SecondsSampler(8, 1.0)
     random.seed(5)
     state = random.getstate()
@@ -62,11 +62,11 @@ def test_random_clips_are_of_the_right_length_and_draw_from_the_sample_alone(wri
 
 
 @pytest.mark.parametrize("decoder", ["pyav", "decord"])  # of which PyTorchVideo changes the second as it is imported
-def test_seconds_are_a_way_of_sampling_in_a_configuration(small_set: Path, decoder: str) -> None:
+def test_sampling_by_seconds_is_configurable(small_set: Path, decoder: str) -> None:
     words = ["DATA.SAMPLING", "seconds", "DATA.CLIP_SECONDS", "0.5", "DATA.DECODER", decoder]
     cfg = data_config(small_set, *words)
     loader = build_train_loader(cfg, World(0, 1, torch.device("cpu")), build_lists(cfg).videos("train"))
     assert loader.dataset.sampler == SecondsSampler(8, 0.5)
     batch = next(iter(loader))
-    assert batch.clips.shape == (8, 3, 8, 64, 64)
+    assert batch.make_clips().shape == (8, 3, 8, 64, 64)
     assert batch.failures == []

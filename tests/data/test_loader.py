@@ -1,4 +1,4 @@
-"""Datasets and loaders: the same samples for any number of workers and processes, and nothing silently replaced."""
+"""Datasets and loaders: the same samples for any number of workers and processes, and no silent replacement."""
 
 import os
 import shutil
@@ -37,12 +37,12 @@ def views_loader(cfg: CfgNode, clips: int) -> DataLoader:
 
 def views_of(loader: DataLoader, key: SampleKey | int) -> torch.Tensor:
     """Return one sample's views (V, 3, T, H, W)."""
-    return loader.collate_fn([loader.dataset[key]]).clips
+    return loader.collate_fn([loader.dataset[key]]).make_clips()
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("length", [1, 11, 12, 64])
-def test_every_video_is_tested_exactly_once_in_unchanged_batches(world: int, length: int) -> None:
+def test_every_video_is_tested_once_for_any_world_size(world: int, length: int) -> None:
     shards = [list(ShardedBatches(length, 3, rank, world)) for rank in range(world)]
     batches = sorted(batch for shard in shards for batch in shard)
     assert [index for batch in batches for index in batch] == list(range(length))
@@ -51,7 +51,7 @@ def test_every_video_is_tested_exactly_once_in_unchanged_batches(world: int, len
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_step_sees_the_same_videos_for_any_world_and_accumulation(world: int, accumulate: int) -> None:
+def test_a_step_has_the_same_videos_for_any_world_size_and_accumulation(world: int, accumulate: int) -> None:
     def steps(world: int, accumulate: int) -> list[set[SampleKey]]:
         samplers = [EpochSampler(37, 16, accumulate, rank, world, seed=5) for rank in range(world)]
         for sampler in samplers:
@@ -66,7 +66,7 @@ def test_a_step_sees_the_same_videos_for_any_world_and_accumulation(world: int, 
     assert len(set().union(*found)) == 32
 
 
-def test_epochs_differ_in_order_and_in_random_choices(small_set: Path) -> None:
+def test_epochs_differ_in_order_and_augmentation(small_set: Path) -> None:
     loader = train_loader(data_config(small_set))
     order = list(loader.batch_sampler)
     loader.batch_sampler.epoch = 1
@@ -84,11 +84,11 @@ def test_the_first_batch_is_the_same_for_any_number_of_workers(small_set: Path) 
         loader = train_loader(data_config(small_set, "DATA.WORKERS", str(workers)))
         batches.append(next(iter(loader)))
     for batch in batches[1:]:
-        assert torch.equal(batch.clips, batches[0].clips)
+        assert torch.equal(batch.make_clips(), batches[0].make_clips())
         assert torch.equal(batch.indices, batches[0].indices)
 
 
-def test_views_are_the_clips_and_crops_of_their_video(write_clip: Callable[..., Path]) -> None:
+def test_views_are_clips_times_crops(write_clip: Callable[..., Path]) -> None:
     path = write_clip(numbered_frames(61, 48, 96)[:, :, :96])
     dataset = TestDataset(
         [Video(str(path), 3)],
@@ -97,7 +97,7 @@ def test_views_are_the_clips_and_crops_of_their_video(write_clip: Callable[..., 
         decoding=Decoding(("decord",), 60, 48),
         stage="test",
     )
-    views = Collate(dataset.views)([dataset[0]]).clips
+    views = Collate(dataset.views)([dataset[0]]).make_clips()
     assert views.shape == (9, 3, 4, 48, 48)
     starts = []
     for view in views[::3]:  # the left crop of each clip shows bits 0 to 2 and 4 to 6
@@ -108,14 +108,14 @@ def test_views_are_the_clips_and_crops_of_their_video(write_clip: Callable[..., 
     assert starts == [[number & 0b1110111 for number in clip] for clip in expected]
 
 
-def test_repeats_are_clips_of_one_decode_and_count_in_the_batch(small_set: Path) -> None:
+def test_repeats_count_in_the_batch_size(small_set: Path) -> None:
     loader = train_loader(data_config(small_set, "DATA.REPEATS", "2"))
     assert len(loader) == 32 * 2 // 8
     batch = next(iter(loader))
     assert len(batch.labels) == 4
-    assert batch.clips.shape[0] == 8
+    assert batch.make_clips().shape[0] == 8
     assert batch.clip_labels.tolist() == [label for label in batch.labels.tolist() for _ in range(2)]
-    assert not torch.equal(batch.clips[0], batch.clips[1])
+    assert not torch.equal(batch.make_clips()[0], batch.make_clips()[1])
     single = train_loader(data_config(small_set))
     twice = views_of(loader, SampleKey(0, 5))
     assert twice.shape == (2, 3, 8, 64, 64)
@@ -124,7 +124,7 @@ def test_repeats_are_clips_of_one_decode_and_count_in_the_batch(small_set: Path)
         train_loader(data_config(small_set, "DATA.REPEATS", "3"))
 
 
-def test_the_position_of_the_sampler_can_be_saved_and_restored(small_set: Path) -> None:
+def test_sampler_state_round_trips(small_set: Path) -> None:
     whole = EpochSampler(32, 8, 2, 0, 2, seed=3)
     whole.epoch = 4
     keys = list(whole)
@@ -133,9 +133,9 @@ def test_the_position_of_the_sampler_can_be_saved_and_restored(small_set: Path) 
     assert list(later) == keys[3:]
     assert later.state_dict() == {"epoch": 4, "start": 3}
     loader = train_loader(data_config(small_set, "DATA.WORKERS", "2"))
-    all_clips = [batch.clips for batch in loader]
+    all_clips = [batch.make_clips() for batch in loader]
     loader.batch_sampler.load_state_dict({"epoch": 0, "start": 2})
-    rest = [batch.clips for batch in loader]
+    rest = [batch.make_clips() for batch in loader]
     assert len(rest) == 2
     assert all(torch.equal(a, b) for a, b in zip(rest, all_clips[2:], strict=True))
 
@@ -151,7 +151,7 @@ def damaged_set(small_set: Path, tmp_path: Path) -> Path:
     return root
 
 
-def test_training_takes_the_next_video_and_reports(damaged_set: Path) -> None:
+def test_training_replaces_unreadable_videos_and_reports_them(damaged_set: Path) -> None:
     loader = train_loader(data_config(damaged_set))
     sample = loader.dataset[SampleKey(0, 1)]
     assert sample.index == 3
@@ -161,7 +161,18 @@ def test_training_takes_the_next_video_and_reports(damaged_set: Path) -> None:
     assert len(batch.failures) == 3
 
 
-def test_testing_replaces_nothing(damaged_set: Path) -> None:
+def test_an_unreadable_video_does_not_change_other_samples_of_the_batch(damaged_set: Path) -> None:
+    """The decoder holds several requests, and a replacement must not get the frames of another video."""
+    dataset = train_loader(data_config(damaged_set)).dataset
+    keys = [SampleKey(0, index) for index in (1, 5, 9, 12, 20)]
+    together, alone = dataset.__getitems__(keys), [dataset[key] for key in keys]
+    assert [sample.index for sample in together] == [3, 5, 10, 12, 20]
+    for a, b in zip(together, alone, strict=True):
+        assert (a.index, a.label, a.seed) == (b.index, b.label, b.seed)
+        assert torch.equal(a.pixels, b.pixels)
+
+
+def test_testing_replaces_no_video(damaged_set: Path) -> None:
     loader = views_loader(data_config(damaged_set, "DATA.MAX_FAILURES", "0.5"), clips=2)
     batch = next(iter(loader))
     assert batch.indices.tolist() == [i for i in range(16) if i not in (3, 15)]
@@ -169,7 +180,7 @@ def test_testing_replaces_nothing(damaged_set: Path) -> None:
     assert all(failure.stage == "test" for failure in batch.failures)
 
 
-def test_training_gives_up_after_a_bounded_number_of_tries(tmp_path: Path) -> None:
+def test_training_gives_up_after_max_tries(tmp_path: Path) -> None:
     transform = TrainTransform(32, PLAIN, (32, 32), None, (1, 1), False)
     videos = [Video(str(tmp_path / f"{i}.mp4"), 0) for i in range(30)]
     sampler = ClipSampler("dense", 2)
@@ -188,7 +199,7 @@ def test_training_gives_up_after_a_bounded_number_of_tries(tmp_path: Path) -> No
         (["DATA.ROOT", "/nowhere"], "/nowhere/motion/train.csv is missing"),
     ],
 )
-def test_wrong_settings_are_named(small_set: Path, overrides: list[str], says: str) -> None:
+def test_invalid_settings_are_named(small_set: Path, overrides: list[str], says: str) -> None:
     with pytest.raises(UsageError) as error:
         train_loader(data_config(small_set, *overrides))
     assert says in str(error.value)
@@ -201,7 +212,7 @@ def numbers(views: torch.Tensor) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("sampling", ["dense", "uniform"])
-def test_the_frames_of_a_sample_are_those_of_its_sampling(
+def test_samples_have_the_frames_of_their_sampler(
     small_set: Path, tmp_path: Path, write_clip: Callable[..., Path], sampling: str
 ) -> None:
     for split in ("train", "test"):
@@ -238,7 +249,7 @@ def test_a_still_is_a_clip_of_equal_frames(small_set: Path, frames: int) -> None
     assert names[loaders[1].dataset[5].label] == Path(build_lists(cfg).videos("test")[5].path).parent.name
 
 
-def test_what_failed_is_listed_although_the_run_stops(
+def test_failures_are_listed_when_the_run_stops(
     small_run: Callable[..., list[str]], refused: Callable[[list[str]], str], damaged_set: Path, tmp_path: Path
 ) -> None:
     words = ["DATA.ROOT", str(damaged_set), "DATA.VAL_LIST", ""]

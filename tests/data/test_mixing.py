@@ -18,9 +18,9 @@ def mix(seed: int, **settings: float) -> tuple[Tensor, Tensor]:
 
 
 def sources(shares: Tensor) -> tuple[float, Tensor, Tensor]:
-    """Return the larger share, the clip it belongs to in each mixed one (B, ...), and the other clip (B, ...).
+    """Return the larger share, and for each mixed clip the clip with that share (B, ...) and the other (B, ...).
 
-    Each clip has a label of its own here, so its shares of the labels tell where a mixed clip is from.
+    Each clip has its own label here, so the shares of the labels identify the clips.
     """
     of_clips = shares[:, LABELS]
     torch.testing.assert_close(of_clips.sum(dim=1), torch.ones(4))
@@ -35,7 +35,7 @@ def is_blend(clips: Tensor, shares: Tensor) -> bool:
     return torch.allclose(clips, large * first + (1 - large) * second, atol=1e-5)
 
 
-def test_mixup_blends_clips_as_their_labels() -> None:
+def test_mixup_blends_clips_and_labels_alike() -> None:
     larger = []
     for seed in range(50):
         clips, shares = mix(seed, mixup=1.0)
@@ -46,7 +46,7 @@ def test_mixup_blends_clips_as_their_labels() -> None:
     assert max(larger) > 0.95
 
 
-def test_cutmix_takes_one_box_of_all_frames_as_large_as_its_share_of_the_labels() -> None:
+def test_cutmix_pastes_one_box_with_the_area_of_its_label_share() -> None:
     larger = []
     for seed in range(50):
         clips, shares = mix(seed, cutmix=1.0)
@@ -60,7 +60,7 @@ def test_cutmix_takes_one_box_of_all_frames_as_large_as_its_share_of_the_labels(
     assert max(larger) > 0.9
 
 
-def test_probability_and_switch_are_the_shares_of_batches() -> None:
+def test_probability_and_switch_are_relative_frequencies() -> None:
     blended = cut = untouched = 0
     for seed in range(300):
         clips, shares = mix(seed, mixup=1.0, cutmix=1.0, probability=0.6, switch=0.25)
@@ -75,14 +75,14 @@ def test_probability_and_switch_are_the_shares_of_batches() -> None:
     assert cut / (cut + blended) == pytest.approx(0.25, abs=0.08)
 
 
-def test_neighbours_in_a_batch_are_mixed_with_each_other_no_more_than_with_others() -> None:
+def test_mix_shuffles_pairs() -> None:
     """Repeated clips of a video are neighbours."""
     pairs = [set(row.nonzero().flatten().tolist()) for seed in range(200) for row in mix(seed, mixup=1.0)[1]]
     partners = [len(pair & {0}) for pair in pairs if 2 in pair]  # labels 2 and 0 are those of the first two clips
     assert sum(partners) / len(partners) == pytest.approx(1 / 3, abs=0.08)
 
 
-def test_the_seed_alone_decides_and_the_global_generator_is_left_alone() -> None:
+def test_mixing_depends_on_the_seed_only() -> None:
     both = {"mixup": 0.8, "cutmix": 1.0}
     state = torch.get_rng_state()
     first, other = mix(1, **both), mix(2, **both)
@@ -93,7 +93,7 @@ def test_the_seed_alone_decides_and_the_global_generator_is_left_alone() -> None
 
 
 @pytest.mark.parametrize("kind", ["TRAIN.MIXUP", "TRAIN.CUTMIX"])
-def test_a_clip_without_a_partner_is_refused(
+def test_mixing_needs_two_clips(
     small_run: Callable[..., list[str]], refused: Callable[[list[str]], str], kind: str
 ) -> None:
     said = refused(small_run(kind, "0.5", "TRAIN.BATCH_SIZE", "4", "TRAIN.ACCUMULATE", "4"))

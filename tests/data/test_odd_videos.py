@@ -1,4 +1,4 @@
-"""Videos that are whole but odd: frames that are not shown, cut off or never refreshed at once, yet all are exact."""
+"""Unusual videos: with hidden frames, frames before an edit list, or gradual refresh. All frames are exact."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ import av
 import numpy as np
 import pytest
 
-from stvit_video.data.decode.frames import Request, find_decoders, open_video, read_frames
+from stvit_video.data.decode.frames import FrameRequest, find_decoders, open_video, read_file
 from stvit_video.data.decode.types import DecodeError
 from tests.conftest import copy_packets, numbered_frames, read_number
 from tests.data.choices import Frozen
@@ -16,9 +16,9 @@ COUNT = 200
 
 
 def check_frames(path: Path, numbers: Sequence[int]) -> None:
-    """Make sure that PyAV finds a video's frames, which have these numbers, and that others leave them to it.
+    """Check that PyAV reads the frames with these numbers, and that the other decoders refuse the file.
 
-    Each frame is asked for alone, then several at once, near and far from each other.
+    Each frame is requested alone, then several at once, near and far from each other.
     """
     rng = np.random.default_rng(0)
     choices = [(index,) for index in range(len(numbers))]
@@ -26,7 +26,7 @@ def check_frames(path: Path, numbers: Sequence[int]) -> None:
     choices += [tuple(rng.integers(0, len(numbers), 8).tolist()) for _ in range(8)]
     assert open_video(str(path), decoder="pyav").length == len(numbers)
     for indices in choices:
-        frames = read_frames(Request(str(path), Frozen(indices), None, ("pyav",)))
+        frames = read_file(FrameRequest(str(path), Frozen(indices), None, ("pyav",)))
         assert [read_number(frame) for frame in frames] == [numbers[index] for index in indices]
     for decoder in find_decoders("auto")[1:]:
         with pytest.raises(DecodeError, match=f"where {decoder} finds wrong frames; DATA.DECODER auto reads it"):
@@ -34,10 +34,10 @@ def check_frames(path: Path, numbers: Sequence[int]) -> None:
 
 
 @pytest.mark.parametrize("container", ["webm", "mkv"])
-def test_references_of_vp8_that_are_not_shown_are_no_frames(
+def test_hidden_reference_frames_of_vp8_are_not_counted(
     write_clip: Callable[..., Path], tmp_path: Path, container: str
 ) -> None:
-    """As libvpx writes them in two passes. Here, some that others refer to are marked as hidden, in their fifth bit."""
+    """libvpx writes them in two passes. Here, some reference frames are marked as hidden, by their fifth bit."""
     hidden = [31, 32, 77, 150]
     source = write_clip(numbered_frames(COUNT), "source.webm", "libvpx", g="60", b="1M", deadline="realtime")
     numbers = iter(range(COUNT))
@@ -57,10 +57,8 @@ def test_references_of_vp8_that_are_not_shown_are_no_frames(
 
 
 @pytest.mark.parametrize("container", ["mp4", "mkv"])
-def test_frames_are_exact_where_pictures_are_refreshed_gradually(
-    write_clip: Callable[..., Path], container: str
-) -> None:
-    """A column at a time: only the first is a key frame, but others, where a refresh begins, are marked as such."""
+def test_frames_are_exact_with_gradual_refresh(write_clip: Callable[..., Path], container: str) -> None:
+    """The picture is refreshed column by column. Only the first frame is a key frame, but others are marked as such."""
     path = write_clip(
         numbered_frames(COUNT), f"clip.{container}", **{"x264-params": "intra-refresh=1:keyint=40:scenecut=0"}
     )
@@ -73,10 +71,10 @@ def test_frames_are_exact_where_pictures_are_refreshed_gradually(
 
 @pytest.mark.parametrize("options", [{}, {"bf": "0"}, {"flags": "-cgop", "bf": "2"}], ids=str)
 @pytest.mark.parametrize("first", [1, 27, 60])
-def test_what_an_edit_list_cuts_off_at_the_start_is_no_frame(
+def test_frames_before_an_edit_list_are_not_counted(
     write_clip: Callable[..., Path], tmp_path: Path, first: int, options: dict
 ) -> None:
-    """As cutting without encoding leaves it: what the first shown frame refers to is still there, before time 0."""
+    """Cutting without encoding keeps the references of the first shown frame, at times before 0."""
     source = write_clip(numbered_frames(COUNT), "source.mp4", g="25", **options)
 
     def shift(packet: av.Packet) -> av.Packet:

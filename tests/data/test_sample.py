@@ -1,4 +1,4 @@
-"""The sample set: deterministic, finished after an interruption, and untellable from one frame."""
+"""The sample sets: deterministic, completed after an interruption, and with motions that no single frame shows."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ def digest(root: Path) -> str:
 
 
 @pytest.mark.parametrize("spec", [SPEC, HARD], ids=lambda spec: spec.name)
-def test_same_seed_same_bytes_other_seed_other_bytes(spec: sample.Spec, tmp_path: Path) -> None:
+def test_the_seed_determines_all_bytes(spec: sample.Spec, tmp_path: Path) -> None:
     for name, one, workers in (("a", spec, 1), ("b", spec, 2), ("c", replace(spec, seed=1), 2)):
         sample.prepare(tmp_path / name, one, workers=workers, progress=False)
     assert digest(tmp_path / "a") == digest(tmp_path / "b") != digest(tmp_path / "c")
@@ -50,7 +50,7 @@ def test_layout_lists_and_files_agree(small_set: Path) -> None:
     assert sorted(path.name for path in (small_set / "stills" / "train").iterdir()) == sorted(sprites.SHAPES)
 
 
-def test_the_hard_set_has_every_class_equally_often(tmp_path: Path) -> None:
+def test_the_hard_set_is_balanced(tmp_path: Path) -> None:
     sample.prepare(tmp_path, HARD, progress=False)
     assert tuple(read_classes(tmp_path / "motion_shape" / "classes.txt")) == sample_hard.CLASSES
     for split in sample.SPLITS:
@@ -63,7 +63,7 @@ def test_the_hard_set_has_every_class_equally_often(tmp_path: Path) -> None:
         sample.prepare(tmp_path, SPEC)
 
 
-def test_a_folder_made_before_sets_had_names_is_still_one(tmp_path: Path) -> None:
+def test_records_without_a_name_are_accepted(tmp_path: Path) -> None:
     sample.prepare(tmp_path, SPEC, progress=False)
     record = json.loads((tmp_path / "sample.json").read_text())
     assert record.pop("name") == "sample"
@@ -71,7 +71,7 @@ def test_a_folder_made_before_sets_had_names_is_still_one(tmp_path: Path) -> Non
     sample.prepare(tmp_path, SPEC, progress=False)
 
 
-def test_an_interrupted_generation_is_finished_not_half_used(tmp_path: Path) -> None:
+def test_interrupted_generation_is_completed(tmp_path: Path) -> None:
     root = tmp_path / "set"
     code = f"from stvit_video.data import sample; sample.prepare({str(root)!r}, sample.Spec((400, 8, 8), (8, 8)))"
     process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stderr=subprocess.DEVNULL)
@@ -93,7 +93,7 @@ def test_an_interrupted_generation_is_finished_not_half_used(tmp_path: Path) -> 
     }
 
 
-def test_a_lost_or_emptied_file_is_made_again(tmp_path: Path) -> None:
+def test_lost_and_empty_files_are_generated_again(tmp_path: Path) -> None:
     root = tmp_path / "set"
     sample.prepare(root, SPEC, progress=False)
     whole = digest(root)
@@ -103,7 +103,7 @@ def test_a_lost_or_emptied_file_is_made_again(tmp_path: Path) -> None:
     assert digest(root) == whole
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+def test_other_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "holiday.mp4").touch()
     with pytest.raises(UsageError, match="holds no sample set"):
         sample.prepare(tmp_path, SPEC)
@@ -116,7 +116,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 
 
 def states(motion: str, time_step: int, count: int = 1500) -> np.ndarray:
-    """x, y, angle and log-radius, as shares of their range, of ``count`` sprites at one frame."""
+    """Return x, y, angle and log-radius of ``count`` sprites in one frame, each scaled to 0 to 1."""
     rows = []
     for i in range(count):
         state = sprites.trajectory(motion, np.random.default_rng([7, sprites.MOTIONS.index(motion), i]))
@@ -128,14 +128,14 @@ def states(motion: str, time_step: int, count: int = 1500) -> np.ndarray:
 
 @pytest.mark.parametrize("time_step", [0, 10, 19])
 @pytest.mark.parametrize("motion", sprites.MOTIONS)
-def test_every_frame_is_distributed_alike_in_every_class(motion: str, time_step: int) -> None:
+def test_single_frames_have_the_same_distribution_in_every_class(motion: str, time_step: int) -> None:
     """Kolmogorov's distance to the uniform distribution, at its 0.1 % critical value, for each quantity."""
     values = np.sort(states(motion, time_step), axis=0)
     uniform = (np.arange(len(values)) + 0.5)[:, None] / len(values)
     assert np.abs(values - uniform).max() < 1.95 / np.sqrt(len(values))
 
 
-def test_motions_move_what_they_name() -> None:
+def test_motions_change_the_named_quantity() -> None:
     def change(motion: str, quantity: str, period: float | None) -> np.ndarray:
         steps = np.diff(getattr(sprites.trajectory(motion, np.random.default_rng(3)), quantity))
         return steps if period is None else (steps + period / 2) % period - period / 2
@@ -190,8 +190,8 @@ def test_clockwise_is_clockwise_on_the_screen() -> None:
 
 
 @pytest.mark.parametrize("label", sample_hard.CLASSES)
-def test_the_large_sprite_of_the_hard_set_moves_as_named(label: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Alone and before a still camera, it travels half a picture to a whole one, by the phase of its outline."""
+def test_the_large_sprite_of_the_hard_set_moves_in_its_direction(label: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without other sprites and camera motion, it moves by half to one picture side, measured by its phase."""
     monkeypatch.setattr(sample_hard, "DISTRACTORS", 0)
     monkeypatch.setattr(sample_hard, "PAN", 0.0)
     frames = sample_hard.draw(label, np.random.default_rng(5)).astype(float)
@@ -206,8 +206,8 @@ def test_the_large_sprite_of_the_hard_set_moves_as_named(label: str, monkeypatch
     assert abs(abs(travelled[0]) + abs(travelled[1]) - along) < 0.1
 
 
-def test_clutter_is_still_but_for_the_camera(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no sprite is drawn, each frame is the first one, displaced."""
+def test_clutter_moves_only_with_the_camera(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without sprites, each frame is a shifted copy of the first."""
     monkeypatch.setattr(sample_hard, "_add", lambda *_: None)
     frames = sample_hard.draw("left ring", np.random.default_rng(2))
     moved = [np.roll(frames[0], (y, x), axis=(0, 1)) for y in range(-32, 32) for x in range(-32, 32)]
@@ -216,7 +216,7 @@ def test_clutter_is_still_but_for_the_camera(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_one_frame_model_stays_at_chance() -> None:
-    """A network trained on single frames of 2,048 videos' worth of drawings cannot tell their motion on new ones."""
+    """A network trained on single frames of 2,048 videos does not recognise the motion of new ones."""
 
     def drawings(seed: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         pictures = []

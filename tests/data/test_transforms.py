@@ -41,7 +41,7 @@ def test_three_crops_lie_along_the_longer_side(portrait: bool) -> None:
 
 
 def test_training_crop_of_the_file_size_is_a_plain_crop() -> None:
-    """Short side 60 on a 60-pixel file resizes nothing, so the crop must be found in the frames as they are."""
+    """Short side 60 of frames of 60 pixels resizes nothing, so the crop is a part of the original frames."""
     clip = train(short_side=(60, 60))(FRAMES, np.random.default_rng(3))
     places = CLIP.unfold(2, 32, 1).unfold(3, 32, 1)  # (T, 3, rows, columns, 32, 32)
     raw = clip.transpose(0, 1) * torch.tensor(NORMALISE.std).view(3, 1, 1) + torch.tensor(NORMALISE.mean).view(3, 1, 1)
@@ -50,7 +50,7 @@ def test_training_crop_of_the_file_size_is_a_plain_crop() -> None:
     assert matches.sum() == 1
 
 
-def test_the_same_generator_state_gives_the_same_clip_and_the_range_is_used() -> None:
+def test_the_generator_determines_the_clip() -> None:
     for transform in (train(flip=True), train(area=(0.2, 1.0))):
         first, again, other = (transform(FRAMES, np.random.default_rng(seed)) for seed in (1, 1, 2))
         assert torch.equal(first, again)
@@ -58,7 +58,7 @@ def test_the_same_generator_state_gives_the_same_clip_and_the_range_is_used() ->
         assert first.shape == (3, 4, 32, 32)
 
 
-def test_an_array_and_a_tensor_give_the_same_clip() -> None:
+def test_arrays_and_tensors_give_the_same_clip() -> None:
     transform = train(area=(0.2, 1.0), flip=True, augment=Augment(2, 9, 0.4, 1.0))
     for seed in range(5):
         clip = transform(FRAMES, CHOICES(seed))
@@ -66,7 +66,7 @@ def test_an_array_and_a_tensor_give_the_same_clip() -> None:
 
 
 def test_a_clip_stays_on_the_device_of_its_frames() -> None:
-    """A fake GPU refuses to mix devices but has no values to draw; augmentation, which draws, has a meta tensor."""
+    """A fake GPU tensor refuses to mix devices, but has no values, which augmentation needs: there, a meta tensor."""
     for seed in range(20):
         with FakeTensorMode():
             frames = torch.empty(FRAMES.shape, dtype=torch.uint8, device="cuda")
@@ -76,7 +76,7 @@ def test_a_clip_stays_on_the_device_of_its_frames() -> None:
         assert (clip.device.type, clip.shape) == ("meta", (3, 4, 32, 32))
 
 
-def test_colours_change_before_normalisation_and_erasing_comes_after() -> None:
+def test_colours_change_before_normalisation_erasing_after() -> None:
     frames = FRAMES[:, :32, :32]  # nothing to crop, so that no choice is drawn before those of the augmentation
     clip = CLIP[..., :32, :32]
     pixels = torch.from_numpy(np.ascontiguousarray(frames))
@@ -87,7 +87,7 @@ def test_colours_change_before_normalisation_and_erasing_comes_after() -> None:
         assert torch.equal(erased, Augment(erase=1.0).cover(NORMALISE(pixels), CHOICES(seed)))
 
 
-def test_flip_mirrors_half_of_the_clips_and_only_when_asked() -> None:
+def test_flip_mirrors_half_of_the_clips() -> None:
     ramp = np.broadcast_to(np.arange(90, dtype=np.uint8)[None, None, :, None], (2, 60, 90, 3)).copy()
     rng = np.random.default_rng(0)
 

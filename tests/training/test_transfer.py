@@ -160,7 +160,7 @@ def test_the_image_head_is_scored_where_the_classes_agree(
     loader = build_test_loader(cfg, World(0, 1, torch.device("cpu")), build_lists(cfg).videos("test"), clips=2)
     for i in range(16):
         batch = loader.collate_fn([loader.dataset[i]])
-        frames = batch.clips.transpose(1, 2).flatten(0, 1)  # all frames of both views
+        frames = batch.make_clips().transpose(1, 2).flatten(0, 1)  # all frames of both views
         with torch.no_grad():
             hits += int(model(frames[:, :, None]).softmax(1).mean(0).argmax() == batch.labels[0])
     assert first["top1"] == 100 * hits / 16

@@ -1,7 +1,7 @@
-"""PyTorchVideo's data sets and clip samplers in this package's loaders, which survive what its own do not.
+"""PyTorchVideo's data sets and clip samplers in this package's loaders.
 
-A ``LabeledVideoDataset`` ends at the first clip that cannot be decoded and cannot go on from the middle of an epoch;
-its list, and the clips that its samplers choose, serve here as any others.
+A ``LabeledVideoDataset`` stops at the first clip that cannot be decoded and cannot resume inside an epoch. This
+package's loaders can go on in both cases, with its list of videos and the clips that its samplers choose.
 """
 
 import random
@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 from pytorchvideo.data.clip_sampling import ConstantClipsPerVideoSampler, RandomClipSampler
 
+from stvit_video.data.clips.sampling import TOLERANCE_S
 from stvit_video.data.decode.types import Indices, Timeline, Times
 from stvit_video.data.lists.annotations import Video
 
 
 def videos_of(dataset: Any) -> list[Video]:
-    """Return the videos of a ``LabeledVideoDataset``, or of anything else made of (path, {"label": number}) pairs.
+    """Return the videos of a ``LabeledVideoDataset``, or of any sequence of (path, {"label": number}) pairs.
 
-    Raises ValueError where a video has no label, as those of PyTorchVideo's unlabelled lists.
+    Raises ValueError for a video without a label, as in PyTorchVideo's unlabelled lists.
     """
     pairs = getattr(dataset, "_labeled_videos", dataset)
     videos = []
@@ -36,23 +37,23 @@ def videos_of(dataset: Any) -> list[Video]:
 
 @dataclass(frozen=True)
 class SecondsSampler:
-    """Clips of so many ``seconds`` as PyTorchVideo's samplers place them, ``frames`` evenly spread over each.
+    """Chooses clips of a duration, ``frames`` evenly spaced in each, as PyTorchVideo's samplers place them.
 
-    Training takes its ``RandomClipSampler``, testing its ``ConstantClipsPerVideoSampler``.
+    Training uses its ``RandomClipSampler``, testing its ``ConstantClipsPerVideoSampler``.
     """
 
     frames: int
     seconds: float
 
     def random(self, video: Timeline, rng: np.random.Generator) -> Indices:
-        """Return the indices (frames,) of a training clip out of a video."""
+        """Return the indices (frames,) of a training clip."""
         times = video.times()
         with _python_draws_from(int(rng.integers(2**63))):
             clip = RandomClipSampler(Fraction(self.seconds))(0, _duration(times), {})
         return self._spread(times, clip.clip_start_sec)
 
     def even(self, video: Timeline, clips: int) -> list[Indices]:
-        """Return the indices of ``clips`` test clips, the same at every call."""
+        """Return the indices (frames,) of each of ``clips`` test clips; the same at every call."""
         times, sampler = video.times(), ConstantClipsPerVideoSampler(Fraction(self.seconds), clips)
         chosen, last = [], Fraction(0)
         for _ in range(clips):
@@ -62,21 +63,21 @@ class SecondsSampler:
         return chosen
 
     def _spread(self, times: Times, start: Fraction) -> Indices:
-        """Return ``frames`` of those shown from ``start`` on, as PyTorchVideo's UniformTemporalSubsample does."""
-        first, end = np.searchsorted(times, [float(start) - 1e-6, float(start) + self.seconds - 1e-6])
+        """Return ``frames`` indices from ``start`` on, spaced as by PyTorchVideo's UniformTemporalSubsample."""
+        first, end = np.searchsorted(times, [float(start) - TOLERANCE_S, float(start) + self.seconds - TOLERANCE_S])
         first = min(int(first), len(times) - 1)
         return np.linspace(first, max(first, end - 1), self.frames).astype(np.int64)
 
 
 def _duration(times: Times) -> Fraction:
-    """Return how long a video is, its last frame being shown as long as the one before."""
+    """Return the duration of a video; its last frame is assumed to last as long as the one before."""
     step = times[-1] - times[-2] if len(times) > 1 else 0.0
     return Fraction(float(times[-1] + step)).limit_denominator(10**6)
 
 
 @contextmanager
 def _python_draws_from(seed: int) -> Iterator[None]:
-    """Let Python's generator, which PyTorchVideo draws from, start from ``seed`` inside the block alone."""
+    """Seed Python's generator, which PyTorchVideo draws from, inside the block, and restore its state afterwards."""
     state = random.getstate()
     random.seed(seed)
     try:

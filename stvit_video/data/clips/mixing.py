@@ -13,32 +13,36 @@ from stvit_video.runtime.world import World
 
 
 class Mix:
-    """Put the clips of a batch in random order, then mix each, and its label, with the clip before it.
+    """Shuffles the clips of a batch, then mixes each, and its label, with the one before it."""
 
-    ``mixup`` and ``cutmix`` are the alphas of the two; one may be 0, which leaves it out. A batch is mixed with
-    ``probability``; where both are used, ``switch`` is the share of CutMix.
-    """
-
-    def __init__(self, *, mixup: float, cutmix: float, probability: float, switch: float, num_classes: int) -> None:
+    def __init__(
+        self,
+        *,
+        mixup: float,  # alpha of MixUp; 0 leaves it out
+        cutmix: float,  # alpha of CutMix; 0 leaves it out
+        probability: float,  # of mixing a batch at all
+        switch: float,  # probability of CutMix where both are used
+        num_classes: int,
+    ) -> None:
         kinds = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
         self.transforms = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha > 0]
         self.probability, self.switch, self.num_classes = probability, switch, num_classes
 
     def __call__(self, clips: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Map clips (B, 3, T, H, W) and labels (B,) to clips and each class's share (B, classes), drawn from seed."""
+        """Map clips (B, 3, T, H, W) and labels (B,) to mixed clips and the share of each class (B, classes)."""
         with torch_draws_from(seed):
             if torch.rand(()) >= self.probability:
                 return clips, F.one_hot(labels, self.num_classes).float()
             transform = self.transforms[-1 if torch.rand(()) < self.switch else 0]
-            # Clips of one video lie side by side in a batch; mixed with each other they would teach nothing new.
+            # Clips of one video are neighbours in a batch; mixing them with each other would add little variety.
             order = torch.randperm(len(labels)).to(clips.device)
-            # As videos they may have five dimensions, of which the last two are H and W.
+            # tv_tensors.Video says that the last two of the five dimensions are H and W.
             mixed, shares = transform(tv_tensors.Video(clips[order]), labels[order])
         return mixed.as_subclass(Tensor), shares
 
 
 def build_mix(cfg: CfgNode, world: World, num_classes: int) -> Mix | None:
-    """Return the mixing that TRAIN.MIXUP and TRAIN.CUTMIX ask for; None where both are 0."""
+    """Return the mixing configured by TRAIN.MIXUP and TRAIN.CUTMIX; None where both are 0."""
     if cfg.TRAIN.MIXUP == 0 and cfg.TRAIN.CUTMIX == 0:
         return None
     parts = world.size * cfg.TRAIN.ACCUMULATE * cfg.DATA.REPEATS

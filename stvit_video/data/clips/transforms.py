@@ -1,7 +1,7 @@
 """Frames to clips: uint8 (T, H, W, 3) from the decoder to normalised float (3, T, S, S) for the model.
 
-A crop of a resized frame is computed as one resize of a crop: fewer pixels are touched, and frames stay uint8 until
-the end.
+A crop of a resized frame is computed as the resize of a crop, which processes fewer pixels. Frames stay uint8 until the
+end.
 """
 
 import math
@@ -20,25 +20,21 @@ from stvit_video.data.decode.types import Frames
 
 @contextmanager
 def torch_draws_from(seed: int) -> Iterator[None]:
-    """Let torch's CPU generator start from ``seed`` inside the block, and go on afterwards as if nothing was drawn."""
+    """Seed torch's CPU generator inside the block, and restore its state afterwards."""
     with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which would seed the GPUs too, and with them the dropout of the training around us.
+        # torch.manual_seed would seed the GPUs too, and with them the dropout of the training that calls this.
         torch.default_generator.manual_seed(seed)
         yield
 
 
 @dataclass(frozen=True)
 class Augment:
-    """RandAugment, colour jitter and random erasing of one clip; what is 0 is left out and draws nothing.
+    """RandAugment, colour jitter and random erasing of a clip. What is 0 is left out and draws no random numbers."""
 
-    ``layers`` operations of RandAugment have a ``magnitude`` of 0 to 30; none of them mirrors. ``jitter`` is the
-    largest relative change of brightness, contrast and saturation, ``erase`` the probability of random erasing.
-    """
-
-    layers: int = 0
-    magnitude: int = 9
-    jitter: float = 0.0
-    erase: float = 0.0
+    layers: int = 0  # operations of RandAugment, none of which mirrors
+    magnitude: int = 9  # of these operations, 0 to 30
+    jitter: float = 0.0  # largest relative change of brightness, contrast and saturation
+    erase: float = 0.0  # probability of random erasing
 
     def distort(self, clip: Tensor, rng: np.random.Generator) -> Tensor:
         """Return uint8 (T, 3, H, W) after RandAugment and colour jitter, as uint8."""
@@ -53,7 +49,7 @@ class Augment:
             return v2.Compose(steps)(clip)
 
     def cover(self, clip: Tensor, rng: np.random.Generator) -> Tensor:
-        """Return normalised float (3, T, H, W), maybe with one rectangle of noise over all frames, in place."""
+        """Fill a random rectangle of all frames (3, T, H, W), normalised float, with noise; in place."""
         if self.erase == 0:
             return clip
         with torch_draws_from(_seed(rng)):
@@ -82,18 +78,14 @@ class Normalise:
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Random crop, optional mirror image and augmentation, each the same for all frames of a clip.
+    """Random crop, optional mirroring and augmentation, each the same for all frames of a clip."""
 
-    With ``area`` None: the short side becomes a random length in ``short_side``, then a random square is cut. Else a
-    random share ``area`` of the frame, with a random ``ratio`` of width to height, is stretched to the square.
-    """
-
-    size: int
+    size: int  # of the crop's sides
     normalise: Normalise
-    short_side: tuple[int, int]
-    area: tuple[float, float] | None
-    ratio: tuple[float, float]
-    flip: bool
+    short_side: tuple[int, int]  # without ``area``: resize the short side to a random length in this range, then crop
+    area: tuple[float, float] | None  # else stretch a random share of the frame's area in this range to the crop
+    ratio: tuple[float, float]  # with ``area``: of width to height
+    flip: bool  # mirror a clip with probability 0.5
     augment: Augment = field(default_factory=Augment)
 
     def crop(self, frames: Frames | Tensor, rng: np.random.Generator) -> Tensor:
@@ -117,7 +109,7 @@ class TrainTransform:
     def _box(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
         if self.area is None:
             side = int(rng.integers(self.short_side[0], self.short_side[1] + 1))
-            crop = max(1, round(self.size * min(height, width) / side))  # the square, in the file's own pixels
+            crop = max(1, round(self.size * min(height, width) / side))  # the square in pixels of the frame
             return int(rng.integers(height - crop + 1)), int(rng.integers(width - crop + 1)), crop, crop
         for _ in range(10):
             area = height * width * rng.uniform(*self.area)
@@ -131,17 +123,17 @@ class TrainTransform:
 
 @dataclass(frozen=True)
 class TestTransform:
-    """Resize the short side, then cut one centred square or three along the longer side."""
+    """Resize the short side, then crop."""
 
-    __test__ = False  # its name is the field's, not a test case's
+    __test__ = False  # pytest would take it for a test case
 
-    size: int
+    size: int  # of the crops' sides
     normalise: Normalise
     short_side: int
-    crops: int
+    crops: int  # 1, in the centre, or 3 along the longer side
 
     def resize(self, frames: Frames | Tensor) -> Tensor:
-        """Map frames (T, H, W, 3) to uint8 (T, h, w, 3), of which crops are cut."""
+        """Map frames (T, H, W, 3) to uint8 (T, h, w, 3) of the size from which crops are taken."""
         clip = torch.as_tensor(frames).permute(0, 3, 1, 2)  # (T, 3, H, W)
         return F.resize(clip, self._resized(*clip.shape[-2:]), antialias=True).permute(0, 2, 3, 1)
 
@@ -163,12 +155,10 @@ class TestTransform:
 
     def _cut(self, pixels: Tensor) -> list[Tensor]:
         """Return the crops (T, size, size, 3) of frames (T, h, w, 3)."""
-        spare_rows, spare_columns = pixels.shape[1] - self.size, pixels.shape[2] - self.size
-        shares = (0.5,) if self.crops == 1 else (0.0, 0.5, 1.0)
+        rows, columns = pixels.shape[1] - self.size, pixels.shape[2] - self.size  # how far a crop can move
         crops = []
-        for share in shares:
-            along_rows = spare_rows > spare_columns
-            top = round(spare_rows * (share if along_rows else 0.5))
-            left = round(spare_columns * (0.5 if along_rows else share))
+        for share in (0.5,) if self.crops == 1 else (0.0, 0.5, 1.0):
+            top = round(rows * (share if rows > columns else 0.5))
+            left = round(columns * (0.5 if rows > columns else share))
             crops.append(pixels[:, top : top + self.size, left : left + self.size])
         return crops

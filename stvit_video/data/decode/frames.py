@@ -1,21 +1,25 @@
-"""From a file to the frames that are wanted of it: the right reader, and the next one where the first fails."""
+"""From a file to the requested frames: choose the reader, try the next decoder where one fails, restore the order.
+
+The way of a clip: a ``FrameRequest`` is sent to the decoding process (``process.py``), which calls ``read_file``.
+That opens the file (``open_video``, or the ``ReaderCache``), calls the request's choice with the open ``Reader`` to
+get frame indices, and has the reader (``readers.py``, ``images.py``) decode those.
+"""
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from stvit_video.data.decode.images import open_folder, open_picture
+from stvit_video.data.decode.images import ImageReader, open_folder
 from stvit_video.data.decode.readers import AvReader, DecordReader, TorchCodecReader
-from stvit_video.data.decode.types import IMAGE_SUFFIXES, Choice, DecodeError, Frames, Indices, Reader, Times
+from stvit_video.data.decode.types import IMAGE_SUFFIXES, Choice, DecodeError, Frames, Reader, Times
 
-Read = TypeVar("Read")
 # In the order in which they are tried. PyAV comes first: it gives the same pixels as decord in two thirds of the time,
-# is right where groups of pictures are open, reads AV1, and says which frames are damaged instead of repeating others.
+# is right where groups of pictures are open, reads AV1, and reports damaged frames instead of repeating others.
 DECODERS: dict[str, Callable[[str, int | None], Reader]] = {
     "pyav": AvReader,
     "decord": DecordReader,
@@ -24,7 +28,7 @@ DECODERS: dict[str, Callable[[str, int | None], Reader]] = {
 
 
 def find_decoders(name: str) -> tuple[str, ...]:
-    """Return the decoders to try in order: the one of this name, or with ``auto`` all that are installed.
+    """Return the decoders to try in order: the named one, or with ``auto`` all that are installed.
 
     Raises ValueError for one that is unknown or not installed.
     """
@@ -41,108 +45,96 @@ def find_decoders(name: str) -> tuple[str, ...]:
 
 
 def open_video(path: str, short_side: int | None = None, decoder: str = "decord") -> Reader:
-    """Open a folder as its images, a file as what its ending says: an image, or anything else as a video.
+    """Open a folder as its images, and a file by its ending: as an image, or else as a video.
 
-    Where the short side is more than ``short_side`` pixels, frames are reduced to that. Raises DecodeError.
+    Much larger frames are reduced to ``short_side``. Raises DecodeError.
     """
     if os.path.isdir(path):
         return open_folder(path, short_side)
     if not os.path.isfile(path):
         raise DecodeError(path, "is not a regular file" if os.path.exists(path) else "no such file")
     if path.lower().endswith(IMAGE_SUFFIXES):
-        return open_picture(path, short_side)
+        return ImageReader(path, [path], short_side)
     return DECODERS[decoder](path, short_side)
 
 
 @dataclass(frozen=True)
-class Request:
-    """Which frames of which file: ``choice`` picks them once the file is open; ``more`` of them will be asked for."""
+class FrameRequest:
+    """Asks for frames of one file. It is pickled to reach the decoding process."""
 
     path: str
-    choice: Choice
-    short_side: int | None = None
-    decoders: tuple[str, ...] = ("pyav", "decord")
-    more: bool = False
+    choice: Choice  # returns the indices of the frames to read, once the file is open
+    short_side: int | None = None  # see ``open_video``
+    decoders: tuple[str, ...] = ("pyav", "decord")  # in the order in which they are tried
+    keep_open: bool = False  # more requests for this file follow
+
+    def answer(self, reader: Reader) -> Frames:
+        """Return the chosen frames (N, H, W, 3) in the order of the choice; each is decoded once, in file order."""
+        indices = self.choice(reader)
+        ascending, positions = np.unique(indices, return_inverse=True)  # readers accept no other order or repetitions
+        decoded = reader.frames(ascending)
+        return decoded if np.array_equal(ascending, indices) else decoded[positions]
 
 
 @dataclass(frozen=True)
 class TimesRequest:
-    """Asks when the frames of a file are shown."""
+    """Asks for the times of all frames of one file."""
 
     path: str
     decoders: tuple[str, ...]
+    short_side: None = None
+    keep_open: bool = False
+
+    def answer(self, reader: Reader) -> Times:
+        """Return the times (length,) of the frames, in seconds after the first."""
+        return reader.times()
 
 
-class Shelf:
-    """Where a file stays open from a request to the next one: to open a long video takes a pass through all of it."""
+ReadRequest = FrameRequest | TimesRequest
+
+
+class ReaderCache:
+    """Keeps a file open from one request to the next, since opening a long video takes a pass through all of it."""
 
     def __init__(self) -> None:
-        self._held: tuple[tuple[str, int | None, str], Reader] | None = None
+        self._key: tuple[str, int | None, str] | None = None
+        self._reader: Reader | None = None
 
-    @contextmanager
-    def borrow(self, path: str, short_side: int | None, decoder: str, more: bool) -> Iterator[Reader]:
-        """Give out an open reader, the one held here where it is of this file; with ``more`` it is held again."""
-        key, held, self._held = (path, short_side, decoder), self._held, None
-        if held is not None and held[0] != key:
-            held[1].close()
-            held = None
-        reader = held[1] if held is not None else open_video(path, short_side, decoder)
-        try:
-            yield reader
-        except BaseException:
-            reader.close()
-            raise
-        if more:
-            self._held = (key, reader)
-        else:
+    def open(self, request: ReadRequest, decoder: str) -> Reader:
+        """Return the open reader if it is for this file, size and decoder; else close it and open another."""
+        key = (request.path, request.short_side, decoder)
+        if self._reader is None or self._key != key:
+            self.close()
+            self._key, self._reader = key, open_video(*key)
+        return self._reader
+
+    def close(self) -> None:
+        """Close the open reader, if there is one."""
+        reader, self._reader = self._reader, None
+        if reader is not None:
             reader.close()
 
 
-def read_frames(request: Request, shelf: Shelf | None = None) -> Frames:
-    """Return the chosen frames (N, H, W, 3) in the order of the choice; each is decoded once, in file order.
+def read_file(request: ReadRequest, cache: ReaderCache | None = None) -> NDArray[Any]:
+    """Return the answer to a request. Raises DecodeError with what each decoder reported.
 
-    Decoders are tried in turn, the choice being made anew for each, since they may not agree on how long a damaged
-    file is. With ``more`` to come the file stays open on the ``shelf``. Raises DecodeError with what each said.
+    Decoders are tried in turn. Each makes its own choice, since they may not agree on how long a damaged file is.
     """
-    return _try_in_turn(
-        request, request.short_side, lambda reader: _read_in_order(reader, request.choice(reader)), shelf, request.more
-    )
-
-
-def read_times(request: TimesRequest) -> Times:
-    """Return when each frame is shown (length,), in seconds after the first. Raises DecodeError with what each said."""
-    return _try_in_turn(request, None, lambda reader: reader.times())
-
-
-def _try_in_turn(
-    request: Request | TimesRequest,
-    short_side: int | None,
-    use: Callable[[Reader], Read],
-    shelf: Shelf | None = None,
-    more: bool = False,
-) -> Read:
-    shelf, more = shelf or Shelf(), more and shelf is not None
-    said: list[DecodeError] = []
+    cache = cache or ReaderCache()
+    errors: list[DecodeError] = []
     for decoder in request.decoders:
+        keep_open = False
         try:
-            with shelf.borrow(request.path, short_side, decoder, more) as reader:
-                return use(reader)
+            answer = request.answer(cache.open(request, decoder))
+            keep_open = request.keep_open
+            return answer
         except DecodeError as error:
-            said.append(error)
-            if error.decoder in ("", "pillow"):  # nothing that another video decoder could read
+            errors.append(error)
+            if error.decoder in ("", "pillow"):  # no video decoder can help
                 break
-    raise _joined(request.path, said)
-
-
-def _read_in_order(reader: Reader, indices: Indices) -> Frames:
-    """Return the frames at ``indices``, in any order and with repetitions, which readers do not take."""
-    wanted, positions = np.unique(indices, return_inverse=True)
-    decoded = reader.frames(wanted)
-    return decoded if np.array_equal(wanted, indices) else decoded[positions]
-
-
-def _joined(path: str, said: Sequence[DecodeError]) -> DecodeError:
-    """Return one error for what all decoders said."""
-    messages = {error.message for error in said}
-    message = messages.pop() if len(messages) == 1 else "; ".join(f"{error.decoder}: {error.message}" for error in said)
-    return DecodeError(path, message, "+".join(dict.fromkeys(error.decoder for error in said)))
+        finally:  # after any other error too, such as a lack of memory
+            if not keep_open:
+                cache.close()
+    messages = list(dict.fromkeys(error.message for error in errors))
+    message = messages[0] if len(messages) == 1 else "; ".join(f"{e.decoder}: {e.message}" for e in errors)
+    raise DecodeError(request.path, message, "+".join(dict.fromkeys(error.decoder for error in errors)))

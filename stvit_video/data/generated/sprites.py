@@ -1,8 +1,8 @@
 """Sprites: textured shapes on a torus, their motions, and how they are drawn.
 
-The motion of a sprite cannot be told from any single frame: position, angle and size move on circles (a torus for the
-position; log-size starts again small when it outgrows its range) from a uniformly random start, so that at every time
-each of them is distributed alike whatever the motion.
+No single frame shows the motion of a sprite. Position, angle and log-size are periodic (a sprite that leaves at one
+edge enters at the other; one that outgrows its range starts again small) and start uniformly at random. So each of them
+has the same distribution in every frame, for all motions.
 """
 
 import math
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 MOTIONS = ("left", "right", "up", "down", "clockwise", "counter-clockwise", "growing", "shrinking")
 SHAPES = ("disc", "square", "triangle", "star", "ring", "cross", "bar", "half-disc")
-SIDE, FRAMES = 64, 20  # pixels, frames a video
+SIDE, FRAMES = 64, 20  # pixels, frames per video
 MIN_RADIUS, MAX_RADIUS = 12.0, 27.0  # pixels
 
 Float = NDArray[np.float64]
@@ -22,7 +22,7 @@ Image = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class State:
-    """A sprite's position in pixels, angle in radians and radius in pixels, one value a frame."""
+    """A sprite's position in pixels, angle in radians and radius in pixels, one value per frame."""
 
     x: Float
     y: Float
@@ -31,7 +31,7 @@ class State:
 
 
 def trajectory(motion: str, rng: np.random.Generator, frames: int = FRAMES) -> State:
-    """Draw the states of a sprite over ``frames`` frames; each frame's state alone is uniform whatever the motion."""
+    """Draw the states of a sprite over ``frames`` frames. Each frame's state is uniform for every motion."""
     phase = rng.uniform(size=4)  # of x, y, angle and log-radius, each on a circle of length 1
     speed = np.zeros(4)
     axis, sign = {
@@ -46,8 +46,8 @@ def trajectory(motion: str, rng: np.random.Generator, frames: int = FRAMES) -> S
 
 
 @dataclass(frozen=True)
-class Look:
-    """Two colours (3,) and the bent spokes that they alternate in."""
+class Texture:
+    """Bent spokes in two alternating colours (3,)."""
 
     light: Float
     dark: Float
@@ -59,7 +59,8 @@ def draw(shape: str, state: State, rng: np.random.Generator) -> Image:
     """Draw a sprite of random colours and texture on a random plain background: (frames, SIDE, SIDE, 3)."""
     colours = random_colours(rng)
     frames = np.broadcast_to(_background(rng), (len(state.x), SIDE, SIDE, 3)).copy()
-    paint(frames, shape, state, random_look(rng, colours))
+    texture = Texture(*colours, spokes=int(rng.integers(2, 5)), bend=rng.uniform(-1, 1))
+    paint(frames, shape, state, texture)
     return np.clip(frames, 0, 255).astype(np.uint8)
 
 
@@ -69,49 +70,44 @@ def random_colours(rng: np.random.Generator) -> tuple[Float, Float]:
     return (light, dark) if rng.random() < 0.5 else (dark, light)
 
 
-def random_look(rng: np.random.Generator, colours: tuple[Float, Float]) -> Look:
-    """Draw the texture that ``colours`` alternate in."""
-    return Look(*colours, spokes=int(rng.integers(2, 5)), bend=rng.uniform(-1, 1))
-
-
-def paint(frames: Float, shape: str, state: State, look: Look) -> None:
+def paint(frames: Float, shape: str, state: State, texture: Texture) -> None:
     """Paint a sprite over ``frames`` (frames, SIDE, SIDE, 3), in place."""
     for i, frame in enumerate(frames):
-        u, v = _sprite_places(state, i)
+        u, v = _sprite_coordinates(state, i)
         cover = _cover(shape, state, i, u, v)[..., None]
-        mix = np.clip(_texture(look, u, v) * 4 + 0.5, 0, 1)[..., None]
-        sprite = mix * look.light + (1 - mix) * look.dark
+        mix = np.clip(_pattern(texture, u, v) * 4 + 0.5, 0, 1)[..., None]
+        sprite = mix * texture.light + (1 - mix) * texture.dark
         frame[:] = cover * sprite + (1 - cover) * frame
 
 
 def sprite_cover(shape: str, state: State) -> Float:
-    """Return how much of each pixel a sprite covers, its edge antialiased: (frames, SIDE, SIDE)."""
-    return np.stack([_cover(shape, state, i, *_sprite_places(state, i)) for i in range(len(state.x))])
+    """Return the share of each pixel that a sprite covers, with antialiased edges: (frames, SIDE, SIDE)."""
+    return np.stack([_cover(shape, state, i, *_sprite_coordinates(state, i)) for i in range(len(state.x))])
 
 
-def _sprite_places(state: State, i: int) -> tuple[Float, Float]:
-    """Return what place (u, v) of the sprite, of radius 1, each pixel of frame ``i`` shows: (SIDE, SIDE) each."""
+def _sprite_coordinates(state: State, i: int) -> tuple[Float, Float]:
+    """Return the coordinates (u, v) of frame ``i``'s pixels (SIDE, SIDE) on the sprite, whose radius there is 1."""
     pixels = np.arange(SIDE) + 0.5
-    dx = (pixels[None, :] - state.x[i] + SIDE / 2) % SIDE - SIDE / 2  # what leaves at one edge enters at the other
+    dx = (pixels[None, :] - state.x[i] + SIDE / 2) % SIDE - SIDE / 2  # a sprite that leaves enters at the other edge
     dy = (pixels[:, None] - state.y[i] + SIDE / 2) % SIDE - SIDE / 2
     cos, sin = math.cos(state.angle[i]), math.sin(state.angle[i])
     return (cos * dx + sin * dy) / state.radius[i], (cos * dy - sin * dx) / state.radius[i]
 
 
 def _cover(shape: str, state: State, i: int, u: Float, v: Float) -> Float:
-    """Return how much of each pixel of frame ``i`` the sprite covers, its edge antialiased: (SIDE, SIDE)."""
+    """Return the share of each pixel (SIDE, SIDE) of frame ``i`` that the sprite covers, with antialiased edges."""
     return np.clip(_inside(shape, u, v) * state.radius[i] + 0.5, 0, 1)
 
 
 def _background(rng: np.random.Generator) -> Float:
-    """Return a smooth, still gradient of middle brightness."""
+    """Draw a smooth gradient of medium brightness (SIDE, SIDE, 3)."""
     centre, slope = rng.uniform(90, 165, size=3), rng.uniform(-15, 15, size=(2, 3))
     place = np.linspace(-1, 1, SIDE)
     return centre + place[:, None, None] * slope[0] + place[None, :, None] * slope[1]
 
 
 def _inside(shape: str, u: Float, v: Float) -> Float:
-    """Return how far (u, v) lies inside a shape of radius 1, about a distance; negative outside."""
+    """Return about the distance of (u, v) to the edge of a shape of radius 1; negative outside."""
     r = np.hypot(u, v)
     match shape:
         case "disc":
@@ -133,7 +129,7 @@ def _inside(shape: str, u: Float, v: Float) -> Float:
             return np.minimum(0.95 - r, v + 0.3)
 
 
-def _texture(look: Look, u: Float, v: Float) -> Float:
+def _pattern(texture: Texture, u: Float, v: Float) -> Float:
     """Return a signed pattern of bent spokes in sprite coordinates, which turns and grows with the sprite."""
     r = np.hypot(u, v)
-    return np.sin(look.spokes * (np.arctan2(v, u) + look.bend * r)) * r
+    return np.sin(texture.spokes * (np.arctan2(v, u) + texture.bend * r)) * r

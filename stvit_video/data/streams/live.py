@@ -1,4 +1,4 @@
-"""Cameras, streams and pipes: what has no length, cannot be opened twice, and is read as it comes."""
+"""Cameras, streams and pipes, which have no length and cannot be opened twice: read frame by frame."""
 
 import os
 import stat
@@ -10,10 +10,10 @@ import av
 import numpy as np
 from av.video.frame import VideoFrame
 
-from stvit_video.data.decode.types import DecodeError, reason, reduced_size
+from stvit_video.data.decode.readers import AV_ERRORS
+from stvit_video.data.decode.types import DecodeError, decode_errors, reduced_size
 from stvit_video.data.streams.windows import Buffer, Span
 
-ERRORS = (av.FFmpegError, OSError, ValueError)
 TIMEOUT_S = 15.0  # to open a stream, and for each of its packets
 
 
@@ -31,10 +31,10 @@ def is_live(name: str) -> bool:
 
 
 def read_windows(address: str, window: float, step: float, short_side: int) -> Iterator[tuple[Span, Buffer]]:
-    """Yield the frames of each window of ``window`` seconds, one every ``step``, as soon as the next frame has come.
+    """Yield the frames of each window of ``window`` seconds, one every ``step``, when the first frame after it arrives.
 
-    Times count from the first frame. A stream that ends gives a last window that ends with it. Frames much larger than
-    ``short_side`` are reduced. Raises DecodeError where the stream cannot be read.
+    Times count from the first frame. When a stream ends, the last window ends with it. Much larger frames are reduced
+    to ``short_side``. Raises DecodeError where the stream cannot be read.
     """
     buffer, start, end = Buffer(), 0.0, 0.0
     for time, frame in _read(address):
@@ -58,8 +58,8 @@ def read_windows(address: str, window: float, step: float, short_side: int) -> I
 
 
 def _read(address: str) -> Iterator[tuple[float, VideoFrame]]:
-    """Yield frames with their times, in seconds after the first; a clock that goes back goes on from where it was."""
-    try:
+    """Yield frames with their times in seconds after the first. Where the clock goes back, time goes on from there."""
+    with decode_errors(address, "cannot be read as a stream", "pyav", AV_ERRORS):
         location, form = _location(address)
         with av.open(location, "r", form, timeout=TIMEOUT_S, metadata_errors="ignore") as container:
             if not container.streams.video:
@@ -75,12 +75,10 @@ def _read(address: str) -> Iterator[tuple[float, VideoFrame]]:
                     offset = previous + 1 / rate - time
                 previous = time + offset
                 yield previous, frame
-    except ERRORS as error:
-        raise DecodeError(address, f"cannot be read as a stream ({reason(error)})", "pyav") from error
 
 
 def _location(address: str) -> tuple[str, str | None]:
-    """Return what PyAV opens a camera or stream by: its file, and the format where that has to be said."""
+    """Return the file or address to open with PyAV, and its format where that has to be named."""
     if address.isascii() and address.isdigit():
         device = f"/dev/video{address}"
         if not Path(device).exists():

@@ -11,12 +11,12 @@ from stvit_video.data.streams.live import is_live
 
 
 def find_sources(names: Sequence[str], images: bool = False) -> tuple[list[str], str | None]:
-    """Return the files that ``names`` stand for, each once, or else the one camera, stream or pipe.
+    """Return the files that ``names`` stand for, without duplicates, or else the one camera, stream or pipe.
 
-    A name that is a file is that file, whatever its ending. Of a folder it is the videos in it and below, with
-    ``images`` the images too; a folder of images alone is one video, its frames. A pattern (``*``, ``?``, ``[...]``,
-    ``**``) is what it matches. A name that is nothing of this is kept: that it cannot be read is said with the others.
-    Raises UsageError where a folder or pattern has nothing to offer, or where a stream is not alone.
+    A file is itself, whatever its ending. A folder stands for the videos in it and below, with ``images`` for the
+    images too; a folder of images alone is one video, its frames. A pattern (``*``, ``?``, ``[...]``, ``**``) stands
+    for what it matches. Any other name is returned as it is: reading it fails later, with an error of its own.
+    Raises UsageError for a folder or pattern without files, and for a stream beside other names.
     """
     live = [name for name in names if is_live(name)]
     if live:
@@ -41,10 +41,10 @@ def find_sources(names: Sequence[str], images: bool = False) -> tuple[list[str],
 def _in_folder(folder: str, images: bool) -> list[str]:
     suffixes = MEDIA_SUFFIXES if images else VIDEO_SUFFIXES
     found = []
-    for place, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [
-            os.path.join(place, name) for name in files if name.lower().endswith(suffixes) and not name.startswith(".")
+            os.path.join(parent, name) for name in files if name.lower().endswith(suffixes) and not name.startswith(".")
         ]
     if found:
         return sorted(found, key=natural_order)

@@ -6,14 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stvit_video.data.clips.sampling import Sampling
+from stvit_video.data.clips.sampling import TOLERANCE_S, Sampling
 from stvit_video.data.decode.types import Frames, Indices, Timeline, Times
-
-EPSILON = 1e-6  # seconds: the times of frames are rounded in files
 
 
 def check_seconds(window: float | None, step: float | None) -> None:
-    """Raise ValueError unless windows have a length and come one after the other."""
+    """Raise ValueError for a window or step that is too short or too long, or for a step without a window."""
     for name, value in (("window", window), ("step", step)):
         if value is not None and not 0.01 <= value <= 1e6:
             raise ValueError(f"{name} {value:g} is out of range; give 0.01 to 1,000,000 seconds.")
@@ -32,22 +30,22 @@ class Span:
 def spans_of(times: Times, window: float, step: float) -> list[Span]:
     """Return windows of ``window`` seconds, one every ``step`` seconds, over frames shown at ``times``.
 
-    The last one ends with the video, so that none of it is left out; a video shorter than a window is one.
+    The last one ends with the video, so that the windows cover all of it. A video shorter than a window is one window.
     """
-    shown = times[-1] / (len(times) - 1) if len(times) > 1 else 0.0  # how long the last frame is shown: as the mean
-    duration = float(times[-1] + shown)
-    if duration <= window + EPSILON:
+    frame = times[-1] / (len(times) - 1) if len(times) > 1 else 0.0  # how long the last frame is shown: the mean
+    duration = float(times[-1] + frame)
+    if duration <= window + TOLERANCE_S:
         return [Span(0.0, duration)]
-    count = int((duration - window + EPSILON) // step) + 1
+    count = int((duration - window + TOLERANCE_S) // step) + 1
     spans = [Span(i * step, i * step + window) for i in range(count)]
-    if spans[-1].end < duration - EPSILON and step <= window:
+    if spans[-1].end < duration - TOLERANCE_S and step <= window:
         spans.append(Span(duration - window, duration))
     return spans
 
 
 @dataclass(frozen=True)
-class Clock:
-    """When frames are shown, as it is known already."""
+class KnownTimes:
+    """A timeline of known times, in seconds after the first."""
 
     shown: Times
 
@@ -56,31 +54,13 @@ class Clock:
         return len(self.shown)
 
     def times(self) -> Times:
-        """Return when each frame is shown (length,), in seconds after the first."""
+        """Return the times (length,)."""
         return self.shown
 
 
 @dataclass(frozen=True)
-class Section:
-    """The frames ``first`` to before ``stop`` of a video, as if they were a file of their own."""
-
-    video: Timeline
-    first: int
-    stop: int
-
-    @property
-    def length(self) -> int:
-        return self.stop - self.first
-
-    def times(self) -> Times:
-        """Return when each frame is shown (length,), in seconds after the first of the section."""
-        times = self.video.times()[self.first : self.stop]
-        return times - times[0]
-
-
-@dataclass(frozen=True)
 class ClipsOfSpans:
-    """The choice of ``clips`` test clips of each window: those that a file of these frames alone would be tested by."""
+    """Chooses ``clips`` test clips of each window, as if the frames of the window were a file of their own."""
 
     sampler: Sampling
     clips: int
@@ -89,32 +69,32 @@ class ClipsOfSpans:
     def __call__(self, video: Timeline) -> Indices:
         """Return the indices (spans * clips * frames,)."""
         times = video.times()
-        edges = np.array([(span.start, span.end) for span in self.spans]) - EPSILON
+        edges = np.array([(span.start, span.end) for span in self.spans]) - TOLERANCE_S
         chosen: list[Indices] = []
         for first, stop in np.searchsorted(times, edges):
             first = min(int(first), video.length - 1)
-            section = Section(video, first, max(first + 1, int(stop)))
-            chosen += (clip + first for clip in self.sampler.even(section, self.clips))
+            section = times[first : max(first + 1, int(stop))]
+            chosen += (clip + first for clip in self.sampler.even(KnownTimes(section - section[0]), self.clips))
         return np.concatenate(chosen)
 
 
 class Buffer:
-    """Frames of a running stream, the oldest ones forgotten."""
+    """The latest frames of a stream, as a timeline."""
 
     def __init__(self, frames: Iterable[tuple[float, Frames]] = ()) -> None:
-        self.held = deque(frames)  # when each is shown, in seconds, and the picture (H, W, 3)
+        self.held = deque(frames)  # time in seconds, frame (H, W, 3)
 
     @property
     def length(self) -> int:
         return len(self.held)
 
     def between(self, span: Span) -> "Buffer":
-        """Return what is shown in a window."""
-        return Buffer(pair for pair in self.held if span.start - EPSILON <= pair[0] < span.end - EPSILON)
+        """Return the frames that are shown in a window."""
+        return Buffer(pair for pair in self.held if span.start - TOLERANCE_S <= pair[0] < span.end - TOLERANCE_S)
 
     def forget(self, before: float) -> None:
-        """Let go of what was shown before a time."""
-        while self.held and self.held[0][0] < before - EPSILON:
+        """Drop the frames that were shown before a time."""
+        while self.held and self.held[0][0] < before - TOLERANCE_S:
             self.held.popleft()
 
     def times(self) -> Times:

@@ -39,7 +39,7 @@ def test_lossless_images_of_every_mode_are_read_in_rgb(tmp_path: Path, picture: 
     np.testing.assert_array_equal(read_image(tmp_path / "palette.png"), np.asarray(image.quantize(8).convert("RGB")))
 
 
-def test_lossy_images_are_near_and_upright(tmp_path: Path, picture: np.ndarray) -> None:
+def test_lossy_images_are_close_and_upright(tmp_path: Path, picture: np.ndarray) -> None:
     image = Image.fromarray(picture)
     for name in ("a.jpg", "a.webp"):
         image.save(tmp_path / name, quality=95)
@@ -91,7 +91,7 @@ def test_a_folder_of_images_is_a_video_in_natural_order(tmp_path: Path, picture:
         open_video(str(folder)).frames(np.array([6]))
 
 
-def test_damaged_images_say_why(tmp_path: Path, picture: np.ndarray) -> None:
+def test_damaged_images_give_a_reason(tmp_path: Path, picture: np.ndarray) -> None:
     rng = np.random.default_rng(0)
     with pytest.raises(DecodeError, match="no such file"):
         open_video(str(tmp_path / "absent.png"))
