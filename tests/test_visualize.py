@@ -20,10 +20,10 @@ from stvit_video.data.decode.frames import FrameRequest, read_file
 from stvit_video.data.decode.types import Reader
 from stvit_video.inference.load import open_checkpoint
 from stvit_video.models import create_model
-from stvit_video.models.weights.files import save_weights
 from stvit_video.pages.clip import read_clip
 from stvit_video.pages.explain import Explanation, explain, trajectories
 from stvit_video.predict import Predictor
+from stvit_video.runs.weights import save_weights
 from stvit_video.visualize import main
 from tests.browser import assert_self_contained, dump, probed, screenshot
 from tests.conftest import REPOSITORY

@@ -2,13 +2,14 @@
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fvcore.common.config import CfgNode
 
 from stvit_video.common.errors import UsageError, nearest
+from stvit_video.models.arguments import CONFIGURED
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,22 @@ def _check_numbers(key: Key, values: list[Any]) -> None:
             raise UsageError(f"{key.name} is {value}; allowed: {bounds} ({key.about}).")
 
 
+def model_keys() -> Iterator[Key]:
+    """Yield the keys of the model's arguments, which are declared in ``stvit_video.models.arguments``."""
+    for name, rule in CONFIGURED.items():
+        single = rule.lengths == (1,)
+        yield Key(
+            f"MODEL.{name.upper()}",
+            rule.default if rule.key == "default" else None,
+            rule.about,
+            rule.choices,
+            rule.low,
+            rule.high,
+            kind=rule.kind if single else list,
+            length=None if single else rule.lengths[0],
+        )
+
+
 KEYS = (
     Key("MODE", "train", "train (then test), test, or transfer", choices=("train", "test", "transfer")),
     Key("OUTPUT_DIR", "", "folder of this run; empty: runs/<name of the configuration file>"),
@@ -111,44 +128,7 @@ KEYS = (
     Key("MODEL.INIT_MOTION", 0.0, "random differences between frames in kernels inflated from an image", low=0),
     Key("MODEL.NEW_HEAD", False, "train a new classifier in place of the one in MODEL.INIT"),
     Key("MODEL.NUM_CLASSES", None, "not set: from DATA.CLASSES, else from the training list", kind=int, low=1),
-    Key(
-        "MODEL.PRESET",
-        None,
-        "paper (default of stvit models), balanced (not of stvit_r) or fast",
-        kind=str,
-        choices=("paper", "balanced", "fast"),
-    ),
-    Key(
-        "MODEL.REDUCER",
-        None,
-        "of a stvit model: what leaves few tokens; stgm (default) makes the semantic ones, the others are for "
-        "comparison (a Swin takes random and mean)",
-        kind=str,
-        choices=("stgm", "random", "mean", "tome", "dynamicvit", "ats", "spot"),
-    ),
-    Key("MODEL.BASE_DEPTH", None, "blocks on all tokens before the semantic ones; fewer is faster", kind=int, low=1),
-    Key("MODEL.STGM_DEPTH", None, "blocks that generate semantic tokens", kind=int, low=2, high=4),
-    Key("MODEL.UNITS", None, "dumbbell units of stvit_r models", kind=int, low=1),
-    Key(
-        "MODEL.REGIONS",
-        None,
-        "centres along time, height, width; if unset 4 x 4 a frame (ViT), 3 x 3 a window (Swin)",
-        kind=list,
-        length=3,
-        low=1,
-    ),
-    Key("MODEL.POOLING", None, "how centres start", kind=str, choices=("mask", "max", "mean")),
-    Key("MODEL.OFFSETS", None, "inter-window form: learned displacement of the pooled regions", kind=bool),
-    Key("MODEL.GLOBAL_CENTRES", None, "learned global centres G", kind=bool),
-    Key("MODEL.FIRST_RESIDUAL", None, "residual on the pooled centres", kind=bool),
-    Key("MODEL.LAYER_SCALE", None, "start of the learned factors of semantic blocks (Swin)", kind=float, low=0),
-    Key("MODEL.STEM", None, "Swin's patch embedding, or the released STViT-R's", kind=str, choices=("patch", "conv")),
-    Key("MODEL.WINDOW", None, "Swin's window along time, height, width", kind=list, length=3, low=1),
-    Key("MODEL.BASE_ATTENTION", None, "of a ViT: frame or joint", kind=str, choices=("frame", "joint")),
-    Key("MODEL.POSITIONS", None, "of a ViT: frame, or clip as in VideoMAE", kind=str, choices=("frame", "clip")),
-    Key("MODEL.FC_NORM", None, "of a ViT: last norm after the mean over tokens, as in VideoMAE", kind=bool),
-    Key("MODEL.DROP_PATH", 0.0, "stochastic depth of the last block; 0.1 when fine-tuning for long", low=0, high=0.99),
-    Key("MODEL.DROPOUT", 0.0, "dropout before the classifier", low=0, high=0.99),
+    *model_keys(),
     Key("MODEL.GRAD_CHECKPOINTING", False, "recompute activations: less memory, about a third more time"),
     # --- data
     Key("DATA.ROOT", "", "folder that the paths in the lists start from"),

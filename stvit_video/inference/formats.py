@@ -20,7 +20,7 @@ from stvit_video.common.errors import UsageError
 from stvit_video.config.clip_settings import view_settings
 from stvit_video.inference.load import Trained, open_checkpoint
 from stvit_video.models import create_model
-from stvit_video.models.weights.files import save_weights
+from stvit_video.runs.weights import save_weights
 
 Run = Callable[[Tensor], Tensor]  # clips (B, 3, T, H, W) to logits (B, classes)
 NOTE = "stvit_video.json"  # inside a torch.export archive

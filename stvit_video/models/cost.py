@@ -1,4 +1,4 @@
-"""What a model costs: parameters, multiply-adds (fvcore, with fused attention included), memory to train it."""
+"""The cost of a model: parameters, multiply-adds (by fvcore, fused attention included), memory for training."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model costs: its parameters, and the multiply-adds (1e9) of one clip (3, T, H, W)."""
+    """Parameters of a model, and multiply-adds (1e9) of one clip (3, T, H, W)."""
 
     parameters: int
     gflops: float
@@ -20,7 +20,7 @@ class Cost:
 
 
 def measure_cost(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
-    """Return the cost of ``model`` as it is built: before it is compiled or shared out among processes."""
+    """Return the cost of a model that is neither compiled nor sharded."""
     return Cost(count_parameters(model), count_gflops(model, input_size), input_size)
 
 
@@ -30,15 +30,15 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_gflops(model: nn.Module, input_size: tuple[int, int, int]) -> float:
-    """Return the multiply-adds, in 1e9, of one clip (3, T, H, W) through ``model``, as fvcore counts them.
+    """Return the multiply-adds, in 1e9, of one clip (3, T, H, W), as fvcore counts them.
 
-    fvcore passes over fused attention; its two matrix products are added here.
+    fvcore does not count fused attention; its two matrix products are added here.
     """
     return count_operations(model, input_size)[0]
 
 
 def count_operations(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[float, dict[str, int]]:
-    """Return ``count_gflops``, and how often each operation occurs that fvcore has no count for."""
+    """Return ``count_gflops``, and the number of occurrences of each operation that fvcore does not count."""
     was_training = model.training
     clip = torch.zeros(1, 3, *input_size, device=next(model.parameters()).device)
     analysis = FlopCountAnalysis(model.eval(), clip)
@@ -51,17 +51,17 @@ def count_operations(model: nn.Module, input_size: tuple[int, int, int]) -> tupl
 
 
 def count_training_memory(model: nn.Module, input_size: tuple[int, int, int], precision: str = "fp32") -> float:
-    """Return the gigabytes (1e9 bytes) that the backward pass of one clip (3, T, H, W) needs from the forward pass.
+    """Return the gigabytes (1e9 bytes) that the forward pass of one clip (3, T, H, W) stores for the backward pass.
 
-    Counted on the tensors that autograd saves, each storage once, weights left out. Weights, gradients and AdamW's
-    state come to 16 bytes a parameter beside it. A GPU needs somewhat more: temporary buffers are not saved.
+    The tensors that autograd saves are counted, each storage once, without weights. Weights, gradients and AdamW's
+    state take another 16 bytes per parameter. A GPU needs somewhat more: temporary buffers are not counted.
     """
     was_training, device = model.training, next(model.parameters()).device
     statistics = {
         name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name or "tracked" in name
     }
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    saved: dict[int, Tensor] = {}  # kept alive, so that no two share an address
+    saved: dict[int, Tensor] = {}  # kept alive, so that addresses are unique
 
     def keep(tensor: Tensor) -> Tensor:
         saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
@@ -70,13 +70,13 @@ def count_training_memory(model: nn.Module, input_size: tuple[int, int, int], pr
     clip = torch.zeros(1, 3, *input_size, device=device)
     with (
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision in ("bf16", "fp16")),  # of one size
+        torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision in ("bf16", "fp16")),  # both have 2 bytes
     ):
         logits = model.train()(clip)
     model.train(was_training)
-    model.load_state_dict(statistics, strict=False)  # of batch norms, which training mode has moved
+    model.load_state_dict(statistics, strict=False)  # training mode has changed those of batch norms
     del logits
-    return sum(t.untyped_storage().nbytes() for place, t in saved.items() if place not in own) / 1e9
+    return sum(t.untyped_storage().nbytes() for address, t in saved.items() if address not in own) / 1e9
 
 
 def _attention_flops(inputs: list[Any], outputs: list[Any]) -> Counter[str]:

@@ -1,11 +1,12 @@
-"""Attention and the pre-norm block that every model here is made of.
+"""Patch embedding, attention and the pre-norm block that the models are made of.
 
-Legend: B clips (or frames), N query tokens, K context tokens, C channels, h heads.
-The parameter names are those of timm's ViT, so that its checkpoints fit without renaming.
+Legend: B clips (or frames), N query tokens, K context tokens, C channels, h heads; clips (B, 3, T, H, W).
+The parameter names are those of timm's ViT, so that its checkpoints load without renaming.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,21 +15,20 @@ from pytorchvideo.layers.drop_path import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from stvit_video.models.cpu_inference import feed_forward
-
-Grid = tuple[int, int, int]
+from stvit_video.models import cpu_inference
+from stvit_video.models.arguments import Grid as Grid  # also for the rooms above
 
 
 @dataclass
 class Intermediates:
-    """What a forward pass went through: tokens (B, N, C) and grid (t, h, w) by stage, and the last assignment."""
+    """Tokens of a forward pass by stage, and the assignment of the last reducer."""
 
-    tokens: dict[str, Tensor] = field(default_factory=dict)
-    grids: dict[str, Grid] = field(default_factory=dict)
-    assignment: Tensor | None = None  # (B, M, N), see SemanticTokenGenerator.forward and reducers.Reduced
+    tokens: dict[str, Tensor] = field(default_factory=dict)  # (B, N, C)
+    grids: dict[str, Grid] = field(default_factory=dict)  # (t, h, w)
+    assignment: Tensor | None = None  # (B, M, N), see reducers.Reduced
 
     def note(self, stage: str, x: Tensor, grid: Sequence[int]) -> None:
-        """Keep the tokens (B, N, C), or (B, t, h, w, C), that leave ``stage``."""
+        """Record the output tokens (B, N, C), or (B, t, h, w, C), of ``stage``."""
         self.tokens[stage] = x.reshape(x.shape[0], -1, x.shape[-1])
         self.grids[stage] = (grid[0], grid[1], grid[2])
 
@@ -47,8 +47,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(3, dim, kernel_size=patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:
-        # A convolution whose stride is its kernel is one matrix product; said so, it runs at full speed on a CPU too,
-        # and channels-last has nothing to gain: a network has no other but for a convolutional stem.
+        # A convolution whose stride equals its kernel is a matrix product, which is faster on a CPU in this form and
+        # does not depend on the memory format of the clip.
         B, _, T, H, W = x.shape
         kt, kh, kw = self.patch
         x = x.reshape(B, 3, T // kt, kt, H // kh, kh, W // kw, kw)
@@ -56,14 +56,36 @@ class PatchEmbed(nn.Module):
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
 
 
+class Network(nn.Module):
+    """What the ViT and the Swin have in common; they add ``layer_id``, ``transformer_blocks`` and ``token_counts``."""
+
+    head: Any  # pytorchvideo.models.head.VisionTransformerBasicHead
+    undecayed: tuple[str, ...]  # ends of the names of parameters without weight decay
+
+    def forward_features(self, x: Tensor, intermediates: Intermediates | None = None) -> Tensor:
+        """Map a clip (B, 3, T, H, W) to normalised tokens (B, N, C), and record intermediates if given."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, return_intermediates: bool = False) -> Tensor | tuple[Tensor, Intermediates]:
+        """Map a clip (B, 3, T, H, W) to logits (B, classes), and to its intermediates if requested."""
+        if not return_intermediates:
+            return self.head(self.forward_features(x))
+        intermediates = Intermediates()
+        return self.head(self.forward_features(x, intermediates)), intermediates
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of parameters without weight decay, in addition to biases and norms."""
+        return {name for name, _ in self.named_parameters() if name.endswith(self.undecayed)}
+
+
 def note(intermediates: Intermediates | None, stage: str, x: Tensor, grid: Sequence[int]) -> None:
-    """Keep the tokens that leave ``stage`` where intermediates are asked for."""
+    """Record the output tokens of ``stage`` if intermediates are requested."""
     if intermediates is not None:
         intermediates.note(stage, x, grid)
 
 
 def run_block(block: nn.Module, x: Tensor, *context: Tensor | None, recompute: bool) -> Tensor:
-    """Run a block; with ``recompute`` its activations are not kept but computed again in the backward pass."""
+    """Run a block; with ``recompute`` its activations are recomputed in the backward pass instead of stored."""
     if recompute:
         return checkpoint(block, x, *context, use_reentrant=False)
     return block(x, *context)
@@ -79,10 +101,10 @@ def check_clip(x: Tensor, input_size: Grid) -> None:
 
 
 class Attention(nn.Module):
-    """Multi-head attention of a query on itself or on a context, with the parameters of ordinary self-attention.
+    """Multi-head self- or cross-attention with the parameters of self-attention.
 
-    Cross-attention slices the joint ``qkv`` projection. Semantic tokens therefore need no weights that an ordinary
-    image checkpoint does not have.
+    Cross-attention slices the joint ``qkv`` projection, so that semantic tokens need no weights beyond those of an
+    ordinary image checkpoint.
     """
 
     def __init__(self, dim: int, num_heads: int) -> None:
@@ -119,15 +141,15 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def weights(self, query: Tensor, context: Tensor | None = None, key_bias: Tensor | None = None) -> Tensor:
-        """Return the attention probabilities (B, N, K), mean over heads: for pictures and tests, not for speed."""
+        """Return the attention probabilities (B, N, K), mean over heads, without fused attention."""
         q, k, _ = self.project(query, context)
         return _probabilities(q, k, key_bias).mean(dim=1)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block whose attention may look at a context instead of at its own tokens.
+    """Pre-norm transformer block with self-attention, or cross-attention to a context.
 
-    ``layer_scale`` is the start of a learned factor a channel on both branches; None leaves it out.
+    ``layer_scale`` is the initial value of a learned factor per channel on both branches; None: no factor.
     """
 
     def __init__(
@@ -156,39 +178,44 @@ class Block(nn.Module):
         """Map (B, N, C) to (B, N, C); ``residual`` is the one around the attention."""
         normed = None if context is None else self.norm1(context)
         update = _scale(self.attn(self.norm1(x), normed, key_bias), self.gamma_1)
-        # Without the residual nothing would be left of a dropped path, so it is kept.
+        # Without the residual a dropped path would leave nothing, so it is never dropped.
         x = x + self.drop_path(update) if residual else update
-        return feed_forward(self, x, self._mlp_branch, self.mlp.fc1.out_features)
+        return self._add_mlp(x)
 
-    def _mlp_branch(self, x: Tensor) -> Tensor:
+    def _add_mlp(self, x: Tensor) -> Tensor:
+        return cpu_inference.add_mlp(self, x) if cpu_inference.applies(self, x) else x + self.mlp_branch(x)
+
+    def mlp_branch(self, x: Tensor) -> Tensor:
+        """Return the MLP's update (..., C) of tokens (..., C)."""
         return self.drop_path(_scale(self.mlp(self.norm2(x)), self.gamma_2))
 
     def attention_weights(self, x: Tensor, context: Tensor | None = None, key_bias: Tensor | None = None) -> Tensor:
-        """Return the probabilities (B, N, K) with which ``x`` attends to the context, mean over heads."""
+        """Return the probabilities (B, N, K) of the attention to the context, mean over heads."""
         normed = None if context is None else self.norm1(context)
         return self.attn.weights(self.norm1(x), normed, key_bias)
 
-    # The steps of the block one by one, for those who have something to do in between.
-    STEPS = ("look", "attend", "transform", "attention_weights")
+    # Methods that a reducer calls instead of ``forward``. Sharding gathers the weights around each of them, so they and
+    # ``forward`` must not call one another.
+    STEPS = ("attention_probs", "attend", "mlp_residual", "attention_weights")
 
-    def look(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the attention's probabilities (B, h, N, N) and values (B, h, N, C/h) for tokens (B, N, C)."""
+    def attention_probs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the attention probabilities (B, h, N, N) and values (B, h, N, C/h) of tokens (B, N, C)."""
         q, k, v = self.attn.project(self.norm1(x), None)
         return _probabilities(q, k, None), v
 
     def attend(self, x: Tensor, key_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the tokens (B, N, C) behind the attention, and their keys (B, N, C/h), mean over heads."""
+        """Return the tokens (B, N, C) after the attention, and their keys (B, N, C/h), mean over heads."""
         q, k, v = self.attn.project(self.norm1(x), None)
         x = x + self.drop_path(_scale(self.attn.combine(q, k, v, key_bias), self.gamma_1))
         return x, k.mean(dim=1)
 
-    def transform(self, x: Tensor) -> Tensor:
-        """Return the tokens (B, N, C), which nobody else holds, behind the MLP: what is left of the block."""
-        return feed_forward(self, x, self._mlp_branch, self.mlp.fc1.out_features)
+    def mlp_residual(self, x: Tensor) -> Tensor:
+        """Return x + MLP for tokens (B, N, C); may be modified in place: the caller must own ``x``."""
+        return self._add_mlp(x)
 
 
 def _by_query(key_bias: Tensor) -> Tensor:
-    """Give a bias (K,) or (B, K) the axes of the logits (B, h, N, K)."""
+    """Reshape a bias (K,) or (B, K) to broadcast with logits (B, h, N, K)."""
     return key_bias if key_bias.ndim == 1 else key_bias[:, None, None]
 
 
@@ -215,9 +242,3 @@ def init_weights(module: nn.Module) -> None:
 def drop_path_rates(rate: float, depth: int) -> list[float]:
     """Return the stochastic depth rate of each block, rising linearly from 0 to ``rate``."""
     return torch.linspace(0, rate, depth).tolist()
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise ValueError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(choices)}.")

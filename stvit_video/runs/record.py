@@ -9,16 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from safetensors import SafetensorError
 
 from stvit_video.common.errors import UsageError
 from stvit_video.data.failures import Failure, read_ledger
 from stvit_video.models import create_model
-from stvit_video.models.reducers.semantic import SemanticTokenGenerator
-from stvit_video.models.swin import SEMANTIC_STAGE
-from stvit_video.models.vit import VisionTransformer
 from stvit_video.models.weights.files import read_metadata
 from stvit_video.runs.folder import RunFolder
 from stvit_video.runs.log import read_metrics
@@ -217,18 +213,7 @@ def count_tokens(metadata: dict[str, Any]) -> tuple[int, int | None] | None:
     if not metadata:
         return None
     model = create_model(metadata["name"], **metadata["arguments"])
-    pooling = [module.pooling for module in model.modules() if isinstance(module, SemanticTokenGenerator)]
-    if pooling:
-        return math.prod(pooling[0].grid), math.prod(pooling[0].regions)
-    is_vit = isinstance(model, VisionTransformer)
-    if metadata["arguments"].get("reducer") is None:
-        grid: Any = model.grid if is_vit else model.layers[SEMANTIC_STAGE].out_grid  # type: ignore[index, union-attr]
-        return math.prod(grid), None
-    with torch.no_grad():  # other reducers leave what they choose: only their blocks know how many
-        size: Any = model.input_size
-        _, seen = model.eval()(torch.zeros(1, 3, *size), return_intermediates=True)
-    before, after = ("base", "semantic") if is_vit else (f"merged{SEMANTIC_STAGE}", f"stage{SEMANTIC_STAGE + 1}")
-    return seen.tokens[before].shape[1], seen.tokens[after].shape[1]
+    return model.token_counts()  # type: ignore[operator]
 
 
 Points = list[tuple[int, float]]  # step, top-1 in percent

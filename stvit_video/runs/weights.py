@@ -2,15 +2,22 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from fvcore.common.config import CfgNode
 from torch import nn
 
 from stvit_video.common.errors import UsageError
+from stvit_video.common.files import write_atomically
 from stvit_video.config.clip_settings import NOT_ADOPTED
 from stvit_video.models import LoadReport, load_pretrained
-from stvit_video.models.weights.files import Checkpoint
-from stvit_video.models.zoo import UNSAID
+from stvit_video.models.weights.files import Checkpoint, pack_weights
+from stvit_video.models.zoo import IMPLIED_ARGUMENTS
+
+
+def save_weights(path: Path, model: nn.Module, classes: list[str], views: dict[str, Any] | None = None) -> None:
+    """Write a ``.safetensors`` with all that building and using the model again takes; see ``pack_weights``."""
+    write_atomically(path, pack_weights(model, classes, views))
 
 
 def check_all_loaded(report: LoadReport, model: nn.Module) -> None:
@@ -27,7 +34,7 @@ def check_all_loaded(report: LoadReport, model: nn.Module) -> None:
         )
     given, built = report.arguments, dict(model.arguments, name=model.name)  # type: ignore[arg-type]
     for key in sorted(given.keys() | built.keys()) if given else ():
-        old, new = (arguments.get(key, UNSAID.get(key)) for arguments in (given, built))
+        old, new = (arguments.get(key, IMPLIED_ARGUMENTS.get(key)) for arguments in (given, built))
         if key not in NOT_ADOPTED and json.dumps(old) != json.dumps(new):
             raise UsageError(f"{report.source} was trained with {key} {old!r}, not {new!r}; set MODEL to match it.")
 

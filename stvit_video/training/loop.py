@@ -16,11 +16,11 @@ from stvit_video.config.clip_settings import view_settings
 from stvit_video.data.failures import check_failures, merge
 from stvit_video.data.loader import build_test_loader
 from stvit_video.evaluation.evaluate import Tester, build_tester, class_probabilities, describe_videos
-from stvit_video.models.weights.files import save_weights
 from stvit_video.runs.checkpoint import CheckpointWriter, build_writer
 from stvit_video.runs.folder import RunFolder
 from stvit_video.runs.log import MetricsLog, build_log, read_metrics
 from stvit_video.runs.preflight import OpenRun
+from stvit_video.runs.weights import save_weights
 from stvit_video.runtime.stopping import StopSignals
 from stvit_video.runtime.world import World, any_of, gather_objects, on_main
 from stvit_video.training.trainer import Trainer, build_trainer

@@ -27,7 +27,7 @@ def test_training_memory_of_a_small_network() -> None:
 
 
 @pytest.mark.parametrize("name", ["stvit_vit_tiny_patch16", "stvit_r_swin_small"])
-def test_training_memory_leaves_the_model_alone_and_recomputation_saves(name: str) -> None:
+def test_training_memory_does_not_change_the_model_and_recomputation_saves(name: str) -> None:
     model = create_model(name, num_frames=4, image_size=64, num_classes=5).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     plain = count_training_memory(model, (4, 64, 64))

@@ -1,4 +1,4 @@
-"""Weights from elsewhere: every key accounted for, nothing run, every broken file one clear line."""
+"""Loading weights: every key is accounted for, no code runs, broken files give one-line errors."""
 
 import argparse
 import os
@@ -23,7 +23,7 @@ def build(**overrides: object) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_loaded_means_loaded(tmp_path: Path, suffix: str) -> None:
+def test_saving_and_loading_keep_every_tensor(tmp_path: Path, suffix: str) -> None:
     source, target, path = build(), build(), tmp_path / f"weights{suffix}"
     save_file(source.state_dict(), path) if suffix == ".safetensors" else torch.save(source.state_dict(), path)
     report = load_pretrained(target, path, min_coverage=1.0)
@@ -64,7 +64,7 @@ def test_video_to_video_with_more_frames_keeps_ends_of_the_time_embedding() -> N
 
 
 @pytest.mark.parametrize("name", [NAME, "swin_tiny", "stvit_r_swin_small"])
-def test_motion_tells_frames_apart_and_leaves_a_still_clip_an_image(name: str) -> None:
+def test_motion_distinguishes_frames_and_keeps_still_clips(name: str) -> None:
     sizes = {"image_size": 64, "num_classes": 8}
     image_model = create_model(name, num_frames=1, **sizes).eval()
     blind, seeing = (create_model(name, num_frames=8, **sizes).eval() for _ in range(2))
@@ -94,7 +94,7 @@ def test_deit_class_token_is_dropped_with_a_note() -> None:
     assert report.keys["unused"] == report.dropped == ["cls_token"]
 
 
-def test_another_class_count_is_an_error_unless_asked_for() -> None:
+def test_another_class_count_needs_new_head() -> None:
     state = build(num_classes=5).state_dict()
     with pytest.raises(UsageError, match="another class count"):
         load_pretrained(build(), state)
@@ -141,7 +141,7 @@ def test_no_form_of_payload_runs(tmp_path: Path, form: str) -> None:
 
 @pytest.mark.parametrize("share", [0.0005, 0.01, 0.3, 0.9, 0.999])
 @pytest.mark.parametrize("legacy", [False, True])
-def test_a_file_cut_anywhere_is_one_line(tmp_path: Path, share: float, legacy: bool) -> None:
+def test_truncated_files_give_one_line(tmp_path: Path, share: float, legacy: bool) -> None:
     path = tmp_path / "weights.pth"
     torch.save(build().state_dict(), path, _use_new_zipfile_serialization=not legacy)
     path.write_bytes(path.read_bytes()[: max(100, int(share * path.stat().st_size))])
@@ -150,7 +150,7 @@ def test_a_file_cut_anywhere_is_one_line(tmp_path: Path, share: float, legacy: b
     assert "\n" not in str(error.value)
 
 
-def test_a_torchscript_archive_is_named_for_what_it_is(tmp_path: Path) -> None:
+def test_a_torchscript_archive_is_recognised(tmp_path: Path) -> None:
     torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(tmp_path / "script.pth")
     with pytest.raises(UsageError, match="TorchScript") as error:
         load_pretrained(build(), tmp_path / "script.pth")
@@ -158,7 +158,7 @@ def test_a_torchscript_archive_is_named_for_what_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", ["{oops", "[1, 2]", "null", '"abc"'])
-def test_foreign_metadata_is_passed_over(tmp_path: Path, arguments: str) -> None:
+def test_foreign_metadata_is_ignored(tmp_path: Path, arguments: str) -> None:
     save_file(build().state_dict(), tmp_path / "w.safetensors", metadata={"name": "x", "arguments": arguments})
     assert load_pretrained(build(), tmp_path / "w.safetensors").coverage == 1.0
 
@@ -201,14 +201,14 @@ WHAT_IT_IS = {
 }
 
 
-def test_plain_containers_beside_the_weights_are_no_obstacle(tmp_path: Path) -> None:
+def test_plain_containers_beside_the_weights_are_allowed(tmp_path: Path) -> None:
     """DeiT's and VideoMAE's files carry their command line, Swin's their configuration."""
     extra = {"args": argparse.Namespace(lr=0.1, name="x"), "config": CfgNode({"MODEL": CfgNode({"NAME": "swin"})})}
     torch.save({"model": build().state_dict(), **extra, "epoch": 3}, tmp_path / "weights.pth")
     assert load_pretrained(build(), tmp_path / "weights.pth").coverage == 1.0
 
 
-def test_a_file_of_another_architecture_is_one_line_and_leaves_the_model_alone() -> None:
+def test_a_file_of_another_architecture_is_refused_and_changes_nothing() -> None:
     model = create_model("stvit_swin_tiny", num_frames=2, image_size=64, num_classes=8)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     sources = {
@@ -223,7 +223,7 @@ def test_a_file_of_another_architecture_is_one_line_and_leaves_the_model_alone()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_broken_files_are_one_clear_line(tmp_path: Path) -> None:
+def test_broken_files_give_one_line(tmp_path: Path) -> None:
     for name, content in broken_files(tmp_path).items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UsageError) as error:

@@ -1,6 +1,7 @@
 """Reducers in windowed models, which need one token for each region."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from stvit_video.models import create_model, load_pretrained
 from stvit_video.models.cost import count_gflops
-from stvit_video.models.reducers import GRID_REDUCERS, create_grid_reducer
+from stvit_video.models.reducers import GRID_REDUCERS, create_reducer
 from stvit_video.models.stages import SemanticStage
 
 NAMES = ["stvit_swin_tiny", "stvit_r_swin_small"]
@@ -31,15 +32,15 @@ def the_stage(model: nn.Module) -> SemanticStage:
     return next(stage for stage in model.layers if isinstance(stage, SemanticStage))
 
 
-def test_image_tokens_ask_the_tokens_of_their_own_frames() -> None:
-    """Frames that cannot be dealt out to the regions in time are refused, as the semantic tokens refuse them."""
+def test_regions_must_divide_the_frames_for_recovery() -> None:
+    """Image tokens attend to the semantic tokens of their own frames."""
     for reducer in GRID_REDUCERS:
         with pytest.raises(ValueError, match=r"3 regions do not divide the 4 token frames .*; allowed: \[1, 2, 4\]"):
             build("stvit_r_swin_small", reducer, regions=(3, 6, 6))
 
 
 class Idle(nn.Module):
-    """A block that does nothing."""
+    """A block that returns its input."""
 
     def forward(self, x: torch.Tensor, key_bias: None = None) -> torch.Tensor:
         return x
@@ -48,7 +49,7 @@ class Idle(nn.Module):
 @pytest.mark.parametrize("settings", [{}, {"preset": "fast"}, {"regions": (2, 5, 4)}])
 @pytest.mark.parametrize("reducer", GRID_REDUCERS)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_clip_gets_the_same_logits_whatever_is_beside_it(name: str, reducer: str, settings: dict) -> None:
+def test_clips_of_a_batch_are_independent(name: str, reducer: str, settings: dict) -> None:
     if reducer == "stgm" and "regions" in settings:
         settings = {"regions": (2, 4, 6)}  # its windows all have as many centres
     model = build(name, reducer, **settings)
@@ -59,7 +60,8 @@ def test_a_clip_gets_the_same_logits_whatever_is_beside_it(name: str, reducer: s
         assert logits.std() > 0.02
         for i in range(2):
             assert (model(clips[i : i + 1]) - logits[i]).abs().max() < 1e-4
-    tokens = torch.tensor(the_stage(model).regions).prod()
+    tokens = math.prod(the_stage(model).regions)
+    assert model.token_counts() == (400, tokens)
     assert seen.assignment.shape == (2, tokens, 4 * 10 * 10)
     assert (seen.assignment.sum(dim=2) < 1 + 1e-5).all()
     assert (seen.assignment.sum(dim=2) > 0).all()
@@ -69,7 +71,7 @@ def test_a_clip_gets_the_same_logits_whatever_is_beside_it(name: str, reducer: s
 
 @pytest.mark.parametrize("reducer", OTHERS)
 @pytest.mark.parametrize("name", NAMES)
-def test_every_parameter_learns_and_the_model_is_built_again(name: str, reducer: str) -> None:
+def test_every_parameter_learns_and_the_model_is_rebuilt(name: str, reducer: str) -> None:
     model = build(name, reducer).train()
     model(torch.randn(2, 3, *model.input_size)).square().sum().backward()
     for name, parameter in model.named_parameters():
@@ -85,7 +87,7 @@ def test_every_parameter_learns_and_the_model_is_built_again(name: str, reducer:
 
 
 @pytest.mark.parametrize("reducer", OTHERS)
-def test_the_full_twins_weights_fit(reducer: str) -> None:
+def test_the_dense_baselines_weights_fit(reducer: str) -> None:
     image_model = create_model("swin_tiny", **{**SIZES, "num_frames": 1})
     model = build("stvit_swin_tiny", reducer)
     report = load_pretrained(model, image_model.state_dict())
@@ -104,7 +106,7 @@ def test_mean_is_adaptive_pooling() -> None:
 
 
 @pytest.mark.parametrize(("grid", "regions"), [((4, 10, 10), REGIONS), ((4, 7, 5), (2, 3, 5)), ((1, 3, 3), (1, 1, 2))])
-def test_random_takes_one_token_of_each_region_and_could_take_any(grid: tuple, regions: tuple) -> None:
+def test_random_keeps_one_token_of_each_region_and_may_keep_any(grid: tuple, regions: tuple) -> None:
     cuts = [[i * length // count for i in range(count + 1)] for length, count in zip(grid, regions, strict=True)]
     cells = [list(itertools.pairwise(axis)) for axis in cuts]
     numbers = torch.arange(grid[0] * grid[1] * grid[2]).reshape(grid)
@@ -112,7 +114,7 @@ def test_random_takes_one_token_of_each_region_and_could_take_any(grid: tuple, r
         set(numbers[t[0] : t[1], h[0] : h[1], w[0] : w[1]].flatten().tolist()) for t, h, w in itertools.product(*cells)
     ]
     assert sum(map(len, members)) == numbers.numel()
-    reducer = create_grid_reducer("random", grid, regions)
+    reducer = create_reducer("random", 1, 1, grid, regions, window=(1, 2, 2))
     x = numbers.reshape(1, -1, 1).expand(400, -1, -1).float()  # tokens that carry their number
     drawn = reducer.train()(x, [Idle()]).tokens.squeeze(-1).long().T
     for own, region in zip(drawn, members, strict=True):
@@ -120,4 +122,4 @@ def test_random_takes_one_token_of_each_region_and_could_take_any(grid: tuple, r
     kept = reducer.eval()(x, [Idle()], return_assignment=True)
     assert (kept.tokens == kept.tokens[:1]).all()
     assert torch.equal((kept.assignment @ x), kept.tokens)
-    assert torch.equal(reducer.kept, create_grid_reducer("random", grid, regions).kept)
+    assert torch.equal(reducer.kept, create_reducer("random", 1, 1, grid, regions, window=(1, 2, 2)).kept)

@@ -60,7 +60,7 @@ def test_microsoft_swin_and_video_swin() -> None:
     assert all(torch.equal(value, target.state_dict()[name]) for name, value in video.state_dict().items())
 
 
-def test_swin_into_semantic_tokens_says_which_biases_are_left() -> None:
+def test_swin_into_semantic_tokens_reports_unused_biases() -> None:
     """What an image checkpoint has no use for is named; all that the model has is covered."""
     model = create_model("stvit_swin_tiny", num_frames=4, image_size=224, num_classes=12)
     report = load_pretrained(model, microsoft_names(swin().state_dict()), min_coverage=1.0)
@@ -209,7 +209,7 @@ def test_interleaved_sines_match_their_formula_to_the_last_position() -> None:
     assert table[0, 1567, 11].item() == pytest.approx(np.cos(1567 / 10000 ** (10 / 768)), abs=1e-6)
 
 
-def test_conversions_leave_their_source_alone() -> None:
+def test_conversions_do_not_modify_their_source() -> None:
     state = microsoft_names(swin().state_dict())
     names, first = list(state), state["patch_embed.proj.weight"].clone()
     from_swin(state)
@@ -217,8 +217,8 @@ def test_conversions_leave_their_source_alone() -> None:
     assert torch.equal(state["patch_embed.proj.weight"], first)
 
 
-def test_a_clip_of_as_many_places_is_not_taken_for_the_frame_of_an_image() -> None:
-    """196 places of a 224-pixel image are no 4 frames of 49 for a model of 8 frames of 112 pixels."""
+def test_an_image_is_not_mistaken_for_a_clip_of_as_many_positions() -> None:
+    """The 196 positions of a 224-pixel image are not 4 frames of 49 in a model of 8 frames of 112 pixels."""
     oracle = timm.create_model("deit_tiny_patch16_224", num_classes=7, depth=3)
     small = create_model("vit_tiny_patch16", num_frames=1, image_size=112, num_classes=7, depth=3).eval()
     video = create_model("vit_tiny_patch16", num_frames=8, image_size=112, num_classes=7, depth=3).eval()
@@ -243,7 +243,7 @@ def test_clip_positions_keep_a_still_clip_an_image_on_any_frame(size: int | tupl
         assert (video_model(image.expand(-1, -1, 4, -1, -1)) - image_model(image)).abs().max() < 1e-4
 
 
-def test_centres_of_another_size_are_resampled_or_new_never_scrambled() -> None:
+def test_centres_of_another_size_are_resampled() -> None:
     settings = {"num_frames": 1, "num_classes": 3, "global_centres": True, "dim": 24, "depths": (2, 2, 6, 2)}
     settings["num_heads"] = (1, 2, 4, 8)
     large = create_model("stvit_swin_tiny", image_size=224, **settings)
@@ -256,7 +256,7 @@ def test_centres_of_another_size_are_resampled_or_new_never_scrambled() -> None:
 
 
 @pytest.mark.parametrize("name", ["beit_base_patch16_224", "eva02_tiny_patch14_224"])
-def test_networks_under_the_same_names_are_refused(name: str) -> None:
+def test_other_networks_with_the_same_names_are_refused(name: str) -> None:
     state = timm.create_model(name, depth=2).state_dict()
     assert recognise(state) is None or recognise(state)[0] == "timm ViT"
     model = create_model("vit_tiny_patch16", num_frames=1, image_size=224, num_classes=1000, depth=2)
@@ -264,14 +264,14 @@ def test_networks_under_the_same_names_are_refused(name: str) -> None:
         load_pretrained(model, state)
 
 
-def test_keys_without_a_place_are_said_to_change_the_outputs() -> None:
+def test_unknown_keys_are_noted() -> None:
     state = timm.create_model("vit_tiny_patch16_224", depth=3, pre_norm=True).state_dict()
     model = create_model("vit_tiny_patch16", num_frames=1, image_size=224, num_classes=1000, depth=3)
     assert "norm_pre" in "".join(load_pretrained(model, state).notes)
 
 
 @pytest.mark.parametrize("damage", ["blocks.0.ls1.gamma", "pos_embed"])
-def test_tensors_that_do_not_fit_together_are_one_line(damage: str) -> None:
+def test_inconsistent_tensors_give_one_line(damage: str) -> None:
     state = timm.create_model("vit_tiny_patch16_224", depth=3).state_dict()
     state[damage] = torch.zeros(3)
     model = create_model("vit_tiny_patch16", num_frames=1, image_size=224, num_classes=1000, depth=3)

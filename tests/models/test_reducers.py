@@ -1,4 +1,4 @@
-"""Reducers of tokens: one body of tests over all, and for each what its definition says must come out."""
+"""Token reducers: one set of tests over all, and for each its definition."""
 
 import copy
 import math
@@ -34,7 +34,7 @@ OTHERS, LEARNED = REDUCERS[1:], ("dynamicvit", "spot")
 
 
 def build(reducer: str, **overrides: object) -> nn.Module:
-    """Return a model none of whose weights is zero, so that none can be left out unseen."""
+    """Return a model without zero weights, so that each of them has an effect."""
     model = create_model(NAME, **{**SHRUNK, "reducer": reducer, **overrides})
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -48,7 +48,7 @@ def draw(model: nn.Module, count: int = 3) -> Tensor:
 def reduce(model: nn.Module, x: Tensor, past: list | None = None) -> object:
     """Run a model's reducer alone on image tokens."""
     blocks = list(model.blocks[model.base_depth : model.base_depth + model.stgm_depth])
-    return model.reducer(x, blocks, past or [(model.blocks[0], x), (model.blocks[1], x)], True)
+    return model.token_reducer(x, blocks, past or [(model.blocks[0], x), (model.blocks[1], x)], True)
 
 
 def run(blocks: list, x: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def run(blocks: list, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("settings", [{}, {"base_attention": "joint"}, {"preset": "fast"}, {"fc_norm": True}])
 @pytest.mark.parametrize("reducer", REDUCERS)
-def test_a_clip_gets_the_same_logits_whatever_is_beside_it(reducer: str, settings: dict) -> None:
+def test_clips_of_a_batch_are_independent(reducer: str, settings: dict) -> None:
     model = build(reducer, **settings)
     clips = draw(model)
     with torch.no_grad():
@@ -73,6 +73,7 @@ def test_a_clip_gets_the_same_logits_whatever_is_beside_it(reducer: str, setting
         for i in range(3):
             assert (model(clips[i : i + 1]) - logits[i]).abs().max() < 1e-4
     assert intermediates.tokens["semantic"].shape == (3, LEFT, 48)
+    assert model.token_counts() == (TOKENS, LEFT)
     assert intermediates.assignment.shape == (3, LEFT, TOKENS)
     assert (intermediates.assignment >= 0).all()
     assert (intermediates.assignment.sum(dim=2) < 1 + 1e-5).all()
@@ -81,7 +82,7 @@ def test_a_clip_gets_the_same_logits_whatever_is_beside_it(reducer: str, setting
 
 
 @pytest.mark.parametrize("reducer", REDUCERS)
-def test_a_model_is_built_again_from_its_name_and_arguments(reducer: str) -> None:
+def test_a_model_is_rebuilt_from_its_name_and_arguments(reducer: str) -> None:
     model = build(reducer)
     again = create_model(model.name, **model.arguments).eval()
     again.load_state_dict(model.state_dict())
@@ -138,7 +139,7 @@ def test_compiled_blocks_give_the_same(reducer: str) -> None:
 
 
 @pytest.mark.parametrize("reducer", REDUCERS)
-def test_costs_are_counted_and_are_below_the_full_twins(reducer: str) -> None:
+def test_costs_are_below_the_dense_baselines(reducer: str) -> None:
     model = build(reducer)
     full = create_model(
         "vit_tiny_patch16", **{key: value for key, value in SHRUNK.items() if key != "regions"}, base_attention="joint"
@@ -187,7 +188,7 @@ def test_auxiliary_loss_is_given_once_and_in_training_only(reducer: str) -> None
         (NAME, {"reducer": "tom"}, "stgm, random, mean, tome, dynamicvit, ats, spot"),
         (NAME, {"reducer": "mean", "pooling": "max"}, "has no pooling, which reducer 'stgm' has"),
         (NAME, {"reducer": "ats", "regions": (2, 9, 2)}, "9 regions over 4 tokens of height"),
-        (NAME, {"reducer": 3}, "reducer is 3; allowed: text"),
+        (NAME, {"reducer": 3}, "reducer 3 is unknown; choose one of stgm, random"),
         ("vit_tiny_patch16", {"reducer": "mean"}, "use stvit_vit_tiny_patch16"),
         (
             "stvit_swin_tiny",
@@ -211,7 +212,7 @@ def test_the_configuration_offers_the_reducers_that_there_are() -> None:
     assert BY_NAME["MODEL.REDUCER"].choices == REDUCERS
 
 
-def test_a_reducer_that_cannot_apply_ends_the_command(
+def test_a_reducer_that_cannot_apply_is_refused_by_the_command(
     small_run: Callable[..., list[str]], refused: Callable[[list[str]], str]
 ) -> None:
     assert "windows" in refused(small_run("MODEL.NAME", "stvit_swin_tiny", "MODEL.REDUCER", "tome"))
@@ -219,16 +220,19 @@ def test_a_reducer_that_cannot_apply_ends_the_command(
     assert "stgm" in refused(small_run("MODEL.REDUCER", "tom"))
 
 
-def test_the_stgm_may_be_named() -> None:
-    model = create_model("stvit_swin_tiny", num_frames=4, image_size=64, num_classes=7, reducer="stgm")
-    plain = create_model("stvit_swin_tiny", num_frames=4, image_size=64, num_classes=7)
-    assert list(model.state_dict()) == list(plain.state_dict())
+def test_the_stgm_is_the_default_and_keeps_its_parameter_names() -> None:
+    for name, prefix in ((NAME, "stgm."), ("stvit_swin_tiny", "layers.2.generators.0.")):
+        sizes = {"num_frames": 4, "image_size": 64, "num_classes": 7, "pooling": "mask", "global_centres": True}
+        model, plain = create_model(name, **sizes, reducer="stgm"), create_model(name, **sizes)
+        assert list(model.state_dict()) == list(plain.state_dict())
+        own = {key.removeprefix(prefix) for key in model.state_dict() if key.startswith(prefix)}
+        assert own >= {"global_centres", "pooling.mask_conv.weight", "pooling.mask_proj.weight"}
 
 
 # --- what each is defined to do
 
 
-def test_random_is_the_same_choice_for_all_clips_and_another_for_each_while_training() -> None:
+def test_random_is_fixed_in_evaluation_and_differs_by_clip_in_training() -> None:
     model = build("random")
     x, blocks = torch.randn(3, TOKENS, 48), list(model.blocks[2:4])
     kept = model.reducer.kept
@@ -258,7 +262,7 @@ def test_merging_keeps_sizes_and_means(left: int) -> None:
         def attend(self, x: Tensor, key_bias: Tensor | None) -> tuple[Tensor, Tensor]:
             return x, x
 
-        def transform(self, x: Tensor) -> Tensor:
+        def mlp_residual(self, x: Tensor) -> Tensor:
             return x
 
     x = torch.randn(3, TOKENS, 8)
@@ -272,7 +276,7 @@ def test_merging_keeps_sizes_and_means(left: int) -> None:
     torch.testing.assert_close((reduced.assignment * reduced.weights.unsqueeze(2)).sum(dim=1), torch.ones(3, TOKENS))
 
 
-def test_matching_joins_the_likest_pairs_of_the_two_sets() -> None:
+def test_matching_joins_the_most_similar_pairs_of_the_two_sets() -> None:
     keys = torch.tensor([[[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9], [-1.0, 0.0], [0.5, -0.9]]])
     groups = match(keys, 2)  # 0 to 1 and 2 to 3; 4 has nothing like it
     assert groups.tolist() == [[0, 0, 1, 1, 2, 3]]
@@ -293,7 +297,7 @@ def test_merging_equal_tokens_changes_nothing(depth: int) -> None:
     assert (reduced.tokens.repeat_interleave(2, dim=1) - whole).abs().max() < 1e-4
 
 
-def test_sizes_count_in_the_attention() -> None:
+def test_merged_tokens_count_by_their_size_in_attention() -> None:
     """Three equal tokens beside two others: one token of weight 3 stands for them."""
     block = build("tome").blocks[0]
     x = torch.randn(1, 3, 48)
@@ -305,7 +309,7 @@ def test_sizes_count_in_the_attention() -> None:
 
 
 @pytest.mark.parametrize("reducer", LEARNED)
-def test_learned_pruning_takes_the_best_in_evaluation(reducer: str) -> None:
+def test_learned_pruning_keeps_the_best_in_evaluation(reducer: str) -> None:
     model = build(reducer)
     x = torch.randn(3, TOKENS, 48)
     past = [(model.blocks[0], torch.randn(12, 25, 48)), (model.blocks[1], torch.randn(12, 25, 48))]
@@ -331,7 +335,7 @@ def test_a_clip_keeps_its_best_token_when_all_should_go(reducer: str) -> None:
 
 @pytest.mark.parametrize("fc_norm", [False, True])
 @pytest.mark.parametrize("reducer", LEARNED)
-def test_what_is_dropped_in_training_is_as_good_as_gone(reducer: str, fc_norm: bool) -> None:
+def test_tokens_dropped_in_training_have_no_effect(reducer: str, fc_norm: bool) -> None:
     model = build(reducer, fc_norm=fc_norm).train()
     clip = draw(model, 1)
     logits, intermediates = model(clip, return_intermediates=True)
@@ -345,7 +349,7 @@ def test_what_is_dropped_in_training_is_as_good_as_gone(reducer: str, fc_norm: b
 
 @pytest.mark.parametrize("lean", [-2.0, 2.0])
 @pytest.mark.parametrize("reducer", LEARNED)
-def test_the_loss_pulls_the_kept_share_to_the_one_asked_for(reducer: str, lean: float) -> None:
+def test_the_loss_pulls_the_kept_share_to_its_target(reducer: str, lean: float) -> None:
     model = build(reducer).train()
     bias = model.reducer.decide[-1].bias
     bias.data = torch.tensor([lean, -lean])
@@ -359,7 +363,7 @@ def test_the_loss_pulls_the_kept_share_to_the_one_asked_for(reducer: str, lean: 
     assert (bias.grad[0] - bias.grad[1]) * lean > 0  # a step against it evens the excess out
 
 
-def test_the_gradient_of_keeping_a_token_is_that_of_its_share() -> None:
+def test_the_gradient_of_a_decision_is_that_of_the_attention() -> None:
     """The bias's gradient at 0 and at 1 against a difference quotient of the attention itself."""
     block = build("dynamicvit").blocks[0].double()
     x = torch.randn(1, 5, 48, dtype=torch.double)
@@ -388,7 +392,7 @@ def test_sampling_is_inverse_transform_sampling() -> None:
     assert weights.shape == (1, LEFT)
 
 
-def test_adaptive_sampling_asks_all_image_tokens_and_drops_places_left_over() -> None:
+def test_adaptive_sampling_attends_to_all_image_tokens_and_drops_repeats() -> None:
     model = build("ats")
     x = 3 * torch.randn(1, TOKENS, 48)
     x[:, :50] = x[:, :1]

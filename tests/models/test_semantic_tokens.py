@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from stvit_video.models.arguments import STGMArguments
 from stvit_video.models.layers import Block
 from stvit_video.models.reducers.semantic import (
     SemanticPooling,
@@ -107,9 +108,8 @@ def test_regions_must_divide_time() -> None:
 @pytest.mark.parametrize("first_residual", [True, False])
 @pytest.mark.parametrize("global_centres", [True, False])
 def test_generator_computes_the_papers_equations(first_residual: bool, global_centres: bool) -> None:
-    stgm = SemanticTokenGenerator(
-        DIM, (1, 8, 8), (1, 4, 4), global_centres=global_centres, first_residual=first_residual
-    )
+    settings = STGMArguments(global_centres=global_centres, first_residual=first_residual)
+    stgm = SemanticTokenGenerator(DIM, (1, 8, 8), (1, 4, 4), settings)
     stgm.reset_parameters()
     blocks = [Block(DIM, 2).eval() for _ in range(3)]
     x = torch.randn(2, 64, DIM)
@@ -128,7 +128,7 @@ def test_generator_computes_the_papers_equations(first_residual: bool, global_ce
         q = s + (stgm.global_centres if global_centres else 0)
         s = q + attend(block, q, torch.cat([s, x], dim=1))
         s = s + block.mlp(block.norm2(s))
-    torch.testing.assert_close(stgm(x, blocks)[0], s, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(stgm(x, blocks).tokens, s, atol=1e-5, rtol=1e-5)
 
 
 def test_log_n_counts_a_merged_key_n_times() -> None:
@@ -141,9 +141,9 @@ def test_log_n_counts_a_merged_key_n_times() -> None:
 
 
 def test_assignment_is_what_the_last_block_draws_from_the_image_tokens() -> None:
-    stgm = SemanticTokenGenerator(DIM, (2, 8, 8), (1, 4, 4))
+    stgm = SemanticTokenGenerator(DIM, (2, 8, 8), (1, 4, 4), STGMArguments())
     blocks = [Block(DIM, 2).eval() for _ in range(2)]
-    _, assignment = stgm(torch.randn(2, 128, DIM), blocks, return_assignment=True)
+    assignment = stgm(torch.randn(2, 128, DIM), blocks, return_assignment=True).assignment
     assert assignment.shape == (2, 16, 128)
     assert (assignment >= 0).all()
     assert (assignment.sum(dim=2) <= 1).all()

@@ -49,7 +49,7 @@ def test_a_still_clip_is_an_image(name: str, size: int | tuple[int, int], settin
 
 @pytest.mark.parametrize("frames", [3, 18, 20])  # a repeated last frame; time windows that need padding, and shift
 @pytest.mark.parametrize("name", ["swin_tiny", "stvit_swin_tiny", "stvit_r_swin_small"])
-def test_a_still_clip_is_an_image_whatever_its_length(name: str, frames: int) -> None:
+def test_a_still_clip_of_any_length_is_an_image(name: str, frames: int) -> None:
     check_still_clip(name, 100, {"units": 1} if "_r_" in name else {}, frames)
 
 
@@ -161,7 +161,7 @@ def test_published_image_figures(name: str, gflops: float, parameters: float) ->
 
 
 @pytest.mark.parametrize(("size", "saving"), [("tiny", 0.24), ("small", 0.25), ("base", 0.25)])
-def test_paper_preset_saves_what_the_paper_says_on_images(size: str, saving: float) -> None:
+def test_paper_preset_saves_as_published_on_images(size: str, saving: float) -> None:
     semantic, full = (
         count_gflops(create_model(f"{family}_{size}", num_frames=1, image_size=224, num_classes=1000), (1, 224, 224))
         for family in ("stvit_swin", "swin")
@@ -177,9 +177,7 @@ def test_paper_preset_saves_what_the_paper_says_on_images(size: str, saving: flo
         ("tiny", 87.9, {"preset": "fast"}, 0.40, 0.60),
     ],
 )
-def test_presets_save_what_they_promise_on_video(
-    size: str, published: float, settings: dict, low: float, high: float
-) -> None:
+def test_presets_save_on_video(size: str, published: float, settings: dict, low: float, high: float) -> None:
     video = {"num_frames": 32, "image_size": 224, "num_classes": 400}
     full = count_gflops(create_model(f"swin_{size}", **video), (32, 224, 224))
     assert full == pytest.approx(published, rel=0.02)
@@ -255,7 +253,7 @@ def test_training_contracts() -> None:
         ("stvit_swin_tiny", {"regions": (1, 7, 6)}, r"7 regions over the 2 windows.*\[2, 4, 6\]"),
         ("stvit_swin_tiny", {"regions": (6, 6)}, "3 whole numbers"),
         ("stvit_swin_tiny", {"regions": (1, 0, 6)}, "3 whole numbers from 1 on"),
-        ("stvit_swin_tiny", {"drop_path": 1.5}, "0 to below 1"),
+        ("stvit_swin_tiny", {"drop_path": 1.5}, "a number from 0 to 0.99"),
         ("stvit_swin_tiny", {"frames_per_centre": 0}, "from 1 on"),
         ("stvit_swin_tiny", {"offsets": "yes"}, "True or False"),
         ("stvit_swin_tiny", {"preset": "quick"}, "paper, fast"),
@@ -273,7 +271,7 @@ def test_training_contracts() -> None:
         ("stvit_r_swin_tiny", {}, "stvit_r_swin_small"),
     ],
 )
-def test_arguments_that_cannot_work(name: str, settings: dict, said: str) -> None:
+def test_wrong_arguments_are_refused(name: str, settings: dict, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         create_model(name, **{"num_frames": 1, "image_size": 224, "num_classes": 10, **settings})
 

@@ -1,4 +1,4 @@
-"""The ViT family: one body of tests over all models, timm and the paper's figures as oracles."""
+"""The ViT family: one set of tests over all models, timm and the paper's figures as oracles."""
 
 import pytest
 import timm
@@ -70,7 +70,7 @@ def test_named_models_keep_a_still_clip_an_image(name: str) -> None:
 
 
 @pytest.mark.parametrize("size", ["tiny", "small"])
-def test_full_twin_equals_timm(size: str) -> None:
+def test_dense_baseline_equals_timm(size: str) -> None:
     oracle = timm.create_model(
         f"vit_{size}_patch16_224", class_token=False, global_pool="avg", fc_norm=False, num_classes=1000
     ).eval()
@@ -102,7 +102,7 @@ def test_gflops_of_the_paper(settings: dict, published: float) -> None:
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "base"])
-def test_share_of_the_full_twins_gflops(size: str) -> None:
+def test_share_of_the_dense_baselines_gflops(size: str) -> None:
     cost = {
         name: count_gflops(create_model(name, num_frames=1, image_size=224, num_classes=1000), (1, 224, 224))
         for name in (f"stvit_vit_{size}_patch16", f"vit_{size}_patch16")
@@ -112,7 +112,7 @@ def test_share_of_the_full_twins_gflops(size: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "settings"), VARIANTS)
-def test_interface_that_the_engine_relies_on(name: str, settings: dict) -> None:
+def test_interface_of_the_engine(name: str, settings: dict) -> None:
     model = create_model(name, num_frames=4, image_size=IMAGE, num_classes=10, **SHRUNK, **settings)
     names = [parameter for parameter, _ in model.named_parameters()]
     assert model.no_weight_decay() <= set(names)
@@ -168,15 +168,15 @@ def test_semantic_tokens_see_motion_that_the_frame_model_cannot() -> None:
         ("stvit_vit_small_patch16", {"pool": "max"}, "Did you mean pooling"),
         ("stvit_vit_small_patch16", {"pooling": "median"}, "mask, max, mean"),
         ("stvit_vit_small_patch16", {"base_depth": 11}, "allowed: 1 to 10"),
-        ("stvit_vit_small_patch16", {"stgm_depth": 5}, "2, 3 or 4"),
+        ("stvit_vit_small_patch16", {"stgm_depth": 5}, "allowed: a whole number from 2 to 4"),
         ("stvit_vit_small_patch16", {"regions": (1, 9, 4)}, "allowed for this height"),
         ("stvit_vit_small_patch16", {"image_size": 100}, "not a positive multiple of the patch's 16"),
         ("stvit_vit_small_patch16", {"num_frames": 3}, "not a positive multiple of the patch's 2"),
         ("stvit_vit_small_patch16", {"base_attention": "window"}, "frame, joint"),
         ("vit_small_patch16", {"preset": "fast"}, "use stvit_vit_small_patch16"),
         ("vit_small_patch16", {"dim": 100}, "divisible"),
-        ("vit_small_patch16", {"num_heads": (3, 6, 12, 24)}, "a ViT takes one number"),
-        ("swin_tiny", {"num_heads": 3}, "4 numbers, one a stage, as (3, 6, 12, 24)"),
+        ("vit_small_patch16", {"num_heads": (3, 6, 12, 24)}, "allowed: a whole number from 1 on"),
+        ("swin_tiny", {"num_heads": 3}, "allowed: 4 whole numbers from 1 on"),
     ],
 )
 def test_wrong_arguments_are_named_with_what_is_allowed(name: str, arguments: dict, says: str) -> None:

@@ -1,1 +1,1 @@
-"""Weights: files, layouts, resizing, loading."""
+"""Weights: files, published layouts, resizing, loading."""

@@ -1,4 +1,4 @@
-"""Checkpoint files: read tensors by name without running code from the file, and say plainly what is wrong with it."""
+"""Checkpoint files: read tensors by name without running code from the file, with plain errors for what is wrong."""
 
 import argparse
 import errno
@@ -19,18 +19,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from stvit_video.common.errors import UsageError, first_line
-from stvit_video.common.files import write_atomically
 
 StateDict = dict[str, Tensor]
 
-# What torch.load raises on a file that is not whole, by where it was damaged.
+# What torch.load raises on a damaged file, depending on where the damage is.
 DAMAGE = (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError, struct.error)
-# Containers that published training checkpoints carry beside their weights: the command line (DeiT, VideoMAE), and the
-# configuration (Swin), which is read as an ordinary dictionary. They hold values and run nothing.
+# Containers in published training checkpoints, beside the weights: the command line (DeiT, VideoMAE) and the
+# configuration (Swin), which is read as an ordinary dictionary. They hold values and run no code.
 CONTAINERS: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
 WRAPPERS = ("model", "state_dict", "module")
 PREFIXES = re.compile(r"^((module|_orig_mod)\.)+")  # of DistributedDataParallel and torch.compile
-# What is often saved under a checkpoint's name, by its first bytes.
+# Files that are often mistaken for checkpoints, by their first bytes.
 IMPOSTORS = (
     (b"version https://git-lfs", "a Git-LFS pointer, not the file it points to; run `git lfs pull` and give that file"),
     (b"<", "a web page, probably an error message saved under this name; download the file again"),
@@ -40,9 +39,9 @@ IMPOSTORS = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a checkpoint file, and what this package saved beside them.
+    """The tensors of a checkpoint file, and the metadata that this package saves with them.
 
-    ``metadata`` has ``name``, ``arguments``, ``classes`` and ``views`` (see ``save_weights``), or is empty.
+    ``metadata`` has ``name``, ``arguments``, ``classes`` and ``views`` (see ``pack_weights``), or is empty.
     """
 
     path: str
@@ -82,7 +81,7 @@ def read_state_dict(path: str | Path) -> StateDict:
 
 
 def check_tensors(content: object, name: str) -> StateDict:
-    """Return the dense tensors of a mapping by name, wrappers' prefixes stripped; raise UsageError where none is."""
+    """Return the tensors of a mapping, prefixes of wrappers stripped; raise UsageError unless all are dense."""
     tensors = {}
     if isinstance(content, dict):
         tensors = {PREFIXES.sub("", str(key)): value for key, value in content.items() if isinstance(value, Tensor)}
@@ -107,7 +106,7 @@ def _parse_metadata(header: dict[str, str]) -> dict[str, Any]:
         values = {key: json.loads(header.get(key, "null")) for key in ("arguments", "classes", "views")}
         return {**values, "name": header["name"], "arguments": dict(values["arguments"])}
     except (ValueError, LookupError, TypeError):
-        return {}  # another program's
+        return {}  # written by another program
 
 
 def _refuse_impostors(path: Path) -> None:
@@ -116,7 +115,7 @@ def _refuse_impostors(path: Path) -> None:
     if not start:
         raise UsageError(f"Checkpoint {path} is empty; download or save it again.")
     if b"\0" in start:
-        return  # binary: no page or message
+        return  # binary: neither a web page nor text
     start = start.lstrip(b"\xef\xbb\xbf \r\n\t")
     for signature, what in IMPOSTORS:
         if start.startswith(signature):
@@ -164,8 +163,8 @@ def _is_torchscript(path: Path) -> bool:
         return any(name.endswith("constants.pkl") for name in archive.namelist())
 
 
-def save_weights(path: Path, model: nn.Module, classes: list[str], views: dict[str, Any] | None = None) -> None:
-    """Write weights as safetensors with the model's name and arguments: enough to build and use it again.
+def pack_weights(model: nn.Module, classes: list[str], views: dict[str, Any] | None = None) -> bytes:
+    """Return a ``.safetensors`` of a model with its name and arguments: enough to build and use it again.
 
     ``views`` are the configuration keys that say how a video becomes clips.
     """
@@ -177,4 +176,4 @@ def save_weights(path: Path, model: nn.Module, classes: list[str], views: dict[s
         "views": json.dumps(views or {}),
     }
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    write_atomically(path, safetensors.torch.save(state, metadata=metadata))
+    return safetensors.torch.save(state, metadata=metadata)

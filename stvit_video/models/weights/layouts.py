@@ -1,7 +1,7 @@
-"""Published checkpoint layouts: which one a state dict has, and pure functions that give it this package's names.
+"""Published checkpoint layouts: recognise the layout of a state dict, and convert it to this package's names.
 
-A conversion changes names and axes only; fitting to the sizes of a model comes later (``convert.py``). Every key of the
-source is either in the result under its new name, or named in ``dropped`` with a note that says why.
+A conversion changes names and axes only; ``resize.py`` fits the tensors to a model. Every key of the source is either
+in the result under its new name, or listed in ``dropped`` with a note that says why.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor
 from stvit_video.models.layers import Grid
 from stvit_video.models.weights.files import StateDict
 
-# Computed by every Swin from its sizes; some checkpoints carry them.
+# Buffers that every Swin computes from its sizes; some checkpoints contain them.
 COMPUTED = re.compile(r"(relative_position_index|relative_coords_table|attn_mask)$")
 PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
 VIDEOMAE_GRID: Grid = (8, 14, 14)  # 16 frames of 224x224, the size of its published models
@@ -23,32 +23,32 @@ VIDEOMAE_GRID: Grid = (8, 14, 14)  # 16 frames of 224x224, the size of its publi
 
 @dataclass
 class Converted:
-    """A state dict under this package's names, and what the conversion has to say about it."""
+    """A state dict under this package's names, and a record of its conversion."""
 
     state: StateDict
     notes: list[str] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)  # keys of the source that have no place here
-    fc_norm: bool | None = None  # whether its last norm comes after the mean over tokens, where that is known
+    dropped: list[str] = field(default_factory=list)  # keys of the source without a counterpart here
+    fc_norm: bool | None = None  # whether the last norm comes after the mean over tokens, if known
     position_grid: Grid | None = None  # of position embeddings over a whole clip
-    unplaced: list[str] = field(default_factory=list)  # keys whose grid nothing tells
-    left_out: list[str] = field(default_factory=list)  # keys that were not asked for
-    changed: dict[str, str] = field(default_factory=dict)  # what was done to a key while its sizes were adapted
+    unplaced: list[str] = field(default_factory=list)  # keys whose grid is unknown
+    left_out: list[str] = field(default_factory=list)  # keys that were not requested
+    changed: dict[str, str] = field(default_factory=dict)  # status of keys that were adapted to the model's grid
 
     def drop(self, names: list[str], reason: str) -> None:
-        """Leave keys out, saying how many and why."""
+        """Remove keys, with a note of how many and why."""
         present = [name for name in names if self.state.pop(name, None) is not None]
         if present:
             self.dropped += present
             self.notes.append(f"{len(present)} {reason}")
 
     def rename(self, old: str, new: str) -> None:
-        """Give the key ``old``, where there is one, another name."""
+        """Rename the key ``old`` if it is there."""
         if old in self.state:
             self.state[new] = self.state.pop(old)
 
 
 def from_own(state: StateDict) -> Converted:
-    """Take a checkpoint of this package as it is."""
+    """Return a checkpoint of this package unchanged."""
     return Converted(dict(state))
 
 
@@ -67,7 +67,7 @@ def from_timm_vit(state: StateDict) -> Converted:
 
 
 def from_videomae(state: StateDict) -> Converted:
-    """Convert a VideoMAE ViT, fine-tuned or pre-trained (its encoder): split biases joined, fixed sines written out."""
+    """Convert a VideoMAE ViT, fine-tuned or pre-trained (its encoder): split biases joined, fixed sines added."""
     result = Converted(dict(state))
     if any(name.startswith("encoder.blocks.") for name in state):
         decoder = [name for name in state if not name.startswith("encoder.")]
@@ -76,7 +76,7 @@ def from_videomae(state: StateDict) -> Converted:
     for name in [name for name in result.state if name.endswith(".q_bias")]:
         root = name.removesuffix("q_bias")
         q, v = result.state.pop(name), result.state.pop(f"{root}v_bias")
-        result.state[f"{root}qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])  # its keys have no bias
+        result.state[f"{root}qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])  # VideoMAE has no bias on keys
     _fold_layer_scale(result, (("gamma_1", "attn.proj"), ("gamma_2", "mlp.fc2")))
     if "pos_embed" not in result.state:
         dim = result.state["patch_embed.proj.weight"].shape[0]
@@ -101,7 +101,7 @@ def _finish_vit(result: Converted) -> None:
 
 
 def _fold_layer_scale(result: Converted, pairs: tuple[tuple[str, str], ...]) -> None:
-    """Multiply learned factors of a branch into its last linear layer, which changes nothing in what is computed."""
+    """Multiply the learned factors of a branch into its last linear layer, which computes the same."""
     folded = 0
     for gamma, layer in pairs:
         for name in [name for name in result.state if name.startswith("blocks.") and name.endswith(gamma)]:
@@ -115,7 +115,7 @@ def _fold_layer_scale(result: Converted, pairs: tuple[tuple[str, str], ...]) -> 
 
 
 def _lift_kernel(state: StateDict, name: str) -> None:
-    """Give a 2-D convolution an axis of time of length 1."""
+    """Add a time axis of length 1 to the kernel of a 2-D convolution."""
     if name in state and state[name].ndim == 4:
         state[name] = state[name].unsqueeze(2)
 
@@ -129,7 +129,7 @@ def interleaved_sines(count: int, dim: int) -> Tensor:
 
 
 def from_swin(state: StateDict) -> Converted:
-    """Convert Swin or Video Swin as Microsoft publishes them, or Swin as timm has it."""
+    """Convert Swin or Video Swin as published by Microsoft, or timm's Swin."""
     result = Converted(dict(state))
     result.drop([name for name in state if COMPUTED.search(name)], "buffers dropped: they are computed here")
     if any(name.startswith("backbone.") for name in state):
@@ -149,10 +149,10 @@ def from_swin(state: StateDict) -> Converted:
 
 
 def from_torchvision_swin(state: StateDict) -> Converted:
-    """Convert torchvision's ``swin_*`` and ``swin3d_*``: its sequences of stages and mergings to stages."""
+    """Convert torchvision's ``swin_*`` and ``swin3d_*``: alternating stages and mergings become stages."""
     result = Converted(dict(state))
     result.drop([name for name in state if COMPUTED.search(name)], "buffers dropped: they are computed here")
-    image = "features.0.0.weight" in state  # the image model has its embedding as first of the features
+    image = "features.0.0.weight" in state  # the image model's embedding is the first of its features
     for name in list(result.state):
         result.rename(name, _torchvision_name(name, image))
     _lift_kernel(result.state, "patch_embed.proj.weight")
@@ -164,17 +164,17 @@ def _torchvision_name(name: str, image: bool) -> str:
         return name.replace("head.", "head.proj.")
     if not name.startswith("features."):
         return name
-    _, place, rest = name.split(".", 2)
-    if image and place == "0":
+    _, index, rest = name.split(".", 2)
+    if image and index == "0":
         return f"patch_embed.proj.{rest[2:]}" if rest.startswith("0.") else f"patch_embed.norm.{rest[2:]}"
-    stage, merging = divmod(int(place) - image, 2)
+    stage, merging = divmod(int(index) - image, 2)
     if merging:
         return f"layers.{stage}.downsample.{rest}"
     return f"layers.{stage}.blocks.{rest}".replace(".mlp.0.", ".mlp.fc1.").replace(".mlp.3.", ".mlp.fc2.")
 
 
 def from_stvit_r(state: StateDict) -> Converted:
-    """Convert STViT-R-Swin as released: split projections of the semantic blocks joined, its own names replaced."""
+    """Convert the released STViT-R-Swin: split projections of the semantic blocks joined, names replaced."""
     result = from_swin(state)
     for name in [name for name in result.state if ".attn.q." in name]:
         keys_values = result.state.pop(name.replace(".attn.q.", ".attn.kv."))
@@ -191,17 +191,15 @@ Layout = tuple[str, Callable[[StateDict], bool], Callable[[StateDict], Converted
 
 
 def _has(pattern: str, without: str = r"^$") -> Callable[[StateDict], bool]:
-    """Return the test that some key fits ``pattern`` and none fits ``without``."""
+    """Return a test whether some key matches ``pattern`` and none matches ``without``."""
     return lambda state: (
         any(re.search(pattern, name) for name in state) and not any(re.search(without, name) for name in state)
     )
 
 
-# Marks of ViTs that compute something else under the same names (BEiT, EVA and the like).
+# Keys of ViTs that compute something else under the same names, such as BEiT and EVA.
 OTHER_VITS = r"(cls_token|relative_position_bias_table|rel_pos_bias|rope|q_norm)"
-
-
-# The first that fits: the more particular ones come first.
+# The first that matches is used: specific ones come first.
 LAYOUTS: tuple[Layout, ...] = (
     ("stvit_video", _has(r"^head\.proj\.weight$"), from_own),
     ("STViT-R-Swin", _has(r"^layers\.\d+\.blocks\.\d+\.attn\.kv\.weight$"), from_stvit_r),
@@ -214,7 +212,7 @@ LAYOUTS: tuple[Layout, ...] = (
 
 
 def recognise(state: StateDict) -> tuple[str, Callable[[StateDict], Converted]] | None:
-    """Return the name of a state dict's layout and its conversion, None where it is not a known one."""
+    """Return the name of a state dict's layout and its conversion; None if it is not known."""
     for name, fits, convert in LAYOUTS:
         if fits(state):
             return name, convert

@@ -1,6 +1,6 @@
-"""Weights from elsewhere: convert a checkpoint's layout, fit it to a model's sizes, account for every key.
+"""Load weights: convert the layout of a checkpoint, fit it to the sizes of a model, account for every key.
 
-Whatever the source, a clip of equal frames through the loaded video model gives what the image model gives: kernels are
+For each source, the loaded video model maps a clip of equal frames to the output of the image model: kernels are
 repeated over time and divided by their length; embeddings and position biases are repeated.
 """
 
@@ -22,9 +22,9 @@ STATUSES = ("loaded", "inflated", "interpolated", "new", "unused", "wrong shape"
 
 @dataclass
 class LoadReport:
-    """What became of every key: ``keys[status]`` lists names; ``coverage`` is the share of the weights loaded.
+    """The status of every key: ``keys[status]`` lists names; ``coverage`` is the share of the model's weights loaded.
 
-    "unused" are keys of the source, in its own names where they were dropped in conversion; the others are the model's.
+    "unused" are keys of the source, under its own names if they were dropped in conversion; others are the model's.
     """
 
     source: str
@@ -32,9 +32,9 @@ class LoadReport:
     keys: dict[str, list[str]] = field(default_factory=lambda: {status: [] for status in STATUSES})
     weights: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STATUSES, 0))
     notes: list[str] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)  # the part of "unused" that has no place in any model here
+    dropped: list[str] = field(default_factory=list)  # those of "unused" that no model here has
     coverage: float = 0.0
-    arguments: dict[str, Any] = field(default_factory=dict)  # the source model's, where its file says
+    arguments: dict[str, Any] = field(default_factory=dict)  # of the source model, if its file has them
 
     def __str__(self) -> str:
         lines = [
@@ -53,7 +53,7 @@ class LoadReport:
         return json.dumps(asdict(self), indent=2)
 
     def add(self, status: str, name: str, weights: int) -> None:
-        """Account for a key."""
+        """Add a key."""
         self.keys[status].append(name)
         self.weights[status] += weights
 
@@ -73,9 +73,9 @@ def load_pretrained(
     VideoMAE (fine-tuned and pre-trained), Swin as Microsoft, torchvision and timm have it, Video Swin, torchvision's
     ``swin3d`` and the released STViT-R-Swin.
 
-    ``new_head`` leaves the classifier out: the model keeps its own. ``depth`` takes only what lies up to that block
-    (see ``layer_id``). ``motion`` above 0 lets kernels that were inflated from an image tell frames apart from the
-    first step (see ``add_motion``). Raises UsageError when a file cannot be read, its layout is not known, or less
+    ``new_head`` leaves out the classifier: the model keeps its own. ``depth`` takes only weights up to that block (see
+    ``layer_id``). With ``motion`` above 0, kernels inflated from an image distinguish frames from the first step (see
+    ``add_motion``). Raises UsageError when a file cannot be read, its layout is not known, or less
     than ``min_coverage`` of the weights asked for fit; the model is then as it was.
     """
     checkpoint = read_checkpoint(source) if isinstance(source, str | Path) else source
@@ -111,7 +111,7 @@ def load_pretrained(
 
 
 def _input_size(arguments: dict[str, Any]) -> Grid | None:
-    """Return (T, H, W) of the source model where its file says it."""
+    """Return (T, H, W) of the source model, None if its file does not say."""
     frames, size = arguments.get("num_frames"), arguments.get("image_size")
     sides = [size, size] if isinstance(size, int) else size
     if not isinstance(frames, int) or not isinstance(sides, list) or len(sides) != 2:
@@ -122,7 +122,7 @@ def _input_size(arguments: dict[str, Any]) -> Grid | None:
 def _fit_all(
     source: StateDict, converted: Converted, model: nn.Module, report: LoadReport, new_head: bool, depth: int | None
 ) -> StateDict:
-    """Return the tensors that fit the model; the report says what became of each key."""
+    """Return the tensors that fit the model, and report the status of each key."""
     adapt_positions(converted, model, _input_size(report.arguments))
     report.notes, report.dropped = converted.notes, converted.dropped
     state, target, fitted = converted.state, model.state_dict(), {}
@@ -137,7 +137,7 @@ def _fit_all(
         elif name in converted.unplaced:
             status = "wrong shape"
         elif name.endswith("num_batches_tracked"):
-            continue  # a counter that no computation here reads
+            continue  # a counter that is not used
         report.add(status, name, value.numel())
         if tensor is not None:
             fitted[name] = tensor
@@ -150,7 +150,7 @@ def _fit_all(
 
 
 def _wanted(name: str, model: nn.Module, new_head: bool, depth: int | None) -> bool:
-    """Say whether a parameter is to be taken from the source at all."""
+    """Return whether a parameter is requested from the source."""
     if new_head and name.startswith("head."):
         return False
     return depth is None or model.layer_id(name) <= depth  # type: ignore[operator]
@@ -159,7 +159,7 @@ def _wanted(name: str, model: nn.Module, new_head: bool, depth: int | None) -> b
 def _add_notes(
     report: LoadReport, converted: Converted, model: nn.Module, unused: list[str], depth: int | None
 ) -> None:
-    """Say what a reader of the table should not have to work out."""
+    """Add notes on what the table of keys alone does not show."""
     biases = [name for name in unused if name.endswith("relative_position_bias_table")]
     if biases and report.layout != "timm ViT":
         report.notes.append(f"{len(biases)} position bias tables unused: semantic tokens have no position bias")

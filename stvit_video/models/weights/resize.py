@@ -1,7 +1,9 @@
-"""Tensors of a checkpoint brought to the sizes of a model, so that a clip of equal frames stays an image.
+"""Fit the tensors of a checkpoint to the sizes of a model, so that a clip of equal frames equals its image.
 
 Kernels are repeated over time and divided by their length; embeddings, centres and position biases are repeated. In
-space they are resampled. Where a tensor does not tell which grid it lies on, nothing is guessed: it is "wrong shape".
+space they are resampled. If the grid of a tensor is not known, it is not guessed: its status is "wrong shape".
+
+Legend: (t, h, w) token grid, n = t*h*w or h*w positions, C channels.
 """
 
 import math
@@ -13,26 +15,26 @@ from torch import Tensor, nn
 from stvit_video.models.layers import Grid
 from stvit_video.models.weights.layouts import Converted
 
-Fitted = tuple[Tensor | None, str]  # the tensor, None where it cannot be fitted, and what was done
+Fitted = tuple[Tensor | None, str]  # the tensor, None if it cannot be fitted, and its status
 
 
 def find_kernel(state: dict[str, Tensor]) -> Tensor | None:
-    """Return the first kernel of the embedding (C, 3, t, h, w), which tells an image model from a video model."""
+    """Return the first kernel of the embedding (C, 3, t, h, w), which distinguishes image from video models."""
     names = ("patch_embed.proj.weight", "patch_embed.proj.0.c.weight")
     kernels = [state[name] for name in names if name in state and state[name].ndim == 5]
     return kernels[0] if kernels else None
 
 
 def is_image_state(state: dict[str, Tensor]) -> bool:
-    """Say whether a converted state dict is an image model's."""
+    """Return whether a converted state dict is that of an image model."""
     kernel = find_kernel(state)
     return kernel is None or kernel.shape[2] == 1
 
 
 def adapt_positions(converted: Converted, model: nn.Module, input_size: Grid | None) -> None:
-    """Bring position embeddings to the model's grid and kind (a frame and time apart, or a clip), with notes.
+    """Convert position embeddings to the model's grid and kind (separate for a frame and time, or for a clip).
 
-    ``input_size`` is the source's (T, H, W) where its file says so.
+    ``input_size`` is (T, H, W) of the source, None if unknown.
     """
     kind, state = getattr(model, "positions", None), converted.state
     if kind is None or "pos_embed" not in state or state["pos_embed"].ndim != 3:
@@ -58,7 +60,7 @@ def adapt_positions(converted: Converted, model: nn.Module, input_size: Grid | N
 
 
 def _position_grid(converted: Converted, input_size: Grid | None, target: Grid) -> Grid | None:
-    """Return the grid of the source's positions, None where nothing tells it."""
+    """Return the grid of the source's positions, None if unknown."""
     count = converted.state["pos_embed"].shape[1]
     kernel = find_kernel(converted.state)
     if converted.position_grid is not None:
@@ -77,14 +79,14 @@ def _position_grid(converted: Converted, input_size: Grid | None, target: Grid) 
 
 
 def split_positions(positions: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Return the sum of a part in space (1, h*w, C) and one in time (1, t, C) that is nearest to (1, t*h*w, C)."""
-    places = positions.reshape(grid[0], grid[1] * grid[2], -1)
-    space = places.mean(dim=0)
-    return space.unsqueeze(0), (places.mean(dim=1) - space.mean(dim=0)).unsqueeze(0)
+    """Return parts in space (1, h*w, C) and time (1, t, C) whose sum is nearest to positions (1, t*h*w, C)."""
+    frames = positions.reshape(grid[0], grid[1] * grid[2], -1)
+    space = frames.mean(dim=0)
+    return space.unsqueeze(0), (frames.mean(dim=1) - space.mean(dim=0)).unsqueeze(0)
 
 
 def clip_positions(positions: Tensor, times: Tensor | None, grid: Grid, target: Grid) -> Tensor:
-    """Return positions (1, t*h*w, C) for every place of the target grid, from those of another grid or of a frame."""
+    """Return positions (1, t*h*w, C) for the target grid, from those of another grid or of a frame."""
     if grid[0] == 1 and times is not None:
         positions = (positions.unsqueeze(1) + times.unsqueeze(2)).flatten(1, 2)
         grid = (times.shape[1], grid[1], grid[2])
@@ -97,15 +99,15 @@ def clip_positions(positions: Tensor, times: Tensor | None, grid: Grid, target: 
 
 
 def fit(name: str, value: Tensor, target: Tensor, model: nn.Module, image: bool) -> Fitted:
-    """Return ``value`` in the shape of ``target``, and how it got there; None and "wrong shape" where it cannot.
+    """Return ``value`` in the shape of ``target`` and its status; None and "wrong shape" if it cannot be fitted.
 
-    ``image`` says that the source is an image model.
+    ``image``: the source is an image model.
     """
     root, _, leaf = name.rpartition(".")
     fitted: Tensor | None = value
     status = "loaded"
     if leaf == "global_centres" and value.ndim == 3:
-        regions = model.get_submodule(root).pooling.regions  # type: ignore[union-attr]
+        regions = model.get_submodule(root).regions
         fitted, status = tile_centres(value, regions, image)  # type: ignore[arg-type]
     elif value.shape != target.shape:
         if root.startswith("patch_embed.proj") and value.ndim == target.ndim == 5:
@@ -121,24 +123,24 @@ def fit(name: str, value: Tensor, target: Tensor, model: nn.Module, image: bool)
 
 
 def inflate_kernel(kernel: Tensor, length: int) -> Tensor:
-    """Give a kernel (C, 3, k, h, w) another length in time so that equal frames keep their response."""
+    """Change the length in time of a kernel (C, 3, k, h, w) so that the response to equal frames is unchanged."""
     if kernel.shape[2] == length:
         return kernel
     return kernel.sum(dim=2, keepdim=True).expand(-1, -1, length, -1, -1) / length
 
 
 def add_motion(kernel: Tensor, amount: float) -> Tensor:
-    """Add noise that cancels over the frames of a kernel (C, 3, k, h, w): equal frames keep their response exactly.
+    """Add noise that sums to zero over the frames of a kernel (C, 3, k, h, w): equal frames keep their response.
 
-    An inflated kernel is the same for all its frames and hence blind to what happens between them; ``amount`` is the
-    noise's standard deviation as a multiple of the kernel's. Drawn from torch's global generator.
+    An inflated kernel is equal for all its frames and cannot respond to changes between them. ``amount`` is the
+    standard deviation of the noise in multiples of the kernel's. It is drawn from torch's global generator.
     """
     noise = torch.randn_like(kernel)
     return kernel + amount * kernel.std() * (noise - noise.mean(dim=2, keepdim=True))
 
 
 def resample_time(embedding: Tensor, length: int) -> Tensor:
-    """Stretch an embedding (n, t, C) to another number of frames, linearly."""
+    """Interpolate an embedding (n, t, C) linearly to another number of frames."""
     if embedding.shape[1] == 1:
         return embedding.expand(-1, length, -1)
     if embedding.shape[1] == length:
@@ -148,7 +150,7 @@ def resample_time(embedding: Tensor, length: int) -> Tensor:
 
 
 def resample_space(embedding: Tensor, grid: tuple[int, int], target: tuple[int, int]) -> Tensor:
-    """Resize an embedding (1, h*w, C) of one grid to another, bicubic with antialiasing."""
+    """Resize an embedding (1, h*w, C) to another grid, bicubic with antialiasing."""
     if grid == target:
         return embedding
     maps = embedding.float().reshape(1, *grid, -1).permute(0, 3, 1, 2)
@@ -157,16 +159,16 @@ def resample_space(embedding: Tensor, grid: tuple[int, int], target: tuple[int, 
 
 
 def resample_bias(table: Tensor, shape: Grid, image: bool) -> Fitted:
-    """Give a relative position bias table (t*h*w, heads) another reach (t, h, w), all odd; say how it was done.
+    """Fit a relative position bias table (t*h*w, heads) to another reach (t, h, w), all odd; return it and its status.
 
-    In space tables are stretched (bicubic), as windows of another size look at the same field. In time an offset keeps
-    its meaning: longer tables repeat their ends (an image's single entry: everywhere), shorter ones drop them.
+    In space tables are interpolated (bicubic): windows of another size cover the same field. In time an offset keeps
+    its meaning: longer tables repeat their ends (an image's single entry everywhere), shorter ones drop them.
     """
     count, heads = table.shape
     frames, rest = divmod(count, shape[1] * shape[2])
     rows, columns = shape[1], shape[2]
     if image or rest or frames % 2 == 0:
-        # Windows are square: the largest odd square in the count is the reach in space, what is left that in time.
+        # Windows are square: the largest odd square that divides the count is the reach in space, the quotient in time.
         sides = [side for side in range(1, math.isqrt(count) + 1, 2) if count % side**2 == 0 and count % 2]
         rows = columns = sides[-1] if sides else 1
         frames = count // rows**2
@@ -176,13 +178,13 @@ def resample_bias(table: Tensor, shape: Grid, image: bool) -> Fitted:
     if (rows, columns) != shape[1:]:
         planes = maps.float().permute(0, 3, 1, 2)
         maps = F.interpolate(planes, size=shape[1:], mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
-    places = torch.arange(shape[0]) - shape[0] // 2 + frames // 2
+    offsets = torch.arange(shape[0]) - shape[0] // 2 + frames // 2
     inflated = frames == 1 and (rows, columns) == shape[1:]
-    return maps[places.clamp(0, frames - 1)].reshape(-1, heads), "inflated" if inflated else "interpolated"
+    return maps[offsets.clamp(0, frames - 1)].reshape(-1, heads), "inflated" if inflated else "interpolated"
 
 
 def tile_centres(centres: Tensor, regions: Grid, image: bool) -> Fitted:
-    """Give global centres (1, t*h*w, C) other regions: an image's repeated over time, a clip's resampled in time."""
+    """Fit global centres (1, n, C) to other regions: an image's are repeated over time, a clip's resampled in time."""
     t, h, w = regions
     count, side = centres.shape[1], math.isqrt(centres.shape[1])
     status = "loaded" if count == t * h * w else "inflated" if image else "interpolated"
@@ -193,5 +195,5 @@ def tile_centres(centres: Tensor, regions: Grid, image: bool) -> Fitted:
     frames, rest = divmod(count, h * w)
     if rest:
         return None, "wrong shape"
-    per_place = centres.reshape(frames, h * w, -1).transpose(0, 1)  # (h*w, t, C)
-    return resample_time(per_place, t).transpose(0, 1).reshape(1, t * h * w, -1), status
+    per_position = centres.reshape(frames, h * w, -1).transpose(0, 1)  # (h*w, t, C)
+    return resample_time(per_position, t).transpose(0, 1).reshape(1, t * h * w, -1), status

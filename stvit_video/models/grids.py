@@ -1,0 +1,35 @@
+"""Token grids, and the windows they are cut into.
+
+Legend: B clips, (T, H, W) grid, (t, h, w) window, P = t*h*w positions of a window, C channels.
+"""
+
+from torch import Tensor
+
+from stvit_video.models.arguments import Grid
+
+
+def token_grid(input_size: Grid, patch: Grid) -> Grid:
+    """Return the token grid of an input (T, H, W); raises ValueError where the patch does not divide it."""
+    for size, step, axis in zip(input_size, patch, ("num_frames", "image height", "image width"), strict=True):
+        if size < 1 or size % step:
+            raise ValueError(f"{axis} {size} is not a positive multiple of the patch's {step}; choose one that is.")
+    return (input_size[0] // patch[0], input_size[1] // patch[1], input_size[2] // patch[2])
+
+
+def window_view(x: Tensor, window: Grid) -> Tensor:
+    """View (B, T, H, W, C), a multiple of the window, as (B, T/t, H/h, W/w, t, h, w, C)."""
+    t, h, w = window
+    return x.unflatten(3, (-1, w)).unflatten(2, (-1, h)).unflatten(1, (-1, t)).permute(0, 1, 3, 5, 2, 4, 6, 7)
+
+
+def window_partition(x: Tensor, window: Grid) -> Tensor:
+    """Cut (B, T, H, W, C), a multiple of the window, into (B, T/t, H/h, W/w, P, C)."""
+    return window_view(x, window).flatten(4, 6)
+
+
+def window_reverse(windows: Tensor, window: Grid) -> Tensor:
+    """Undo ``window_partition``: (B, T/t, H/h, W/w, P, C) to (B, T, H, W, C)."""
+    B, nt, nh, nw, _, C = windows.shape
+    t, h, w = window
+    x = windows.reshape(B, nt, nh, nw, t, h, w, C).permute(0, 1, 4, 2, 5, 3, 6, 7)
+    return x.reshape(B, nt * t, nh * h, nw * w, C)
