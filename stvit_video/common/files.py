@@ -80,3 +80,12 @@ def prepare_folder(folder: Path) -> None:
         raise UsageError(
             f"folder {folder} cannot be written to ({error.strerror}); set its permissions, free space or give another."
         ) from error
+
+
+def check_file(option: str, path: Path) -> None:
+    """Raise UsageError where the file of an option cannot be written: before the work whose result it is to hold."""
+    if not path.parent.is_dir():
+        raise UsageError(f"{option} {path}: {path.parent} is not a folder; make it first.")
+    if path.is_dir():
+        raise UsageError(f"{option} {path} is a folder; name a file in it.")
+    prepare_folder(path.parent)

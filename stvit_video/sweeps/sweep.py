@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from stvit_video.benchmarks.models import build_conditions, describe_speeds, figures_of, measure
-from stvit_video.benchmarks.peers import Contestant
+from stvit_video.benchmarks.peers import TimedModel
 from stvit_video.common.errors import UsageError
 from stvit_video.common.files import write_json
 from stvit_video.config.schema import value_of
@@ -215,7 +215,7 @@ def measure_speeds(plan: Plan, output: Path, wanted: Wanted) -> None:
     for row in rows:
         size = (row.cfg.DATA.FRAMES, row.cfg.DATA.SIZE, row.cfg.DATA.SIZE)
         model = build_model(row.cfg, count_classes(row.cfg) or ASSUMED_CLASSES)
-        contestants.append(Contestant(row.name, model, size))
+        contestants.append(TimedModel(row.name, model, size))
     conditions = build_conditions(plan.twin.cfg, False, wanted.largest_batch)
     speeds, product = measure(contestants, conditions, wanted.rounds, say=lambda line: print(line, flush=True))
     print(describe_speeds(speeds, product, conditions), flush=True)
