@@ -56,17 +56,13 @@ def check_options(options: argparse.Namespace) -> None:
     for name in ("clips", "rounds", "steps", "largest_batch"):
         if (number := getattr(options, name)) < 1:
             raise UsageError(f"--{name.replace('_', '-')} {number}: give whole numbers from 1 on.")
-    for option in ("output", "plot"):
-        if (path := getattr(options, option)) is not None:
-            check_file(f"--{option}", path)
-    if options.plot and options.plot.suffix != ".png":
-        raise UsageError(f"--plot {options.plot} is no .png file; name one that is.")
+    check_file("--output", options.output)
+    check_file("--plot", options.plot, suffix=".png")
     options.cfgs, options.peers = ([word for kind, word in options.named if kind == which] for which in ("cfg", "peer"))
-    if options.what in ("model", "train"):
-        return
-    if len(options.cfgs) > 1 or options.plot or options.results:
+    single = options.what not in ("model", "train")
+    if single and (len(options.cfgs) > 1 or options.plot or options.results):
         raise UsageError(f"{options.what} takes one --cfg, and no --plot or --results; model and train do.")
-    if any(options.what != "loader" or peer != "pytorchvideo" for peer in options.peers):
+    if single and any(options.what != "loader" or peer != "pytorchvideo" for peer in options.peers):
         raise UsageError(
             f"--peer {options.peers[0]} of {options.what}; loader takes pytorchvideo, model and train LIBRARY:MODEL."
         )
