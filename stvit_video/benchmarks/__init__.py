@@ -1,1 +1,1 @@
-"""What ``python -m stvit_video.benchmark model|train|e2e`` measures."""
+"""What ``python -m stvit_video.benchmark`` measures."""

@@ -1,44 +1,45 @@
-"""From video files to logits, and to trained weights: clips a second, and the share of time that waits for data."""
+"""From video files to logits, and to trained weights: clips per second, and the share of time that waits for data."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from fvcore.common.config import CfgNode
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
+from stvit_video.benchmarks.models import build_conditions
+from stvit_video.benchmarks.rounds import min_to_max, open_benchmark, train_step
 from stvit_video.common.errors import UsageError
-from stvit_video.config.schema import value_of
+from stvit_video.common.tables import format_table
+from stvit_video.config.load import override
 from stvit_video.data.loader import build_test_loader, build_train_loader, shorten
-from stvit_video.runs.preflight import OpenRun, open_run
-from stvit_video.runtime.join import pick_device
+from stvit_video.runs.preflight import OpenRun
 from stvit_video.runtime.parallel import compile_model
 from stvit_video.runtime.precision import autocast, set_precision
-from stvit_video.runtime.world import World
 
 WORKERS = (1, 2, 4)
-LEAST = 8  # batches a round
+MIN_BATCHES = 8  # per round
+CHANGES = {"TRAIN.ACCUMULATE": 1, "TRAIN.MIXUP": 0.0, "TRAIN.CUTMIX": 0.0}
 
 
 @dataclass(frozen=True)
 class Flow:
-    """A number of workers: clips a second and the share of the time spent waiting for data, round by round."""
+    """The figures of a number of workers, round by round."""
 
-    what: str
+    what: str  # training or inference
     workers: int
-    clips_per_second: list[float]
-    waiting: list[float]
+    clips_per_second: list[float] = field(default_factory=list)
+    waiting: list[float] = field(default_factory=list)  # share of the time spent waiting for data
 
 
 def run_through(batches: Iterable[Any], work: Callable[[Any], int]) -> tuple[float, float]:
-    """Work on all batches; return clips a second and the share of time spent waiting.
+    """Work on all batches; return clips per second and the share of time spent waiting.
 
-    From the second batch on: before the first one the workers have nothing to work beside.
+    From the second batch on: the workers load the first one while nothing is computed.
     """
     iterator = iter(batches)
     work(next(iterator))
@@ -54,93 +55,93 @@ def run_through(batches: Iterable[Any], work: Callable[[Any], int]) -> tuple[flo
     return done / seconds, waited / seconds
 
 
-def build_work(cfg: CfgNode, model: nn.Module, device: torch.device, training: bool) -> Callable[[Any], int]:
-    """Return what is done with a batch, a training step or the logits of all views; it returns the clips it saw."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5) if training else None
+def make_work(model: nn.Module, device: torch.device, precision: str, training: bool) -> Callable[[Any], int]:
+    """Return what is done with a batch, a training step or inference on all views; it returns how many clips it saw.
+
+    Both wait for their result, so that a GPU's remaining work is not counted as waiting for data.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 
     def train(batch: Any) -> int:
         batch = batch.to(device)
         clips = batch.make_clips()
-        with autocast(device, cfg.PRECISION):
-            logits = model(clips)
-        loss = F.cross_entropy(logits.float(), batch.clip_labels)
-        loss.backward()
-        assert optimizer is not None
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        loss.item()  # the step is waited for: what a GPU has still to do is no waiting for data
+        train_step(model, optimizer, clips, batch.clip_labels, precision).item()
         return len(clips)
 
     def infer(batch: Any) -> int:
-        clips: Tensor = batch.to(device).make_clips()
-        with torch.inference_mode(), autocast(device, cfg.PRECISION):
-            model(clips).float().cpu()  # the logits are waited for
+        clips = batch.to(device).make_clips()
+        with torch.inference_mode(), autocast(device, precision):
+            model(clips).float().cpu()
         return len(clips)
 
-    model.train(training)
     return train if training else infer
 
 
-def measure_flow(cfg: CfgNode, clips: int, rounds: int) -> list[Flow]:
+def build_flows(cfg: CfgNode, clips: int, rounds: int) -> list[Flow]:
     """Time inference on the test list and training on the training list with each number of workers, in turn.
 
-    The network is compiled as COMPILE says; that, and the workers' start, is in a first round that is not counted.
+    The model is compiled as COMPILE says. Compiling and starting the workers fall in a first round that is not counted.
     """
-    device = pick_device(cfg.DEVICE, 0, 1)
+    run = open_benchmark(cfg, CHANGES, cfg.DEVICE)
+    device = run.world.device
     set_precision(device, cfg.PRECISION)
-    world = World(0, 1, device)
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.TRAIN.ACCUMULATE, cfg.TRAIN.MIXUP, cfg.TRAIN.CUTMIX = 1, 0.0, 0.0
-    run = open_run(cfg, world, "measure")
-    assert run is not None, "nothing is finished where nothing is written"
     model = run.model.to(device)
     compile_model(model, cfg.COMPILE)
     flows = []
     for training in (False, True):
-        work = build_work(cfg, model, device, training)
-        loaders = {workers: _build_loader(run, training, workers, clips) for workers in WORKERS}
-        found: dict[int, list[tuple[float, float]]] = {workers: [] for workers in WORKERS}
+        work = make_work(model, device, cfg.PRECISION, training)
+        loaders = [_build_loader(run, training, workers, clips) for workers in WORKERS]
+        found = [Flow("training" if training else "inference", workers) for workers in WORKERS]
+        model.train(training)
         for number in range(rounds + 1):
-            for workers, loader in loaders.items():
-                model.train(training)
-                result = run_through(loader, work)
-                if number:  # the first one starts the workers
-                    found[workers].append(result)
-        what = "training" if training else "inference"
-        for workers, results in found.items():
-            flows.append(Flow(what, workers, [rate for rate, _ in results], [share for _, share in results]))
+            for flow, loader in zip(found, loaders, strict=True):
+                rate, waiting = run_through(loader, work)
+                if number:
+                    flow.clips_per_second.append(rate)
+                    flow.waiting.append(waiting)
+        flows += found
     return flows
 
 
 def _build_loader(run: OpenRun, training: bool, workers: int, clips: int) -> DataLoader:
-    """Return a loader of so many clips or LEAST batches, whichever is more, and one batch before them."""
-    cfg, world = run.cfg.clone(), run.world
-    cfg.DATA.WORKERS = workers
-    views = cfg.TEST.CLIPS * cfg.TEST.CROPS
+    """Return a loader of that many clips, or of MIN_BATCHES where that is more, and one batch before them."""
+    cfg = override(run.cfg, [("DATA.WORKERS", workers)], "a benchmark")
     if training:
-        loader = build_train_loader(cfg, world, run.videos["train"])
+        loader = build_train_loader(cfg, run.world, run.videos["train"])
         size, key = cfg.TRAIN.BATCH_SIZE, "TRAIN.BATCH_SIZE"
     else:
-        loader = build_test_loader(cfg, world, run.videos["test"], clips=cfg.TEST.CLIPS, crops=cfg.TEST.CROPS)
-        size, key = cfg.TEST.BATCH_SIZE * views, "TEST.BATCH_SIZE"
-    shorten(loader, 1 + max(LEAST, -(-clips // size)))
-    if len(loader) < 1 + LEAST:
+        views = {"clips": cfg.TEST.CLIPS, "crops": cfg.TEST.CROPS}
+        loader = build_test_loader(cfg, run.world, run.videos["test"], **views)
+        size, key = cfg.TEST.BATCH_SIZE * cfg.TEST.CLIPS * cfg.TEST.CROPS, "TEST.BATCH_SIZE"
+    shorten(loader, 1 + max(MIN_BATCHES, -(-clips // size)))
+    if len(loader) < 1 + MIN_BATCHES:
+        section, name = key.split(".")
         raise UsageError(
-            f"The list gives {len(loader)} batches, and {1 + LEAST} are needed; lower {key} {value_of(cfg, key)}."
+            f"The list gives {len(loader)} batches, and {1 + MIN_BATCHES} are needed; lower {key} {cfg[section][name]}."
         )
     return loader
 
 
-def describe_flows(flows: Sequence[Flow]) -> Iterator[str]:
-    """Yield the lines of a table."""
-    yield f"{'':10} {'workers':>7}  {'clips/s':>8}  {'least to most':>18}  {'waits for data':>14}"
-    for flow in flows:
-        spread = f"{min(flow.clips_per_second):.1f} to {max(flow.clips_per_second):.1f}"
-        rate, waits = median(flow.clips_per_second), 100 * median(flow.waiting)
-        yield f"{flow.what:10} {flow.workers:7}  {rate:8.1f}  {spread:>18}  {waits:12.0f} %"
+def describe_flows(flows: Sequence[Flow]) -> str:
+    """Return the table."""
+    rows = [
+        (
+            flow.what,
+            flow.workers,
+            f"{median(flow.clips_per_second):.1f}",
+            min_to_max(flow.clips_per_second),
+            f"{100 * median(flow.waiting):.0f} %",
+        )
+        for flow in flows
+    ]
+    return format_table(("", "workers", "clips/s", "min to max", "waits for data"), rows)
 
 
-def figures_of_flows(flows: Sequence[Flow]) -> list[dict[str, Any]]:
-    """Return what was measured as plain data."""
-    return [asdict(flow) for flow in flows]
+def build_end_to_end_figures(cfg: CfgNode, clips: int, rounds: int) -> dict[str, Any]:
+    """Time files to logits and training with 1, 2 and 4 workers, print the table and return the figures."""
+    conditions = build_conditions(cfg, False, cfg.TEST.BATCH_SIZE)
+    flows = build_flows(cfg, clips, rounds)
+    shape = f"{cfg.DATA.FRAMES} frames of {cfg.DATA.SIZE}x{cfg.DATA.SIZE}"
+    print(f"{cfg.MODEL.NAME}, {conditions.device.type}, {conditions}: from video files, clips of {shape}")
+    print(describe_flows(flows), flush=True)
+    return {"model": cfg.MODEL.NAME, **conditions.figures, "flows": [asdict(flow) for flow in flows]}

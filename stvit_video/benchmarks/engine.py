@@ -4,35 +4,37 @@ import contextlib
 import io
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch.nn.functional as F
 from fvcore.common.config import CfgNode
-from torch import nn
 
-from stvit_video.benchmarks.loader import timed
-from stvit_video.benchmarks.rounds import Timer, describe, interleave
+from stvit_video.benchmarks.rounds import Timer, describe, interleave, open_benchmark, timed, train_step
 from stvit_video.common.errors import Stopped, UsageError
 from stvit_video.data.dataset import Batch
 from stvit_video.runs.checkpoint import CheckpointWriter
 from stvit_video.runs.folder import RunFolder
 from stvit_video.runs.log import MetricsLog
-from stvit_video.runs.preflight import open_run
-from stvit_video.runtime.join import pick_device
-from stvit_video.runtime.precision import autocast
 from stvit_video.runtime.stopping import StopSignals
-from stvit_video.runtime.world import World
 from stvit_video.training.loop import Training, build_training
 from stvit_video.training.trainer import Trainer
 
+# One epoch, and only what the bare loop does too.
+CHANGES = {
+    "TRAIN.EPOCHS": 1,
+    "TRAIN.ACCUMULATE": 1,
+    "TRAIN.MIXUP": 0.0,
+    "TRAIN.CUTMIX": 0.0,
+    "TRAIN.EMA": 0.0,
+    "LOG.WANDB": "",
+}
+
 
 class HeldBatches:
-    """A loader whose batches are in memory, so that decoding, which varies, is not timed."""
+    """A loader whose batches are in memory: decoding, whose time varies, is not measured."""
 
     def __init__(self, batches: list[Batch], dataset: Any) -> None:
         self.batches, self.dataset = batches, dataset
@@ -46,17 +48,14 @@ class HeldBatches:
 
 
 def bare_loop(trainer: Trainer, batches: list[Batch]) -> Iterator[float]:
-    """Train on batches with nothing but what the steps need; yield each loss."""
-    trainer.wrapped.train()
+    """Train on batches without the engine; yield each loss."""
+    model, settings = trainer.wrapped.train(), trainer.settings
+    options = {"label_smoothing": settings.label_smoothing, "clip_grad": settings.clip_grad}
     for batch in batches:
         batch = batch.to(trainer.world.device)
-        with autocast(trainer.world.device, trainer.settings.precision):
-            logits = trainer.wrapped(batch.make_clips())
-        loss = F.cross_entropy(logits.float(), batch.clip_labels, label_smoothing=trainer.settings.label_smoothing)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.settings.clip_grad)
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad(set_to_none=True)
+        loss = train_step(
+            model, trainer.optimizer, batch.make_clips(), batch.clip_labels, settings.precision, **options
+        )
         trainer.scheduler.step()
         yield loss.item()
 
@@ -71,7 +70,7 @@ def engine_loop(training: Training, keep: int) -> Iterator[int]:
         try:
             with (
                 StopSignals(launched=False) as signals,
-                closing(MetricsLog(run.path, 0)) as log,
+                contextlib.closing(MetricsLog(run.path, 0)) as log,
                 CheckpointWriter(run.checkpoints, keep, 0, 0) as writer,
             ):
                 replace(training, folder=run).run_epochs(log, writer, signals)
@@ -82,15 +81,8 @@ def engine_loop(training: Training, keep: int) -> Iterator[int]:
 
 def build_engine_timers(cfg: CfgNode, steps: int) -> dict[str, Timer]:
     """Return timers of a step of the bare loop, which comes first, and of the engine."""
-    world = World(0, 1, pick_device(cfg.DEVICE, 0, 1))
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.TRAIN.EPOCHS, cfg.TRAIN.MAX_STEPS, cfg.TRAIN.ACCUMULATE, cfg.LOG.WANDB = 1, steps, 1, ""
-    cfg.TRAIN.MIXUP = cfg.TRAIN.CUTMIX = cfg.TRAIN.EMA = 0.0
-    cfg.freeze()
-    run = open_run(cfg, world, "measure")
-    assert run is not None, "nothing is finished where nothing is written"
-    run.videos.pop("val", None)
+    run = open_benchmark(cfg, {**CHANGES, "TRAIN.MAX_STEPS": steps}, cfg.DEVICE)
+    run.videos.pop("val", None)  # no validation after the epoch
     training = build_training(run)
     trainer = training.trainer
     if trainer.settings.clip_grad <= 0 or trainer.scaler.is_enabled():
@@ -103,11 +95,10 @@ def build_engine_timers(cfg: CfgNode, steps: int) -> dict[str, Timer]:
     }
 
 
-def benchmark_engine(cfg: CfgNode, steps: int, rounds: int) -> dict[str, Any]:
+def build_engine_figures(cfg: CfgNode, steps: int, rounds: int) -> dict[str, Any]:
     """Time training steps with and without the engine, print the table and return the figures."""
-
-    rows = interleave(build_engine_timers(cfg, steps), rounds)
-    print(describe(f"training steps of {cfg.TRAIN.BATCH_SIZE} clips held in memory", "step", rows))
-    speed = 1 / rows[1].ratio
-    print(f"the engine takes {speed:.3f} of the bare loop's steps a second, checkpoint and logs included", flush=True)
-    return {"engine": [asdict(row) for row in rows], "speed": speed}
+    measured = interleave(build_engine_timers(cfg, steps), rounds)
+    print(describe(f"training steps of {cfg.TRAIN.BATCH_SIZE} clips held in memory", "step", measured))
+    speed = 1 / measured[1].ratio
+    print(f"the engine takes {speed:.3f} of the bare loop's steps per second, checkpoint and logs included", flush=True)
+    return {"engine": [asdict(step) for step in measured], "speed": speed}

@@ -10,39 +10,37 @@ from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
-from stvit_video.benchmarks.end_to_end import describe_flows, figures_of_flows, measure_flow
-from stvit_video.benchmarks.peers import Contestant, build_contestants
+from stvit_video.benchmarks.peers import TimedModel, build_timed_models
+from stvit_video.benchmarks.rounds import min_to_max, train_step
+from stvit_video.common.charts import Point, plot_points
 from stvit_video.common.errors import UsageError
+from stvit_video.common.tables import format_table
 from stvit_video.models.cost import count_operations, count_parameters
 from stvit_video.runtime.join import pick_device
 from stvit_video.runtime.parallel import compile_model
-from stvit_video.runtime.precision import HALF, autocast, matrix_rate, set_precision
+from stvit_video.runtime.precision import HALF, matrix_rate, set_precision
 
-LONG_ENOUGH = 0.5  # seconds of calls a round, so that a short call is timed often
-GAIN = 1.05  # a batch twice as large must bring so much more, or it is not taken
+MIN_ROUND_S = 0.5  # of calls at batch 1: short calls are timed often
+GAIN = 1.05  # by which twice the batch must be faster to be chosen
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """Under which conditions all are measured: ``training`` steps of AdamW, or inference.
-
-    ``compiled`` is COMPILE's "none", "blocks" or "model".
-    """
+    """The conditions that hold for all models."""
 
     device: torch.device
     precision: str
-    compiled: str = "none"
-    training: bool = False
-    largest_batch: int = 64
+    compiled: str = "none"  # or blocks, model: as COMPILE
+    training: bool = False  # steps of AdamW; else inference
+    largest_batch: int = 64  # to try
 
     @property
     def figures(self) -> dict[str, Any]:
-        """The same as plain data, but for what only limits the search for a batch."""
+        """The conditions as plain data."""
         return {"device": self.device.type, "precision": self.precision, "compiled": self.compiled}
 
     def __str__(self) -> str:
@@ -52,44 +50,45 @@ class Conditions:
 
 @dataclass
 class Speed:
-    """What was measured of one model. Times are of single calls in ms, rates in clips a second, memory in 1e9 bytes."""
+    """What was measured of one model."""
 
     name: str
     input_size: tuple[int, int, int]
     parameters: int
     gflops: float
-    unsupported: dict[str, int]
-    batch: int = 1
-    latencies: list[float] = field(default_factory=list)
-    rates: list[float] = field(default_factory=list)
-    memory: float | None = None
-    share: float = 0.0
-    ratio: float = 1.0
+    unsupported: dict[str, int]  # operations that fvcore does not count, and how many
+    batch: int = 1  # the best one
+    latencies: list[float] = field(default_factory=list)  # ms of single calls at batch 1
+    rates: list[float] = field(default_factory=list)  # clips per second in each round
+    memory: float | None = None  # peak, 1e9 bytes
+    share: float = 0.0  # of the rate of a matrix product
+    ratio: float = 1.0  # of the first model's clips per second
 
     @property
     def rate(self) -> float:
         return median(self.rates)
 
     def latency(self, quantile: float) -> float:
-        """Return the latency in ms that this share of the calls at batch 1 did not exceed."""
+        """Return a quantile of the latency of a call at batch 1 in ms."""
         return sorted(self.latencies)[min(len(self.latencies) - 1, int(quantile * len(self.latencies)))]
 
 
 class Runner:
-    """A contestant made ready: call it with a batch size for the seconds that one pass, or training step, takes."""
+    """Times a model: called with a batch size, it returns the seconds of one forward pass, or of one training step."""
 
-    def __init__(self, contestant: Contestant, conditions: Conditions) -> None:
-        self.conditions, self.input_size = conditions, contestant.input_size
+    def __init__(self, timed: TimedModel, conditions: Conditions) -> None:
+        self.conditions, self.input_size = conditions, timed.input_size
         device, self.half = conditions.device, HALF.get(conditions.precision)
-        model = contestant.model.to(device).train(conditions.training)
+        model = timed.model.to(device).train(conditions.training)
         if self.half is not None and not conditions.training:
-            model = model.to(self.half)  # as deployed; a training step keeps its weights in float32
+            model = model.to(self.half)  # as deployed; training keeps float32 weights
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5) if conditions.training else None
-        # Fixed shapes: on a GPU the launches of a whole model are recorded once as a CUDA graph.
+        # Shapes are fixed, so a whole model can be recorded as a CUDA graph.
         graphs = device.type == "cuda" and not conditions.training and conditions.compiled == "model"
         compile_model(model, conditions.compiled, dynamic=False, mode="reduce-overhead" if graphs else "default")
         self.model = model
         self.batches: dict[int, Tensor] = {}
+        self.labels = torch.zeros(conditions.largest_batch, dtype=torch.int64, device=device)
 
     def __call__(self, batch: int) -> float:
         if batch not in self.batches:
@@ -101,23 +100,16 @@ class Runner:
             with torch.inference_mode():
                 self.model(clips)
         else:
-            self._train_step(clips, self.optimizer)
+            train_step(self.model, self.optimizer, clips, self.labels[:batch], self.conditions.precision)
         self._wait()
         return time.perf_counter() - started
 
     def held(self) -> float:
-        """Return the memory (1e9 bytes) of weights, and of the optimiser's state where there is one."""
+        """Return the memory (1e9 bytes) of the weights and of the optimiser's state."""
         states = self.optimizer.state.values() if self.optimizer else []
         kept = [*self.model.parameters(), *self.model.buffers()]
         kept += [value for state in states for value in state.values() if isinstance(value, Tensor)]
         return sum(value.nbytes for value in kept) / 1e9
-
-    def _train_step(self, clips: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        with autocast(self.conditions.device, self.conditions.precision):
-            logits = self.model(clips)
-        F.cross_entropy(logits.float(), torch.zeros(len(clips), dtype=torch.int64, device=clips.device)).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
     def _draw(self, batch: int) -> Tensor:
         clips = torch.randn(batch, 3, *self.input_size, device=self.conditions.device)
@@ -129,14 +121,14 @@ class Runner:
 
 
 def best_batch(run: Callable[[int], float], largest: int) -> int:
-    """Return the batch size, of powers of two, beyond which no more clips a second pass or memory ends.
+    """Return the batch size, a power of two, beyond which throughput does not rise or memory is exhausted.
 
-    The fastest of three calls counts, and two sizes in a row have to gain nothing: times are noisy.
+    Times are noisy: the fastest of three calls counts, and the search ends after two sizes in a row without a gain.
     """
     best, best_rate, batch, without_gain = 1, 0.0, 1, 0
     while batch <= largest and without_gain < 2:
         try:
-            run(batch)  # compiles, and finds the fastest kernels
+            run(batch)  # warm-up: compilation, choice of kernels
             rate = batch / min(run(batch) for _ in range(3))
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if "memory" not in str(error):
@@ -150,9 +142,9 @@ def best_batch(run: Callable[[int], float], largest: int) -> int:
 
 
 def peak_memory(run: Callable[[int], float], batch: int, device: torch.device) -> float | None:
-    """Return the most memory (1e9 bytes) that a pass needs beyond what was held before: of the GPU, or the process's.
+    """Return the peak memory (1e9 bytes) of a pass beyond what was in use before it, on the GPU or in the process.
 
-    None where the system does not tell, which is everywhere but on Linux.
+    None for a CPU on other systems than Linux.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -160,8 +152,8 @@ def peak_memory(run: Callable[[int], float], batch: int, device: torch.device) -
         run(batch)
         return (torch.cuda.max_memory_allocated() - held) / 1e9
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier passes left free counts as held otherwise
-        RESET.write_text("5")  # the process's peak begins anew
+        ctypes.CDLL(None).malloc_trim(0)  # memory that earlier passes freed would count as in use
+        RESET.write_text("5")  # resets VmHWM
         before = _resident("VmRSS")
         run(batch)
         return max(0.0, _resident("VmHWM") - before)
@@ -175,30 +167,30 @@ def _resident(name: str) -> float:
 
 
 def measure(
-    contestants: Sequence[Contestant],
+    models: Sequence[TimedModel],
     conditions: Conditions,
     rounds: int,
     runners: Sequence[Callable[[int], float]] | None = None,
     say: Callable[[str], Any] = print,
 ) -> tuple[list[Speed], float]:
-    """Return the speed of each, ratios and shares filled in, and the rate of a matrix product (1e9 multiply-adds/s).
+    """Return the speed of each model, and the rate of a matrix product (1e9 multiply-adds per second).
 
-    All run in turn in each round, the matrix product too. ``runners`` replaces what runs them.
+    Each round runs all models in turn, and the matrix product. Tests replace ``runners``.
     """
     set_precision(conditions.device, conditions.precision)
     speeds = []
-    for contestant in contestants:
-        gflops, unsupported = count_operations(contestant.model, contestant.input_size)
-        parameters = count_parameters(contestant.model)
-        speeds.append(Speed(contestant.name, contestant.input_size, parameters, gflops, unsupported))
-    runners = runners or [Runner(contestant, conditions) for contestant in contestants]
+    for timed in models:
+        gflops, unsupported = count_operations(timed.model, timed.input_size)
+        parameters = count_parameters(timed.model)
+        speeds.append(Speed(timed.name, timed.input_size, parameters, gflops, unsupported))
+    runners = runners or [Runner(timed, conditions) for timed in models]
     often = []
     for speed, run in zip(speeds, runners, strict=True):
         speed.batch = best_batch(run, conditions.largest_batch)
-        often.append(max(1, int(LONG_ENOUGH / run(1))))
+        often.append(max(1, int(MIN_ROUND_S / run(1))))
         speed.memory = peak_memory(run, speed.batch, conditions.device)
         if speed.memory is not None and isinstance(run, Runner):
-            speed.memory += run.held()  # its own, and not that of the others beside it
+            speed.memory += run.held()
         say(f"warmed up: {speed.name}, best at batch {speed.batch}")
     products = []
     for _ in range(rounds):
@@ -208,7 +200,7 @@ def measure(
             speed.latencies += [1000 * taken for taken in seconds]
             speed.rates.append(1 / median(seconds) if speed.batch == 1 else speed.batch / run(speed.batch))
     product = median(products)
-    passes = 3 if conditions.training else 1  # backward counts twice, by convention
+    passes = 3 if conditions.training else 1  # by convention, backward costs two forward passes
     for speed in speeds:
         speed.ratio = speed.rate / speeds[0].rate
         speed.share = passes * speed.gflops * speed.rate / product
@@ -223,7 +215,7 @@ def build_conditions(cfg: CfgNode, training: bool, largest_batch: int) -> Condit
     return Conditions(pick_device(cfg.DEVICE, 0, 1), cfg.PRECISION, cfg.COMPILE, training, largest_batch)
 
 
-def benchmark_models(
+def build_model_figures(
     words: Sequence[tuple[str, str]],
     overrides: Sequence[str],
     *,
@@ -234,20 +226,20 @@ def benchmark_models(
     plot: Path | None = None,
 ) -> dict[str, Any]:
     """Measure configurations and peers side by side, print the table, draw the picture, and return the figures."""
-    first, contestants, cfgs = build_contestants(words, overrides)
+    first, models, cfgs = build_timed_models(words, overrides)
     if results and len(results) != len(cfgs):
         raise UsageError(
             f"--results was given {len(results)} times and --cfg {len(cfgs)} times; give one for each --cfg."
         )
     accuracies = iter([read_accuracy(path) for path in results])
     conditions = build_conditions(first, training, largest_batch)
-    whole = [one.name for one in contestants if not hasattr(one.model, "transformer_blocks")]
+    whole = [one.name for one in models if not hasattr(one.model, "transformer_blocks")]
     if conditions.compiled == "blocks" and whole:
         raise UsageError(
             f"COMPILE blocks, but the blocks of {whole[0]} are not known here; use COMPILE model, or compare models of "
             f"this package."
         )
-    speeds, product = measure(contestants, conditions, rounds, say=lambda line: print(line, flush=True))
+    speeds, product = measure(models, conditions, rounds, say=lambda line: print(line, flush=True))
     print(describe_speeds(speeds, product, conditions), flush=True)
     found = [next(accuracies, None) if kind == "cfg" else None for kind, _ in words]
     if plot:
@@ -255,28 +247,13 @@ def benchmark_models(
     return {**figures_of(speeds, product, conditions), "top1": found}
 
 
-def benchmark_end_to_end(cfg: CfgNode, clips: int, rounds: int) -> dict[str, Any]:
-    """Time files to logits and training with 1, 2 and 4 workers, print the table and return the figures."""
-    flows = measure_flow(cfg, clips, rounds)
-    shape = f"{cfg.DATA.FRAMES} frames of {cfg.DATA.SIZE}x{cfg.DATA.SIZE}"
-    conditions = build_conditions(cfg, False, cfg.TEST.BATCH_SIZE)
-    print(f"{cfg.MODEL.NAME}, {conditions.device.type}, {conditions}: from video files, clips of {shape}")
-    print("\n".join(describe_flows(flows)), flush=True)
-    return {"model": cfg.MODEL.NAME, **conditions.figures, "flows": figures_of_flows(flows)}
-
-
-COLUMNS = ("clip", "GFLOPs", "p50 ms", "p95 ms", "batch", "clips/s", "least to most", "share", "GB", "ratio")
-
-
 def describe_speeds(speeds: Sequence[Speed], product: float, conditions: Conditions) -> str:
     """Return the table of what was measured, and below it what fvcore did not count."""
-    rows = [("", *COLUMNS), *(_row(speed) for speed in speeds)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    aligned = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    columns = ("", "clip", "GFLOPs", "p50 ms", "p95 ms", "batch", "clips/s", "min to max", "share", "GB", "ratio")
     what = "training steps" if conditions.training else "inference"
     lines = [
         f"{what}: {conditions.device.type}, {conditions}; a matrix product runs at {product:.0f} G multiply-adds/s",
-        *aligned,
+        format_table(columns, map(_cells, speeds)),
     ]
     lines.append(
         "p50, p95: of a call at batch 1; share: of the matrix product's rate; ratio: clips/s of the first row's"
@@ -287,7 +264,7 @@ def describe_speeds(speeds: Sequence[Speed], product: float, conditions: Conditi
     return "\n".join(lines)
 
 
-def _row(speed: Speed) -> tuple[str, ...]:
+def _cells(speed: Speed) -> tuple[str, ...]:
     return (
         speed.name,
         "x".join(map(str, speed.input_size)),
@@ -296,7 +273,7 @@ def _row(speed: Speed) -> tuple[str, ...]:
         f"{speed.latency(0.95):.1f}",
         str(speed.batch),
         f"{speed.rate:.2f}",
-        f"{min(speed.rates):.2f} to {max(speed.rates):.2f}",
+        min_to_max(speed.rates, digits=2),
         f"{speed.share:.2f}",
         "-" if speed.memory is None else f"{speed.memory:.2f}",
         f"{speed.ratio:.2f}",
@@ -328,27 +305,17 @@ def read_accuracy(path: Path) -> float:
 
 
 def plot_speeds(speeds: Sequence[Speed], accuracies: Sequence[float | None], path: Path) -> None:
-    """Draw accuracy (of those that have one) or else GFLOPs against clips a second."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+    """Draw accuracy, of the models that have one, or else GFLOPs, over clips per second."""
     known = any(accuracy is not None for accuracy in accuracies)
-    for i, (speed, accuracy) in enumerate(zip(speeds, accuracies, strict=True)):
-        height = accuracy if known else speed.gflops
-        if height is None:
-            continue
-        spread = [[speed.rate - min(speed.rates)], [max(speed.rates) - speed.rate]]
-        axes.errorbar(speed.rate, height, xerr=spread, marker="o", color=f"C{i % 10}", capsize=3)
-        place, beside = (speed.rate, height), (6, 6)
-        axes.annotate(speed.name, place, beside, textcoords="offset points", fontsize=8, parse_math=False)
-    axes.set_xlabel("clips a second")
-    axes.set_ylabel("top-1 (%)" if known else "GFLOPs a clip")
-    axes.set_xlim(0, 1.35 * max(max(speed.rates) for speed in speeds))  # room for the names
-    if not known:
-        axes.set_ylim(0, 1.15 * max(speed.gflops for speed in speeds))
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    points = [
+        Point(
+            speed.name,
+            speed.rate,
+            speed.gflops if accuracy is None else accuracy,
+            x_range=(min(speed.rates), max(speed.rates)),
+            colour=f"C{i % 10}",
+        )
+        for i, (speed, accuracy) in enumerate(zip(speeds, accuracies, strict=True))
+        if accuracy is not None or not known
+    ]
+    plot_points(points, "clips per second", "top-1 (%)" if known else "GFLOPs per clip", path)

@@ -1,13 +1,30 @@
-"""Interleaved rounds of timed alternatives, and the lines that describe them."""
+"""What all benchmarks share: how they open a configuration, the training step that they time, interleaved rounds."""
 
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
+
+import torch.nn.functional as F
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from stvit_video.common.tables import format_table
+from stvit_video.config.load import override
+from stvit_video.runs.preflight import OpenRun, open_run
+from stvit_video.runtime.join import pick_device
+from stvit_video.runtime.precision import autocast
+from stvit_video.runtime.world import World
+
+Timer = Callable[[], float]  # runs one round and returns seconds per item
 
 
 @dataclass(frozen=True)
-class Row:
-    """One measured step: the milliseconds of each round, per clip or per video, and the share of the first row's."""
+class TimedStep:
+    """One measured step: the milliseconds per item in each round, and their median as a share of the first step's."""
 
     name: str
     milliseconds: list[float]
@@ -18,8 +35,52 @@ class Row:
         return median(self.milliseconds)
 
 
-def interleave(timers: "dict[str, Timer]", rounds: int) -> list[Row]:
-    """Run each timer once a round, after a round that is not counted; ratios are to the first one's median."""
+def open_benchmark(cfg: CfgNode, changes: Mapping[str, Any], device: str) -> OpenRun:
+    """Open a training run with ``changes`` to its configuration, of this process alone on ``device``.
+
+    The data are generated where the configuration says so. Raises UsageError for files that are missing.
+    """
+    cfg = override(cfg, {"MODE": "train", **changes}.items(), "a benchmark")
+    run = open_run(cfg, World(0, 1, pick_device(device, 0, 1)), "measure")
+    assert run is not None, "nothing is finished where OUTPUT_DIR is not read"
+    return run
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: Optimizer,
+    clips: Tensor,
+    labels: Tensor,
+    precision: str,
+    *,
+    label_smoothing: float = 0.0,
+    clip_grad: float = 0.0,
+) -> Tensor:
+    """Take a training step on clips (B, 3, T, H, W) with nothing else around it, and return its loss."""
+    with autocast(clips.device, precision):
+        logits = model(clips)
+    loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+    loss.backward()
+    if clip_grad:
+        nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
+def timed(work: Callable[[], Iterable[object]], items: int) -> Timer:
+    """Return a timer of ``work``, which yields its results for that many items; they are discarded."""
+
+    def run() -> float:
+        started = time.perf_counter()
+        deque(work(), maxlen=0)
+        return (time.perf_counter() - started) / items
+
+    return run
+
+
+def interleave(timers: Mapping[str, Timer], rounds: int) -> list[TimedStep]:
+    """Run each timer once per round, after a round that is not counted; ratios are to the first one's median."""
     seconds: dict[str, list[float]] = {name: [] for name in timers}
     for number in range(rounds + 1):
         for name, timer in timers.items():
@@ -27,18 +88,24 @@ def interleave(timers: "dict[str, Timer]", rounds: int) -> list[Row]:
             if number:
                 seconds[name].append(1000 * taken)
     reference = median(next(iter(seconds.values())))
-    return [Row(name, taken, median(taken) / reference) for name, taken in seconds.items()]
+    return [TimedStep(name, taken, median(taken) / reference) for name, taken in seconds.items()]
 
 
-def describe(title: str, item: str, rows: list[Row]) -> str:
-    """Return a table of medians and spreads."""
-    width = max(len(row.name) for row in rows)
-    lines = [f"{title}\n{'':{width}}  {'ms a ' + item:>11}  {'least to most':>17}  {item + 's/s':>9}  {'ratio':>5}"]
-    for row in rows:
-        spread = f"{min(row.milliseconds):.1f} to {max(row.milliseconds):.1f}"
-        rate = 1000 / row.median
-        lines.append(f"{row.name:{width}}  {row.median:11.1f}  {spread:>17}  {rate:9.1f}  {row.ratio:5.2f}")
-    return "\n".join(lines)
+def describe(title: str, item: str, steps: Iterable[TimedStep]) -> str:
+    """Return a table of medians and ranges below its title."""
+    rows = [
+        (
+            step.name,
+            f"{step.median:.1f}",
+            min_to_max(step.milliseconds),
+            f"{1000 / step.median:.1f}",
+            f"{step.ratio:.2f}",
+        )
+        for step in steps
+    ]
+    return f"{title}\n" + format_table(("", f"ms per {item}", "min to max", f"{item}s/s", "ratio"), rows)
 
 
-Timer = Callable[[], float]  # runs one round and returns seconds per item
+def min_to_max(values: Iterable[float], digits: int = 1) -> str:
+    values = list(values)
+    return f"{min(values):.{digits}f} to {max(values):.{digits}f}"

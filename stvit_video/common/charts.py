@@ -2,18 +2,24 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+from adjustText import adjust_text
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 from torch import Tensor
+
+from stvit_video.common.files import write_atomically
 
 matplotlib.use("Agg")
 SPLIT_COLOURS = {"train": "#1f5fa8", "val": "#d1495b"}
@@ -104,6 +110,63 @@ def plot_transfer(rows: list[dict[str, Any]], chance: float, path: Path) -> None
     axes.set_xlabel("top-1 (%)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=100)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A named point of ``plot_points``."""
+
+    name: str
+    x: float
+    y: float
+    x_range: tuple[float, float] | None = None  # min and max, drawn as a bar
+    y_range: tuple[float, float] | None = None
+    kind: str = ""  # its name in the legend, which has none where empty
+    marker: str = "o"
+    size: float = 6
+    colour: str = "C0"
+
+
+@matplotlib.rc_context(AS_IT_IS)
+def plot_points(points: Sequence[Point], x_label: str, y_label: str, path: Path) -> None:
+    """Draw named points, such as accuracy over speed, with their ranges as bars."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    legend: dict[str, Any] = {}
+    for point in points:
+        bars = {"x": (point.x, point.x_range), "y": (point.y, point.y_range)}
+        errors = {f"{axis}err": [[at - ends[0]], [ends[1] - at]] for axis, (at, ends) in bars.items() if ends}
+        style: dict[str, Any] = {"fmt": point.marker, "markersize": point.size, "color": point.colour, **errors}
+        drawn = axes.errorbar(point.x, point.y, capsize=3, elinewidth=1, zorder=3, **style)
+        legend[point.kind] = drawn
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.margins(0.15)  # room for the names
+    axes.grid(alpha=0.3)
+    legend.pop("", None)
+    if legend:
+        place: dict[str, Any] = {"loc": "outside upper center", "ncols": len(legend)}
+        figure.legend(legend.values(), legend.keys(), fontsize="small", frameon=False, **place)
+    figure.draw_without_rendering()  # the layout is fixed here, before names are placed in it
+    figure.set_layout_engine("none")
+    _write_names(axes, points)
+    file = BytesIO()
+    figure.savefig(file, dpi=120, format="png")
+    write_atomically(path, file.getvalue())
+
+
+def _write_names(axes: Axes, points: Sequence[Point]) -> None:
+    """Write the names near their points, clear of each other, of points and of bars, each with a line to its point."""
+    texts, taken = [], []
+    for point in points:
+        texts.append(axes.text(point.x, point.y, point.name, fontsize=7.5))
+        texts[-1].set_path_effects([withStroke(linewidth=2, foreground="white")])
+        (left, right), (low, high) = point.x_range or (point.x, point.x), point.y_range or (point.y, point.y)
+        drawn = Bbox([(left, low), (right, high)]).transformed(axes.transData).padded(8)
+        taken.append(drawn.transformed(axes.transData.inverted()))
+    # Larger steps and more room than adjustText's own, which leave names on each other where many points are close.
+    how: dict[str, Any] = {"force_text": (0.1, 0.5), "max_move": (20, 20), "expand": (1.1, 1.3), "iter_lim": 200}
+    line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6}
+    adjust_text(texts, objects=taken, ax=axes, prevent_crossings=False, arrowprops=line, **how)
 
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart, less black and the palest.

@@ -25,9 +25,12 @@ def default_config() -> CfgNode:
     return cfg
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, values: Iterable[tuple[str, Any]] = (), origin: str = ""
+) -> CfgNode:
     """Return defaults, then the file at ``path`` (and its ``_BASE_``), then overrides, checked and frozen.
 
+    Last come (key, value) pairs from ``origin``, which error messages name.
     Raises UsageError for a missing file, an unknown key (with the nearest known one), a wrong type or value.
     """
     path = Path(path)
@@ -52,6 +55,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
     given = {name for name, _ in _flatten(content or {})}
     for name, value in parse_overrides(overrides):
         _assign(cfg, name, value, "the command line")
+        given.add(name)
+    for name, value in values:
+        _assign(cfg, name, value, origin)
         given.add(name)
     if cfg.MODEL.NAME == "auto":
         for name, value in adopted_settings(cfg.MODEL.INIT, list(BY_NAME)).items():

@@ -1,1 +1,1 @@
-"""Accuracy beside speed, over many runs."""
+"""Training many runs, and setting their accuracy beside their speed: ``python -m stvit_video.tradeoff``."""

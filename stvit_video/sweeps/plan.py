@@ -1,20 +1,19 @@
 """The plan of a table of accuracy beside speed: rows that differ from one configuration, each trained with some seeds.
 
-    cfg: ../sample_hard.yaml       # from the plan's folder
+    cfg: ../sample_hard.yaml       # relative to the plan's folder
     seeds: [0, 1]
-    twin: full                     # the row that all others are compared with
-    start: {TRAIN.EPOCHS: 10}      # may be left out: a run that comes first, whose weights all rows start from (they
-                                   # need a configuration with MODEL.INIT_DEPTH null, as sample_hard_finetune.yaml)
+    twin: full                     # the dense baseline, which all other rows are compared with
+    start: {TRAIN.EPOCHS: 10}      # optional: a run that is trained first, whose weights all rows start from (needs a
+                                   # configuration with MODEL.INIT_DEPTH null, as sample_hard_finetune.yaml)
     rows:
       full: {MODEL.NAME: vit_hard_patch8}
-      paper: {MODEL.PRESET: paper}                                  # a row of neither kind below is judged in words
+      paper: {MODEL.PRESET: paper}                                  # neither of the kinds below: gets a verdict
       paper-fewer-frames: {DATA.FRAMES: 4, control_of: paper}       # paper should be above it; [paper, fast]: both
       paper-tome: {MODEL.REDUCER: tome, neighbour_of: paper}        # another method, shown beside paper
 
-Nothing is trained before the whole plan is known to be right.
+The whole plan is checked before anything is trained.
 """
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from stvit_video.common.errors import UsageError, nearest
-from stvit_video.config.load import load_config, override, parse_overrides
+from stvit_video.config.load import load_config, parse_overrides
 from stvit_video.config.schema import BY_NAME, value_of
 from stvit_video.data.lists.videos import build_lists
 from stvit_video.models.cost import measure_cost
@@ -36,60 +35,50 @@ NEEDED_KEYS = ("cfg", "seeds", "twin", "rows")
 START = "start"
 PLAN_KEYS = (*NEEDED_KEYS, START)
 RELATIONS = {"control_of": "control", "neighbour_of": "neighbour"}
-OWN_KEYS = ("MODE", "OUTPUT_DIR", "OVERWRITE", "SEED")  # this command sets them for each run
-# What accuracies and speeds are only comparable under: the twin's holds for all rows.
+OWN_KEYS = ("MODE", "OUTPUT_DIR", "OVERWRITE", "SEED")  # set by this command for each run
+# Accuracies and speeds can only be compared where these are the same: all rows must have the baseline's.
 COMMON_KEYS = (
     "DEVICE", "PRECISION", "COMPILE", "DATA.ROOT", "DATA.GENERATE", "DATA.GENERATE_CLIPS", "DATA.SPLIT",
     "DATA.TEST_LIST", "DATA.CLASSES", "TEST.CLIPS", "TEST.CROPS",
 )  # fmt: skip
-ROW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]{0,63}")  # a folder's name anywhere, and a cell of any table
-ASSUMED_CLASSES = 400  # where there is no data yet; the classifier's share of the cost is small
+ROW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]{0,63}")  # valid as a folder and as a cell of any table
+ASSUMED_CLASSES = 400  # where there are no data yet; the classifier's share of the cost is small
 
 
-@dataclass(frozen=True, eq=False)  # one is itself: a configuration has no hash
-class Row:
-    """One model of the table: ``words`` are the KEY VALUE pairs that make it from the plan's configuration.
-
-    ``kind`` is start, twin, preset, control or neighbour; the latter two are ``of`` one or more presets.
-    """
+@dataclass(frozen=True, eq=False)  # hashed by identity: a configuration has no hash
+class PlanRow:
+    """One model of the table. ``kind`` is start, twin, preset, control or neighbour, the latter two ``of`` presets."""
 
     name: str
     kind: str
     of: tuple[str, ...]
-    words: tuple[str, ...]
     cfg: CfgNode
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan that was read and checked, the twin among its ``rows``; ``start`` is trained before them, or None."""
+    """A plan that was read and checked. ``start`` is trained before the ``rows``, or None."""
 
     path: Path
-    cfg_file: Path
     seeds: tuple[int, ...]
-    rows: tuple[Row, ...]
-    start: Row | None = None
+    rows: tuple[PlanRow, ...]
+    start: PlanRow | None = None
 
     @property
-    def twin(self) -> Row:
+    def baseline(self) -> PlanRow:
         return next(row for row in self.rows if row.kind == "twin")
-
-    @property
-    def trained(self) -> tuple[Row, ...]:
-        """All rows, after the start where there is one."""
-        return self.rows if self.start is None else (self.start, *self.rows)
 
 
 @dataclass(frozen=True)
 class RowCost:
-    """Parameters, multiply-adds (1e9) of a clip, and how many tokens the last blocks work on."""
+    """Parameters, multiply-adds (1e9) per clip, and how many tokens the last blocks work on."""
 
     parameters: int
     gflops: float
     tokens: int
 
 
-def read_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
+def open_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
     """Read and check a plan; ``overrides`` are KEY VALUE words that hold for every row.
 
     Raises UsageError for whatever could stop a row later, naming the row.
@@ -104,57 +93,21 @@ def read_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
     missing = [key for key in NEEDED_KEYS if key not in content]
     if missing:
         raise UsageError(f"Plan {path} has no {', '.join(missing)}; it needs {', '.join(NEEDED_KEYS)}. Add the rest.")
-    rows = content["rows"]
-    _check_rows(path, rows)
+    seeds, rows = content["seeds"], content["rows"]
     if not isinstance(content["cfg"], str):
         raise UsageError(f"Plan {path}: cfg is {content['cfg']!r}; give a configuration file, from the plan's folder.")
-    cfg_file = path.parent / content["cfg"]
-    names = [name for name, _ in parse_overrides(overrides)]
-    _refuse_own_keys(names, "the command line")
-    load_config(cfg_file, overrides)  # so that a wrong word for all rows is not said to be the first row's
-    built = tuple(
-        _build_row(path, cfg_file, name, row or {}, "twin" if name == content["twin"] else "preset", overrides, names)
-        for name, row in rows.items()
-    )
+    whole = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
+    if not whole or not seeds or len(set(seeds)) < len(seeds):
+        raise UsageError(f"Plan {path}: seeds is {seeds!r}; give different whole numbers from 0 on, as [0, 1].")
+    _check_rows(path, rows)
+    builder = _RowBuilder(path, path.parent / content["cfg"], tuple(overrides))
+    built = [
+        builder.build(name, row or {}, "twin" if name == content["twin"] else "preset") for name, row in rows.items()
+    ]
     _check_relations(path, content["twin"], built)
-    start = None
-    if START in content:
-        start = _build_start(path, cfg_file, content[START], built, overrides, names)
-    return Plan(path, cfg_file, _check_seeds(path, content["seeds"]), built, start)
-
-
-def _check_rows(path: Path, rows: Any) -> None:
-    if not isinstance(rows, dict) or not all(row is None or isinstance(row, dict) for row in rows.values()):
-        raise UsageError(f"Plan {path}: rows is not a mapping of mappings; write `NAME: {{KEY: VALUE}}` for each row.")
-    for name in rows:
-        if not isinstance(name, str) or not ROW_NAME.fullmatch(name):
-            raise UsageError(
-                f"Plan {path}: row {name!r} cannot name a folder; use up to 64 letters, digits, -, + or _, and quote "
-                f"what YAML takes for a number."
-            )
-
-
-def _build_start(
-    path: Path, cfg_file: Path, content: Any, rows: Sequence[Row], overrides: Sequence[str], common: list
-) -> Row:
-    """Return the run whose weights the rows start from, which therefore name no others."""
-    if not isinstance(content, dict):
-        raise UsageError(f"Plan {path}: start is {content!r}; give KEY: VALUE pairs as for a row, or leave it out.")
-    if any(row.name == START for row in rows):
-        raise UsageError(f"Plan {path}: a row is named {START}, as the folder of the run before them; rename the row.")
-    named = next((row.name for row in rows if row.cfg.MODEL.INIT), None)
-    if named is not None:
-        raise UsageError(
-            f"Plan {path}: row {named} has a MODEL.INIT, and start gives all rows the weights that they start from; "
-            f"remove one of them."
-        )
-    partly = next((row for row in rows if row.cfg.MODEL.INIT_DEPTH is not None), None)
-    if partly is not None:
-        raise UsageError(
-            f"Plan {path}: row {partly.name} has MODEL.INIT_DEPTH {partly.cfg.MODEL.INIT_DEPTH}, and would take the "
-            f"start's weights up to there only; set it to null in {cfg_file}."
-        )
-    return _build_row(path, cfg_file, START, content, START, overrides, common)
+    _build_comparisons(path, built)
+    start = _build_start(builder, content[START], built) if START in content else None
+    return Plan(path, tuple(seeds), tuple(built), start)
 
 
 def _read(path: Path) -> dict[Any, Any]:
@@ -164,7 +117,7 @@ def _read(path: Path) -> dict[Any, Any]:
         twice = _find_twice(yaml.compose(text, Loader=yaml.SafeLoader))
     except OSError as error:
         raise UsageError(f"Plan {path} cannot be read ({error.strerror}); give a .yaml file.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: what looks like a date and is none
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date
         reason = " ".join(str(error).split())
         raise UsageError(f"Plan {path} is not YAML that can be used ({reason}); correct the file.") from error
     if not isinstance(content, dict):
@@ -183,11 +136,15 @@ def _find_twice(node: yaml.Node | None) -> str | None:
     return twice or next(filter(None, (_find_twice(value) for _, value in node.value)), None)
 
 
-def _check_seeds(path: Path, seeds: Any) -> tuple[int, ...]:
-    whole = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
-    if not whole or not seeds or len(set(seeds)) < len(seeds):
-        raise UsageError(f"Plan {path}: seeds is {seeds!r}; give different whole numbers from 0 on, as [0, 1].")
-    return tuple(seeds)
+def _check_rows(path: Path, rows: Any) -> None:
+    if not isinstance(rows, dict) or not all(row is None or isinstance(row, dict) for row in rows.values()):
+        raise UsageError(f"Plan {path}: rows is not a mapping of mappings; write `NAME: {{KEY: VALUE}}` for each row.")
+    for name in rows:
+        if not isinstance(name, str) or not ROW_NAME.fullmatch(name):
+            raise UsageError(
+                f"Plan {path}: row {name!r} cannot name a folder; use up to 64 letters, digits, -, + or _, and quote "
+                f"what YAML takes for a number."
+            )
 
 
 def _refuse_own_keys(names: Sequence[str], origin: str) -> None:
@@ -199,48 +156,60 @@ def _refuse_own_keys(names: Sequence[str], origin: str) -> None:
         )
 
 
-def _build_row(
-    path: Path, cfg_file: Path, name: str, content: dict[Any, Any], kind: str, overrides: Sequence[str], common: list
-) -> Row:
-    """Return a row of the plan, checked as a configuration is; a relation makes another ``kind`` of a preset."""
-    origin = f"row {name} of {path}"
-    relations = [key for key in RELATIONS if key in content]
-    if len(relations) > 1 or (relations and kind != "preset"):
-        which = f"is the {kind}" if kind != "preset" else "has control_of and neighbour_of"
-        raise UsageError(f"Plan {path}: row {name} {which}; a row is one of them or neither. Remove {relations[-1]}.")
-    pairs = list(_flatten({key: value for key, value in content.items() if key not in RELATIONS}))
-    names = [key for key, _ in pairs]
-    _refuse_own_keys(names, origin)
-    twice = next((key for key in names if names.count(key) > 1), None)
-    if twice:
-        raise UsageError(f"{twice} stands twice in {origin}, as a section's key and by its full name; remove one.")
-    both = next((key for key in names if key in common), None)
-    if both:
-        raise UsageError(
-            f"{both} on the command line, where it holds for all rows, is what row {name} of {path} differs in; "
-            f"remove it, or change the plan."
-        )
-    words = [*overrides, *(word for key, value in pairs for word in (key, _as_word(value)))]
-    try:
-        override(load_config(cfg_file, overrides), pairs, origin)
-        cfg = load_config(cfg_file, words)  # what the run itself will load, letter by letter
-    except UsageError as error:
-        said = str(error)
-        raise UsageError(said if origin in said else f"In {origin}: {said}") from error
-    if cfg.MODE != "train":
-        raise UsageError(f"{cfg_file} has MODE {cfg.MODE}; a plan takes a configuration with MODE train. Give another.")
-    if cfg.TRAIN.RESUME != "auto":
-        raise UsageError(
-            f"TRAIN.RESUME {cfg.TRAIN.RESUME} in {origin}: this command continues runs that were interrupted; leave it "
-            f"at auto."
-        )
-    of = content[relations[0]] if relations else []
-    kind = RELATIONS[relations[0]] if relations else kind
-    return Row(name, kind, tuple(of if isinstance(of, list) else [of]), tuple(words), cfg)
+class _RowBuilder:
+    """Makes rows from the plan's configuration file and the KEY VALUE words of the command line."""
+
+    def __init__(self, path: Path, cfg_file: Path, overrides: tuple[str, ...]) -> None:
+        self.path, self.cfg_file, self.overrides = path, cfg_file, overrides
+        self.common = [name for name, _ in parse_overrides(overrides)]
+        _refuse_own_keys(self.common, "the command line")
+        load_config(cfg_file, overrides)  # a wrong word for all rows is not blamed on the first row
+
+    def build(self, name: str, content: dict[Any, Any], kind: str) -> PlanRow:
+        """Return a row, checked as a configuration is; a relation makes another ``kind`` of a preset."""
+        path, origin = self.path, f"row {name} of {self.path}"
+        relations = [key for key in RELATIONS if key in content]
+        if len(relations) > 1 or (relations and kind != "preset"):
+            which = f"is the {kind}" if kind != "preset" else "has control_of and neighbour_of"
+            raise UsageError(
+                f"Plan {path}: row {name} {which}; a row is one of them or neither. Remove {relations[-1]}."
+            )
+        pairs = list(_flatten({key: value for key, value in content.items() if key not in RELATIONS}))
+        names = [key for key, _ in pairs]
+        _refuse_own_keys(names, origin)
+        twice = next((key for key in names if names.count(key) > 1), None)
+        if twice:
+            raise UsageError(f"{twice} stands twice in {origin}, as a section's key and by its full name; remove one.")
+        both = next((key for key in names if key in self.common), None)
+        if both:
+            raise UsageError(
+                f"{both} on the command line, where it holds for all rows, is what row {name} of {path} differs in; "
+                f"remove it, or change the plan."
+            )
+        of = content[relations[0]] if relations else []
+        kind = RELATIONS[relations[0]] if relations else kind
+        return PlanRow(name, kind, tuple(of if isinstance(of, list) else [of]), self._build_cfg(pairs, origin))
+
+    def _build_cfg(self, pairs: list[tuple[str, Any]], origin: str) -> CfgNode:
+        try:
+            cfg = load_config(self.cfg_file, self.overrides, values=pairs, origin=origin)
+        except UsageError as error:
+            said = str(error)
+            raise UsageError(said if origin in said else f"In {origin}: {said}") from error
+        if cfg.MODE != "train":
+            raise UsageError(
+                f"{self.cfg_file} has MODE {cfg.MODE}; a plan takes a configuration with MODE train. Give another."
+            )
+        if cfg.TRAIN.RESUME != "auto":
+            raise UsageError(
+                f"TRAIN.RESUME {cfg.TRAIN.RESUME} in {origin}: this command continues runs that were interrupted; "
+                f"leave it at auto."
+            )
+        return cfg
 
 
 def _flatten(content: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (key, value) with full names, however the sections are written."""
+    """Yield (key, value) with full names, also of a key that is given both in its section and by its full name."""
     for key, value in content.items():
         if isinstance(value, dict) and f"{prefix}{key}" not in BY_NAME:
             yield from _flatten(value, f"{prefix}{key}.")
@@ -248,25 +217,35 @@ def _flatten(content: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{key}", value
 
 
-def _as_word(value: Any) -> str:
-    """Return a value as a word of the command line, which is read as YAML again."""
-    if value is None or isinstance(value, str):
-        return str(value)
-    try:
-        return json.dumps(value)
-    except TypeError:  # a date, for instance: the check of its key says what it takes
-        return str(value)
+def _build_start(builder: _RowBuilder, content: Any, rows: Sequence[PlanRow]) -> PlanRow:
+    """Return the run whose weights the rows start from; the rows must name no others."""
+    path = builder.path
+    if not isinstance(content, dict):
+        raise UsageError(f"Plan {path}: start is {content!r}; give KEY: VALUE pairs as for a row, or leave it out.")
+    for row in rows:
+        model = row.cfg.MODEL
+        if row.name == START:
+            raise UsageError(f"Plan {path}: a row is named {START}, as the folder of the run before them; rename it.")
+        if model.INIT:
+            raise UsageError(
+                f"Plan {path}: row {row.name} has a MODEL.INIT, and start gives all rows the weights that they start "
+                f"from; remove one of them."
+            )
+        if model.INIT_DEPTH is not None:
+            raise UsageError(
+                f"Plan {path}: row {row.name} has MODEL.INIT_DEPTH {model.INIT_DEPTH}, and would take the start's "
+                f"weights up to there only; set it to null in {builder.cfg_file}."
+            )
+    return builder.build(START, content, START)
 
 
-def _check_relations(path: Path, twin: Any, rows: Sequence[Row]) -> None:
-    names = [row.name for row in rows]
+def _check_relations(path: Path, twin: Any, rows: Sequence[PlanRow]) -> None:
+    names, presets = [row.name for row in rows], [row.name for row in rows if row.kind == "preset"]
     if twin not in names:
         raise UsageError(
             f"Plan {path}: twin {twin!r} is no row; name one of {', '.join(names) or 'none: add rows'}."
             + nearest(str(twin), names)
         )
-    presets = [row.name for row in rows if row.kind == "preset"]
-    twin_row = rows[names.index(twin)]
     for row in rows:
         strange = [of for of in row.of if of not in presets] or ([] if row.of else ["nothing"])
         if row.kind in RELATIONS.values() and strange:
@@ -274,37 +253,45 @@ def _check_relations(path: Path, twin: Any, rows: Sequence[Row]) -> None:
                 f"Plan {path}: row {row.name} is a {row.kind} of {strange[0]!r}, which is no row that is judged; name "
                 f"one or several of {', '.join(presets) or 'none: add one'}.{nearest(str(strange[0]), presets)}"
             )
-        other = next((key for key in COMMON_KEYS if value_of(row.cfg, key) != value_of(twin_row.cfg, key)), None)
+
+
+def _build_comparisons(path: Path, rows: Sequence[PlanRow]) -> None:
+    """Raise UsageError where figures of rows could not be compared, or two rows are the same."""
+    baseline = next(row for row in rows if row.kind == "twin")
+    for i, row in enumerate(rows):
+        other = next((key for key in COMMON_KEYS if value_of(row.cfg, key) != value_of(baseline.cfg, key)), None)
         if other is not None:
             raise UsageError(
-                f"Plan {path}: row {row.name} has {other} {value_of(row.cfg, other)!r} and {twin} "
-                f"{value_of(twin_row.cfg, other)!r}, so that figures could not be compared; give all rows the same."
+                f"Plan {path}: row {row.name} has {other} {value_of(row.cfg, other)!r} and {baseline.name} "
+                f"{value_of(baseline.cfg, other)!r}, so that figures could not be compared; give all rows the same."
             )
-    for row in rows:
-        same = next((other for other in rows if other is not row and other.cfg == row.cfg), None)
+        same = next((earlier for earlier in rows[:i] if earlier.cfg == row.cfg), None)
         if same is not None:
             raise UsageError(
-                f"Plan {path}: rows {row.name} and {same.name} have the same settings, so one of them would be trained "
+                f"Plan {path}: rows {same.name} and {row.name} have the same settings, so one of them would be trained "
                 f"twice; remove one, or correct what it differs in."
             )
 
 
-def count_classes(cfg: CfgNode) -> int | None:
-    """Return how many classes the data of ``cfg`` have; None where there are no data yet."""
+def build_class_count(row: PlanRow) -> int | None:
+    """Return how many classes a row's data have; None where there are no data yet."""
     try:
-        return len(build_lists(cfg).classes)
+        return len(build_lists(row.cfg).classes)
     except UsageError:
-        return cfg.MODEL.NUM_CLASSES
+        return row.cfg.MODEL.NUM_CLASSES
 
 
-def measure_row(row: Row, classes: int) -> RowCost:
-    """Build a row's model and count what it costs. Raises UsageError, naming the row, where it cannot be built."""
+def build_row_cost(row: PlanRow, classes: int | None = None) -> RowCost:
+    """Build a row's model and count its cost. Raises UsageError, naming the row, where it cannot be built.
+
+    ``classes`` are by default those of the data, or ASSUMED_CLASSES.
+    """
     try:
-        model = build_model(row.cfg, classes)
+        model = build_model(row.cfg, classes or build_class_count(row) or ASSUMED_CLASSES)
         cost = measure_cost(model, (row.cfg.DATA.FRAMES, row.cfg.DATA.SIZE, row.cfg.DATA.SIZE))
     except UsageError as error:
         raise UsageError(f"Row {row.name}: {error}") from error
     with torch.no_grad():
         _, seen = model.eval()(torch.zeros(1, 3, *cost.input_size), return_intermediates=True)
-    stages = [stage for stage in seen.tokens if stage != "final"]  # which may be the mean of them all
+    stages = [stage for stage in seen.tokens if stage != "final"]  # final may be the mean of all tokens
     return RowCost(cost.parameters, cost.gflops, seen.tokens[stages[-1]].shape[1])

@@ -1,88 +1,131 @@
-"""The runs behind a table: ordinary training runs in processes of their own, several at once, which can be continued.
+"""The training runs of a plan: submitted as jobs, a given number at a time, and followed until they end.
 
-A run lives in OUTPUT/ROW/seedN, and what it printed since it was last started in OUTPUT/ROW/seedN.txt: a run refuses a
-folder that already holds files of others.
+A run lives in OUTPUT/ROW/seedN; OUTPUT/ROW/seedN.txt beside it is a link to the log of its newest job.
 """
 
-import contextlib
-import ctypes
 import fcntl
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 from fvcore.common.config import CfgNode
 
 from stvit_video.common.errors import Stopped, UsageError
 from stvit_video.common.files import wait_for_lock
-from stvit_video.config.load import load_config
+from stvit_video.config.load import override
 from stvit_video.runs.folder import RunFolder, describe_changes
-from stvit_video.runtime.stopping import EXIT_STOPPED, StopSignals
-from stvit_video.sweeps.plan import START, Plan, Row
+from stvit_video.runtime.stopping import StopSignals
+from stvit_video.sweeps.plan import START, Plan, PlanRow
 
-POLL_S = 0.1
-ORPHANS_S = 60.0  # how long runs of a command that was killed may take to write their checkpoints
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
-# What runs are stopped with: should whoever ends this command signal them too, that is another kind, not a second one.
-STOP = signal.SIGUSR2
+LOCK_S = 10.0  # a command that was killed just now may need a moment to end
 
 
-@dataclass(frozen=True, eq=False)  # one is itself: a configuration has no hash
-class Run:
+class RunJob(Protocol):
+    """A submitted run."""
+
+    @property
+    def log(self) -> Path: ...
+
+    def is_active(self) -> bool:
+        """Say whether the job waits or works."""
+
+    def cancel(self) -> None:
+        """Ask the job to end; training writes a checkpoint first."""
+
+    def describe_failure(self) -> str:
+        """Return in a few words why the job ended without results; empty where only its log says it."""
+
+
+@dataclass(frozen=True)
+class JobRunner:
+    """Where runs are trained: on this machine or on a cluster, through submitit. Tests use one of their own."""
+
+    submit: Callable[[CfgNode, int], RunJob]  # the run's configuration, and how many runs share this machine's cores
+    find: Callable[[Path], RunJob | None]  # the job of a run folder that an earlier command left active
+    jobs: int  # at a time
+    poll_s: float  # between two questions to a job
+
+
+@dataclass(frozen=True, eq=False)  # hashed by identity: a configuration has no hash
+class SweepRun:
     """One row trained with one seed."""
 
-    row: Row
+    row: PlanRow
     seed: int
-    path: Path
-    command: tuple[str, ...]
+    cfg: CfgNode
+    folder: RunFolder
 
     @property
     def name(self) -> str:
         return f"{self.row.name}, seed {self.seed}"
 
     @property
-    def log(self) -> Path:
-        return self.path.with_name(f"{self.path.name}.txt")
+    def key(self) -> tuple[str, int]:
+        return self.row.name, self.seed
 
     @property
-    def folder(self) -> RunFolder:
-        return RunFolder(self.path)
+    def log(self) -> Path:
+        return self.folder.path.with_name(f"{self.folder.path.name}.txt")
 
     def is_finished(self) -> bool:
         return self.folder.is_finished()
 
 
-def build_start(plan: Plan, output: Path) -> Run | None:
-    """Return the run that all others start from, of the plan's first seed; None where each starts by itself.
+def build_start(plan: Plan, output: Path) -> SweepRun | None:
+    """Return the run that all others start from, with the plan's first seed; None where the plan has no start.
 
     Raises UsageError where its folder holds a run of other settings.
     """
-    return None if plan.start is None else _build_run(plan, plan.start, plan.seeds[0], output)
+    return None if plan.start is None else _build_run(plan.start, plan.seeds[0], output, [])
 
 
-def build_runs(plan: Plan, output: Path) -> list[Run]:
+def build_runs(plan: Plan, output: Path) -> list[SweepRun]:
     """Return the runs of a plan's rows, all rows with the first seed before the next.
 
     Raises UsageError where a folder holds a run of other settings.
     """
     start = build_start(plan, output)
-    init = () if start is None else ("MODEL.INIT", str(start.folder.weights))
-    return [_build_run(plan, row, seed, output, init) for seed in plan.seeds for row in plan.rows]
+    init = [] if start is None else [("MODEL.INIT", str(start.folder.weights))]
+    return [_build_run(row, seed, output, init) for seed in plan.seeds for row in plan.rows]
 
 
-def start_to_train(start: Run | None, chosen: Sequence[Run], runs: Sequence[Run]) -> Run | None:
-    """Return the start where ``chosen`` ones of all ``runs`` wait for it; None where there is none, or it is done.
+def _build_run(row: PlanRow, seed: int, output: Path, init: list[tuple[str, Any]]) -> SweepRun:
+    path = output / row.name / f"seed{seed}"
+    cfg = override(row.cfg, [*init, ("OUTPUT_DIR", str(path)), ("SEED", seed)], "a plan")
+    folder = RunFolder(path)
+    if folder.has_progress():
+        _check_recorded(row.name, folder, yaml.safe_load(cfg.dump()), moved=bool(init))
+    return SweepRun(row, seed, cfg, folder)
 
-    Raises UsageError where its weights are gone, or begun runs would be of another start than those that follow.
+
+def _check_recorded(row: str, folder: RunFolder, settings: dict[str, Any], moved: bool) -> None:
+    """Raise UsageError for a run of other settings. A start may have ``moved`` together with the runs."""
+    recorded = folder.recorded_config()
+    if recorded is None:
+        raise UsageError(
+            f"Row {row}: {folder.path} holds a run without a config.yaml that can be read, so it may be any; "
+            f"delete that folder, or give another --output."
+        )
+    model, init = recorded["MODEL"], settings["MODEL"]["INIT"]
+    if moved and isinstance(model, dict) and Path(str(model.get("INIT"))).parts[-3:] == Path(init).parts[-3:]:
+        model["INIT"] = init
+    if changed := describe_changes(recorded, settings):
+        raise UsageError(
+            f"Row {row}: {folder.path} holds a run with other settings than the plan's: {changed}. Delete that folder, "
+            f"give another --output, or put the plan back."
+        )
+
+
+def start_to_train(start: SweepRun | None, chosen: Sequence[SweepRun], runs: Sequence[SweepRun]) -> SweepRun | None:
+    """Return the start where ``chosen`` ones of all ``runs`` wait for it; None without a start, or where it is done.
+
+    Raises UsageError where its weights are gone, or begun runs would have another start than those that follow.
     """
     if start is None or all(run.folder.has_progress() for run in chosen):
         return None
@@ -90,177 +133,115 @@ def start_to_train(start: Run | None, chosen: Sequence[Run], runs: Sequence[Run]
         return None
     begun = [run for run in runs if run.folder.has_progress()]
     if start.is_finished() or begun:
-        folders = ", ".join(dict.fromkeys(str(run.path.parent) for run in begun))
+        folders = dict.fromkeys([str(start.folder.path), *(str(run.folder.path.parent) for run in begun)])
         raise UsageError(
             f"{start.folder.weights} is not there, and what is trained now would not have the start of the rest; "
-            f"put it back, or delete {', '.join(filter(None, (str(start.path), folders)))}."
+            f"put it back, or delete {', '.join(folders)}."
         )
     return start
 
 
-def _build_run(plan: Plan, row: Row, seed: int, output: Path, init: Sequence[str] = ()) -> Run:
-    path = output / row.name / f"seed{seed}"
-    words = [*row.words, *init, "OUTPUT_DIR", str(path), "SEED", str(seed)]
-    _check_folder(row, path, load_config(plan.cfg_file, words), moves=bool(init))
-    return Run(row, seed, path, (sys.executable, "-m", "stvit_video.run", "--cfg", str(plan.cfg_file), *words))
-
-
-def _check_folder(row: Row, path: Path, cfg: CfgNode, moves: bool) -> None:
-    """Raise UsageError for a run of other settings; where its start ``moves`` with it, both may lie elsewhere now."""
-    folder = RunFolder(path)
-    recorded, begun = folder.recorded_config(), folder.has_progress()
-    if begun and recorded is None:
-        raise UsageError(
-            f"Row {row.name}: {path} holds a run without a config.yaml that can be read, so it may be any; "
-            f"delete that folder, or give another --output."
-        )
-    if moves and begun and recorded is not None:
-        model = recorded.get("MODEL")
-        if isinstance(model, dict) and Path(str(model.get("INIT"))).parts[-3:] == Path(cfg.MODEL.INIT).parts[-3:]:
-            model["INIT"] = cfg.MODEL.INIT
-    changed = describe_changes(recorded, yaml.safe_load(cfg.dump())) if begun and recorded is not None else ""
-    if changed:
-        raise UsageError(
-            f"Row {row.name}: {path} holds a run with other settings than the plan's: {changed}. Delete that folder, "
-            f"give another --output, or put the plan back."
-        )
-
-
-class Lock:
-    """While entered, the output folder is this command's; runs that it starts keep it until they end.
-
-    A command that was killed leaves runs that are then writing their checkpoints: they are waited for, ``patience``
-    seconds. Raises UsageError after that.
-    """
-
-    def __init__(self, output: Path, patience: float = ORPHANS_S) -> None:
-        self.path, self.patience = output / ".tradeoff.lock", patience
-
-    def __enter__(self) -> TextIOWrapper:
-        self.file = open(self.path, "a+")
+@contextmanager
+def lock_output(output: Path, patience: float = LOCK_S) -> Iterator[None]:
+    """Keep other tradeoff commands out of an output folder. Raises UsageError after ``patience`` seconds of waiting."""
+    path = output / ".tradeoff.lock"
+    with open(path, "a+") as file:
         taken = wait_for_lock(
-            lambda: fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB),
-            self.patience,
-            lambda: f"waiting for another command that uses {self.path.parent} to end",
+            lambda: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB),
+            patience,
+            lambda: f"waiting for another command that uses {output} to end",
         )
         if not taken:
-            self.file.close()
             raise UsageError(
-                f"--output {self.path.parent} is in use by another tradeoff command, or by runs that one "
-                f"started; wait for it or end it (fuser {self.path} tells which), or give another folder."
+                f"--output {output} is in use by another tradeoff command; wait for it or end it (fuser {path} tells "
+                f"which), or give another folder."
             )
-        return self.file
-
-    def __exit__(self, *error: object) -> None:
-        self.file.close()
+        yield
 
 
-def train_all(runs: Sequence[Run], jobs: int, lock: TextIOWrapper, finished: Callable[[Run, str | None], None]) -> None:
-    """Run what is not finished, ``jobs`` at once; after each, call ``finished`` with why it failed or None.
+def train_all(runs: Sequence[SweepRun], runner: JobRunner, finished: Callable[[SweepRun, str | None], None]) -> None:
+    """Train the runs that are not finished; after each, call ``finished`` with why it failed, or None.
 
-    A start runs alone, with all cores; where it fails, nothing follows. Raises Stopped after a signal to stop, which is
-    passed on to the runs: they write their checkpoints first.
+    Jobs that a killed command left active are followed, not submitted again. A start runs alone, with all cores; where
+    it fails, nothing follows. After a signal the jobs are cancelled, which has them write checkpoints, and Stopped is
+    raised.
     """
     waiting = [run for run in runs if not run.is_finished()]
-    total, done = len(runs), len(runs) - len(waiting)
+    total, done, ended, begun = len(runs), len(runs) - len(waiting), 0, time.monotonic()
     print(f"{done} of {total} runs are finished", flush=True)
-    active: dict[Run, subprocess.Popen] = {}
-    started: dict[Run, float] = {}
-    begun, ended = time.monotonic(), 0
-    with StopSignals(launched=False) as signals, _ending(active):
-        while waiting or active:
-            alone = any(run.row.kind == START for run in active)
-            while waiting and len(active) < jobs and not alone and signals.received is None:
+    active = {run: job for run in waiting if (job := build_active_job(run, runner)) is not None}
+    for run in active:
+        waiting.remove(run)
+        print(f"{run.name}: is still running, output in {run.log}", flush=True)
+    started = dict.fromkeys(active, begun)
+    with StopSignals(launched=False) as signals, _cancelling(active, runner.poll_s):
+        while (waiting or active) and signals.received is None:
+            while waiting and len(active) < runner.jobs and not any(run.row.kind == START for run in active):
                 run = waiting.pop(0)
-                alone = run.row.kind == START
                 print(f"{run.name}: starts, output in {run.log}", flush=True)
-                active[run], started[run] = _start(run, 1 if alone else jobs, lock), time.monotonic()
-            if signals.received is not None:
-                _stop(active)
-                raise Stopped(signals.received, f"{done} of {total} runs")
-            for run, process in list(active.items()):
-                if process.poll() is None:
-                    continue
+                active[run], started[run] = build_job(run, runner), time.monotonic()
+            for run in [run for run, job in active.items() if not job.is_active()]:
+                failure = None if run.is_finished() else describe_failure(run, active[run])
                 del active[run]
-                ended += 1
-                failure = None if run.is_finished() else describe_failure(run, process)
-                done += failure is None
+                ended, done = ended + 1, done + (failure is None)
                 if failure is not None and run.row.kind == START:
                     waiting.clear()
                 left = len(waiting) + len(active)
-                seconds = (time.monotonic() - begun) / ended * left  # the jobs side by side are in it
-                minutes = (time.monotonic() - started[run]) / 60
+                minutes = (time.monotonic() - begun) / ended * left / 60  # jobs at the same time are counted in
                 finished(run, failure)
-                outcome = f"failed: {failure}" if failure else _read_top1(run)
+                outcome = f"failed: {failure}; log {run.log}" if failure else f"{read_results(run)['top1']:.2f} % top-1"
                 print(
-                    f"{run.name}: {outcome}, {minutes:.1f} minutes; {left} left, about {seconds / 60:.0f} minutes",
+                    f"{run.name}: {outcome}, {(time.monotonic() - started[run]) / 60:.1f} minutes; {left} left, "
+                    f"about {minutes:.0f} minutes",
                     flush=True,
                 )
-            time.sleep(POLL_S)
-        if signals.received is not None:  # as the last run ended
+            time.sleep(runner.poll_s if active else 0)
+        if signals.received is not None:
             raise Stopped(signals.received, f"{done} of {total} runs")
 
 
-def _start(run: Run, jobs: int, lock: TextIOWrapper) -> subprocess.Popen:
-    """Start a run in a session of its own: Ctrl-C of the terminal reaches it once, through this process."""
-    run.log.parent.mkdir(parents=True, exist_ok=True)
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
-    on_linux, parent = sys.platform == "linux", os.getpid()
-    prctl = ctypes.CDLL(None).prctl if on_linux else lambda *_: 0  # found before the fork
-
-    def end_with_parent() -> None:
-        """Have the kernel send STOP, as this process would, when this process is killed."""
-        prctl(PR_SET_PDEATHSIG, STOP)
-        if os.getppid() != parent:  # it is dead already
-            os._exit(EXIT_STOPPED)
-
-    with open(run.log, "w") as log:
-        return subprocess.Popen(
-            run.command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-            start_new_session=True,
-            pass_fds=[lock.fileno()],
-            preexec_fn=end_with_parent if on_linux else None,
-        )
-
-
-@contextlib.contextmanager
-def _ending(active: dict[Run, subprocess.Popen]) -> Iterator[None]:
-    """Leave no run behind, whatever ends the block."""
+@contextmanager
+def _cancelling(active: dict[SweepRun, RunJob], poll_s: float) -> Iterator[None]:
+    """Cancel the jobs that are active when the block ends for whatever reason, and wait for their checkpoints."""
     try:
         yield
     finally:
-        _stop(active)
+        for job in active.values():
+            job.cancel()
+        while any(job.is_active() for job in active.values()):
+            time.sleep(poll_s)
 
 
-def _stop(active: dict[Run, subprocess.Popen]) -> None:
-    """Ask the runs once to stop, and wait for their checkpoints."""
-    for process in active.values():
-        process.send_signal(STOP)
-    for process in active.values():
-        process.wait()
-    active.clear()
+def build_job(run: SweepRun, runner: JobRunner) -> RunJob:
+    """Submit a run, and link its log."""
+    run.log.parent.mkdir(parents=True, exist_ok=True)
+    job = runner.submit(run.cfg, 1 if run.row.kind == START else runner.jobs)
+    run.log.unlink(missing_ok=True)
+    run.log.symlink_to(os.path.relpath(job.log, run.log.parent))
+    return job
 
 
-def describe_failure(run: Run, process: subprocess.Popen) -> str:
+def build_active_job(run: SweepRun, runner: JobRunner) -> RunJob | None:
+    """Return the job that a killed command left active for a run. Raises UsageError where its settings are others."""
+    job = runner.find(run.folder.path)
+    if job is not None:
+        _check_recorded(run.row.name, run.folder, yaml.safe_load(run.cfg.dump()), moved=False)
+    return job
+
+
+def describe_failure(run: SweepRun, job: RunJob) -> str:
     """Return in one line why a run ended without results."""
-    if process.returncode < 0:
-        return f"ended by {signal.Signals(-process.returncode).name}"
-    if process.returncode == EXIT_STOPPED:
-        return "stopped by a signal; the same command continues"
-    lines = [line.strip() for line in run.log.read_text(errors="replace").splitlines() if line.strip()]
+    if failure := job.describe_failure():
+        return failure
+    try:
+        lines = [line.strip() for line in run.log.read_text(errors="replace").splitlines() if line.strip()]
+    except OSError as error:
+        return f"its log cannot be read ({error.strerror})"
     errors = [line for line in lines if line.startswith("error: ")]
-    return (errors or lines or [f"exit code {process.returncode}, without a word"])[-1]
+    return (errors or lines or ["it printed nothing"])[-1]
 
 
-def _read_top1(run: Run) -> str:
-    return f"{read_results(run)['top1']:.2f} % top-1"
-
-
-def read_results(run: Run) -> dict[str, Any]:
+def read_results(run: SweepRun) -> dict[str, Any]:
     """Return a finished run's results.json. Raises UsageError where it cannot be read."""
     path = run.folder.results
     try:
@@ -268,7 +249,7 @@ def read_results(run: Run) -> dict[str, Any]:
         [float(results[name]) for name in ("top1", "coverage", "gflops", "parameters")]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"{path} lacks figures ({type(error).__name__}), so it is not a run's; delete {run.path}, "
+            f"{path} lacks figures ({type(error).__name__}), so it is not a run's; delete {run.folder.path}, "
             f"and the run is made again."
         ) from error
     return results

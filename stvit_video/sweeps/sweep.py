@@ -1,51 +1,104 @@
-"""Accuracy beside speed: from a plan to runs, speeds, a table and a plot."""
+"""A sweep: from a plan to runs, speeds, a table and a picture of accuracy beside speed."""
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from stvit_video.benchmarks.models import build_conditions, describe_speeds, figures_of, measure
-from stvit_video.benchmarks.peers import Contestant
+from stvit_video.benchmarks.peers import TimedModel
 from stvit_video.common.errors import UsageError
 from stvit_video.common.files import write_json
+from stvit_video.common.tables import format_table
 from stvit_video.config.schema import value_of
 from stvit_video.models.zoo import build_model
 from stvit_video.runs.environment import environment
 from stvit_video.runs.preflight import open_lists
 from stvit_video.runtime.world import World
-from stvit_video.sweeps.plan import ASSUMED_CLASSES, COMMON_KEYS, Plan, Row, RowCost, count_classes, measure_row
+from stvit_video.sweeps.plan import (
+    ASSUMED_CLASSES,
+    COMMON_KEYS,
+    Plan,
+    PlanRow,
+    RowCost,
+    build_class_count,
+    build_row_cost,
+)
 from stvit_video.sweeps.runs import (
-    ORPHANS_S,
-    Lock,
-    Run,
+    LOCK_S,
+    JobRunner,
+    SweepRun,
     build_runs,
     build_start,
+    lock_output,
     read_results,
     start_to_train,
     train_all,
 )
-from stvit_video.sweeps.table import Line, Table, markdown, plot_tradeoff, read_failures, write_table
+from stvit_video.sweeps.table import Table, TableRow, describe_kind, markdown, plot_tradeoff, write_table
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What the command line asks for: rows to train by ``patterns``; to ``measure`` never, what is missing, always."""
+class SweepOptions:
+    """What the command line asks for."""
 
-    patterns: tuple[str, ...]
-    jobs: int
+    patterns: tuple[str, ...]  # of the rows to train
+    within: float = 0.5  # points below the baseline
+    rounds: int = 5  # of measuring speed
+    largest_batch: int = 64  # to measure with
+    measure: str = "missing"  # or never, always
+
+
+@dataclass
+class Sweep:
+    """A plan's runs in one output folder, and what is known of them."""
+
+    plan: Plan
+    output: Path
     within: float
-    rounds: int
-    largest_batch: int
-    measure: str
+    start: SweepRun | None
+    runs: list[SweepRun]
+    costs: dict[str, RowCost]
+    failures: dict[tuple[str, int], str] = field(default_factory=dict)  # why a run failed, by row and seed
+
+    def draw(self) -> str:
+        """Write table and picture of what is finished; return the table as text."""
+        speeds = build_known_speeds(self.plan, self.output)
+        results = {run.key: read_results(run) for run in self.runs if run.is_finished()}
+        rows = []
+        for row in self.plan.rows:
+            found = {seed: results[row.name, seed] for seed in self.plan.seeds if (row.name, seed) in results}
+            # A run's own count where there is one: its data, and so its classes, may be gone.
+            cost = next(iter(found.values()), asdict(self.costs[row.name]))
+            rows.append(
+                TableRow(
+                    name=row.name,
+                    kind=row.kind,
+                    of=row.of,
+                    parameters=cost["parameters"],
+                    tokens=self.costs[row.name].tokens,
+                    gflops=cost["gflops"],
+                    top1={seed: found[seed]["top1"] if seed in found else None for seed in self.plan.seeds},
+                    rate=speeds["clips_per_second"][row.name] if speeds else None,
+                    coverage={seed: result["coverage"] for seed, result in found.items()},
+                    failures={seed: why for (name, seed), why in self.failures.items() if name == row.name},
+                )
+            )
+        start = build_start_note(self.plan, self.start, self.failures)
+        table = Table(tuple(rows), self.within, speeds["machine"] if speeds else "", start)
+        write_table(table, self.output)
+        plot_tradeoff(rows, self.output / "tradeoff.png")
+        return markdown(table)
 
 
-def choose_rows(plan: Plan, patterns: Sequence[str]) -> list[Row]:
+def choose_rows(plan: Plan, patterns: Sequence[str]) -> list[PlanRow]:
     """Return the rows that match any shell pattern. Raises UsageError for a pattern that matches none."""
     for pattern in patterns:
         if not any(fnmatchcase(row.name, pattern) for row in plan.rows):
@@ -59,26 +112,22 @@ def choose_rows(plan: Plan, patterns: Sequence[str]) -> list[Row]:
 
 def count_costs(plan: Plan) -> dict[str, RowCost]:
     """Return what each row costs. Raises UsageError where a model cannot be built."""
-    return {row.name: measure_row(row, count_classes(row.cfg) or ASSUMED_CLASSES) for row in plan.trained}
+    return {row.name: build_row_cost(row) for row in (*plan.rows, *([plan.start] if plan.start else []))}
 
 
 def list_rows(plan: Plan, output: Path, patterns: Sequence[str]) -> None:
     """Print the rows that match, what they cost, and how many of their runs are done; nothing is written."""
     chosen = choose_rows(plan, patterns)
     start, runs, costs = build_start(plan, output), build_runs(plan, output), count_costs(plan)
-    table = [("row", "kind", "tokens", "GFLOPs", "of twin", "parameters", "runs done")]
+    table = []
     for row in chosen:
         cost, own = costs[row.name], [run for run in runs if run.row is row]
-        share = cost.gflops / costs[plan.twin.name].gflops
-        kind = f"{row.kind} of {', '.join(row.of)}" if row.of else row.kind
+        share = f"{cost.gflops / costs[plan.baseline.name].gflops:.2f}x"
         done = f"{sum(run.is_finished() for run in own)} of {len(own)}"
-        table.append((row.name, kind, str(cost.tokens), f"{cost.gflops:.3f}", f"{share:.2f}x",
-                      f"{cost.parameters / 1e6:.2f} M", done))  # fmt: skip
-    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-    for line in table:
-        words = [*map(str.ljust, line[:2], widths[:2]), *map(str.rjust, line[2:], widths[2:])]
-        print("  ".join(words))
-    if any(count_classes(row.cfg) is None for row in chosen):
+        size = f"{cost.parameters / 1e6:.2f} M"
+        table.append((row.name, describe_kind(row), str(cost.tokens), f"{cost.gflops:.3f}", share, size, done))
+    print(format_table(("row", "kind", "tokens", "GFLOPs", "of twin", "parameters", "runs done"), table))
+    if not has_data(chosen):
         print(f"no data there yet: GFLOPs and parameters with {ASSUMED_CLASSES} classes")
     unfinished = [run for run in runs if run.row in chosen and not run.is_finished()]
     first = start_to_train(start, unfinished, runs)
@@ -87,145 +136,127 @@ def list_rows(plan: Plan, output: Path, patterns: Sequence[str]) -> None:
     print(f"{len(unfinished) + (first is not None)} runs left, in {output}", flush=True)
 
 
-def make_table(plan: Plan, output: Path, wanted: Wanted) -> int:
-    """Train, measure, and write table and plot after each run; return 1 where a run failed, else 0.
+def run_sweep(plan: Plan, output: Path, options: SweepOptions, runner: JobRunner) -> int:
+    """Train, measure, and write table and picture after each run; return 1 where a run failed, else 0.
 
     Raises UsageError, before anything is trained, where a row could not be; Stopped after a signal.
     """
-    chosen = choose_rows(plan, wanted.patterns)
-    runs = build_runs(plan, output)  # what is wrong is found before data are generated
-    known = all(count_classes(row.cfg) is not None for row in plan.rows)
-    costs = count_costs(plan)
+    chosen = choose_rows(plan, options.patterns)
+    build_runs(plan, output)  # refuses folders of other settings before data are generated
+    costs, known = count_costs(plan), has_data(plan.rows)
     output.mkdir(parents=True, exist_ok=True)
-    only_draw = not chosen and wanted.measure == "never"
-    with Lock(output, patience=0 if only_draw else ORPHANS_S) as lock:
+    only_draw = not chosen and options.measure == "never"
+    with lock_output(output, patience=0 if only_draw else LOCK_S):
         runs = build_runs(plan, output)  # again: another command may have had the folder until now
+        sweep = Sweep(plan, output, options.within, build_start(plan, output), runs, costs)
         to_train = [run for run in runs if run.row in chosen]
-        first = start_to_train(build_start(plan, output), to_train, runs)
-        if first is not None:
-            to_train.insert(0, first)
+        first = start_to_train(sweep.start, to_train, runs)
+        to_train = [first, *to_train] if first else to_train
         if chosen:
-            prepare_data(to_train)
+            for row in dict.fromkeys(run.row for run in to_train):
+                begun = all(run.folder.has_progress() for run in to_train if run.row is row)
+                build_row_data(row, needs_weights=not begun)
             if not known:
-                costs = count_costs(plan)  # of the classes that are known now
-        failures = _earlier_failures(output, runs)
-        for run in to_train:
-            failures.pop((run.row.name, run.seed), None)
+                sweep.costs = count_costs(plan)  # now that the classes are known
+        again = {run.key for run in to_train}
+        unfinished = {run.key for run in runs if not run.is_finished()}
+        sweep.failures = {
+            key: why for key, why in read_failures(output).items() if key in unfinished and key not in again
+        }
 
-        def finished(run: Run, failure: str | None) -> None:
+        def finished(run: SweepRun, failure: str | None) -> None:
             if failure is not None:
-                failures[run.row.name, run.seed] = failure
-            draw(plan, output, costs, runs, failures, wanted.within)
+                sweep.failures[run.key] = failure
+            sweep.draw()
 
-        draw(plan, output, costs, runs, failures, wanted.within)
+        sweep.draw()
         if to_train:
-            train_all(to_train, wanted.jobs, lock, finished)
-        if wanted.measure == "always" or (wanted.measure == "missing" and read_speeds(plan, output) is None):
-            measure_speeds(plan, output, wanted)
-        print(draw(plan, output, costs, runs, failures, wanted.within), flush=True)
+            train_all(to_train, runner, finished)
+        missing = options.measure == "missing" and build_known_speeds(plan, output) is None
+        if missing or options.measure == "always":
+            build_speeds(plan, output, options)
+        print(sweep.draw(), flush=True)
     print(f"table and plot in {output}: tradeoff.md, tradeoff.csv, tradeoff.json, tradeoff.png", flush=True)
-    return 1 if any((run.row.name, run.seed) in failures for run in to_train) else 0
+    return 1 if again & sweep.failures.keys() else 0
 
 
-def prepare_data(runs: Sequence[Run]) -> None:
-    """Generate the data here, so that no two runs generate the same files. Raises UsageError for files that lack."""
-    for row in dict.fromkeys(run.row for run in runs):
-        begun = all(run.folder.has_progress() for run in runs if run.row is row)
-        open_lists(row.cfg, World(0, 1, torch.device("cpu")), needs_weights=not begun)
+def build_row_data(row: PlanRow, needs_weights: bool) -> None:
+    """Generate a row's data, before several runs would generate the same. Raises UsageError for missing files."""
+    open_lists(row.cfg, World(0, 1, torch.device("cpu")), needs_weights=needs_weights)
 
 
-def _earlier_failures(output: Path, runs: Sequence[Run]) -> dict[tuple[str, int], str]:
-    return read_failures(output, [(run.row.name, run.seed) for run in runs if not run.is_finished()])
+def has_data(rows: Sequence[PlanRow]) -> bool:
+    return all(build_class_count(row) is not None for row in rows)
 
 
-def draw(
-    plan: Plan,
-    output: Path,
-    costs: dict[str, RowCost],
-    runs: Sequence[Run],
-    failures: dict[tuple[str, int], str],
-    within: float,
-) -> str:
-    """Write table and plot of what is finished; return the table as text."""
-    speeds = read_speeds(plan, output)
-    results = {(run.row.name, run.seed): read_results(run) for run in runs if run.is_finished()}
-    lines = []
-    for row in plan.rows:
-        found = {seed: results.get((row.name, seed)) for seed in plan.seeds}
-        # What a run itself counted, where there is one: its data, and so its classes, may be gone.
-        cost = next(filter(None, found.values()), asdict(costs[row.name]))
-        lines.append(
-            Line(
-                name=row.name,
-                kind=row.kind,
-                of=row.of,
-                parameters=cost["parameters"],
-                tokens=costs[row.name].tokens,
-                gflops=cost["gflops"],
-                top1={seed: result["top1"] if result else None for seed, result in found.items()},
-                rate=speeds["clips_per_second"][row.name] if speeds else None,
-                coverage={seed: result["coverage"] for seed, result in found.items() if result},
-                failures={seed: failures[row.name, seed] for seed in plan.seeds if (row.name, seed) in failures},
-            )
-        )
-    table = Table(tuple(lines), within, speeds["machine"] if speeds else "", describe_start(plan, output, failures))
-    write_table(table, output)
-    plot_tradeoff(table, output / "tradeoff.png")
-    return markdown(table)
-
-
-def describe_start(plan: Plan, output: Path, failures: dict[tuple[str, int], str]) -> str:
-    """Return what the rows started from, or why they cannot; "" where each starts by itself, or it is to come."""
-    run = build_start(plan, output)
-    if run is None:
+def build_start_note(plan: Plan, start: SweepRun | None, failures: dict[tuple[str, int], str]) -> str:
+    """Return what the rows started from, or why they cannot; empty without a start, or before it is trained."""
+    if start is None:
         return ""
-    if failure := failures.get((run.row.name, run.seed)):
-        return f"failed: {run.name}, from which all rows start: {failure}"
-    if not run.is_finished():
+    if failure := failures.get(start.key):
+        return f"failed: {start.name}, from which all rows start: {failure}"
+    if not start.is_finished():
         return ""
-    same_test = all(value_of(run.row.cfg, key) == value_of(plan.twin.cfg, key) for key in COMMON_KEYS)
-    reached = f" ({read_results(run)['top1']:.2f} % top-1)" if same_test else ""
-    return f"every row starts from the weights of {run.name}, a {run.row.cfg.MODEL.NAME}{reached}"
+    same_test = all(value_of(start.cfg, key) == value_of(plan.baseline.cfg, key) for key in COMMON_KEYS)
+    reached = f" ({read_results(start)['top1']:.2f} % top-1)" if same_test else ""
+    return f"every row starts from the weights of {start.name}, a {start.cfg.MODEL.NAME}{reached}"
 
 
-def _settings(row: Row) -> dict[str, Any]:
+def read_failures(output: Path) -> dict[tuple[str, int], str]:
+    """Return why runs failed when they were last tried, by row and seed, from the table of the last time."""
+    return _read_own(
+        output / "tradeoff.json",
+        lambda content: {
+            (row["row"], int(seed)): str(why) for row in content["rows"] for seed, why in row["failures"].items()
+        },
+        {},
+    )
+
+
+def _read_own(path: Path, use: Callable[[Any], T], default: T) -> T:
+    """Return what ``use`` makes of a JSON file, ``default`` without a file. Raises UsageError for another's file."""
+    if not path.is_file():
+        return default
+    try:
+        return use(json.loads(path.read_text()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} is not what this command wrote ({type(error).__name__}); delete it.") from error
+
+
+def _build_settings(row: PlanRow) -> dict[str, Any]:
     """Return what the speed of a row depends on."""
     conditions = {name: row.cfg[name] for name in ("DEVICE", "PRECISION", "COMPILE")}
     size = {"frames": row.cfg.DATA.FRAMES, "size": row.cfg.DATA.SIZE}
     return {"model": json.loads(json.dumps(row.cfg.MODEL)), **size, **conditions}
 
 
-def read_speeds(plan: Plan, output: Path) -> dict[str, Any] | None:
-    """Return speed.json; None where it is not there, or not of these rows as they now are."""
-    path = output / "speed.json"
-    if not path.is_file():
-        return None
-    try:
-        speeds = json.loads(path.read_text())
-        known = all(speeds["settings"].get(row.name) == _settings(row) for row in plan.rows)
+def build_known_speeds(plan: Plan, output: Path) -> dict[str, Any] | None:
+    """Return speed.json; None where it is missing, or not of these rows as they are now."""
+
+    def use(speeds: Any) -> dict[str, Any] | None:
+        known = all(speeds["settings"].get(row.name) == _build_settings(row) for row in plan.rows)
         return speeds if known and isinstance(speeds["clips_per_second"], dict) and speeds["machine"] else None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} is not what this command wrote ({type(error).__name__}); delete it.") from error
+
+    return _read_own(output / "speed.json", use, None)
 
 
-def measure_speeds(plan: Plan, output: Path, wanted: Wanted) -> None:
-    """Measure all rows in turn in the same rounds, the twin first, under its conditions, and write speed.json."""
-    rows = sorted(plan.rows, key=lambda row: row.kind != "twin")
-    contestants = []
-    for row in rows:
+def build_speeds(plan: Plan, output: Path, options: SweepOptions) -> None:
+    """Measure all rows in interleaved rounds, the baseline first and under its conditions, and write speed.json."""
+    models = []
+    for row in sorted(plan.rows, key=lambda row: row.kind != "twin"):
         size = (row.cfg.DATA.FRAMES, row.cfg.DATA.SIZE, row.cfg.DATA.SIZE)
-        model = build_model(row.cfg, count_classes(row.cfg) or ASSUMED_CLASSES)
-        contestants.append(Contestant(row.name, model, size))
-    conditions = build_conditions(plan.twin.cfg, False, wanted.largest_batch)
-    speeds, product = measure(contestants, conditions, wanted.rounds, say=lambda line: print(line, flush=True))
+        model = build_model(row.cfg, build_class_count(row) or ASSUMED_CLASSES)
+        models.append(TimedModel(row.name, model, size))
+    conditions = build_conditions(plan.baseline.cfg, False, options.largest_batch)
+    speeds, product = measure(models, conditions, options.rounds, say=lambda line: print(line, flush=True))
     print(describe_speeds(speeds, product, conditions), flush=True)
     machine = environment()
     where = ", ".join(machine["gpus"][:1]) if conditions.device.type == "cuda" else f"{machine['cpus']} CPU cores"
     content = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "machine": f"speeds: {where}, {conditions}, torch "
-        f"{machine['packages']['torch']}, median of {wanted.rounds} interleaved rounds at the best batch of each",
-        "settings": {row.name: _settings(row) for row in plan.rows},
+        f"{machine['packages']['torch']}, median of {options.rounds} interleaved rounds at the best batch of each",
+        "settings": {row.name: _build_settings(row) for row in plan.rows},
         "clips_per_second": {speed.name: speed.rate for speed in speeds},
         **figures_of(speeds, product, conditions),
         "environment": machine,

@@ -8,12 +8,11 @@ import pytest
 
 from stvit_video import benchmark
 from stvit_video.benchmarks.loader import advise
-from stvit_video.benchmarks.rounds import Row, Timer, describe, interleave
-from stvit_video.config import load_config
+from stvit_video.benchmarks.rounds import TimedStep, Timer, describe, interleave
 from tests.conftest import REPOSITORY
 
 
-def test_the_loader_is_timed_step_by_step(small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_loader_is_timed_step_by_step(small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = f"DATA.ROOT {small_set} DATA.WORKERS 2 TEST.CLIPS 2 --clips 16 --rounds 2 --peer pytorchvideo"
     output = tmp_path / "figures.json"
     cfg = str(REPOSITORY / "configs" / "sample_stvit.yaml")
@@ -35,7 +34,7 @@ def test_the_loader_is_timed_step_by_step(small_set: Path, tmp_path: Path, capsy
     assert figures["environment"]["packages"]["torch"]
 
 
-def test_the_engine_is_timed_against_a_bare_loop(small_set: Path, tmp_path: Path) -> None:
+def test_engine_is_timed_against_a_bare_loop(small_set: Path, tmp_path: Path) -> None:
     cfg, output = str(REPOSITORY / "configs" / "sample_stvit.yaml"), tmp_path / "engine.json"
     words = f"DATA.ROOT {small_set} DATA.WORKERS 0 TRAIN.BATCH_SIZE 8 --steps 4 --rounds 2 --output {output}".split()
     assert benchmark.main(["engine", "--cfg", cfg, "DATA.GENERATE", "", *words]) == 0
@@ -71,10 +70,10 @@ def test_rounds_are_interleaved_after_one_to_warm_up() -> None:
         ((50, 50, 5, 1, 56), r"bound by 4 worker\(s\) \(1.0 of 2 cores busy\): raise DATA.WORKERS"),
     ],
 )
-def test_what_bounds_the_loader_is_said_with_what_to_change(times: tuple[float, ...], says: str) -> None:
+def test_advice_names_the_bottleneck_and_the_remedy(times: tuple[float, ...], says: str) -> None:
     names = ["decode", "decode in its process", "crop and augment", "bytes to floats", "loader, 4 worker(s)"]
-    rows = [Row(name, [time], 1.0) for name, time in zip(names, times, strict=True)]
-    said = advise(load_config(REPOSITORY / "configs" / "k400_stvit.yaml", ["DATA.WORKERS", "4"]), rows, cores=2)
+    steps = [TimedStep(name, [time], 1.0) for name, time in zip(names, times, strict=True)]
+    said = advise(steps, workers=4, cores=2, short_side=256)
     assert re.search(says, said)
     assert said.startswith(f"a clip costs {sum(times[:1]) + sum(times[2:4]):.0f} ms of one core")
 

@@ -1,4 +1,4 @@
-"""The benchmarks of models: what they compare, print and write; not how fast anything is."""
+"""Benchmarks of models: what they compare, print and write, not how fast anything is."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ from stvit_video.benchmarks.models import (
     peak_memory,
     plot_speeds,
 )
-from stvit_video.benchmarks.peers import Contestant, FramesAsBatch, build_peer
+from stvit_video.benchmarks.peers import FramesAsBatch, TimedModel, build_peer
 from stvit_video.common.errors import UsageError
 from stvit_video.models.cost import count_operations
 from tests.conftest import REPOSITORY
@@ -61,7 +61,7 @@ def test_models_side_by_side(what: str, precision: str, tmp_path: Path, capsys: 
     assert figures["environment"]["packages"]["torch"]
 
 
-def test_models_take_turns_and_the_first_is_the_reference() -> None:
+def test_rounds_run_all_models_and_ratios_are_to_the_first() -> None:
     calls: list[str] = []
 
     def runner(name: str, seconds: float):
@@ -71,11 +71,11 @@ def test_models_take_turns_and_the_first_is_the_reference() -> None:
 
         return run
 
-    contestants = [Contestant(name, nn.Flatten(), (1, 2, 2)) for name in "ab"]
-    for contestant in contestants:
-        contestant.model.weight = nn.Parameter(torch.zeros(1))
+    models = [TimedModel(name, nn.Flatten(), (1, 2, 2)) for name in "ab"]
+    for timed in models:
+        timed.model.weight = nn.Parameter(torch.zeros(1))
     conditions = Conditions(torch.device("cpu"), "fp32")
-    a, b = measure(contestants, conditions, 3, [runner("a", 1.0), runner("b", 4.0)], lambda line: None)[0]
+    a, b = measure(models, conditions, 3, [runner("a", 1.0), runner("b", 4.0)], lambda line: None)[0]
     assert calls[-12:] == ["a1", "a2", "b1", "b2"] * 3
     assert (a.batch, b.batch) == (2, 2)
     assert b.ratio == pytest.approx(0.25)
@@ -83,7 +83,7 @@ def test_models_take_turns_and_the_first_is_the_reference() -> None:
     assert a.rate == pytest.approx(2**0.5)
 
 
-def test_the_best_batch_ends_where_nothing_is_gained_or_memory_ends() -> None:
+def test_best_batch() -> None:
     assert best_batch(lambda batch: 1.0 if batch <= 8 else batch / 8, 64) == 8
     assert best_batch(lambda batch: 1.0, 16) == 16
     assert best_batch(lambda batch: 2.0 if batch == 4 else 1.0, 16) == 16  # a size that was disturbed
@@ -98,7 +98,7 @@ def test_the_best_batch_ends_where_nothing_is_gained_or_memory_ends() -> None:
         best_batch(lambda batch: (_ for _ in ()).throw(RuntimeError("shape")), 4)
 
 
-def test_memory_is_what_a_pass_holds_at_once() -> None:
+def test_peak_memory_of_a_pass() -> None:
     def run(batch: int) -> float:
         torch.ones(batch * 50_000_000).sum()  # 0.2 GB each
         return 0.0
@@ -108,10 +108,10 @@ def test_memory_is_what_a_pass_holds_at_once() -> None:
     assert two == pytest.approx(0.4, abs=0.04)
 
 
-def test_a_models_own_memory_is_its_weights_and_its_optimisers_state() -> None:
+def test_held_memory_is_weights_and_optimiser_state() -> None:
     for training, copies in ((False, 1), (True, 3)):  # AdamW keeps two numbers a weight, and its count of steps
-        contestant = Contestant("linear", nn.Sequential(nn.Flatten(), nn.Linear(3 * 32, 1000)), (2, 4, 4))
-        runner = Runner(contestant, Conditions(torch.device("cpu"), "fp32", training=training))
+        timed = TimedModel("linear", nn.Sequential(nn.Flatten(), nn.Linear(3 * 32, 1000)), (2, 4, 4))
+        runner = Runner(timed, Conditions(torch.device("cpu"), "fp32", training=training))
         runner(1)
         assert runner.held() == pytest.approx(copies * 4 * 97_000 / 1e9, rel=1e-3)
 
@@ -132,19 +132,19 @@ def test_peers_take_clips(name: str, size: tuple[int, int, int], takes: tuple[in
         assert peer.model.eval()(torch.zeros(1, 3, *takes)).shape == (1, 400)
 
 
-def test_frames_as_a_batch_are_averaged() -> None:
+def test_frames_as_batch_averages_logits() -> None:
     model = FramesAsBatch(nn.Flatten())
     clip = torch.randn(2, 3, 5, 4, 4)
     torch.testing.assert_close(model(clip), clip.mean(dim=2).flatten(1))
 
 
-def test_operations_without_a_count_are_listed() -> None:
+def test_uncounted_operations_are_listed() -> None:
     gflops, unsupported = count_operations(nn.Sequential(nn.Conv3d(3, 8, 1), nn.GELU(), nn.GELU()), (2, 4, 4))
     assert unsupported == {"aten::gelu": 2}
     assert gflops == pytest.approx(3 * 8 * 32 / 1e9)
 
 
-def test_waiting_for_data_is_told_from_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_share_of_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
 
@@ -160,7 +160,7 @@ def test_waiting_for_data_is_told_from_work(monkeypatch: pytest.MonkeyPatch) -> 
     assert run_through(batches(), work) == (1.0, 0.75)
 
 
-def test_from_files_to_logits_and_weights(
+def test_end_to_end(
     small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled: list[str] = []  # what that does is tested elsewhere
@@ -185,7 +185,7 @@ def test_from_files_to_logits_and_weights(
     assert "stvit_vit_sample_patch8, cpu, fp32, blocks compiled: from video files" in said
 
 
-def test_accuracy_replaces_gflops_where_it_is_known(tmp_path: Path) -> None:
+def test_picture_and_table_of_speeds(tmp_path: Path) -> None:
     speeds = [Speed(name, (1, 2, 2), 1, 2.0, {}, rates=[1.0, 2.0, 3.0], latencies=[1.0]) for name in "ab"]
     for accuracies in ([None, None], [80.0, None]):
         plot_speeds(speeds, accuracies, tmp_path / "x.png")
@@ -240,7 +240,7 @@ def test_wrong_use_is_one_line(words: list[str], says: str, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize(("extent", "said"), [("none", "eager"), ("blocks", "blocks compiled"), ("model", "compiled")])
-def test_what_is_compiled_is_what_compile_says(
+def test_compile_key(
     extent: str, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     compiled = []
@@ -254,7 +254,7 @@ def test_what_is_compiled_is_what_compile_says(
     assert json.loads(output.read_text())["compiled"] == extent
 
 
-def test_blocks_of_a_peer_are_not_known(capsys: pytest.CaptureFixture[str]) -> None:
+def test_compile_blocks_refuses_peers(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--cfg", SAMPLE, "--peer", "torchvision:swin3d_t", "COMPILE", "blocks", *SMALL]
     assert benchmark.main(["model", *words]) == 2
     assert "blocks of torchvision:swin3d_t are not known here; use COMPILE model" in capsys.readouterr().err
@@ -262,11 +262,11 @@ def test_blocks_of_a_peer_are_not_known(capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("what", ["model", "e2e", "engine"])
-def test_a_gpu_that_is_not_there_is_refused(what: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_gpu_is_refused(what: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main([what, "--cfg", SAMPLE, "DEVICE", "cuda"]) == 2
     assert "0 GPUs are visible" in capsys.readouterr().err
 
 
-def test_an_unknown_size_is_refused() -> None:
+def test_impossible_size_is_refused() -> None:
     with pytest.raises(UsageError, match="positive multiple"):
         build_peer("stvit_video:vit_tiny_patch16", (4, 60, 60))
