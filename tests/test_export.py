@@ -14,7 +14,7 @@ from torch import nn
 
 from stvit_video import export
 from stvit_video.inference import formats as exporters
-from stvit_video.inference.load import Trained, open_checkpoint
+from stvit_video.inference.load import Trained, build_input, open_checkpoint
 from stvit_video.models import create_model, list_models
 from stvit_video.models.weights.files import save_weights
 from stvit_video.predict import Predictor
@@ -49,7 +49,7 @@ def tiny(family: str, folder: Path, small_set: Path, **overrides: object) -> Tra
     return open_checkpoint(folder)
 
 
-def check(trained: Trained, run: exporters.Run, clips: torch.Tensor) -> None:
+def check(trained: Trained, run: exporters.Forward, clips: torch.Tensor) -> None:
     with torch.no_grad():
         expected = trained.model(clips)
         other = trained.model(clips.flip(2))
@@ -112,14 +112,10 @@ def test_graphs_of_other_settings(family: str, overrides: dict, tmp_path: Path, 
     name, settings = FAMILIES[family]
     torch.manual_seed(0)
     model = create_model(name, num_frames=4, num_classes=5, **{**settings, **overrides}).eval()
-    cfg = data_config(small_set)
-    trained = Trained(model, [*"abcde"], cfg, tmp_path)
-    for write, opened, name in (
-        (exporters.write_program, exporters.open_program, "x.pt2"),
-        (exporters.write_onnx, exporters.open_onnx, "x.onnx"),
-    ):
-        write(trained, tmp_path / name, None)
-        check(trained, opened(trained, tmp_path / name), torch.randn(3, 3, *model.input_size))
+    trained = Trained(model, [*"abcde"], build_input(data_config(small_set)), tmp_path)
+    for form, path in (("torch-export", tmp_path / "x.pt2"), ("onnx", tmp_path / "x.onnx")):
+        exporters.FORMATS[form].write(trained, path, None)
+        check(trained, exporters.FORMATS[form].open(trained, path), torch.randn(3, 3, *model.input_size))
 
 
 @pytest.fixture(scope="module")

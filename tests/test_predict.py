@@ -28,6 +28,7 @@ from stvit_video.data.streams.sources import find_sources
 from stvit_video.data.streams.windows import Span, spans_of
 from stvit_video.evaluation import evaluate
 from stvit_video.inference import annotate as annotate_module
+from stvit_video.inference import predict_videos
 from stvit_video.inference.load import open_checkpoint
 from stvit_video.models.weights.files import save_weights
 from stvit_video.models.zoo import build_model
@@ -227,7 +228,7 @@ def test_a_long_video_is_read_in_parts(
 def test_a_folder_that_cannot_be_written_to_is_known_at_once(
     run_folder: Path, small_set: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(predict, "score", lambda *arguments: pytest.fail("hours of work, for nothing"))
+    monkeypatch.setattr(predict_videos, "score", lambda *arguments: pytest.fail("hours of work, for nothing"))
     for option in (["--output", "/proc/nowhere/found.json"], ["--annotate", "/proc/nowhere"]):
         words = [str(small_set / "videos"), "--checkpoint", str(run_folder), *option]
         assert "folder /proc/nowhere cannot be written to" in said(capsys, *words, code=2)
@@ -373,9 +374,10 @@ def test_a_lone_file_says_what_it_assumes(run_folder: Path, tmp_path: Path, smal
     lone = tmp_path / "model.safetensors"
     lone.write_bytes((run_folder / "model.safetensors").read_bytes())
     trained = open_checkpoint(lone)
-    assert (trained.cfg.DATA.FRAMES, trained.cfg.DATA.SIZE, trained.cfg.TEST.SHORT_SIDE) == (8, 64, 64)
+    views = trained.input.views
+    assert (views.frames, views.size, views.transform.short_side) == (8, 64, 64)
     assert "the defaults do: dense sampling, stride 4" in trained.note
-    assert open_checkpoint(lone, ["DATA.STRIDE=2"]).cfg.DATA.STRIDE == 2
+    assert open_checkpoint(lone, ["DATA.STRIDE=2"]).input.settings["DATA.STRIDE"] == 2
     assert open_checkpoint(run_folder).note == ""
     with pytest.raises(UsageError, match=r"DATA.SIZE cannot be set"):
         open_checkpoint(lone, ["DATA.SIZE=32"])

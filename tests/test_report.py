@@ -115,8 +115,8 @@ def test_a_run_has_its_figures_on_the_page(trained: Path, tmp_path: Path, capsys
     text = written([trained], tmp_path).read_text(encoding="utf-8")
     results = json.loads((trained / "results.json").read_text())
     assert cells(text, "top-1 (%)") == [f"{results['top1']:.1f}"]
-    assert cells(text, "GFLOPs a clip") == [f"{results['gflops']:.3g}"]
-    assert cells(text, "tokens a clip") == ["256 → 64"]
+    assert cells(text, "GFLOPs per clip") == [f"{results['gflops']:.3g}"]
+    assert cells(text, "tokens per clip") == ["256 → 64"]
     assert cells(text, "videos scored") == ["16 of 16"]
     answer = f"{results['top1']:.1f} % of 16 test videos right"
     assert answer in text
@@ -188,7 +188,7 @@ def test_runs_are_compared(trained: Path, hand_made: Path, tmp_path: Path) -> No
     text = written([trained, hand_made], tmp_path).read_text(encoding="utf-8")
     first = json.loads((trained / "results.json").read_text())
     assert cells(text, "top-1 (%)") == [f"{first['top1']:.1f}", "87.5"]
-    assert cells(text, "GFLOPs a video") == [f"{first['gflops_per_video']:.3g}", "0.678"]
+    assert cells(text, "GFLOPs per video") == [f"{first['gflops_per_video']:.3g}", "0.678"]
     best = re.findall(r'<td class="best">(.*?)</td>', text)
     assert "87.5" in best
     assert f"{first['gflops_per_video']:.3g}" in best

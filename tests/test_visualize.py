@@ -21,7 +21,7 @@ from stvit_video.data.decode.types import Reader
 from stvit_video.inference.load import open_checkpoint
 from stvit_video.models import create_model
 from stvit_video.models.weights.files import save_weights
-from stvit_video.pages.clip import read_clip
+from stvit_video.pages.clip_reader import read_clip
 from stvit_video.pages.explain import Explanation, explain, trajectories
 from stvit_video.predict import Predictor
 from stvit_video.visualize import main
@@ -88,7 +88,7 @@ def token_masks(masks: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
 def explained(run_folder: Path, video: Path) -> tuple[Explanation, np.ndarray]:
     """Return what a model did with a video's middle clip, and which frames that is."""
     trained = open_checkpoint(run_folder)
-    clip = read_clip(trained.cfg, video)
+    clip = read_clip(trained.input, video)
     return explain(trained.model, clip.tensor), clip.indices
 
 
@@ -259,9 +259,9 @@ def test_twin_and_image_model_say_what_there_is_not(disc: Path, tmp_path: Path, 
 
 
 def test_start_chooses_the_clip(knowing: Path, disc: Path) -> None:
-    cfg = open_checkpoint(knowing).cfg
-    assert read_clip(cfg, disc).indices.tolist() == list(range(0, 15, 2))
-    clip = read_clip(cfg, disc, start=0.3)
+    video_input = open_checkpoint(knowing).input
+    assert read_clip(video_input, disc).indices.tolist() == list(range(0, 15, 2))
+    clip = read_clip(video_input, disc, start=0.3)
     assert clip.indices.tolist() == [3, 5, 7, 9, 11, 13, 15, 15]
     np.testing.assert_allclose(clip.times, clip.indices / 10)
     error = np.abs(clip.frames[0].astype(int) - disc_frames()[3]).mean()
@@ -335,7 +335,7 @@ def test_a_file_of_any_name_is_drawn(knowing: Path, disc: Path, tmp_path: Path, 
 
 
 def test_script_json_survives_hostile_names() -> None:
-    from stvit_video.pages.page import printable, script_json
+    from stvit_video.pages.html import printable, script_json
 
     names = ["</script><script>alert(1)</script>", "a & b", "<!--", "\u2028", "grün"]
     text = script_json(names)
