@@ -31,16 +31,6 @@ from stvit_video.pages.overlays import (
 )
 
 FILES = ("report.html", "overlays.png", "overlays.mp4")
-SHORT_TITLES = {
-    "video": "video",
-    "drawn": "drawn on",
-    "owners": "which token",
-    "tracks": "tracks",
-    "givers": "recovery",
-    "gradcam": "Grad-CAM",
-    "attention": "last block",
-    "contributions": "adds to score",
-}
 TOP_CLASSES = 5
 LEVELS = 256  # of colour in a token's map
 MAX_SECONDS_PER_FRAME = 1.0  # in the video
@@ -179,7 +169,7 @@ def _script_data(explanation: Explanation, pictures: Pictures, label: str) -> di
     layers = [
         {
             "key": layer.key,
-            "short": SHORT_TITLES[layer.key],
+            "short": layer.short,
             "title": layer.title,
             "caption": layer.caption,
             "frames": [picture_uri(frame) for frame in frames],

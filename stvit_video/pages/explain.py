@@ -7,7 +7,7 @@ Legend: clip (3, T, H, W); (t, h, w) a grid of image tokens, N = t*h*w of them; 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,13 @@ from stvit_video.models.stages import SemanticStage
 from stvit_video.models.windows import WindowBlock
 
 Array = NDArray[np.floating[Any]]
+ABSENT = {  # why an array of an Explanation is None
+    "contributions": "The head sees one token only, the mean of all, so the parts of single tokens are not known.",
+    "assignment": "This model has no semantic tokens, so neither an assignment nor trajectories are drawn.",
+    "attention": (
+        "No attention over the whole clip to show: the last block attends inside windows, or it reduces the tokens."
+    ),
+}
 
 
 @dataclass
@@ -36,7 +43,11 @@ class Explanation:
     recovery: Array | None = None  # (t, h, w, M): weight of each semantic token in each recovered image token
     attention: Array | None = None  # on a token grid: attention received in the last block; 1 is an even share
     contributions: Array | None = None  # on the last token grid: the part of each token in the logit of ``target``
-    absent: list[str] = field(default_factory=list)
+
+    @property
+    def absent(self) -> list[str]:
+        """The reason for each array that is None."""
+        return [reason for name, reason in ABSENT.items() if getattr(self, name) is None]
 
     @property
     def drawn(self) -> Array | None:
@@ -83,22 +94,19 @@ def explain(model: nn.Module, clip: Tensor, target: int | None = None) -> Explan
     target = int(logits.argmax()) if target is None else target
     stage = last_image_stage(seen)
     cam = grad_cam(logits[target], seen.graph[stage]).reshape(seen.grids[stage])
-    result = Explanation(
-        probabilities=_array(probabilities),
-        target=target,
-        stages=_stages(model, seen),
-        grad_cam=_array(cam),
-        contributions=_contributions(model, seen, target),
-    )
     with torch.no_grad():
-        if result.contributions is None:
-            result.absent.append(
-                "The head sees one token only, the mean of all, so the parts of single tokens are not known."
-            )
-        _add_assignment(result, model, seen)
-        _add_attention(result, model, weights, seen)
-        _add_recovery(result, weights)
-    return result
+        assignment, regions = _assignment(model, seen)
+        return Explanation(
+            probabilities=_array(probabilities),
+            target=target,
+            stages=_stages(model, seen),
+            grad_cam=_array(cam),
+            assignment=assignment,
+            regions=regions,
+            recovery=_recovery(weights["recovery"], seen) if "recovery" in weights else None,
+            attention=_attention(weights["attention"], model, seen) if "attention" in weights else None,
+            contributions=_contributions(model, seen, target),
+        )
 
 
 def last_image_stage(seen: Intermediates) -> str:
@@ -172,35 +180,28 @@ def _on_grid(values: Tensor, model: nn.Module, seen: Intermediates, stage: str) 
     return (values @ (seen.assignment[0] > 0).to(values)).reshape(seen.grids["base"])
 
 
-def _add_assignment(result: Explanation, model: nn.Module, seen: Traced) -> None:
+def _assignment(model: nn.Module, seen: Traced) -> tuple[Array | None, Grid | None]:
+    """Return the assignment (M, t, h, w) and the regions; None for a model without semantic tokens."""
     generators = [module for module in model.modules() if isinstance(module, SemanticTokenGenerator)]
     if seen.assignment is None or not generators:
-        result.absent.append("This model has no semantic tokens, so neither an assignment nor trajectories are drawn.")
-        return
-    result.regions = generators[-1].pooling.regions
-    result.assignment = _array(seen.assignment[0]).reshape(-1, *seen.grids[last_image_stage(seen)])
+        return None, None
+    grid = seen.grids[last_image_stage(seen)]
+    return _array(seen.assignment[0]).reshape(-1, *grid), generators[-1].pooling.regions
 
 
-def _add_attention(result: Explanation, model: nn.Module, recorded: dict[str, Tensor], seen: Traced) -> None:
-    if "attention" not in recorded:
-        result.absent.append(
-            "No attention over the whole clip to show: the last block attends inside windows, or it reduces the tokens."
-        )
-        return
-    weights = recorded["attention"]  # (frames or 1, queries, keys)
+def _attention(weights: Tensor, model: nn.Module, seen: Traced) -> Array:
+    """Return the attention that each token receives, from weights (frames or 1, queries, keys)."""
     received = weights.mean(dim=1) * weights.shape[2]
     stage = next(name for name, grid in reversed(seen.grids.items()) if np.prod(grid) == received.numel())
-    result.attention = _array(_on_grid(received.flatten(), model, seen, stage))
+    return _array(_on_grid(received.flatten(), model, seen, stage))
 
 
-def _add_recovery(result: Explanation, recorded: dict[str, Tensor]) -> None:
-    if "recovery" not in recorded or result.assignment is None:
-        return
-    weights = recorded["recovery"]  # (groups, image tokens of a group, semantic tokens of a group)
-    groups, tokens, own = weights.shape
-    full = weights.new_zeros(groups, tokens, groups, own)  # a group attends to its own semantic tokens only
+def _recovery(weights: Tensor, seen: Traced) -> Array:
+    """Return the recovery (t, h, w, M) from the weights (groups, image tokens, semantic tokens) of each group."""
+    groups, tokens, semantic = weights.shape
+    full = weights.new_zeros(groups, tokens, groups, semantic)  # a group attends to its own semantic tokens only
     full[torch.arange(groups), :, torch.arange(groups)] = weights
-    result.recovery = _array(full).reshape(*result.assignment.shape[1:], groups * own)
+    return _array(full).reshape(*seen.grids[last_image_stage(seen)], groups * semantic)
 
 
 @contextmanager

@@ -23,6 +23,54 @@ PALETTE = (
 HEAT, SIGNED = "inferno", "RdBu_r"  # colour maps of matplotlib
 MIN_SIDE = 320  # pixels of the shorter side of a painted frame
 
+Kind = Literal["video", "ratio", "heat", "signed", "owner", "tracks"]
+EVEN_SHARE = "times an even share"
+TEXTS = {  # by layer: the title of its button, the title and the caption
+    "video": ("video", "Video", "The clip as the model takes it, resized and cropped."),
+    "drawn": (
+        "drawn on",
+        "What the semantic tokens draw on",
+        "Each square is an image token. The brighter it is, the more all semantic tokens together draw from it "
+        "(attention in the block that completes them, mean over heads). Unpainted: an even share or less.",
+    ),
+    "owners": (
+        "which token",
+        "Which semantic token draws most",
+        "The colour of an image token shows which semantic token draws most from it: the colour of the region of the "
+        "frame where that token starts (see the key).",
+    ),
+    "tracks": (
+        "tracks",
+        "Where each region's token looks",
+        "One line for each region, in its colour. The dot is on the square of this frame that the region's token draws "
+        "most from (averaged with the squares around it); the line is its path so far. Some lines cover others.",
+    ),
+    "givers": (
+        "recovery",
+        "Which semantic token gives back most",
+        "In the last recovery each image token attends to the semantic tokens of its own frames. Its colour shows the "
+        "one that it gets most from: the colour of the region of the frame where that token starts (see the key).",
+    ),
+    "gradcam": (
+        "Grad-CAM",
+        "Grad-CAM of “{label}”",
+        "Where the features raise the class's score: the channels of the last image tokens, weighted by the mean "
+        "gradient of the score. 1 is the highest value of the clip; negative values are unpainted, like 0.",
+    ),
+    "attention": (
+        "last block",
+        "Attention received in the last block",
+        "How much attention each token receives from all others in the last block, relative to an even share. A "
+        "semantic token is painted on the region where it starts, though it may draw on the whole clip.",
+    ),
+    "contributions": (
+        "adds to score",
+        "What each token adds to “{label}”",
+        "The head takes the mean of its tokens. So the class's score, relative to the mean of all classes, is exactly "
+        "a constant plus the sum of what each token adds (red) or takes away (blue).",
+    ),
+}
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -36,107 +84,48 @@ class Layer:
     key: str
     title: str
     caption: str
-    kind: Literal["video", "ratio", "heat", "signed", "owner", "tracks"]
+    kind: Kind
     values: NDArray[Any] | None = None  # (t, h, w)
     top: float = 1.0
     unit: str = ""
     strength: Array | None = None  # (t, h, w): ``owner`` is painted where this ratio is above 1
+    short: str = ""  # title of its button
 
 
 def build_layers(explanation: Explanation, label: str) -> list[Layer]:
     """Return all layers that the explanation of a clip has; ``label`` is the explained class."""
-    layers = [Layer("video", "Video", "The clip as the model takes it, resized and cropped.", "video")]
-    layers += [*_assignment_layers(explanation), *_recovery_layers(explanation)]
-    layers.append(
-        Layer(
-            "gradcam",
-            f"Grad-CAM of “{label}”",
-            "Where the features raise the class's score: the channels of the last image tokens, weighted by the mean "
-            "gradient of the score. 1 is the highest value of the clip; negative values are unpainted, like 0.",
-            "heat",
-            explanation.grad_cam,
-            unit="of the highest value",
-        )
-    )
+    assignment, regions, drawn = explanation.assignment, explanation.regions, explanation.drawn
+    layers = [_layer("video", "video")]
+    if assignment is not None and regions is not None and drawn is not None:
+        layers += [
+            _layer("drawn", "ratio", drawn, _top(drawn), EVEN_SHARE),
+            _layer("owners", "owner", explanation.owners, _top(drawn), strength=drawn),
+            _layer("tracks", "tracks", trajectories(assignment, regions)),
+        ]
+    if explanation.recovery is not None and regions is not None:
+        strongest = explanation.recovery.max(axis=-1) * regions[1] * regions[2]  # relative to an even share
+        layers.append(_layer("givers", "owner", explanation.givers, _top(strongest), strength=strongest))
+    layers.append(_layer("gradcam", "heat", explanation.grad_cam, 1.0, "of the highest value", label=label))
     if explanation.attention is not None:
-        caption = (
-            "How much attention each token receives from all others in the last block, relative to an even share. A "
-            "semantic token is painted on the region where it starts, though it may draw on the whole clip."
-        )
-        layers.append(_ratio("attention", "Attention received in the last block", caption, explanation.attention))
+        layers.append(_layer("attention", "ratio", explanation.attention, _top(explanation.attention), EVEN_SHARE))
     if explanation.contributions is not None:
-        layers.append(
-            Layer(
-                "contributions",
-                f"What each token adds to “{label}”",
-                "The head takes the mean of its tokens. So the class's score, relative to the mean of all classes, is "
-                "exactly a constant plus the sum of what each token adds (red) or takes away (blue).",
-                "signed",
-                explanation.contributions,
-                max(float(np.abs(explanation.contributions).max()), 2 * abs(float(explanation.contributions.mean())))
-                or 1.0,
-                "share of the class's score (logit)",
-            )
-        )
+        parts = explanation.contributions
+        top = max(float(np.abs(parts).max()), 2 * abs(float(parts.mean()))) or 1.0
+        layers.append(_layer("contributions", "signed", parts, top, "part of the class's score (logit)", label=label))
     return layers
 
 
-def _assignment_layers(explanation: Explanation) -> list[Layer]:
-    drawn, owners = explanation.drawn, explanation.owners
-    if explanation.assignment is None or explanation.regions is None or drawn is None:
-        return []
-    return [
-        _ratio(
-            "drawn",
-            "What the semantic tokens draw on",
-            "Each square is an image token. The brighter it is, the more all semantic tokens together draw from it "
-            "(attention in the block that completes them, mean over heads). Unpainted: an even share or less.",
-            drawn,
-        ),
-        Layer(
-            "owners",
-            "Which semantic token draws most",
-            "The colour of an image token shows which semantic token draws most from it: the colour of the region of "
-            "the frame where that token starts (see the key).",
-            "owner",
-            owners,
-            top=_top(drawn),
-            strength=drawn,
-        ),
-        Layer(
-            "tracks",
-            "Where each region's token looks",
-            "One line for each region, in its colour. The dot is on the square of this frame that the region's token "
-            "draws most from (averaged with the squares around it); the line is its path so far. Some lines cover "
-            "others.",
-            "tracks",
-            trajectories(explanation.assignment, explanation.regions),
-        ),
-    ]
-
-
-def _recovery_layers(explanation: Explanation) -> list[Layer]:
-    if explanation.recovery is None or explanation.regions is None:
-        return []
-    _, h, w = explanation.regions
-    strongest = explanation.recovery.max(axis=-1) * h * w  # relative to an even share
-    return [
-        Layer(
-            "givers",
-            "Which semantic token gives back most",
-            "In the last recovery each image token attends to the semantic tokens of its own frames. Its colour shows "
-            "the one that it gets most from: the colour of the region of the frame where that token starts (see the "
-            "key).",
-            "owner",
-            explanation.givers,
-            top=_top(strongest),
-            strength=strongest,
-        )
-    ]
-
-
-def _ratio(key: str, title: str, caption: str, values: Array) -> Layer:
-    return Layer(key, title, caption, "ratio", values, _top(values), "times an even share")
+def _layer(
+    key: str,
+    kind: Kind,
+    values: NDArray[Any] | None = None,
+    top: float = 1.0,
+    unit: str = "",
+    strength: Array | None = None,
+    label: str = "",
+) -> Layer:
+    short, title, caption = TEXTS[key]
+    return Layer(key, title.format(label=label), caption, kind, values, top, unit, strength, short)
 
 
 def _top(ratios: Array) -> float:

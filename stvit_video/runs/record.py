@@ -148,19 +148,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UsageError(f"{path} is not whole JSON ({error}); test the run again, or leave it out.") from error
+        raise UsageError(f"{path} is not complete JSON ({error}); test the run again, or leave it out.") from error
     if not isinstance(content, dict):
-        raise UsageError(f"{path} holds no JSON object; test the run again, or leave it out.")
+        raise UsageError(f"{path} is not a JSON object; test the run again, or leave it out.")
     return content
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not whole YAML; restore it, or leave the run out.") from error
+        raise UsageError(f"{path} is not complete YAML; restore it, or leave the run out.") from error
     return content if isinstance(content, dict) else {}
 
 
@@ -172,7 +170,7 @@ def _metadata(weights: Path) -> dict[str, Any]:
         return read_metadata(weights)
     except SafetensorError as error:
         raise UsageError(
-            f"{weights} is not whole ({error}); restore it, or delete it and test the run again."
+            f"{weights} is not complete ({error}); restore it, or delete it and test the run again."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Exported files compute what the model computes; where they do not, no file is left."""
+"""stvit_video.export: files compute the same logits as the model; otherwise no file is left."""
 
 import json
 import runpy
@@ -29,14 +29,14 @@ FAMILIES = {
     "stvit_swin": ("stvit_swin_tiny", {**SWIN, "depths": (2, 1, 4, 1)}),
     "stvit_r_swin": ("stvit_r_swin_small", {**SWIN, "depths": (1, 1, 4, 1), "units": 1}),
 }
-REDUCED = {  # what depends on the clip's content, with the operations that graphs find hard
+REDUCED = {  # reducers that depend on the content, with operations that are hard to export
     name: ("stvit_vit_tiny_patch16", {**VIT, "depth": 4, "preset": "fast", "reducer": name}) for name in ("tome", "ats")
 }
 REDUCED["in windows"] = ("stvit_swin_tiny", {**SWIN, "depths": (1, 1, 4, 1), "reducer": "random"})
 
 
 def tiny(family: str, folder: Path, small_set: Path, **overrides: object) -> Trained:
-    """A model of a family with random weights that move its logits, as training leaves it."""
+    """Write the run folder of a model with random weights, and open it."""
     name, settings = {**FAMILIES, **REDUCED}[family]
     torch.manual_seed(0)
     model = create_model(name, num_frames=4, num_classes=5, **{**settings, **overrides}).eval()
@@ -135,7 +135,7 @@ def said(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
     return out + err
 
 
-def test_onnx_from_the_command_line_tells_its_user_all(
+def test_onnx_from_the_command_line_has_all_metadata(
     run_folder: Path, small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output, clip = tmp_path / "new folder" / "modèle.onnx", str(small_set / "videos" / "test_00001.mp4")
@@ -247,7 +247,7 @@ def test_packages_that_are_missing_are_named(
 
 
 class Hub:
-    """Stands for ``huggingface_hub``: a folder in place of the network."""
+    """Replaces ``huggingface_hub``: a folder in place of the network."""
 
     class errors:
         HfHubHTTPError = LocalEntryNotFoundError = HFValidationError = type("HubError", (Exception,), {})
@@ -287,7 +287,7 @@ def test_what_is_pushed_to_the_hub_can_be_pulled(
 
 
 def test_torch_hub_lists_models_alone() -> None:
-    """torch.hub.list, which reads GitHub alone, takes every public callable of the file for one."""
+    """torch.hub.list takes every public callable of the file for a model."""
     content = runpy.run_path(str(REPOSITORY / "hubconf.py"))
     listed = [name for name, value in content.items() if callable(value) and not name.startswith("_")]
     assert sorted(listed) == sorted([*list_models(), "trained"])
