@@ -109,5 +109,5 @@ def _read_run(weights: Path) -> dict[str, Any]:
     try:
         content = flatten(yaml.safe_load(config_beside(weights).read_text()))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
-        return {}  # the file lies elsewhere than where it was made
+        return {}  # the weights were moved away from their run
     return {key.name: content[key.name] for key in CLIP_KEYS if key.adopted and key.name in content}
