@@ -13,7 +13,6 @@ from stvit_video.common.files import prepare_folder
 from stvit_video.common.progress import Progress
 from stvit_video.data.decode.types import DecodeError
 from stvit_video.data.streams.sources import find_sources
-from stvit_video.inference.annotate import annotate
 from stvit_video.inference.load import Trained, open_checkpoint
 from stvit_video.inference.predictor import Prediction, Predictor, build_predictor
 from stvit_video.inference.results import describe_result, describe_windows, summarise, write_results
@@ -85,6 +84,8 @@ class Copies:
 
     def add(self, result: Prediction) -> str:
         """Write the annotated copy of a video under a name that no other copy has; return a line that says so."""
+        from stvit_video.inference.annotate import annotate  # imports matplotlib, which is slow to start
+
         assert self.folder is not None
         stem, number, started = Path(result.path).stem, 1, time.perf_counter()
         while (name := stem if number == 1 else f"{stem}-{number}") in self.names:
