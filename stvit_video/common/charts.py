@@ -22,7 +22,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DASHES = ("-", "--", ":", "-.")  # for more runs than colours
 SPLIT_COLOURS = {"train": "#1f5fa8", "val": "#d1495b"}
 SPLIT_STYLES: dict[str, dict[str, Any]] = {
-    "train": {"linewidth": 1, "alpha": 0.45},
+    "train": {"linewidth": 1, "alpha": 0.6},
     "val": {"linewidth": 2.2, "marker": "o", "markersize": 5},
 }
 WEIGHTS_COLOURS = {"checkpoint": "#1f5fa8", "random": "#9aa0a6", "fine-tuned": "#d1495b"}
