@@ -76,11 +76,6 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(name, check_tensors(content, f"Checkpoint {path}"), metadata)
 
 
-def read_state_dict(path: str | Path) -> StateDict:
-    """Return the tensors of ``read_checkpoint``."""
-    return read_checkpoint(path).tensors
-
-
 def check_tensors(content: object, name: str) -> StateDict:
     """Return the dense tensors of a mapping by name, wrappers' prefixes stripped; raise UsageError where none is."""
     tensors = {}
