@@ -208,11 +208,10 @@ def scale_of(layer: Layer) -> Scale | None:
         steps = [step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500) if step <= 0.75 * layer.top]
         ticks = [(float(ratio_share(np.array(float(step)), layer.top)), f"{step}") for step in steps]
         ticks.append((1.0, f"{layer.top:.2g}"))
+    elif signed:
+        ticks = [(0.0, f"{-layer.top:.2g}"), (0.5, "0"), (1.0, f"+{layer.top:.2g}")]
     else:
-        low = -layer.top if signed else 0.0
-        ticks = [
-            (share, f"{low + share * (layer.top - low):+.2g}" if signed else f"{share:g}") for share in (0, 0.5, 1)
-        ]
+        ticks = [(share, f"{share:g}") for share in (0.0, 0.5, 1.0)]
     return Scale(over_grey, ticks, layer.unit)
 
 
