@@ -1,7 +1,7 @@
-"""Learning curves of several runs in one picture: ``python -m stvit_video.compare RUN RUN ... [--target 90]``.
+"""Compare the learning curves of runs in one chart: ``python -m stvit_video.compare RUN RUN ... [--target 90]``.
 
-Each RUN is the folder of a training run. Says after how many steps each reaches the target, in training accuracy
-averaged over a window of steps (in the first epoch these are clips never seen before) and in validation.
+Each RUN is the folder of a training run. Prints the number of steps after which each reaches the target, in training
+accuracy, averaged over a window of steps, and in validation. In the first epoch, training accuracy is on new clips.
 """
 
 import sys
@@ -13,7 +13,7 @@ from stvit_video.common.errors import UsageError
 
 
 def compare(arguments: Sequence[str] | None) -> int:
-    """Parse the arguments, draw the picture and print the table."""
+    """Parse the arguments, draw the chart and print the table; return the exit code."""
     parser = Parser(
         prog="python -m stvit_video.compare", form="RUN RUN ... [--target 90]", description="Compare learning curves."
     )
@@ -27,20 +27,18 @@ def compare(arguments: Sequence[str] | None) -> int:
     if options.output.suffix != ".png" or not options.output.parent.is_dir():
         raise UsageError(f"--output {options.output}: give a .png file in a folder that exists.")
     from stvit_video.common.charts import plot_comparison
+    from stvit_video.common.tables import format_table
     from stvit_video.runs.record import first_step, read_curves
 
     curves = {run: read_curves(Path(run), options.window) for run in options.runs}
     plot_comparison(curves, options.target, options.output)
-    width = max(len(run) for run in curves)
-    print(f"{'steps to ' + f'{options.target:g} %':{width}}  training  validation")
+    rows, short = [], [run for run, splits in curves.items() if not splits["train"]]
     for run, splits in curves.items():
-        cells = [
-            first_step(points, options.target) or "never" if points else "-"
-            for points in (splits["train"], splits["val"])
-        ]
-        print(f"{run:{width}}  {cells[0]:>8}  {cells[1]:>10}")
-        if not splits["train"]:
-            print(f"note: {run} has fewer steps than --window {options.window} averages over; give a smaller --window")
+        cells = [first_step(splits[split], options.target) if splits[split] else "-" for split in ("train", "val")]
+        rows.append([run, *("never" if cell is None else cell for cell in cells)])
+    print(format_table([f"steps to {options.target:g} %", "training", "validation"], rows))
+    for run in short:
+        print(f"note: {run} has fewer steps than --window {options.window} averages over; give a smaller --window")
     print(f"picture in {options.output}")
     return 0
 

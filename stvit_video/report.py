@@ -1,8 +1,8 @@
-"""What runs came to, on one page: ``python -m stvit_video.report RUN [RUN ...] [--output FILE.html]``.
+"""Report the results of runs on one page: ``python -m stvit_video.report RUN [RUN ...] [--output FILE.html]``.
 
-Each RUN is the folder of a run that was tested. The page works from a disk without a network: figures, learning curves,
-confusions, accuracy by class, the worst mistakes with their frames, and what differs between runs. Exit codes: 0 done;
-2 wrong use.
+Each RUN is the folder of a run that was tested. The page works from a disk without a network, and shows figures,
+learning curves, confusions, accuracy by class, the worst mistakes with their frames, and the settings that differ. Exit
+codes: 0 done; 2 wrong use.
 """
 
 import shlex
@@ -19,7 +19,7 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="python -m stvit_video.report",
         form="RUN [RUN ...] [--output FILE.html]",
-        description="Put what runs came to on one page.",
+        description="Report the results of runs on one page.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run that was tested")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="default: %(default)s")
@@ -38,7 +38,7 @@ def report(runs: Sequence[Path], output: Path, command: str) -> str:
     try:
         records = [read_run(path, name) for path, name in zip(runs, names, strict=True)]
     except OSError as error:
-        raise UsageError(f"RUN: {error.filename} cannot be read ({error.strerror}); check its rights.") from error
+        raise UsageError(f"RUN: {error.filename} cannot be read ({error.strerror}); check its permissions.") from error
     page = run_page(records, command)
     try:
         write_atomically(output, page.encode())

@@ -96,13 +96,13 @@ def test_a_copy_of_the_weights_says_whether_clips_may_be_mirrored(
     words = ["DATA.ROOT", str(my_videos), "MODEL.INIT", str(tmp_path / "alone.safetensors")]
     assert load_config(CONFIG, words).DATA.FLIP is False
     assert load_config(CONFIG, [*words, "DATA.FLIP", "True"]).DATA.FLIP is True
-    assert open_checkpoint(tmp_path / "alone.safetensors").cfg.DATA.FLIP is False
+    assert open_checkpoint(tmp_path / "alone.safetensors").input.settings["DATA.FLIP"] is False
 
     views = {key: value for key, value in view_settings(cfg).items() if key != "DATA.FLIP"}  # of an earlier version
     (tmp_path / "run").mkdir()
     save_weights(tmp_path / "run" / "model.safetensors", build_model(cfg, 8), [*"01234567"], views)
     (tmp_path / "run" / "config.yaml").write_text(cfg.dump())
-    assert open_checkpoint(tmp_path / "run").cfg.DATA.FLIP is False
+    assert open_checkpoint(tmp_path / "run").input.settings["DATA.FLIP"] is False
 
 
 def test_how_weights_began_is_no_setting(tmp_path: Path, my_videos: Path) -> None:

@@ -1,1 +1,1 @@
-"""What every room uses: errors, command lines, files, charts, progress."""
+"""Shared by all packages: errors, command lines, files, tables, charts, progress."""

@@ -1,7 +1,7 @@
-"""Drawings of a report, as SVG or PNG for its page."""
+"""Charts of curves, confusions and costs: PNG files for run folders and images for pages, drawn by the same code."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -16,84 +16,153 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
-from numpy.typing import NDArray
-from torch import Tensor
+from numpy.typing import ArrayLike, NDArray
 
 from stvit_video.common.files import write_atomically
 
 matplotlib.use("Agg")
+Points = Sequence[tuple[float, float]]  # (x, y)
+PANELS = {"loss": "loss", "top1": "top-1 (%)", "lr": "learning rate"}  # of plot_curves, by key of metrics.jsonl
+# Okabe and Ito's palette, distinct with any colour vision, without black and the lightest colour.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+DASHES = ("-", "--", ":", "-.")  # for more runs than colours
 SPLIT_COLOURS = {"train": "#1f5fa8", "val": "#d1495b"}
-CURVES = {"loss": "loss", "top1": "top-1 (%)", "lr": "learning rate"}
-AS_IT_IS = {"text.parse_math": False}  # names may hold a $
+SPLIT_STYLES: dict[str, dict[str, Any]] = {
+    "train": {"linewidth": 1, "alpha": 0.6},
+    "val": {"linewidth": 2.2, "marker": "o", "markersize": 5},
+}
 WEIGHTS_COLOURS = {"checkpoint": "#1f5fa8", "random": "#9aa0a6", "fine-tuned": "#d1495b"}
+MAX_POINTS = 400  # of a curve
+MAX_NAMED_CLASSES = 30  # in a confusion matrix; more are shown by number
+PLAIN_TEXT = {"text.parse_math": False}  # names may contain a $
+STYLE = {
+    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11, "axes.edgecolor": "#9aa3b2",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.labelcolor": "#1d2430", "xtick.color": "#566074",
+    "ytick.color": "#566074", "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "svg.hashsalt": "stvit_video", **PLAIN_TEXT,
+}  # fmt: skip
 
 
+def run_style(index: int) -> dict[str, Any]:
+    """Return the colour and dashes of the run at ``index``, the same in every chart."""
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index // len(COLOURS) % len(DASHES)]}
+
+
+def points_by_epoch(rows: Iterable[Mapping[str, Any]], value: str) -> dict[str, Points]:
+    """Return the (epoch, value) points of each split, from rows of ``metrics.jsonl``."""
+    found: dict[str, list[tuple[float, float]]] = {split: [] for split in SPLIT_STYLES}
+    for row in rows:
+        if row["split"] in found and value in row:
+            found[row["split"]].append((row["epoch"], row[value]))
+    return dict(found)
+
+
+@matplotlib.rc_context(STYLE)
 def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw loss, top-1 and learning rate by epoch, training beside validation, from the rows of ``metrics.jsonl``."""
+    """Write a PNG of a run's loss, top-1 and learning rate by epoch, from the rows of ``metrics.jsonl``."""
     figure = Figure(figsize=(14, 4), layout="constrained")
-    panels = figure.subplots(1, 3)
-    for axes, (name, label) in zip(panels, CURVES.items(), strict=True):
-        for split, colour in SPLIT_COLOURS.items():
-            points = [(row["epoch"], row[name]) for row in rows if row["split"] == split and name in row]
-            if points:
-                title = "training" if split == "train" else "validation"
-                marker = "o" if split == "val" or len(points) == 1 else None  # a line of one point is none
-                axes.plot(*zip(*points, strict=True), color=colour, label=title, marker=marker)
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.3)
-        axes.set_xlim(left=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes, (value, label) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
+        draw_curves(axes, [points_by_epoch(rows, value)])
+        axes.set(xlabel="epoch", ylabel=label)
         axes.set_ylim(bottom=0)
-    panels[1].legend(loc="lower right")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if value == "top1":
+            axes.legend(handles=_split_legend(), loc="lower right")
     figure.savefig(path, dpi=120)
 
 
-@matplotlib.rc_context(AS_IT_IS)
-def plot_comparison(curves: dict[str, dict[str, list[tuple[int, float]]]], target: float, path: Path) -> None:
-    """Draw training (lines) and validation (points) top-1 by step of several runs, and a line at the target."""
+@matplotlib.rc_context(STYLE)
+def svg_of_curves(metrics: Mapping[str, list[dict[str, Any]]], value: str, label: str) -> bytes | None:
+    """Return an SVG of one value by epoch, from the rows of ``metrics.jsonl`` of each run; None if no row has it."""
+    curves = [points_by_epoch(rows, value) for rows in metrics.values()]
+    if not any(points for run in curves for points in run.values()):
+        return None
+    figure = Figure(figsize=(5.4, 3.5), layout="constrained")
+    axes = figure.subplots()
+    draw_curves(axes, curves)
+    axes.set(xlabel="epoch", title=label, ylim=(0, 102) if value.startswith("top") else (0, None))
+    handles = _split_legend()
+    if len(metrics) > 1:
+        handles = [Line2D([], [], linewidth=2.2, label=run, **run_style(i)) for i, run in enumerate(metrics)]
+        handles.append(Line2D([], [], color="#777777", linewidth=1, label="thin: training"))
+    axes.legend(handles=handles, frameon=False, fontsize=9, loc="best")
+    return _image(figure, "svg")
+
+
+@matplotlib.rc_context(STYLE)
+def plot_comparison(curves: Mapping[str, Mapping[str, Points]], target: float, path: Path) -> None:
+    """Write a PNG of the top-1 of several runs by step, for training and validation, and a line at the target."""
     columns = 2 if max(len(run) for run in curves) <= 40 else 1
     figure = Figure(figsize=(8, 4.5 + 0.2 * math.ceil(len(curves) / columns)), layout="constrained")
     axes = figure.subplots()
-    colours = matplotlib.colormaps["tab10" if len(curves) <= 10 else "tab20"]
-    for i, (run, splits) in enumerate(curves.items()):
-        colour = colours(i % colours.N)
-        for split, style in (("train", "-"), ("val", "o")):
-            axes.plot([x for x, _ in splits[split]], [y for _, y in splits[split]], style, color=colour)
-        axes.plot([], [], "o-", color=colour, label=run)  # for the legend, which names each run once
+    draw_curves(axes, list(curves.values()))
     axes.axhline(target, color="black", linestyle="--", linewidth=1)
-    axes.set_title("lines: training, points: validation", fontsize="medium")
-    axes.set_xlabel("step")
-    axes.set_ylabel("top-1 (%)")
-    axes.set_ylim(0, 102)
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=columns, fontsize="small")  # below the curves, however many
+    axes.set(xlabel="step", ylabel="top-1 (%)", ylim=(0, 102))
+    axes.set_title("thin: training; with points: validation", fontsize="medium")
+    handles = [Line2D([], [], marker="o", label=run, **run_style(i)) for i, run in enumerate(curves)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize="small")  # covers no curve
     figure.savefig(path, dpi=120)
 
 
-@matplotlib.rc_context(AS_IT_IS)
-def plot_confusion(counts: Tensor, classes: list[str], path: Path) -> None:
-    """Draw the share of each label's videos by predicted class; counts (classes, classes), rows are labels."""
-    shares = counts.numpy() / np.maximum(counts.sum(dim=1, keepdim=True).numpy(), 1)
-    few = len(classes) <= 30
-    side = max(4.5, 1.5 + 0.55 * len(classes)) if few else 10
+def draw_curves(axes: Axes, runs: Sequence[Mapping[str, Points]]) -> None:
+    """Draw the points of each run by split: training as a thin line, averaged, and validation with markers."""
+    for i, curves in enumerate(runs):
+        for split, style in SPLIT_STYLES.items():
+            if curves[split]:
+                x, y = thin_out(np.array(curves[split], float))
+                marker = {"marker": "o"} if len(x) == 1 else {}  # a line of one point would be invisible
+                axes.plot(x, y, **{**run_style(i), **style, **marker})
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25)
+
+
+def _split_legend() -> list[Line2D]:
+    names = {"val": "validation", "train": "training"}
+    return [Line2D([], [], label=name, **run_style(0), **SPLIT_STYLES[split]) for split, name in names.items()]
+
+
+def thin_out(points: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return x and y of points (N, 2), averaged over consecutive points where there are more than MAX_POINTS."""
+    parts = np.array_split(points, min(MAX_POINTS, len(points)))
+    x, y = np.array([part.mean(axis=0) for part in parts]).T
+    return x, y
+
+
+def plot_confusion(counts: ArrayLike, classes: Sequence[str], path: Path) -> None:
+    """Write the PNG of ``png_of_confusion``."""
+    path.write_bytes(png_of_confusion(counts, classes))
+
+
+@matplotlib.rc_context(PLAIN_TEXT)
+def png_of_confusion(counts: ArrayLike, classes: Sequence[str]) -> bytes:
+    """Return a PNG of the share of each label's videos by predicted class; counts (classes, classes), rows are labels.
+
+    Colours are on a square-root scale, which shows rare confusions too. Up to MAX_NAMED_CLASSES, names and counts are
+    written.
+    """
+    counts = np.asarray(counts)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    named = len(classes) <= MAX_NAMED_CLASSES
+    side = max(4.5, 1.5 + 0.55 * len(classes)) if named else min(12.0, 4 + 0.02 * len(classes))
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, ax=axes, label="share of the label's videos", shrink=0.8)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("label")
-    if few:
+    image = axes.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    bar = figure.colorbar(image, ax=axes, label="share of the label's videos", shrink=0.8)
+    bar.set_ticks([0, 0.1**0.5, 0.5**0.5, 1], labels=["0", "0.1", "0.5", "1"])
+    axes.set(xlabel="predicted", ylabel="label")
+    if named:
         axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
         axes.set_yticks(range(len(classes)), classes)
-        for row, column in zip(*np.nonzero(counts.numpy()), strict=True):
-            colour = "white" if shares[row, column] > 0.5 else "black"
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            colour = "white" if shares[row, column] > 0.3 else "black"
             axes.text(column, row, str(int(counts[row, column])), ha="center", va="center", color=colour, fontsize=8)
-    figure.savefig(path, dpi=120, bbox_inches="tight", pad_inches=0.1)
+    else:
+        axes.set(xlabel="predicted (index of the class)", ylabel="label (index of the class)")
+    return _image(figure, "png", bbox_inches="tight", pad_inches=0.1)
 
 
 def plot_transfer(rows: list[dict[str, Any]], chance: float, path: Path) -> None:
-    """Draw top-1 by method (``method``, ``weights``, ``top1`` of each row), the first on top, and a line at chance."""
+    """Write a PNG of top-1 by method (``method``, ``weights``, ``top1`` of each row), with a line at chance."""
     figure = Figure(figsize=(10, 1.4 + 0.55 * len(rows)), layout="constrained")
     axes = figure.subplots()
     names = [row["method"].replace(" (", "\n(") for row in rows]
@@ -112,6 +181,7 @@ def plot_transfer(rows: list[dict[str, Any]], chance: float, path: Path) -> None
     figure.savefig(path, dpi=100)
 
 
+@matplotlib.rc_context(STYLE)
 @dataclass(frozen=True)
 class Point:
     """A named point of ``plot_points``."""
@@ -127,7 +197,7 @@ class Point:
     colour: str = "C0"
 
 
-@matplotlib.rc_context(AS_IT_IS)
+@matplotlib.rc_context(PLAIN_TEXT)
 def plot_points(points: Sequence[Point], x_label: str, y_label: str, path: Path) -> None:
     """Draw named points, such as accuracy over speed, with their ranges as bars."""
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -169,108 +239,22 @@ def _write_names(axes: Axes, points: Sequence[Point]) -> None:
     adjust_text(texts, objects=taken, ax=axes, prevent_crossings=False, arrowprops=line, **how)
 
 
-# Okabe and Ito's colours, which people with any colour vision can tell apart, less black and the palest.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-DASHES = ("-", "--", ":")  # for more runs than colours
-MOST_POINTS = 400  # of a curve
-STYLE = {
-    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11, "axes.edgecolor": "#9aa3b2",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.labelcolor": "#1d2430", "xtick.color": "#566074",
-    "ytick.color": "#566074", "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "svg.hashsalt": "stvit_video", **AS_IT_IS,
-}  # fmt: skip
-
-
-def line_style(number: int) -> dict[str, Any]:
-    """Return colour and dashes of the ``number``-th run; the same in every drawing."""
-    return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number // len(COLOURS) % len(DASHES)]}
-
-
-def draw_curves(metrics: dict[str, list[dict[str, Any]]], value: str, label: str) -> bytes | None:
-    """Return an SVG of one value by epoch: training as a thin line, averaged; validation as a line with points.
-
-    ``metrics`` holds the rows of ``metrics.jsonl`` by run. None where no row has the value.
-    """
-    drawn = False
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.4, 3.5), layout="constrained")
-        axes = figure.subplots()
-        for number, (run, rows) in enumerate(metrics.items()):
-            style = line_style(number)
-            for split in ("train", "val"):
-                points = [(row["epoch"], row[value]) for row in rows if row["split"] == split and value in row]
-                if not points:
-                    continue
-                drawn = True
-                epochs, values = thin_out(np.array(points, float))
-                if split == "val":
-                    axes.plot(epochs, values, marker="o", markersize=5, linewidth=2.2, label=run, **style)
-                else:
-                    axes.plot(epochs, values, linewidth=1, alpha=0.45, **style)
-        axes.set(xlabel="epoch", title=label, ylim=(0, 102) if value.startswith("top") else (0, None))
-        axes.set_xlim(left=0)
-        axes.grid(alpha=0.25)
-        if not drawn:
-            return None
-        _mark(axes, list(metrics))
-        return _svg(figure)
-
-
-def _mark(axes: Axes, runs: Sequence[str]) -> None:
-    """Say which line is which: by run, or of a single run by what it is of."""
-    if len(runs) == 1:
-        lines = [
-            Line2D([], [], marker="o", linewidth=2.2, label="validation", **line_style(0)),
-            Line2D([], [], linewidth=1, alpha=0.45, label="training", **line_style(0)),
-        ]
-    else:
-        lines = [Line2D([], [], linewidth=2.2, label=run, **line_style(i)) for i, run in enumerate(runs)]
-        lines.append(Line2D([], [], color="#777777", linewidth=1, label="thin: training"))
-    axes.legend(handles=lines, frameon=False, fontsize=9, loc="best")
-
-
-def thin_out(points: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return x and y of points (N, 2), averaged in order so that no more than ``MOST_POINTS`` are left."""
-    parts = np.array_split(points, min(MOST_POINTS, len(points)))
-    x, y = np.array([part.mean(axis=0) for part in parts]).T
-    return x, y
-
-
-def draw_trade(figures: Sequence[tuple[str, float, float]], label: str) -> bytes:
+def svg_of_costs(runs: Sequence[tuple[str, float, float]], label: str) -> bytes:
     """Return an SVG of top-1 over cost, a point for each (run, cost, top-1 in percent); ``label`` names the cost."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.4, 3.5), layout="constrained")
-        axes = figure.subplots()
-        for number, (run, cost, top1) in enumerate(figures):
-            colour = line_style(number)["color"]
-            axes.plot([cost], [top1], "o", markersize=11, color=colour)
-            left = cost > 0.6 * max(cost for _, cost, _ in figures)
-            axes.annotate(
-                run, (cost, top1), xytext=(-9 if left else 9, -14), textcoords="offset points",
-                ha="right" if left else "left", fontsize=9,
-            )  # fmt: skip
-        axes.set(xlabel=label, title="Top-1 (%) over cost", ylim=(0, 105))
-        axes.set_xlim(0, 1.12 * max(cost for _, cost, _ in figures))
-        axes.grid(alpha=0.25)
-        return _svg(figure)
+    figure = Figure(figsize=(5.4, 3.5), layout="constrained")
+    axes = figure.subplots()
+    highest = max(cost for _, cost, _ in runs)
+    for i, (run, cost, top1) in enumerate(runs):
+        axes.plot([cost], [top1], "o", markersize=11, color=run_style(i)["color"])
+        x, side = (-9, "right") if cost > 0.6 * highest else (9, "left")
+        axes.annotate(run, (cost, top1), xytext=(x, -14), textcoords="offset points", ha=side, fontsize=9)
+    axes.set(xlabel=label, title="Top-1 (%) over cost", xlim=(0, 1.12 * highest), ylim=(0, 105))
+    axes.grid(alpha=0.25)
+    return _image(figure, "svg")
 
 
-def draw_matrix(shares: NDArray[np.float64]) -> bytes:
-    """Return a PNG of a confusion matrix of many classes: rows are labels; dark is a share of 1, on a root scale."""
-    with matplotlib.rc_context(STYLE):
-        side = min(12.0, 4 + 0.02 * len(shares))
-        figure = Figure(figsize=(side, side * 0.92), layout="constrained")
-        axes = figure.subplots()
-        picture = axes.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-        bar = figure.colorbar(picture, ax=axes, shrink=0.7, label="share of the label's videos")
-        bar.set_ticks([0, 0.1**0.5, 0.5**0.5, 1], labels=["0", "0.1", "0.5", "1"])
-        axes.set(xlabel="predicted (number of the class)", ylabel="label (number of the class)")
-        file = BytesIO()
-        figure.savefig(file, format="png", dpi=110)
-        return file.getvalue()
-
-
-def _svg(figure: Figure) -> bytes:
+def _image(figure: Figure, kind: str, **options: Any) -> bytes:
     file = BytesIO()
-    figure.savefig(file, format="svg", metadata={"Date": None})
+    metadata = {"Date": None} if kind == "svg" else None  # equal charts are equal files
+    figure.savefig(file, format=kind, dpi=120, metadata=metadata, **options)
     return file.getvalue()

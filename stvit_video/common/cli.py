@@ -1,4 +1,4 @@
-"""The parser and the exit codes that every command shares."""
+"""The argument parser and the exit codes of all commands."""
 
 import argparse
 import sys
@@ -9,7 +9,7 @@ from stvit_video.common.errors import FILESYSTEM_ERRORS, UsageError
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, which ends in what to write: ``form``, after the program's name."""
+    """An argument parser that raises UsageError with one line; ``form`` shows the expected arguments."""
 
     def __init__(self, *, prog: str, form: str, description: str) -> None:
         super().__init__(prog=prog, description=description)
@@ -27,11 +27,11 @@ def run_command(
     stopped_code: int = 130,
     again: str = "",
 ) -> int:
-    """Call what a ``main`` does with its arguments, and return its exit code; what the user can mend is one line.
+    """Call ``command``, which parses and runs its arguments, and return its exit code.
 
-    That is 2 after ``error: ...`` on stderr for a UsageError and for FILESYSTEM_ERRORS, the latter ending in ``again``:
-    what the same command then does. Ctrl-C is ``stopped_code``, after ``stopped`` on stderr. All else is raised, with
-    its traceback: it is our mistake, and the exit code is then 1. ``command`` is to parse the arguments too.
+    UsageError and FILESYSTEM_ERRORS give exit code 2 and one line on stderr; for the latter, ``again`` says what the
+    same command does next time. Ctrl-C gives ``stopped_code`` and the line ``stopped``. Other errors are raised: they
+    are bugs, so their traceback is kept, and the exit code is 1.
     """
     try:
         return command(arguments)

@@ -1,4 +1,4 @@
-"""Files and folders: atomic writing, locks, and one line where a place cannot be written."""
+"""Files and folders: atomic writing, locks, and errors in one line where a folder cannot be written."""
 
 import json
 import os
@@ -14,9 +14,9 @@ POLL_S = 0.2
 
 
 def wait_for_lock(take: Callable[[], None], patience: float, note: Callable[[], str]) -> bool:
-    """Return whether ``take`` took a lock within ``patience`` seconds; ``note`` is printed once where that takes time.
+    """Return whether ``take`` took a lock within ``patience`` seconds; print ``note`` once if it has to wait.
 
-    ``take`` is one of fcntl's, not blocking: it raises BlockingIOError or, as POSIX allows too, PermissionError while
+    ``take`` is a non-blocking lock of fcntl: it raises BlockingIOError or, as POSIX allows too, PermissionError while
     another process holds the lock. Other errors are raised.
     """
     until, told = time.monotonic() + patience, False
@@ -34,7 +34,7 @@ def wait_for_lock(take: Callable[[], None], patience: float, note: Callable[[], 
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a restart after a kill, finds it whole or not at all."""
+    """Write a file so that readers, also after a crash, find it complete or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -58,14 +58,14 @@ def write_json(path: Path, content: object) -> None:
 
 
 def try_folder(folder: Path) -> None:
-    """Make a folder, and write to it, before the work whose result it is to hold. Raises OSError."""
+    """Make a folder and check that it can be written to, before the work starts. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()
 
 
 @contextmanager
 def writing(output: Path) -> Iterator[None]:
-    """Turn what the file system refuses of --output into an error of the user's."""
+    """Turn file system errors of --output into UsageError."""
     try:
         yield
     except OSError as error:
@@ -73,7 +73,7 @@ def writing(output: Path) -> Iterator[None]:
 
 
 def prepare_folder(folder: Path) -> None:
-    """Do as ``try_folder`` for a folder of any option. Raises UsageError."""
+    """Call ``try_folder`` for the folder of an option. Raises UsageError."""
     try:
         try_folder(folder)
     except OSError as error:

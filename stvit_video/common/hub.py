@@ -1,4 +1,4 @@
-"""Files of weights on the Hugging Face hub, where its package ``huggingface_hub`` is installed."""
+"""Weights files on the Hugging Face hub; needs the package ``huggingface_hub``."""
 
 import importlib
 import re
@@ -11,20 +11,20 @@ SCHEME = "hf://"
 
 
 def is_hub_address(name: str) -> bool:
-    """Say whether a checkpoint is named by ``hf://OWNER/NAME`` or ``hf://OWNER/NAME/FILE``."""
+    """Return whether a checkpoint is given as ``hf://OWNER/NAME`` or ``hf://OWNER/NAME/FILE``."""
     return name.startswith(SCHEME)
 
 
 def check_exists(checkpoint: str) -> None:
-    """Raise UsageError where a checkpoint is no file, no folder and not on the hub: said before torch is imported."""
+    """Raise UsageError where a checkpoint is not a file, a folder or on the hub, before torch is imported."""
     if not is_hub_address(checkpoint) and not Path(checkpoint).exists():
         raise UsageError(f"Checkpoint {checkpoint} does not exist; give the folder of a run or a .safetensors file.")
 
 
 def pull(address: str) -> Path:
-    """Download (once) the file of ``hf://OWNER/NAME[/FILE]``, by default model.safetensors; return where it lies.
+    """Download the file of ``hf://OWNER/NAME[/FILE]``, by default model.safetensors, once; return its path.
 
-    Raises UsageError where the package is missing or the hub does not give the file.
+    Raises UsageError where the package is missing or the file cannot be downloaded.
     """
     owner, _, rest = address.removeprefix(SCHEME).partition("/")
     name, _, file = rest.partition("/")
@@ -37,9 +37,9 @@ def pull(address: str) -> Path:
 
 
 def push(path: Path, repository: str) -> str:
-    """Upload a file to the repository ``OWNER/NAME``, made private where there is none; return its address.
+    """Upload a file to the repository ``OWNER/NAME`` and return its address; a new repository is private.
 
-    A ``.safetensors`` becomes model.safetensors, what ``pull`` looks for. Raises UsageError as ``pull``.
+    A ``.safetensors`` is named model.safetensors, the default of ``pull``. Raises UsageError as ``pull`` does.
     """
     _check_repository(repository)
     hub = _import_hub()
@@ -53,7 +53,7 @@ def push(path: Path, repository: str) -> str:
 
 
 def check_push(repository: str) -> None:
-    """Raise UsageError where an upload to ``repository`` could not even begin."""
+    """Raise UsageError where an upload to ``repository`` cannot work."""
     _check_repository(repository)
     _import_hub()
 
@@ -77,5 +77,5 @@ def _import_hub() -> Any:
 
 
 def _errors(hub: Any) -> tuple[type[Exception], ...]:
-    """Return what the hub's package raises for names, rights and connections."""
+    """Return the errors that the package raises for names, permissions and connections."""
     return (hub.errors.HfHubHTTPError, hub.errors.LocalEntryNotFoundError, hub.errors.HFValidationError, OSError)

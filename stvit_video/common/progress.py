@@ -1,4 +1,4 @@
-"""Progress as a person sees it: a bar on a terminal, plain lines in a log file."""
+"""Progress display: a bar on a terminal, plain lines in a log file."""
 
 import shutil
 import sys
@@ -8,11 +8,11 @@ from types import TracebackType
 from tqdm import tqdm
 
 PLAIN_LINE_SECONDS = 10.0
-WIDE = 100  # columns from which there is room for a bar beside the figures
+WIDE = 100  # terminal columns needed for a bar beside the figures
 
 
 class Progress:
-    """One progress bar on a terminal, a plain line now and then elsewhere; silent where not ``enabled``."""
+    """A progress bar on a terminal; elsewhere a line every PLAIN_LINE_SECONDS. Silent unless ``enabled``."""
 
     def __init__(self, title: str, total: int, done: int = 0, *, enabled: bool = True) -> None:
         self.title, self.total, self.done, self.first = title, total, done, done
@@ -38,7 +38,7 @@ class Progress:
         self.bar.close()
 
     def advance(self, text: str = "") -> None:
-        """Note one more step done, ``text`` saying how it goes."""
+        """Count one more step; ``text`` is shown beside the count."""
         self.done += 1
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
@@ -50,7 +50,7 @@ class Progress:
             print("  ".join(filter(None, parts)), flush=True)
 
     def note(self, text: str) -> None:
-        """Print a line of its own beside the bar."""
+        """Print a separate line without breaking the bar."""
         if self.plain:
             print(text, flush=True)
         elif not self.bar.disable:

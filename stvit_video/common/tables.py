@@ -8,10 +8,10 @@ from tabulate import tabulate
 
 
 def format_table(headers: Sequence[str], rows: Iterable[Sequence[object]], *, style: str = "plain") -> str:
-    """Return rows of text under their headers: the first column to the left, the others to the right.
+    """Return a table as text, with the first column aligned left and the others right.
 
-    ``style`` is one of tabulate's, such as ``plain`` or ``github`` (Markdown). Cells are shown as they are given, so
-    numbers are to be formatted first. Raises nothing: a table without rows is its headers.
+    ``style`` is a format of tabulate, such as ``plain`` or ``github`` (Markdown). Cells are not reformatted, so format
+    numbers first.
     """
     rows = [list(map(str, row)) for row in rows]
     align = ["left", *["right"] * (len(headers) - 1)]
@@ -19,7 +19,7 @@ def format_table(headers: Sequence[str], rows: Iterable[Sequence[object]], *, st
 
 
 def to_csv(rows: Iterable[Mapping[str, object]], columns: Sequence[str]) -> bytes:
-    """Return rows as a CSV file with a header; paths that are not UTF-8 are written as the bytes that they are."""
+    """Return rows as a CSV file with a header; file names that are not UTF-8 keep their bytes."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(columns))
     writer.writeheader()

@@ -1,4 +1,4 @@
-"""A copy of a video with what a model says about it drawn on its frames."""
+"""Copies of videos with the predicted classes drawn on the frames."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -16,16 +16,16 @@ from stvit_video.common.errors import FILESYSTEM_ERRORS
 from stvit_video.data.decode.types import DecodeError, Frames, reason
 from stvit_video.inference.predictor import Prediction, Window
 
-LEAST_SIDE = 240  # pixels: smaller videos are enlarged, or no label would fit
+MIN_SIDE = 240  # pixels; smaller videos are enlarged so that labels fit
 LINES = 3
 ERRORS = (av.FFmpegError, OSError, ValueError)
 
 
 def annotate(prediction: Prediction, output: Path) -> None:
-    """Write the video of ``prediction`` as H.264 to ``output``, the likeliest classes of each moment in its corner.
+    """Write a copy of the video of ``prediction`` as H.264, with the most likely classes of each moment in a corner.
 
-    Sound is left out. Raises DecodeError where the video cannot be read, and OSError where the copy cannot be written;
-    there is no file then.
+    The copy has no sound. Raises DecodeError where the video cannot be read, and OSError where the copy cannot be
+    written; no file is left then.
     """
     temporary = output.with_name(f".{output.name}.tmp.mp4")
     try:
@@ -36,7 +36,7 @@ def annotate(prediction: Prediction, output: Path) -> None:
                 _copy(source, target, _labels(prediction))
         os.replace(temporary, output)
     except ERRORS as error:
-        if isinstance(error, OSError) and error.errno in FILESYSTEM_ERRORS:  # the video itself was read just now
+        if isinstance(error, OSError) and error.errno in FILESYSTEM_ERRORS:  # of the copy: the video was read before
             raise OSError(error.errno, error.strerror, str(output)) from error
         raise DecodeError(prediction.path, f"cannot be annotated ({reason(error)})", "pyav") from error
     finally:
@@ -46,10 +46,10 @@ def annotate(prediction: Prediction, output: Path) -> None:
 def _copy(
     source: av.container.InputContainer, target: av.container.OutputContainer, labels: Callable[[float], Sequence[str]]
 ) -> None:
-    """Decode, draw and encode one frame after the other, each shown when it was."""
+    """Decode, draw and encode one frame at a time, with the same time as in the source."""
     shown = source.streams.video[0]
     rate = shown.average_rate or shown.guessed_rate or Fraction(25)
-    stream = first = None
+    stream = first = None  # the first frame gives the size of the picture and time 0
     for number, frame in enumerate(source.decode(shown)):
         time = frame.time if frame.time is not None else number / float(rate)
         first = time if first is None else first
@@ -57,7 +57,7 @@ def _copy(
         if stream is None:
             stream = target.add_stream("libx264", rate=rate, options={"crf": "20", "preset": "veryfast"})
             stream.width, stream.height, stream.pix_fmt = picture.shape[1], picture.shape[0], "yuv420p"
-            stream.codec_context.time_base = Fraction(1, 90_000)  # fine enough for files of a variable rate
+            stream.codec_context.time_base = Fraction(1, 90_000)  # resolves the times of a variable frame rate
         made = VideoFrame.from_ndarray(picture, format="rgb24")
         made.pts, made.time_base = round((time - first) * 90_000), Fraction(1, 90_000)
         target.mux(stream.encode(made))
@@ -66,35 +66,35 @@ def _copy(
 
 
 def _picture(frame: VideoFrame) -> Frames:
-    """Return a frame (H, W, 3) the right way up, of even sides, and large enough to be written on."""
+    """Return a frame (H, W, 3) upright, with even sides as H.264 needs, and large enough for labels."""
     turned = np.rot90(frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False), round(frame.rotation / 90))
     height, width = turned.shape[:2]
-    scale = max(1.0, LEAST_SIDE / min(height, width))
+    scale = max(1.0, MIN_SIDE / min(height, width))
     sides = tuple(2 * round(side * scale / 2) for side in (width, height))
     return turned if sides == (width, height) else np.asarray(Image.fromarray(turned).resize(sides))
 
 
 def _labels(prediction: Prediction) -> Callable[[float], Sequence[str]]:
-    """Return what to write at a time: the classes of the window whose middle is nearest."""
+    """Return a function from a time to its lines: the classes of the window with the nearest middle."""
     windows = prediction.windows
     middles = np.array([0.0 if w.span is None else (w.span.start + w.span.end) / 2 for w in windows])
 
     @lru_cache(maxsize=2)
-    def text(place: int) -> list[str]:
-        window: Window = windows[place]
+    def text(index: int) -> list[str]:
+        window: Window = windows[index]
         return [f"{name} {100 * score:.1f} %" for name, score in prediction.top(LINES, window)]
 
     return lambda time: text(int(abs(middles - time).argmin()))
 
 
 def draw(picture: Frames, lines: Sequence[str]) -> Frames:
-    """Write lines into the upper left corner of a picture (H, W, 3), light on a darkened ground."""
+    """Write lines into the upper left corner of a picture (H, W, 3), light on a dark background."""
     height, width = picture.shape[:2]
     image = Image.fromarray(picture)
     brush = ImageDraw.Draw(image, "RGBA")
     size = max(11, min(height, width) // 18)
     widest = max((brush.textlength(line, font=_font(size)) for line in lines), default=0)
-    if widest > width - 2 * size:  # a long name is made to fit
+    if widest > width - 2 * size:  # shrink the font to fit long names
         size = max(8, int(size * (width - 2 * size) / widest))
     row = round(1.35 * size)
     widest = max((brush.textlength(line, font=_font(size)) for line in lines), default=0)
@@ -108,5 +108,5 @@ def draw(picture: Frames, lines: Sequence[str]) -> Frames:
 
 @lru_cache(maxsize=8)
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """Return Matplotlib's own font, which knows Latin, Greek, Cyrillic and more; other scripts show as boxes."""
+    """Return Matplotlib's font, which has Latin, Greek and Cyrillic; other scripts show as boxes."""
     return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)

@@ -1,12 +1,14 @@
-"""One exporter a format: a model to a file, and the file to a function from clips to logits, to compare the two.
+"""The file formats of ``stvit_video.export``: how each is written, and how it is run again to compare the two.
 
-Beside the weights a file carries what its user needs to feed it, under "stvit_video": see ``describe``.
+Graphs carry what their user needs to feed them, as JSON under "stvit_video": see ``describe``.
 """
 
 import importlib.util
 import itertools
 import json
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,49 +19,36 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stvit_video.common.errors import UsageError
-from stvit_video.config.clip_settings import view_settings
+from stvit_video.data.decode.types import DecodeError
 from stvit_video.inference.load import Trained, open_checkpoint
+from stvit_video.inference.predictor import build_predictor
 from stvit_video.models import create_model
 from stvit_video.runs.weights import save_weights
 
-Run = Callable[[Tensor], Tensor]  # clips (B, 3, T, H, W) to logits (B, classes)
+Forward = Callable[[Tensor], Tensor]  # clips (B, 3, T, H, W) to logits (B, classes)
 NOTE = "stvit_video.json"  # inside a torch.export archive
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-
-
-@dataclass(frozen=True)
-class Form:
-    """A file format: how a model is written for batches of any size, or of ``batch`` clips, and how it is run again."""
-
-    suffix: str
-    about: str
-    write: Callable[[Trained, Path, int | None], None]
-    open: Callable[[Trained, Path], Run]
+TRIED_BATCHES = (1, 3)  # for files that take any batch
 
 
 def describe(trained: Trained) -> dict[str, Any]:
-    """Return what a user of an exported file needs: model, classes by logit, and how videos become its input."""
+    """Return what a user of an exported graph needs: model, classes by logit, and how videos become its input."""
     return {
         "model": trained.model.name,
         "arguments": trained.model.arguments,
         "classes": trained.classes,
         "input": "clips, float32 (batch, 3, frames, height, width): RGB in 0 to 1, minus DATA.MEAN, over DATA.STD",
         "output": "logits, float32 (batch, classes)",
-        "views": view_settings(trained.cfg),
+        "views": trained.input.settings,
     }
 
 
 def trace(trained: Trained, batch: int | None) -> torch.export.ExportedProgram:
-    """Return the model's graph for batches of any size, or of ``batch`` clips."""
+    """Return the model's graph for ``batch`` clips, or for batches of any size."""
     example = torch.zeros(batch or 2, 3, *trained.model.input_size)  # type: ignore[misc]
-    free = ({0: torch.export.Dim("batch")},) if batch is None else None
+    shapes = ({0: torch.export.Dim("batch")},) if batch is None else None
     with torch.no_grad():
-        return torch.export.export(trained.model, (example,), dynamic_shapes=free)
-
-
-def write_program(trained: Trained, path: Path, batch: int | None) -> None:
-    """Write a ``torch.export`` archive."""
-    save_program(trained, trace(trained, batch), path)
+        return torch.export.export(trained.model, (example,), dynamic_shapes=shapes)
 
 
 def save_program(trained: Trained, program: torch.export.ExportedProgram, path: Path) -> None:
@@ -67,33 +56,26 @@ def save_program(trained: Trained, program: torch.export.ExportedProgram, path: 
     torch.export.save(program, path, extra_files={NOTE: json.dumps(describe(trained))})
 
 
-def open_program(trained: Trained, path: Path) -> Run:
-    """Return what an archive computes."""
+def open_program(trained: Trained, path: Path) -> Forward:
     return torch.export.load(path).module()
-
-
-def write_onnx(trained: Trained, path: Path, batch: int | None) -> None:
-    """Write an ONNX file with the input ``clips`` and the output ``logits``."""
-    save_onnx(trained, trace(trained, batch), path)
 
 
 def save_onnx(trained: Trained, program: torch.export.ExportedProgram, path: Path, optimize: bool = True) -> None:
     """Write a graph as an ONNX file with the input ``clips`` and the output ``logits``.
 
-    Without ``optimize`` the graph is left with what runtimes remove by themselves, which takes about half the time.
+    Without ``optimize`` this takes half the time; runtimes do the same optimisation when they load the file.
     """
-    # ONNX has no adaptive pooling in 3-D; attention is written out, as converters disagree on the fused one's layout.
+    # ONNX has no adaptive pooling in 3-D. Fused attention is decomposed, as converters disagree on its layout.
     table = torch.export.default_decompositions()
     table[torch.ops.aten.adaptive_max_pool3d.default] = lambda x, size: (_pool(x, size, Tensor.amax), None)
     table[torch.ops.aten._adaptive_avg_pool3d.default] = lambda x, size: _pool(x, size, Tensor.mean)
     with sdpa_kernel(SDPBackend.MATH):
         program = program.run_decompositions(table)
-    free = ({0: "batch"},) if program.range_constraints else None  # the name of a batch of any size
     made = torch.onnx.export(
         program,
         input_names=["clips"],
         output_names=["logits"],
-        dynamic_shapes=free,
+        dynamic_shapes=({0: "batch"},) if program.range_constraints else None,
         dynamo=True,
         verbose=False,
         optimize=optimize,
@@ -104,7 +86,7 @@ def save_onnx(trained: Trained, program: torch.export.ExportedProgram, path: Pat
 
 
 def _pool(x: Tensor, size: tuple[int, ...], reduce: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """Pool maps (..., T, H, W) to ``size`` as adaptive pooling does, one axis after the other."""
+    """Pool maps (..., T, H, W) to ``size`` as adaptive pooling does, one axis at a time."""
     for axis, count in zip((-3, -2, -1), size, strict=True):
         length = x.shape[axis]
         edges = [(i * length // count, -(-(i + 1) * length // count)) for i in range(count)]
@@ -112,46 +94,47 @@ def _pool(x: Tensor, size: tuple[int, ...], reduce: Callable[[Tensor, int], Tens
     return x
 
 
-def open_onnx(trained: Trained, path: Path) -> Run:
-    """Return what an ONNX file computes, by ONNX Runtime on the CPU."""
+def open_onnx(trained: Trained, path: Path) -> Forward:
+    """Run an ONNX file with ONNX Runtime on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # its advice on its own folding is nothing to act on
+    options.log_severity_level = 3  # errors: its warnings on constant folding need no action
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return lambda clips: torch.from_numpy(session.run(["logits"], {"clips": clips.numpy()})[0])
 
 
 def write_safetensors(trained: Trained, path: Path, batch: int | None) -> None:
     """Write weights, model, classes and views in one file, complete for ``--checkpoint``."""
-    save_weights(path, trained.model, trained.classes, view_settings(trained.cfg))
+    save_weights(path, trained.model, trained.classes, trained.input.settings)
 
 
-def open_safetensors(trained: Trained, path: Path) -> Run:
-    """Return what the model does that the file builds by itself."""
-    with tempfile.TemporaryDirectory() as folder:  # away from a config.yaml, and under a name that says what it is
-        lone = Path(folder) / "model.safetensors"
-        lone.symlink_to(path.resolve())
-        return open_checkpoint(lone).model
+def open_safetensors(trained: Trained, path: Path) -> Forward:
+    with tempfile.TemporaryDirectory() as folder:  # no config.yaml beside it: the file alone must be enough
+        alone = Path(folder) / "model.safetensors"
+        alone.symlink_to(path.resolve())
+        return open_checkpoint(alone).model
 
 
-def write_state_dict(trained: Trained, path: Path, batch: int | None) -> None:
-    """Write the weights alone, by name."""
-    torch.save(trained.model.state_dict(), path)
-
-
-def open_state_dict(trained: Trained, path: Path) -> Run:
-    """Return what the same network does with the file's weights."""
+def open_state_dict(trained: Trained, path: Path) -> Forward:
     model: nn.Module = create_model(str(trained.model.name), **trained.model.arguments)  # type: ignore[arg-type]
     model.load_state_dict(torch.load(path, weights_only=True))
     return model.eval()
 
 
+@dataclass(frozen=True)
+class ExportFormat:
+    """How a model is written for batches of any size or of ``batch`` clips, and how the file is run."""
+
+    write: Callable[[Trained, Path, int | None], None]
+    open: Callable[[Trained, Path], Forward]
+
+
 FORMATS = {
-    "torch-export": Form(".pt2", "a graph for PyTorch, without this package", write_program, open_program),
-    "onnx": Form(".onnx", "a graph for ONNX Runtime and others", write_onnx, open_onnx),
-    "safetensors": Form(".safetensors", "for --checkpoint, complete", write_safetensors, open_safetensors),
-    "state-dict": Form(".pth", "weights by name, for torch.load", write_state_dict, open_state_dict),
+    "torch-export": ExportFormat(lambda t, path, batch: save_program(t, trace(t, batch), path), open_program),
+    "onnx": ExportFormat(lambda t, path, batch: save_onnx(t, trace(t, batch), path), open_onnx),
+    "safetensors": ExportFormat(write_safetensors, open_safetensors),
+    "state-dict": ExportFormat(lambda t, path, _: torch.save(t.model.state_dict(), path), open_state_dict),
 }
 
 
@@ -162,52 +145,70 @@ def check_packages(name: str) -> None:
         raise UsageError(f"--format onnx needs {', '.join(missing)}; pip install {' '.join(missing)}.")
 
 
-BATCHES = (1, 3)  # that a file for any batch is tried with
+def export_model(
+    trained: Trained, output: Path, format_name: str, batch: int | None, limit: float, video: str | None
+) -> bool:
+    """Write a model to ``output`` and compare the file's logits with the model's; print both.
+
+    They are compared on random clips and on the views of ``video``. Returns False, and leaves no file, where they
+    differ by more than ``limit``. Raises UsageError where the video cannot be read.
+    """
+    clips = list(_real_clips(trained, video))
+    temporary = output.with_name(f".{output.stem}.tmp{output.suffix}")
+    started = time.perf_counter()
+    try:
+        FORMATS[format_name].write(trained, temporary, batch)
+        size, seconds = temporary.stat().st_size / 1e6, time.perf_counter() - started
+        batches = "any batch" if batch is None else f"batches of {batch}"
+        print(f"{format_name}: {size:.1f} MB in {seconds:.1f} s, for {batches}")
+        worst = compare(trained, FORMATS[format_name].open(trained, temporary), batch, clips)
+        if not worst <= limit:  # also NaN
+            print(f"error: differs by {worst:.1e}, above --limit {limit:g}; no file is left.", file=sys.stderr)
+            return False
+        temporary.replace(output)
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"equal within {limit:g}: {output}", flush=True)
+    return True
 
 
-def real_clips(trained: "Trained", video: str | None) -> "Iterator[tuple[str, Tensor]]":
-    """Yield the views (V, 3, T, H, W) of a video, as its test sees it."""
+def _real_clips(trained: Trained, video: str | None) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name of a video and its views (V, 3, T, H, W), as its test sees it; nothing for None."""
     if video is None:
         return
-    from stvit_video.data.decode.types import DecodeError
-    from stvit_video.inference.predictor import build_predictor
-
     try:
         yield video, build_predictor(trained, "cpu", "fp32").clips(video)
     except DecodeError as error:
         raise UsageError(f"--clip {error}; give a video that can be read.") from error
 
 
-def compare(trained: "Trained", run: "Run", batch: int | None, clips: "Sequence[tuple[str, Tensor]]") -> float:
-    """Print the largest differences between the file's logits and the model's, and return the largest of all."""
-    import torch
-
+def compare(trained: Trained, forward: Forward, batch: int | None, clips: Sequence[tuple[str, Tensor]]) -> float:
+    """Print the largest difference of logits for each batch, and return the largest of all, or NaN."""
     generator = torch.Generator().manual_seed(0)
-    size = trained.model.input_size
-    sources = list(clips)
-    for count in BATCHES if batch is None else (batch,):
-        sources.insert(0, ("random clips", torch.randn(count, 3, *size, generator=generator)))  # type: ignore[misc]
+    size: Any = trained.model.input_size
+    counts = TRIED_BATCHES if batch is None else (batch,)
+    sources = [("random clips", torch.randn(count, 3, *size, generator=generator)) for count in counts]
     worst = 0.0
-    for name, given in sources:
+    for name, given in [*sources, *clips]:
         for part in _batches(given, batch):
             with torch.no_grad():
-                expected, got = trained.model(part), run(part)
-            if got.shape != expected.shape:
-                raise RuntimeError(f"the file gives {tuple(got.shape)} for {tuple(expected.shape)}")
-            difference = float((got - expected).abs().max())
-            worst = max(worst, difference) if difference == difference else float("nan")
+                expected, found = trained.model(part), forward(part)
+            if found.shape != expected.shape:
+                raise RuntimeError(f"the file gives {tuple(found.shape)} for {tuple(expected.shape)}")
+            difference = float((found - expected).abs().max())
             print(
                 f"  {name}, batch {len(part)}: differs by {difference:.1e} at most, "
                 f"logits from {expected.min():.2f} to {expected.max():.2f}",
                 flush=True,
             )
-            if worst != worst:
-                return worst
+            if difference != difference:
+                return difference
+            worst = max(worst, difference)
     return worst
 
 
-def _batches(clips: "Tensor", batch: int | None) -> "Iterator[Tensor]":
-    """Yield all clips, in batches of a fixed size where that is asked for, the last one filled up from the first."""
+def _batches(clips: Tensor, batch: int | None) -> Iterator[Tensor]:
+    """Yield all clips at once, or in batches of a fixed size, the last one filled up with the first clips."""
     if batch is None:
         yield clips
         return

@@ -1,6 +1,6 @@
-"""A trained model out of what a run left, its folder or a file of weights, with how it takes its clips."""
+"""Open a trained model, from a run's folder or a weights file, together with how it takes videos."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,36 +10,51 @@ from torch import nn
 
 from stvit_video.common.errors import UsageError, nearest
 from stvit_video.common.hub import check_exists, is_hub_address, pull
-from stvit_video.config.clip_settings import FREE_KEYS, TEST_KEYS, TRAINING_KEYS, config_beside, read_views
+from stvit_video.config.clip_settings import SETTABLE_KEYS, config_beside, view_settings
 from stvit_video.config.load import default_config, load_config, override, parse_overrides
-from stvit_video.config.schema import value_of
+from stvit_video.data.clips.sampling import Sampling
+from stvit_video.data.dataset import TestViews
+from stvit_video.data.decode.process import Decoding
+from stvit_video.data.loader import build_decoding, build_sampler, build_test_views
 from stvit_video.models import create_model, load_pretrained
-from stvit_video.models.weights.files import read_metadata, read_state_dict
+from stvit_video.models.weights.files import read_checkpoint
 from stvit_video.runs.folder import RunFolder
 from stvit_video.runs.weights import check_all_loaded
 
 
 @dataclass(frozen=True)
+class VideoInput:
+    """How a trained model takes videos: the views, the batch size and the precision of its own test."""
+
+    settings: dict[str, Any]  # by configuration key, as ``view_settings`` returns them
+    sampler: Sampling
+    views: TestViews
+    start_decoding: Callable[[], Decoding]
+    batch_size: int  # videos
+    precision: str
+
+
+@dataclass(frozen=True)
 class Trained:
-    """A model with its weights, its classes' names, and the configuration that says how it takes its clips."""
+    """A model with its weights, the names of its classes, and how it takes videos."""
 
     model: nn.Module
     classes: list[str]
-    cfg: CfgNode
+    input: VideoInput
     weights: Path
-    note: str = ""  # what had to be assumed, for the user to know
+    note: str = ""  # assumptions that the user should know
 
 
 def open_checkpoint(path: str | Path, overrides: Sequence[str] = ()) -> Trained:
-    """Load the model of a run's folder, of a ``.safetensors`` that a run or an export left, or ``hf://OWNER/NAME``.
+    """Open the model of a run's folder, of a ``.safetensors`` that a run or an export wrote, or of ``hf://OWNER/NAME``.
 
-    The run's ``config.yaml``, in the folder or beside the file, says how clips are taken, else the file itself, else
-    defaults: ``note`` then says so. ``overrides`` are ``KEY=VALUE`` words on top, for FREE_KEYS. Raises UsageError
-    where there are no weights, or they do not say what model they are of.
+    How it takes videos is read from the weights file, then from the run's ``config.yaml``, in the folder or beside the
+    file; else defaults apply and ``note`` says so. ``overrides`` are ``KEY=VALUE`` words for SETTABLE_KEYS. Raises
+    UsageError where there are no weights, or they do not say which model they are of.
     """
     weights, note = find_weights(pull(str(path)) if is_hub_address(str(path)) else Path(path))
-    read_state_dict(weights)  # what is wrong with a file is said in its own words
-    metadata = read_metadata(weights)
+    checkpoint = read_checkpoint(weights)
+    metadata = checkpoint.metadata
     if not metadata:
         raise UsageError(
             f"Checkpoint {weights} does not say which model it is of; give the folder of a finished run, or a "
@@ -47,15 +62,27 @@ def open_checkpoint(path: str | Path, overrides: Sequence[str] = ()) -> Trained:
         )
     arguments = metadata["arguments"]
     model = create_model(metadata["name"], **arguments)
-    check_all_loaded(load_pretrained(model, weights, min_coverage=0.9), model)
-    model.eval()
-    classes = metadata["classes"] or [str(label) for label in range(arguments["num_classes"])]
-    cfg, assumed = _find_config(weights, arguments, overrides)
-    return Trained(model, [str(name) for name in classes], cfg, weights, " ".join(filter(None, (note, assumed))))
+    check_all_loaded(load_pretrained(model, checkpoint, min_coverage=0.9), model)
+    classes = metadata["classes"] or range(arguments["num_classes"])
+    cfg, assumed = _open_config(weights, arguments, metadata["views"] or {}, overrides)
+    note = " ".join(filter(None, (note, assumed)))
+    return Trained(model.eval(), [str(name) for name in classes], build_input(cfg), weights, note)
+
+
+def build_input(cfg: CfgNode) -> VideoInput:
+    """Return how the model of a configuration takes videos."""
+    return VideoInput(
+        settings=view_settings(cfg),
+        sampler=build_sampler(cfg),
+        views=build_test_views(cfg, cfg.TEST.CLIPS, cfg.TEST.CROPS),
+        start_decoding=lambda: build_decoding(cfg, cfg.TEST.SHORT_SIDE),
+        batch_size=cfg.TEST.BATCH_SIZE,
+        precision=cfg.PRECISION,
+    )
 
 
 def find_weights(path: Path) -> tuple[Path, str]:
-    """Return the file that ``path`` names, or the weights of a run's folder, with a note where those are not final.
+    """Return the weights file that ``path`` names or that the run folder holds, and a note where it is not final.
 
     Raises UsageError where there is neither.
     """
@@ -73,46 +100,37 @@ def find_weights(path: Path) -> tuple[Path, str]:
     )
 
 
-def _find_config(weights: Path, arguments: dict[str, Any], overrides: Sequence[str]) -> tuple[CfgNode, str]:
-    """Return how clips are taken, and a note where that had to be assumed; frames and size are always the model's."""
-    found = config_beside(weights)
-    carried = read_views(weights)
-    note = ""
-    if carried:
-        cfg = default_config()
-        if found.is_file():  # the weights do not carry all, those of earlier versions even less
-            beside = load_config(found)
-            carried = {**{key: value_of(beside, key) for key in (*TRAINING_KEYS, *TEST_KEYS)}, **carried}
-    elif found.is_file():
-        cfg = load_config(found).clone()
-    else:
-        cfg = default_config()
+def _open_config(
+    weights: Path, arguments: dict[str, Any], views: dict[str, Any], overrides: Sequence[str]
+) -> tuple[CfgNode, str]:
+    """Return the configuration of a model's clips, and a note where it is assumed.
+
+    Later sources override earlier ones: defaults, the config.yaml beside the weights, the model's own frames and size,
+    the ``views`` in the weights file, ``overrides``.
+    """
+    beside, note = config_beside(weights), ""
+    cfg = load_config(beside).clone() if beside.is_file() else default_config()
+    if not views and not beside.is_file():
         note = (
             f"Nothing says how {weights} takes clips (no config.yaml beside it), so the defaults do: "
             f"{cfg.DATA.SAMPLING} sampling, stride {cfg.DATA.STRIDE}, ImageNet's mean and deviation."
         )
     cfg.defrost()
-    _fit_to_model(cfg, arguments, weights)
-    if carried:  # nearer to the weights than a file beside them
-        cfg = override(cfg, carried.items(), str(weights))
-    chosen = list(parse_overrides(overrides))
-    for key, _ in chosen:
-        if key not in FREE_KEYS:
-            raise UsageError(
-                f"{key} cannot be set for a trained model; allowed: {', '.join(FREE_KEYS)}.{nearest(key, [*FREE_KEYS])}"
-            )
-    return override(cfg, chosen, "--set"), note
-
-
-def _fit_to_model(cfg: CfgNode, arguments: dict[str, Any], weights: Path) -> None:
-    """Set frames and size to the model's own."""
     size = arguments["image_size"]
     if not isinstance(size, int):
         if size[0] != size[1]:
             raise UsageError(f"Checkpoint {weights} takes frames of {size[0]}x{size[1]}; give one of square frames.")
         size = size[0]
-    if size != cfg.DATA.SIZE:  # the defaults', or a config.yaml that is another run's
+    if size != cfg.DATA.SIZE:  # of the defaults, or of a config.yaml that belongs to another run
         cfg.TEST.SHORT_SIDE = size
         cfg.DATA.SHORT_SIDE = [size, max(size, cfg.DATA.SHORT_SIDE[1])]
     cfg.DATA.FRAMES, cfg.DATA.SIZE = arguments["num_frames"], size
-    cfg.DATA.ROOT = cfg.DATA.ROOT or "."  # not used, but it may not be empty
+    cfg.DATA.ROOT = cfg.DATA.ROOT or "."  # not used, but it must not be empty
+    chosen = list(parse_overrides(overrides))
+    for key, _ in chosen:
+        if key not in SETTABLE_KEYS:
+            raise UsageError(
+                f"{key} cannot be set for a trained model; allowed: {', '.join(SETTABLE_KEYS)}."
+                f"{nearest(key, list(SETTABLE_KEYS))}"
+            )
+    return override(override(cfg, views.items(), str(weights)), chosen, "--set"), note

@@ -1,4 +1,4 @@
-"""A trained model's class scores for video files, arrays of frames and running streams."""
+"""Class scores of a trained model for video files and live streams."""
 
 import time
 from collections import deque
@@ -14,7 +14,6 @@ from stvit_video.data.clips.sampling import EvenClips, Sampling
 from stvit_video.data.dataset import Collate, Sample, TestViews
 from stvit_video.data.decode.process import Decoding
 from stvit_video.data.decode.types import DecodeError, Frames, Indices
-from stvit_video.data.loader import build_decoding, build_sampler, build_test_views
 from stvit_video.data.streams.live import read_windows
 from stvit_video.data.streams.prefetch import read_ahead
 from stvit_video.data.streams.windows import ClipsOfSpans, KnownTimes, Span, check_seconds, spans_of
@@ -22,29 +21,26 @@ from stvit_video.inference.load import Trained, open_checkpoint
 from stvit_video.runtime.join import pick_device
 from stvit_video.runtime.precision import autocast, set_precision
 
-PIECE_FRAMES = 256  # of a long video that are read at once
+PIECE_FRAMES = 256  # frames of a long video that are read in one request
 
 
 @dataclass(frozen=True)
 class Window:
-    """The scores (classes,) of a whole video, or of what it shows in ``span``, and what they took in seconds.
+    """The scores of a whole video, or of one window of time."""
 
-    ``repeats`` says that the window is shorter than a clip, which therefore repeats frames.
-    """
-
-    scores: Tensor
-    span: Span | None
+    scores: Tensor  # (classes,)
+    span: Span | None  # None: the whole video
     decode_s: float
     model_s: float
-    repeats: bool = False
+    repeats: bool = False  # the window is shorter than a clip, so the clip repeats frames
 
 
 @dataclass
 class Prediction:
-    """What a model says about one video.
+    """The classes that a model predicts for one video.
 
-    ``windows`` has one entry, or one for each window of time that was asked for. ``error`` says why a video could not
-    be read, or not to its end: then there are no ``scores``, but windows as far as it could.
+    ``windows`` has one entry for the whole video, or one for each requested window of time. ``error`` says why a video
+    could not be read to its end; ``scores`` is then None, and ``windows`` holds those read before the error.
     """
 
     path: str
@@ -54,47 +50,47 @@ class Prediction:
 
     @property
     def scores(self) -> Tensor | None:
-        """The class probabilities (classes,): the mean over the windows."""
+        """Class probabilities (classes,), the mean over the windows; None where the video could not be read."""
         return None if self.error is not None else torch.stack([window.scores for window in self.windows]).mean(dim=0)
 
     @property
     def decode_s(self) -> float:
-        """Seconds that decoding and resizing took, in its own process and thread."""
+        """Seconds of decoding and resizing, in a process and thread of their own."""
         return sum(window.decode_s for window in self.windows)
 
     @property
     def model_s(self) -> float:
-        """Seconds that the network took, crops and normalisation included: this video's share of its batches."""
+        """Seconds of cropping, normalisation and the network: this video's share of its batches."""
         return sum(window.model_s for window in self.windows)
 
     def top(self, k: int = 5, window: Window | None = None) -> list[tuple[str, float]]:
-        """Return the ``k`` likeliest classes with their probabilities, of the video or one window; empty on failure."""
+        """Return the ``k`` most likely classes and their probabilities, of the video or of one window.
+
+        Empty where the video could not be read.
+        """
         scores = self.scores if window is None else window.scores
         if scores is None:
             return []
-        values, places = scores.topk(min(k, len(self.classes)))
-        return [(self.classes[i], value) for i, value in zip(places.tolist(), values.tolist(), strict=True)]
+        values, classes = scores.topk(min(k, len(self.classes)))
+        return [(self.classes[i], value) for i, value in zip(classes.tolist(), values.tolist(), strict=True)]
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Pixels (n, h, w, 3) of one video's or window's clips, and the seconds it took to read them."""
+    """The prepared pixels of one video or window, before the network."""
 
-    pixels: Tensor
+    pixels: Tensor  # (n, h, w, 3)
     span: Span | None
-    seconds: float
+    seconds: float  # of reading
     repeats: bool
 
 
 class Predictor:
-    """Scores videos as MODE test does, the same views and the same mean over them.
+    """Scores videos as MODE test does: the same views, and the mean of their probabilities.
 
-    ``views`` and ``sampler`` say which frames are seen; ``start_decoding`` makes a process that reads them, one for
-    each of ``workers`` threads, which read ahead while the network runs. ``batch_size`` counts videos or windows.
-
-        predictor = Predictor.load("runs/sample_stvit")
-        print(predictor("clip.mp4").top(3))
-        for prediction in predictor.predict(paths): ...
+    predictor = Predictor.load("runs/sample_stvit")
+    print(predictor("clip.mp4").top(3))
+    for prediction in predictor.predict(paths): ...
     """
 
     def __init__(
@@ -102,13 +98,13 @@ class Predictor:
         model: nn.Module,
         classes: Sequence[str],
         *,
-        sampler: Sampling,
+        sampler: Sampling,  # chooses the frames of a clip
         views: TestViews,
-        start_decoding: Callable[[], Decoding],
+        start_decoding: Callable[[], Decoding],  # called once by each worker
         device: torch.device,
         precision: str = "fp32",
-        batch_size: int = 1,
-        workers: int = 1,
+        batch_size: int = 1,  # videos or windows
+        workers: int = 1,  # threads that read ahead while the network runs
     ) -> None:
         self.model, self.classes = model.to(device).eval(), list(classes)
         self.sampler, self.views, self.start_decoding = sampler, views, start_decoding
@@ -126,7 +122,7 @@ class Predictor:
         precision: str | None = None,
         workers: int = 1,
     ) -> "Predictor":
-        """Return the predictor of a run's folder or a ``.safetensors``; see ``open_checkpoint``."""
+        """Return the predictor of a checkpoint, which is named as for ``open_checkpoint``."""
         return build_predictor(open_checkpoint(checkpoint, overrides), device, precision, workers)
 
     def __call__(self, path: str | Path) -> Prediction:
@@ -139,16 +135,16 @@ class Predictor:
     def predict(
         self, paths: Sequence[str | Path], *, window: float | None = None, step: float | None = None
     ) -> Iterator[Prediction]:
-        """Score videos, images and folders of frames; yield them in order, those that cannot be read with an error.
+        """Score videos, images and folders of frames, and yield predictions in the order of ``paths``.
 
-        With ``window``, each window of so many seconds is scored as if it were a video of its own, one every ``step``
-        seconds (default: ``window``).
+        A video that cannot be read yields a prediction with an error. With ``window``, each window of that many seconds
+        is scored like a separate video; a window starts every ``step`` seconds (default: ``window``).
         """
         check_seconds(window, step)
         names = [str(path) for path in paths]
         results = [Prediction(name, self.classes) for name in names]
         waiting: deque[tuple[int, _Piece]] = deque()
-        given = read = 0  # videos that were yielded, and those that are read to their end
+        yielded = read = 0  # videos already yielded, and videos read to their end
         for i, item in read_ahead(names, lambda: self._reader(window, step), self.workers):
             if isinstance(item, _Piece):
                 waiting.append((i, item))
@@ -159,16 +155,16 @@ class Predictor:
                 read = i + 1
                 if item is not None:
                     results[i].error = item.message
-            while given < read and all(place != given for place, _ in waiting):
-                yield results[given]
-                given += 1
+            while yielded < read and all(index != yielded for index, _ in waiting):
+                yield results[yielded]
+                yielded += 1
         self._score_all(waiting, results)
-        yield from results[given:]
+        yield from results[yielded:]
 
     def watch(self, address: str, *, window: float, step: float | None = None) -> Iterator[Window]:
-        """Score a camera, stream or pipe, each window of ``window`` seconds as soon as it has been shown.
+        """Score a camera, stream or pipe, and yield each window of ``window`` seconds as soon as it is over.
 
-        It ends with the stream, or when the caller stops asking. Raises DecodeError.
+        Ends with the stream, or when the caller closes the iterator. Raises DecodeError.
         """
         check_seconds(window, step)
         result = Prediction(address, self.classes)
@@ -180,7 +176,7 @@ class Predictor:
                 yield result.windows.pop()
 
     def _reader(self, window: float | None, step: float | None) -> Callable[[str], Iterator[_Piece]]:
-        """Return what reads one file after another in a thread of its own."""
+        """Return the function that a reading thread calls for each file."""
         decoding = self.start_decoding()
         if window is None:
             return lambda path: self._read_whole(decoding, path)
@@ -220,11 +216,11 @@ class Predictor:
         return _Piece(pixels, span, time.perf_counter() - started, repeats)
 
     def _repeats(self, indices: Indices) -> bool:
-        """Say whether a clip among those at ``indices`` (clips * frames,) shows a frame twice."""
+        """Return whether one of the clips at ``indices`` (clips * frames,) contains a frame twice."""
         return bool((np.diff(indices.reshape(-1, self.views.frames)) == 0).any())
 
     def _score_all(self, waiting: deque[tuple[int, _Piece]], results: list[Prediction]) -> None:
-        """Score one batch of what waits, and add it to the videos that it is of."""
+        """Score the ``waiting`` pieces as one batch and add a window to the prediction of each one's video."""
         if not waiting:
             return
         started = time.perf_counter()
@@ -235,7 +231,7 @@ class Predictor:
             results[i].windows.append(Window(scores, piece.span, piece.seconds, seconds, piece.repeats))
 
     def clips(self, path: str | Path) -> Tensor:
-        """Return what the network is given of one video: its views (V, 3, T, S, S). Raises DecodeError."""
+        """Return the network's input for one video: its views (V, 3, T, S, S). Raises DecodeError."""
         (piece,) = self._read_whole(self.start_decoding(), str(path))
         return self._batch([piece.pixels])
 
@@ -255,18 +251,18 @@ class Predictor:
 def build_predictor(
     trained: Trained, device: str = "auto", precision: str | None = None, workers: int = 1
 ) -> Predictor:
-    """Return the predictor of a trained model, with the views, the batch and the precision of its own test."""
-    cfg, place = trained.cfg, pick_device(device, 0, 1)
-    if precision is None:  # a CPU has no TF32: what a run rounded to that is not rounded there
-        precision = "fp32" if cfg.PRECISION == "tf32" and place.type == "cpu" else cfg.PRECISION
+    """Return the predictor of a trained model, by default with the precision of its test."""
+    chosen, how = pick_device(device, 0, 1), trained.input
+    if precision is None:  # a CPU has no TF32
+        precision = "fp32" if how.precision == "tf32" and chosen.type == "cpu" else how.precision
     return Predictor(
         trained.model,
         trained.classes,
-        sampler=build_sampler(cfg),
-        views=build_test_views(cfg, cfg.TEST.CLIPS, cfg.TEST.CROPS),
-        start_decoding=lambda: build_decoding(cfg, cfg.TEST.SHORT_SIDE),
-        device=place,
+        sampler=how.sampler,
+        views=how.views,
+        start_decoding=how.start_decoding,
+        device=chosen,
         precision=precision,
-        batch_size=cfg.TEST.BATCH_SIZE,
+        batch_size=how.batch_size,
         workers=workers,
     )

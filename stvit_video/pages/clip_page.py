@@ -1,98 +1,139 @@
-"""The page of one clip: ``report.html`` of ``stvit_video.visualize``."""
+"""The page of one clip: ``report.html`` of ``stvit_video.visualize``, with the pictures and the video beside it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from stvit_video import __version__
+from stvit_video.common.errors import UsageError, nearest
+from stvit_video.common.files import try_folder, write_atomically, writing
 from stvit_video.data.decode.types import Frames
+from stvit_video.inference.load import open_checkpoint
 from stvit_video.models.layers import Grid
-from stvit_video.pages.clip import Clip
-from stvit_video.pages.explain import Explanation
-from stvit_video.pages.overlays import Layer, Scale, fade, ratio_share, region_colours, scale_of, tint
-from stvit_video.pages.page import data_uri, packed, picture_uri, printable, render
+from stvit_video.pages.clip_reader import Clip, read_clip
+from stvit_video.pages.explain import Explanation, explain
+from stvit_video.pages.html import data_uri, packed, picture_uri, printable, render
+from stvit_video.pages.overlay_files import draw_overview, write_panels
+from stvit_video.pages.overlays import (
+    Layer,
+    Scale,
+    build_layers,
+    enlarge,
+    fade,
+    paint,
+    ratio_share,
+    region_colours,
+    scale_of,
+    tint,
+)
 
-SHORT = {
-    "video": "video",
-    "drawn": "drawn on",
-    "owners": "which token",
-    "tracks": "tracks",
-    "givers": "recovery",
-    "gradcam": "Grad-CAM",
-    "attention": "last block",
-    "contributions": "adds to score",
-}
-SCORES = 5
-LEVELS = 256  # of a token's map
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What a page is of, in words: the video's and the model's name, the weights, the command that made it."""
-
-    video: str
-    model: str
-    weights: str
-    command: str
-    note: str = ""
+FILES = ("report.html", "overlays.png", "overlays.mp4")
+TOP_CLASSES = 5
+LEVELS = 256  # of colour in a token's map
+MAX_SECONDS_PER_FRAME = 1.0  # in the video
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """A clip's layers, the frames painted with each (T, H, W, 3), and when each frame is shown."""
+    """The layers of a clip, and the frames with each layer painted over them."""
 
     layers: list[Layer]
-    painted: list[Frames]
-    labels: list[str]
-    seconds_a_frame: float
+    painted: list[Frames]  # for each layer (T, H, W, 3)
+    labels: list[str]  # the time of each frame
+    seconds_per_frame: float
 
 
-def frame_labels(clip: Clip) -> list[str]:
-    """Return when each frame of a clip is shown, or its number where the file does not say when."""
-    if clip.times is None:
-        return [f"no. {index + 1}" for index in clip.indices]
-    return [f"{time:.2f} s" for time in clip.times]
-
-
-def clip_page(
-    subject: Subject,
-    explanation: Explanation,
-    clip: Clip,
-    classes: Sequence[str],
-    pictures: Pictures,
-    movie: bytes | None,
-) -> str:
-    """Return the page as text; ``movie`` is an MP4."""
-    order = np.argsort(-explanation.probabilities)[:SCORES]
+def write_clip_page(
+    video: Path, checkpoint: str, output: Path, start: float | None, class_name: str | None, command: str
+) -> list[str]:
+    """Explain a clip of a video and write FILES into ``output``; return lines for the user. Raises UsageError."""
+    trained = open_checkpoint(checkpoint)
+    classes = trained.classes
+    target = find_class(class_name, classes)
+    clip = read_clip(trained.input, video, start)
+    _prepare_output(output, video)
+    explanation = explain(trained.model, clip.tensor, target)
+    pictures = paint_layers(explanation, clip, classes[explanation.target])
+    order = np.argsort(-explanation.probabilities)[:TOP_CLASSES]
     scores = [{"name": classes[i], "percent": f"{100 * explanation.probabilities[i]:.1f}"} for i in order]
-    return render(
-        "visualize.html",
-        video=printable(subject.video),
-        model=subject.model,
-        weights=printable(subject.weights),
-        command=printable(subject.command),
-        note=printable(subject.note),
-        version=__version__,
-        scores=scores,
-        explained=classes[explanation.target],
-        facts=_facts(explanation, clip),
-        stages=_stages(explanation),
-        semantic=explanation.assignment is not None,
-        absent=explanation.absent,
-        last_frame=len(pictures.labels) - 1,
-        movie=movie and data_uri(movie, "mp4"),
-        data=_data(explanation, pictures, classes[explanation.target]),
+    answer = f"{scores[0]['name']}, {scores[0]['percent']} %"
+    overview = draw_overview(
+        pictures.layers,
+        pictures.painted,
+        explanation.regions,
+        f"{trained.model.name} in {video.name}: {answer}",
+        pictures.labels,
     )
+    with writing(output):
+        movie = None
+        if len(pictures.labels) > 1:
+            write_panels(output / "overlays.mp4", pictures.layers, pictures.painted, pictures.seconds_per_frame)
+            movie = data_uri((output / "overlays.mp4").read_bytes(), "mp4")
+        write_atomically(output / "overlays.png", overview)
+        page = render(
+            "visualize.html",
+            video=printable(video.name),
+            model=str(trained.model.name),
+            weights=printable(str(trained.weights)),
+            command=printable(command),
+            note=printable(trained.note),
+            scores=scores,
+            explained=classes[explanation.target],
+            facts=_facts(explanation, clip),
+            stages=_stages(explanation),
+            semantic=explanation.assignment is not None,
+            absent=explanation.absent,
+            last_frame=len(pictures.labels) - 1,
+            movie=movie,
+            data=_script_data(explanation, pictures, classes[explanation.target]),
+        )
+        write_atomically(output / "report.html", page.encode())
+    notes = [trained.note] if trained.note else []
+    return [f"{video}: {answer}", *notes, *explanation.absent, f"open {output / 'report.html'}"]
+
+
+def find_class(name: str | None, classes: Sequence[str]) -> int | None:
+    """Return the index of a class given by name or index. Raises UsageError for an unknown one."""
+    if name is None:
+        return None
+    if name in classes:
+        return list(classes).index(name)
+    if name.isdecimal() and int(name) < len(classes):
+        return int(name)
+    shown = ", ".join(classes[:8]) + (" ..." if len(classes) > 8 else "")
+    raise UsageError(
+        f"--class {name} is unknown; give one of {shown}, or a number from 0 to {len(classes) - 1}."
+        f"{nearest(name, list(classes))}"
+    )
+
+
+def _prepare_output(output: Path, video: Path) -> None:
+    """Make the output folder. Raises UsageError where it cannot be written to, or the video would be replaced."""
+    for name in FILES:
+        if (output / name).exists() and (output / name).samefile(video):
+            raise UsageError(f"--output {output} would replace VIDEO {video} itself; give another folder.")
+    with writing(output):
+        try_folder(output)
+
+
+def paint_layers(explanation: Explanation, clip: Clip, label: str) -> Pictures:
+    """Return all layers of a clip, painted; ``label`` is the explained class."""
+    layers, frames = build_layers(explanation, label), enlarge(clip.frames)
+    painted = [paint(layer, frames, explanation.regions) for layer in layers]
+    step = 0.2
+    if clip.times is not None and len(clip.times) > 1 and clip.times[-1] > clip.times[0]:
+        step = float(clip.times[-1] - clip.times[0]) / (len(clip.times) - 1)
+    return Pictures(layers, painted, clip.labels, min(step, MAX_SECONDS_PER_FRAME))
 
 
 def _facts(explanation: Explanation, clip: Clip) -> dict[str, str]:
     first, last = (int(np.prod(explanation.stages[i][1])) for i in (0, -1))
     if explanation.regions is not None and explanation.assignment is not None:
-        own, image = int(np.prod(explanation.regions)), int(np.prod(explanation.assignment.shape[1:]))
-        headline = f"{image} image tokens become {own} semantic tokens"
+        semantic, image = int(np.prod(explanation.regions)), int(np.prod(explanation.assignment.shape[1:]))
+        headline = f"{image} image tokens become {semantic} semantic tokens"
     else:
         headline = f"No semantic tokens: {first} tokens at first, {last} at last"
     frames = "1 frame" if len(clip.indices) == 1 else f"{len(clip.indices)} frames"
@@ -104,32 +145,31 @@ def _facts(explanation: Explanation, clip: Clip) -> dict[str, str]:
 
 
 def _stages(explanation: Explanation) -> list[dict[str, Any]]:
+    """Return a table row for each stage; ``semantic`` says whether its tokens are semantic ones."""
     first = np.prod(explanation.stages[0][1])
-    rows, made = [], False
+    rows, semantic = [], False
     for name, grid in explanation.stages:
+        if explanation.regions is not None and explanation.recovery is None:
+            semantic = semantic or grid == explanation.regions  # and in all later stages
         count = int(np.prod(grid))
-        inside = name.startswith("inside")
-        recovers = explanation.recovery is not None
-        if explanation.regions is not None and not recovers:
-            made = made or grid == explanation.regions
         rows.append(
             {
                 "name": name,
                 "count": count,
                 "grid": " x ".join(map(str, grid)),
                 "percent": f"{100 * count / first:.2f}",
-                "semantic": made or inside,
+                "semantic": semantic or name.startswith("inside"),
             }
         )
     return rows
 
 
-def _data(explanation: Explanation, pictures: Pictures, label: str) -> dict[str, Any]:
-    """Return what the page's script reads."""
+def _script_data(explanation: Explanation, pictures: Pictures, label: str) -> dict[str, Any]:
+    """Return the data of the page's script."""
     layers = [
         {
             "key": layer.key,
-            "short": SHORT[layer.key],
+            "short": layer.short,
             "title": layer.title,
             "caption": layer.caption,
             "frames": [picture_uri(frame) for frame in frames],
@@ -143,7 +183,7 @@ def _data(explanation: Explanation, pictures: Pictures, label: str) -> dict[str,
         "layers": layers,
         "first": "owners" if explanation.assignment is not None else "gradcam",
         "labels": pictures.labels,
-        "milliseconds": max(40, round(1000 * pictures.seconds_a_frame)),
+        "milliseconds": max(40, round(1000 * pictures.seconds_per_frame)),
         "width": width,
         "height": height,
         "regions": region_colours(explanation.regions).tolist() if explanation.regions else [[]],
@@ -152,13 +192,11 @@ def _data(explanation: Explanation, pictures: Pictures, label: str) -> dict[str,
 
 
 def _scale(scale: Scale | None) -> dict[str, Any] | None:
-    if scale is None:
-        return None
-    return {"colours": scale.colours.tolist(), "ticks": scale.ticks, "unit": scale.unit}
+    return None if scale is None else {"colours": scale.colours.tolist(), "ticks": scale.ticks, "unit": scale.unit}
 
 
 def _tokens(explanation: Explanation, pictures: Pictures, label: str) -> dict[str, Any] | None:
-    """Return the maps of all semantic tokens, as numbers of a ramp of colours, and a sentence on each."""
+    """Return the maps of all semantic tokens, as indices into a colour ramp, and a sentence about each."""
     assignment, regions, owners = explanation.assignment, explanation.regions, explanation.owners
     if assignment is None or regions is None or owners is None:
         return None
@@ -168,12 +206,11 @@ def _tokens(explanation: Explanation, pictures: Pictures, label: str) -> dict[st
     levels = (ratio_share(ratios, top) * (LEVELS - 1)).round().astype(np.uint8)
     colours, opacity = tint(np.linspace(0, 1, LEVELS))
     t = assignment.shape[1]
-    frames = len(pictures.labels)
-    firsts = [-(-i * frames // t) for i in range(t)]  # the first frame of each token frame
+    firsts = [-(-i * len(pictures.labels) // t) for i in range(t)]  # the first frame of each token frame
     scale = scale_of(Layer("token", "", "", "ratio", ratios, top, "times the token's even share"))
     return {
         "count": len(assignment),
-        "first": int(assignment.max(axis=(1, 2, 3)).argmax()),  # the one that is surest of what it draws on
+        "first": int(assignment.max(axis=(1, 2, 3)).argmax()),  # the most concentrated token
         "grid": assignment.shape[1:],
         "slots": _spans(pictures.labels, regions[0]),
         "moments": _spans(pictures.labels, t),
@@ -181,9 +218,7 @@ def _tokens(explanation: Explanation, pictures: Pictures, label: str) -> dict[st
         "maps": packed(levels),
         "ramp": [[*map(int, rgb), round(float(alpha), 3)] for rgb, alpha in zip(colours, opacity, strict=True)],
         "owners": owners.reshape(-1).tolist(),
-        "words": [
-            _describe_token(explanation, number, regions, pictures.labels, label) for number in range(len(assignment))
-        ],
+        "words": [_describe_token(explanation, i, regions, pictures.labels, label) for i in range(len(assignment))],
         "scale": _scale(scale),
     }
 
@@ -198,31 +233,16 @@ def _spans(labels: Sequence[str], count: int) -> list[str]:
 def _describe_token(explanation: Explanation, number: int, regions: Grid, labels: Sequence[str], label: str) -> str:
     assert explanation.assignment is not None
     slot, row, column = (int(i) for i in np.unravel_index(number, regions))
-    own = explanation.assignment[number]
-    inside = float(own.sum())
-    frames = own.sum(axis=(1, 2)) / max(inside, 1e-12)
+    weights = explanation.assignment[number]
+    total = float(weights.sum())
+    frames = weights.sum(axis=(1, 2)) / max(total, 1e-12)
     size = len(frames) // regions[0]
-    at_home = frames[slot * size : (slot + 1) * size].sum()
+    own_frames = frames[slot * size : (slot + 1) * size].sum()
     words = (
         f"Token {number + 1} of {len(explanation.assignment)} starts in row {row + 1}, column {column + 1} at "
-        f"{_spans(labels, regions[0])[slot]}. It draws {100 * inside:.0f} % from image tokens and the rest from "
-        f"semantic tokens; of the former {100 * at_home:.0f} % lie in its own frames"
+        f"{_spans(labels, regions[0])[slot]}. It draws {100 * total:.0f} % from image tokens and the rest from "
+        f"semantic tokens; of the former, {100 * own_frames:.0f} % is from its own frames"
     )
     if explanation.contributions is not None and explanation.contributions.size == len(explanation.assignment):
         words += f". It adds {explanation.contributions.reshape(-1)[number]:+.3f} to the score of “{label}”"
     return words + "."
-
-
-SLOWEST = 1.0  # seconds a frame, in the video that is written
-
-
-def paint_layers(explanation: "Explanation", clip: "Clip", label: str) -> "Pictures":
-    """Return every layer of a clip, painted."""
-    from stvit_video.pages.overlays import build_layers, enlarge, paint
-
-    layers, frames = build_layers(explanation, label), enlarge(clip.frames)
-    painted = [paint(layer, frames, explanation.regions) for layer in layers]
-    step = 0.2
-    if clip.times is not None and len(clip.times) > 1 and clip.times[-1] > clip.times[0]:
-        step = float(clip.times[-1] - clip.times[0]) / (len(clip.times) - 1)
-    return Pictures(layers, painted, frame_labels(clip), min(step, SLOWEST))

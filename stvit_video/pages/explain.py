@@ -1,4 +1,4 @@
-"""What a model did with one clip, as plain arrays: nothing here draws.
+"""Explain a prediction: what a model did with one clip, as plain arrays.
 
 Sources: the assignment of Chang et al. (STViT, arXiv 2303.08685); Grad-CAM of Selvaraju et al. (arXiv 1610.02391).
 
@@ -7,7 +7,7 @@ Legend: clip (3, T, H, W); (t, h, w) a grid of image tokens, N = t*h*w of them; 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,26 +21,37 @@ from stvit_video.models.stages import SemanticStage
 from stvit_video.models.windows import WindowBlock
 
 Array = NDArray[np.floating[Any]]
+ABSENT = {  # why an array of an Explanation is None
+    "contributions": "The head sees one token only, the mean of all, so the parts of single tokens are not known.",
+    "assignment": "This model has no semantic tokens, so neither an assignment nor trajectories are drawn.",
+    "attention": (
+        "No attention over the whole clip to show: the last block attends inside windows, or it reduces the tokens."
+    ),
+}
 
 
 @dataclass
 class Explanation:
-    """What one clip went through. Arrays that a model has no such thing for are None; ``absent`` says why."""
+    """What a model did with one clip. Arrays that do not apply to the model are None, and ``absent`` says why."""
 
     probabilities: Array  # (classes,)
-    target: int  # the class that ``contributions`` and ``grad_cam`` are of
+    target: int  # the explained class, for ``contributions`` and ``grad_cam``
     stages: list[tuple[str, Grid]]  # the token grids, from the embedding to the last norm
     grad_cam: Array  # (t, h, w), from 0 to 1
-    assignment: Array | None = None  # (M, t, h, w): what each semantic token draws from each image token
-    regions: Grid | None = None  # the grid of semantic tokens: M is its product
-    recovery: Array | None = None  # (t, h, w, M): what each image token is given back from each semantic one
-    attention: Array | None = None  # on a token grid: attention received in the last block, 1 being an even share
-    contributions: Array | None = None  # on the last token grid: what each token adds to the logit of ``target``
-    absent: list[str] = field(default_factory=list)
+    assignment: Array | None = None  # (M, t, h, w): weight of each image token in each semantic token
+    regions: Grid | None = None  # the grid of semantic tokens, M in all
+    recovery: Array | None = None  # (t, h, w, M): weight of each semantic token in each recovered image token
+    attention: Array | None = None  # on a token grid: attention received in the last block; 1 is an even share
+    contributions: Array | None = None  # on the last token grid: the part of each token in the logit of ``target``
+
+    @property
+    def absent(self) -> list[str]:
+        """The reason for each array that is None."""
+        return [reason for name, reason in ABSENT.items() if getattr(self, name) is None]
 
     @property
     def drawn(self) -> Array | None:
-        """How much all semantic tokens together draw from each image token (t, h, w); 1 is an even share."""
+        """The total weight of each image token (t, h, w) in all semantic tokens; 1 is an even share."""
         if self.assignment is None:
             return None
         total = self.assignment.sum(axis=0)
@@ -48,59 +59,58 @@ class Explanation:
 
     @property
     def owners(self) -> NDArray[np.int64] | None:
-        """The semantic token (t, h, w) that draws most from each image token."""
+        """The index of the semantic token (t, h, w) that draws most from each image token."""
         return None if self.assignment is None else self.assignment.argmax(axis=0)
 
     @property
     def givers(self) -> NDArray[np.int64] | None:
-        """The semantic token (t, h, w) that gives most to each image token in the last recovery."""
+        """The index of the semantic token (t, h, w) that gives most to each image token in the last recovery."""
         return None if self.recovery is None else self.recovery.argmax(axis=-1)
 
 
 class Traced(Intermediates):
-    """Intermediates that also keep the very tensors which the network goes on with, for their gradients."""
+    """Intermediates that also keep the tensors of the graph itself, for their gradients."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.own: dict[str, Tensor] = {}
+        self.graph: dict[str, Tensor] = {}
 
     def note(self, stage: str, x: Tensor, grid: Any) -> None:
         super().note(stage, x, grid)
-        self.own[stage] = x
+        self.graph[stage] = x
 
 
 def explain(model: nn.Module, clip: Tensor, target: int | None = None) -> Explanation:
     """Run one clip (3, T, H, W) through a model of this package and return what it did.
 
-    ``target`` is the class to explain, by default the one that the model finds most likely.
+    ``target`` is the class to explain, by default the most likely one.
     """
     model.eval()
     seen = Traced()
-    with torch.enable_grad(), _listen(model) as heard:
+    with torch.enable_grad(), _record_attention(model) as weights:
         tokens = model.forward_features(clip.unsqueeze(0), seen)  # type: ignore[operator]
         logits = model.head(tokens)[0].float()  # type: ignore[operator]
     probabilities = logits.softmax(dim=0)
     target = int(logits.argmax()) if target is None else target
     stage = last_image_stage(seen)
-    cam = grad_cam(logits[target], seen.own[stage]).reshape(seen.grids[stage])
-    result = Explanation(
-        probabilities=_array(probabilities),
-        target=target,
-        stages=_stages(model, seen),
-        grad_cam=_array(cam),
-        contributions=_contributions(model, seen, target),
-    )
+    cam = grad_cam(logits[target], seen.graph[stage]).reshape(seen.grids[stage])
     with torch.no_grad():
-        if result.contributions is None:
-            result.absent.append("The head sees one token only, the mean of all: no token's own share can be told.")
-        _add_assignment(result, model, seen)
-        _add_attention(result, model, heard, seen)
-        _add_recovery(result, heard)
-    return result
+        assignment, regions = _assignment(model, seen)
+        return Explanation(
+            probabilities=_array(probabilities),
+            target=target,
+            stages=_stages(model, seen),
+            grad_cam=_array(cam),
+            assignment=assignment,
+            regions=regions,
+            recovery=_recovery(weights["recovery"], seen) if "recovery" in weights else None,
+            attention=_attention(weights["attention"], model, seen) if "attention" in weights else None,
+            contributions=_contributions(model, seen, target),
+        )
 
 
 def last_image_stage(seen: Intermediates) -> str:
-    """Return the last stage that still has image tokens: what Grad-CAM is taken at."""
+    """Return the last stage with image tokens, at which Grad-CAM is computed."""
     stages = [name for name in seen.tokens if name not in ("semantic", "final")]
     if seen.assignment is None:
         return stages[-1]
@@ -108,9 +118,9 @@ def last_image_stage(seen: Intermediates) -> str:
 
 
 def grad_cam(logit: Tensor, features: Tensor) -> Tensor:
-    """Return Grad-CAM (N,) of a logit at ``features`` (1, ..., C), N places in all, divided by its largest value.
+    """Return Grad-CAM (N,) of a logit at ``features`` (1, ..., C) of N positions, divided by its largest value.
 
-    The channels are added up with their mean gradients as weights; what speaks against the class is cut to 0.
+    This is the sum of the channels, weighted by their mean gradients; negative values become 0.
     """
     (gradient,) = torch.autograd.grad(logit, features, retain_graph=True)
     features, gradient = (x.detach().float().reshape(-1, x.shape[-1]) for x in (features, gradient))  # (N, C)
@@ -119,11 +129,10 @@ def grad_cam(logit: Tensor, features: Tensor) -> Tensor:
 
 
 def trajectories(assignment: Array, regions: Grid) -> Array:
-    """Return where each region's token looks, frame by frame: (h * w regions, t, 2) as (x, y) from 0 to 1.
+    """Return the position (x, y), from 0 to 1, that each region's token looks at in each frame: (h * w, t, 2).
 
-    At each token frame, it is the image token of that frame that the frame's token of the region draws most from,
-    moved to the centre of gravity of it and its eight neighbours. A mean over the whole frame would lie between two
-    things that are both looked at, where there is nothing.
+    The position is the image token with the largest weight, moved to the centre of gravity of it and its eight
+    neighbours. The mean over the whole frame could lie between two objects, where there is nothing.
     """
     t, h, w = assignment.shape[1:]
     slots = np.arange(t) * regions[0] // t
@@ -140,7 +149,7 @@ def trajectories(assignment: Array, regions: Grid) -> Array:
 
 
 def _stages(model: nn.Module, seen: Traced) -> list[tuple[str, Grid]]:
-    """Return the token grids in order; inside a stage that gives image tokens back, its semantic ones too."""
+    """Return the token grids in order, and those of the semantic tokens inside a stage that recovers image tokens."""
     stages = []
     inner = {f"stage{i}": m for i, m in enumerate(getattr(model, "layers", ()), 1) if isinstance(m, SemanticStage)}
     for name, grid in seen.grids.items():
@@ -151,68 +160,60 @@ def _stages(model: nn.Module, seen: Traced) -> list[tuple[str, Grid]]:
 
 
 def _contributions(model: nn.Module, seen: Traced, target: int) -> Array | None:
-    """Return what each of the last tokens adds to the target's logit, over the mean of all classes' logits.
+    """Return the part of each of the last tokens in the target's logit, relative to the mean of all logits.
 
-    The head takes the mean of its tokens and one linear map, so this is exact: together with the biases they add up.
+    The head is a mean over tokens and a linear map, so these parts and the biases add up to the logit exactly.
     """
     tokens = seen.tokens["final"][0].detach().float()  # (M, C)
     if len(tokens) == 1:
         return None
     weight: Tensor = model.get_parameter("head.proj.weight").detach().float()
     shares = tokens @ (weight[target] - weight.mean(dim=0)) / len(tokens)
-    return _array(_placed(shares, model, seen, "final"))
+    return _array(_on_grid(shares, model, seen, "final"))
 
 
-def _placed(values: Tensor, model: nn.Module, seen: Intermediates, stage: str) -> Tensor:
-    """Return the values of a stage's tokens on its grid; of tokens that lie on none, on the image tokens they are."""
+def _on_grid(values: Tensor, model: nn.Module, seen: Intermediates, stage: str) -> Tensor:
+    """Return the values of a stage's tokens on its grid, or, for a reducer without one, on the grid of image tokens."""
     if getattr(model, "reducer", None) is None or model.regions is not None:
         return values.reshape(seen.grids[stage])
     assert seen.assignment is not None
     return (values @ (seen.assignment[0] > 0).to(values)).reshape(seen.grids["base"])
 
 
-def _add_assignment(result: Explanation, model: nn.Module, seen: Traced) -> None:
+def _assignment(model: nn.Module, seen: Traced) -> tuple[Array | None, Grid | None]:
+    """Return the assignment (M, t, h, w) and the regions; None for a model without semantic tokens."""
     generators = [module for module in model.modules() if isinstance(module, SemanticTokenGenerator)]
     if seen.assignment is None or not generators:
-        result.absent.append("This model has no semantic tokens, so neither an assignment nor trajectories are drawn.")
-        return
-    result.regions = generators[-1].pooling.regions
-    result.assignment = _array(seen.assignment[0]).reshape(-1, *seen.grids[last_image_stage(seen)])
+        return None, None
+    grid = seen.grids[last_image_stage(seen)]
+    return _array(seen.assignment[0]).reshape(-1, *grid), generators[-1].pooling.regions
 
 
-def _add_attention(result: Explanation, model: nn.Module, heard: dict[str, Tensor], seen: Traced) -> None:
-    if "attention" not in heard:
-        result.absent.append(
-            "No attention over the whole clip to show: the last block attends inside windows, or is one of those that "
-            "reduce the tokens."
-        )
-        return
-    weights = heard["attention"]  # (frames or 1, queries, keys)
+def _attention(weights: Tensor, model: nn.Module, seen: Traced) -> Array:
+    """Return the attention that each token receives, from weights (frames or 1, queries, keys)."""
     received = weights.mean(dim=1) * weights.shape[2]
     stage = next(name for name, grid in reversed(seen.grids.items()) if np.prod(grid) == received.numel())
-    result.attention = _array(_placed(received.flatten(), model, seen, stage))
+    return _array(_on_grid(received.flatten(), model, seen, stage))
 
 
-def _add_recovery(result: Explanation, heard: dict[str, Tensor]) -> None:
-    if "recovery" not in heard or result.assignment is None:
-        return
-    weights = heard["recovery"]  # (groups, image tokens of a group, semantic tokens of a group)
-    groups, tokens, own = weights.shape
-    full = weights.new_zeros(groups, tokens, groups, own)  # a group asks its own semantic tokens only
+def _recovery(weights: Tensor, seen: Traced) -> Array:
+    """Return the recovery (t, h, w, M) from the weights (groups, image tokens, semantic tokens) of each group."""
+    groups, tokens, semantic = weights.shape
+    full = weights.new_zeros(groups, tokens, groups, semantic)  # a group attends to its own semantic tokens only
     full[torch.arange(groups), :, torch.arange(groups)] = weights
-    result.recovery = _array(full).reshape(*result.assignment.shape[1:], groups * own)
+    return _array(full).reshape(*seen.grids[last_image_stage(seen)], groups * semantic)
 
 
 @contextmanager
-def _listen(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Keep the attention weights of the last block, where it sees a whole clip or frame, and of the last recovery."""
-    heard: dict[str, Tensor] = {}
+def _record_attention(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Record attention weights: of the last block, if it attends to a whole clip or frame, and of the last recovery."""
+    recorded: dict[str, Tensor] = {}
 
     def keep(name: str, *counts: int) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Any]], None]:
         def hook(block: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Any]) -> None:
             if not named and len(inputs) in counts:
                 with torch.no_grad():
-                    heard[name] = block.attention_weights(*inputs).float()  # type: ignore[operator]
+                    recorded[name] = block.attention_weights(*inputs).float()  # type: ignore[operator]
 
         return hook
 
@@ -224,7 +225,7 @@ def _listen(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     if recovering:
         hooks.append(recovering[-1].blocks[-1].register_forward_pre_hook(keep("recovery", 2), with_kwargs=True))
     try:
-        yield heard
+        yield recorded
     finally:
         for handle in hooks:
             handle.remove()

@@ -1,6 +1,6 @@
-"""Arrays on token grids, painted over the frames they are of.
+"""Layers of a clip: arrays on token grids, painted over the frames.
 
-Legend: frames (T, H, W, 3) bytes; a layer's values lie on a token grid (t, h, w), each token a box of pixels.
+Legend: frames (T, H, W, 3) bytes; the values of a layer lie on a token grid (t, h, w), each token a box of pixels.
 """
 
 from dataclasses import dataclass
@@ -15,131 +15,121 @@ from stvit_video.data.decode.types import Frames
 from stvit_video.models.layers import Grid
 from stvit_video.pages.explain import Array, Explanation, trajectories
 
-# Of Sasha Trubetskoy's list of simple, distinct colours those that show on grey.
+# From Sasha Trubetskoy's list of simple, distinct colours, without those that do not show on grey.
 PALETTE = (
     "#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#42d4f4", "#f032e6",
     "#bfef45", "#fabed4", "#469990", "#dcbeff", "#9a6324", "#fffac8", "#aaffc3", "#808000",
 )  # fmt: skip
-HEAT, SIGNED = "inferno", "RdBu_r"  # matplotlib's
-SIDE = 320  # pixels of a painted frame's shorter side, at least
+HEAT, SIGNED = "inferno", "RdBu_r"  # colour maps of matplotlib
+MIN_SIDE = 320  # pixels of the shorter side of a painted frame
+
+Kind = Literal["video", "ratio", "heat", "signed", "owner", "tracks"]
+EVEN_SHARE = "times an even share"
+TEXTS = {  # by layer: the title of its button, the title and the caption
+    "video": ("video", "Video", "The clip as the model takes it, resized and cropped."),
+    "drawn": (
+        "drawn on",
+        "What the semantic tokens draw on",
+        "Each square is an image token. The brighter it is, the more all semantic tokens together draw from it "
+        "(attention in the block that completes them, mean over heads). Unpainted: an even share or less.",
+    ),
+    "owners": (
+        "which token",
+        "Which semantic token draws most",
+        "The colour of an image token shows which semantic token draws most from it: the colour of the region of the "
+        "frame where that token starts (see the key).",
+    ),
+    "tracks": (
+        "tracks",
+        "Where each region's token looks",
+        "One line for each region, in its colour. The dot is on the square of this frame that the region's token draws "
+        "most from (averaged with the squares around it); the line is its path so far. Some lines cover others.",
+    ),
+    "givers": (
+        "recovery",
+        "Which semantic token gives back most",
+        "In the last recovery each image token attends to the semantic tokens of its own frames. Its colour shows the "
+        "one that it gets most from: the colour of the region of the frame where that token starts (see the key).",
+    ),
+    "gradcam": (
+        "Grad-CAM",
+        "Grad-CAM of “{label}”",
+        "Where the features raise the class's score: the channels of the last image tokens, weighted by the mean "
+        "gradient of the score. 1 is the highest value of the clip; negative values are unpainted, like 0.",
+    ),
+    "attention": (
+        "last block",
+        "Attention received in the last block",
+        "How much attention each token receives from all others in the last block, relative to an even share. A "
+        "semantic token is painted on the region where it starts, though it may draw on the whole clip.",
+    ),
+    "contributions": (
+        "adds to score",
+        "What each token adds to “{label}”",
+        "The head takes the mean of its tokens. So the class's score, relative to the mean of all classes, is exactly "
+        "a constant plus the sum of what each token adds (red) or takes away (blue).",
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One way of looking at a clip: values (t, h, w) on a token grid, and in words what they are.
+    """One view of a clip: values on a token grid, with a title and a caption.
 
     Kinds: ``ratio`` to an even share, painted from 1 to ``top`` on a logarithmic scale; ``heat`` from 0 to ``top``;
-    ``signed`` from -top to top; ``owner``, numbers of semantic tokens in the colour of their region, painted where
-    ``strength``, a ratio, is above 1; ``tracks``, places (regions, t, 2); ``video``, nothing.
+    ``signed`` from -top to top; ``owner``, indices of semantic tokens, in the colour of their region; ``tracks``,
+    positions (regions, t, 2); ``video``, nothing.
     """
 
     key: str
     title: str
     caption: str
-    kind: Literal["video", "ratio", "heat", "signed", "owner", "tracks"]
-    values: NDArray[Any] | None = None
+    kind: Kind
+    values: NDArray[Any] | None = None  # (t, h, w)
     top: float = 1.0
     unit: str = ""
-    strength: Array | None = None
+    strength: Array | None = None  # (t, h, w): ``owner`` is painted where this ratio is above 1
+    short: str = ""  # title of its button
 
 
 def build_layers(explanation: Explanation, label: str) -> list[Layer]:
-    """Return everything that can be shown of a clip; ``label`` names the class that is explained."""
-    layers = [Layer("video", "Video", "The clip as the model takes it, scaled and cut.", "video")]
-    layers += [*_assignment_layers(explanation), *_recovery_layers(explanation)]
-    layers.append(
-        Layer(
-            "gradcam",
-            f"Grad-CAM of “{label}”",
-            "Where features speak for the class: the last image tokens' channels, weighted by the mean gradient of the "
-            "class's score. 1 is the clip's highest value; 0, unpainted, is also what speaks against it.",
-            "heat",
-            explanation.grad_cam,
-            unit="of the highest value",
-        )
-    )
+    """Return all layers that the explanation of a clip has; ``label`` is the explained class."""
+    assignment, regions, drawn = explanation.assignment, explanation.regions, explanation.drawn
+    layers = [_layer("video", "video")]
+    if assignment is not None and regions is not None and drawn is not None:
+        layers += [
+            _layer("drawn", "ratio", drawn, _top(drawn), EVEN_SHARE),
+            _layer("owners", "owner", explanation.owners, _top(drawn), strength=drawn),
+            _layer("tracks", "tracks", trajectories(assignment, regions)),
+        ]
+    if explanation.recovery is not None and regions is not None:
+        strongest = explanation.recovery.max(axis=-1) * regions[1] * regions[2]  # relative to an even share
+        layers.append(_layer("givers", "owner", explanation.givers, _top(strongest), strength=strongest))
+    layers.append(_layer("gradcam", "heat", explanation.grad_cam, 1.0, "of the highest value", label=label))
     if explanation.attention is not None:
-        caption = (
-            "How much attention each token gets from all others in the last block, against an even share. A semantic "
-            "token is painted on the region where it starts, though it may draw on the whole clip."
-        )
-        layers.append(_ratio("attention", "Who is listened to in the last block", caption, explanation.attention))
+        layers.append(_layer("attention", "ratio", explanation.attention, _top(explanation.attention), EVEN_SHARE))
     if explanation.contributions is not None:
-        layers.append(
-            Layer(
-                "contributions",
-                f"What each token adds to “{label}”",
-                "The head attends to nothing: it takes the mean of its tokens. So the class's score over the mean "
-                "of all classes is, but for a constant, exactly the sum of what each token adds (red) or takes (blue).",
-                "signed",
-                explanation.contributions,
-                max(float(np.abs(explanation.contributions).max()), 2 * abs(float(explanation.contributions.mean())))
-                or 1.0,
-                "share of the class's score (logit)",
-            )
-        )
+        parts = explanation.contributions
+        top = max(float(np.abs(parts).max()), 2 * abs(float(parts.mean()))) or 1.0
+        layers.append(_layer("contributions", "signed", parts, top, "part of the class's score (logit)", label=label))
     return layers
 
 
-def _assignment_layers(explanation: Explanation) -> list[Layer]:
-    drawn, owners = explanation.drawn, explanation.owners
-    if explanation.assignment is None or explanation.regions is None or drawn is None:
-        return []
-    return [
-        _ratio(
-            "drawn",
-            "What the semantic tokens draw on",
-            "Each square is an image token; the brighter, the more all semantic tokens together draw from it "
-            "(attention in the block that completes them, mean over heads). Unpainted: no more than if all were alike.",
-            drawn,
-        ),
-        Layer(
-            "owners",
-            "Which semantic token draws most",
-            "Each image token that is drawn on has the colour of the semantic token that draws most from it: the "
-            "colour of the region of the frame where that token starts (see its key).",
-            "owner",
-            owners,
-            top=_top(drawn),
-            strength=drawn,
-        ),
-        Layer(
-            "tracks",
-            "Where each region's token looks",
-            "One line for each region, in its colour. The dot is on the square of this frame that the region's token "
-            "of this frame draws most from (weighed with the squares around it); the line is the dot's way so far. "
-            "Some lines cover others.",
-            "tracks",
-            trajectories(explanation.assignment, explanation.regions),
-        ),
-    ]
-
-
-def _recovery_layers(explanation: Explanation) -> list[Layer]:
-    if explanation.recovery is None or explanation.regions is None:
-        return []
-    _, h, w = explanation.regions
-    strongest = explanation.recovery.max(axis=-1) * h * w  # against an even share of its frames' semantic tokens
-    return [
-        Layer(
-            "givers",
-            "Which semantic token gives back most",
-            "In the last recovery each image token asks the semantic tokens of its own frames. It has the colour of "
-            "the one that it gets most from: that of the region of the frame where that token starts (see its key).",
-            "owner",
-            explanation.givers,
-            top=_top(strongest),
-            strength=strongest,
-        )
-    ]
-
-
-def _ratio(key: str, title: str, caption: str, values: Array) -> Layer:
-    return Layer(key, title, caption, "ratio", values, _top(values), "times an even share")
+def _layer(
+    key: str,
+    kind: Kind,
+    values: NDArray[Any] | None = None,
+    top: float = 1.0,
+    unit: str = "",
+    strength: Array | None = None,
+    label: str = "",
+) -> Layer:
+    short, title, caption = TEXTS[key]
+    return Layer(key, title.format(label=label), caption, kind, values, top, unit, strength, short)
 
 
 def _top(ratios: Array) -> float:
-    """Return the end of a scale of ratios: at least 2, so that small differences do not look large."""
+    """Return the upper end of a scale of ratios: at least 2, so that small differences do not look large."""
     return max(2.0, float(ratios.max()))
 
 
@@ -159,8 +149,8 @@ PALETTE_BYTES = np.array([hex_bytes(colour) for colour in PALETTE], np.uint8)
 
 
 def enlarge(frames: Frames) -> Frames:
-    """Return frames (T, H, W, 3) scaled up to a shorter side of ``SIDE`` or a bit more, by a whole factor."""
-    factor = max(1, -(-SIDE // min(frames.shape[1:3])))
+    """Return frames (T, H, W, 3) enlarged by a whole factor to a shorter side of at least ``MIN_SIDE``."""
+    factor = max(1, -(-MIN_SIDE // min(frames.shape[1:3])))
     size = (frames.shape[2] * factor, frames.shape[1] * factor)
     return np.stack([np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC)) for frame in frames])
 
@@ -191,7 +181,7 @@ def paint(layer: Layer, frames: Frames, regions: Grid | None) -> Frames:
 
 
 def tint(share: Array, signed: bool = False) -> tuple[NDArray[np.uint8], Array]:
-    """Return colours (..., 3) and opacities of shares from 0, or -1 where ``signed``, to 1; at 0 nothing is painted."""
+    """Return colours (..., 3) and opacities (...) of values from 0 (or -1 if ``signed``) to 1; 0 is transparent."""
     if signed:
         return _mapped(SIGNED, (share + 1) / 2), 0.8 * np.abs(share) ** 0.5
     return _mapped(HEAT, 0.25 + 0.75 * share), 0.85 * share**0.5
@@ -199,15 +189,15 @@ def tint(share: Array, signed: bool = False) -> tuple[NDArray[np.uint8], Array]:
 
 @dataclass(frozen=True)
 class Scale:
-    """The key of a layer: colours (n, 3) as they look over middle grey, from left to right, and labelled places."""
+    """The colour scale of a layer."""
 
-    colours: NDArray[np.uint8]
-    ticks: list[tuple[float, str]]  # place from 0 to 1, label
+    colours: NDArray[np.uint8]  # (n, 3), from left to right, as they look over middle grey
+    ticks: list[tuple[float, str]]  # position from 0 to 1, label
     unit: str
 
 
 def scale_of(layer: Layer) -> Scale | None:
-    """Return the key of a layer that runs from little to much; None where it does not."""
+    """Return the colour scale of a layer; None for a kind that has none."""
     if layer.kind not in ("ratio", "heat", "signed"):
         return None
     signed = layer.kind == "signed"
@@ -218,27 +208,26 @@ def scale_of(layer: Layer) -> Scale | None:
         steps = [step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500) if step <= 0.75 * layer.top]
         ticks = [(float(ratio_share(np.array(float(step)), layer.top)), f"{step}") for step in steps]
         ticks.append((1.0, f"{layer.top:.2g}"))
+    elif signed:
+        ticks = [(0.0, f"{-layer.top:.2g}"), (0.5, "0"), (1.0, f"+{layer.top:.2g}")]
     else:
-        low = -layer.top if signed else 0.0
-        ticks = [
-            (share, f"{low + share * (layer.top - low):+.2g}" if signed else f"{share:g}") for share in (0, 0.5, 1)
-        ]
+        ticks = [(share, f"{share:g}") for share in (0.0, 0.5, 1.0)]
     return Scale(over_grey, ticks, layer.unit)
 
 
 def ratio_share(ratios: Array, top: float) -> Array:
-    """Return where ratios lie between 1 and ``top`` on a logarithmic scale, 0 to 1; less than 1 is 0."""
+    """Map ratios from 1 to ``top`` to 0 to 1 on a logarithmic scale; ratios below 1 become 0."""
     return np.log(np.maximum(ratios, 1)) / np.log(top)
 
 
 def fade(frames: Frames) -> Frames:
-    """Return frames in grey, so that all colour is the overlay's."""
+    """Return frames in grey, so that all colour comes from the overlay."""
     grey = frames @ np.array([0.299, 0.587, 0.114])
     return np.repeat(grey[..., None], 3, axis=-1).round().astype(np.uint8)
 
 
 def blend(frames: Frames, colours: NDArray[np.uint8], opacity: Array) -> Frames:
-    """Return frames under ``colours`` (t, h, w, 3) with ``opacity`` (t, h, w), from 0 to 1; a token is a plain box."""
+    """Return frames with ``colours`` (t, h, w, 3) over them, at ``opacity`` (t, h, w) from 0 to 1."""
     size, own = frames.shape[1:3], token_frames(len(colours), len(frames))
     over = np.stack([spread(colour, size) for colour in colours])[own].astype(np.float32)
     share = np.stack([spread(value, size) for value in opacity])[own][..., None]
@@ -246,13 +235,13 @@ def blend(frames: Frames, colours: NDArray[np.uint8], opacity: Array) -> Frames:
 
 
 def spread(values: NDArray[Any], size: tuple[int, ...]) -> NDArray[Any]:
-    """Return values (h, w, ...) as boxes over a frame of (H, W) pixels."""
+    """Return values (h, w, ...) repeated to the pixels (H, W, ...) of a frame."""
     rows, columns = (np.arange(n) * k // n for n, k in zip(size, values.shape[:2], strict=True))
     return values[rows][:, columns]
 
 
 def outline(numbers: NDArray[Any]) -> NDArray[np.bool_]:
-    """Return where (H, W) a number differs from that of a pixel above, below, to the left or to the right."""
+    """Return a mask (H, W) of the pixels whose number differs from a neighbour's."""
     edges = np.zeros(numbers.shape, bool)
     below, beside = numbers[:-1] != numbers[1:], numbers[:, :-1] != numbers[:, 1:]
     edges[:-1] |= below
@@ -263,7 +252,7 @@ def outline(numbers: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 def token_frames(tokens: int, frames: int) -> NDArray[np.int64]:
-    """Return the token frame (frames,) that each frame belongs to."""
+    """Return the index of the token frame of each frame (frames,)."""
     return np.arange(frames) * tokens // frames
 
 
@@ -271,17 +260,17 @@ def _mapped(name: str, share: Array) -> NDArray[np.uint8]:
     return matplotlib.colormaps[name](share, bytes=True)[..., :3]
 
 
-def _paint_tracks(places: Array, frames: Frames, regions: Grid) -> Frames:
-    """Draw the way (regions, t, 2) of each region's token up to every frame."""
+def _paint_tracks(paths: Array, frames: Frames, regions: Grid) -> Frames:
+    """Draw the path of each region's token (regions, t, 2) up to each frame."""
     colours = region_colours(regions).reshape(-1, 3)
     height, width = frames.shape[1:3]
     scale = np.array([width, height])
     painted = []
-    for frame, now in zip(frames, token_frames(places.shape[1], len(frames)), strict=True):
+    for frame, now in zip(frames, token_frames(paths.shape[1], len(frames)), strict=True):
         picture = Image.fromarray(frame)
         brush = ImageDraw.Draw(picture)
-        for way, colour in zip(places, colours, strict=True):
-            points = [(float(x), float(y)) for x, y in way[: now + 1] * scale]
+        for path, colour in zip(paths, colours, strict=True):
+            points = [(float(x), float(y)) for x, y in path[: now + 1] * scale]
             brush.line(points, fill="white", width=6, joint="curve")
             brush.line(points, fill=tuple(map(int, colour)), width=4, joint="curve")
             x, y = points[-1]

@@ -1,4 +1,4 @@
-"""What is kept of a run while it goes on: ``metrics.jsonl``, TensorBoard, and Weights & Biases if asked for."""
+"""The log of a run: ``metrics.jsonl``, TensorBoard, and optionally Weights & Biases."""
 
 import hashlib
 import importlib
@@ -15,12 +15,12 @@ from stvit_video.common.files import write_atomically
 
 
 class MetricsLog:
-    """One line a row in ``metrics.jsonl``, flushed, and the same in TensorBoard and in ``run`` of Weights & Biases."""
+    """Writes rows to ``metrics.jsonl``, one per line, to TensorBoard, and to a ``run`` of Weights & Biases."""
 
     def __init__(self, folder: Path, step: int, run: Any = None) -> None:
-        """Open the log of a run that is at ``step``; rows past it are of work that was lost, and are dropped.
+        """Open the log of a run that continues at ``step``, and drop the rows after it, whose work was lost.
 
-        So is a validation at that step: it comes after its checkpoint, and is done again.
+        A validation at ``step`` is dropped too: it follows the checkpoint and is repeated.
         """
         self.run = run
         path = folder / "metrics.jsonl"
@@ -30,7 +30,7 @@ class MetricsLog:
         self.board = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, step: int, epoch: float, split: str, values: dict[str, float]) -> None:
-        """Add a row: ``epoch`` counts passes over the training list, with fractions."""
+        """Add a row; ``epoch`` counts passes over the training list, with fractions."""
         self.file.write(json.dumps({"step": step, "epoch": round(epoch, 4), "split": split, **values}) + "\n")
         self.file.flush()
         for name, value in values.items():
@@ -39,7 +39,7 @@ class MetricsLog:
             self.run.log({f"{name}/{split}": value for name, value in values.items()} | {"epoch": epoch}, step=step)
 
     def close(self) -> None:
-        """Write out what is buffered."""
+        """Flush and close all files."""
         self.file.close()
         self.board.close()
         if self.run is not None:
@@ -47,26 +47,24 @@ class MetricsLog:
 
 
 def check_wandb(project: str) -> None:
-    """Raise UsageError where a project of Weights & Biases is given and the package is not installed."""
-    if project and not _is_installed("wandb"):
-        raise UsageError(f"LOG.WANDB {project}: Weights & Biases is not installed; pip install wandb, or LOG.WANDB ''.")
-
-
-def _is_installed(name: str) -> bool:
+    """Raise UsageError where LOG.WANDB names a ``project`` of Weights & Biases, which is not installed."""
+    if not project:
+        return
     try:
-        importlib.import_module(name)
-    except ImportError:
-        return False
-    return True
+        importlib.import_module("wandb")
+    except ImportError as error:
+        raise UsageError(
+            f"LOG.WANDB {project}: Weights & Biases is not installed; pip install wandb, or LOG.WANDB ''."
+        ) from error
 
 
 def build_log(cfg: CfgNode, folder: Path, step: int) -> MetricsLog:
-    """Return the log of a run that is at ``step``; ``check_wandb`` comes first."""
+    """Return the log of a run that continues at ``step``; call ``check_wandb`` before."""
     if not cfg.LOG.WANDB:
         return MetricsLog(folder, step)
     import wandb
 
-    # The same folder is the same run there too, also after an interruption.
+    # A folder is always the same run there, also after an interruption.
     identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     settings = yaml.safe_load(cfg.dump())
     run = wandb.init(project=cfg.LOG.WANDB, name=folder.name, id=identity, resume="allow", dir=folder, config=settings)
@@ -74,7 +72,7 @@ def build_log(cfg: CfgNode, folder: Path, step: int) -> MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a ``metrics.jsonl``; a last line that was cut short is left out."""
+    """Return the rows of a ``metrics.jsonl``, without a last line that is incomplete."""
     if not path.is_file():
         return []
     rows = []
@@ -87,7 +85,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def describe_results(results: dict[str, Any]) -> str:
-    """Return the line that a run ends with."""
+    """Return the line that a run prints at its end."""
     views, scored = results["views"], f"{results['scored']} of {results['videos']}"
     speed = f", {results['clips_per_second']:.1f} clips/s" if results["clips_per_second"] else ""
     return (

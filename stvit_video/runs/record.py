@@ -1,4 +1,4 @@
-"""What a run's folder says about it, read for a report. Only ``results.json`` must be there."""
+"""Read a run's folder for a report. Only ``results.json`` is required."""
 
 import csv
 import json
@@ -21,19 +21,19 @@ from stvit_video.runs.log import read_metrics
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """A row of ``predictions.csv``: classes by name, probabilities of the predicted and of the right one."""
+class ScoredVideo:
+    """A row of ``predictions.csv``, with the names of the classes."""
 
     path: str
     label: str
     predicted: str
-    probability: float
+    probability: float  # of the predicted class
     label_probability: float
 
 
 @dataclass(frozen=True)
 class ClassScore:
-    """How many videos of a class were scored, and how many of them rightly."""
+    """The number of scored videos of a class, and of correct ones."""
 
     name: str
     videos: int
@@ -47,7 +47,7 @@ class ClassScore:
 
 @dataclass
 class RunRecord:
-    """A run. What it does not have is empty or None, and ``absent`` says so."""
+    """A run. What its folder does not have is empty or None, and ``absent`` says so."""
 
     path: Path
     name: str
@@ -55,20 +55,34 @@ class RunRecord:
     config: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
-    predictions: list[Prediction] = field(default_factory=list)
+    predictions: list[ScoredVideo] = field(default_factory=list)
     classes: list[ClassScore] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
-    tokens: tuple[int, int | None] | None = None  # image tokens, and the semantic ones that they become
+    tokens: tuple[int, int | None] | None = None  # as ``count_tokens`` returns them
     absent: list[str] = field(default_factory=list)
 
     @property
+    def top1(self) -> float:
+        """Top-1 in percent."""
+        return float(self.results["top1"])
+
+    @property
+    def cost(self) -> float | None:
+        """GFLOPs per video, all views; None where they were not counted."""
+        return self.results.get("gflops_per_video")
+
+    @property
+    def test_list(self) -> str | None:
+        return (self.config.get("DATA") or {}).get("TEST_LIST")
+
+    @property
     def views(self) -> int:
-        """Views of a test video."""
+        """Views per test video."""
         views = self.results.get("views") or {}
         return int(views.get("clips", 1)) * int(views.get("crops", 1))
 
     def interval(self) -> tuple[float, float] | None:
-        """Return the 95 % interval of top-1 in percent (Wilson): what other videos of the same kind would give."""
+        """Return the 95 % confidence interval of top-1 in percent (Wilson)."""
         n = self.results.get("scored")
         if not n or "top1" not in self.results:
             return None
@@ -77,23 +91,23 @@ class RunRecord:
         return tuple(100 * (middle + sign * spread) / (1 + z * z / n) for sign in (-1, 1))
 
     def confusion(self) -> Counter[tuple[str, str]]:
-        """Return how often each label (first) was taken for each class (second)."""
+        """Return the number of videos of each (label, predicted class)."""
         return Counter((row.label, row.predicted) for row in self.predictions)
 
-    def mistakes(self) -> list[Prediction]:
-        """Return the wrong predictions, those that the model was surest of first."""
+    def mistakes(self) -> list[ScoredVideo]:
+        """Return the wrong predictions, the most confident first."""
         return sorted((row for row in self.predictions if row.label != row.predicted), key=lambda row: -row.probability)
 
     def find_video(self, path: str) -> Path | None:
-        """Return where a tested video is: as it was named, below DATA.ROOT, or from a folder that the run lies in."""
+        """Return the path of a tested video: as it was given, below DATA.ROOT, or relative to a parent of the run."""
         root = str((self.config.get("DATA") or {}).get("ROOT") or ".")
         bases = [Path(), *self.path.resolve().parents]
-        places = [base / inner for base in bases for inner in (path, Path(root) / path)]
-        return next((place for place in places if place.exists()), None)
+        candidates = (base / inner for base in bases for inner in (path, Path(root) / path))
+        return next((file for file in candidates if file.exists()), None)
 
 
 def read_run(path: Path, name: str | None = None) -> RunRecord:
-    """Read a run's folder. Raises UsageError where it is none, has no results yet, or they are damaged."""
+    """Read a run's folder. Raises UsageError where it is not one, has no results yet, or files are damaged."""
     folder = RunFolder(path)
     if not path.is_dir():
         raise UsageError(f"RUN {path} is not a folder; give the OUTPUT_DIR of a run.")
@@ -117,7 +131,7 @@ def read_run(path: Path, name: str | None = None) -> RunRecord:
 
 
 def _absent(run: RunRecord) -> list[str]:
-    """Return a sentence on each thing that the run has not left."""
+    """Return a sentence for each kind of file that the run does not have."""
     lines = [] if run.metrics else [f"{run.name} has no metrics.jsonl, so no curves: it was only tested."]
     files = [] if run.predictions else ["predictions.csv (mistakes)"]
     files += [] if run.classes else ["per_class.csv (accuracy by class)"]
@@ -130,50 +144,48 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UsageError(f"{path} is not whole JSON ({error}); test the run again, or leave it out.") from error
+        raise UsageError(f"{path} is not complete JSON ({error}); test the run again, or leave it out.") from error
     if not isinstance(content, dict):
-        raise UsageError(f"{path} holds no JSON object; test the run again, or leave it out.")
+        raise UsageError(f"{path} is not a JSON object; test the run again, or leave it out.")
     return content
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not whole YAML; restore it, or leave the run out.") from error
+        raise UsageError(f"{path} is not complete YAML; restore it, or leave the run out.") from error
     return content if isinstance(content, dict) else {}
 
 
 def _metadata(weights: Path) -> dict[str, Any]:
-    """Return what the run wrote beside its weights; nothing where it left none, as a test does."""
+    """Return the metadata of the run's weights; empty where it has none, as after MODE test."""
     if not weights.is_file():
         return {}
     try:
         return read_metadata(weights)
     except SafetensorError as error:
         raise UsageError(
-            f"{weights} is not whole ({error}); restore it, or delete it and test the run again."
+            f"{weights} is not complete ({error}); restore it, or delete it and test the run again."
         ) from error
 
 
 def _rows(path: Path, columns: set[str]) -> list[dict[str, str]]:
-    """Return the rows of a CSV with a header; none where there is no file. Raises UsageError for other columns."""
+    """Return the rows of a CSV file; none where there is no file. Raises UsageError where columns are missing."""
     if not path.is_file():
         return []
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         reader = csv.DictReader(file)
         rows = list(reader)
-    lacking = columns - set(reader.fieldnames or ())
-    if lacking or any(row[column] is None for row in rows for column in columns):
+    missing = columns - set(reader.fieldnames or ())
+    if missing or any(row[column] is None for row in rows for column in columns):
         raise UsageError(
-            f"{path} lacks {', '.join(sorted(lacking)) or 'values'}; test the run again, or delete the file."
+            f"{path} lacks {', '.join(sorted(missing)) or 'values'}; test the run again, or delete the file."
         )
     return rows
 
 
-def _read_predictions(path: Path, names: list[str]) -> list[Prediction]:
+def _read_predictions(path: Path, names: list[str]) -> list[ScoredVideo]:
     def named(word: str) -> str:
         known = word.isdecimal() and word not in names and int(word) < len(names)
         return names[int(word)] if known else word
@@ -181,7 +193,7 @@ def _read_predictions(path: Path, names: list[str]) -> list[Prediction]:
     rows = _rows(path, {"path", "label", "predicted", "probability", "label_probability"})
     try:
         return [
-            Prediction(
+            ScoredVideo(
                 row["path"], named(row["label"]), named(row["predicted"]), float(row["probability"]),
                 float(row["label_probability"]),
             )
@@ -191,8 +203,8 @@ def _read_predictions(path: Path, names: list[str]) -> list[Prediction]:
         raise UsageError(f"{path} holds {error}; test the run again, or delete the file.") from error
 
 
-def _read_classes(path: Path, predictions: list[Prediction]) -> list[ClassScore]:
-    """Return the classes' scores as written, or else as counted from the predictions."""
+def _read_classes(path: Path, predictions: list[ScoredVideo]) -> list[ClassScore]:
+    """Return the score of each class from the file, or else counted from the predictions."""
     rows = _rows(path, {"class", "videos", "correct"})
     try:
         scores = [ClassScore(row["class"], int(row["videos"]), int(row["correct"])) for row in rows]
@@ -206,9 +218,9 @@ def _read_classes(path: Path, predictions: list[Prediction]) -> list[ClassScore]
 
 
 def count_tokens(metadata: dict[str, Any]) -> tuple[int, int | None] | None:
-    """Return the image tokens of the stage that reduces them, and how many are left (None: it reduces none).
+    """Return the image tokens before they are reduced, and the tokens left after it (None: they are not reduced).
 
-    The network that ``metadata`` of weights names is built for it. None where there are none.
+    Builds the network that the ``metadata`` of weights names; returns None where there is no metadata.
     """
     if not metadata:
         return None
@@ -220,7 +232,7 @@ Points = list[tuple[int, float]]  # step, top-1 in percent
 
 
 def read_curves(folder: Path, window: int) -> dict[str, Points]:
-    """Return the smoothed training curve and the validation points of a run; raises UsageError where it has none."""
+    """Return the smoothed training curve and the validation points of a run. Raises UsageError where it has none."""
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if {"split", "step"} <= set(row)]
     if not any(row["split"] == "train" for row in rows):
         raise UsageError(f"{folder} has no metrics.jsonl with training rows; give the OUTPUT_DIR of a training run.")
@@ -229,7 +241,7 @@ def read_curves(folder: Path, window: int) -> dict[str, Points]:
 
 
 def smooth(rows: list[dict[str, Any]], window: int) -> Points:
-    """Return training top-1 averaged over the last ``window`` steps, from where there are as many."""
+    """Return training top-1 averaged over the last ``window`` steps, from step ``window`` on."""
     points = [(row["step"], row["top1"]) for row in rows if row["split"] == "train" and "top1" in row]
     smoothed = []
     for i, (step, _) in enumerate(points):
@@ -241,12 +253,12 @@ def smooth(rows: list[dict[str, Any]], window: int) -> Points:
 
 
 def first_step(points: Points, target: float) -> int | None:
-    """Return the first step at which the target is reached, None where it never is."""
+    """Return the first step at which the target is reached; None if it never is."""
     return next((step for step, top1 in points if top1 >= target), None)
 
 
 def name_runs(paths: Sequence[Path]) -> list[str]:
-    """Return a name for each folder: its own, with as many of its parents as tell it from the others.
+    """Return a unique name for each folder: its own, with as many of its parents as needed.
 
     Raises UsageError where one is given twice.
     """

@@ -1,4 +1,4 @@
-"""How a command ends: what the user can mend is one line and exit code 2, all else keeps its traceback."""
+"""Exit codes: errors of the user are one line and code 2, bugs keep their traceback."""
 
 import errno
 import os
@@ -19,7 +19,9 @@ def raising(error: BaseException) -> Callable[[Sequence[str] | None], int]:
 
 
 @pytest.mark.parametrize("code", [0, 1, 3])
-def test_a_command_gets_its_arguments_and_gives_its_exit_code(code: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_gets_its_arguments_and_its_exit_code_is_returned(
+    code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     given: list[Sequence[str] | None] = []
 
     def command(arguments: Sequence[str] | None) -> int:
@@ -37,9 +39,7 @@ def test_wrong_use_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("number", sorted(FILESYSTEM_ERRORS))
-def test_what_the_file_system_refuses_is_one_line_that_says_what_to_do(
-    number: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_file_system_errors_are_one_line_with_a_remedy(number: int, capsys: pytest.CaptureFixture[str]) -> None:
     why = os.strerror(number)
     remedy = "free space, set its permissions or choose another folder"
     assert run_command(raising(OSError(number, why, "/a/b")), None) == 2
@@ -61,13 +61,13 @@ def test_a_full_disk_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     "error", [OSError(errno.EBADF, "closed"), FileNotFoundError(2, "x"), ValueError("x")], ids=repr
 )
-def test_our_own_mistakes_keep_their_traceback(error: Exception) -> None:
+def test_bugs_keep_their_traceback(error: Exception) -> None:
     with pytest.raises(type(error)) as caught:
         run_command(raising(error), None)
     assert caught.value is error
 
 
-def test_ctrl_c_says_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_prints_the_given_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(raising(KeyboardInterrupt()), None) == 130
     assert run_command(raising(KeyboardInterrupt()), None, stopped="gone", stopped_code=1) == 1
     assert capsys.readouterr() == ("", "\nstopped\n\ngone\n")

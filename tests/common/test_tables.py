@@ -1,4 +1,4 @@
-"""Rows as text and as CSV."""
+"""Tables as text and as CSV."""
 
 from stvit_video.common.tables import format_table, to_csv
 
@@ -20,7 +20,7 @@ def test_no_rows() -> None:
     assert to_csv([], ["a", "b"]) == b"a,b\r\n"
 
 
-def test_names_that_are_not_utf8_are_written_as_they_are() -> None:
+def test_names_that_are_not_utf8_keep_their_bytes() -> None:
     assert (
         to_csv([{"path": b"caf\xe9,.mp4".decode("utf-8", "surrogateescape")}], ["path"])
         == b'path\r\n"caf\xe9,.mp4"\r\n'

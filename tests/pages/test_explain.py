@@ -1,4 +1,4 @@
-"""What is said of a model is what the model did."""
+"""Explanations agree with the computation of the model."""
 
 import numpy as np
 import pytest
@@ -52,7 +52,7 @@ def test_explanations_add_up(name: str, sizes: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("reducer", ["random", "mean", "tome", "dynamicvit", "ats", "spot"])
-def test_tokens_that_lie_on_no_grid_are_shown_where_they_come_from(reducer: str) -> None:
+def test_tokens_without_a_grid_are_shown_at_their_image_tokens(reducer: str) -> None:
     sizes = {"num_frames": 8, "image_size": 64, "num_classes": 7, "regions": (4, 2, 2)}
     model = create_model("stvit_vit_sample_patch8", **sizes, reducer=reducer).eval()
     clip = torch.randn(3, 8, 64, 64)
@@ -73,7 +73,7 @@ def test_tokens_that_lie_on_no_grid_are_shown_where_they_come_from(reducer: str)
         assert (found.attention[~gone] > 0).all()
 
 
-def test_what_is_absent_is_said_not_guessed() -> None:
+def test_absent_parts_are_reported() -> None:
     swin = create_model("swin_tiny", num_frames=2, image_size=56, num_classes=3)
     found = explain(swin, torch.randn(3, 2, 56, 56))
     assert found.attention is None

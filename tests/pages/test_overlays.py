@@ -1,11 +1,11 @@
-"""Painting marks what it should, and nothing else."""
+"""Painting marks the right pixels, and no others."""
 
 import numpy as np
 
 from stvit_video.pages import overlays
 
 
-def test_painting_marks_the_tokens_that_count_and_no_others() -> None:
+def test_painting_marks_the_right_tokens_only() -> None:
     frames = np.full((4, 40, 40, 3), (200, 100, 50), np.uint8)
     values = np.ones((2, 4, 4))
     values[1, 2, 3] = 8

@@ -75,11 +75,6 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(name, check_tensors(content, f"Checkpoint {path}"), metadata)
 
 
-def read_state_dict(path: str | Path) -> StateDict:
-    """Return the tensors of ``read_checkpoint``."""
-    return read_checkpoint(path).tensors
-
-
 def check_tensors(content: object, name: str) -> StateDict:
     """Return the tensors of a mapping, prefixes of wrappers stripped; raise UsageError unless all are dense."""
     tensors = {}

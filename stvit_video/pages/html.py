@@ -1,4 +1,4 @@
-"""Self-contained pages: what they need lies in the file itself, so that they work from a disk without a network."""
+"""Self-contained HTML pages: pictures and data are part of the file, so it works from a disk without a network."""
 
 import base64
 import json
@@ -11,11 +11,13 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 
+from stvit_video import __version__
+
 TYPES = {"png": "image/png", "webp": "image/webp", "svg": "image/svg+xml", "mp4": "video/mp4"}
 
 
 def render(template: str, **values: Any) -> str:
-    """Return a page of ``templates/``; text in ``values`` is escaped, so that a name cannot become a tag."""
+    """Return a page from ``templates/``; text in ``values`` is escaped, so a name cannot become a tag."""
     environment = Environment(
         loader=PackageLoader("stvit_video.pages"),
         autoescape=True,
@@ -24,32 +26,32 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["script_json"] = script_json
-    return environment.get_template(template).render(**values)
+    return environment.get_template(template).render(version=__version__, **values)
 
 
 def data_uri(content: bytes, kind: str) -> str:
-    """Return bytes as an address that holds them; ``kind`` is png, webp, svg or mp4."""
+    """Return bytes as a data address; ``kind`` is png, webp, svg or mp4."""
     return f"data:{TYPES[kind]};base64,{base64.b64encode(content).decode()}"
 
 
 def picture_uri(picture: NDArray[np.uint8], quality: int = 86) -> str:
-    """Return a picture (H, W, 3) as the address of a WebP."""
+    """Return a picture (H, W, 3) as the data address of a WebP."""
     file = BytesIO()
     Image.fromarray(picture).save(file, format="WEBP", quality=quality, method=4)
     return data_uri(file.getvalue(), "webp")
 
 
 def packed(values: NDArray[np.uint8]) -> str:
-    """Return bytes in the form that the page's ``unpack`` reads."""
+    """Return bytes as base64, which ``unpack`` in the page's script reads."""
     return base64.b64encode(np.ascontiguousarray(values).tobytes()).decode()
 
 
 def script_json(value: Any) -> Markup:
-    """Return JSON that may stand in a script element: nothing in it can end the element."""
+    """Return JSON for a script element; nothing in it can end the element."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False)
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
 def printable(text: str) -> str:
-    """Return text whose bytes need not have been UTF-8, such as a file's name, as something that can be written."""
+    """Return text that can be encoded, also from file names that are not UTF-8."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

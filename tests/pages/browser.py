@@ -1,4 +1,4 @@
-"""A real browser without a window, for the pages that this package writes."""
+"""A headless browser for the pages that this package writes."""
 
 import re
 import shutil
@@ -11,7 +11,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 
 
 def start(page: Path, *options: str, fragment: str = "", size: tuple[int, int] = (1280, 900)) -> str:
-    """Open a page from the disk, without any network, and return what Chromium says. Skips where there is none."""
+    """Open a page from the disk without a network and return the output of Chromium. Skips where there is none."""
     chromium = next(filter(None, map(shutil.which, NAMES)), None)
     if chromium is None:
         pytest.skip(f"no browser: none of {', '.join(NAMES)} is installed")
@@ -26,7 +26,7 @@ def start(page: Path, *options: str, fragment: str = "", size: tuple[int, int] =
 
 
 def dump(page: Path, script: str = "", **options: object) -> str:
-    """Return the page as it is once its own script, and then ``script``, have run."""
+    """Return the page after its own script, and then ``script``, have run."""
     copy = page.with_name("probe.html")
     probe = f"""<script>
       window.addEventListener("load", () => {{ const note = (name, value) => {{
@@ -41,7 +41,7 @@ def dump(page: Path, script: str = "", **options: object) -> str:
 
 
 def probed(dom: str, name: str) -> float:
-    """Return a number that a probing script noted."""
+    """Return a number that ``script`` of ``dump`` noted."""
     match = re.search(rf'probe-{name}="([^"]*)"', dom)
     assert match, dom[:300]
     return float(match.group(1))

@@ -1,0 +1,146 @@
+"""The work of ``stvit_video.predict``: score videos or a stream, print each result, and write them all."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from stvit_video.common.errors import UsageError
+from stvit_video.common.files import prepare_folder
+from stvit_video.common.progress import Progress
+from stvit_video.data.decode.types import DecodeError
+from stvit_video.data.streams.sources import find_sources
+from stvit_video.inference.load import Trained, open_checkpoint
+from stvit_video.inference.predictor import Prediction, Predictor, build_predictor
+from stvit_video.inference.results import describe_result, describe_windows, summarise, write_results
+
+LIVE_WINDOW_S = 2.0
+
+
+def predict_videos(options: argparse.Namespace) -> int:
+    """Score the videos that the ``options`` of the command name; return the exit code. Raises UsageError."""
+    trained = open_checkpoint(options.checkpoint, options.overrides)
+    paths, live = find_sources(options.videos, images=trained.input.views.frames == 1)
+    _check_live(options, live)
+    for folder in filter(None, (options.annotate, options.output and options.output.parent)):
+        prepare_folder(folder)
+    predictor = build_predictor(trained, options.device, options.precision, options.workers)
+    print(describe_predictor(trained, predictor), flush=True)
+    results: list[Prediction] = []
+    copies = Copies(options.annotate)
+    started = time.perf_counter()
+    try:
+        if live is not None:
+            watch(predictor, live, options, results)
+        else:
+            score(predictor, paths, options, results, copies)
+    finally:  # also after Ctrl-C: the results so far are kept
+        if options.output is not None and results:
+            write_results(results, options.output, options.top)
+            print(f"results in {options.output}", flush=True)
+    if any(window.repeats for result in results for window in result.windows if len(result.windows) > 1):
+        print("note: windows are shorter than a clip, so clips repeat frames; a longer --window may score better")
+    print(summarise(results, time.perf_counter() - started, copies.seconds), flush=True)
+    return int(copies.missing > 0 or any(result.error is not None for result in results))
+
+
+def _check_live(options: argparse.Namespace, live: str | None) -> None:
+    if live is None and options.seconds is not None:
+        raise UsageError(
+            f"--seconds {options.seconds:g} ends a camera or stream; files end by themselves: leave it out."
+        )
+    if live is not None and options.annotate is not None:
+        raise UsageError(f"--annotate copies files, and {live} is a camera or stream; leave it out.")
+
+
+def describe_predictor(trained: Trained, predictor: Predictor) -> str:
+    """Return lines on the model, how it takes videos, and what is assumed."""
+    settings, views = trained.input.settings, predictor.views
+    rate = f" at {settings['DATA.FPS']:g} frames per second" if settings["DATA.FPS"] else ""
+    step = {
+        "dense": f"stride {settings['DATA.STRIDE']}{rate}",
+        "seconds": f"over {settings['DATA.CLIP_SECONDS']:g} s",
+        "uniform": "spread over the video",
+    }[settings["DATA.SAMPLING"]]
+    lines = [
+        f"{trained.model.name}, {len(trained.classes)} classes, from {trained.weights}",
+        f"{views.frames} frames of {views.transform.size}x{views.transform.size} ({step}), {views.clips} x {views.transform.crops} views "
+        f"per video, on {predictor.device.type}, {predictor.precision}",
+    ]
+    return "\n".join(lines + ([f"note: {trained.note}"] if trained.note else []))
+
+
+@dataclass
+class Copies:
+    """Annotated copies in ``folder``; none are made where that is None."""
+
+    folder: Path | None
+    names: set[str] = field(default_factory=set)
+    missing: int = 0
+    seconds: float = 0.0
+
+    def add(self, result: Prediction) -> str:
+        """Write the annotated copy of a video under a name that no other copy has; return a line that says so."""
+        from stvit_video.inference.annotate import annotate  # imports matplotlib, which is slow to start
+
+        assert self.folder is not None
+        stem, number, started = Path(result.path).stem, 1, time.perf_counter()
+        while (name := stem if number == 1 else f"{stem}-{number}") in self.names:
+            number += 1
+        self.names.add(name)
+        output = self.folder / f"{name}.mp4"
+        if output.exists() and os.path.samefile(output, result.path):
+            raise UsageError(f"--annotate {self.folder} would replace {result.path} itself; give another folder.")
+        try:
+            annotate(result, output)
+        except DecodeError as error:
+            self.missing += 1
+            return f"no annotated copy: {error.message}"
+        finally:
+            self.seconds += time.perf_counter() - started
+        return f"annotated copy: {output}"
+
+
+def score(
+    predictor: Predictor,
+    paths: Sequence[str],
+    options: argparse.Namespace,
+    results: list[Prediction],
+    copies: Copies,
+) -> None:
+    """Score files in order: print each result, append it to ``results`` and annotate a copy where asked to."""
+    on_terminal = sys.stderr.isatty() and len(paths) > 1  # elsewhere the results themselves show the progress
+    with Progress("predict", len(paths), enabled=on_terminal) as progress:
+        for result in predictor.predict(paths, window=options.window, step=options.step):
+            results.append(result)
+            text = describe_result(result, options.top)
+            if copies.folder is not None and result.error is None:
+                text += f"\n  {copies.add(result)}"
+            if on_terminal:
+                progress.note(text)
+            else:
+                print(text, flush=True)
+            progress.advance()
+
+
+def watch(predictor: Predictor, address: str, options: argparse.Namespace, results: list[Prediction]) -> None:
+    """Score a stream window by window until it ends, --seconds have passed or the user presses Ctrl-C."""
+    result = Prediction(address, predictor.classes)
+    results.append(result)
+    print("watching; Ctrl-C ends", flush=True)
+    try:
+        for window in predictor.watch(address, window=options.window or LIVE_WINDOW_S, step=options.step):
+            result.windows.append(window)
+            print(describe_windows(result, [window], options.top), flush=True)
+            if options.seconds is not None and window.span is not None and window.span.end >= options.seconds:
+                return
+    except DecodeError as error:
+        result.error = error.message
+        print(describe_result(result, options.top), flush=True)
+    except KeyboardInterrupt:
+        print()
+        if not result.windows:
+            raise
