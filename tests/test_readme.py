@@ -28,6 +28,7 @@ from tests.conftest import REPOSITORY
 MAIN = REPOSITORY / "README.md"
 FOLDERS = ("configs", "slurm", "stvit_video", "tests")
 PAGES = [MAIN, *sorted(page for folder in FOLDERS for page in (REPOSITORY / folder).rglob("README.md"))]
+PAGES = [page for page in PAGES if page.parent.name != "golden"]  # about files alone
 OTHERS = PAGES[1:]
 PYTHON = {".venv/bin/python", "python"}
 # Programs that are not this package's: only that the files exist which they are given.
@@ -106,8 +107,13 @@ def test_named_files_exist(page: Path) -> None:
     for name in re.findall(r"(?<![\w/.])(?:configs|stvit_video|slurm|tests)/[\w/]+\.(?:yaml|py|sh|md)", text):
         inside = "stvit_video/" if page.is_relative_to(REPOSITORY / "stvit_video") else ""
         assert (REPOSITORY / name).is_file() or (REPOSITORY / inside / name).is_file(), name
-    for name in re.findall(r"`(?:[\w/]+/)?(\w+\.py|\w+/)`", text):
-        assert list(REPOSITORY.glob(f"*/**/{name}")) or (REPOSITORY / name).exists(), name
+    for name in re.findall(r"`(?:[\w/]+/)?(\w+\.py)`", text):
+        assert list(REPOSITORY.glob(f"*/**/{name}")), name
+
+
+def test_map_of_the_package_is_complete() -> None:
+    rooms = re.findall(r"^\| `(\w+)/` \|", MAIN.read_text(), re.MULTILINE)
+    assert sorted(rooms) == sorted(folder.parent.name for folder in (REPOSITORY / "stvit_video").glob("*/__init__.py"))
 
 
 @each_page
