@@ -22,11 +22,11 @@ HEAVY = ("k400_swin_s", "k400_stvit_swin_s", "k400_stvit_r_swin_s", "k400_vit_b"
 def test_stated_gflops_are_the_models_own(path: Path) -> None:
     cfg = load_config(path)
     head = re.sub(r"\n# ", " ", path.read_text())
-    clip, video = re.search(r"([\d.]+) GFLOPs a clip.*? ([\d,]+) a video", head).groups()
+    clip, video = re.search(r"([\d.]+) GFLOPs per clip.*? ([\d,]+) per video", head).groups()
     gflops = count_gflops(build_model(cfg, num_classes=400), (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE))
     assert gflops == pytest.approx(float(clip), abs=0.051)
     assert gflops * cfg.TEST.CLIPS * cfg.TEST.CROPS == pytest.approx(float(video.replace(",", "")), abs=0.51)
-    saving = re.search(r"(\d+) % below the twin, (\w+)\)", head)
+    saving = re.search(r"(\d+) % below the dense baseline, (\w+)\)", head)
     assert bool(saving) == cfg.MODEL.NAME.startswith("stvit")
     if saving:
         twin = load_config(path.with_name(f"{saving[2]}.yaml"))
