@@ -1,9 +1,16 @@
 """Real files for the tests, written on the fly."""
 
+import fcntl
+import functools
+import os
 import signal
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+
+# Two workers of pytest, and the processes that tests start, share the cores: one thread each is fastest. It has to be
+# set before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import av
 import numpy as np
@@ -98,32 +105,52 @@ def write_sound(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """Return a folder that ``make`` fills once a session, also where the session has several workers."""
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a folder of its own in the session's
+        root = root.parent
+    folder, done = root / name, root / f"{name}.done"
+    with open(root / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            folder.mkdir(exist_ok=True)
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sample set with few videos, for every test that only reads it."""
-    root = tmp_path_factory.mktemp("small") / "sample"
-    sample.prepare(root, sample.Spec(clips=(32, 16, 16), stills=(16, 16)), progress=False)
-    return root
+
+    def make(folder: Path) -> None:
+        sample.prepare(folder / "sample", sample.Spec(clips=(32, 16, 16), stills=(16, 16)), progress=False)
+
+    return make_once(tmp_path_factory, "small", make) / "sample"
+
+
+@pytest.fixture(scope="session")
+def trained(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights of a run of one step on the small set, for every test that only reads them."""
+
+    def make(folder: Path) -> None:
+        assert run.main(small_arguments(small_set, folder / "run", "TRAIN.MAX_STEPS", "1", "DATA.VAL_LIST", "")) == 0
+
+    return make_once(tmp_path_factory, "trained", make) / "run" / "model.safetensors"
+
+
+def small_arguments(small_set: Path, output: Path, *overrides: str, cfg: str = "sample_stvit") -> list[str]:
+    """Return arguments of the main command for a run of seconds on the small set, of four steps an epoch."""
+    small = f"DATA.ROOT {small_set} DATA.GENERATE_CLIPS [32,16,16] DATA.WORKERS 0 TRAIN.EPOCHS 1 TRAIN.BATCH_SIZE 8"
+    words = [*small.split(), "DATA.GENERATE", "", "OUTPUT_DIR", str(output), *overrides]
+    return ["--cfg", str(REPOSITORY / "configs" / f"{cfg}.yaml"), *words]
 
 
 @pytest.fixture
 def small_run(small_set: Path, tmp_path: Path) -> Callable[..., list[str]]:
-    """Arguments of the main command for a run of seconds on the small set, writing to ``tmp_path``/run."""
-
-    def arguments(*overrides: str, cfg: str = "sample_stvit") -> list[str]:
-        small = f"DATA.ROOT {small_set} DATA.GENERATE_CLIPS [32,16,16] DATA.WORKERS 0 TRAIN.EPOCHS 1 TRAIN.BATCH_SIZE 8"
-        output = ["OUTPUT_DIR", str(tmp_path / "run")]
-        return [
-            "--cfg",
-            str(REPOSITORY / "configs" / f"{cfg}.yaml"),
-            *small.split(),
-            "DATA.GENERATE",
-            "",
-            *output,
-            *overrides,
-        ]
-
-    return arguments
+    """``small_arguments`` of the small set, for a run in ``tmp_path``/run."""
+    return functools.partial(small_arguments, small_set, tmp_path / "run")
 
 
 @pytest.fixture

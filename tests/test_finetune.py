@@ -1,10 +1,7 @@
 """Fine-tuning on one's own class folders, as a new user does it, and how one folder is dealt out."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from stvit_video import run
 from stvit_video.common.errors import UsageError
 from stvit_video.config import load_config
 from stvit_video.config.clip_settings import view_settings
@@ -57,13 +55,17 @@ def my_videos(tmp_path: Path, small_set: Path) -> Path:
     return root
 
 
-def test_a_new_users_first_attempt(my_videos: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_new_users_first_attempt(
+    my_videos: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     words = ["DATA.ROOT", my_videos.name, "MODEL.INIT", str(checkpoint), "OUTPUT_DIR", "à moi", "TRAIN.EPOCHS", "2"]
-    command = [sys.executable, "-m", "stvit_video.run", "--cfg", str(CONFIG), *words, "DATA.WORKERS", "0"]
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    assert "DATA.SPLIT: 70 / 15 / 15 % of each class" in result.stdout
+    monkeypatch.chdir(tmp_path)
+    assert run.main(["--cfg", str(CONFIG), *words, "DATA.WORKERS", "0"]) == 0
+    assert "DATA.SPLIT: 70 / 15 / 15 % of each class" in capsys.readouterr().out
     results = json.loads((tmp_path / "à moi" / "results.json").read_text())
     assert results["videos"] == results["scored"] == 2
     predictor = Predictor.load(tmp_path / "à moi", device="cpu")

@@ -98,6 +98,7 @@ def execute(line: str, folder: Path) -> None:
     assert run.returncode == 0, f"{line}\n{run.stdout}\n{run.stderr}"
 
 
+@pytest.mark.long
 def test_every_command_in_it_runs(here: Path) -> None:
     lines = [line for block in blocks("bash")[2:] for line in block.strip().splitlines()]
     assert len(lines) > 10
@@ -111,6 +112,7 @@ def test_every_command_in_it_runs(here: Path) -> None:
     assert run.stdout.startswith("[(")
 
 
+@pytest.mark.long
 def test_its_python_runs(tmp_path: Path) -> None:
     code = next(block for block in blocks("python") if "create_model" in block)
     state = timm.create_model("deit_small_patch16_224").state_dict()

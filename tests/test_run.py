@@ -102,7 +102,9 @@ def test_the_same_folder_may_be_written_in_two_ways(
     assert run.main(small_run(*words, "DATA.ROOT", ".")) == 2
 
 
-@pytest.mark.parametrize("processes", [2, 3, 4])
+@pytest.mark.parametrize(
+    "processes", [pytest.param(2, marks=pytest.mark.long), 3, pytest.param(4, marks=pytest.mark.long)]
+)
 def test_any_number_of_processes_gives_the_same_figures(finished: Path, tmp_path: Path, processes: int) -> None:
     """11 videos in batches of 3, as one process scored them after training: the set divides by none of them."""
     launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m")

@@ -388,6 +388,7 @@ def test_two_processes_of_submitit_on_this_machine(small_set: Path, tmp_path: Pa
     assert "is done" in said
 
 
+@pytest.mark.long
 def test_ctrl_c_in_a_terminal_leaves_a_job_on_this_machine_running(small_set: Path, tmp_path: Path) -> None:
     """A terminal sends it to the whole group of processes."""
     output = tmp_path / "run"
@@ -402,6 +403,7 @@ def test_ctrl_c_in_a_terminal_leaves_a_job_on_this_machine_running(small_set: Pa
     wait_until((output / "results.json").is_file, "the end of the job", 120)
 
 
+@pytest.mark.long
 def test_cluster_debug_runs_in_place(small_set: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     code, said = submit_here("--cluster", "debug", *settings(small_set, output, "TRAIN.EPOCHS", "1"))

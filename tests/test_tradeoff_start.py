@@ -84,6 +84,7 @@ def test_all_rows_start_from_one_run(command: Command, tmp_path: Path) -> None:
     assert "would not have the start of the rest" in said
 
 
+@pytest.mark.long
 def test_a_stopped_start_goes_on(plan: Path, tmp_path: Path, command: Command) -> None:
     """Nothing of a row is begun before it has ended."""
     text = plan.read_text().replace("TRAIN.MAX_STEPS: 1", "TRAIN.MAX_STEPS: 4")

@@ -188,6 +188,7 @@ def test_the_command_leaves_a_page_a_sheet_and_a_video(page: Path) -> None:
     assert text.count("</script>") == text.count("<script>") == 1, "a class name has become a tag"
 
 
+@pytest.mark.browser
 def test_the_page_works_in_a_browser(page: Path) -> None:
     dom = dump(
         page,

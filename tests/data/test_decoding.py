@@ -159,7 +159,7 @@ decord.VideoReader = VideoReader
 """
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", ["0", pytest.param("2", marks=pytest.mark.long)])
 def test_a_decoder_that_sleeps_for_ever_does_not_end_training(
     small_run: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: str
 ) -> None:

@@ -55,6 +55,7 @@ def test_sharded_training_equals_replicated_training(replicated: Path, sharded: 
     assert results[0]["top1"] == results[1]["top1"]
 
 
+@pytest.mark.long
 def test_accumulated_batches_of_shards_equal_whole_ones(replicated: Path, small_set: Path, tmp_path: Path) -> None:
     finish(launch(small_set, tmp_path / "run", 2, *CALM, "PARALLEL.STRATEGY", "fsdp", "TRAIN.ACCUMULATE", "2"))
     assert difference(tmp_path / "run", replicated) < 1e-5
@@ -79,6 +80,7 @@ def die_at(step: int, command: list[str], folder: Path) -> None:
     assert newest_step(output) == step, ended.stderr
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_other_processes_and_another_strategy(
     replicated: Path, small_set: Path, tmp_path: Path
 ) -> None:
@@ -113,6 +115,7 @@ def test_accumulated_batches_are_exchanged_once() -> None:
     assert exchanged == [0, 0]  # one bucket, in the last of each four
 
 
+@pytest.mark.long
 def test_processes_that_see_different_checkpoints_do_not_train(small_set: Path, tmp_path: Path) -> None:
     """As where OUTPUT_DIR is a folder of each machine's own."""
     die_at(2, launch(small_set, tmp_path / "0", 1, *CALM), tmp_path)
@@ -130,6 +133,7 @@ def test_processes_that_see_different_checkpoints_do_not_train(small_set: Path, 
         assert "rank 0 step 2, rank 1 none; OUTPUT_DIR has to be one folder" in said
 
 
+@pytest.mark.long
 def test_the_sharded_state_resumes_bit_for_bit(sharded: Path, small_set: Path, tmp_path: Path) -> None:
     command = launch(small_set, tmp_path / "run", 2, *CALM, "PARALLEL.STRATEGY", "fsdp")
     die_at(3, command, tmp_path)

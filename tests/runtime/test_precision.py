@@ -68,6 +68,7 @@ def test_a_compiled_model_trains_to_the_same_weights_under_the_same_names(
     assert max((found[name] - value).abs().max() for name, value in whole.items()) < 1e-4
 
 
+@pytest.mark.long
 def test_every_block_runs_compiled_in_training_and_in_evaluation() -> None:
     """torch runs a function uncompiled after 8 variants; a Swin's blocks have more."""
     ran: list[str] = []

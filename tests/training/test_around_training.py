@@ -17,24 +17,11 @@ import torch
 from stvit_video import run
 from stvit_video.evaluation import evaluate
 from stvit_video.evaluation.score_cache import Parts
+from stvit_video.runs.log import read_metrics
 from stvit_video.runtime.stopping import EXIT_STOPPED
-from tests.conftest import REPOSITORY
+from tests.conftest import Killed
 
 Arguments = Callable[..., list[str]]
-
-
-class Killed(Exception):
-    """What ends a test in a test as if from outside."""
-
-
-@pytest.fixture(scope="module")
-def trained(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The weights of a run of a step."""
-    output = tmp_path_factory.mktemp("trained") / "run"
-    words = f"DATA.ROOT {small_set} TRAIN.BATCH_SIZE 8 TRAIN.MAX_STEPS 1 DATA.WORKERS 0 OUTPUT_DIR {output}".split()
-    empty = ["DATA.GENERATE", "", "DATA.VAL_LIST", ""]
-    assert run.main(["--cfg", f"{REPOSITORY}/configs/sample_stvit.yaml", *words, *empty]) == 0
-    return output / "model.safetensors"
 
 
 def test_words(trained: Path, output: Path) -> list[str]:
@@ -221,8 +208,6 @@ def test_the_other_modes_have_a_dry_run_too(
 
 
 def test_training_stops_at_max_steps_in_the_middle_of_an_epoch(small_run: Arguments, tmp_path: Path) -> None:
-    from stvit_video.runs.log import read_metrics
-
     assert (
         run.main(
             small_run("TRAIN.EPOCHS", "5", "TRAIN.MAX_STEPS", "6", "OPTIM.WARMUP_EPOCHS", "0", "OPTIM.LR", "0.001")

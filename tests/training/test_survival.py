@@ -19,7 +19,7 @@ from stvit_video import run
 from stvit_video.runs.checkpoint import list_checkpoints
 from stvit_video.runs.log import read_metrics
 from stvit_video.runtime.stopping import EXIT_STOPPED
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, small_arguments
 
 # Dropout, augmentation, mixing and workers: all that is random, and all that could be out of step.
 EVERYTHING = [
@@ -37,11 +37,15 @@ def launch(small_set: Path, output: Path, processes: int = 1, *extra: str) -> li
     return [sys.executable, *start, "-m", "stvit_video.run", *words.split(), "DATA.GENERATE", "", *EVERYTHING, *extra]
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.long)])
 def undisturbed(request: pytest.FixtureRequest, small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
     """The number of processes, and the weights of a run that nothing happened to."""
     output = tmp_path_factory.mktemp("undisturbed") / "run"
-    subprocess.run(launch(small_set, output, request.param), check=True, capture_output=True, timeout=300)
+    command = launch(small_set, output, request.param)
+    if request.param == 1:
+        assert run.main([*command[3:], "DATA.WORKERS", "0"]) == 0
+    else:
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
     return request.param, load_file(output / "model.safetensors")
 
 
@@ -64,23 +68,35 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
     pytest.fail("nothing happened for a minute")
 
 
-@pytest.mark.parametrize("steps", [1, 3, 4, 6])  # of 4 an epoch
+@pytest.fixture(scope="module")
+def two_epochs(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of eight steps that nothing happened to, in this process."""
+    output = tmp_path_factory.mktemp("two_epochs") / "run"
+    assert run.main(small_arguments(small_set, output, *EVERYTHING, "TRAIN.EPOCHS", "2", "DATA.WORKERS", "0")) == 0
+    return output
+
+
+@pytest.mark.parametrize(("steps", "workers"), [(1, "0"), (3, "1"), (4, "0"), (6, "0")])  # four steps an epoch
 def test_a_run_that_dies_in_the_middle_of_an_epoch_loses_nothing(
-    small_run: Callable[..., list[str]], run_killed: Callable[[list[str], int], None], tmp_path: Path, steps: int
+    two_epochs: Path,
+    small_run: Callable[..., list[str]],
+    run_killed: Callable[[list[str], int], None],
+    tmp_path: Path,
+    steps: int,
+    workers: str,
 ) -> None:
-    extra = [*EVERYTHING, "TRAIN.EPOCHS", "2"]
-    output = ["OUTPUT_DIR", str(tmp_path / "killed")]
-    assert run.main(small_run(*extra)) == 0
-    run_killed(small_run(*extra, *output), steps)
-    assert newest_step(tmp_path / "killed") == steps
-    assert run.main(small_run(*extra, *output)) == 0
-    assert equal(tmp_path / "killed", load_file(tmp_path / "run" / "model.safetensors"))
-    rows = [[(row["split"], row["step"]) for row in read_metrics(tmp_path / name / "metrics.jsonl")]
-            for name in ("run", "killed")]  # fmt: skip
+    """Nor does it depend on the number of loader workers."""
+    arguments = small_run(*EVERYTHING, "TRAIN.EPOCHS", "2", "DATA.WORKERS", workers)
+    run_killed(arguments, steps)
+    assert newest_step(tmp_path / "run") == steps
+    assert run.main(arguments) == 0
+    assert equal(tmp_path / "run", load_file(two_epochs / "model.safetensors"))
+    rows = [[(row["split"], row["step"]) for row in read_metrics(folder / "metrics.jsonl")]
+            for folder in (two_epochs, tmp_path / "run")]  # fmt: skip
     assert rows[0] == rows[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR2, marks=pytest.mark.long)])
 def test_a_signal_stops_at_a_step_and_the_same_command_continues(
     undisturbed: tuple[int, dict], small_set: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -173,6 +189,7 @@ def kill_all(output: Path) -> None:
                 os.kill(int(path.parent.name), signal.SIGKILL)
 
 
+@pytest.mark.long
 def test_runs_killed_at_random_moments_end_with_the_same_weights(
     undisturbed: tuple[int, dict], small_set: Path, tmp_path: Path
 ) -> None:
@@ -181,6 +198,7 @@ def test_runs_killed_at_random_moments_end_with_the_same_weights(
     assert equal(tmp_path / "run", expected)
 
 
+@pytest.mark.long
 def test_a_start_waits_for_the_processes_of_the_one_before(
     undisturbed: tuple[int, dict], small_set: Path, tmp_path: Path
 ) -> None:
@@ -210,6 +228,7 @@ def test_a_start_waits_for_the_processes_of_the_one_before(
     assert equal(output, expected)
 
 
+@pytest.mark.long
 def test_a_damaged_newest_checkpoint_costs_steps_and_nothing_else(
     undisturbed: tuple[int, dict], small_set: Path, tmp_path: Path
 ) -> None:
@@ -244,7 +263,7 @@ def test_fifteen_such_runs_for_each_number_of_processes(
 
 
 def test_a_full_disk_stops_the_run_and_costs_nothing(
-    small_run: Callable[..., list[str]], refused: Callable[[list[str]], str], tmp_path: Path
+    two_epochs: Path, small_run: Callable[..., list[str]], refused: Callable[[list[str]], str], tmp_path: Path
 ) -> None:
     small = tmp_path / "small"
     small.mkdir()
@@ -252,15 +271,14 @@ def test_a_full_disk_stops_the_run_and_costs_nothing(
     if mounted.returncode:
         pytest.skip("a small disk can be mounted by root only")
     try:
-        extra = [*EVERYTHING, "TRAIN.EPOCHS", "2", "CHECKPOINT.EVERY_STEPS", "2", "CHECKPOINT.KEEP", "2"]
-        output = ["OUTPUT_DIR", str(small / "run")]
-        assert run.main(small_run(*extra)) == 0
-        said = refused(small_run(*extra, *output))
+        extra = ["TRAIN.EPOCHS", "2", "DATA.WORKERS", "0", "CHECKPOINT.EVERY_STEPS", "2", "CHECKPOINT.KEEP", "2"]
+        arguments = small_run(*EVERYTHING, *extra, "OUTPUT_DIR", str(small / "run"))
+        said = refused(arguments)
         assert "No space left on device" in said
         reached = newest_step(small / "run")
         assert reached >= 2
         subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
-        assert run.main(small_run(*extra, *output)) == 0
-        assert equal(small / "run", load_file(tmp_path / "run" / "model.safetensors"))
+        assert run.main(arguments) == 0
+        assert equal(small / "run", load_file(two_epochs / "model.safetensors"))
     finally:
         subprocess.run(["umount", "--lazy", str(small)], check=True)  # TensorBoard may hold its file a little longer

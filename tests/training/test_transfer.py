@@ -330,6 +330,7 @@ def test_fine_tuning_comes_last_and_continues_after_an_interruption(
     assert "holds results (transfer.json" in refused(small_run(*words))
 
 
+@pytest.mark.long
 def test_two_processes_score_like_one(small_run: Arguments, tmp_path: Path) -> None:
     torch.save(image_model(5).state_dict(), tmp_path / "image.pth")
     words = ["MODE", "transfer", "MODEL.INIT", str(tmp_path / "image.pth"), "DEVICE", "cpu", "TEST.BATCH_SIZE", "3"]
