@@ -1,4 +1,4 @@
-"""Real files for the tests, written on the fly."""
+"""What several test files share: videos made on the fly, a generated set, short runs, refusals."""
 
 import fcntl
 import functools
@@ -31,7 +31,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def numbered_frames(count: int, height: int = 48, width: int = 64) -> np.ndarray:
-    """Frames that carry their number: bit i of the number is the i-th block of the picture, black or white."""
+    """Return frames that carry their number: bit i of the number is the i-th block of the picture, black or white."""
     frames = np.full((count, height, width, 3), 128, np.uint8)
     for number in range(count):
         for bit in range(8):
@@ -41,7 +41,7 @@ def numbered_frames(count: int, height: int = 48, width: int = 64) -> np.ndarray
 
 
 def read_number(frame: np.ndarray) -> int:
-    """Read back a frame's number, whatever the picture's size."""
+    """Return the number that a frame carries; works at any picture size."""
     height, width = frame.shape[:2]
     places = [(int((bit // 4 * 16 + 8) / 48 * height), int((bit % 4 * 16 + 8) / 64 * width)) for bit in range(8)]
     return sum(int(frame[y, x].mean() > 127) << bit for bit, (y, x) in enumerate(places))
@@ -155,7 +155,7 @@ def small_run(small_set: Path, tmp_path: Path) -> Callable[..., list[str]]:
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
-    """Run the main command, make sure that it refuses as promised, and return what it said."""
+    """Run the main command, check that it exits with 2 and one line on stderr, and return that line."""
 
     def check(arguments: list[str]) -> str:
         capsys.readouterr()
@@ -169,7 +169,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
 
 
 def refusal(function: Callable[..., object], *arguments: object) -> str:
-    """Call a function that is to raise UsageError, make sure that it is one short line, and return that."""
+    """Call a function that has to raise UsageError, check that its message is one short line, and return it."""
     with pytest.raises(UsageError) as error:
         function(*arguments)
     said = str(error.value)
@@ -184,18 +184,18 @@ def _seed() -> None:
 
 
 class Killed(Exception):
-    """What ends a run in a test as if from outside."""
+    """Raised in a test where a process would be killed."""
 
 
 @pytest.fixture
 def run_killed(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str], int], None]:
-    """Run a command that dies when training has taken so many steps, and make sure that it did."""
+    """Run a command that is interrupted by ``Killed`` after a number of training steps."""
 
     def start(arguments: list[str], steps: int) -> None:
         take_step, save = Trainer.take_step, CheckpointWriter.save
 
         def save_at_once(self: CheckpointWriter, content: dict) -> None:
-            """A checkpoint that is due while another is being written comes later; here none does."""
+            """Wait for the write: else a checkpoint due during it would be written later."""
             save(self, content)
             self.wait()
 

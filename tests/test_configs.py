@@ -1,4 +1,4 @@
-"""The large configurations: what their heads state is what their models cost."""
+"""The large configurations: the GFLOPs that their comments state are those of their models."""
 
 import re
 from pathlib import Path

@@ -39,7 +39,7 @@ def test_every_file_it_names_exists() -> None:
         assert list((REPOSITORY / "stvit_video").rglob(name)), name
 
 
-def test_its_links_lead_somewhere() -> None:
+def test_its_links_exist() -> None:
     links = re.findall(r"\]\(([^)#]+)\)", README)
     assert links
     for link in links:
@@ -60,7 +60,7 @@ SHORT = {
 
 @pytest.fixture(scope="module")
 def here(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clone with everything that the README's reader is said to have."""
+    """A clone with every file that the README assumes."""
     folder = tmp_path_factory.mktemp("reader")
     for name in ("configs", "slurm", "stvit_video", "hubconf.py"):
         (folder / name).symlink_to(REPOSITORY / name)
@@ -112,7 +112,6 @@ def test_every_command_in_it_runs(here: Path) -> None:
     assert run.stdout.startswith("[(")
 
 
-@pytest.mark.long
 def test_its_python_runs(tmp_path: Path) -> None:
     code = next(block for block in blocks("python") if "create_model" in block)
     state = timm.create_model("deit_small_patch16_224").state_dict()

@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped or damaged, and started again: they end as if nothing had happened."""
+"""Runs that are killed, stopped or damaged, and started again end with the weights of an undisturbed run."""
 
 import contextlib
 import os
@@ -30,7 +30,7 @@ EVERYTHING = [
 
 
 def launch(small_set: Path, output: Path, processes: int = 1, *extra: str) -> list[str]:
-    """Return the command of a run of 12 steps in processes of its own."""
+    """Return the command of a run of 12 steps, under torchrun where ``processes`` > 1."""
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
     words = f"--cfg {REPOSITORY}/configs/sample_stvit.yaml DATA.ROOT {small_set} TRAIN.BATCH_SIZE 8 OUTPUT_DIR {output}"
     words += " DEVICE cpu DATA.GENERATE_CLIPS [32,16,16]"
@@ -39,7 +39,7 @@ def launch(small_set: Path, output: Path, processes: int = 1, *extra: str) -> li
 
 @pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.long)])
 def undisturbed(request: pytest.FixtureRequest, small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
-    """The number of processes, and the weights of a run that nothing happened to."""
+    """The number of processes, and the weights of a run without interruption."""
     output = tmp_path_factory.mktemp("undisturbed") / "run"
     command = launch(small_set, output, request.param)
     if request.param == 1:
@@ -70,14 +70,14 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
 
 @pytest.fixture(scope="module")
 def two_epochs(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of eight steps that nothing happened to, in this process."""
+    """The folder of a run of eight steps without interruption, in this process."""
     output = tmp_path_factory.mktemp("two_epochs") / "run"
     assert run.main(small_arguments(small_set, output, *EVERYTHING, "TRAIN.EPOCHS", "2", "DATA.WORKERS", "0")) == 0
     return output
 
 
 @pytest.mark.parametrize(("steps", "workers"), [(1, "0"), (3, "1"), (4, "0"), (6, "0")])  # four steps an epoch
-def test_a_run_that_dies_in_the_middle_of_an_epoch_loses_nothing(
+def test_a_run_killed_within_an_epoch_ends_with_the_same_weights(
     two_epochs: Path,
     small_run: Callable[..., list[str]],
     run_killed: Callable[[list[str], int], None],
@@ -85,7 +85,7 @@ def test_a_run_that_dies_in_the_middle_of_an_epoch_loses_nothing(
     steps: int,
     workers: str,
 ) -> None:
-    """Nor does it depend on the number of loader workers."""
+    """Also with another number of loader workers than the uninterrupted run had."""
     arguments = small_run(*EVERYTHING, "TRAIN.EPOCHS", "2", "DATA.WORKERS", workers)
     run_killed(arguments, steps)
     assert newest_step(tmp_path / "run") == steps
@@ -120,8 +120,8 @@ def test_a_signal_stops_at_a_step_and_the_same_command_continues(
     assert equal(output, expected)
 
 
-def test_a_signal_to_the_whole_group_stops_as_well(small_set: Path, tmp_path: Path) -> None:
-    """As Ctrl-C in a terminal, or a scheduler: the loader's workers and decoders get it too."""
+def test_a_signal_to_the_process_group_stops_too(small_set: Path, tmp_path: Path) -> None:
+    """As Ctrl-C in a terminal sends it: loader workers and decoders get it too."""
     output = tmp_path / "run"
     process = subprocess.Popen(
         launch(small_set, output), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -135,7 +135,7 @@ def test_a_signal_to_the_whole_group_stops_as_well(small_set: Path, tmp_path: Pa
 
 
 def send(launched: bool, *signals: signal.Signals, pause: float = 0.0) -> tuple[int, str]:
-    """Send signals to a process that waits for a step's end; return its exit code and what it said."""
+    """Send signals to a process that uses StopSignals; return its exit code and its output."""
     code = f"""
 import os, time
 from stvit_video.runtime.stopping import StopSignals
@@ -156,8 +156,8 @@ def test_a_second_signal_exits_at_once(number: signal.Signals) -> None:
     assert send(True, number, number, pause=1.1) == (128 + number, "")
 
 
-def test_what_launchers_and_schedulers_send_twice_is_no_second_signal() -> None:
-    """Passed on by torchrun and srun at once, or SIGTERM after a scheduler's SIGUSR2."""
+def test_repeated_signals_of_launchers_count_once() -> None:
+    """torchrun and srun both pass a signal on; a scheduler sends SIGTERM after SIGUSR2."""
     both = (signal.SIGUSR2, signal.SIGUSR2, signal.SIGTERM, signal.SIGTERM)
     assert send(True, *both) == (0, "SIGUSR2\n")
     assert send(True, signal.SIGUSR2, signal.SIGTERM, pause=1.1) == (0, "SIGUSR2\n")
@@ -165,7 +165,7 @@ def test_what_launchers_and_schedulers_send_twice_is_no_second_signal() -> None:
 
 
 def kill_until_done(small_set: Path, output: Path, processes: int, rng: np.random.Generator) -> int:
-    """Start a run again and again, killing it at random moments until it is done; return how often it was killed."""
+    """Start a run and kill it at random moments until it finishes; return the number of kills."""
     command, kills = launch(small_set, output, processes), 0
     while not (output / "results.json").is_file():
         process = subprocess.Popen(
@@ -182,7 +182,7 @@ def kill_until_done(small_set: Path, output: Path, processes: int, rng: np.rando
 
 
 def kill_all(output: Path) -> None:
-    """Kill every process of a run at once: torchrun, and those that it has started in sessions of their own."""
+    """Kill every process of a run at once: torchrun and its ranks, which are in other sessions."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # it has ended since
             if f"{output}\0".encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
@@ -190,7 +190,7 @@ def kill_all(output: Path) -> None:
 
 
 @pytest.mark.long
-def test_runs_killed_at_random_moments_end_with_the_same_weights(
+def test_a_run_killed_at_random_moments_ends_with_the_same_weights(
     undisturbed: tuple[int, dict], small_set: Path, tmp_path: Path
 ) -> None:
     processes, expected = undisturbed
@@ -199,10 +199,10 @@ def test_runs_killed_at_random_moments_end_with_the_same_weights(
 
 
 @pytest.mark.long
-def test_a_start_waits_for_the_processes_of_the_one_before(
+def test_a_restart_waits_for_the_processes_of_the_last_start(
     undisturbed: tuple[int, dict], small_set: Path, tmp_path: Path
 ) -> None:
-    """Where torchrun alone is killed they stop at their step; one that does not answer has to be ended first."""
+    """Two ranks whose torchrun is killed stop at their step; one process that hangs has to be killed first."""
     processes, expected = undisturbed
     output = tmp_path / "run"
     command = launch(small_set, output, processes)
@@ -229,7 +229,7 @@ def test_a_start_waits_for_the_processes_of_the_one_before(
 
 
 @pytest.mark.long
-def test_a_damaged_newest_checkpoint_costs_steps_and_nothing_else(
+def test_a_damaged_newest_checkpoint_costs_only_steps(
     undisturbed: tuple[int, dict], small_set: Path, tmp_path: Path
 ) -> None:
     processes, expected = undisturbed
@@ -262,7 +262,7 @@ def test_fifteen_such_runs_for_each_number_of_processes(
     assert kills >= 15
 
 
-def test_a_full_disk_stops_the_run_and_costs_nothing(
+def test_a_full_disk_stops_the_run_which_continues_later(
     two_epochs: Path, small_run: Callable[..., list[str]], refused: Callable[[list[str]], str], tmp_path: Path
 ) -> None:
     small = tmp_path / "small"
