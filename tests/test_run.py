@@ -14,7 +14,7 @@ import torch
 
 from stvit_video import run
 from stvit_video.models import create_model, load_pretrained
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, make_once
 
 Arguments = Callable[..., list[str]]
 Refused = Callable[[list[str]], str]
@@ -26,18 +26,19 @@ def command(*words: str, launcher: tuple[str, ...] = ()) -> subprocess.Completed
     return subprocess.run(words, capture_output=True, text=True, timeout=600, cwd=REPOSITORY, env=env)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, small_set: Path) -> Path:
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, started as a user would, that generates its own data and tests 2 x 3 views."""
-    folder = tmp_path_factory.mktemp("finished")
-    words = f"DATA.ROOT {folder}/data DATA.GENERATE_CLIPS [40,16,11] TRAIN.EPOCHS 2 DATA.WORKERS 1 TEST.BATCH_SIZE 3"
-    views = "TEST.CLIPS 2 TEST.CROPS 3 TEST.SHORT_SIDE 72"
-    result = command(
-        "--cfg", "configs/sample_stvit.yaml", *words.split(), *views.split(), "OUTPUT_DIR", f"{folder}/run"
-    )
-    assert result.returncode == 0, result.stderr
-    (folder / "stdout").write_text(result.stdout)
-    return folder
+
+    def make(folder: Path) -> None:
+        words = "DATA.GENERATE_CLIPS [40,16,11] TRAIN.EPOCHS 2 DATA.WORKERS 1 TEST.BATCH_SIZE 3"
+        views = "TEST.CLIPS 2 TEST.CROPS 3 TEST.SHORT_SIDE 72"
+        places = ["DATA.ROOT", f"{folder}/data", "OUTPUT_DIR", f"{folder}/run"]
+        result = command("--cfg", "configs/sample_stvit.yaml", *words.split(), *views.split(), *places)
+        assert result.returncode == 0, result.stderr
+        (folder / "stdout").write_text(result.stdout)
+
+    return make_once(tmp_path_factory, "finished", make)
 
 
 def test_a_run_writes_all_documented_files(finished: Path) -> None:
