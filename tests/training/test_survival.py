@@ -134,6 +134,29 @@ def test_a_signal_to_the_process_group_stops_too(small_set: Path, tmp_path: Path
     assert "stopped by SIGINT after step" in said
 
 
+FAIL = """
+import sys
+from stvit_video import run
+from stvit_video.training.trainer import Trainer
+def fail(self, batches):
+    next(batches)
+    raise ArithmeticError("a mistake of ours")
+Trainer.take_step = fail
+sys.exit(run.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.long
+def test_a_run_that_fails_ends_although_it_has_workers(small_set: Path, tmp_path: Path) -> None:
+    """The traceback keeps the loader alive, and its workers ignore the signal that would end them."""
+    words = launch(small_set, tmp_path / "run")[3:]
+    ended = subprocess.run(
+        [sys.executable, "-c", FAIL, *words], capture_output=True, text=True, timeout=120, cwd=REPOSITORY
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.endswith("ArithmeticError: a mistake of ours\n")
+
+
 def send(launched: bool, *signals: signal.Signals, pause: float = 0.0) -> tuple[int, str]:
     """Send signals to a process that uses StopSignals; return its exit code and its output."""
     code = f"""
