@@ -1,9 +1,16 @@
-"""Real files for the tests, written on the fly."""
+"""What several test files share: videos made on the fly, a generated set, short runs, refusals."""
 
+import fcntl
+import functools
+import os
 import signal
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+
+# Two workers of pytest, and the processes that tests start, share the cores: one thread each is fastest. It has to be
+# set before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import av
 import numpy as np
@@ -24,7 +31,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def numbered_frames(count: int, height: int = 48, width: int = 64) -> np.ndarray:
-    """Frames that carry their number: bit i of the number is the i-th block of the picture, black or white."""
+    """Return frames that carry their number: bit i of the number is the i-th block of the picture, black or white."""
     frames = np.full((count, height, width, 3), 128, np.uint8)
     for number in range(count):
         for bit in range(8):
@@ -34,7 +41,7 @@ def numbered_frames(count: int, height: int = 48, width: int = 64) -> np.ndarray
 
 
 def read_number(frame: np.ndarray) -> int:
-    """Read back a frame's number, whatever the picture's size."""
+    """Return the number that a frame carries; works at any picture size."""
     height, width = frame.shape[:2]
     places = [(int((bit // 4 * 16 + 8) / 48 * height), int((bit % 4 * 16 + 8) / 64 * width)) for bit in range(8)]
     return sum(int(frame[y, x].mean() > 127) << bit for bit, (y, x) in enumerate(places))
@@ -98,37 +105,57 @@ def write_sound(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """Return a folder that ``make`` fills once a session, also where the session has several workers."""
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a folder of its own in the session's
+        root = root.parent
+    folder, done = root / name, root / f"{name}.done"
+    with open(root / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            folder.mkdir(exist_ok=True)
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sample set with few videos, for every test that only reads it."""
-    root = tmp_path_factory.mktemp("small") / "sample"
-    sample.prepare(root, sample.Spec(clips=(32, 16, 16), stills=(16, 16)), progress=False)
-    return root
+
+    def make(folder: Path) -> None:
+        sample.prepare(folder / "sample", sample.Spec(clips=(32, 16, 16), stills=(16, 16)), progress=False)
+
+    return make_once(tmp_path_factory, "small", make) / "sample"
+
+
+@pytest.fixture(scope="session")
+def trained(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights of a run of one step on the small set, for every test that only reads them."""
+
+    def make(folder: Path) -> None:
+        assert run.main(small_arguments(small_set, folder / "run", "TRAIN.MAX_STEPS", "1", "DATA.VAL_LIST", "")) == 0
+
+    return make_once(tmp_path_factory, "trained", make) / "run" / "model.safetensors"
+
+
+def small_arguments(small_set: Path, output: Path, *overrides: str, cfg: str = "sample_stvit") -> list[str]:
+    """Return arguments of the main command for a run of seconds on the small set, of four steps an epoch."""
+    small = f"DATA.ROOT {small_set} DATA.GENERATE_CLIPS [32,16,16] DATA.WORKERS 0 TRAIN.EPOCHS 1 TRAIN.BATCH_SIZE 8"
+    words = [*small.split(), "DATA.GENERATE", "", "OUTPUT_DIR", str(output), *overrides]
+    return ["--cfg", str(REPOSITORY / "configs" / f"{cfg}.yaml"), *words]
 
 
 @pytest.fixture
 def small_run(small_set: Path, tmp_path: Path) -> Callable[..., list[str]]:
-    """Arguments of the main command for a run of seconds on the small set, writing to ``tmp_path``/run."""
-
-    def arguments(*overrides: str, cfg: str = "sample_stvit") -> list[str]:
-        small = f"DATA.ROOT {small_set} DATA.GENERATE_CLIPS [32,16,16] DATA.WORKERS 0 TRAIN.EPOCHS 1 TRAIN.BATCH_SIZE 8"
-        output = ["OUTPUT_DIR", str(tmp_path / "run")]
-        return [
-            "--cfg",
-            str(REPOSITORY / "configs" / f"{cfg}.yaml"),
-            *small.split(),
-            "DATA.GENERATE",
-            "",
-            *output,
-            *overrides,
-        ]
-
-    return arguments
+    """``small_arguments`` of the small set, for a run in ``tmp_path``/run."""
+    return functools.partial(small_arguments, small_set, tmp_path / "run")
 
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
-    """Run the main command, make sure that it refuses as promised, and return what it said."""
+    """Run the main command, check that it exits with 2 and one line on stderr, and return that line."""
 
     def check(arguments: list[str]) -> str:
         capsys.readouterr()
@@ -142,7 +169,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
 
 
 def refusal(function: Callable[..., object], *arguments: object) -> str:
-    """Call a function that is to raise UsageError, make sure that it is one short line, and return that."""
+    """Call a function that has to raise UsageError, check that its message is one short line, and return it."""
     with pytest.raises(UsageError) as error:
         function(*arguments)
     said = str(error.value)
@@ -157,18 +184,18 @@ def _seed() -> None:
 
 
 class Killed(Exception):
-    """What ends a run in a test as if from outside."""
+    """Raised in a test where a process would be killed."""
 
 
 @pytest.fixture
 def run_killed(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str], int], None]:
-    """Run a command that dies when training has taken so many steps, and make sure that it did."""
+    """Run a command that is interrupted by ``Killed`` after a number of training steps."""
 
     def start(arguments: list[str], steps: int) -> None:
         take_step, save = Trainer.take_step, CheckpointWriter.save
 
         def save_at_once(self: CheckpointWriter, content: dict) -> None:
-            """A checkpoint that is due while another is being written comes later; here none does."""
+            """Wait for the write: else a checkpoint due during it would be written later."""
             save(self, content)
             self.wait()
 

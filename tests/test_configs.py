@@ -1,4 +1,4 @@
-"""The large configurations: what their heads state is what their models cost."""
+"""The large configurations: the GFLOPs that their comments state are those of their models."""
 
 import re
 from pathlib import Path
@@ -11,19 +11,24 @@ from stvit_video.models.zoo import build_model
 from tests.conftest import REPOSITORY
 
 LARGE = sorted(path for path in (REPOSITORY / "configs").glob("*.yaml") if path.name.startswith(("k400_", "ssv2_")))
-HEAVY = ("k400_swin_s", "k400_stvit_swin_s", "k400_stvit_r_swin_s", "k400_vit_b", "k400_stvit_vit_b")
+# Models that check values, which a model without weights (on the device "meta") does not have.
+WITH_VALUES = ("stvit_vit_", "stvit_r_")
+HEAVY = ("k400_stvit_r_swin_s", "k400_stvit_vit_b")
 
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(path, marks=[pytest.mark.slow] if path.stem in HEAVY else []) for path in LARGE],
+    [pytest.param(path, marks=[pytest.mark.long] if path.stem in HEAVY else []) for path in LARGE],
     ids=lambda path: path.stem,
 )
 def test_stated_gflops_are_the_models_own(path: Path) -> None:
     cfg = load_config(path)
     head = re.sub(r"\n# ", " ", path.read_text())
     clip, video = re.search(r"([\d.]+) GFLOPs per clip.*? ([\d,]+) per video", head).groups()
-    gflops = count_gflops(build_model(cfg, num_classes=400), (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE))
+    model = build_model(cfg, num_classes=400)
+    if not cfg.MODEL.NAME.startswith(WITH_VALUES):
+        model = model.to("meta")
+    gflops = count_gflops(model, (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE))
     assert gflops == pytest.approx(float(clip), abs=0.051)
     assert gflops * cfg.TEST.CLIPS * cfg.TEST.CROPS == pytest.approx(float(video.replace(",", "")), abs=0.51)
     saving = re.search(r"(\d+) % below the dense baseline, (\w+)\)", head)

@@ -1,10 +1,7 @@
-"""Fine-tuning on one's own class folders, as a new user does it, and how one folder is dealt out."""
+"""Fine-tuning on class folders as a new user does it, and the split of one folder."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from stvit_video import run
 from stvit_video.common.errors import UsageError
 from stvit_video.config import load_config
 from stvit_video.config.clip_settings import view_settings
@@ -31,7 +29,7 @@ CLASSES = ("vers la gauche", "wächst 動き")
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, small_set: Path) -> Path:
-    """What a run of other classes and unusual settings left, with random weights."""
+    """A run folder of other classes and unusual settings, with random weights."""
     folder = tmp_path_factory.mktemp("pre trained")
     cfg = data_config(small_set, "MODEL.BASE_DEPTH", "3", "DATA.STRIDE", "1", "DATA.MEAN", "[0.4,0.5,0.6]")
     (folder / "config.yaml").write_text(cfg.dump())
@@ -42,7 +40,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, small_set: Path) -> Pat
 
 @pytest.fixture
 def my_videos(tmp_path: Path, small_set: Path) -> Path:
-    """Two classes of eight clips in a folder that nobody would name so in a test: left, and growing."""
+    """Two classes of eight clips, left and growing, in a folder with spaces and accents in its name."""
     root = tmp_path / "mes vidéos (2)"
     for label, name in zip((0, 6), CLASSES, strict=True):
         (root / name).mkdir(parents=True)
@@ -56,13 +54,17 @@ def my_videos(tmp_path: Path, small_set: Path) -> Path:
     return root
 
 
-def test_a_new_users_first_attempt(my_videos: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_new_users_first_attempt(
+    my_videos: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     words = ["DATA.ROOT", my_videos.name, "MODEL.INIT", str(checkpoint), "OUTPUT_DIR", "à moi", "TRAIN.EPOCHS", "2"]
-    command = [sys.executable, "-m", "stvit_video.run", "--cfg", str(CONFIG), *words, "DATA.WORKERS", "0"]
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    assert "DATA.SPLIT: 70 / 15 / 15 % of each class" in result.stdout
+    monkeypatch.chdir(tmp_path)
+    assert run.main(["--cfg", str(CONFIG), *words, "DATA.WORKERS", "0"]) == 0
+    assert "DATA.SPLIT: 70 / 15 / 15 % of each class" in capsys.readouterr().out
     results = json.loads((tmp_path / "à moi" / "results.json").read_text())
     assert results["videos"] == results["scored"] == 2
     predictor = Predictor.load(tmp_path / "à moi", device="cpu")
@@ -87,10 +89,10 @@ def test_the_network_and_its_clips_are_the_checkpoints(checkpoint: Path, my_vide
     assert again == cfg  # a run's config.yaml needs the checkpoint no more
 
 
-def test_a_copy_of_the_weights_says_whether_clips_may_be_mirrored(
+def test_weights_say_whether_clips_may_be_mirrored(
     checkpoint: Path, my_videos: Path, tmp_path: Path, small_set: Path
 ) -> None:
-    """Left and right are classes there; the run's folder may be gone."""
+    """Where left and right are classes; also weights copied without their run folder."""
     cfg = data_config(small_set, "DATA.FLIP", "False")
     save_weights(tmp_path / "alone.safetensors", build_model(cfg, 8), [*"01234567"], view_settings(cfg))
     words = ["DATA.ROOT", str(my_videos), "MODEL.INIT", str(tmp_path / "alone.safetensors")]
@@ -105,7 +107,7 @@ def test_a_copy_of_the_weights_says_whether_clips_may_be_mirrored(
     assert open_checkpoint(tmp_path / "run").input.settings["DATA.FLIP"] is False
 
 
-def test_how_weights_began_is_no_setting(tmp_path: Path, my_videos: Path) -> None:
+def test_initialisation_is_not_part_of_the_settings(tmp_path: Path, my_videos: Path) -> None:
     model = create_model("swin_hard_patch4", num_frames=16, image_size=64, num_classes=8, init="normal")
     save_weights(tmp_path / "normal.safetensors", model, [*"01234567"])
     cfg = load_config(CONFIG, ["DATA.ROOT", str(my_videos), "MODEL.INIT", str(tmp_path / "normal.safetensors")])
@@ -121,7 +123,7 @@ def load_config_of_dump(cfg: object, folder: Path) -> object:
     return load_config(path)
 
 
-def test_an_image_checkpoint_leaves_the_frames_open(tmp_path: Path, my_videos: Path) -> None:
+def test_an_image_checkpoint_does_not_set_the_frames(tmp_path: Path, my_videos: Path) -> None:
     model = create_model("vit_tiny_patch16", num_frames=1, image_size=96, num_classes=3)
     save_weights(tmp_path / "image.safetensors", model, [*"abc"])
     cfg = load_config(CONFIG, ["DATA.ROOT", str(my_videos), "MODEL.INIT", str(tmp_path / "image.safetensors")])
@@ -133,7 +135,7 @@ def parts_of(videos: list[Video], shares: list[int], root: Path) -> list[list[Vi
     return [take_part(videos, part, shares, root) for part in range(3)]
 
 
-def test_each_video_is_in_one_part_wherever_the_folder_lies() -> None:
+def test_the_split_does_not_depend_on_the_folders_path() -> None:
     names = [(f"{label}/clip {i}.mp4", label) for label in range(3) for i in range(20 * (label + 1))]
     here = [Video(f"/here/{name}", label) for name, label in names]
     there = [Video(f"/elsewhere/deep/{name}", label) for name, label in reversed(names)]
@@ -145,10 +147,10 @@ def test_each_video_is_in_one_part_wherever_the_folder_lies() -> None:
     moved = parts_of(there, [70, 15, 15], Path("/elsewhere/deep"))
     for part, other in zip(parts, moved, strict=True):
         assert {v.path.removeprefix("/here/") for v in part} == {v.path.removeprefix("/elsewhere/deep/") for v in other}
-    assert [v.path for v in parts[0]] != [v.path for v in here[: len(parts[0])]]  # dealt out, not cut off
+    assert [v.path for v in parts[0]] != [v.path for v in here[: len(parts[0])]]  # sampled, not the first ones
 
 
-def test_small_classes_are_dealt_out_or_refused() -> None:
+def test_small_classes_are_split_or_refused() -> None:
     three = [Video(f"/here/a/{i}.mp4", 0) for i in range(3)]
     assert [len(part) for part in parts_of(three, [70, 15, 15], Path("/here"))] == [1, 1, 1]
     assert [len(part) for part in parts_of(three, [80, 0, 20], Path("/here"))] == [2, 0, 1]
@@ -156,7 +158,7 @@ def test_small_classes_are_dealt_out_or_refused() -> None:
         take_part(three[:2], 0, [70, 15, 15], "/here")
 
 
-def test_a_text_list_is_dealt_out_too(my_videos: Path) -> None:
+def test_a_text_list_is_split_too(my_videos: Path) -> None:
     lines = [
         f"{path.relative_to(my_videos)} {i}" for i, name in enumerate(CLASSES) for path in (my_videos / name).iterdir()
     ]
@@ -191,7 +193,7 @@ def test_mistakes_are_one_line(
     assert expected in refused(["--cfg", str(CONFIG), "DATA.ROOT", str(my_videos), *init, *words])
 
 
-def test_a_folder_that_is_split_already_is_said_to_be(
+def test_a_folder_that_is_split_already_is_refused(
     my_videos: Path, checkpoint: Path, tmp_path: Path, refused: Callable[[list[str]], str]
 ) -> None:
     for split in ("train", "val"):

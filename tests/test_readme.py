@@ -232,9 +232,12 @@ def execute(line: str, folder: Path) -> None:
         assert importlib.import_module(words[2]).main([*words[3:], *extra]) == 0, line
 
 
+@pytest.mark.long
 def test_commands_of_the_main_readme_run(here: Path) -> None:
     lines = commands(MAIN)[2:]
     assert len(lines) >= 5
+    lines = [line for block in blocks("bash")[2:] for line in block.strip().splitlines()]
+    assert len(lines) > 10
     for line in lines:
         execute(line, here)
     assert (here / "report.html").is_file()

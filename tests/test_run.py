@@ -1,4 +1,4 @@
-"""The main command as a user runs it: a whole run, several processes, and every mistake we could think of."""
+"""The main command as a user runs it: a whole run, several processes, and mistakes."""
 
 import csv
 import json
@@ -14,7 +14,7 @@ import torch
 
 from stvit_video import run
 from stvit_video.models import create_model, load_pretrained
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, make_once
 
 Arguments = Callable[..., list[str]]
 Refused = Callable[[list[str]], str]
@@ -26,21 +26,22 @@ def command(*words: str, launcher: tuple[str, ...] = ()) -> subprocess.Completed
     return subprocess.run(words, capture_output=True, text=True, timeout=600, cwd=REPOSITORY, env=env)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, small_set: Path) -> Path:
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, started as a user would, that generates its own data and tests 2 x 3 views."""
-    folder = tmp_path_factory.mktemp("finished")
-    words = f"DATA.ROOT {folder}/data DATA.GENERATE_CLIPS [40,16,11] TRAIN.EPOCHS 2 DATA.WORKERS 1 TEST.BATCH_SIZE 3"
-    views = "TEST.CLIPS 2 TEST.CROPS 3 TEST.SHORT_SIDE 72"
-    result = command(
-        "--cfg", "configs/sample_stvit.yaml", *words.split(), *views.split(), "OUTPUT_DIR", f"{folder}/run"
-    )
-    assert result.returncode == 0, result.stderr
-    (folder / "stdout").write_text(result.stdout)
-    return folder
+
+    def make(folder: Path) -> None:
+        words = "DATA.GENERATE_CLIPS [40,16,11] TRAIN.EPOCHS 2 DATA.WORKERS 1 TEST.BATCH_SIZE 3"
+        views = "TEST.CLIPS 2 TEST.CROPS 3 TEST.SHORT_SIDE 72"
+        places = ["DATA.ROOT", f"{folder}/data", "OUTPUT_DIR", f"{folder}/run"]
+        result = command("--cfg", "configs/sample_stvit.yaml", *words.split(), *views.split(), *places)
+        assert result.returncode == 0, result.stderr
+        (folder / "stdout").write_text(result.stdout)
+
+    return make_once(tmp_path_factory, "finished", make)
 
 
-def test_a_run_leaves_what_the_design_promises(finished: Path) -> None:
+def test_a_run_writes_all_documented_files(finished: Path) -> None:
     found = {path.name for path in (finished / "run").iterdir()}
     assert {
         "config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "results.json", "curves.png",
@@ -73,14 +74,14 @@ def test_final_weights_rebuild_the_model_that_was_tested(finished: Path) -> None
     assert json.loads(metadata["classes"])[4] == "clockwise"
 
 
-def test_a_finished_run_is_reported_not_redone(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_is_not_run_again(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in (finished / "run").rglob("*")}
-    assert run.main(test_words(finished, "train", finished / "run")) == 0
+    assert run.main(evaluation(finished, "train", finished / "run")) == 0
     assert "is finished" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in (finished / "run").rglob("*")}
 
 
-def test_words(finished: Path, mode: str, output: Path, *more: str) -> list[str]:
+def evaluation(finished: Path, mode: str, output: Path, *more: str) -> list[str]:
     views = (
         "TEST.CLIPS 2 TEST.CROPS 3 TEST.SHORT_SIDE 72 TEST.BATCH_SIZE 3 TRAIN.EPOCHS 2 DATA.GENERATE_CLIPS [40,16,11]"
     )
@@ -88,10 +89,7 @@ def test_words(finished: Path, mode: str, output: Path, *more: str) -> list[str]
     return ["--cfg", str(REPOSITORY / "configs" / "sample_stvit.yaml"), *words]
 
 
-test_words.__test__ = False
-
-
-def test_the_same_folder_may_be_written_in_two_ways(
+def test_equal_paths_written_differently_are_the_same_run(
     small_run: Arguments, small_set: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["TRAIN.MAX_STEPS", "1", "DATA.VAL_LIST", ""]
@@ -102,12 +100,14 @@ def test_the_same_folder_may_be_written_in_two_ways(
     assert run.main(small_run(*words, "DATA.ROOT", ".")) == 2
 
 
-@pytest.mark.parametrize("processes", [2, 3, 4])
+@pytest.mark.parametrize(
+    "processes", [pytest.param(2, marks=pytest.mark.long), 3, pytest.param(4, marks=pytest.mark.long)]
+)
 def test_any_number_of_processes_gives_the_same_figures(finished: Path, tmp_path: Path, processes: int) -> None:
-    """11 videos in batches of 3, as one process scored them after training: the set divides by none of them."""
+    """11 videos in batches of 3 are no whole number for any rank; the reference is the test after training."""
     launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m")
     init = ("MODEL.INIT", str(finished / "run" / "model.safetensors"), "DEVICE", "cpu")
-    result = command(*test_words(finished, "test", tmp_path / "out", *init), launcher=launcher)
+    result = command(*evaluation(finished, "test", tmp_path / "out", *init), launcher=launcher)
     assert result.returncode == 0, result.stderr
     expected = json.loads((finished / "run" / "results.json").read_text())
     got = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -130,7 +130,7 @@ def test_two_processes_train_like_one(small_run: Arguments, tmp_path: Path) -> N
     assert max((one[name] - two[name]).abs().max() for name in one) < 1e-4
 
 
-def test_one_bad_video_is_a_row_and_the_run_goes_on(small_set: Path, tmp_path: Path, small_run: Arguments) -> None:
+def test_a_bad_video_is_recorded_and_the_run_continues(small_set: Path, tmp_path: Path, small_run: Arguments) -> None:
     root = tmp_path / "damaged"
     shutil.copytree(small_set, root)
     (root / "videos" / "test_00003.mp4").write_bytes(b"broken")
@@ -211,14 +211,14 @@ def test_results_are_never_overwritten_without_being_asked(
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(finished / "run", copy)
-    assert "OVERWRITE True" in refused(test_words(finished, "test", copy))
-    said = refused(test_words(finished, "train", copy, "OPTIM.LR", "0.5"))
+    assert "OVERWRITE True" in refused(evaluation(finished, "test", copy))
+    said = refused(evaluation(finished, "train", copy, "OPTIM.LR", "0.5"))
     assert "holds a run with other settings: OPTIM.LR 0.0005 (now 0.5)" in said
     assert (copy / "results.json").read_bytes() == (finished / "run" / "results.json").read_bytes()
     (copy / "results.json").unlink()
-    assert "TRAIN.RESUME is never" in refused(test_words(finished, "train", copy, "TRAIN.RESUME", "never"))
+    assert "TRAIN.RESUME is never" in refused(evaluation(finished, "train", copy, "TRAIN.RESUME", "never"))
     (copy / "results.json").write_text("{}")
-    assert run.main(test_words(finished, "test", copy, "OVERWRITE", "True")) == 0
+    assert run.main(evaluation(finished, "test", copy, "OVERWRITE", "True")) == 0
     assert json.loads((copy / "results.json").read_text())["videos"] == 11
     assert (copy / "model.safetensors").exists()
 
@@ -228,14 +228,14 @@ def test_weights_of_another_network_are_not_tested(finished: Path, tmp_path: Pat
     headless = {name: value for name, value in small.state_dict().items() if not name.startswith("head.")}
     torch.save(headless, tmp_path / "headless.pth")
     words = ("MODEL.INIT", str(tmp_path / "headless.pth"))
-    assert "head.proj.weight (new)" in refused(test_words(finished, "test", tmp_path / "out", *words))
+    assert "head.proj.weight (new)" in refused(evaluation(finished, "test", tmp_path / "out", *words))
     words = ("MODEL.INIT", str(finished / "run" / "model.safetensors"), "MODEL.FIRST_RESIDUAL", "False")
-    assert "trained with first_residual None" in refused(test_words(finished, "test", tmp_path / "out", *words))
+    assert "trained with first_residual None" in refused(evaluation(finished, "test", tmp_path / "out", *words))
     assert not (tmp_path / "out").exists()
     torch.save(
         create_model("vit_tiny_patch16", num_frames=8, image_size=64, num_classes=8).state_dict(), tmp_path / "w.pth"
     )
-    said = refused(test_words(finished, "test", tmp_path / "out", "MODEL.INIT", str(tmp_path / "w.pth")))
+    said = refused(evaluation(finished, "test", tmp_path / "out", "MODEL.INIT", str(tmp_path / "w.pth")))
     assert "of the model's weights found" in said or "another class count" in said
 
 
@@ -262,8 +262,8 @@ def test_no_space_left_is_one_line(small_disk: Path, small_run: Arguments, refus
     )
 
 
-def test_a_mistake_touches_no_folder(small_run: Arguments, refused: Refused, tmp_path: Path) -> None:
-    """Neither a new one, so that the corrected command starts, nor the run that OVERWRITE would replace."""
+def test_a_mistake_changes_no_folder(small_run: Arguments, refused: Refused, tmp_path: Path) -> None:
+    """No new folder, so that the corrected command starts, and not the run that OVERWRITE would replace."""
     for words in (["MODEL.NAME", "vit"], ["DATA.TEST_LIST", "absent.csv"], ["TRAIN.BATCH_SIZE", "64"]):
         refused(small_run(*words))
         assert not (tmp_path / "run").exists()
@@ -295,7 +295,7 @@ def test_keys_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         ),
     ],
 )
-def test_all_that_is_missing_is_said_at_once(
+def test_all_missing_files_are_listed_at_once(
     tmp_path: Path, refused: Refused, words: list[str], missing: list[str]
 ) -> None:
     cfg = ["--cfg", str(REPOSITORY / "configs" / "k400_stvit_vit_s.yaml")]
@@ -310,7 +310,7 @@ def test_all_that_is_missing_is_said_at_once(
 
 @pytest.mark.parametrize("words", [["MODEL.NAME", "vit"], ["DATA.SIZE", "60"], ["MODEL.INIT", "absent.pth"]])
 @pytest.mark.parametrize("mode", [["MODE", "train"], ["MODE", "test"], ["MODE", "transfer"], ["--dry-run"]])
-def test_what_needs_no_data_is_said_before_they_are_generated(
+def test_mistakes_are_found_before_data_are_generated(
     tmp_path: Path, refused: Refused, words: list[str], mode: list[str]
 ) -> None:
     cfg = ["--cfg", str(REPOSITORY / "configs" / "sample_stvit.yaml"), "DATA.ROOT", str(tmp_path / "set")]
@@ -331,10 +331,10 @@ def test_a_test_needs_its_weights_before_its_data(finished: Path, tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
-def test_a_resumed_run_needs_its_first_weights_no_more(
+def test_a_resumed_run_does_not_need_its_initial_weights(
     small_run: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
 ) -> None:
-    """Its load report stays beside it, from the start."""
+    """Its load report is kept in the run folder."""
     model = create_model("stvit_vit_sample_patch8", num_frames=1, image_size=64, num_classes=8)
     torch.save(model.state_dict(), tmp_path / "image.pth")
     words = small_run("MODEL.INIT", str(tmp_path / "image.pth"), "DATA.VAL_LIST", "")

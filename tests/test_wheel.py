@@ -15,6 +15,8 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.long
+
 
 def run(*words: str, cwd: Path, path: Path | None = None) -> str:
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -27,7 +29,7 @@ def run(*words: str, cwd: Path, path: Path | None = None) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel of the files that are in the repository, built outside it, where a build leaves nothing."""
+    """A wheel of the package, built outside the repository, where a build would leave files."""
     folder = tmp_path_factory.mktemp("wheel")
     shutil.copytree(
         REPOSITORY / "stvit_video", folder / "source" / "stvit_video", ignore=shutil.ignore_patterns("__pycache__")
@@ -54,7 +56,7 @@ def test_it_holds_the_package_its_types_and_nothing_else(wheel: Path) -> None:
 
 
 def test_what_it_imports_it_requires(wheel: Path) -> None:
-    """At import, that is: what is optional is imported where it is used."""
+    """Imports at the top of modules only: what is optional is imported where it is used."""
     with zipfile.ZipFile(wheel) as archive:
         (metadata,) = [archive.read(name).decode() for name in archive.namelist() if name.endswith("/METADATA")]
     required = {re.split(r"[^\w.-]", line.split(": ")[1])[0].lower() for line in metadata.splitlines()

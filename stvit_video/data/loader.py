@@ -1,5 +1,7 @@
 """Loaders from a configuration: which process reads which videos, in what order."""
 
+import atexit
+import multiprocessing
 from collections.abc import Iterator
 from typing import Any
 
@@ -165,6 +167,8 @@ def build_normalise(cfg: CfgNode) -> Normalise:
 
 def _build_loader(cfg: CfgNode, world: World, dataset: TrainDataset | TestDataset, sampler: Sampler) -> DataLoader:
     workers = cfg.DATA.WORKERS
+    if workers > 0:
+        atexit.register(_kill_workers)
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -178,3 +182,13 @@ def _build_loader(cfg: CfgNode, world: World, dataset: TrainDataset | TestDatase
 
 def _start_worker(worker: int) -> None:
     ignore_stop_signals()
+
+
+def _kill_workers() -> None:
+    """Kill the workers that are left when this process ends, as after an exception that still refers to the loader.
+
+    multiprocessing sends them SIGTERM, which they ignore, and would wait for them forever.
+    """
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()

@@ -59,6 +59,7 @@ def _check_live(options: argparse.Namespace, live: str | None) -> None:
 def describe_predictor(trained: Trained, predictor: Predictor) -> str:
     """Return lines on the model, how it takes videos, and what is assumed."""
     settings, views = trained.input.settings, predictor.views
+    side = views.transform.size
     rate = f" at {settings['DATA.FPS']:g} frames per second" if settings["DATA.FPS"] else ""
     step = {
         "dense": f"stride {settings['DATA.STRIDE']}{rate}",
@@ -67,8 +68,7 @@ def describe_predictor(trained: Trained, predictor: Predictor) -> str:
     }[settings["DATA.SAMPLING"]]
     lines = [
         f"{trained.model.name}, {len(trained.classes)} classes, from {trained.weights}",
-        f"{views.frames} frames of {views.transform.size}x{views.transform.size} ({step}), {views.clips} x {views.transform.crops} views "
-        f"per video, on {predictor.device.type}, {predictor.precision}",
+        f"{views.frames} frames of {side}x{side} ({step}), {views.clips} x {views.transform.crops} views per video, on {predictor.device.type}, {predictor.precision}",
     ]
     return "\n".join(lines + ([f"note: {trained.note}"] if trained.note else []))
 

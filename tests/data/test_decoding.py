@@ -169,7 +169,7 @@ decord.VideoReader = VideoReader
 """
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", ["0", pytest.param("2", marks=pytest.mark.long)])
 def test_training_survives_a_hanging_decoder(
     small_run: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: str
 ) -> None:

@@ -57,7 +57,10 @@ def check(trained: Trained, run: exporters.Forward, clips: torch.Tensor) -> None
     assert (run(clips) - expected).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *REDUCED])
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=[] if name in ("vit", "stvit_vit") else pytest.mark.long) for name in FAMILIES | REDUCED],
+)
 def test_graphs_of_every_family_compute_what_the_model_does(family: str, tmp_path: Path, small_set: Path) -> None:
     """Any batch: on random clips of three sizes and on a real video's."""
     trained = tiny(family, tmp_path, small_set)
@@ -78,7 +81,9 @@ def test_graphs_of_every_family_compute_what_the_model_does(family: str, tmp_pat
 
 @pytest.mark.parametrize(
     "family",
-    [pytest.param(name, marks=[pytest.mark.slow] if "stvit_" in name and "swin" in name else []) for name in FAMILIES],
+    ["vit", "stvit_vit"]
+    + [pytest.param("swin", marks=pytest.mark.long)]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("stvit_swin", "stvit_r_swin")],
 )
 def test_graphs_for_one_batch(family: str, tmp_path: Path, small_set: Path) -> None:
     check_one_batch(tiny(family, tmp_path, small_set), tmp_path / "model")
@@ -135,6 +140,7 @@ def said(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
     return out + err
 
 
+@pytest.mark.long
 def test_onnx_from_the_command_line_has_all_metadata(
     run_folder: Path, small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

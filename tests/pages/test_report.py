@@ -280,6 +280,7 @@ def test_long_curves_are_averaged_not_cut() -> None:
     assert x.mean() == pytest.approx(points[:, 0].mean())
 
 
+@pytest.mark.browser
 def test_the_page_in_a_browser(trained: Path, hand_made: Path, tmp_path: Path) -> None:
     page = written([trained, hand_made], tmp_path)
     script = """note("overflow", document.documentElement.scrollWidth - innerWidth);

@@ -189,6 +189,7 @@ def test_command_writes_a_page_a_picture_and_a_video(page: Path) -> None:
     assert text.count("</script>") == text.count("<script>") == 1, "a class name has become a tag"
 
 
+@pytest.mark.browser
 def test_the_page_works_in_a_browser(page: Path) -> None:
     dom = dump(
         page,

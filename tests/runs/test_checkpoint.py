@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, newest valid first, never too many."""
+"""Checkpoints: written atomically, the newest valid one first, old ones deleted."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ def state(step: int) -> dict:
     return {"model": weights, "step": step, **numbers, **parts}
 
 
-def test_the_name_saved_is_the_name_looked_up_in_order_of_steps(tmp_path: Path) -> None:
+def test_checkpoints_are_found_in_order_of_steps(tmp_path: Path) -> None:
     for step in (9, 10, 100_000_000, 999_999_999):  # longer than the padding: names no longer sort as numbers
         save_checkpoint(tmp_path, state(step), keep=3)
     assert load_newest(tmp_path)["step"] == 999_999_999
@@ -30,7 +30,7 @@ def test_the_name_saved_is_the_name_looked_up_in_order_of_steps(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "zeroed", "flipped", "text", "folder", "foreign"])
-def test_a_damaged_newest_gives_way_to_the_one_before_with_a_warning(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_newest_is_skipped_with_a_warning(tmp_path: Path, damage: str) -> None:
     save_checkpoint(tmp_path, state(1), keep=2)
     newest = save_checkpoint(tmp_path, state(2), keep=2)
     content = newest.read_bytes()
@@ -55,8 +55,8 @@ def test_a_damaged_newest_gives_way_to_the_one_before_with_a_warning(tmp_path: P
     assert load_newest(tmp_path)["step"] == 2
 
 
-def test_a_single_wrong_bit_anywhere_is_found(tmp_path: Path) -> None:
-    """Also where a format has no checksum of its own: in the directory at the end of a zip archive."""
+def test_any_flipped_bit_is_detected(tmp_path: Path) -> None:
+    """Also in the directory at the end of the zip archive, which has no checksum of its own."""
     save_checkpoint(tmp_path, state(1), keep=2)
     newest = save_checkpoint(tmp_path, state(2), keep=2)
     content = newest.read_bytes()
@@ -91,7 +91,7 @@ def test_training_does_not_wait_for_a_slow_disk(tmp_path: Path, monkeypatch: pyt
     assert taken == written == [2, 6]
 
 
-def test_a_checkpoint_is_due_by_the_clock_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_is_due_after_some_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.monotonic()
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
     with CheckpointWriter(tmp_path, keep=2, every_steps=0, every_minutes=1) as writer:
@@ -104,7 +104,7 @@ def test_a_checkpoint_is_due_by_the_clock_too(tmp_path: Path, monkeypatch: pytes
     assert load_newest(tmp_path)["step"] == 2
 
 
-def test_a_run_that_began_again_before_damaged_files_keeps_its_own(tmp_path: Path) -> None:
+def test_a_run_restarted_before_damaged_files_keeps_its_new_checkpoints(tmp_path: Path) -> None:
     for step in (5, 6):
         save_checkpoint(tmp_path, state(step), keep=2)
         (tmp_path / f"step_{step:08d}.pt").write_bytes(b"cut")
@@ -117,9 +117,7 @@ def test_a_run_that_began_again_before_damaged_files_keeps_its_own(tmp_path: Pat
         assert load_newest(tmp_path)["step"] == 3
 
 
-def test_checkpoints_of_which_none_can_be_used_are_no_silent_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_usable_checkpoint_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save_checkpoint(tmp_path, state(1), keep=2)
     with monkeypatch.context() as patch:  # the disk does not give it now: that is no damage
         patch.setattr(checkpoint, "read_checked", lambda path: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")))

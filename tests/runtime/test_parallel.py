@@ -55,6 +55,7 @@ def test_fsdp_equals_ddp(replicated: Path, sharded: Path) -> None:
     assert results[0]["top1"] == results[1]["top1"]
 
 
+@pytest.mark.long
 def test_fsdp_accumulation_equals_whole_batches(replicated: Path, small_set: Path, tmp_path: Path) -> None:
     finish(launch(small_set, tmp_path / "run", 2, *CALM, "PARALLEL.STRATEGY", "fsdp", "TRAIN.ACCUMULATE", "2"))
     assert difference(tmp_path / "run", replicated) < 1e-5
@@ -79,6 +80,7 @@ def die_at(step: int, command: list[str], folder: Path) -> None:
     assert newest_step(output) == step, ended.stderr
 
 
+@pytest.mark.long
 def test_resume_with_other_processes_and_strategy(replicated: Path, small_set: Path, tmp_path: Path) -> None:
     """From two sharded processes to one, and from there to two replicated ones."""
     output = tmp_path / "run"
@@ -111,6 +113,7 @@ def test_accumulated_gradients_are_reduced_once() -> None:
     assert reduced == [0, 0]  # one bucket, in every fourth backward pass
 
 
+@pytest.mark.long
 def test_different_checkpoints_on_ranks_are_an_error(small_set: Path, tmp_path: Path) -> None:
     """As with an OUTPUT_DIR on a local disk of each machine."""
     die_at(2, launch(small_set, tmp_path / "0", 1, *CALM), tmp_path)
@@ -128,6 +131,7 @@ def test_different_checkpoints_on_ranks_are_an_error(small_set: Path, tmp_path: 
         assert "rank 0 step 2, rank 1 none; OUTPUT_DIR has to be one folder" in said
 
 
+@pytest.mark.long
 def test_fsdp_resumes_bit_for_bit(sharded: Path, small_set: Path, tmp_path: Path) -> None:
     command = launch(small_set, tmp_path / "run", 2, *CALM, "PARALLEL.STRATEGY", "fsdp")
     die_at(3, command, tmp_path)

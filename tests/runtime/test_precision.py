@@ -68,6 +68,7 @@ def test_compiled_model_trains_to_the_same_weights(
     assert max((found[name] - value).abs().max() for name, value in whole.items()) < 1e-4
 
 
+@pytest.mark.long
 def test_every_block_is_compiled_in_training_and_evaluation() -> None:
     """torch runs a function uncompiled after 8 recompilations; the blocks of a Swin need more."""
     ran: list[str] = []

@@ -384,6 +384,7 @@ def test_cluster_local_runs_two_processes(small_set: Path, tmp_path: Path) -> No
     assert "is done" in said
 
 
+@pytest.mark.long
 def test_ctrl_c_leaves_a_local_job_running(small_set: Path, tmp_path: Path) -> None:
     """A terminal sends SIGINT to the whole process group."""
     output = tmp_path / "run"
@@ -398,6 +399,7 @@ def test_ctrl_c_leaves_a_local_job_running(small_set: Path, tmp_path: Path) -> N
     wait_until((output / "results.json").is_file, "the end of the job", 120)
 
 
+@pytest.mark.long
 def test_cluster_debug_runs_here(small_set: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     code, said = submit_here("--cluster", "debug", *settings(small_set, output, "TRAIN.EPOCHS", "1"))

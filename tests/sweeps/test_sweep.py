@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from stvit_video import run, tradeoff
 from stvit_video.common.errors import Stopped
 from stvit_video.runtime.stopping import EXIT_STOPPED
-from stvit_video.slurm.jobs import ENDED, Job, read_job
-from stvit_video.slurm.records import Failure
+from stvit_video.slurm.jobs import ENDED, ClusterJob, read_job
+from stvit_video.slurm.records import TaskFailure
 from stvit_video.slurm.sweep_jobs import SweepJob
 from stvit_video.sweeps import runs as sweep_runs
 from stvit_video.sweeps.plan import open_plan
@@ -276,10 +276,10 @@ def test_failed_start_is_named_and_nothing_follows(
     ],
 )
 def test_failed_job_says_why(code: int | None, problem: str, said: str, tmp_path: Path) -> None:
-    job = Job(tmp_path, "local", "0", tmp_path, "key")
+    job = ClusterJob(tmp_path, "local", "0", tmp_path, "key")
     job.folder.path.mkdir()
     if code is not None:
-        job.folder.add_failure(Failure("key", 0, 0, "n1", code, problem, 0.0))
+        job.folder.add_failure(TaskFailure("key", 0, 0, "n1", code, problem, 0.0))
     assert SweepJob(job).describe_failure() == said
 
 

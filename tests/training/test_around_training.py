@@ -1,4 +1,4 @@
-"""What surrounds training: tests that go on after an interruption, their tables, dry runs, other logs, early ends."""
+"""Around training: interrupted tests that continue, result tables, dry runs, other logs, early ends."""
 
 import csv
 import json
@@ -17,45 +17,29 @@ import torch
 from stvit_video import run
 from stvit_video.evaluation import evaluate
 from stvit_video.evaluation.score_cache import Parts
+from stvit_video.runs.log import read_metrics
 from stvit_video.runtime.stopping import EXIT_STOPPED
-from tests.conftest import REPOSITORY
+from tests.conftest import Killed
 
 Arguments = Callable[..., list[str]]
 
 
-class Killed(Exception):
-    """What ends a test in a test as if from outside."""
-
-
-@pytest.fixture(scope="module")
-def trained(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The weights of a run of a step."""
-    output = tmp_path_factory.mktemp("trained") / "run"
-    words = f"DATA.ROOT {small_set} TRAIN.BATCH_SIZE 8 TRAIN.MAX_STEPS 1 DATA.WORKERS 0 OUTPUT_DIR {output}".split()
-    empty = ["DATA.GENERATE", "", "DATA.VAL_LIST", ""]
-    assert run.main(["--cfg", f"{REPOSITORY}/configs/sample_stvit.yaml", *words, *empty]) == 0
-    return output / "model.safetensors"
-
-
-def test_words(trained: Path, output: Path) -> list[str]:
+def evaluation(trained: Path, output: Path) -> list[str]:
     """Overrides of a test of 16 videos in 8 batches."""
     return ["MODE", "test", "MODEL.INIT", str(trained), "OUTPUT_DIR", str(output), "TEST.BATCH_SIZE", "2"]
 
 
-test_words.__test__ = False  # type: ignore[attr-defined]
-
-
-def test_settings_that_say_what_was_meant_anyway_are_the_same_network(
+def test_defaults_given_explicitly_are_the_same_network(
     trained: Path, small_run: Arguments, refused: Callable[[list[str]], str], tmp_path: Path
 ) -> None:
-    said = small_run("MODEL.PRESET", "paper", "MODEL.REDUCER", "stgm", *test_words(trained, tmp_path / "test"))
+    said = small_run("MODEL.PRESET", "paper", "MODEL.REDUCER", "stgm", *evaluation(trained, tmp_path / "test"))
     assert run.main(said) == 0
-    other = small_run("MODEL.BASE_DEPTH", "3", *test_words(trained, tmp_path / "other"))
+    other = small_run("MODEL.BASE_DEPTH", "3", *evaluation(trained, tmp_path / "other"))
     assert "was trained with base_depth None, not 3; set MODEL to match it" in refused(other)
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, after: int, action: Callable[[], None]) -> list[int]:
-    """Do something after so many batches of a test; returns the sizes of the batches that are scored."""
+    """Call ``action`` after a number of batches of a test; return the list of the sizes of the batches scored."""
     scored: list[int] = []
     add = Parts.add
 
@@ -73,12 +57,12 @@ def die() -> None:
     raise Killed
 
 
-def test_a_stopped_test_goes_on_and_gives_the_same_figures(
+def test_a_stopped_test_continues_with_the_same_figures(
     small_run: Arguments, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     whole, stopped = (
-        small_run(*test_words(trained, tmp_path / "whole")),
-        small_run(*test_words(trained, tmp_path / "s")),
+        small_run(*evaluation(trained, tmp_path / "whole")),
+        small_run(*evaluation(trained, tmp_path / "s")),
     )
     assert run.main(whole) == 0
     with monkeypatch.context() as patch:
@@ -98,18 +82,18 @@ def test_a_stopped_test_goes_on_and_gives_the_same_figures(
     assert results[0] == results[1]
 
 
-def test_a_test_stops_at_its_next_batch_where_another_process_was_told_to(
+def test_a_test_stops_when_another_rank_stops(
     small_run: Arguments, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    """And does not finish its own share first, for which the other would wait, up to the timeout."""
+    """At its next batch: the other rank would wait for the rest of its shard until the timeout."""
     scored = interrupt(monkeypatch, 3, lambda: monkeypatch.setattr(evaluate, "is_told", lambda world, note: True))
     monkeypatch.setattr(evaluate, "any_of", lambda world, flag: True)
-    assert run.main(small_run(*test_words(trained, tmp_path / "told"))) == EXIT_STOPPED
+    assert run.main(small_run(*evaluation(trained, tmp_path / "told"))) == EXIT_STOPPED
     assert scored == [2, 2, 2]
     assert "after 6 of 16 videos" in capfd.readouterr().err
 
 
-def test_a_killed_test_after_training_goes_on(
+def test_a_killed_test_after_training_continues(
     small_run: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = small_run("TEST.BATCH_SIZE", "2", "DATA.VAL_LIST", "")
@@ -128,7 +112,7 @@ def test_a_killed_test_after_training_goes_on(
 def test_parts_of_other_weights_views_or_lists_are_not_used(
     small_run: Arguments, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = test_words(trained, tmp_path / "s")
+    words = evaluation(trained, tmp_path / "s")
     with monkeypatch.context() as patch:
         interrupt(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert run.main(small_run(*words)) == EXIT_STOPPED
@@ -159,7 +143,7 @@ def test_a_damaged_part_is_scored_again_with_a_warning(tmp_path: Path, damage: s
         assert [int(row[0][0]) for row in parts.read()] == [2]
 
 
-def test_a_video_that_failed_is_asked_for_again(small_run: Arguments, trained: Path, tmp_path: Path) -> None:
+def test_a_failed_video_is_tried_again(small_run: Arguments, trained: Path, tmp_path: Path) -> None:
     parts = []
     original = evaluate.Parts
 
@@ -174,16 +158,16 @@ def test_a_video_that_failed_is_asked_for_again(small_run: Arguments, trained: P
     listed.write_text("\n".join([*lines[:3], "absent.mp4 1"]) + "\n")
     evaluate.Parts = Watched  # type: ignore[misc]
     try:
-        words = [*test_words(trained, tmp_path / "s"), "DATA.TEST_LIST", str(listed), "DATA.MAX_FAILURES", "0.5"]
+        words = [*evaluation(trained, tmp_path / "s"), "DATA.TEST_LIST", str(listed), "DATA.MAX_FAILURES", "0.5"]
         assert run.main(small_run(*words)) == 0
     finally:
         evaluate.Parts = original  # type: ignore[misc]
     assert parts == [[0, 1]]
 
 
-def test_the_tables_agree_with_the_results(small_run: Arguments, trained: Path, tmp_path: Path) -> None:
+def test_tables_agree_with_the_results(small_run: Arguments, trained: Path, tmp_path: Path) -> None:
     output = tmp_path / "s"
-    assert run.main(small_run(*test_words(trained, output))) == 0
+    assert run.main(small_run(*evaluation(trained, output))) == 0
     results = json.loads((output / "results.json").read_text())
     videos, classes = (list(csv.DictReader((output / name).open())) for name in ("predictions.csv", "per_class.csv"))
     right = sum(row["label"] == row["predicted"] for row in videos)
@@ -195,7 +179,7 @@ def test_the_tables_agree_with_the_results(small_run: Arguments, trained: Path, 
     assert all(float(row["probability"]) >= float(row["label_probability"]) for row in videos)
 
 
-def test_a_dry_run_prints_what_a_run_is_and_leaves_nothing(
+def test_a_dry_run_prints_the_run_and_writes_nothing(
     small_run: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Callable[[list[str]], str]
 ) -> None:
     assert run.main([*small_run("TRAIN.ACCUMULATE", "2", "TEST.CLIPS", "2"), "--dry-run"]) == 0
@@ -214,15 +198,13 @@ def test_a_dry_run_prints_what_a_run_is_and_leaves_nothing(
 def test_the_other_modes_have_a_dry_run_too(
     small_run: Arguments, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str
 ) -> None:
-    words = [*test_words(trained, tmp_path / "s")[2:], "MODE", mode]
+    words = [*evaluation(trained, tmp_path / "s")[2:], "MODE", mode]
     assert run.main([*small_run(*words), "--dry-run"]) == 0
     assert "test batch: clips (2, 3, 8, 64, 64) -> logits (2, 8)" in capsys.readouterr().out
     assert not (tmp_path / "s").exists()
 
 
 def test_training_stops_at_max_steps_in_the_middle_of_an_epoch(small_run: Arguments, tmp_path: Path) -> None:
-    from stvit_video.runs.log import read_metrics
-
     assert (
         run.main(
             small_run("TRAIN.EPOCHS", "5", "TRAIN.MAX_STEPS", "6", "OPTIM.WARMUP_EPOCHS", "0", "OPTIM.LR", "0.001")
@@ -235,7 +217,7 @@ def test_training_stops_at_max_steps_in_the_middle_of_an_epoch(small_run: Argume
         assert row["lr"] == pytest.approx(0.001 * 0.5 * (1 + math.cos(math.pi * (step + 0.5) / 6)))
 
 
-def test_weights_and_biases_gets_the_same_rows_and_its_absence_is_said(
+def test_weights_and_biases_gets_the_same_rows_or_is_reported_missing(
     small_run: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[[list[str]], str]
 ) -> None:
     logged: list[tuple[dict, int]] = []

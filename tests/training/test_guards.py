@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: skipped on every process, counted, and the end when there are too many."""
+"""Losses and gradients that are not finite: the step is skipped on every rank and counted; too many end the run."""
 
 import itertools
 import types
@@ -24,7 +24,7 @@ Arguments = Callable[..., list[str]]
 
 
 class Fragile(nn.Module):
-    """A classifier of clips that breaks on white ones, in the way it is told to."""
+    """A classifier whose logits or gradients are not finite for white clips."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ def test_a_bad_step_changes_nothing_but_the_count(precision: str) -> None:
     assert (trainer.bad_steps, trainer.step) == (1, 2)
 
 
-def test_one_bad_micro_batch_of_several_costs_the_step() -> None:
+def test_one_bad_micro_batch_skips_the_step() -> None:
     model = Fragile("logits")
     trainer = trainer_of(model, 1, accumulate=2)
     before = model.layer.weight.clone()
@@ -80,14 +80,14 @@ def test_one_bad_micro_batch_of_several_costs_the_step() -> None:
     assert trainer.bad_steps == 1
 
 
-def test_gradients_count_although_the_loss_is_finite() -> None:
+def test_gradients_that_are_not_finite_count_too() -> None:
     """The square root of 0 has an infinite slope."""
     trainer = trainer_of(Fragile("gradients"), 0)
     with pytest.raises(Diverged, match=r"the last step 1 with the video\(s\) 0\.mp4, 255\.mp4;"):
         trainer.take_step(iter(batches(255)))
 
 
-def test_the_message_names_the_videos_of_the_step_that_was_one_too_many() -> None:
+def test_the_message_names_the_videos_of_the_last_bad_step() -> None:
     trainer = trainer_of(Fragile("logits"), 1)
     endless = itertools.cycle(batches(255))
     trainer.take_step(endless)
@@ -95,7 +95,7 @@ def test_the_message_names_the_videos_of_the_step_that_was_one_too_many() -> Non
         trainer.take_step(endless)
 
 
-def test_an_overflow_of_fp16_lowers_the_scale_and_is_no_bad_step() -> None:
+def test_fp16_overflows_handled_by_the_loss_scaler_are_not_counted() -> None:
     class Steep(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -128,7 +128,7 @@ def test_a_run_that_diverges_ends_with_one_line(
 def test_a_checkpoint_after_a_bad_first_step_changes_nothing(
     small_run: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The optimiser has no state by then, and torch would make one by stepping."""
+    """The optimiser has no state yet, and must not step to create one."""
     update = Trainer._update_weights
 
     def spoil(self: Trainer) -> bool:
@@ -144,7 +144,7 @@ def test_a_checkpoint_after_a_bad_first_step_changes_nothing(
     assert all(torch.equal(often[name], value) for name, value in seldom.items())
 
 
-def test_scores_that_are_not_finite_are_no_result(
+def test_scores_that_are_not_finite_are_refused(
     small_run: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run.main(small_run("DATA.VAL_LIST", "", "TRAIN.MAX_STEPS", "1")) == 0

@@ -53,7 +53,7 @@ def test_schedule_is_a_line_then_a_cosine(warmup: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16", "stvit_vit_tiny_patch16"])
-def test_layer_decay_is_timms(name: str) -> None:
+def test_layer_decay_equals_timm(name: str) -> None:
     """timm's groups for its own ViT, parameter by parameter.
 
     Not compared: the semantic tokens' centres, which timm has not, and the last norm, which it counts with the last
@@ -92,7 +92,7 @@ def test_layer_decay_falls_from_the_head_to_the_embedding(name: str) -> None:
         assert {rates[id(p)] for p in block.parameters()} == {0.5 ** (depth - i)}
 
 
-def test_the_rate_grows_with_the_batch_if_asked() -> None:
+def test_learning_rate_scales_with_the_batch() -> None:
     model = torch.nn.Linear(2, 2)
     model.no_weight_decay, model.layer_id = set, lambda name: 0
     words = ("OPTIM.LR", "0.001", "TRAIN.BATCH_SIZE", "64")
@@ -141,7 +141,7 @@ def test_top_k_and_confusion() -> None:
     assert predictions.loss == pytest.approx(-sum(map(math.log, (0.6, 0.3, 0.7, 0.4))) / 4)
 
 
-def test_shares_of_processes_are_joined_in_list_order_and_checked() -> None:
+def test_shards_are_joined_in_list_order_and_checked() -> None:
     def row(*indices: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         places = torch.tensor(indices)
         return places, places % 3, torch.eye(3)[places % 3]

@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped or damaged, and started again: they end as if nothing had happened."""
+"""Runs that are killed, stopped or damaged, and started again end with the weights of an undisturbed run."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ from stvit_video import run
 from stvit_video.runs.checkpoint import list_checkpoints
 from stvit_video.runs.log import read_metrics
 from stvit_video.runtime.stopping import EXIT_STOPPED
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, small_arguments
 
 # Dropout, augmentation, mixing and workers: all that is random, and all that could be out of step.
 EVERYTHING = [
@@ -30,18 +30,22 @@ EVERYTHING = [
 
 
 def launch(small_set: Path, output: Path, processes: int = 1, *extra: str) -> list[str]:
-    """Return the command of a run of 12 steps in processes of its own."""
+    """Return the command of a run of 12 steps, under torchrun where ``processes`` > 1."""
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
     words = f"--cfg {REPOSITORY}/configs/sample_stvit.yaml DATA.ROOT {small_set} TRAIN.BATCH_SIZE 8 OUTPUT_DIR {output}"
     words += " DEVICE cpu DATA.GENERATE_CLIPS [32,16,16]"
     return [sys.executable, *start, "-m", "stvit_video.run", *words.split(), "DATA.GENERATE", "", *EVERYTHING, *extra]
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.long)])
 def undisturbed(request: pytest.FixtureRequest, small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
-    """The number of processes, and the weights of a run that nothing happened to."""
+    """The number of processes, and the weights of a run without interruption."""
     output = tmp_path_factory.mktemp("undisturbed") / "run"
-    subprocess.run(launch(small_set, output, request.param), check=True, capture_output=True, timeout=300)
+    command = launch(small_set, output, request.param)
+    if request.param == 1:
+        assert run.main([*command[3:], "DATA.WORKERS", "0"]) == 0
+    else:
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
     return request.param, load_file(output / "model.safetensors")
 
 
@@ -64,23 +68,35 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
     pytest.fail("nothing happened for a minute")
 
 
-@pytest.mark.parametrize("steps", [1, 3, 4, 6])  # of 4 an epoch
-def test_a_run_that_dies_in_the_middle_of_an_epoch_loses_nothing(
-    small_run: Callable[..., list[str]], run_killed: Callable[[list[str], int], None], tmp_path: Path, steps: int
+@pytest.fixture(scope="module")
+def two_epochs(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of eight steps without interruption, in this process."""
+    output = tmp_path_factory.mktemp("two_epochs") / "run"
+    assert run.main(small_arguments(small_set, output, *EVERYTHING, "TRAIN.EPOCHS", "2", "DATA.WORKERS", "0")) == 0
+    return output
+
+
+@pytest.mark.parametrize(("steps", "workers"), [(1, "0"), (3, "1"), (4, "0"), (6, "0")])  # four steps an epoch
+def test_a_run_killed_within_an_epoch_ends_with_the_same_weights(
+    two_epochs: Path,
+    small_run: Callable[..., list[str]],
+    run_killed: Callable[[list[str], int], None],
+    tmp_path: Path,
+    steps: int,
+    workers: str,
 ) -> None:
-    extra = [*EVERYTHING, "TRAIN.EPOCHS", "2"]
-    output = ["OUTPUT_DIR", str(tmp_path / "killed")]
-    assert run.main(small_run(*extra)) == 0
-    run_killed(small_run(*extra, *output), steps)
-    assert newest_step(tmp_path / "killed") == steps
-    assert run.main(small_run(*extra, *output)) == 0
-    assert equal(tmp_path / "killed", load_file(tmp_path / "run" / "model.safetensors"))
-    rows = [[(row["split"], row["step"]) for row in read_metrics(tmp_path / name / "metrics.jsonl")]
-            for name in ("run", "killed")]  # fmt: skip
+    """Also with another number of loader workers than the uninterrupted run had."""
+    arguments = small_run(*EVERYTHING, "TRAIN.EPOCHS", "2", "DATA.WORKERS", workers)
+    run_killed(arguments, steps)
+    assert newest_step(tmp_path / "run") == steps
+    assert run.main(arguments) == 0
+    assert equal(tmp_path / "run", load_file(two_epochs / "model.safetensors"))
+    rows = [[(row["split"], row["step"]) for row in read_metrics(folder / "metrics.jsonl")]
+            for folder in (two_epochs, tmp_path / "run")]  # fmt: skip
     assert rows[0] == rows[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR2, marks=pytest.mark.long)])
 def test_a_signal_stops_at_a_step_and_the_same_command_continues(
     undisturbed: tuple[int, dict], small_set: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -104,8 +120,8 @@ def test_a_signal_stops_at_a_step_and_the_same_command_continues(
     assert equal(output, expected)
 
 
-def test_a_signal_to_the_whole_group_stops_as_well(small_set: Path, tmp_path: Path) -> None:
-    """As Ctrl-C in a terminal, or a scheduler: the loader's workers and decoders get it too."""
+def test_a_signal_to_the_process_group_stops_too(small_set: Path, tmp_path: Path) -> None:
+    """As Ctrl-C in a terminal sends it: loader workers and decoders get it too."""
     output = tmp_path / "run"
     process = subprocess.Popen(
         launch(small_set, output), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -118,8 +134,31 @@ def test_a_signal_to_the_whole_group_stops_as_well(small_set: Path, tmp_path: Pa
     assert "stopped by SIGINT after step" in said
 
 
+FAIL = """
+import sys
+from stvit_video import run
+from stvit_video.training.trainer import Trainer
+def fail(self, batches):
+    next(batches)
+    raise ArithmeticError("a mistake of ours")
+Trainer.take_step = fail
+sys.exit(run.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.long
+def test_a_run_that_fails_ends_although_it_has_workers(small_set: Path, tmp_path: Path) -> None:
+    """The traceback keeps the loader alive, and its workers ignore the signal that would end them."""
+    words = launch(small_set, tmp_path / "run")[3:]
+    ended = subprocess.run(
+        [sys.executable, "-c", FAIL, *words], capture_output=True, text=True, timeout=120, cwd=REPOSITORY
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.endswith("ArithmeticError: a mistake of ours\n")
+
+
 def send(launched: bool, *signals: signal.Signals, pause: float = 0.0) -> tuple[int, str]:
-    """Send signals to a process that waits for a step's end; return its exit code and what it said."""
+    """Send signals to a process that uses StopSignals; return its exit code and its output."""
     code = f"""
 import os, time
 from stvit_video.runtime.stopping import StopSignals
@@ -140,8 +179,8 @@ def test_a_second_signal_exits_at_once(number: signal.Signals) -> None:
     assert send(True, number, number, pause=1.1) == (128 + number, "")
 
 
-def test_what_launchers_and_schedulers_send_twice_is_no_second_signal() -> None:
-    """Passed on by torchrun and srun at once, or SIGTERM after a scheduler's SIGUSR2."""
+def test_repeated_signals_of_launchers_count_once() -> None:
+    """torchrun and srun both pass a signal on; a scheduler sends SIGTERM after SIGUSR2."""
     both = (signal.SIGUSR2, signal.SIGUSR2, signal.SIGTERM, signal.SIGTERM)
     assert send(True, *both) == (0, "SIGUSR2\n")
     assert send(True, signal.SIGUSR2, signal.SIGTERM, pause=1.1) == (0, "SIGUSR2\n")
@@ -149,7 +188,7 @@ def test_what_launchers_and_schedulers_send_twice_is_no_second_signal() -> None:
 
 
 def kill_until_done(small_set: Path, output: Path, processes: int, rng: np.random.Generator) -> int:
-    """Start a run again and again, killing it at random moments until it is done; return how often it was killed."""
+    """Start a run and kill it at random moments until it finishes; return the number of kills."""
     command, kills = launch(small_set, output, processes), 0
     while not (output / "results.json").is_file():
         process = subprocess.Popen(
@@ -166,14 +205,15 @@ def kill_until_done(small_set: Path, output: Path, processes: int, rng: np.rando
 
 
 def kill_all(output: Path) -> None:
-    """Kill every process of a run at once: torchrun, and those that it has started in sessions of their own."""
+    """Kill every process of a run at once: torchrun and its ranks, which are in other sessions."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # it has ended since
             if f"{output}\0".encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
                 os.kill(int(path.parent.name), signal.SIGKILL)
 
 
-def test_runs_killed_at_random_moments_end_with_the_same_weights(
+@pytest.mark.long
+def test_a_run_killed_at_random_moments_ends_with_the_same_weights(
     undisturbed: tuple[int, dict], small_set: Path, tmp_path: Path
 ) -> None:
     processes, expected = undisturbed
@@ -181,10 +221,11 @@ def test_runs_killed_at_random_moments_end_with_the_same_weights(
     assert equal(tmp_path / "run", expected)
 
 
-def test_a_start_waits_for_the_processes_of_the_one_before(
+@pytest.mark.long
+def test_a_restart_waits_for_the_processes_of_the_last_start(
     undisturbed: tuple[int, dict], small_set: Path, tmp_path: Path
 ) -> None:
-    """Where torchrun alone is killed they stop at their step; one that does not answer has to be ended first."""
+    """Two ranks whose torchrun is killed stop at their step; one process that hangs has to be killed first."""
     processes, expected = undisturbed
     output = tmp_path / "run"
     command = launch(small_set, output, processes)
@@ -210,7 +251,8 @@ def test_a_start_waits_for_the_processes_of_the_one_before(
     assert equal(output, expected)
 
 
-def test_a_damaged_newest_checkpoint_costs_steps_and_nothing_else(
+@pytest.mark.long
+def test_a_damaged_newest_checkpoint_costs_only_steps(
     undisturbed: tuple[int, dict], small_set: Path, tmp_path: Path
 ) -> None:
     processes, expected = undisturbed
@@ -243,8 +285,8 @@ def test_fifteen_such_runs_for_each_number_of_processes(
     assert kills >= 15
 
 
-def test_a_full_disk_stops_the_run_and_costs_nothing(
-    small_run: Callable[..., list[str]], refused: Callable[[list[str]], str], tmp_path: Path
+def test_a_full_disk_stops_the_run_which_continues_later(
+    two_epochs: Path, small_run: Callable[..., list[str]], refused: Callable[[list[str]], str], tmp_path: Path
 ) -> None:
     small = tmp_path / "small"
     small.mkdir()
@@ -252,15 +294,14 @@ def test_a_full_disk_stops_the_run_and_costs_nothing(
     if mounted.returncode:
         pytest.skip("a small disk can be mounted by root only")
     try:
-        extra = [*EVERYTHING, "TRAIN.EPOCHS", "2", "CHECKPOINT.EVERY_STEPS", "2", "CHECKPOINT.KEEP", "2"]
-        output = ["OUTPUT_DIR", str(small / "run")]
-        assert run.main(small_run(*extra)) == 0
-        said = refused(small_run(*extra, *output))
+        extra = ["TRAIN.EPOCHS", "2", "DATA.WORKERS", "0", "CHECKPOINT.EVERY_STEPS", "2", "CHECKPOINT.KEEP", "2"]
+        arguments = small_run(*EVERYTHING, *extra, "OUTPUT_DIR", str(small / "run"))
+        said = refused(arguments)
         assert "No space left on device" in said
         reached = newest_step(small / "run")
         assert reached >= 2
         subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
-        assert run.main(small_run(*extra, *output)) == 0
-        assert equal(small / "run", load_file(tmp_path / "run" / "model.safetensors"))
+        assert run.main(arguments) == 0
+        assert equal(small / "run", load_file(two_epochs / "model.safetensors"))
     finally:
         subprocess.run(["umount", "--lazy", str(small)], check=True)  # TensorBoard may hold its file a little longer

@@ -1,4 +1,4 @@
-"""Untrained transfer: both scores on made-up features, and the whole mode."""
+"""Transfer without training: nearest neighbours and linear probe on random features, and the whole mode."""
 
 import json
 import shutil
@@ -63,7 +63,7 @@ def test_linear_probe_is_at_the_minimum_of_its_loss() -> None:
     assert gradient.abs().max() < 1e-3
 
 
-def test_any_number_of_videos_is_scored_alike() -> None:
+def test_scores_do_not_depend_on_the_chunk() -> None:
     train, features = described(torch.randn(50, 6), torch.randint(4, (50,))), torch.randn(2100, 6)
     whole = nearest_neighbours(train, features, 4, 5, 0.07)
     for start in (0, 1000, 2090):
@@ -82,7 +82,7 @@ def test_frames_are_classified_alone_and_averaged() -> None:
     torch.testing.assert_close(found, torch.stack(expected))
 
 
-def test_top_5_of_three_classes_is_everything(tmp_path: Path) -> None:
+def test_top_5_of_three_classes_is_100_percent(tmp_path: Path) -> None:
     parts = {name: described(torch.randn(6, 4), torch.arange(6) % 3) for name in ("train_init", "test_init")}
     scoring = {"neighbours": 20, "temperature": 0.07, "weight_decay": 1e-3, "max_failures": 0.1}
     task = Transfer(RunFolder(tmp_path), 3, [], {}, "", precision="fp32", seed=0, **scoring)
@@ -94,7 +94,7 @@ def test_top_5_of_three_classes_is_everything(tmp_path: Path) -> None:
     assert len({len(line) for line in lines}) == 1
 
 
-def test_the_picture_is_1000_pixels_wide_and_cuts_nothing_off(tmp_path: Path) -> None:
+def test_the_chart_is_1000_pixels_wide_and_cuts_nothing_off(tmp_path: Path) -> None:
     rows = [
         {"method": "random weights, k-nearest neighbours (k 20, temperature 0.07)", "weights": "random", "top1": 100.0},
         {"method": "fine-tuned (30 epochs)", "weights": "fine-tuned", "top1": 0.0},
@@ -168,7 +168,7 @@ def test_the_image_head_is_scored_where_the_classes_agree(
     assert 0 < hits < 16
 
 
-def test_an_image_head_that_does_not_apply_is_absent_with_its_reason(small_set: Path, tmp_path: Path) -> None:
+def test_an_image_head_that_does_not_apply_is_left_out_with_a_reason(small_set: Path, tmp_path: Path) -> None:
     classes = (small_set / "shape" / "classes.txt").read_text().split()
     path = tmp_path / "image.safetensors"
     cfg = load_config(
@@ -196,7 +196,7 @@ def test_an_image_head_that_does_not_apply_is_absent_with_its_reason(small_set: 
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The titles of the passes over videos that are made from here on; one called "stop" is never finished."""
+    """Titles of the passes over videos from now on; where the list has "stop", the test pass is interrupted."""
     titles: list[str] = []
     describe = features_module.describe_videos
 
@@ -210,7 +210,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return titles
 
 
-def test_features_are_used_again_until_something_they_depend_on_changes(
+def test_features_are_cached_until_an_input_changes(
     small_run: Arguments, small_set: Path, tmp_path: Path, passes: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, path = tmp_path / "set", tmp_path / "image.pth"
@@ -286,7 +286,7 @@ def test_a_damaged_cache_is_computed_again(tmp_path: Path, damage: str) -> None:
     assert "\n" not in said
 
 
-def test_the_fingerprint_follows_everything_that_features_depend_on(small_run: Arguments) -> None:
+def test_the_fingerprint_changes_with_every_input_of_features(small_run: Arguments) -> None:
     def key(*words: str, weights: str = "a", **overrides: Any) -> str:
         arguments = small_run(*words)
         cfg = load_config(arguments[1], arguments[2:])
@@ -304,7 +304,7 @@ def test_the_fingerprint_follows_everything_that_features_depend_on(small_run: A
     assert key("TRANSFER.NEIGHBOURS", "3", "DATA.WORKERS", "1", "TRAIN.EPOCHS", "9") == keys[0]
 
 
-def test_fine_tuning_comes_last_and_continues_after_an_interruption(
+def test_fine_tuning_runs_last_and_resumes(
     small_run: Arguments, refused: Callable, run_killed: Callable[[list[str], int], None], tmp_path: Path
 ) -> None:
     torch.save(image_model(5).state_dict(), tmp_path / "image.pth")
@@ -331,6 +331,7 @@ def test_fine_tuning_comes_last_and_continues_after_an_interruption(
     assert "holds results (transfer.json" in refused(small_run(*words))
 
 
+@pytest.mark.long
 def test_two_processes_score_like_one(small_run: Arguments, tmp_path: Path) -> None:
     torch.save(image_model(5).state_dict(), tmp_path / "image.pth")
     words = ["MODE", "transfer", "MODEL.INIT", str(tmp_path / "image.pth"), "DEVICE", "cpu", "TEST.BATCH_SIZE", "3"]
