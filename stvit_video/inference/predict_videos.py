@@ -68,7 +68,8 @@ def describe_predictor(trained: Trained, predictor: Predictor) -> str:
     }[settings["DATA.SAMPLING"]]
     lines = [
         f"{trained.model.name}, {len(trained.classes)} classes, from {trained.weights}",
-        f"{views.frames} frames of {side}x{side} ({step}), {views.clips} x {views.transform.crops} views per video, on {predictor.device.type}, {predictor.precision}",
+        f"{views.frames} frames of {side}x{side} ({step}), {views.clips} x {views.transform.crops} views per video, "
+        f"on {predictor.device.type}, {predictor.precision}",
     ]
     return "\n".join(lines + ([f"note: {trained.note}"] if trained.note else []))
 
