@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.slurm_cluster import Cluster, wait_until, why_not
+from tests.slurm.cluster import Cluster, wait_until, why_not
 from tests.sweeps.plans import write_plan
 
 
