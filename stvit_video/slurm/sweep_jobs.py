@@ -16,7 +16,7 @@ import stvit_video
 from stvit_video.common.errors import UsageError
 from stvit_video.config.load import override
 from stvit_video.slurm.follow import Follower
-from stvit_video.slurm.jobs import ENDED, cancel, check_cluster, read_job, submit
+from stvit_video.slurm.jobs import ENDED, cancel, check_cluster, open_job_folders, read_job, submit
 from stvit_video.slurm.request import JobRequest, read_profile
 from stvit_video.sweeps.runs import JobRunner
 
@@ -85,8 +85,10 @@ def build_job_runner(cluster: str, logs: Path, jobs: int, gpus: int | None, prof
         paths = [("OUTPUT_DIR", cfg.OUTPUT_DIR), ("DATA.ROOT", cfg.DATA.ROOT), ("MODEL.INIT", cfg.MODEL.INIT)]
         cfg = override(cfg, [(key, os.path.abspath(path)) for key, path in paths if path], "a plan")
         about = {"command": sys.orig_argv, "submitted": time.time(), "host": socket.gethostname()}
+        request = build_request(cfg)
+        folders = open_job_folders([cfg], request, cluster, logs)
         with _share_of_cores(sharing if cluster == "local" else 0):
-            return SweepJob(submit([cfg], build_request(cfg), cluster, logs, about)[0])
+            return SweepJob(submit(folders, request, cluster, logs, about)[0])
 
     def find(run: Path) -> SweepJob | None:
         job = read_job(run.absolute())
