@@ -29,7 +29,7 @@ def build_parser() -> Parser:
     add("--cluster", default="local", choices=("local", "slurm"), help="where to train (default: %(default)s)")
     add("--profile", type=Path, metavar="FILE", help="what the cluster needs: slurm/profiles/NAME.yaml")
     add("--gpus-per-node", type=int, metavar="G", help="GPUs of each run (default: 1 unless DEVICE is cpu)")
-    about = "how far below the dense baseline is near (default: %(default)g)"
+    about = "points of top-1 below the dense baseline that a preset may lose (default: %(default)g)"
     add("--within", type=float, default=0.5, metavar="POINTS", help=about)
     add("--list", action="store_true", help="print rows, costs and runs left; train nothing, and exit")
     add("--no-train", action="store_true", help="only draw table and plot from what is there")

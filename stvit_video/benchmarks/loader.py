@@ -104,8 +104,7 @@ def build_timers(cfg: CfgNode, count: int, peers: Sequence[str], training: bool)
 
     dataset: Any = build_loader(0).dataset
     numbers = range(min(len(dataset), -(-count // repeats)))
-    requests = (dataset.request(SampleKey(0, i), i) if training else dataset.request(i) for i in numbers)
-    chosen = choose_readable(requests)
+    chosen = choose_readable(dataset.request(SampleKey(0, i) if training else i) for i in numbers)
     timers = step_timers(dataset, chosen, repeats)
     for workers in sorted({1, cfg.DATA.WORKERS}):
         timers[f"loader, {workers} worker(s)"] = loader_timer(build_loader(workers), -(-count // (BATCH * repeats)))

@@ -1,5 +1,6 @@
 """What a job asks of a cluster: the profile of a site, and the size of one job."""
 
+import os
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -130,6 +131,8 @@ class JobRequest:
             setup=self.profile.setup,
             stderr_to_stdout=True,
         )
+        if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+            executor.parameters["visible_gpus"] = visible.split(",")  # else submitit takes the machine's first GPUs
         return executor
 
     def slurm_executor(self, logs: Path) -> submitit.SlurmExecutor:

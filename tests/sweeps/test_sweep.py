@@ -35,7 +35,7 @@ START_ROWS = {"full": {**SMALL, "TRAIN.MAX_STEPS": 4}, "still": {**SMALL, "OPTIM
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None:
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < until
@@ -60,7 +60,7 @@ def trained(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     process = start()
     wait_until(lambda: any(output.glob("start/seed3/checkpoints/step_*.pt")), process)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == EXIT_STOPPED, (out, err)
     assert err == "stopped by SIGTERM after 0 of 3 runs; the same command continues\n"
     job = read_job(output / "start" / "seed3")
@@ -72,7 +72,7 @@ def trained(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     process = start()
     wait_until(lambda: any(output.glob("full/seed3/checkpoints/step_*.pt")), process)
     process.kill()  # its jobs go on
-    printed.append(process.communicate(timeout=120)[0])
+    printed.append(process.communicate(timeout=300)[0])
 
     process = start()
     out, err = process.communicate(timeout=300)
