@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:?"usage: tests/torch_versions.sh FOLDER [VERSION ...]"}
 shift
-tests=(tests/test_export.py tests/models/test_fast_paths.py tests/runtime/test_precision.py tests/data/test_decod*.py)
+tests=(tests/inference/test_export.py tests/models/test_fast_paths.py tests/runtime/test_precision.py tests/data/test_decod*.py)
 
 lowest() { sed -n "s/^ *$1>=\([0-9.]*\)$/\1/p" setup.cfg | head -n 1; }
 

@@ -2,6 +2,7 @@
 
 import atexit
 import multiprocessing
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -189,6 +190,7 @@ def _kill_workers() -> None:
 
     multiprocessing sends them SIGTERM, which they ignore, and would wait for them forever.
     """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises where a worker is killed
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

@@ -149,7 +149,7 @@ sys.exit(run.main(sys.argv[1:]))
 @pytest.mark.long
 def test_a_run_that_fails_ends_although_it_has_workers(small_set: Path, tmp_path: Path) -> None:
     """The traceback keeps the loader alive, and its workers ignore the signal that would end them."""
-    words = launch(small_set, tmp_path / "run")[3:]
+    words = launch(small_set, tmp_path / "run", 1, "DATA.WORKERS", "2")[3:]
     ended = subprocess.run(
         [sys.executable, "-c", FAIL, *words], capture_output=True, text=True, timeout=120, cwd=REPOSITORY
     )
