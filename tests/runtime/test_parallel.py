@@ -45,7 +45,7 @@ def replicated(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="module")
 def sharded(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("parallel") / "fsdp"
-    assert "weights shared out (fsdp)" in finish(launch(small_set, output, 2, *CALM, "PARALLEL.STRATEGY", "fsdp"))
+    assert "weights sharded (fsdp)" in finish(launch(small_set, output, 2, *CALM, "PARALLEL.STRATEGY", "fsdp"))
     return output
 
 
