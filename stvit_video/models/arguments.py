@@ -17,23 +17,15 @@ PoolingKind = Literal["mask", "max", "mean"]
 ReducerName = Literal["stgm", "random", "mean", "tome", "dynamicvit", "ats", "spot"]
 REDUCERS: tuple[str, ...] = get_args(ReducerName)
 GRID_REDUCERS = REDUCERS[:3]  # those that can leave one token for each region, as windows need it
-KeyKind = Literal["unset", "default"]
 
 
-def argument(
-    about: str,
-    default: Any = MISSING,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    key: KeyKind | None = None,
-) -> Any:
-    """Declare an argument as a dataclass field; whole numbers start at 1 where ``low`` does not say otherwise.
+def argument(about: str, default: Any = MISSING, **limits: Any) -> Any:
+    """Declare an argument as a dataclass field. ``limits``: ``low`` and ``high``; whole numbers start at 1 without.
 
     ``key`` makes it a key of the MODEL section: "unset" by default, which keeps the variant's value, or "default",
     which has the argument's own default.
     """
-    return field(default=default, metadata={"about": about, "low": low, "high": high, "key": key})
+    return field(default=default, metadata={"about": about, "low": None, "high": None, "key": None, **limits})
 
 
 @dataclass(frozen=True)
@@ -49,7 +41,7 @@ class Rule:
     about: str
     low: float | None
     high: float | None
-    key: KeyKind | None
+    key: Literal["unset", "default"] | None
 
     def check(self, value: Any) -> Any:
         """Return ``value`` as plain numbers, sequences as tuples; raise ValueError where it is not allowed."""

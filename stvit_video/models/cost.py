@@ -30,19 +30,22 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_gflops(model: nn.Module, input_size: tuple[int, int, int]) -> float:
-    """Return the multiply-adds, in 1e9, of one clip (3, T, H, W), as fvcore counts them.
-
-    fvcore does not count fused attention; its two matrix products are added here.
-    """
+    """Return the multiply-adds, in 1e9, of one clip (3, T, H, W), as fvcore counts them, and fused attention's."""
     return count_operations(model, input_size)[0]
 
 
 def count_operations(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[float, dict[str, int]]:
     """Return ``count_gflops``, and the number of occurrences of each operation that fvcore does not count."""
+
+    def count_attention(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+        """Queries (B, h, N, d) on keys (B, h, K, d): N*K*d for the logits and as much again for the weighted sum."""
+        B, h, N, d = get_shape(inputs[0])
+        return Counter({"scaled_dot_product_attention": 2 * B * h * N * get_shape(inputs[1])[-2] * d})
+
     was_training = model.training
     clip = torch.zeros(1, 3, *input_size, device=next(model.parameters()).device)
     analysis = FlopCountAnalysis(model.eval(), clip)
-    analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_flops)
+    analysis.set_op_handle("aten::scaled_dot_product_attention", count_attention)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     with torch.no_grad():
         total = analysis.total()
@@ -77,10 +80,3 @@ def count_training_memory(model: nn.Module, input_size: tuple[int, int, int], pr
     model.load_state_dict(statistics, strict=False)  # training mode has changed those of batch norms
     del logits
     return sum(t.untyped_storage().nbytes() for address, t in saved.items() if address not in own) / 1e9
-
-
-def _attention_flops(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
-    """Queries (B, h, N, d) on keys (B, h, K, d): N*K*d for the logits and as much again for the weighted sum."""
-    B, h, N, d = get_shape(inputs[0])
-    K = get_shape(inputs[1])[-2]
-    return Counter({"scaled_dot_product_attention": 2 * B * h * N * K * d})

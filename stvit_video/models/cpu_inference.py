@@ -6,7 +6,6 @@ to allocate. All of it is here: a block asks ``applies`` and then calls ``add_ml
 Legend: B clips, (T, H, W) token grid, (t, h, w) window, P = t*h*w positions of a window, C channels, k heads.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stvit_video.models.arguments import Grid
 from stvit_video.models.grids import window_partition, window_view
 
 PIECE = 2**23  # bytes of the widest activation of a piece: it then stays in the cache
@@ -47,30 +45,25 @@ def add_mlp(block: Any, x: Tensor) -> Tensor:
 
 
 def window_block(block: Any, x: Tensor) -> Tensor:
-    """Return the output of a ``WindowBlock`` for (B, T, H, W, C)."""
-    return add_mlp(block, _add_window_attention(block, x))
-
-
-def _add_window_attention(block: Any, x: Tensor) -> Tensor:
-    """Return x + attention for (B, T, H, W, C), a few windows at a time.
+    """Return the output of a ``WindowBlock`` for (B, T, H, W, C): its attention for a few windows at a time, its MLP.
 
     Shifted windows are not rolled and masked: a masked window consists of parts that do not see one another, so the
     parts are windows of their own, cut where they lie.
     """
     attention = block.attn
     if any(length % size for length, size in zip(attention.grid[1:], attention.window[1:], strict=True)):
-        return x + block.attention_branch(x)  # padding in space takes part in the attention
+        return add_mlp(block, x + attention(block.norm1(x)))  # padding in space takes part in the attention
     out = torch.empty_like(x)
-    bias = attention.bias().to(x.dtype)
+    bias = attention.bias().to(x.dtype).view(-1, *attention.window, *attention.window)
     for runs in product(*map(_equal_windows, attention.grid, attention.window, attention.shift)):
-        window = (runs[0][2], runs[1][2], runs[2][2])
-        cropped = _crop_bias(bias, attention.window, window)
-        size = math.prod(window) * attention.qkv.out_features * x.element_size()
-        for piece in _pieces(len(x), runs, size):
+        window = t, h, w = runs[0][2], runs[1][2], runs[2][2]
+        positions = t * h * w
+        cropped = bias[:, :t, :h, :w, :t, :h, :w].reshape(-1, positions, positions)
+        for piece in _pieces(len(x), runs, positions * attention.qkv.out_features * x.element_size()):
             windows = window_partition(x[piece], window).flatten(0, 3)
             target = window_view(out[piece], window)
             target.copy_((windows + _attend(attention, block.norm1(windows), cropped)).view(target.shape))
-    return out
+    return add_mlp(block, out)
 
 
 def _equal_windows(length: int, window: int, shift: int) -> list[Run]:
@@ -88,15 +81,6 @@ def _pieces(clips: int, runs: Sequence[Run], window_bytes: int) -> Iterator[tupl
         total *= step
         axes.append([slice(start + i * size, start + min(i + step, count) * size) for i in range(0, count, step)])
     return product(*reversed(axes))
-
-
-def _crop_bias(bias: Tensor, window: Grid, part: Grid) -> Tensor:
-    """Return the bias (k, P, P) of a window cropped to a part (t, h, w) of it."""
-    if part == window:
-        return bias
-    t, h, w = part
-    cropped = bias.view(-1, *window, *window)[:, :t, :h, :w, :t, :h, :w]
-    return cropped.reshape(-1, math.prod(part), math.prod(part))
 
 
 def _attend(attention: Any, windows: Tensor, bias: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 Legend: B clips, (T, H, W) grid, (t, h, w) window, P = t*h*w positions of a window, C channels.
 """
 
+import math
+
 from torch import Tensor
 
 from stvit_video.models.arguments import Grid
@@ -13,7 +15,12 @@ def token_grid(input_size: Grid, patch: Grid) -> Grid:
     for size, step, axis in zip(input_size, patch, ("num_frames", "image height", "image width"), strict=True):
         if size < 1 or size % step:
             raise ValueError(f"{axis} {size} is not a positive multiple of the patch's {step}; choose one that is.")
-    return (input_size[0] // patch[0], input_size[1] // patch[1], input_size[2] // patch[2])
+    return count_windows(input_size, patch)
+
+
+def count_windows(grid: Grid, window: Grid) -> Grid:
+    """Return how many windows along each axis cover a grid."""
+    return (math.ceil(grid[0] / window[0]), math.ceil(grid[1] / window[1]), math.ceil(grid[2] / window[2]))
 
 
 def window_view(x: Tensor, window: Grid) -> Tensor:

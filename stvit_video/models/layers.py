@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from pytorchvideo.layers import Mlp
 from pytorchvideo.layers.drop_path import DropPath
+from pytorchvideo.models.head import create_vit_basic_head
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stvit_video.models import cpu_inference
 from stvit_video.models.arguments import Grid as Grid  # also for the rooms above
+from stvit_video.models.arguments import NetworkArguments
 
 
 @dataclass
@@ -56,39 +58,14 @@ class PatchEmbed(nn.Module):
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
 
 
-class Network(nn.Module):
-    """What the ViT and the Swin have in common; they add ``layer_id``, ``transformer_blocks`` and ``token_counts``."""
-
-    head: Any  # pytorchvideo.models.head.VisionTransformerBasicHead
-    undecayed: tuple[str, ...]  # ends of the names of parameters without weight decay
-
-    def forward_features(self, x: Tensor, intermediates: Intermediates | None = None) -> Tensor:
-        """Map a clip (B, 3, T, H, W) to normalised tokens (B, N, C), and record intermediates if given."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor, return_intermediates: bool = False) -> Tensor | tuple[Tensor, Intermediates]:
-        """Map a clip (B, 3, T, H, W) to logits (B, classes), and to its intermediates if requested."""
-        if not return_intermediates:
-            return self.head(self.forward_features(x))
-        intermediates = Intermediates()
-        return self.head(self.forward_features(x, intermediates)), intermediates
-
-    def no_weight_decay(self) -> set[str]:
-        """Return the names of parameters without weight decay, in addition to biases and norms."""
-        return {name for name, _ in self.named_parameters() if name.endswith(self.undecayed)}
-
-
-def note(intermediates: Intermediates | None, stage: str, x: Tensor, grid: Sequence[int]) -> None:
-    """Record the output tokens of ``stage`` if intermediates are requested."""
+def note(
+    intermediates: Intermediates | None, stage: str, x: Tensor, grid: Sequence[int], assignment: Tensor | None = None
+) -> None:
+    """Record the output tokens of ``stage``, and the assignment of its reducer, if intermediates are requested."""
     if intermediates is not None:
         intermediates.note(stage, x, grid)
-
-
-def run_block(block: nn.Module, x: Tensor, *context: Tensor | None, recompute: bool) -> Tensor:
-    """Run a block; with ``recompute`` its activations are recomputed in the backward pass instead of stored."""
-    if recompute:
-        return checkpoint(block, x, *context, use_reentrant=False)
-    return block(x, *context)
+        if assignment is not None:
+            intermediates.assignment = assignment
 
 
 def check_clip(x: Tensor, input_size: Grid) -> None:
@@ -115,10 +92,6 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def _heads(self, x: Tensor) -> Tensor:
-        B, N, C = x.shape
-        return x.view(B, N, self.num_heads, C // self.num_heads).transpose(1, 2)  # (B, h, N, C/h)
-
     def project(self, query: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries (B, h, N, C/h), keys and values (B, h, K, C/h)."""
         if context is None:
@@ -128,7 +101,8 @@ class Attention(nn.Module):
             weight, bias = self.qkv.weight, self.qkv.bias
             q = F.linear(query, weight[:C], bias[:C])
             k, v = F.linear(context, weight[C:], bias[C:]).chunk(2, dim=-1)
-        return self._heads(q), self._heads(k), self._heads(v)
+        q, k, v = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
+        return q, k, v
 
     def forward(self, query: Tensor, context: Tensor | None = None, key_bias: Tensor | None = None) -> Tensor:
         """Map (B, N, C) to (B, N, C); ``key_bias`` (K,), or (B, K) by clip, is added to every query's logits."""
@@ -140,16 +114,12 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, h, N, C/h)
         return self.proj(x.transpose(1, 2).flatten(2))
 
-    def weights(self, query: Tensor, context: Tensor | None = None, key_bias: Tensor | None = None) -> Tensor:
-        """Return the attention probabilities (B, N, K), mean over heads, without fused attention."""
-        q, k, _ = self.project(query, context)
-        return _probabilities(q, k, key_bias).mean(dim=1)
-
 
 class Block(nn.Module):
     """Pre-norm transformer block with self-attention, or cross-attention to a context.
 
     ``layer_scale`` is the initial value of a learned factor per channel on both branches; None: no factor.
+    ``attention`` takes the place of the ordinary one.
     """
 
     def __init__(
@@ -160,10 +130,11 @@ class Block(nn.Module):
         drop_path: float = 0.0,
         eps: float = 1e-6,
         layer_scale: float | None = None,
+        attention: Attention | None = None,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=eps)
-        self.attn = Attention(dim, num_heads)
+        self.attn = attention or Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
@@ -191,8 +162,8 @@ class Block(nn.Module):
 
     def attention_weights(self, x: Tensor, context: Tensor | None = None, key_bias: Tensor | None = None) -> Tensor:
         """Return the probabilities (B, N, K) of the attention to the context, mean over heads."""
-        normed = None if context is None else self.norm1(context)
-        return self.attn.weights(self.norm1(x), normed, key_bias)
+        q, k, _ = self.attn.project(self.norm1(x), None if context is None else self.norm1(context))
+        return _probabilities(q, k, key_bias).mean(dim=1)
 
     # Methods that a reducer calls instead of ``forward``. Sharding gathers the weights around each of them, so they and
     # ``forward`` must not call one another.
@@ -231,14 +202,63 @@ def _scale(x: Tensor, gamma: Tensor | None) -> Tensor:
     return x if gamma is None else gamma * x
 
 
-def init_weights(module: nn.Module) -> None:
-    """Initialise linear layers (Xavier) in place, as the ViT reference implementation does."""
+class BlockRunner(nn.Module):
+    """Runs blocks, and in training may recompute their activations in the backward pass instead of storing them."""
+
+    grad_checkpointing = False
+
+    def run(self, block: nn.Module, x: Tensor, *context: Tensor | None) -> Tensor:
+        """Return the output of a block."""
+        if self.grad_checkpointing and self.training:
+            return checkpoint(block, x, *context, use_reentrant=False)
+        return block(x, *context)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute activations of all but the reducers' blocks in the backward pass: about a third more time."""
+        for module in self.modules():
+            if isinstance(module, BlockRunner):
+                module.grad_checkpointing = enable
+
+
+class Network(BlockRunner):
+    """What the ViT and the Swin have in common; they add ``layer_id`` and ``token_counts``."""
+
+    head: Any  # pytorchvideo.models.head.VisionTransformerBasicHead
+    undecayed: tuple[str, ...]  # ends of the names of parameters without weight decay
+
+    def add_head(self, dim: int, eps: float, arguments: NetworkArguments) -> None:
+        """Add the last norm and the classifier, which takes the mean over tokens."""
+        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.head = create_vit_basic_head(
+            in_features=dim, out_features=arguments.num_classes, seq_pool_type="mean", dropout_rate=arguments.dropout
+        )
+
+    def forward_features(self, x: Tensor, intermediates: Intermediates | None = None) -> Tensor:
+        """Map a clip (B, 3, T, H, W) to normalised tokens (B, N, C), and record intermediates if given."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, return_intermediates: bool = False) -> Tensor | tuple[Tensor, Intermediates]:
+        """Map a clip (B, 3, T, H, W) to logits (B, classes), and to its intermediates if requested."""
+        if not return_intermediates:
+            return self.head(self.forward_features(x))
+        intermediates = Intermediates()
+        return self.head(self.forward_features(x, intermediates)), intermediates
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of parameters without weight decay, in addition to biases and norms."""
+        return {name for name, _ in self.named_parameters() if name.endswith(self.undecayed)}
+
+    def transformer_blocks(self) -> list[nn.Module]:
+        """Return the blocks in order: the units that are sharded and compiled."""
+        return [module for module in self.modules() if isinstance(module, Block)]
+
+
+def init_linear(module: nn.Module, std: float | None = None) -> None:
+    """Initialise a linear layer in place: normal with deviation ``std``, or Xavier; other layers stay."""
     if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
+        if std is None:
+            nn.init.xavier_uniform_(module.weight)
+        else:
+            nn.init.trunc_normal_(module.weight, std=std)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def drop_path_rates(rate: float, depth: int) -> list[float]:
-    """Return the stochastic depth rate of each block, rising linearly from 0 to ``rate``."""
-    return torch.linspace(0, rate, depth).tolist()

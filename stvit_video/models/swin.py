@@ -3,22 +3,193 @@
 One class for all: sizes are (T, H, W) and an image is a clip of one frame. With ``num_frames=1`` it is Swin, otherwise
 Video Swin. Sources: Liu et al. (arXiv 2103.14030, 2106.13230); Chang et al. (STViT, arXiv 2303.08685).
 
-Legend: B clips, input (B, 3, T, H, W); tokens (B, t, h, w, C) until the last norm, then (B, N, C). Parameter names are
-those of the published Swin checkpoints.
+Legend: B clips, input (B, 3, T, H, W); tokens (B, t, h, w, C) until the last norm, then (B, N, C), s semantic tokens
+(B, M, C). Parameter names are those of the published Swin checkpoints.
 """
 
 import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pytorchvideo.models.head import create_vit_basic_head
 from torch import Tensor, nn
 
 from stvit_video.models.arguments import Grid, SwinArguments, SwinSemanticArguments
-from stvit_video.models.layers import Intermediates, Network, check_clip, drop_path_rates, note
-from stvit_video.models.stages import EPS, BlockMaker, ConvStem, PatchMerging, PatchStem, SemanticStage, Stage
+from stvit_video.models.grids import count_windows, window_partition, window_reverse
+from stvit_video.models.layers import (
+    Block,
+    BlockRunner,
+    Intermediates,
+    Network,
+    PatchEmbed,
+    check_clip,
+    init_linear,
+    note,
+)
+from stvit_video.models.reducers import Reduced, Reducer, create_reducer
+from stvit_video.models.reducers.semantic import CENTRES, check_depths, check_frames, windowed_regions
+from stvit_video.models.windows import WindowAttention, WindowBlock
 
+EPS = 1e-5  # of all layer norms, as published
 SEMANTIC_STAGE = 2  # the third of four, where the paper generates its tokens
+
+
+class PatchStem(PatchEmbed):
+    """Swin's patch embedding: one projection and a norm. Maps (B, 3, T, H, W) to (B, t, h, w, C)."""
+
+    def __init__(self, dim: int, patch: Grid) -> None:
+        super().__init__(dim, patch)
+        self.norm = nn.LayerNorm(dim, eps=EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = [size // step for size, step in zip(x.shape[2:], self.patch, strict=True)]
+        return self.norm(super().forward(x)).reshape(x.shape[0], *grid, -1)
+
+
+class ConvStem(nn.Module):
+    """The released STViT-R's embedding: two convolutions of stride 2, batch norm, Hardswish; shapes as PatchStem."""
+
+    def __init__(self, dim: int, patch: Grid) -> None:
+        super().__init__()
+        self.proj = nn.Sequential()
+        for inputs, outputs, frames in ((3, dim // 2, patch[0]), (dim // 2, dim, 1)):
+            convolution = nn.Conv3d(inputs, outputs, (frames, 3, 3), (frames, 2, 2), padding=(0, 1, 1), bias=False)
+            layers = {"c": convolution, "bn": nn.BatchNorm3d(outputs)}  # names of the released checkpoints
+            self.proj.extend([nn.Sequential(OrderedDict(layers)), nn.Hardswish()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).permute(0, 2, 3, 4, 1)
+
+
+class PatchMerging(nn.Module):
+    """Concatenate 2 x 2 neighbours and project: (B, T, H, W, C) to (B, T, H/2, W/2, 2C); odd maps are padded."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = nn.LayerNorm(4 * dim, eps=EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        H, W = x.shape[2:4]
+        if H % 2 or W % 2:
+            x = F.pad(x, (0, 0, 0, W % 2, 0, H % 2))
+        x = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (B, T, H/2, 2, W/2, 2, C)
+        return self.reduction(self.norm(x.permute(0, 1, 2, 4, 5, 3, 6).flatten(4)))
+
+
+@dataclass(frozen=True)
+class BlockMaker:
+    """Makes the blocks of a stage, which have all this in common."""
+
+    dim: int
+    num_heads: int
+    mlp_ratio: float
+    grid: Grid
+    window: Grid
+    window_frames: int  # of the window, at most; see WindowAttention
+    layer_scale: float | None  # of blocks without windows
+
+    def block(self, drop_path: float, windowed: bool, shifted: bool) -> Block:
+        """Return a block that attends inside windows, or to all tokens that it is given, or to a context."""
+        if not windowed:
+            return Block(self.dim, self.num_heads, self.mlp_ratio, drop_path, EPS, self.layer_scale)
+        attention = WindowAttention(self.dim, self.num_heads, self.grid, self.window, self.window_frames, shifted)
+        return WindowBlock(self.dim, self.num_heads, self.mlp_ratio, drop_path, EPS, attention=attention)
+
+
+class Stage(BlockRunner):
+    """Blocks on one grid: windows, every second one shifted, or (``windowed`` False) all tokens of the clip."""
+
+    regions: Grid | None = None  # the grid of semantic tokens, if the stage generates them
+
+    def __init__(self, make: BlockMaker, drop_path: Sequence[float], windowed: bool = True) -> None:
+        super().__init__()
+        self.grid = self.out_grid = make.grid
+        self.windowed = windowed
+        self.blocks = nn.ModuleList(make.block(rate, windowed, i % 2 == 1) for i, rate in enumerate(drop_path))
+        self.generators: Sequence[Reducer] | nn.ModuleList = ()
+        self.downsample: PatchMerging | None = None  # set by the network
+
+    def forward(self, x: Tensor, return_assignment: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Map (B, T, H, W, C) to the same shape; the assignment is None."""
+        shape = x.shape
+        x = x if self.windowed else x.flatten(1, 3)
+        for block in self.blocks:
+            x = self.run(block, x)
+        return x.reshape(shape), None
+
+
+class SemanticStage(Stage):
+    """A stage that works on semantic tokens, in one or several units of
+
+        base blocks on image tokens -> generator -> token blocks (-> recovery of the image tokens)
+
+    Token blocks attend inside (t, 3, 3) windows of semantic tokens and over the whole clip in turn. With recovery the
+    units are the paper's dumbbells, whose base blocks do not shift their windows, and image tokens leave the stage;
+    without it semantic tokens do. Raises ValueError where the settings do not fit into the stage.
+    """
+
+    regions: Grid
+
+    def __init__(self, make: BlockMaker, drop_path: Sequence[float], settings: SwinSemanticArguments) -> None:
+        super().__init__(make, ())
+        depth, units, self.recover = len(drop_path), settings.units, settings.recover
+        if depth % units:
+            allowed = [count for count in range(1, depth + 1) if depth % count == 0]
+            raise ValueError(f"units {units} does not divide the {depth} blocks of stage 3; allowed: {allowed}.")
+        if units > 1 and not self.recover:
+            raise ValueError(f"units {units} without recovery; several units need recover=True (stvit_r models).")
+        self.unit_depth, self.base_depth, self.stgm_depth = depth // units, settings.base_depth, settings.stgm_depth
+        check_depths(self.unit_depth, self.base_depth, self.stgm_depth, self.recover)
+        even = settings.pooling == "mask" or settings.offsets
+        self.regions = settings.regions or windowed_regions(make.grid, make.window, settings.frames_per_centre, even)
+        if self.recover:  # the image tokens of a frame attend to the semantic tokens of their own group of frames
+            check_frames(make.grid[0], self.regions[0])
+        self.out_grid = make.grid if self.recover else self.regions
+        # Token windows are (t, 3, 3), where t is the largest divisor of the regions' frames up to the window's.
+        frames = max(size for size in range(1, make.window[0] + 1) if self.regions[0] % size == 0)
+        rows, columns = (CENTRES if side % CENTRES == 0 else side for side in self.regions[1:])
+        self.token_window = (frames, rows, columns)
+        for i, rate in enumerate(drop_path):
+            place = i % self.unit_depth
+            self.blocks.append(make.block(rate, place < self.base_depth, place % 2 == 1 and not self.recover))
+        self.generators = nn.ModuleList()
+        for unit in range(units):
+            # One set of global centres per stage, as in the released code.
+            stgm = replace(settings, global_centres=settings.global_centres and unit == 0)
+            generator = create_reducer(
+                settings.reducer, make.dim, make.num_heads, make.grid, self.regions, stgm=stgm, window=make.window
+            )
+            self.generators.append(generator)
+
+    def forward(self, x: Tensor, return_assignment: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Map (B, T, H, W, C) to the grid that leaves the stage, and the last unit's assignment if requested."""
+        (B, *_, C), assignment = x.shape, None
+        first_token_block, last = self.base_depth + self.stgm_depth, self.unit_depth - self.recover
+        for unit, generator in enumerate(self.generators):
+            blocks = self.blocks[unit * self.unit_depth : (unit + 1) * self.unit_depth]
+            for block in blocks[: self.base_depth]:
+                x = self.run(block, x)
+            generating = list(blocks[self.base_depth : first_token_block])
+            reduced: Reduced = generator(x.reshape(B, -1, C), generating, return_assignment=return_assignment)
+            s, assignment = reduced.tokens, reduced.assignment
+            for i, block in enumerate(blocks[first_token_block:last]):
+                if i % 2 == 0:
+                    windows = window_partition(s.reshape(B, *self.regions, C), self.token_window)
+                    windows = self.run(block, windows.flatten(0, 3)).reshape(windows.shape)
+                    s = window_reverse(windows, self.token_window).reshape(s.shape)
+                else:
+                    s = self.run(block, s)
+            if self.recover:
+                # X' = X + MHA(X, S, S) and the MLP, inside each group of frames.
+                groups = B * self.regions[0]
+                x = self.run(blocks[-1], x.reshape(groups, -1, C), s.reshape(groups, -1, C)).reshape(x.shape)
+            else:
+                x = s.reshape(B, *self.regions, C)
+        return x, assignment
 
 
 class SwinTransformer(Network):
@@ -31,53 +202,40 @@ class SwinTransformer(Network):
     """
 
     undecayed = ("relative_position_bias_table", "global_centres")
+    layers: Any  # the stages, under the name of the published checkpoints
 
     def __init__(self, network: SwinArguments, semantic: SwinSemanticArguments | None = None) -> None:
         super().__init__()
-        self.input_size = num_frames, height, width = network.input_size
+        self.input_size = network.input_size
         self.patch: Grid = (network.tubelet_frames, network.patch_size, network.patch_size)
         self.depths = network.depths
         # An image model's bias tables have one entry in time, which makes them Swin's.
-        window = (1 if num_frames == 1 else network.window[0], *network.window[1:])
+        window = (1 if network.num_frames == 1 else network.window[0], *network.window[1:])
         window_frames = network.window_frames or (network.window[0],) * len(self.depths)
-        grid = (_ceil(num_frames, self.patch[0]), _ceil(height, self.patch[1]), _ceil(width, self.patch[2]))
+        grid = count_windows(self.input_size, self.patch)
+        layer_scale = None if semantic is None else semantic.layer_scale
 
         dim = network.dim
         self.patch_embed = (PatchStem if network.stem == "patch" else ConvStem)(dim, self.patch)
-        rates = drop_path_rates(network.drop_path, sum(self.depths))
+        rates = torch.linspace(0, network.drop_path, sum(self.depths)).tolist()
         self.layers = nn.ModuleList()
         for i, (depth, heads) in enumerate(zip(self.depths, network.num_heads, strict=True)):
-            make = BlockMaker(dim, heads, network.mlp_ratio, grid, window, window_frames[i])
+            make = BlockMaker(dim, heads, network.mlp_ratio, grid, window, window_frames[i], layer_scale)
             own, rates = rates[:depth], rates[depth:]
             if semantic is not None and i == SEMANTIC_STAGE:
                 stage: Stage = SemanticStage(make, own, semantic)
             elif semantic is not None and i > SEMANTIC_STAGE and not semantic.recover:
-                stage = Stage(make, own, windowed=False, layer_scale=semantic.layer_scale)
+                stage = Stage(make, own, windowed=False)
             else:
                 stage = Stage(make, own)
             self.layers.append(stage)
             if i + 1 < len(self.depths):
                 stage.downsample = PatchMerging(dim)
-                grid, dim = (stage.out_grid[0], _ceil(stage.out_grid[1], 2), _ceil(stage.out_grid[2], 2)), 2 * dim
-        self.norm = nn.LayerNorm(dim, eps=EPS)
-        self.head = create_vit_basic_head(
-            in_features=dim, out_features=network.num_classes, seq_pool_type="mean", dropout_rate=network.dropout
-        )
-        self._init_weights(network.init)
-
-    def _stages(self) -> list[Stage]:
-        return list(self.layers)  # type: ignore[arg-type]
-
-    def _init_weights(self, init: str) -> None:
+                grid, dim = count_windows(stage.out_grid, (1, 2, 2)), 2 * dim
+        self.add_head(dim, EPS, network)
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                if init == "normal" or module is self.head.proj:
-                    nn.init.trunc_normal_(module.weight, std=0.02)
-                else:
-                    nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for stage in self._stages():
+            init_linear(module, None if network.init == "xavier" and module is not self.head.proj else 0.02)
+        for stage in self.layers:
             for generator in stage.generators:
                 generator.reset_parameters()  # type: ignore[operator]
 
@@ -87,29 +245,24 @@ class SwinTransformer(Network):
         Intermediates: "embed", "stage1" to "stage4" (before merging: the dense maps that detection and segmentation
         heads take), "merged1" to "merged3", and "final".
         """
-        x = self.patch_embed(self._pad(x))
+        check_clip(x, self.input_size)
+        # Padded to a multiple of the patches: zeros in space, as published; the last frame repeated in time.
+        frames, rows, columns = (-size % step for size, step in zip(self.input_size, self.patch, strict=True))
+        if rows or columns:
+            x = F.pad(x, (0, columns, 0, rows))
+        if frames:
+            x = torch.cat([x, x[:, :, -1:].expand(-1, -1, frames, -1, -1)], dim=2)
+        x = self.patch_embed(x)
         note(intermediates, "embed", x, x.shape[1:4])
-        for i, stage in enumerate(self._stages(), start=1):
+        for i, stage in enumerate(self.layers, start=1):
             x, assignment = stage(x, intermediates is not None)
-            note(intermediates, f"stage{i}", x, x.shape[1:4])
-            if intermediates is not None and assignment is not None:
-                intermediates.assignment = assignment
+            note(intermediates, f"stage{i}", x, x.shape[1:4], assignment)
             if stage.downsample is not None:
                 x = stage.downsample(x)
                 note(intermediates, f"merged{i}", x, x.shape[1:4])
         x = self.norm(x)
         note(intermediates, "final", x, x.shape[1:4])
         return x.flatten(1, 3)
-
-    def _pad(self, x: Tensor) -> Tensor:
-        """Pad a clip to a multiple of the patches: zeros in space, as published; its last frame repeated in time."""
-        check_clip(x, self.input_size)
-        frames, rows, columns = (-size % step for size, step in zip(self.input_size, self.patch, strict=True))
-        if rows or columns:
-            x = F.pad(x, (0, columns, 0, rows))
-        if frames:
-            x = torch.cat([x, x[:, :, -1:].expand(-1, -1, frames, -1, -1)], dim=2)
-        return x
 
     def layer_id(self, parameter_name: str) -> int:
         """Return the depth of a parameter: 0 embedding, 1 to ``depth`` blocks, ``depth + 1`` norm and head.
@@ -122,27 +275,14 @@ class SwinTransformer(Network):
         if root != "layers":
             return sum(self.depths) + 1
         stage, part, *inner = rest.split(".")
-        before, i = sum(self.depths[: int(stage)]), int(stage)
+        own, before = self.layers[int(stage)], sum(self.depths[: int(stage)])
         if part == "downsample":
-            return before + self.depths[i]
-        if part == "generators":
-            return before + self.layers[i].generator_block(int(inner[0])) + 1  # type: ignore[operator]
+            return before + len(own.blocks)
+        if isinstance(own, SemanticStage) and part == "generators":
+            return before + int(inner[0]) * own.unit_depth + own.base_depth + 1
         return before + int(inner[0]) + 1
-
-    def transformer_blocks(self) -> list[nn.Module]:
-        """Return the blocks in order: the units that are sharded and compiled."""
-        return [block for stage in self._stages() for block in stage.blocks]
 
     def token_counts(self) -> tuple[int, int | None]:
         """Return the image tokens of the third stage, and the tokens that they are reduced to; None: not reduced."""
-        stage = self._stages()[SEMANTIC_STAGE]
+        stage = self.layers[SEMANTIC_STAGE]
         return math.prod(stage.grid), None if stage.regions is None else math.prod(stage.regions)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute activations of all but the generators' blocks in the backward pass: about a third more time."""
-        for stage in self._stages():
-            stage.grad_checkpointing = enable
-
-
-def _ceil(size: int, step: int) -> int:
-    return math.ceil(size / step)

@@ -8,9 +8,9 @@ Legend: B clips, input (B, 3, T, H, W); token grid (t, h, w), N = t*h*w tokens, 
 """
 
 import math
+from collections import deque
 
 import torch
-from pytorchvideo.models.head import create_vit_basic_head
 from torch import Tensor, nn
 
 from stvit_video.models.arguments import SemanticArguments, ViTArguments
@@ -21,12 +21,10 @@ from stvit_video.models.layers import (
     Network,
     PatchEmbed,
     check_clip,
-    drop_path_rates,
-    init_weights,
+    init_linear,
     note,
-    run_block,
 )
-from stvit_video.models.reducers import Past, Reducer, create_reducer, key_bias, mean_token
+from stvit_video.models.reducers import Reducer, create_reducer, key_bias, mean_token
 from stvit_video.models.reducers.semantic import check_depths, default_regions
 
 
@@ -57,12 +55,10 @@ class VisionTransformer(Network):
         if self.positions == "frame":
             self.time_embed = nn.Parameter(torch.zeros(1, t, dim))  # zero at the start: a still clip is an image
         self.blocks = nn.ModuleList(
-            Block(dim, heads, network.mlp_ratio, rate) for rate in drop_path_rates(network.drop_path, self.depth)
+            Block(dim, heads, network.mlp_ratio, rate)
+            for rate in torch.linspace(0, network.drop_path, self.depth).tolist()
         )
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.head = create_vit_basic_head(
-            in_features=dim, out_features=network.num_classes, seq_pool_type="mean", dropout_rate=network.dropout
-        )
+        self.add_head(dim, 1e-6, network)
         self._reducer_name = "reducer"
         if semantic is not None:
             check_depths(self.depth, semantic.base_depth, semantic.stgm_depth)
@@ -73,7 +69,6 @@ class VisionTransformer(Network):
             # Checkpoints have the semantic token generator's weights under a name of its own.
             self._reducer_name = "stgm" if semantic.reducer == "stgm" else "reducer"
             self.add_module(self._reducer_name, reducer)
-        self.grad_checkpointing = False
         self._init_weights()
 
     @property
@@ -82,15 +77,14 @@ class VisionTransformer(Network):
         return self._modules.get(self._reducer_name)  # type: ignore[return-value]
 
     def _init_weights(self) -> None:
-        self.apply(init_weights)
+        self.apply(init_linear)
         nn.init.trunc_normal_(self.head.proj.weight, std=0.02)  # all classes about equally likely at the start
         # Learned positions start as sines, so that they differ at once: this saves epochs when training from scratch.
         with torch.no_grad():
             sines = sine_positions(self.grid[1:], self.pos_embed.shape[-1])
             self.pos_embed.copy_(sines.repeat(1, self.pos_embed.shape[1] // sines.shape[1], 1))
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
-        if self.patch_embed.proj.bias is not None:
-            nn.init.zeros_(self.patch_embed.proj.bias)
+        nn.init.zeros_(self.patch_embed.proj.bias)  # type: ignore[arg-type]
         if self.token_reducer is not None:
             self.token_reducer.reset_parameters()
 
@@ -100,23 +94,34 @@ class VisionTransformer(Network):
         With ``fc_norm`` it is one token (B, 1, C), the normalised mean; with a reducer whose tokens have weights it is
         one token too, the weighted mean of the normalised tokens.
         """
-        x = self._embed(x)
+        check_clip(x, self.input_size)
+        x = self.patch_embed(x)
+        B, N, C = x.shape
+        if self.positions == "clip":
+            x = x + self.pos_embed
+        else:
+            x = x + (self.pos_embed.unsqueeze(1) + self.time_embed.unsqueeze(2)).reshape(1, N, C)  # by frame and time
         note(intermediates, "embed", x, self.grid)
-        x, past = self._base(x)
+        if self.base_attention == "frame":
+            x = x.reshape(B * self.grid[0], -1, C)
+        reducer = self.token_reducer
+        past: deque[tuple[nn.Module, Tensor]] = deque(maxlen=0 if reducer is None else reducer.past)
+        for block in self.blocks[: self.base_depth]:
+            past.append((block, x))
+            x = self.run(block, x)
+        x = x.reshape(B, N, C)
         note(intermediates, "base", x, self.grid)
-        grid, weights, reducer = self.grid, None, self.token_reducer
+        grid, weights = self.grid, None
         if reducer is not None:
             first_token_block = self.base_depth + self.stgm_depth
             blocks = list(self.blocks[self.base_depth : first_token_block])
             reduced = reducer(x, blocks, past, intermediates is not None)
             x, weights = reduced.tokens, reduced.weights
             grid = reducer.regions or (1, 1, x.shape[1])
-            note(intermediates, "semantic", x, grid)
-            if intermediates is not None:
-                intermediates.assignment = reduced.assignment
-            bias = None if weights is None else key_bias(weights)
+            note(intermediates, "semantic", x, grid, reduced.assignment)
+            context = () if weights is None else (None, key_bias(weights))
             for block in self.blocks[first_token_block:]:
-                x = self._run(block, x, bias)
+                x = self.run(block, x, *context)
         if self.fc_norm:
             x, grid = self.norm(mean_token(x, weights)), (1, 1, 1)
         elif weights is not None:
@@ -130,35 +135,6 @@ class VisionTransformer(Network):
         """Return the extra loss of the last forward pass in training mode, once; None for most models."""
         return None if self.token_reducer is None else self.token_reducer.auxiliary_loss()
 
-    def _embed(self, x: Tensor) -> Tensor:
-        check_clip(x, self.input_size)
-        x = self.patch_embed(x)
-        if self.positions == "clip":
-            return x + self.pos_embed
-        t, h, w = self.grid
-        positions = self.pos_embed.unsqueeze(1) + self.time_embed.unsqueeze(2)  # (1, t, h*w, C)
-        return x + positions.reshape(1, t * h * w, -1)
-
-    def _base(self, x: Tensor) -> tuple[Tensor, Past]:
-        """Run the blocks on all image tokens (B, N, C): inside each frame, or over the whole clip.
-
-        Returned with them are the last blocks and their inputs, as many as the reducer reads.
-        """
-        B, N, C = x.shape
-        if self.base_attention == "frame":
-            x = x.reshape(B * self.grid[0], -1, C)
-        read = 0 if self.token_reducer is None else self.token_reducer.past
-        past = []
-        for i, block in enumerate(self.blocks[: self.base_depth]):
-            if i >= self.base_depth - read:
-                past.append((block, x))
-            x = self._run(block, x)
-        return x.reshape(B, N, C), past
-
-    def _run(self, block: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        context = () if bias is None else (None, bias)
-        return run_block(block, x, *context, recompute=self.grad_checkpointing and self.training)
-
     def layer_id(self, parameter_name: str) -> int:
         """Return the depth of a parameter: 0 embeddings, 1 to ``depth`` blocks, ``depth + 1`` norm and head."""
         root, _, rest = parameter_name.partition(".")
@@ -170,17 +146,9 @@ class VisionTransformer(Network):
             return self.base_depth + 1
         return self.depth + 1
 
-    def transformer_blocks(self) -> list[nn.Module]:
-        """Return the blocks in order: the units that are sharded and compiled."""
-        return list(self.blocks)
-
     def token_counts(self) -> tuple[int, int | None]:
         """Return the number of image tokens, and the tokens that they are reduced to; None: not reduced."""
         return math.prod(self.grid), None if self.token_reducer is None else self.token_reducer.count
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute activations of all but the reducer's blocks in the backward pass: about a third more time."""
-        self.grad_checkpointing = enable
 
 
 def sine_positions(grid: tuple[int, int], dim: int) -> Tensor:

@@ -15,8 +15,6 @@ from torch import nn
 from stvit_video.common.errors import UsageError, nearest
 from stvit_video.models.arguments import (
     CONFIGURED,
-    GRID_REDUCERS,
-    REDUCERS,
     NetworkArguments,
     SemanticArguments,
     STGMArguments,
@@ -128,75 +126,54 @@ def create_model(
     ``name`` and ``arguments``: ``create_model(model.name, **model.arguments)`` builds it again.
     Raises UsageError (a ValueError) for an unknown name, preset or override, or sizes that do not fit.
     """
-    if name not in list_models():
-        raise UsageError(
-            f"Model {name!r} is unknown; choose one of {', '.join(list_models())}.{nearest(str(name), list_models())}"
-        )
-    family = max((family for family in FAMILIES if name.startswith(f"{family}_")), key=len)
+    names = list_models()
+    if name not in names:
+        raise UsageError(f"Model {name!r} is unknown; choose one of {', '.join(names)}.{nearest(str(name), names)}")
     arguments = {"num_frames": num_frames, "image_size": image_size, "num_classes": num_classes, **overrides}
-    _check_names(name, family, overrides)
     try:
-        network, semantic = _resolve(FAMILIES[family], name.removeprefix(f"{family}_"), arguments)
-        model = FAMILIES[family].constructor(network, semantic)
+        family, network, semantic = _resolve(name, arguments)
+        model = family.constructor(network, semantic)
     except ValueError as error:
         raise UsageError(f"{name}: {error}") from error
     model.name, model.arguments = name, arguments  # type: ignore[assignment]
     return model
 
 
-def _resolve(family: Family, size: str, overrides: Settings) -> tuple[NetworkArguments, SemanticArguments | None]:
-    """Return the arguments of a model: overrides before the preset's, those before the family's and the size's."""
-    settings = {**family.sizes[size], **family.shared}
+def _resolve(name: str, overrides: Settings) -> tuple[Family, NetworkArguments, SemanticArguments | None]:
+    """Return a model's family and arguments: overrides before the preset's, those before the family's and the size's.
+
+    Raises ValueError for arguments that the model does not have or that cannot go together.
+    """
+    prefix = max((prefix for prefix in FAMILIES if name.startswith(f"{prefix}_")), key=len)
+    family = FAMILIES[prefix]
+    known = list(read_rules(family.network)) + (list(read_rules(family.semantic)) if family.semantic else [])
+    unknown = [key for key in overrides if key not in known]
+    if unknown and family.semantic is None:
+        semantic_keys = read_rules(FAMILIES[f"stvit_{prefix}"].semantic or SemanticArguments)
+        foreign = [key for key in unknown if key in semantic_keys]
+        if foreign:
+            raise ValueError(f"it has no semantic tokens, so {', '.join(foreign)} cannot apply; use stvit_{name}.")
+    if unknown:
+        raise ValueError(f"it takes no argument {unknown[0]!r}; known: {', '.join(known)}.{nearest(unknown[0], known)}")
+    settings = {**family.sizes[name.removeprefix(f"{prefix}_")], **family.shared}
+    preset, reducer = (overrides.get(key, default) for key, default in IMPLIED_ARGUMENTS.items())
     if family.semantic is not None:
-        preset = overrides.get("preset", IMPLIED_ARGUMENTS["preset"])
         if preset not in list(family.presets):
             raise ValueError(f"preset {preset!r} is unknown; choose one of {', '.join(family.presets)}.")
         settings |= family.presets[preset]
+    foreign = [key for key in read_rules(STGMArguments) if key in overrides]
+    if foreign and reducer != IMPLIED_ARGUMENTS["reducer"]:
+        raise ValueError(f"reducer {reducer!r} has no {', '.join(foreign)}, which reducer 'stgm' has; leave them out.")
     share = settings.pop("base_share", None)
     settings |= overrides
-    network = family.network(**{name: settings[name] for name in read_rules(family.network) if name in settings})
+    network = family.network(**{key: settings[key] for key in read_rules(family.network) if key in settings})
     if family.semantic is None:
-        return network, None
+        return family, network, None
     if share is not None and "base_depth" not in overrides:
-        depth = network.depths[SEMANTIC_STAGE] if isinstance(network, SwinArguments) else settings["depth"]
+        depth = settings["depth"] if "depth" in settings else settings["depths"][SEMANTIC_STAGE]
         settings["base_depth"] = max(1, int(depth * share))
-    return network, family.semantic(**{n: settings[n] for n in read_rules(family.semantic) if n in settings})
-
-
-def _check_names(name: str, family: str, overrides: Settings) -> None:
-    """Raise UsageError for arguments that the model does not have or that cannot go together."""
-    own = FAMILIES[family]
-    known = list(read_rules(own.network))
-    if own.semantic is None:
-        semantic = FAMILIES[f"stvit_{family}"].semantic
-        assert semantic is not None
-        given = [key for key in overrides if key in read_rules(semantic)]
-        if given:
-            raise UsageError(f"{name} has no semantic tokens, so {', '.join(given)} cannot apply; use stvit_{name}.")
-    else:
-        known += list(read_rules(own.semantic))
-        _check_reducer(name, own.network is SwinArguments, overrides)
-    for key in overrides:
-        if key not in known:
-            raise UsageError(f"{name} takes no argument {key!r}; known: {', '.join(known)}.{nearest(key, known)}")
-
-
-def _check_reducer(name: str, windowed: bool, overrides: Settings) -> None:
-    """Raise UsageError for a reducer that leaves no grid in a Swin, and for the STGM's arguments given to another."""
-    reducer = overrides.get("reducer", IMPLIED_ARGUMENTS["reducer"])
-    allowed = list(GRID_REDUCERS if windowed else REDUCERS)
-    if reducer not in allowed:
-        if reducer not in list(REDUCERS):
-            raise UsageError(f"{name}: reducer {reducer!r} is unknown; choose one of {', '.join(allowed)}.")
-        raise UsageError(
-            f"{name} has windows, which need a grid of tokens, so reducer {reducer!r} cannot apply; choose one of "
-            f"{', '.join(allowed)}, or use one of {', '.join(list_models('stvit_vit_*'))}."
-        )
-    foreign = [key for key in read_rules(STGMArguments) if key in overrides]
-    if reducer != IMPLIED_ARGUMENTS["reducer"] and foreign:
-        raise UsageError(
-            f"{name} with reducer {reducer!r} has no {', '.join(foreign)}, which reducer 'stgm' has; leave them out."
-        )
+    semantic = family.semantic(**{key: settings[key] for key in read_rules(family.semantic) if key in settings})
+    return family, network, semantic
 
 
 def build_model(cfg: CfgNode, num_classes: int) -> nn.Module:
@@ -205,17 +182,9 @@ def build_model(cfg: CfgNode, num_classes: int) -> nn.Module:
         raise UsageError(
             f"MODEL.NAME auto takes the network from MODEL.INIT {cfg.MODEL.INIT}, which is no file; give one."
         )
-    chosen = {name: cfg.MODEL[name.upper()] for name in CONFIGURED}
-    model = create_model(
-        cfg.MODEL.NAME,
-        num_frames=cfg.DATA.FRAMES,
-        image_size=cfg.DATA.SIZE,
-        num_classes=num_classes,
-        **{
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in chosen.items()
-            if value is not None
-        },
-    )
+    chosen = {name: cfg.MODEL[name.upper()] for name in CONFIGURED if cfg.MODEL[name.upper()] is not None}
+    chosen = {name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()}
+    sizes = {"num_frames": cfg.DATA.FRAMES, "image_size": cfg.DATA.SIZE, "num_classes": num_classes}
+    model = create_model(cfg.MODEL.NAME, **sizes, **chosen)
     model.set_grad_checkpointing(cfg.MODEL.GRAD_CHECKPOINTING)  # type: ignore[operator]
     return model

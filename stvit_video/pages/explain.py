@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stvit_video.models.layers import Block, Grid, Intermediates
 from stvit_video.models.reducers.semantic import SemanticTokenGenerator
-from stvit_video.models.stages import SemanticStage
+from stvit_video.models.swin import SemanticStage
 from stvit_video.models.windows import WindowBlock
 
 Array = NDArray[np.floating[Any]]
@@ -217,10 +217,10 @@ def _record_attention(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
         return hook
 
-    last = [module for module in model.modules() if isinstance(module, Block | WindowBlock)][-1]
+    last = [module for module in model.modules() if isinstance(module, Block)][-1]
     recovering = [stage for stage in model.modules() if isinstance(stage, SemanticStage) and stage.recover]
     hooks = []
-    if isinstance(last, Block):
+    if not isinstance(last, WindowBlock):
         hooks.append(last.register_forward_pre_hook(keep("attention", 1, 3), with_kwargs=True))
     if recovering:
         hooks.append(recovering[-1].blocks[-1].register_forward_pre_hook(keep("recovery", 2), with_kwargs=True))

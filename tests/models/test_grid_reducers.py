@@ -11,7 +11,7 @@ from torch import nn
 from stvit_video.models import create_model, load_pretrained
 from stvit_video.models.cost import count_gflops
 from stvit_video.models.reducers import GRID_REDUCERS, create_reducer
-from stvit_video.models.stages import SemanticStage
+from stvit_video.models.swin import SemanticStage
 
 NAMES = ["stvit_swin_tiny", "stvit_r_swin_small"]
 SHRUNK = {"dim": 24, "depths": (2, 2, 6, 2), "num_heads": (1, 2, 4, 8)}

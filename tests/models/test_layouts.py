@@ -12,7 +12,7 @@ from torch import Tensor
 from stvit_video.common.errors import UsageError
 from stvit_video.models import create_model, load_pretrained
 from stvit_video.models.weights.layouts import from_swin, from_timm_vit, from_videomae, interleaved_sines, recognise
-from stvit_video.models.weights.resize import resample_bias, split_positions
+from stvit_video.models.weights.load import resample_bias, split_positions
 from tests.models.weights import perturb
 
 

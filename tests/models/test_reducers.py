@@ -15,9 +15,8 @@ from stvit_video.config.schema import BY_NAME
 from stvit_video.models import create_model, load_pretrained
 from stvit_video.models.cost import count_gflops, count_training_memory
 from stvit_video.models.reducers import REDUCERS, create_reducer
+from stvit_video.models.reducers.comparison import match, merge, sample, significance
 from stvit_video.models.reducers.interface import key_bias, mean_token
-from stvit_video.models.reducers.merging import match, merge
-from stvit_video.models.reducers.sampling import sample, significance
 
 NAME = "stvit_vit_tiny_patch16"
 SHRUNK = {

@@ -3,12 +3,9 @@
 import math
 
 from stvit_video.models.arguments import GRID_REDUCERS, REDUCERS, Grid, STGMArguments
+from stvit_video.models.reducers import comparison
 from stvit_video.models.reducers.interface import Past, Reduced, Reducer, key_bias, mean_token
-from stvit_video.models.reducers.merging import MergedTokens
-from stvit_video.models.reducers.pruning import AttentionDynamics, DynamicPruning
-from stvit_video.models.reducers.sampling import AdaptiveSampling, MeanTokens, RandomOfRegions, RandomTokens
-from stvit_video.models.reducers.semantic import SemanticTokenGenerator, check_regions
-from stvit_video.models.reducers.semantic_windows import WindowedTokenGenerator
+from stvit_video.models.reducers.semantic import SemanticTokenGenerator, WindowedTokenGenerator, check_regions
 
 __all__ = ["GRID_REDUCERS", "REDUCERS", "Past", "Reduced", "Reducer", "create_reducer", "key_bias", "mean_token"]
 
@@ -28,6 +25,13 @@ def create_reducer(
     ``window`` is that of a windowed backbone, which needs one token for each region, in order: a GRID_REDUCERS.
     Raises ValueError for other names and where there are more regions than tokens along an axis.
     """
+    if name not in REDUCERS:
+        raise ValueError(f"reducer {name!r} is unknown; choose one of {', '.join(REDUCERS)}.")
+    if window is not None and name not in GRID_REDUCERS:
+        raise ValueError(
+            f"windows need a grid of tokens, so reducer {name!r} cannot apply; choose one of "
+            f"{', '.join(GRID_REDUCERS)}, or a stvit_vit model."
+        )
     if name == "stgm":
         stgm = stgm or STGMArguments()
         if window is None:
@@ -36,16 +40,13 @@ def create_reducer(
     check_regions(grid, regions)
     count = math.prod(regions)
     if name == "mean":
-        return MeanTokens(grid, regions)
+        return comparison.MeanTokens(grid, regions)
     if name == "random":
-        return RandomTokens(grid, count) if window is None else RandomOfRegions(grid, regions)
-    if window is None and name in REDUCERS:
-        if name == "tome":
-            return MergedTokens(math.prod(grid), count)
-        if name == "dynamicvit":
-            return DynamicPruning(dim, count)
-        if name == "ats":
-            return AdaptiveSampling(count)
-        return AttentionDynamics(dim, num_heads, count)
-    allowed = REDUCERS if window is None else GRID_REDUCERS
-    raise ValueError(f"reducer {name!r} cannot be used here; choose one of {', '.join(allowed)}.")
+        return (comparison.RandomTokens if window is None else comparison.RandomOfRegions)(grid, regions)
+    if name == "tome":
+        return comparison.MergedTokens(math.prod(grid), count)
+    if name == "dynamicvit":
+        return comparison.DynamicPruning(dim, count)
+    if name == "ats":
+        return comparison.AdaptiveSampling(count)
+    return comparison.AttentionDynamics(dim, num_heads, count)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stvit_video.models.arguments import Grid
@@ -80,22 +80,7 @@ def mean_token(x: Tensor, weights: Tensor | None = None) -> Tensor:
     return (x * shares.unsqueeze(-1)).sum(dim=1, keepdim=True).to(x.dtype)
 
 
-def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:
-    """Return the tokens (B, M, C) at ``indices`` (B, M) of x (B, N, C)."""
-    return x.gather(1, indices.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
-
-def as_assignment(indices: Tensor, count: int) -> Tensor:
-    """Return the assignment (B, M, count) of tokens that are the image tokens at ``indices`` (B, M)."""
-    return nn.functional.one_hot(indices, count).to(torch.float32)
-
-
-def keep_tokens(x: Tensor, indices: Tensor, blocks: Blocks, return_assignment: bool) -> Reduced:
-    """Return the tokens of x (B, N, C) at ``indices`` (B, M) after ``blocks``: no others take part."""
-    assignment = as_assignment(indices, x.shape[1]) if return_assignment else None
-    return Reduced(run(blocks, gather_tokens(x, indices)), assignment)
-
-
-def top_indices(scores: Tensor, count: int) -> Tensor:
-    """Return the indices (B, count) of the highest scores (B, N), in ascending order."""
-    return scores.topk(count, dim=1).indices.sort(dim=1).values
+def adaptive_pool(x: Tensor, grid: Grid, regions: Grid, kind: str = "mean") -> Tensor:
+    """Pool tokens (B, N, C) of a grid to one for each region (B, M, C): their "mean", or "max" of each channel."""
+    pool = F.adaptive_max_pool3d if kind == "max" else F.adaptive_avg_pool3d
+    return pool(x.transpose(1, 2).unflatten(2, grid), regions).flatten(2).transpose(1, 2)

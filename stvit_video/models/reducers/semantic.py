@@ -1,22 +1,28 @@
 """Semantic tokens: cluster centres pooled in space and time, recovered by attention.
 
 Source: Chang et al., "Making Vision Transformers Efficient from A Token Sparsification View", CVPR 2023
-(arXiv 2303.08685). The paper pools in space; pooling over time is this project's extension.
+(arXiv 2303.08685), with the sizes of the released code where the paper gives none. The paper pools in space; pooling
+over time is this project's extension.
 
 This module depends on no backbone: its blocks are passed in.
-Legend: B clips, (T, H, W) grid of image tokens, N = T*H*W, (t, h, w) grid of centres, M = t*h*w, C channels.
+Legend: B clips, (T, H, W) grid of image tokens, N = T*H*W, (t, h, w) grid of centres, M = t*h*w, C channels, P
+positions of a window. A "group" is the T/t frames that share their centres: in windows, generation and recovery happen
+inside groups, so that their cost per frame is that of an image.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stvit_video.models.arguments import Grid, PoolingKind, STGMArguments
-from stvit_video.models.reducers.interface import Blocks, Past, Reduced, Reducer
+from stvit_video.models.grids import count_windows, window_partition, window_reverse
+from stvit_video.models.reducers.interface import Blocks, Past, Reduced, Reducer, adaptive_pool
 
+CENTRES = 3  # along each side of a window, the paper's choice for 7 x 7 windows
+KEY_MARGIN = 3  # the first generator block in windows reads larger ones by this: 10 for 7, as in the released code
 # The paper's logit for padded positions: their weight is negligible, and a softmax over padding alone stays finite.
 PADDED_LOGIT = -100.0
 
@@ -101,47 +107,32 @@ class SemanticPooling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map image tokens (B, N, C) to centres (B, M, C)."""
-        pool = self._pooler(x)
-        centres = pool(x)
+        weights = self._mask(x) if self.kind == "mask" else None  # computed from x only, not from displaced tokens
+        centres = self._pool(x, weights)
         if self.offset_proj is not None:
-            centres = pool(self._displace(x, centres))
+            centres = self._pool(self._displace(x, centres), weights)
         return centres
 
-    def _pooler(self, x: Tensor) -> Callable[[Tensor], Tensor]:
-        """Return the function tokens -> centres; a mask is computed from ``x`` only, not from displaced tokens."""
-        if self.kind == "mask":
-            weights = self._mask(x)
-            return lambda tokens: (weights.unsqueeze(-2) @ self._windows(tokens)).squeeze(-2)
-        reduce = F.adaptive_max_pool3d if self.kind == "max" else F.adaptive_avg_pool3d
-        B, _, C = x.shape
-
-        def pool(tokens: Tensor) -> Tensor:
-            maps = tokens.transpose(1, 2).reshape(B, C, *self.grid)
-            return reduce(maps, self.regions).flatten(2).transpose(1, 2)  # (B, M, C)
-
-        return pool
+    def _pool(self, x: Tensor, weights: Tensor | None) -> Tensor:
+        if weights is None:
+            return adaptive_pool(x, self.grid, self.regions, self.kind)
+        return (weights.unsqueeze(-2) @ self._windows(x)).squeeze(-2)
 
     def _mask(self, x: Tensor) -> Tensor:
         """Return the weights (B, M, P) of the P positions in each region."""
-        B, _, C = x.shape
-        T, H, W = self.grid
-        maps = x.reshape(B * T, H, W, C).permute(0, 3, 1, 2)
+        maps = x.unflatten(1, self.grid).flatten(0, 1).permute(0, 3, 1, 2)
         maps = self.mask_conv(maps).permute(0, 2, 3, 1)  # (B*T, H, W, C)
         logits = self.mask_proj(F.gelu(self.mask_norm(maps)))  # (B*T, H, W, 1)
-        logits = self._windows(logits.reshape(B, T * H * W, 1), PADDED_LOGIT)  # (B, M, P, 1)
+        logits = self._windows(logits.reshape(*x.shape[:2], 1), PADDED_LOGIT)  # (B, M, P, 1)
         return logits.squeeze(-1).softmax(dim=-1)
 
     def _windows(self, x: Tensor, padding: float = 0.0) -> Tensor:
         """Cut tokens (B, N, C) into regions (B, M, P, C), padding the map at its borders."""
-        B, _, C = x.shape
-        T, H, W = self.grid
-        t, h, w = self.regions
         (row, top, bottom), (column, left, right) = self.rows, self.columns
-        x = x.reshape(B, T, H, W, C)
+        x = x.unflatten(1, self.grid)
         if top or bottom or left or right:
             x = F.pad(x, (0, 0, left, right, top, bottom), value=padding)
-        x = x.reshape(B, t, self.frames_merged, h, row, w, column, C)
-        return x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(B, t * h * w, -1, C)
+        return window_partition(x, (self.frames_merged, row, column)).flatten(1, 3)
 
     def _displace(self, x: Tensor, centres: Tensor) -> Tensor:
         """Resample tokens (B, N, C) so that each region reads from its displaced position."""
@@ -231,3 +222,98 @@ def check_depths(depth: int, base_depth: int, stgm_depth: int, recover: bool = F
             f"{', the last being the recovery' if recover else ''}; "
             + (f"allowed: 1 to {most}." if most >= 1 else "that is too short: take more blocks, or fewer units.")
         )
+
+
+def windowed_regions(grid: Grid, window: Grid, frames_per_centre: int, even: bool) -> Grid:
+    """Return the default grid of centres: 3 x 3 per window, fewer on small maps, every ``frames_per_centre`` frames.
+
+    ``even`` selects counts that cut the map into equal regions, as the learned mask needs them.
+    """
+    sides = []
+    for length, size in zip(grid[1:], window[1:], strict=True):
+        windows = math.ceil(length / size)
+        counts = [windows * n for n in range(1, CENTRES + 1) if windows * n <= length]
+        sides.append(max(count for count in counts if not even or count in allowed_counts(length)))
+    return (grid[0] // math.gcd(grid[0], frames_per_centre), sides[0], sides[1])
+
+
+def read_index(grid: Grid, counts: Sequence[int], sides: Sequence[int]) -> Tensor:
+    """Return the indices (windows, P) that each window reads in a flattened group of tokens (t, h, w).
+
+    Windows of the given sides are centred on equal parts of the map, ``counts`` along height and width. Those that
+    would cross an end are moved inside, so that no position is padding.
+    """
+    axes = []
+    for length, count, side in zip(grid[1:], counts, sides, strict=True):
+        size, part = min(side, length), length / count
+        starts = [min(max(0, math.floor(i * part - (size - part) / 2)), length - size) for i in range(count)]
+        axes.append(torch.tensor(starts).unsqueeze(1) + torch.arange(size))  # (count, size)
+    rows, columns = axes
+    frames = torch.arange(grid[0]).view(1, 1, -1, 1, 1) * grid[1] * grid[2]
+    index = rows[:, None, None, :, None] * grid[2] + columns[None, :, None, None, :]
+    return (index + frames).flatten(2).flatten(0, 1)
+
+
+class WindowedTokenGenerator(SemanticTokenGenerator):
+    """STGM inside windows: the centres of a window read the image tokens around it and the centres themselves.
+
+    The context of all blocks, the first included, is [S; X], as in the released code. The first block reads a margin
+    around each window, deeper ones twice the window, which is the whole 14 x 14 map of a 224-pixel image. If this
+    covers the whole map, all its centres form one query. Raises ValueError where ``regions`` do not give every window
+    the same number of centres.
+    """
+
+    regions: Grid
+
+    def __init__(self, dim: int, grid: Grid, regions: Grid, window: Grid, settings: STGMArguments) -> None:
+        super().__init__(dim, grid, regions, settings)
+        counts = count_windows(grid, window)[1:]
+        for count, number, axis in zip(regions[1:], counts, ("height", "width"), strict=True):
+            if count % number:
+                allowed = [n * number for n in range(1, CENTRES + 1)]
+                raise ValueError(
+                    f"{count} regions over the {number} windows of {axis}; allowed: multiples such as {allowed}."
+                )
+        self.queries: list[Grid] = []  # the centres (1, h, w) of a window in the first block and in deeper ones
+        group = (grid[0] // regions[0], *grid[1:])
+        for layer, sides in enumerate(([size + KEY_MARGIN for size in window[1:]], [2 * size for size in window[1:]])):
+            centres = [(layer + 1) * count // number for count, number in zip(regions[1:], counts, strict=True)]
+            lengths = (*grid[1:], *regions[1:])
+            covers = all(length <= side for length, side in zip(lengths, (*sides, *centres), strict=True))
+            windows = (1, 1) if covers else counts
+            self.queries.append((1, regions[1] // windows[0], regions[2] // windows[1]))
+            self.register_buffer(f"image_index_{layer}", read_index(group, windows, sides), persistent=False)
+            centre_index = read_index((1, *regions[1:]), windows, centres)
+            self.register_buffer(f"centre_index_{layer}", centre_index, persistent=False)
+
+    def _context(self, layer: int, query: Tensor, s: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return, by window, queries (B*G*windows, P, C), their context [S; X] and the bias of its keys."""
+        G, h, w = self.regions
+        B, _, C = x.shape
+        query = window_partition(query.reshape(B * G, 1, h, w, C), self.queries[layer]).flatten(0, 3)
+        s, x = (
+            tokens.reshape(B * G, -1, C)[:, self.get_buffer(f"{name}_index_{layer}")].flatten(0, 1)
+            for name, tokens in (("centre", s), ("image", x))
+        )
+        return query, *self.join(s, x)
+
+    def _reverse(self, layer: int, windows: Tensor, B: int) -> Tensor:
+        """Return windows (B*G*windows, P, C) as centres (B, M, C)."""
+        nt, nh, nw = count_windows((1, *self.regions[1:]), self.queries[layer])
+        windows = windows.reshape(-1, nt, nh, nw, *windows.shape[1:])
+        return window_reverse(windows, self.queries[layer]).reshape(B, -1, windows.shape[-1])
+
+    def attend(self, layer: int, block: nn.Module, query: Tensor, s: Tensor, x: Tensor) -> Tensor:
+        windows, context, bias = self._context(min(layer, 1), query, s, x)
+        out = block(windows, context=context, key_bias=bias, residual=layer > 0 or self.first_residual)
+        return self._reverse(min(layer, 1), out, query.shape[0])
+
+    def assign(self, block: nn.Module, query: Tensor, s: Tensor, x: Tensor) -> Tensor:
+        weights = block.attention_weights(*self._context(1, query, s, x))  # type: ignore[operator]
+        B, group_tokens = query.shape[0], x.shape[1] // self.regions[0]
+        index = self.get_buffer("image_index_1").repeat(B * self.regions[0], 1).unsqueeze(1)
+        weights = weights[..., -index.shape[-1] :]
+        full = weights.new_zeros(*weights.shape[:2], group_tokens)
+        weights = self._reverse(1, full.scatter(2, index.expand_as(weights), weights), B)
+        weights = weights.reshape(B, self.regions[0], -1, group_tokens)
+        return torch.stack([torch.block_diag(*clip) for clip in weights])  # tokens of other groups are not read

@@ -59,8 +59,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if not path.is_file():
         raise UsageError(f"Checkpoint {path} is not a file; give the path of a .safetensors or .pth file.")
     try:
-        _refuse_impostors(path)
-        content, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_torch(path), {})
+        with open(path, "rb") as file:
+            _refuse_impostor(path, file.read(64))
+        content, metadata = _read(path)
     except OSError as error:
         if error.errno == errno.EINVAL:  # torch seeks past the end of a file that was cut short
             raise UsageError(f"Checkpoint {path} is damaged or cut short; fetch it again.") from error
@@ -104,28 +105,26 @@ def _parse_metadata(header: dict[str, str]) -> dict[str, Any]:
         return {}  # written by another program
 
 
-def _refuse_impostors(path: Path) -> None:
-    with open(path, "rb") as file:
-        start = file.read(64)
+def _refuse_impostor(path: Path, start: bytes) -> None:
+    """Raise UsageError for a file that is empty, or text, according to its first bytes."""
     if not start:
         raise UsageError(f"Checkpoint {path} is empty; download or save it again.")
-    if b"\0" in start:
-        return  # binary: neither a web page nor text
-    start = start.lstrip(b"\xef\xbb\xbf \r\n\t")
     for signature, what in IMPOSTORS:
-        if start.startswith(signature):
+        if b"\0" not in start and start.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(signature):
             raise UsageError(f"Checkpoint {path} is {what}.")
 
 
-def _read_safetensors(path: Path) -> tuple[StateDict, dict[str, Any]]:
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, _parse_metadata(file.metadata() or {})  # noqa: SIM118
-    except SafetensorError as error:
-        raise UsageError(f"Checkpoint {path} is not a complete safetensors file ({error}); fetch it again.") from error
-
-
-def _read_torch(path: Path) -> object:
+def _read(path: Path) -> tuple[Any, dict[str, Any]]:
+    """Return what a file holds, and its metadata; raise UsageError for a damaged file, or one with code."""
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                return tensors, _parse_metadata(file.metadata() or {})
+        except SafetensorError as error:
+            raise UsageError(
+                f"Checkpoint {path} is not a complete safetensors file ({error}); fetch it again."
+            ) from error
     if path.suffix in (".pt2", ".onnx"):
         raise UsageError(
             f"Checkpoint {path} is an exported graph, which runs without this package; give the run's folder, or a "
@@ -133,22 +132,19 @@ def _read_torch(path: Path) -> object:
         )
     try:
         with torch.serialization.safe_globals(CONTAINERS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True), {}
     except pickle.UnpicklingError as error:
         refused = sorted(set(re.findall(r"GLOBAL (\S+)", str(error))))
+        what = "is not a torch file; fetch it again."
         if refused:
-            raise UsageError(
-                f"Checkpoint {path} needs code to load, which is refused ({', '.join(refused)}); "
-                f"save its state dict alone and give that file."
-            ) from error
-        raise UsageError(f"Checkpoint {path} is not a torch file; fetch it again.") from error
+            what = f"needs code to load, which is refused ({', '.join(refused)}); save its state dict alone."
+        raise UsageError(f"Checkpoint {path} {what}") from error
     except DAMAGE as error:
         if tarfile.is_tarfile(path) or _is_torchscript(path):
             raise UsageError(
                 f"Checkpoint {path} is a TorchScript or tar archive, which may hold code; save its state dict alone."
             ) from error
-        reason = first_line(error)
-        raise UsageError(f"Checkpoint {path} is damaged or cut short ({reason}); fetch it again.") from error
+        raise UsageError(f"Checkpoint {path} is damaged or cut short ({first_line(error)}); fetch it again.") from error
 
 
 def _is_torchscript(path: Path) -> bool:

@@ -1,23 +1,29 @@
 """Load weights: convert the layout of a checkpoint, fit it to the sizes of a model, account for every key.
 
-For each source, the loaded video model maps a clip of equal frames to the output of the image model: kernels are
-repeated over time and divided by their length; embeddings and position biases are repeated.
+A clip of equal frames then has the outputs of the image model: kernels are repeated over time and divided by their
+length; embeddings, centres and position biases are repeated. In space they are resampled. If the grid of a tensor is
+not known, it is not guessed: its status is "wrong shape".
+
+Legend: (t, h, w) token grid, n = t*h*w or h*w positions, C channels.
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from stvit_video.common.errors import UsageError, first_line
 from stvit_video.models.layers import Grid
 from stvit_video.models.weights.files import DAMAGE, Checkpoint, StateDict, check_tensors, read_checkpoint
 from stvit_video.models.weights.layouts import LAYOUTS, Converted, recognise
-from stvit_video.models.weights.resize import adapt_positions, add_motion, fit, is_image_state
 
 STATUSES = ("loaded", "inflated", "interpolated", "new", "unused", "wrong shape")
+Fitted = tuple[Tensor | None, str]  # the tensor, None if it cannot be fitted, and its status
 
 
 @dataclass
@@ -89,19 +95,29 @@ def load_pretrained(
             f"{', '.join(layout for layout, _, _ in LAYOUTS)}. Check that the file belongs to such a model."
         )
     layout, convert = recognised
-    report = LoadReport(name, layout)
+    report, target = LoadReport(name, layout), model.state_dict()
     if checkpoint.metadata:
         report.arguments = {"name": checkpoint.metadata["name"], **checkpoint.metadata["arguments"]}
+    wanted = {key for key in target if not (new_head and key.startswith("head."))}
+    if depth is not None:
+        wanted = {key for key in wanted if model.layer_id(key) <= depth}  # type: ignore[operator]
     try:
         converted = convert(state)
+        for key, value in converted.state.items():
+            if key.startswith("patch_embed.proj") and value.ndim == 4:
+                converted.state[key] = value.unsqueeze(2)  # the kernel of an image: a tubelet of one frame
         from_image = is_image_state(converted.state)
-        fitted = _fit_all(state, converted, model, report, new_head, depth)
+        adapt_positions(converted, model, report.arguments)
+        fitted = _fit_all(state, converted, model, report, wanted, from_image)
     except DAMAGE as error:
-        reason = first_line(error)
         raise UsageError(
-            f"{name} looks like a {layout} checkpoint, but its tensors do not fit together ({reason}); fetch it again."
+            f"{name} looks like a {layout} checkpoint, but its tensors do not fit together ({first_line(error)}); "
+            f"fetch it again."
         ) from error
-    _check(report, model, fitted, min_coverage, new_head, depth)
+    _add_notes(report, converted, model, depth)
+    counted = {key: value.numel() for key, value in target.items() if value.is_floating_point() and key in wanted}
+    report.coverage = sum(counted.get(key, 0) for key in fitted) / max(1, sum(counted.values()))
+    _check(report, min_coverage)
     if motion > 0 and from_image:
         for key in [key for key in report.keys["inflated"] if fitted[key].ndim == 5]:
             fitted[key] = add_motion(fitted[key], motion)
@@ -110,56 +126,35 @@ def load_pretrained(
     return report
 
 
-def _input_size(arguments: dict[str, Any]) -> Grid | None:
-    """Return (T, H, W) of the source model, None if its file does not say."""
-    frames, size = arguments.get("num_frames"), arguments.get("image_size")
-    sides = [size, size] if isinstance(size, int) else size
-    if not isinstance(frames, int) or not isinstance(sides, list) or len(sides) != 2:
-        return None
-    return (frames, sides[0], sides[1])
-
-
 def _fit_all(
-    source: StateDict, converted: Converted, model: nn.Module, report: LoadReport, new_head: bool, depth: int | None
+    source: StateDict, converted: Converted, model: nn.Module, report: LoadReport, wanted: set[str], from_image: bool
 ) -> StateDict:
     """Return the tensors that fit the model, and report the status of each key."""
-    adapt_positions(converted, model, _input_size(report.arguments))
     report.notes, report.dropped = converted.notes, converted.dropped
-    state, target, fitted = converted.state, model.state_dict(), {}
-    image = is_image_state(state)
-    for name, value in target.items():
+    state, fitted = converted.state, {}
+    for name, value in model.state_dict().items():
         tensor, status = None, "new"
-        if not _wanted(name, model, new_head, depth):
+        if name not in wanted:
             converted.left_out += [name] if state.pop(name, None) is not None else []
         elif name in state:
-            tensor, status = fit(name, state.pop(name), value, model, image)
+            tensor, status = fit(name, state.pop(name), value, model, from_image)
             status = converted.changed.get(name, status) if status == "loaded" else status
-        elif name in converted.unplaced:
-            status = "wrong shape"
+        elif name in converted.changed:
+            status = converted.changed[name]
         elif name.endswith("num_batches_tracked"):
             continue  # a counter that is not used
         report.add(status, name, value.numel())
         if tensor is not None:
             fitted[name] = tensor
-    for name in sorted(state):
-        report.add("unused", name, state[name].numel())
-    for name in report.dropped:
-        report.add("unused", name, source[name].numel() if name in source else 0)
-    _add_notes(report, converted, model, sorted(state), depth)
+    for name in [*sorted(state), *report.dropped]:
+        tensor = state.get(name, source.get(name))
+        report.add("unused", name, 0 if tensor is None else tensor.numel())
     return fitted
 
 
-def _wanted(name: str, model: nn.Module, new_head: bool, depth: int | None) -> bool:
-    """Return whether a parameter is requested from the source."""
-    if new_head and name.startswith("head."):
-        return False
-    return depth is None or model.layer_id(name) <= depth  # type: ignore[operator]
-
-
-def _add_notes(
-    report: LoadReport, converted: Converted, model: nn.Module, unused: list[str], depth: int | None
-) -> None:
+def _add_notes(report: LoadReport, converted: Converted, model: nn.Module, depth: int | None) -> None:
     """Add notes on what the table of keys alone does not show."""
+    unused = sorted(converted.state)
     biases = [name for name in unused if name.endswith("relative_position_bias_table")]
     if biases and report.layout != "timm ViT":
         report.notes.append(f"{len(biases)} position bias tables unused: semantic tokens have no position bias")
@@ -167,13 +162,13 @@ def _add_notes(
     if others:
         report.notes.append(
             f"{len(others)} keys have no place in this model, so its outputs will differ from the source's: "
-            f"{', '.join(others[:3])}{' ...' if len(others) > 3 else ''}"
+            f"{_shorten(others, 3)}"
         )
     if converted.left_out:
         what = "of the classifier" if depth is None else f"above depth {depth}"
         report.notes.append(f"{len(converted.left_out)} keys {what} left out, as asked: they start anew")
     if report.keys["wrong shape"]:
-        report.notes.append(f"of another shape, so they start anew: {', '.join(report.keys['wrong shape'][:3])}")
+        report.notes.append(f"of another shape, so they start anew: {_shorten(report.keys['wrong shape'], 3)}")
     known = report.arguments.get("fc_norm", converted.fc_norm)
     if known is not None and hasattr(model, "fc_norm") and known != model.fc_norm:
         where = "after" if known else "before"
@@ -183,27 +178,187 @@ def _add_notes(
         )
 
 
-def _check(
-    report: LoadReport, model: nn.Module, fitted: StateDict, min_coverage: float, new_head: bool, depth: int | None
-) -> None:
-    counted = {
-        name: value.numel()
-        for name, value in model.state_dict().items()
-        if value.is_floating_point() and _wanted(name, model, new_head, depth)
-    }
-    report.coverage = sum(counted.get(name, 0) for name in fitted) / max(1, sum(counted.values()))
-    heads = [name for name in report.keys["wrong shape"] if name.startswith("head.")]
+def _check(report: LoadReport, min_coverage: float) -> None:
+    """Raise UsageError where too little of the model is covered, or the classifier has other classes."""
     if report.coverage < min_coverage:
-        missing = report.keys["new"] + report.keys["wrong shape"]
         raise UsageError(
             f"{report.source} ({report.layout} layout): only {100 * report.coverage:.1f} % of the model's weights "
             f"found, {100 * min_coverage:.0f} % required (MODEL.INIT_MIN_COVERAGE). Not covered: "
-            f"{', '.join(missing[:20])}{' ...' if len(missing) > 20 else ''}. "
-            f"Unused: {', '.join(report.keys['unused'][:10]) or 'none'}. "
+            f"{_shorten(report.keys['new'] + report.keys['wrong shape'], 20)}. "
+            f"Unused: {_shorten(report.keys['unused'], 10) or 'none'}. "
             f"Check that the file belongs to this architecture."
         )
+    heads = [name for name in report.keys["wrong shape"] if name.startswith("head.")]
     if heads:
         raise UsageError(
             f"{report.source}: its classifier ({', '.join(heads)}) has another class count than the model. "
             f"Set MODEL.NEW_HEAD True (new_head=True) to train a new one, or build the model with its class count."
         )
+
+
+def _shorten(names: list[str], count: int) -> str:
+    return ", ".join(names[:count]) + (" ..." if len(names) > count else "")
+
+
+def find_kernel(state: dict[str, Tensor]) -> Tensor | None:
+    """Return the first kernel of the embedding (C, 3, t, h, w), which distinguishes image from video models."""
+    names = ("patch_embed.proj.weight", "patch_embed.proj.0.c.weight")
+    kernels = [state[name] for name in names if name in state and state[name].ndim == 5]
+    return kernels[0] if kernels else None
+
+
+def is_image_state(state: dict[str, Tensor]) -> bool:
+    """Return whether a converted state dict is that of an image model."""
+    kernel = find_kernel(state)
+    return kernel is None or kernel.shape[2] == 1
+
+
+def adapt_positions(converted: Converted, model: nn.Module, arguments: dict[str, Any]) -> None:
+    """Convert position embeddings to the model's grid and kind (separate for a frame and time, or for a clip).
+
+    ``arguments`` are those of the source model, as far as they are known.
+    """
+    kind, state = getattr(model, "positions", None), converted.state
+    if kind is None or "pos_embed" not in state or state["pos_embed"].ndim != 3:
+        return
+    target: Grid = model.grid  # type: ignore[assignment]
+    grid = _position_grid(converted, arguments, target)
+    given = state.pop("pos_embed")
+    if grid is None or given.shape[1] != math.prod(grid):
+        converted.changed["pos_embed"] = "wrong shape"
+        return
+    status = "loaded" if grid == target else "interpolated"
+    if grid != target and grid[0] == 1 and grid[1:] == target[1:]:  # those of an image of this size
+        status = "inflated" if kind == "clip" else "loaded"
+    converted.changed["pos_embed"] = status
+    if kind == "clip":
+        times = state.pop("time_embed", None)
+        if grid[0] == 1 and times is not None:
+            given = (given.unsqueeze(1) + times.unsqueeze(2)).flatten(1, 2)
+            grid = (times.shape[1], grid[1], grid[2])
+        state["pos_embed"] = resample(given, grid, target)
+        return
+    if grid[0] > 1:
+        given, state["time_embed"] = split_positions(given, grid)
+        converted.changed["time_embed"] = "interpolated"
+        converted.notes.append("positions of a clip split into space and time; positions='clip' keeps them as is")
+    state["pos_embed"] = resample(given, (1, grid[1], grid[2]), (1, target[1], target[2]))
+
+
+def _position_grid(converted: Converted, arguments: dict[str, Any], target: Grid) -> Grid | None:
+    """Return the grid of the source's positions, None if unknown."""
+    if converted.position_grid is not None:
+        return converted.position_grid
+    count, kernel = converted.state["pos_embed"].shape[1], find_kernel(converted.state)
+    one_frame = "time_embed" in converted.state or is_image_state(converted.state)
+    frames, size = arguments.get("num_frames"), arguments.get("image_size")
+    sides = [size, size] if isinstance(size, int) else size
+    if kernel is not None and isinstance(frames, int) and isinstance(sides, list) and len(sides) == 2:
+        t, h, w = (length // step for length, step in zip((frames, *sides), kernel.shape[2:], strict=True))
+        return (1 if one_frame else t, h, w)
+    frames, rest = divmod(count, target[1] * target[2])
+    if one_frame and count != target[1] * target[2]:
+        side = math.isqrt(count)
+        return (1, side, side) if side * side == count else None
+    return None if rest else (frames, target[1], target[2])
+
+
+def split_positions(positions: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Return parts in space (1, h*w, C) and time (1, t, C) whose sum is nearest to positions (1, t*h*w, C)."""
+    frames = positions.reshape(grid[0], grid[1] * grid[2], -1)
+    space = frames.mean(dim=0)
+    return space.unsqueeze(0), (frames.mean(dim=1) - space.mean(dim=0)).unsqueeze(0)
+
+
+def fit(name: str, value: Tensor, target: Tensor, model: nn.Module, image: bool) -> Fitted:
+    """Return ``value`` in the shape of ``target`` and its status; None and "wrong shape" if it cannot be fitted.
+
+    ``image``: the source is an image model.
+    """
+    root, _, leaf = name.rpartition(".")
+    fitted: Tensor | None = value
+    status = "loaded"
+    if leaf == "global_centres" and value.ndim == 3:
+        regions = model.get_submodule(root).regions
+        fitted, status = tile_centres(value, regions, image)  # type: ignore[arg-type]
+    elif value.shape != target.shape:
+        if root.startswith("patch_embed.proj") and value.ndim == target.ndim == 5:
+            # The response to equal frames stays the same.
+            length, status = target.shape[2], "inflated"
+            fitted = value.sum(dim=2, keepdim=True).expand(-1, -1, length, -1, -1) / length
+        elif name == "time_embed" and value.ndim == 3:
+            fitted = resample_time(value, target.shape[1])
+            status = "inflated" if value.shape[1] == 1 else "interpolated"
+        elif leaf == "relative_position_bias_table" and value.ndim == 2:
+            fitted, status = resample_bias(value, model.get_submodule(root).table_shape, image)  # type: ignore[arg-type]
+    if fitted is None or fitted.shape != target.shape:
+        return None, "wrong shape"
+    return fitted.to(target.dtype), status
+
+
+def add_motion(kernel: Tensor, amount: float) -> Tensor:
+    """Add noise that sums to zero over the frames of a kernel (C, 3, k, h, w): equal frames keep their response.
+
+    An inflated kernel is equal for all its frames and cannot respond to changes between them. ``amount`` is the
+    standard deviation of the noise in multiples of the kernel's. It is drawn from torch's global generator.
+    """
+    noise = torch.randn_like(kernel)
+    return kernel + amount * kernel.std() * (noise - noise.mean(dim=2, keepdim=True))
+
+
+def resample_time(embedding: Tensor, length: int) -> Tensor:
+    """Interpolate an embedding (n, t, C) linearly to another number of frames."""
+    if embedding.shape[1] == 1:
+        return embedding.expand(-1, length, -1)
+    if embedding.shape[1] == length:
+        return embedding
+    stretched = F.interpolate(embedding.float().transpose(1, 2), size=length, mode="linear", align_corners=True)
+    return stretched.transpose(1, 2)
+
+
+def resample(embedding: Tensor, grid: Grid, target: Grid) -> Tensor:
+    """Resize an embedding (1, t*h*w, C) to another grid: bicubic with antialiasing in space, then linear in time."""
+    if grid == target:
+        return embedding
+    frames = embedding.reshape(grid[0], grid[1] * grid[2], -1)
+    if grid[1:] != target[1:]:
+        maps = frames.float().unflatten(1, grid[1:]).permute(0, 3, 1, 2)
+        maps = F.interpolate(maps, size=target[1:], mode="bicubic", antialias=True, align_corners=False)
+        frames = maps.flatten(2).transpose(1, 2)
+    return resample_time(frames.transpose(0, 1), target[0]).transpose(0, 1).reshape(1, math.prod(target), -1)
+
+
+def resample_bias(table: Tensor, shape: Grid, image: bool) -> Fitted:
+    """Fit a relative position bias table (t*h*w, heads) to another reach (t, h, w), all odd; return it and its status.
+
+    In space tables are interpolated (bicubic): windows of another size cover the same field. In time an offset keeps
+    its meaning: longer tables repeat their ends (an image's single entry everywhere), shorter ones drop them.
+    """
+    count, heads = table.shape
+    frames, rest = divmod(count, shape[1] * shape[2])
+    rows, columns = shape[1], shape[2]
+    if image or rest or frames % 2 == 0:
+        # Windows are square: the largest odd square that divides the count is the reach in space, the quotient in time.
+        sides = [side for side in range(1, math.isqrt(count) + 1, 2) if count % side**2 == 0 and count % 2]
+        rows = columns = sides[-1] if sides else 1
+        frames = count // rows**2
+        if rows == 1 or (image and frames > 1):
+            return None, "wrong shape"
+    maps = table.reshape(frames, rows, columns, heads)
+    if (rows, columns) != shape[1:]:
+        planes = maps.float().permute(0, 3, 1, 2)
+        maps = F.interpolate(planes, size=shape[1:], mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
+    offsets = torch.arange(shape[0]) - shape[0] // 2 + frames // 2
+    inflated = frames == 1 and (rows, columns) == shape[1:]
+    return maps[offsets.clamp(0, frames - 1)].reshape(-1, heads), "inflated" if inflated else "interpolated"
+
+
+def tile_centres(centres: Tensor, regions: Grid, image: bool) -> Fitted:
+    """Fit global centres (1, n, C) to other regions: an image's are repeated over time, a clip's resampled in time."""
+    _, h, w = regions
+    count, side = centres.shape[1], math.isqrt(centres.shape[1])
+    grid = (1, side, side) if image and count != h * w else (count // (h * w), h, w)
+    if math.prod(grid) != count:
+        return None, "wrong shape"
+    status = "inflated" if image and grid[1:] == (h, w) else "interpolated"
+    return resample(centres, grid, regions), "loaded" if grid == regions else status
