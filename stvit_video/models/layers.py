@@ -239,10 +239,9 @@ class Network(BlockRunner):
 
     def forward(self, x: Tensor, return_intermediates: bool = False) -> Tensor | tuple[Tensor, Intermediates]:
         """Map a clip (B, 3, T, H, W) to logits (B, classes), and to its intermediates if requested."""
-        if not return_intermediates:
-            return self.head(self.forward_features(x))
-        intermediates = Intermediates()
-        return self.head(self.forward_features(x, intermediates)), intermediates
+        intermediates = Intermediates() if return_intermediates else None
+        logits = self.head(self.forward_features(x, intermediates))
+        return logits if intermediates is None else (logits, intermediates)
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of parameters without weight decay, in addition to biases and norms."""

@@ -56,10 +56,7 @@ class RandomTokens(Reducer):
 
 
 class RandomOfRegions(RandomTokens):
-    """One random image token of each region, for backbones that need a grid.
-
-    Where regions do not divide an axis, some are one token longer.
-    """
+    """One random image token of each region, for backbones that need a grid."""
 
     starts: Tensor
     sizes: Tensor
@@ -67,6 +64,7 @@ class RandomOfRegions(RandomTokens):
     def __init__(self, grid: Grid, regions: Grid) -> None:
         super().__init__(grid, regions)
         self.grid, self.regions = grid, regions
+        # Where regions do not divide an axis, some are one token longer.
         cuts = [torch.arange(count + 1) * length // count for length, count in zip(grid, regions, strict=True)]
         self.register_buffer("starts", torch.cartesian_prod(*(cut[:-1] for cut in cuts)), persistent=False)  # (M, 3)
         self.register_buffer("sizes", torch.cartesian_prod(*(cut.diff() for cut in cuts)), persistent=False)

@@ -213,16 +213,13 @@ def is_image_state(state: dict[str, Tensor]) -> bool:
     return kernel is None or kernel.shape[2] == 1
 
 
-def adapt_positions(converted: Converted, model: nn.Module, arguments: dict[str, Any]) -> None:
-    """Convert position embeddings to the model's grid and kind (separate for a frame and time, or for a clip).
-
-    ``arguments`` are those of the source model, as far as they are known.
-    """
+def adapt_positions(converted: Converted, model: nn.Module, source: dict[str, Any]) -> None:
+    """Convert position embeddings to the model's grid and kind; ``source`` are the source's arguments, if known."""
     kind, state = getattr(model, "positions", None), converted.state
     if kind is None or "pos_embed" not in state or state["pos_embed"].ndim != 3:
         return
     target: Grid = model.grid  # type: ignore[assignment]
-    grid = _position_grid(converted, arguments, target)
+    grid = _position_grid(converted, source, target)
     given = state.pop("pos_embed")
     if grid is None or given.shape[1] != math.prod(grid):
         converted.changed["pos_embed"] = "wrong shape"
@@ -231,7 +228,7 @@ def adapt_positions(converted: Converted, model: nn.Module, arguments: dict[str,
     if grid != target and grid[0] == 1 and grid[1:] == target[1:]:  # those of an image of this size
         status = "inflated" if kind == "clip" else "loaded"
     converted.changed["pos_embed"] = status
-    if kind == "clip":
+    if kind == "clip":  # one position for each token of a clip; else one in a frame and one in time
         times = state.pop("time_embed", None)
         if grid[0] == 1 and times is not None:
             given = (given.unsqueeze(1) + times.unsqueeze(2)).flatten(1, 2)
@@ -245,13 +242,13 @@ def adapt_positions(converted: Converted, model: nn.Module, arguments: dict[str,
     state["pos_embed"] = resample(given, (1, grid[1], grid[2]), (1, target[1], target[2]))
 
 
-def _position_grid(converted: Converted, arguments: dict[str, Any], target: Grid) -> Grid | None:
+def _position_grid(converted: Converted, source: dict[str, Any], target: Grid) -> Grid | None:
     """Return the grid of the source's positions, None if unknown."""
     if converted.position_grid is not None:
         return converted.position_grid
     count, kernel = converted.state["pos_embed"].shape[1], find_kernel(converted.state)
     one_frame = "time_embed" in converted.state or is_image_state(converted.state)
-    frames, size = arguments.get("num_frames"), arguments.get("image_size")
+    frames, size = source.get("num_frames"), source.get("image_size")
     sides = [size, size] if isinstance(size, int) else size
     if kernel is not None and isinstance(frames, int) and isinstance(sides, list) and len(sides) == 2:
         t, h, w = (length // step for length, step in zip((frames, *sides), kernel.shape[2:], strict=True))
@@ -270,17 +267,14 @@ def split_positions(positions: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     return space.unsqueeze(0), (frames.mean(dim=1) - space.mean(dim=0)).unsqueeze(0)
 
 
-def fit(name: str, value: Tensor, target: Tensor, model: nn.Module, image: bool) -> Fitted:
-    """Return ``value`` in the shape of ``target`` and its status; None and "wrong shape" if it cannot be fitted.
-
-    ``image``: the source is an image model.
-    """
+def fit(name: str, value: Tensor, target: Tensor, model: nn.Module, from_image: bool) -> Fitted:
+    """Return ``value`` in the shape of ``target`` and its status; None and "wrong shape" if it cannot be fitted."""
     root, _, leaf = name.rpartition(".")
     fitted: Tensor | None = value
     status = "loaded"
     if leaf == "global_centres" and value.ndim == 3:
         regions = model.get_submodule(root).regions
-        fitted, status = tile_centres(value, regions, image)  # type: ignore[arg-type]
+        fitted, status = tile_centres(value, regions, from_image)  # type: ignore[arg-type]
     elif value.shape != target.shape:
         if root.startswith("patch_embed.proj") and value.ndim == target.ndim == 5:
             # The response to equal frames stays the same.
@@ -290,7 +284,8 @@ def fit(name: str, value: Tensor, target: Tensor, model: nn.Module, image: bool)
             fitted = resample_time(value, target.shape[1])
             status = "inflated" if value.shape[1] == 1 else "interpolated"
         elif leaf == "relative_position_bias_table" and value.ndim == 2:
-            fitted, status = resample_bias(value, model.get_submodule(root).table_shape, image)  # type: ignore[arg-type]
+            shape = model.get_submodule(root).table_shape
+            fitted, status = resample_bias(value, shape, from_image)  # type: ignore[arg-type]
     if fitted is None or fitted.shape != target.shape:
         return None, "wrong shape"
     return fitted.to(target.dtype), status
