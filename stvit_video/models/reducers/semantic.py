@@ -12,6 +12,7 @@ inside groups, so that their cost per frame is that of an image.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -96,8 +97,8 @@ class SemanticPooling(nn.Module):
             self.mask_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
             self.mask_norm = nn.LayerNorm(dim, eps=1e-6)
             self.mask_proj = nn.Linear(dim, 1, bias=False)
-        self.offset_norm = nn.LayerNorm(dim, eps=1e-6) if offsets else None
-        self.offset_proj = nn.Linear(dim, 2) if offsets else None
+        self.offset_norm: Any = nn.LayerNorm(dim, eps=1e-6) if offsets else None
+        self.offset_proj: Any = nn.Linear(dim, 2) if offsets else None
 
     def reset_offsets(self) -> None:
         """Start with no displacement, so that switching offsets on does not change a pretrained model."""
@@ -107,24 +108,22 @@ class SemanticPooling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map image tokens (B, N, C) to centres (B, M, C)."""
-        weights = self._mask(x) if self.kind == "mask" else None  # computed from x only, not from displaced tokens
+        weights = None
+        if self.kind == "mask":  # computed from x, not from displaced tokens
+            maps = x.unflatten(1, self.grid).flatten(0, 1).permute(0, 3, 1, 2)
+            maps = self.mask_conv(maps).permute(0, 2, 3, 1)  # (B*T, H, W, C)
+            logits = self.mask_proj(F.gelu(self.mask_norm(maps))).reshape(*x.shape[:2], 1)
+            weights = self._windows(logits, PADDED_LOGIT).squeeze(-1).softmax(dim=-1)  # (B, M, P)
         centres = self._pool(x, weights)
         if self.offset_proj is not None:
             centres = self._pool(self._displace(x, centres), weights)
         return centres
 
     def _pool(self, x: Tensor, weights: Tensor | None) -> Tensor:
+        """Return the centres of x with given weights (B, M, P) of the P positions in each region, or by kind."""
         if weights is None:
             return adaptive_pool(x, self.grid, self.regions, self.kind)
         return (weights.unsqueeze(-2) @ self._windows(x)).squeeze(-2)
-
-    def _mask(self, x: Tensor) -> Tensor:
-        """Return the weights (B, M, P) of the P positions in each region."""
-        maps = x.unflatten(1, self.grid).flatten(0, 1).permute(0, 3, 1, 2)
-        maps = self.mask_conv(maps).permute(0, 2, 3, 1)  # (B*T, H, W, C)
-        logits = self.mask_proj(F.gelu(self.mask_norm(maps)))  # (B*T, H, W, 1)
-        logits = self._windows(logits.reshape(*x.shape[:2], 1), PADDED_LOGIT)  # (B, M, P, 1)
-        return logits.squeeze(-1).softmax(dim=-1)
 
     def _windows(self, x: Tensor, padding: float = 0.0) -> Tensor:
         """Cut tokens (B, N, C) into regions (B, M, P, C), padding the map at its borders."""
@@ -136,8 +135,6 @@ class SemanticPooling(nn.Module):
 
     def _displace(self, x: Tensor, centres: Tensor) -> Tensor:
         """Resample tokens (B, N, C) so that each region reads from its displaced position."""
-        assert self.offset_norm is not None
-        assert self.offset_proj is not None
         B, _, C = x.shape
         T, H, W = self.grid
         (row, top, _), (column, left, _) = self.rows, self.columns

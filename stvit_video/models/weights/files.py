@@ -59,8 +59,6 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if not path.is_file():
         raise UsageError(f"Checkpoint {path} is not a file; give the path of a .safetensors or .pth file.")
     try:
-        with open(path, "rb") as file:
-            _refuse_impostor(path, file.read(64))
         content, metadata = _read(path)
     except OSError as error:
         if error.errno == errno.EINVAL:  # torch seeks past the end of a file that was cut short
@@ -105,22 +103,20 @@ def _parse_metadata(header: dict[str, str]) -> dict[str, Any]:
         return {}  # written by another program
 
 
-def _refuse_impostor(path: Path, start: bytes) -> None:
-    """Raise UsageError for a file that is empty, or text, according to its first bytes."""
+def _read(path: Path) -> tuple[Any, dict[str, Any]]:
+    """Return what a file holds, and its metadata; raise UsageError for a damaged file, or one with code."""
+    with open(path, "rb") as file:
+        start = file.read(64)
     if not start:
         raise UsageError(f"Checkpoint {path} is empty; download or save it again.")
     for signature, what in IMPOSTORS:
         if b"\0" not in start and start.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(signature):
             raise UsageError(f"Checkpoint {path} is {what}.")
-
-
-def _read(path: Path) -> tuple[Any, dict[str, Any]]:
-    """Return what a file holds, and its metadata; raise UsageError for a damaged file, or one with code."""
     if path.suffix == ".safetensors":
         try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                return tensors, _parse_metadata(file.metadata() or {})
+            with safe_open(path, "pt") as tensors:
+                content = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+                return content, _parse_metadata(tensors.metadata() or {})
         except SafetensorError as error:
             raise UsageError(
                 f"Checkpoint {path} is not a complete safetensors file ({error}); fetch it again."
