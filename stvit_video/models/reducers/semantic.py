@@ -271,14 +271,14 @@ class WindowedTokenGenerator(SemanticTokenGenerator):
                 raise ValueError(
                     f"{count} regions over the {number} windows of {axis}; allowed: multiples such as {allowed}."
                 )
-        self.queries: list[Grid] = []  # the centres (1, h, w) of a window in the first block and in deeper ones
+        self.query_windows: list[Grid] = []  # the centres (1, h, w) of a window in the first block and in deeper ones
         group = (grid[0] // regions[0], *grid[1:])
         for layer, sides in enumerate(([size + KEY_MARGIN for size in window[1:]], [2 * size for size in window[1:]])):
             centres = [(layer + 1) * count // number for count, number in zip(regions[1:], counts, strict=True)]
             lengths = (*grid[1:], *regions[1:])
             covers = all(length <= side for length, side in zip(lengths, (*sides, *centres), strict=True))
             windows = (1, 1) if covers else counts
-            self.queries.append((1, regions[1] // windows[0], regions[2] // windows[1]))
+            self.query_windows.append((1, regions[1] // windows[0], regions[2] // windows[1]))
             self.register_buffer(f"image_index_{layer}", read_index(group, windows, sides), persistent=False)
             centre_index = read_index((1, *regions[1:]), windows, centres)
             self.register_buffer(f"centre_index_{layer}", centre_index, persistent=False)
@@ -287,7 +287,7 @@ class WindowedTokenGenerator(SemanticTokenGenerator):
         """Return, by window, queries (B*G*windows, P, C), their context [S; X] and the bias of its keys."""
         G, h, w = self.regions
         B, _, C = x.shape
-        query = window_partition(query.reshape(B * G, 1, h, w, C), self.queries[layer]).flatten(0, 3)
+        query = window_partition(query.reshape(B * G, 1, h, w, C), self.query_windows[layer]).flatten(0, 3)
         s, x = (
             tokens.reshape(B * G, -1, C)[:, self.get_buffer(f"{name}_index_{layer}")].flatten(0, 1)
             for name, tokens in (("centre", s), ("image", x))
@@ -296,9 +296,9 @@ class WindowedTokenGenerator(SemanticTokenGenerator):
 
     def _reverse(self, layer: int, windows: Tensor, B: int) -> Tensor:
         """Return windows (B*G*windows, P, C) as centres (B, M, C)."""
-        nt, nh, nw = count_windows((1, *self.regions[1:]), self.queries[layer])
+        nt, nh, nw = count_windows((1, *self.regions[1:]), self.query_windows[layer])
         windows = windows.reshape(-1, nt, nh, nw, *windows.shape[1:])
-        return window_reverse(windows, self.queries[layer]).reshape(B, -1, windows.shape[-1])
+        return window_reverse(windows, self.query_windows[layer]).reshape(B, -1, windows.shape[-1])
 
     def attend(self, layer: int, block: nn.Module, query: Tensor, s: Tensor, x: Tensor) -> Tensor:
         windows, context, bias = self._context(min(layer, 1), query, s, x)
