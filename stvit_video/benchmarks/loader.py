@@ -39,6 +39,7 @@ def choose_readable(requests: Iterable[FrameRequest]) -> list[tuple[FrameRequest
     """Return the requests that decord can answer, with the frames that each asks for."""
     chosen = []
     for request in requests:
+        assert request.choice is not None
         try:
             reader = open_video(request.path, decoder="decord")
             indices = request.choice(reader)

@@ -2,7 +2,7 @@
 
 The way of a clip: a ``FrameRequest`` is sent to the decoding process (``process.py``), which calls ``read_file``.
 That opens the file (``open_video``, or the ``ReaderCache``), calls the request's choice with the open ``Reader`` to
-get frame indices, and has the reader (``readers.py``, ``images.py``) decode those.
+get frame indices, and has the reader (``readers.py``) decode those.
 """
 
 import importlib.util
@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stvit_video.data.decode.images import ImageReader, open_folder
-from stvit_video.data.decode.readers import AvReader, DecordReader, TorchCodecReader
-from stvit_video.data.decode.types import IMAGE_SUFFIXES, Choice, DecodeError, Frames, Reader, Times
+from stvit_video.data.decode.readers import AvReader, DecordReader, ImageReader, TorchCodecReader
+from stvit_video.data.decode.types import IMAGE_SUFFIXES, Choice, DecodeError, Reader
 
 # In the order in which they are tried. PyAV comes first: it gives the same pixels as decord in two thirds of the time,
 # is right where groups of pictures are open, reads AV1, and reports damaged frames instead of repeating others.
@@ -49,48 +48,34 @@ def open_video(path: str, short_side: int | None = None, decoder: str = "decord"
 
     Much larger frames are reduced to ``short_side``. Raises DecodeError.
     """
-    if os.path.isdir(path):
-        return open_folder(path, short_side)
-    if not os.path.isfile(path):
+    if not os.path.isfile(path) and not os.path.isdir(path):
         raise DecodeError(path, "is not a regular file" if os.path.exists(path) else "no such file")
-    if path.lower().endswith(IMAGE_SUFFIXES):
-        return ImageReader(path, [path], short_side)
-    return DECODERS[decoder](path, short_side)
+    if os.path.isdir(path) or path.lower().endswith(IMAGE_SUFFIXES):
+        return ImageReader(path, short_side)
+    reader = DECODERS[decoder](path, short_side)
+    if reader.length == 0:
+        raise DecodeError(path, "has no frames", decoder)
+    return reader
 
 
 @dataclass(frozen=True)
 class FrameRequest:
-    """Asks for frames of one file. It is pickled to reach the decoding process."""
+    """Asks for frames of one file, or for the times of all. It is pickled to reach the decoding process."""
 
     path: str
-    choice: Choice  # returns the indices of the frames to read, once the file is open
+    choice: Choice | None  # returns the indices of the frames to read, once the file is open; None: asks for times
     short_side: int | None = None  # see ``open_video``
     decoders: tuple[str, ...] = ("pyav", "decord")  # in the order in which they are tried
     keep_open: bool = False  # more requests for this file follow
 
-    def answer(self, reader: Reader) -> Frames:
-        """Return the chosen frames (N, H, W, 3) in the order of the choice; each is decoded once, in file order."""
+    def answer(self, reader: Reader) -> NDArray[Any]:
+        """Return the chosen frames (N, H, W, 3) in the order of the choice, or the times (length,) in seconds."""
+        if self.choice is None:
+            return reader.times()
         indices = self.choice(reader)
         ascending, positions = np.unique(indices, return_inverse=True)  # readers accept no other order or repetitions
         decoded = reader.frames(ascending)
         return decoded if np.array_equal(ascending, indices) else decoded[positions]
-
-
-@dataclass(frozen=True)
-class TimesRequest:
-    """Asks for the times of all frames of one file."""
-
-    path: str
-    decoders: tuple[str, ...]
-    short_side: None = None
-    keep_open: bool = False
-
-    def answer(self, reader: Reader) -> Times:
-        """Return the times (length,) of the frames, in seconds after the first."""
-        return reader.times()
-
-
-ReadRequest = FrameRequest | TimesRequest
 
 
 class ReaderCache:
@@ -100,8 +85,8 @@ class ReaderCache:
         self._key: tuple[str, int | None, str] | None = None
         self._reader: Reader | None = None
 
-    def open(self, request: ReadRequest, decoder: str) -> Reader:
-        """Return the open reader if it is for this file, size and decoder; else close it and open another."""
+    def open(self, request: FrameRequest, decoder: str) -> Reader:
+        """Return a reader of the request's file: the open one where it fits, else another."""
         key = (request.path, request.short_side, decoder)
         if self._reader is None or self._key != key:
             self.close()
@@ -115,7 +100,7 @@ class ReaderCache:
             reader.close()
 
 
-def read_file(request: ReadRequest, cache: ReaderCache | None = None) -> NDArray[Any]:
+def read_file(request: FrameRequest, cache: ReaderCache | None = None) -> NDArray[Any]:
     """Return the answer to a request. Raises DecodeError with what each decoder reported.
 
     Decoders are tried in turn. Each makes its own choice, since they may not agree on how long a damaged file is.

@@ -22,7 +22,7 @@ import decord
 import numpy as np
 from numpy.typing import NDArray
 
-from stvit_video.data.decode.frames import FrameRequest, ReaderCache, ReadRequest, TimesRequest, read_file
+from stvit_video.data.decode.frames import FrameRequest, ReaderCache, read_file
 from stvit_video.data.decode.types import Choice, DecodeError, Frames, Times
 from stvit_video.runtime.signals import end_with_parent, ignore_stop_signals
 
@@ -44,7 +44,7 @@ class Decoding:
     ) -> None:
         self.decoders, self.deadline_s, self.short_side = decoders, deadline_s, short_side
         self._child: _Child | None = None
-        self._waiting: deque[ReadRequest] = deque()  # sent to the child, and not answered yet
+        self._waiting: deque[FrameRequest] = deque()  # sent to the child, and not answered yet
         self._stuck: set[str] = set()  # paths that took longer than the deadline; they are not tried again
 
     def __getstate__(self) -> dict[str, object]:
@@ -54,7 +54,7 @@ class Decoding:
         """Return a request for frames of ``path`` with this object's decoders and size."""
         return FrameRequest(path, choice, self.short_side, self.decoders, keep_open)
 
-    def read(self, request: ReadRequest) -> NDArray[Any]:
+    def read(self, request: FrameRequest) -> NDArray[Any]:
         """Return the chosen frames (N, H, W, 3). Raises DecodeError, also for a child that hangs or crashes."""
         (result,) = self.read_all([request])
         if isinstance(result, DecodeError):
@@ -63,9 +63,9 @@ class Decoding:
 
     def read_times(self, path: str) -> Times:
         """Return the times of a file's frames, in seconds after the first. Raises DecodeError as ``read``."""
-        return self.read(TimesRequest(path, self.decoders))
+        return self.read(FrameRequest(path, None, None, self.decoders))
 
-    def read_all(self, requests: Iterable[ReadRequest]) -> Iterator[NDArray[Any] | DecodeError]:
+    def read_all(self, requests: Iterable[FrameRequest]) -> Iterator[NDArray[Any] | DecodeError]:
         """Yield the answer to each request, or the reason why there is none. Read it to the end before the next.
 
         The child always has the next two requests: it decodes one while the caller works on the last answer.
@@ -86,7 +86,7 @@ class Decoding:
             self._stop_child()
             raise
 
-    def _send(self, request: ReadRequest) -> None:
+    def _send(self, request: FrameRequest) -> None:
         if request.path in self._stuck:
             return
         if self._child is None or self._child.parent != os.getpid():
@@ -207,14 +207,10 @@ def serve(socket_fd: int, memory_fds: Sequence[int]) -> None:
         except MemoryError:
             connection.send(DecodeError(request.path, "does not fit into memory", "+".join(request.decoders)))
         else:
-            if isinstance(request, TimesRequest):
-                connection.send(answer)  # small enough for the socket
-            else:
-                _write_slot(memory_fds[slot], answer)
-                connection.send((slot, answer.shape))
-
-
-def _write_slot(memory_fd: int, frames: Frames) -> None:
-    left = np.ascontiguousarray(frames).reshape(-1).data
-    while left:  # a call writes 2 GB at most
-        left = left[os.pwrite(memory_fd, left, frames.nbytes - len(left)) :]
+            if request.choice is None:
+                connection.send(answer)  # times: small enough for the socket
+                continue
+            left = np.ascontiguousarray(answer).reshape(-1).data
+            while left:  # a call writes 2 GB at most
+                left = left[os.pwrite(memory_fds[slot], left, answer.nbytes - len(left)) :]
+            connection.send((slot, answer.shape))
