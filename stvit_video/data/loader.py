@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 from stvit_video.common.errors import UsageError
 from stvit_video.data.clips.from_pytorchvideo import SecondsSampler
 from stvit_video.data.clips.sampling import ClipSampler, Sampling
-from stvit_video.data.clips.transforms import Augment, Normalise, TestTransform, TrainTransform
+from stvit_video.data.clips.transforms import Augment, Mix, Normalise, TestTransform, TrainTransform
 from stvit_video.data.dataset import Collate, SampleKey, TestDataset, TestViews, TrainDataset, TrainViews
 from stvit_video.data.decode.frames import find_decoders
 from stvit_video.data.decode.process import Decoding
@@ -98,7 +98,9 @@ def build_train_loader(cfg: CfgNode, world: World, videos: list[Video]) -> DataL
         area=area,
         ratio=tuple(cfg.DATA.CROP_RATIO),
         flip=cfg.DATA.FLIP,
-        augment=_build_augment(cfg),
+        augment=Augment(
+            cfg.DATA.RAND_AUGMENT_LAYERS, cfg.DATA.RAND_AUGMENT_MAGNITUDE, cfg.DATA.COLOR_JITTER, cfg.DATA.ERASE
+        ),
     )
     dataset = TrainDataset(
         videos,
@@ -109,6 +111,26 @@ def build_train_loader(cfg: CfgNode, world: World, videos: list[Video]) -> DataL
     )
     sampler = EpochSampler(len(videos), videos_per_step, cfg.TRAIN.ACCUMULATE, world.rank, world.size, cfg.SEED)
     return _build_loader(cfg, world, dataset, sampler)
+
+
+def build_mix(cfg: CfgNode, world: World, num_classes: int) -> Mix | None:
+    """Return the mixing configured by TRAIN.MIXUP and TRAIN.CUTMIX; None where both are 0."""
+    if cfg.TRAIN.MIXUP == 0 and cfg.TRAIN.CUTMIX == 0:
+        return None
+    parts = world.size * cfg.TRAIN.ACCUMULATE * cfg.DATA.REPEATS
+    if cfg.TRAIN.BATCH_SIZE // parts < 2:
+        raise UsageError(
+            f"TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE} over {world.size} processes x TRAIN.ACCUMULATE "
+            f"{cfg.TRAIN.ACCUMULATE} x DATA.REPEATS {cfg.DATA.REPEATS} leaves no other video to mix with; raise it to "
+            f"{2 * parts}, or set TRAIN.MIXUP and TRAIN.CUTMIX to 0."
+        )
+    return Mix(
+        mixup=cfg.TRAIN.MIXUP,
+        cutmix=cfg.TRAIN.CUTMIX,
+        probability=cfg.TRAIN.MIX_PROBABILITY,
+        switch=cfg.TRAIN.MIX_SWITCH,
+        num_classes=num_classes,
+    )
 
 
 def build_test_loader(
@@ -149,16 +171,7 @@ def build_sampler(cfg: CfgNode) -> Sampling:
 
 def build_decoding(cfg: CfgNode, short_side: int) -> Decoding:
     """Return what reads frames, with the configured decoders and deadline; ``short_side`` as in ``open_video``."""
-    try:
-        decoders = find_decoders(cfg.DATA.DECODER)
-    except ValueError as error:
-        raise UsageError(f"DATA.DECODER: {error}") from error
-    return Decoding(decoders, cfg.DATA.DEADLINE_S, short_side)
-
-
-def _build_augment(cfg: CfgNode) -> Augment:
-    data = cfg.DATA
-    return Augment(data.RAND_AUGMENT_LAYERS, data.RAND_AUGMENT_MAGNITUDE, data.COLOR_JITTER, data.ERASE)
+    return Decoding(find_decoders(cfg.DATA.DECODER, "DATA.DECODER"), cfg.DATA.DEADLINE_S, short_side)
 
 
 def build_normalise(cfg: CfgNode) -> Normalise:

@@ -4,7 +4,6 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -37,27 +36,16 @@ CAUSES = (
 )
 
 
-@dataclass(frozen=True)
-class EveryFrame:
-    """A choice that itself reads the whole video, block by block; only the first frame is then sent back."""
+def read_every_frame(video: Reader) -> Indices:
+    """Read the whole video, block by block; return the index of the first frame (1,), which is then sent back.
 
-    def __call__(self, video: Reader) -> Indices:
-        """Return the index of the first frame (1,). Raises DecodeError where a frame cannot be read."""
-        first = np.zeros(1, np.int64)
-        block = max(1, BLOCK_BYTES // video.frames(first).nbytes)
-        for start in range(0, video.length, block):
-            video.frames(np.arange(start, min(start + block, video.length)))
-        return first
-
-
-@dataclass(frozen=True)
-class ScanSettings:
-    """How to read the videos of a list."""
-
-    workers: int  # decoding processes
-    choice: Choice  # of the frames to read
-    decoders: tuple[str, ...]
-    deadline_s: float  # for each video
+    A choice of a ``FrameRequest``. Raises DecodeError where a frame cannot be read.
+    """
+    first = np.zeros(1, np.int64)
+    block = max(1, BLOCK_BYTES // video.frames(first).nbytes)
+    for start in range(0, video.length, block):
+        video.frames(np.arange(start, min(start + block, video.length)))
+    return first
 
 
 class Listing(NamedTuple):
@@ -95,23 +83,25 @@ def read_listing(path: Path, root: Path) -> Listing:
     return Listing(videos, lines[1:], head=lines[0])
 
 
-def scan(paths: Sequence[str], settings: ScanSettings) -> Iterator[DecodeError | None]:
-    """Read each video; yield a result as each is done, in any order: None, or why it cannot be read."""
+def scan(
+    paths: Sequence[str], workers: int, choice: Choice, decoders: tuple[str, ...], deadline_s: float
+) -> Iterator[DecodeError | None]:
+    """Read the chosen frames of each video; yield a result as each is done, in any order: None, or why it failed."""
     thread = threading.local()
 
     def start() -> None:
-        thread.decoding = Decoding(settings.decoders, settings.deadline_s, SHORT_SIDE)
+        thread.decoding = Decoding(decoders, deadline_s, SHORT_SIDE)
 
     def read(path: str) -> DecodeError | None:
         try:
-            thread.decoding.read(thread.decoding.request(path, settings.choice))
+            thread.decoding.read(thread.decoding.request(path, choice))
         except DecodeError as error:
             return error
         return None
 
     # A thread for each decoding process. The pool's threads are daemons, so that one that waits for a slow video, up to
     # the deadline, does not delay Ctrl-C. Other errors than DecodeError are raised here.
-    with ThreadPool(max(1, min(settings.workers, len(paths))), start) as pool:
+    with ThreadPool(max(1, min(workers, len(paths))), start) as pool:
         yield from pool.imap_unordered(read, paths)
 
 

@@ -4,13 +4,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stvit_video.data.clips.sampling import EvenClips, Sampling
+from stvit_video.data.clips.sampling import Sampling
 from stvit_video.data.dataset import Collate, Sample, TestViews
 from stvit_video.data.decode.process import Decoding
 from stvit_video.data.decode.types import DecodeError, Frames, Indices
@@ -184,7 +185,7 @@ class Predictor:
 
     def _read_whole(self, decoding: Decoding, path: str) -> Iterator[_Piece]:
         started = time.perf_counter()
-        frames = decoding.read(decoding.request(path, EvenClips(self.sampler, self.views.clips)))
+        frames = decoding.read(decoding.request(path, partial(self.sampler.even_clips, clips=self.views.clips)))
         yield self._prepare(frames, None, started)
 
     def _read_spans(self, decoding: Decoding, path: str, window: float, step: float) -> Iterator[_Piece]:
@@ -202,7 +203,7 @@ class Predictor:
                 started = time.perf_counter()
 
     def _live_reader(self, window: float, step: float) -> Callable[[str], Iterator[_Piece]]:
-        choice = EvenClips(self.sampler, self.views.clips)
+        choice = partial(self.sampler.even_clips, clips=self.views.clips)
 
         def read(address: str) -> Iterator[_Piece]:
             for span, shown in read_windows(address, window, step, self.views.transform.short_side):

@@ -15,8 +15,7 @@ from torch import nn
 from stvit_video import run
 from stvit_video.common.progress import Progress
 from stvit_video.config import load_config
-from stvit_video.data.clips.mixing import Mix
-from stvit_video.data.clips.transforms import Augment, Normalise, TrainTransform
+from stvit_video.data.clips.transforms import Augment, Mix, Normalise, TrainTransform
 from stvit_video.data.dataset import Collate, Sample, TrainViews
 from stvit_video.models.zoo import build_model
 from stvit_video.runs.log import MetricsLog, read_metrics

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stvit_video.common.errors import UsageError
 from stvit_video.data.decode.readers import AvReader, DecordReader, ImageReader, TorchCodecReader
 from stvit_video.data.decode.types import IMAGE_SUFFIXES, Choice, DecodeError, Reader
 
@@ -26,19 +27,19 @@ DECODERS: dict[str, Callable[[str, int | None], Reader]] = {
 }
 
 
-def find_decoders(name: str) -> tuple[str, ...]:
+def find_decoders(name: str, option: str = "decoder") -> tuple[str, ...]:
     """Return the decoders to try in order: the named one, or with ``auto`` all that are installed.
 
-    Raises ValueError for one that is unknown or not installed.
+    Raises UsageError, naming the ``option``, for one that is unknown or not installed.
     """
     installed = tuple(key for key in DECODERS if key != "torchcodec" or importlib.util.find_spec("torchcodec"))
     if name == "auto":
         return installed
     if name not in DECODERS:
-        raise ValueError(f"decoder {name!r} is unknown; choose auto, {', '.join(DECODERS)}.")
+        raise UsageError(f"{option}: decoder {name!r} is unknown; choose auto, {', '.join(DECODERS)}.")
     if name not in installed:
-        raise ValueError(
-            f"decoder {name!r} is not installed; pip install {name}, or choose auto, {', '.join(installed)}."
+        raise UsageError(
+            f"{option}: decoder {name!r} is not installed; pip install {name}, or choose auto, {', '.join(installed)}."
         )
     return (name,)
 
