@@ -15,9 +15,8 @@ from stvit_video.data.clips.sampling import Sampling
 from stvit_video.data.dataset import Collate, Sample, TestViews
 from stvit_video.data.decode.process import Decoding
 from stvit_video.data.decode.types import DecodeError, Frames, Indices
-from stvit_video.data.streams.live import read_windows
-from stvit_video.data.streams.prefetch import read_ahead
-from stvit_video.data.streams.windows import ClipsOfSpans, KnownTimes, Span, check_seconds, spans_of
+from stvit_video.data.prefetch import read_ahead
+from stvit_video.data.streams import ClipsOfSpans, KnownTimes, Span, check_seconds, read_windows, spans_of
 from stvit_video.inference.load import Trained, open_checkpoint
 from stvit_video.runtime.join import pick_device
 from stvit_video.runtime.precision import autocast, set_precision

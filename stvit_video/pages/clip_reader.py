@@ -11,7 +11,7 @@ from stvit_video.common.errors import UsageError
 from stvit_video.data.clips.sampling import ClipSampler
 from stvit_video.data.decode.frames import open_video
 from stvit_video.data.decode.types import DecodeError, Frames, Indices, Times
-from stvit_video.data.streams.windows import KnownTimes
+from stvit_video.data.streams import KnownTimes
 from stvit_video.inference.load import VideoInput
 
 

@@ -10,9 +10,8 @@ from pathlib import Path
 from torchvision.datasets.folder import make_dataset
 
 from stvit_video.common.errors import UsageError, nearest
-from stvit_video.data.decode.types import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from stvit_video.data.decode.types import MEDIA_SUFFIXES
 
-MEDIA_SUFFIXES = IMAGE_SUFFIXES + VIDEO_SUFFIXES
 MAX_LABEL = 999_999  # more classes than any data set has: a larger number is an id or a time, read as a label
 MAX_LOOKS = 512  # files to look at where a list is checked
 LIST_FORM = "a text file with lines `path label`, a Kinetics CSV or a Something-Something JSON"
