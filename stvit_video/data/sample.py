@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -62,13 +63,6 @@ def still_shape(index: int) -> str:
     return SHAPES[index % len(SHAPES)]
 
 
-def label_sets(name: str) -> dict[str, tuple[Sequence[str], Callable[[int], str]]]:
-    """Return a sample set's label sets: the class names, and a function from a video's index to its class."""
-    if name == "sample_hard":
-        return {"motion_shape": (hard.CLASSES, hard.video_class)}
-    return {"motion": (MOTIONS, lambda index: video_labels(index)[0]), "shape": (SHAPES, lambda i: video_labels(i)[1])}
-
-
 @contextmanager
 def _whole_file(path: Path) -> Iterator[Path]:
     """Provide a temporary path, and rename it to ``path`` at the end: a file is complete or not there."""
@@ -104,44 +98,39 @@ def write_still(path: Path, image: Image) -> None:
         PillowImage.fromarray(image).save(temporary, format="PNG")
 
 
-@dataclass(frozen=True)
-class SampleFile:
-    """One file of a set. Seed, kind and index determine its content, whichever process writes it."""
-
-    path: Path
-    kind: int  # 0 to 2: videos of a split; 3 and 4: stills to train and to test on
-    index: int
-    spec: Spec
-
-    def write(self) -> None:
-        """Draw and write the file."""
-        rng = np.random.default_rng([self.spec.seed, self.kind, self.index])
-        motion, shape = video_labels(self.index)
-        if self.spec.name == "sample_hard":
-            write_video(self.path, hard.draw(hard.video_class(self.index), rng))
-        elif self.kind < len(SPLITS):
-            write_video(self.path, draw(shape, trajectory(motion, rng), rng))
-        else:
-            write_still(self.path, draw(still_shape(self.index), trajectory(motion, rng, frames=1), rng)[0])
-
-    def is_written(self) -> bool:
-        """Say whether the file exists and is not empty."""
-        return self.path.is_file() and self.path.stat().st_size > 0
+# A file of a set is named by its kind and an index. Kinds 0 to 2 are videos of a split, 3 and 4 stills to train and to
+# test on. With the seed, kind and index determine the content, whichever process writes the file.
 
 
-def sample_files(root: Path, spec: Spec) -> Iterator[SampleFile]:
-    """Yield all files of the set: videos in one folder, stills in class folders."""
-    stills = spec.stills if spec.name == "sample" else (0, 0)
-    for kind, count in enumerate((*spec.clips, *stills)):
-        split = SPLITS[kind % len(SPLITS)]
-        for i in range(count):
-            video, still = f"videos/{split}_{i:05d}.mp4", f"stills/{split}/{still_shape(i)}/{i:05d}.png"
-            yield SampleFile(root / (video if kind < len(SPLITS) else still), kind, i, spec)
+def _path_of(root: Path, kind: int, index: int) -> Path:
+    split = SPLITS[kind % len(SPLITS)]
+    if kind < len(SPLITS):
+        return root / f"videos/{split}_{index:05d}.mp4"
+    return root / f"stills/{split}/{still_shape(index)}/{index:05d}.png"
+
+
+def _write_file(root: Path, spec: Spec, file: tuple[int, int]) -> None:
+    kind, index = file
+    path, rng = _path_of(root, kind, index), np.random.default_rng([spec.seed, kind, index])
+    motion, shape = video_labels(index)
+    if spec.name == "sample_hard":
+        write_video(path, hard.draw(hard.video_class(index), rng))
+    elif kind < len(SPLITS):
+        write_video(path, draw(shape, trajectory(motion, rng), rng))
+    else:
+        write_still(path, draw(still_shape(index), trajectory(motion, rng, frames=1), rng)[0])
 
 
 def write_lists(root: Path, spec: Spec) -> None:
     """Write ``LABELS/SPLIT.csv`` (lines `path label`) and ``LABELS/classes.txt`` for each label set."""
-    for labels, (names, class_of) in label_sets(spec.name).items():
+    # Of each label set, the class names, and a function from a video's index to its class.
+    sets: dict[str, tuple[Sequence[str], Callable[[int], str]]] = {
+        "motion": (MOTIONS, lambda index: video_labels(index)[0]),
+        "shape": (SHAPES, lambda index: video_labels(index)[1]),
+    }
+    if spec.name == "sample_hard":
+        sets = {"motion_shape": (hard.CLASSES, hard.video_class)}
+    for labels, (names, class_of) in sets.items():
         folder = root / labels
         folder.mkdir(exist_ok=True)
         (folder / "classes.txt").write_text("\n".join(names) + "\n")
@@ -162,13 +151,14 @@ def prepare(root: str | Path, spec: Spec | None = None, *, workers: int | None =
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{root} cannot be written ({error.strerror}); give another DATA.ROOT.") from error
-    content = json.dumps(asdict(spec))
     if not record.exists():
-        record.write_text(content)
-    todo = [file for file in sample_files(root, spec) if not file.is_written()]
+        record.write_text(json.dumps(asdict(spec)))
+    counts = (*spec.clips, *(spec.stills if spec.name == "sample" else ()))
+    paths = {(kind, i): _path_of(root, kind, i) for kind, count in enumerate(counts) for i in range(count)}
+    todo = [file for file, path in paths.items() if not path.is_file() or path.stat().st_size == 0]
     if not todo and is_complete(root):
         return
-    for folder in {file.path.parent for file in todo}:
+    for folder in {paths[file].parent for file in todo}:
         folder.mkdir(parents=True, exist_ok=True)
     # Threads of torch and decord do not survive a fork, so the workers are spawned.
     processes = min(workers or os.cpu_count() or 1, len(todo) // 16 + 1)
@@ -176,7 +166,7 @@ def prepare(root: str | Path, spec: Spec | None = None, *, workers: int | None =
         ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool,
         Progress(f"sample set in {root}", len(todo), enabled=progress) as bar,
     ):
-        for _ in pool.map(SampleFile.write, todo, chunksize=16):
+        for _ in pool.map(partial(_write_file, root, spec), todo, chunksize=16):
             bar.advance()
     write_lists(root, spec)
     (root / "complete").touch()

@@ -73,30 +73,31 @@ def random_colours(rng: np.random.Generator) -> tuple[Float, Float]:
 def paint(frames: Float, shape: str, state: State, texture: Texture) -> None:
     """Paint a sprite over ``frames`` (frames, SIDE, SIDE, 3), in place."""
     for i, frame in enumerate(frames):
-        u, v = _sprite_coordinates(state, i)
-        cover = _cover(shape, state, i, u, v)[..., None]
-        mix = np.clip(_pattern(texture, u, v) * 4 + 0.5, 0, 1)[..., None]
+        u, v, cover = _project(shape, state, i)
+        r = np.hypot(u, v)
+        pattern = np.sin(texture.spokes * (np.arctan2(v, u) + texture.bend * r)) * r  # turns and grows with the sprite
+        mix = np.clip(pattern * 4 + 0.5, 0, 1)[..., None]
+        cover = cover[..., None]
         sprite = mix * texture.light + (1 - mix) * texture.dark
         frame[:] = cover * sprite + (1 - cover) * frame
 
 
 def sprite_cover(shape: str, state: State) -> Float:
     """Return the share of each pixel that a sprite covers, with antialiased edges: (frames, SIDE, SIDE)."""
-    return np.stack([_cover(shape, state, i, *_sprite_coordinates(state, i)) for i in range(len(state.x))])
+    return np.stack([_project(shape, state, i)[2] for i in range(len(state.x))])
 
 
-def _sprite_coordinates(state: State, i: int) -> tuple[Float, Float]:
-    """Return the coordinates (u, v) of frame ``i``'s pixels (SIDE, SIDE) on the sprite, whose radius there is 1."""
+def _project(shape: str, state: State, i: int) -> tuple[Float, Float, Float]:
+    """Return the coordinates u, v of frame ``i``'s pixels on the sprite, whose radius there is 1, and its cover.
+
+    Each is (SIDE, SIDE); the cover is the share of a pixel that the sprite covers, with antialiased edges.
+    """
     pixels = np.arange(SIDE) + 0.5
     dx = (pixels[None, :] - state.x[i] + SIDE / 2) % SIDE - SIDE / 2  # a sprite that leaves enters at the other edge
     dy = (pixels[:, None] - state.y[i] + SIDE / 2) % SIDE - SIDE / 2
     cos, sin = math.cos(state.angle[i]), math.sin(state.angle[i])
-    return (cos * dx + sin * dy) / state.radius[i], (cos * dy - sin * dx) / state.radius[i]
-
-
-def _cover(shape: str, state: State, i: int, u: Float, v: Float) -> Float:
-    """Return the share of each pixel (SIDE, SIDE) of frame ``i`` that the sprite covers, with antialiased edges."""
-    return np.clip(_inside(shape, u, v) * state.radius[i] + 0.5, 0, 1)
+    u, v = (cos * dx + sin * dy) / state.radius[i], (cos * dy - sin * dx) / state.radius[i]
+    return u, v, np.clip(_inside(shape, u, v) * state.radius[i] + 0.5, 0, 1)
 
 
 def _background(rng: np.random.Generator) -> Float:
@@ -127,9 +128,3 @@ def _inside(shape: str, u: Float, v: Float) -> Float:
             return np.minimum(0.95 - abs(u), 0.45 - abs(v))
         case _:
             return np.minimum(0.95 - r, v + 0.3)
-
-
-def _pattern(texture: Texture, u: Float, v: Float) -> Float:
-    """Return a signed pattern of bent spokes in sprite coordinates, which turns and grows with the sprite."""
-    r = np.hypot(u, v)
-    return np.sin(texture.spokes * (np.arctan2(v, u) + texture.bend * r)) * r

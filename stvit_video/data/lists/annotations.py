@@ -50,10 +50,8 @@ def read_list(path: str | Path, root: str | Path = "") -> list[Video]:
 
     Blank lines are skipped. Raises UsageError, naming the line, where one has no label.
     """
-    videos = []
-    for number, line in enumerate(read_lines(path, "List", LIST_FORM), start=1):
-        if line.strip():
-            videos.append(_parse_line(line.strip(), f"{path}, line {number}", Path(root)))
+    lines = enumerate(read_lines(path, "List", LIST_FORM), start=1)
+    videos = [_parse_line(line.strip(), f"{path}, line {number}", Path(root)) for number, line in lines if line.strip()]
     if not videos:
         raise UsageError(f"List {path} is empty; give at least one line `path label`.")
     return videos
@@ -136,27 +134,24 @@ def read_file(path: str | Path, classes: Sequence[str]) -> list[Video]:
 def read_classes(path: str | Path) -> list[str]:
     """Read class names in the order of the labels: one a line, or JSON with the label of each name."""
     text = "".join(read_lines(path, "Class file", CLASS_FORM)).strip()
-    if str(path).lower().endswith(".json") or text.startswith("{"):
-        return _parse_classes(text, path)
-    names = [line.strip() for line in text.split("\n") if line.strip()]
-    if not names:
-        raise UsageError(f"Class file {path} is empty; give {CLASS_FORM}.")
-    return names
-
-
-def _parse_classes(text: str, path: str | Path) -> list[str]:
+    if not str(path).lower().endswith(".json") and not text.startswith("{"):
+        names = [line.strip() for line in text.split("\n") if line.strip()]
+        if not names:
+            raise UsageError(f"Class file {path} is empty; give {CLASS_FORM}.")
+        return names
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"Class file {path} is not JSON ({error}); give {CLASS_FORM}.") from error
     labels = content if isinstance(content, dict) else {}
-    names = {str(label): name for name, label in labels.items()}  # labels are published as text and as numbers
-    if not labels or names.keys() != {str(label) for label in range(len(labels))}:
+    by_label = {str(label): name for name, label in labels.items()}  # published as text and as numbers
+    numbers = [str(label) for label in range(len(labels))]
+    if not labels or by_label.keys() != set(numbers):
         raise UsageError(
             f'Class file {path} does not give each name its label, from 0 without gaps, as {{"walking": 0, '
             f'"running": 1}}; correct it, or give one class name a line.'
         )
-    return [names[str(label)] for label in range(len(labels))]
+    return [by_label[number] for number in numbers]
 
 
 def check_labels(videos: list[Video], num_classes: int, source: str | Path) -> None:
@@ -203,12 +198,13 @@ def find_missing(videos: list[Video]) -> tuple[list[str], int]:
     if unfound:
         return unfound, len(videos)
     looked_at = videos[:: max(1, len(videos) // MAX_LOOKS)]
-    return [video.path for video in looked_at if not _is_there(video.path)], len(looked_at)
-
-
-def _is_there(path: str) -> bool:
-    """Return whether ``path`` is a file, or a folder (of frames) that is not empty."""
-    if os.path.isdir(path):
-        with os.scandir(path) as entries:
-            return next(entries, None) is not None
-    return os.path.isfile(path)
+    missing = []
+    for video in looked_at:
+        if os.path.isdir(video.path):
+            with os.scandir(video.path) as entries:
+                is_there = next(entries, None) is not None  # a folder of frames
+        else:
+            is_there = os.path.isfile(video.path)
+        if not is_there:
+            missing.append(video.path)
+    return missing, len(looked_at)

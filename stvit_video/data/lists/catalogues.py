@@ -4,10 +4,10 @@ import csv
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from stvit_video.common.errors import UsageError, nearest
 from stvit_video.data.decode.types import VIDEO_SUFFIXES
@@ -115,11 +115,21 @@ def find_clips(root: str | Path, clip_folder: re.Pattern[str]) -> dict[str, str]
 
 
 def _read_kinetics(lines: list[str], path: str | Path) -> list[Entry]:
-    rows = _csv_rows(lines, path)
-    _, header = next(rows)
-    columns = _kinetics_columns([name.lower() for name in header], path)
+    reader = csv.reader(lines, skipinitialspace=True, strict=True)
+    rows: list[tuple[int, list[str]]] = []  # number of the line, fields; without blank ones
+    try:
+        for row in reader:
+            fields = [field.strip() for field in row]
+            if any(fields):
+                rows.append((reader.line_num, fields))
+    except csv.Error as error:
+        raise UsageError(
+            f"List {path}, line {reader.line_num}: damaged CSV ({error}); correct its quotation marks."
+        ) from error
+    header = [name.lower() for name in rows[0][1]]
+    columns = _kinetics_columns(header, path)
     entries = []
-    for number, row in rows:
+    for number, row in rows[1:]:
         if len(row) != len(header):
             raise UsageError(
                 f"List {path}, line {number} has {len(row)} fields, not {len(header)} as the header; put a label that "
@@ -139,20 +149,6 @@ def _read_kinetics(lines: list[str], path: str | Path) -> list[Entry]:
     if not entries:
         raise UsageError(f"List {path} has no rows below its header; give at least one video.")
     return entries
-
-
-def _csv_rows(lines: list[str], path: str | Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield the number of the line and the fields of each row that is not blank."""
-    reader = csv.reader(lines, skipinitialspace=True, strict=True)
-    try:
-        for row in reader:
-            fields = [field.strip() for field in row]
-            if any(fields):
-                yield reader.line_num, fields
-    except csv.Error as error:
-        raise UsageError(
-            f"List {path}, line {reader.line_num}: damaged CSV ({error}); correct its quotation marks."
-        ) from error
 
 
 def _kinetics_columns(header: list[str], path: str | Path) -> list[int]:
@@ -181,20 +177,20 @@ def _read_something(text: str, path: str | Path) -> list[Entry]:
             f"List {path} is not a JSON list of videos; give one such as something-something-v2-train.json. The file "
             f"with the names of the classes goes to DATA.CLASSES."
         )
-    return [_something_entry(item, f"List {path}, entry {number}") for number, item in enumerate(content, start=1)]
-
-
-def _something_entry(item: Any, place: str) -> Entry:
-    name = item.get("id") if isinstance(item, dict) else None
-    if type(name) not in (str, int) or not str(name):
-        raise UsageError(f'{place} has no id; give {{"id": "1", "template": "Holding [something]"}} for each video.')
-    if "template" not in item:
-        raise UsageError(
-            f"{place} (id {name}) has no template: test lists are published without labels; give one with them, as "
-            f"the validation list."
-        )
-    template = item["template"]
-    if not isinstance(template, str) or not template.strip():
-        raise UsageError(f"{place} (id {name}): template {template!r} is not text; give the name of a class.")
-    label = template.replace("[", "").replace("]", "").strip()
-    return Entry(label, (str(name),))
+    entries = []
+    for number, item in enumerate(content, start=1):
+        place, name = f"List {path}, entry {number}", item.get("id") if isinstance(item, dict) else None
+        if type(name) not in (str, int) or not str(name):
+            raise UsageError(
+                f'{place} has no id; give {{"id": "1", "template": "Holding [something]"}} for each video.'
+            )
+        if "template" not in item:
+            raise UsageError(
+                f"{place} (id {name}) has no template: test lists are published without labels; give one with them, as "
+                f"the validation list."
+            )
+        template = item["template"]
+        if not isinstance(template, str) or not template.strip():
+            raise UsageError(f"{place} (id {name}): template {template!r} is not text; give the name of a class.")
+        entries.append(Entry(template.replace("[", "").replace("]", "").strip(), (str(name),)))
+    return entries
