@@ -1,10 +1,10 @@
 """What commands read: files that their arguments name, long videos in windows of time, cameras and streams."""
 
 import glob
-import math
 import os
 import stat
 import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,55 +162,40 @@ class ClipsOfSpans:
         return np.concatenate(chosen)
 
 
-@dataclass(frozen=True)
-class Buffer:
-    """Frames (H, W, 3) of a stream with their times in seconds, as a timeline."""
+def read_windows(
+    address: str, window: float, step: float, short_side: int
+) -> Iterator[tuple[Span, KnownTimes, list[Frames]]]:
+    """Yield each window of ``window`` seconds, one every ``step``, when the first frame after it arrives.
 
-    held: list[tuple[float, Frames]]
-
-    @property
-    def length(self) -> int:
-        return len(self.held)
-
-    def between(self, start: float, end: float) -> "Buffer":
-        """Return the frames that are shown from ``start`` to before ``end``."""
-        return Buffer([pair for pair in self.held if start - TOLERANCE_S <= pair[0] < end - TOLERANCE_S])
-
-    def times(self) -> Times:
-        """Return when each frame is shown (length,), in seconds after the first."""
-        times = np.array([time for time, _ in self.held])
-        return times - times[0]
-
-    def frames(self, indices: Indices) -> Frames:
-        """Return the frames (N, H, W, 3) at ``indices``, in any order."""
-        return np.stack([self.held[i][1] for i in indices])
-
-
-def read_windows(address: str, window: float, step: float, short_side: int) -> Iterator[tuple[Span, Buffer]]:
-    """Yield the frames of each window of ``window`` seconds, one every ``step``, when the first frame after it arrives.
-
-    Times count from the first frame. When a stream ends, the last window ends with it. Much larger frames are reduced
-    to ``short_side``. Raises DecodeError where the stream cannot be read.
+    A window comes with the times and the frames (H, W, 3) that are shown in it. Times count from the first frame. When
+    a stream ends, the last window ends with it. Much larger frames are reduced to ``short_side``. Raises DecodeError
+    where the stream cannot be read.
     """
-    buffer, start, end = Buffer([]), 0.0, 0.0
+    held: deque[tuple[float, Frames]] = deque()  # the latest frames, with their times in seconds
+
+    def cut(start: float, end: float, until: float) -> tuple[Span, KnownTimes, list[Frames]]:
+        shown = [pair for pair in held if start - TOLERANCE_S <= pair[0] < until - TOLERANCE_S]
+        times = np.array([time for time, _ in shown])
+        return Span(start, end), KnownTimes(times - times[:1]), [frame for _, frame in shown]
+
+    start = end = 0.0
     for time, frame in _read(address):
         while time >= start + window:
             end = start + window
-            found = buffer.between(start, end)
-            if found.length:  # none where the clock has jumped
-                yield Span(start, end), found
+            found = cut(start, end, until=end)
+            if found[1].length:  # none where the clock has jumped
+                yield found
             start += step
-        buffer = buffer.between(min(start, time - window), math.inf)
+        while held and held[0][0] < min(start, time - window) - TOLERANCE_S:
+            held.popleft()
         width, height = reduced_size((frame.width, frame.height), short_side) or (frame.width, frame.height)
-        buffer.held.append((time, frame.reformat(width, height, "rgb24").to_ndarray().astype(np.uint8, copy=False)))
-    if not buffer.held:
+        held.append((time, frame.reformat(width, height, "rgb24").to_ndarray().astype(np.uint8, copy=False)))
+    if not held:
         raise DecodeError(address, "has no frames", "pyav")
-    last = buffer.held[-1][0]
+    first, last = held[0][0], held[-1][0]
     if last >= end:
-        times = buffer.times()
-        stop = last + (times[-1] / (len(times) - 1) if len(times) > 1 else 0.0)
-        start = max(0.0, stop - window)
-        yield Span(start, stop), buffer.between(start, last + 1.0)
+        stop = last + ((last - first) / (len(held) - 1) if len(held) > 1 else 0.0)
+        yield cut(max(0.0, stop - window), stop, until=last + 1.0)
 
 
 def _read(address: str) -> Iterator[tuple[float, VideoFrame]]:

@@ -205,9 +205,10 @@ class Predictor:
         choice = partial(self.sampler.even_clips, clips=self.views.clips)
 
         def read(address: str) -> Iterator[_Piece]:
-            for span, shown in read_windows(address, window, step, self.views.transform.short_side):
-                started, indices = time.perf_counter(), choice(shown)
-                yield self._prepare(shown.frames(indices), span, started, self._repeats(indices))
+            for span, times, shown in read_windows(address, window, step, self.views.transform.short_side):
+                started, indices = time.perf_counter(), choice(times)
+                frames = np.stack([shown[i] for i in indices])
+                yield self._prepare(frames, span, started, self._repeats(indices))
 
         return read
 

@@ -69,10 +69,10 @@ def find_videos(
     UsageError where a class is not in ``classes``.
     """
     labels: dict[str, int] = {}
-    for number, name in enumerate(classes):
-        labels.setdefault(name, number)
     for name in catalogue.classes():
-        if name not in labels:
+        if name in classes:
+            labels[name] = classes.index(name)
+        else:
             raise UsageError(
                 f"List {catalogue.source}: label {name!r} is none of the {len(classes)} classes ({classes[0]} to "
                 f"{classes[-1]}); correct it, or give all names in DATA.CLASSES.{nearest(name, list(classes))}"
@@ -81,11 +81,8 @@ def find_videos(
     videos = []
     for entry in catalogue.entries:
         path = next((found[name] for name in entry.names if name in found), None)
-        missing = path is None
-        if path is None:
-            expected = catalogue.expected.format(label=entry.label.replace("/", "_"), name=entry.names[0])
-            path = os.path.join(root, expected)
-        videos.append(Video(path, labels[entry.label], missing))
+        expected = catalogue.expected.format(label=entry.label.replace("/", "_"), name=entry.names[0])
+        videos.append(Video(path or os.path.join(root, expected), labels[entry.label], missing=path is None))
     return videos
 
 
@@ -127,7 +124,17 @@ def _read_kinetics(lines: list[str], path: str | Path) -> list[Entry]:
             f"List {path}, line {reader.line_num}: damaged CSV ({error}); correct its quotation marks."
         ) from error
     header = [name.lower() for name in rows[0][1]]
-    columns = _kinetics_columns(header, path)
+    absent = [name for name in KINETICS_COLUMNS if name not in header]
+    if absent == ["label"]:
+        raise UsageError(
+            f"List {path} has no column label: test lists are published without; give one with labels, as the "
+            f"validation list."
+        )
+    if absent:
+        raise UsageError(
+            f"List {path} looks like a Kinetics CSV but has no column {', '.join(absent)}; its first line must hold "
+            f"{','.join(KINETICS_COLUMNS)}, separated by commas. Correct it, or give lines `path label`."
+        )
     entries = []
     for number, row in rows[1:]:
         if len(row) != len(header):
@@ -135,7 +142,7 @@ def _read_kinetics(lines: list[str], path: str | Path) -> list[Entry]:
                 f"List {path}, line {number} has {len(row)} fields, not {len(header)} as the header; put a label that "
                 f"holds a comma in quotation marks."
             )
-        label, name, start, end = (row[column] for column in columns)
+        label, name, start, end = (row[header.index(column)] for column in KINETICS_COLUMNS)
         if not label or not YOUTUBE_ID.fullmatch(name):
             raise UsageError(
                 f"List {path}, line {number}: label {label!r}, youtube_id {name!r}; give a class, and letters, digits, "
@@ -149,22 +156,6 @@ def _read_kinetics(lines: list[str], path: str | Path) -> list[Entry]:
     if not entries:
         raise UsageError(f"List {path} has no rows below its header; give at least one video.")
     return entries
-
-
-def _kinetics_columns(header: list[str], path: str | Path) -> list[int]:
-    """Return the places of ``KINETICS_COLUMNS`` in the header."""
-    absent = [name for name in KINETICS_COLUMNS if name not in header]
-    if absent == ["label"]:
-        raise UsageError(
-            f"List {path} has no column label: test lists are published without; give one with labels, as the "
-            f"validation list."
-        )
-    if absent:
-        raise UsageError(
-            f"List {path} looks like a Kinetics CSV but has no column {', '.join(absent)}; its first line must hold "
-            f"{','.join(KINETICS_COLUMNS)}, separated by commas. Correct it, or give lines `path label`."
-        )
-    return [header.index(name) for name in KINETICS_COLUMNS]
 
 
 def _read_something(text: str, path: str | Path) -> list[Entry]:
