@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from stvit_video.common.cli import Parser, run_command
 from stvit_video.common.errors import UsageError
 from stvit_video.common.progress import Progress
-from stvit_video.data.generated import hard
-from stvit_video.data.generated.sprites import MOTIONS, SHAPES, Image, draw, sprite_cover, trajectory
+from stvit_video.data import sprites
+from stvit_video.data.sprites import MOTIONS, SHAPES
 
 SETS = {"sample": (3072, 256, 512), "sample_hard": (3072, 64, 2048)}  # videos per split
 SPLITS = ("train", "val", "test")
@@ -50,7 +50,7 @@ def sprite_mask(split: str, index: int, seed: int = 0) -> NDArray[np.bool_]:
     """Return the mask (FRAMES, SIDE, SIDE) of the sprite in the ``index``-th video of ``split``."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     motion, shape = video_labels(index)
-    return sprite_cover(shape, trajectory(motion, rng)) > 0.5
+    return sprites.sprite_cover(shape, sprites.trajectory(motion, rng)) > 0.5
 
 
 def video_labels(index: int) -> tuple[str, str]:
@@ -74,7 +74,7 @@ def _whole_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_video(path: Path, frames: Image, rate: int | Fraction = RATE) -> None:
+def write_video(path: Path, frames: sprites.Image, rate: int | Fraction = RATE) -> None:
     """Write frames (N, H, W, 3) as H.264, complete or not at all."""
     import av
 
@@ -90,7 +90,7 @@ def write_video(path: Path, frames: Image, rate: int | Fraction = RATE) -> None:
         container.mux(stream.encode())
 
 
-def write_still(path: Path, image: Image) -> None:
+def write_still(path: Path, image: sprites.Image) -> None:
     """Write one frame (H, W, 3) as PNG, complete or not at all."""
     from PIL import Image as PillowImage
 
@@ -114,11 +114,11 @@ def _write_file(root: Path, spec: Spec, file: tuple[int, int]) -> None:
     path, rng = _path_of(root, kind, index), np.random.default_rng([spec.seed, kind, index])
     motion, shape = video_labels(index)
     if spec.name == "sample_hard":
-        write_video(path, hard.draw(hard.video_class(index), rng))
+        write_video(path, sprites.draw_hard(sprites.hard_class(index), rng))
     elif kind < len(SPLITS):
-        write_video(path, draw(shape, trajectory(motion, rng), rng))
+        write_video(path, sprites.draw(shape, sprites.trajectory(motion, rng), rng))
     else:
-        write_still(path, draw(still_shape(index), trajectory(motion, rng, frames=1), rng)[0])
+        write_still(path, sprites.draw(still_shape(index), sprites.trajectory(motion, rng, frames=1), rng)[0])
 
 
 def write_lists(root: Path, spec: Spec) -> None:
@@ -129,7 +129,7 @@ def write_lists(root: Path, spec: Spec) -> None:
         "shape": (SHAPES, lambda index: video_labels(index)[1]),
     }
     if spec.name == "sample_hard":
-        sets = {"motion_shape": (hard.CLASSES, hard.video_class)}
+        sets = {"motion_shape": (sprites.CLASSES, sprites.hard_class)}
     for labels, (names, class_of) in sets.items():
         folder = root / labels
         folder.mkdir(exist_ok=True)

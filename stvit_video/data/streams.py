@@ -142,24 +142,16 @@ class KnownTimes:
         return self.shown
 
 
-@dataclass(frozen=True)
-class ClipsOfSpans:
-    """Chooses ``clips`` test clips of each window, as if the frames of the window were a file of their own."""
-
-    sampler: Sampling
-    clips: int
-    spans: tuple[Span, ...]
-
-    def __call__(self, video: Timeline) -> Indices:
-        """Return the indices (spans * clips * frames,)."""
-        times = video.times()
-        edges = np.array([(span.start, span.end) for span in self.spans]) - TOLERANCE_S
-        chosen: list[Indices] = []
-        for first, stop in np.searchsorted(times, edges):
-            first = min(int(first), video.length - 1)
-            section = times[first : max(first + 1, int(stop))]
-            chosen += (clip + first for clip in self.sampler.even(KnownTimes(section - section[0]), self.clips))
-        return np.concatenate(chosen)
+def clips_of_spans(video: Timeline, sampler: Sampling, clips: int, spans: Sequence[Span]) -> Indices:
+    """Return the indices (spans * clips * frames,) of test clips of each window, as if it were a file of its own."""
+    times = video.times()
+    edges = np.array([(span.start, span.end) for span in spans]) - TOLERANCE_S
+    chosen: list[Indices] = []
+    for first, stop in np.searchsorted(times, edges):
+        first = min(int(first), video.length - 1)
+        section = times[first : max(first + 1, int(stop))]
+        chosen.append(first + sampler.even_clips(KnownTimes(section - section[0]), clips))
+    return np.concatenate(chosen)
 
 
 def read_windows(

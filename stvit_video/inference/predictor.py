@@ -16,7 +16,7 @@ from stvit_video.data.dataset import Collate, Sample, TestViews
 from stvit_video.data.decode.process import Decoding
 from stvit_video.data.decode.types import DecodeError, Frames, Indices
 from stvit_video.data.prefetch import read_ahead
-from stvit_video.data.streams import ClipsOfSpans, KnownTimes, Span, check_seconds, read_windows, spans_of
+from stvit_video.data.streams import KnownTimes, Span, check_seconds, clips_of_spans, read_windows, spans_of
 from stvit_video.inference.load import Trained, open_checkpoint
 from stvit_video.runtime.join import pick_device
 from stvit_video.runtime.precision import autocast, set_precision
@@ -194,7 +194,7 @@ class Predictor:
         together = max(1, PIECE_FRAMES // (self.views.clips * self.views.frames))
         for first in range(0, len(spans), together):
             part = tuple(spans[first : first + together])
-            choice = ClipsOfSpans(self.sampler, self.views.clips, part)
+            choice = partial(clips_of_spans, sampler=self.sampler, clips=self.views.clips, spans=part)
             frames = decoding.read(decoding.request(path, choice, keep_open=first + together < len(spans)))
             chosen = np.split(choice(KnownTimes(times)), len(part))
             for span, clips, indices in zip(part, np.split(frames, len(part)), chosen, strict=True):
