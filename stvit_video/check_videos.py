@@ -15,11 +15,10 @@ from stvit_video.common.cli import Parser, run_command
 from stvit_video.common.errors import UsageError
 from stvit_video.common.files import try_folder, write_atomically, writing
 from stvit_video.common.progress import Progress
-from stvit_video.data.clips.sampling import ClipSampler
+from stvit_video.data.clips.sampling import ClipSampler, read_every_frame
 from stvit_video.data.decode.frames import DECODERS, find_decoders
 from stvit_video.data.decode.types import DecodeError
 from stvit_video.data.failures import Failure, failures_csv
-from stvit_video.data.scan import clean_list, read_every_frame, read_listing, scan, summarise
 
 
 def build_parser() -> Parser:
@@ -51,6 +50,8 @@ def check(arguments: Sequence[str] | None) -> int:
     root = options.list.parent if options.root is None else options.root
     if options.root is not None and not root.is_dir():
         raise UsageError(f"--root {root} is not a folder; give the one where the paths of {options.list} start.")
+    from stvit_video.data.scan import clean_list, read_listing, scan, summarise
+
     listing = read_listing(options.list, root)
     clean = options.output / "clean.txt"
     if clean.exists() and clean.samefile(options.list):

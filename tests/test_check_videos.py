@@ -15,11 +15,12 @@ import pytest
 from PIL import Image
 
 from stvit_video import check_videos
+from stvit_video.data.clips.sampling import BLOCK_BYTES, read_every_frame
 from stvit_video.data.decode.process import Decoding
 from stvit_video.data.decode.types import DecodeError
 from stvit_video.data.failures import read_ledger
 from stvit_video.data.lists.annotations import read_list
-from stvit_video.data.scan import BLOCK_BYTES, cause, read_every_frame
+from stvit_video.data.scan import cause
 from tests.conftest import REPOSITORY, numbered_frames
 
 # A decord that hangs or crashes on files of these names, and first writes down its process.

@@ -58,11 +58,6 @@ def video_labels(index: int) -> tuple[str, str]:
     return MOTIONS[index % len(MOTIONS)], SHAPES[index // len(MOTIONS) % len(SHAPES)]
 
 
-def still_shape(index: int) -> str:
-    """Return the shape in the ``index``-th still of a split, which cycles through all shapes."""
-    return SHAPES[index % len(SHAPES)]
-
-
 @contextmanager
 def _whole_file(path: Path) -> Iterator[Path]:
     """Provide a temporary path, and rename it to ``path`` at the end: a file is complete or not there."""
@@ -106,7 +101,7 @@ def _path_of(root: Path, kind: int, index: int) -> Path:
     split = SPLITS[kind % len(SPLITS)]
     if kind < len(SPLITS):
         return root / f"videos/{split}_{index:05d}.mp4"
-    return root / f"stills/{split}/{still_shape(index)}/{index:05d}.png"
+    return root / f"stills/{split}/{SHAPES[index % len(SHAPES)]}/{index:05d}.png"
 
 
 def _write_file(root: Path, spec: Spec, file: tuple[int, int]) -> None:
@@ -118,7 +113,7 @@ def _write_file(root: Path, spec: Spec, file: tuple[int, int]) -> None:
     elif kind < len(SPLITS):
         write_video(path, sprites.draw(shape, sprites.trajectory(motion, rng), rng))
     else:
-        write_still(path, sprites.draw(still_shape(index), sprites.trajectory(motion, rng, frames=1), rng)[0])
+        write_still(path, sprites.draw(SHAPES[index % len(SHAPES)], sprites.trajectory(motion, rng, frames=1), rng)[0])
 
 
 def write_lists(root: Path, spec: Spec) -> None:

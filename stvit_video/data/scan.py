@@ -6,19 +6,21 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
-
-import numpy as np
+from typing import NamedTuple
 
 from stvit_video.common.errors import UsageError
 from stvit_video.data.decode.process import Decoding
-from stvit_video.data.decode.types import Choice, DecodeError, Indices, Reader
-
-if TYPE_CHECKING:
-    from stvit_video.data.lists.annotations import Video
+from stvit_video.data.decode.types import Choice, DecodeError
+from stvit_video.data.lists.annotations import (
+    LIST_FORM,
+    Video,
+    find_clips,
+    find_videos,
+    read_catalogue,
+    read_list,
+)
 
 SHORT_SIDE = 64  # frames are only decoded, not used: reduced to this, a block of them stays small
-BLOCK_BYTES = 64 * 2**20  # of frames in memory at once, where all are read
 FRAMES_FAIL = "frames cannot be decoded"
 # Part of an error's message, and the cause to count it under. The first match counts: more specific parts come first.
 CAUSES = (
@@ -36,22 +38,10 @@ CAUSES = (
 )
 
 
-def read_every_frame(video: Reader) -> Indices:
-    """Read the whole video, block by block; return the index of the first frame (1,), which is then sent back.
-
-    A choice of a ``FrameRequest``. Raises DecodeError where a frame cannot be read.
-    """
-    first = np.zeros(1, np.int64)
-    block = max(1, BLOCK_BYTES // video.frames(first).nbytes)
-    for start in range(0, video.length, block):
-        video.frames(np.arange(start, min(start + block, video.length)))
-    return first
-
-
 class Listing(NamedTuple):
     """The videos of a list, the part of the file for each, and the text before, between and after these parts."""
 
-    videos: "list[Video]"
+    videos: list[Video]
     pieces: list[bytes]
     head: bytes = b""
     between: bytes = b""
@@ -63,10 +53,6 @@ def read_listing(path: Path, root: Path) -> Listing:
 
     Raises UsageError for any other file.
     """
-    # Imported late: these import torch, which the decoding processes, as they import this module, do not need.
-    from stvit_video.data.lists.annotations import LIST_FORM, read_list
-    from stvit_video.data.lists.catalogues import find_videos, read_catalogue
-
     if path.is_dir():
         raise UsageError(f"List {path} is a folder; give {LIST_FORM}, for class folders one line for each file.")
     catalogue = read_catalogue(path)
@@ -74,7 +60,7 @@ def read_listing(path: Path, root: Path) -> Listing:
     lines = [line for line in content.splitlines(keepends=True) if line.decode().strip()]
     if catalogue is None:
         return Listing(read_list(path, root), lines)
-    videos = find_videos(catalogue, root, catalogue.classes())
+    videos = find_videos(catalogue, root, catalogue.classes(), find_clips(root, catalogue.clip_folder))
     if content.lstrip().startswith(b"["):
         pieces = [json.dumps(item).encode() for item in json.loads(content)]
         return Listing(videos, pieces, b"[\n", b",\n", b"\n]\n")

@@ -15,8 +15,7 @@ from stvit_video.data.clips.sampling import Sampling
 from stvit_video.data.dataset import Collate, Sample, TestViews
 from stvit_video.data.decode.process import Decoding
 from stvit_video.data.decode.types import DecodeError, Frames, Indices
-from stvit_video.data.prefetch import read_ahead
-from stvit_video.data.streams import KnownTimes, Span, check_seconds, clips_of_spans, read_windows, spans_of
+from stvit_video.data.streams import KnownTimes, Span, check_seconds, clips_of_spans, read_ahead, read_windows, spans_of
 from stvit_video.inference.load import Trained, open_checkpoint
 from stvit_video.runtime.join import pick_device
 from stvit_video.runtime.precision import autocast, set_precision

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stvit_video.data.decode.types import Indices, Timeline, Times
+from stvit_video.data.decode.types import Indices, Reader, Timeline, Times
 
 TOLERANCE_S = 1e-6  # files state the times of frames rounded
+BLOCK_BYTES = 64 * 2**20  # of frames in memory at once, where all of a video are read
 
 
 class Sampling(ABC):
@@ -107,3 +108,15 @@ def segments(length: int, frames: int) -> tuple[Indices, Indices]:
     """
     ends = np.arange(frames + 1, dtype=np.int64) * length // frames
     return ends[:-1], np.diff(ends)
+
+
+def read_every_frame(video: Reader) -> Indices:
+    """Read the whole video, block by block; return the index of the first frame (1,), which is then sent back.
+
+    A choice of a ``FrameRequest``. Raises DecodeError where a frame cannot be read.
+    """
+    first = np.zeros(1, np.int64)
+    block = max(1, BLOCK_BYTES // video.frames(first).nbytes)
+    for start in range(0, video.length, block):
+        video.frames(np.arange(start, min(start + block, video.length)))
+    return first

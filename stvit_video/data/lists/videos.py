@@ -15,13 +15,15 @@ from stvit_video.data.lists.annotations import (
     check_files,
     check_labels,
     class_folders,
+    find_clips,
+    find_videos,
     is_media,
+    read_catalogue,
     read_classes,
     read_file,
     read_folder,
     read_list,
 )
-from stvit_video.data.lists.catalogues import find_clips, find_videos, read_catalogue
 
 SPLITS = ("train", "val", "test")
 
