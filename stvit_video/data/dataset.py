@@ -145,25 +145,20 @@ class Batch:
         return replace(self, pixels=self.pixels.pin_memory(), labels=self.labels.pin_memory())
 
 
-@dataclass(frozen=True)
-class Collate:
-    """Makes a batch of samples; those that cannot be read leave only their failures."""
-
-    views: Views
-
-    def __call__(self, samples: list[Sample]) -> Batch:
-        read = [(sample, sample.pixels) for sample in samples if sample.pixels is not None]
-        flat = [pixels.reshape(-1) for _, pixels in read]
-        return Batch(
-            pixels=torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8),
-            shapes=[pixels.shape for _, pixels in read],
-            seeds=[sample.seed for sample, _ in read],
-            labels=torch.tensor([sample.label for sample, _ in read], dtype=torch.int64),
-            indices=torch.tensor([sample.index for sample, _ in read], dtype=torch.int64),
-            views=self.views,
-            failures=[failure for sample in samples for failure in sample.failures],
-            missing=len(samples) - len(read),
-        )
+def collate(samples: list[Sample], views: Views) -> Batch:
+    """Return a batch of samples; those that cannot be read leave only their failures."""
+    read = [(sample, sample.pixels) for sample in samples if sample.pixels is not None]
+    flat = [pixels.reshape(-1) for _, pixels in read]
+    return Batch(
+        pixels=torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8),
+        shapes=[pixels.shape for _, pixels in read],
+        seeds=[sample.seed for sample, _ in read],
+        labels=torch.tensor([sample.label for sample, _ in read], dtype=torch.int64),
+        indices=torch.tensor([sample.index for sample, _ in read], dtype=torch.int64),
+        views=views,
+        failures=[failure for sample in samples for failure in sample.failures],
+        missing=len(samples) - len(read),
+    )
 
 
 @dataclass(eq=False, repr=False)

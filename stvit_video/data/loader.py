@@ -4,6 +4,7 @@ import atexit
 import multiprocessing
 import signal
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from stvit_video.common.errors import UsageError
 from stvit_video.data.clips.from_pytorchvideo import SecondsSampler
 from stvit_video.data.clips.sampling import ClipSampler, Sampling
 from stvit_video.data.clips.transforms import Augment, Mix, Normalise, TestTransform, TrainTransform
-from stvit_video.data.dataset import Collate, SampleKey, TestDataset, TestViews, TrainDataset, TrainViews
+from stvit_video.data.dataset import SampleKey, TestDataset, TestViews, TrainDataset, TrainViews, collate
 from stvit_video.data.decode.frames import find_decoders
 from stvit_video.data.decode.process import Decoding
 from stvit_video.data.lists.annotations import Video
@@ -187,7 +188,7 @@ def _build_loader(cfg: CfgNode, world: World, dataset: TrainDataset | TestDatase
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=Collate(dataset.views),
+        collate_fn=partial(collate, views=dataset.views),
         worker_init_fn=_start_worker,
         pin_memory=world.device.type == "cuda",
         persistent_workers=workers > 0,  # a worker and its decoder take about half a second to start

@@ -70,7 +70,10 @@ class Texture:
 def draw(shape: str, state: State, rng: np.random.Generator) -> Image:
     """Draw a sprite of random colours and texture on a random plain background: (frames, SIDE, SIDE, 3)."""
     colours = random_colours(rng)
-    frames = np.broadcast_to(_background(rng), (len(state.x), SIDE, SIDE, 3)).copy()
+    centre, slope = rng.uniform(90, 165, size=3), rng.uniform(-15, 15, size=(2, 3))
+    place = np.linspace(-1, 1, SIDE)
+    background = centre + place[:, None, None] * slope[0] + place[None, :, None] * slope[1]  # a smooth gradient
+    frames = np.broadcast_to(background, (len(state.x), SIDE, SIDE, 3)).copy()
     texture = Texture(*colours, spokes=int(rng.integers(2, 5)), bend=rng.uniform(-1, 1))
     paint(frames, shape, state, texture)
     return np.clip(frames, 0, 255).astype(np.uint8)
@@ -110,13 +113,6 @@ def _project(shape: str, state: State, i: int) -> tuple[Float, Float, Float]:
     cos, sin = math.cos(state.angle[i]), math.sin(state.angle[i])
     u, v = (cos * dx + sin * dy) / state.radius[i], (cos * dy - sin * dx) / state.radius[i]
     return u, v, np.clip(_inside(shape, u, v) * state.radius[i] + 0.5, 0, 1)
-
-
-def _background(rng: np.random.Generator) -> Float:
-    """Draw a smooth gradient of medium brightness (SIDE, SIDE, 3)."""
-    centre, slope = rng.uniform(90, 165, size=3), rng.uniform(-15, 15, size=(2, 3))
-    place = np.linspace(-1, 1, SIDE)
-    return centre + place[:, None, None] * slope[0] + place[None, :, None] * slope[1]
 
 
 def _inside(shape: str, u: Float, v: Float) -> Float:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stvit_video.data.clips.sampling import Sampling
-from stvit_video.data.dataset import Collate, Sample, TestViews
+from stvit_video.data.dataset import Sample, TestViews, collate
 from stvit_video.data.decode.process import Decoding
 from stvit_video.data.decode.types import DecodeError, Frames, Indices
 from stvit_video.data.streams import KnownTimes, Span, check_seconds, clips_of_spans, read_ahead, read_windows, spans_of
@@ -245,7 +245,7 @@ class Predictor:
 
     def _batch(self, videos: Sequence[Tensor]) -> Tensor:
         samples = [Sample(pixels, -1, i, (), []) for i, pixels in enumerate(videos)]
-        return Collate(self.views)(samples).to(self.device).make_clips()
+        return collate(samples, self.views).to(self.device).make_clips()
 
 
 def build_predictor(

@@ -120,14 +120,8 @@ class AvReader:
         self._container, self._stream = _open_av(self.path)
 
     def _seek_and_select(self, positions: Positions) -> Iterator[VideoFrame]:
-        """Yield the requested frames, decoding from the key frame before each one that is far from the last."""
-        for key, group in self._group(positions):
-            self._container.seek(key, stream=self._stream)
-            yield from self._select(self._decode(group), group)
-
-    def _group(self, positions: Positions) -> list[tuple[int, Positions]]:
-        """Return groups of frames within which decoding on is cheaper than seeking, each with where to seek first."""
-        groups: list[tuple[int, Positions]] = []
+        """Yield the requested frames, in groups within which decoding on is cheaper than seeking to a key frame."""
+        groups: list[tuple[int, Positions]] = []  # each with where to seek first
         last_stamp = last_index = 0
         for stamp, index in positions.items():
             key = self._keys[max(0, bisect.bisect_right(self._keys, stamp) - 1)]
@@ -135,7 +129,9 @@ class AvReader:
                 groups.append((min(key, stamp), {}))
             groups[-1][1][stamp] = index
             last_stamp, last_index = stamp, index
-        return groups
+        for key, group in groups:
+            self._container.seek(key, stream=self._stream)
+            yield from self._select(self._decode(group), group)
 
     def _decode(self, positions: Positions) -> Decoded:
         """Yield frames with their times from here on, without those that are neither requested nor referenced."""
