@@ -16,7 +16,7 @@ from PIL import Image
 
 from stvit_video import check_videos
 from stvit_video.data.clips.sampling import BLOCK_BYTES, read_every_frame
-from stvit_video.data.decode.process import Decoding
+from stvit_video.data.decode.frames import Decoding
 from stvit_video.data.decode.types import DecodeError
 from stvit_video.data.failures import read_ledger
 from stvit_video.data.lists.annotations import read_list

@@ -21,8 +21,7 @@ from stvit_video.benchmarks.rounds import TimedStep, Timer, describe, interleave
 from stvit_video.common.errors import UsageError
 from stvit_video.config.load import override
 from stvit_video.data.dataset import Sample, SampleKey, TestDataset, TrainDataset, collate
-from stvit_video.data.decode.frames import FrameRequest, open_video, read_file
-from stvit_video.data.decode.process import Decoding
+from stvit_video.data.decode.frames import Decoding, FrameRequest, open_video, read_file
 from stvit_video.data.decode.readers import to_numpy
 from stvit_video.data.decode.types import DecodeError, Frames, Indices
 from stvit_video.data.loader import build_test_loader, build_train_loader, shorten
@@ -69,9 +68,7 @@ def step_timers(
         "decode": timed(lambda: map(read_file, requests), items),
         "decode in its process": timed(lambda: decoding.read_all(requests), items),
         "crop and augment": timed(lambda: (views.prepare(frames, (0, 0, i)) for i in range(some)), clips),
-        "bytes to floats": timed(
-            lambda: (collate([sample], views).make_clips() for _ in range(some)), some * items_each
-        ),
+        "bytes to floats": timed(lambda: (collate([sample], views).make_clips() for _ in range(some)), clips),
     }
 
 

@@ -16,8 +16,7 @@ from torch.utils.data import Dataset
 
 from stvit_video.data.clips.sampling import Sampling
 from stvit_video.data.clips.transforms import TestTransform, TrainTransform
-from stvit_video.data.decode.frames import FrameRequest
-from stvit_video.data.decode.process import Decoding
+from stvit_video.data.decode.frames import Decoding, FrameRequest
 from stvit_video.data.decode.types import Choice, DecodeError, Frames
 from stvit_video.data.failures import Failure
 from stvit_video.data.lists.annotations import Video

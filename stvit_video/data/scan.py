@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from stvit_video.common.errors import UsageError
-from stvit_video.data.decode.process import Decoding
+from stvit_video.data.decode.frames import Decoding
 from stvit_video.data.decode.types import Choice, DecodeError
 from stvit_video.data.lists.annotations import (
     LIST_FORM,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stvit_video.data.clips.sampling import Sampling
 from stvit_video.data.dataset import Sample, TestViews, collate
-from stvit_video.data.decode.process import Decoding
+from stvit_video.data.decode.frames import Decoding
 from stvit_video.data.decode.types import DecodeError, Frames, Indices
 from stvit_video.data.streams import KnownTimes, Span, check_seconds, clips_of_spans, read_ahead, read_windows, spans_of
 from stvit_video.inference.load import Trained, open_checkpoint

@@ -13,8 +13,7 @@ from PIL import Image
 from stvit_video.common.charts import png_of_confusion, run_style, svg_of_costs, svg_of_curves
 from stvit_video.config.schema import flatten
 from stvit_video.data.clips.sampling import ClipSampler
-from stvit_video.data.decode.frames import find_decoders
-from stvit_video.data.decode.process import Decoding
+from stvit_video.data.decode.frames import Decoding, find_decoders
 from stvit_video.data.decode.types import DecodeError, Frames
 from stvit_video.pages.html import data_uri, picture_uri, printable, render
 from stvit_video.runs.folder import FREE_KEYS

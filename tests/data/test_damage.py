@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from stvit_video.data.clips.sampling import ClipSampler
-from stvit_video.data.decode.process import Decoding
+from stvit_video.data.decode.frames import Decoding
 from stvit_video.data.decode.types import DecodeError, Frames
 from tests.conftest import copy_packets, numbered_frames
 from tests.data.choices import Frozen

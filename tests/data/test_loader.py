@@ -15,7 +15,7 @@ from stvit_video.common.errors import UsageError
 from stvit_video.data.clips.sampling import ClipSampler
 from stvit_video.data.clips.transforms import Normalise, TestTransform, TrainTransform
 from stvit_video.data.dataset import SampleKey, TestDataset, TestViews, TrainDataset, TrainViews, collate
-from stvit_video.data.decode.process import Decoding
+from stvit_video.data.decode.frames import Decoding
 from stvit_video.data.failures import read_ledger
 from stvit_video.data.lists.annotations import Video
 from stvit_video.data.lists.videos import build_lists
