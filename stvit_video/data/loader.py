@@ -93,7 +93,7 @@ def build_train_loader(cfg: CfgNode, world: World, videos: list[Video]) -> DataL
     area = tuple(cfg.DATA.CROP_AREA) if cfg.DATA.CROP == "random_resized" else None
     transform = TrainTransform(
         size=cfg.DATA.SIZE,
-        normalise=build_normalise(cfg),
+        normalise=Normalise(tuple(cfg.DATA.MEAN), tuple(cfg.DATA.STD)),
         short_side=tuple(cfg.DATA.SHORT_SIDE),
         area=area,
         ratio=tuple(cfg.DATA.CROP_RATIO),
@@ -158,7 +158,8 @@ def shorten(loader: DataLoader, batches: int) -> None:
 
 def build_test_views(cfg: CfgNode, clips: int, crops: int) -> TestViews:
     """Return how frames become the ``clips`` x ``crops`` views that a video is scored by."""
-    transform = TestTransform(cfg.DATA.SIZE, build_normalise(cfg), cfg.TEST.SHORT_SIDE, crops)
+    normalise = Normalise(tuple(cfg.DATA.MEAN), tuple(cfg.DATA.STD))
+    transform = TestTransform(cfg.DATA.SIZE, normalise, cfg.TEST.SHORT_SIDE, crops)
     return TestViews(transform, clips, cfg.DATA.FRAMES)
 
 
@@ -172,11 +173,6 @@ def build_sampler(cfg: CfgNode) -> Sampling:
 def build_decoding(cfg: CfgNode, short_side: int) -> Decoding:
     """Return what reads frames, with the configured decoders and deadline; ``short_side`` as in ``open_video``."""
     return Decoding(find_decoders(cfg.DATA.DECODER, "DATA.DECODER"), cfg.DATA.DEADLINE_S, short_side)
-
-
-def build_normalise(cfg: CfgNode) -> Normalise:
-    """Return the map from bytes to the model's floats."""
-    return Normalise(tuple(cfg.DATA.MEAN), tuple(cfg.DATA.STD))
 
 
 def _build_loader(cfg: CfgNode, world: World, dataset: TrainDataset | TestDataset, sampler: Sampler) -> DataLoader:

@@ -135,10 +135,7 @@ def write_lists(root: Path, spec: Spec) -> None:
 
 
 def prepare(root: str | Path, spec: Spec | None = None, *, workers: int | None = None, progress: bool = True) -> None:
-    """Generate the set in ``root``, or what is missing of it after an interruption or a loss of files.
-
-    Raises UsageError where ``root`` holds something else.
-    """
+    """Generate what is missing of the set in ``root``. Raises UsageError where ``root`` holds something else."""
     root, spec = Path(root), spec or Spec()
     record = root / "sample.json"
     _check_root(root, record, spec)

@@ -49,10 +49,7 @@ class Listing(NamedTuple):
 
 
 def read_listing(path: Path, root: Path) -> Listing:
-    """Read lines ``path label``, a Kinetics CSV or a Something-Something JSON of videos under ``root``.
-
-    Raises UsageError for any other file.
-    """
+    """Read lines ``path label``, a Kinetics CSV or a Something-Something JSON; UsageError for any other file."""
     if path.is_dir():
         raise UsageError(f"List {path} is a folder; give {LIST_FORM}, for class folders one line for each file.")
     catalogue = read_catalogue(path)

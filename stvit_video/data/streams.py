@@ -55,25 +55,20 @@ def find_sources(names: Sequence[str], images: bool = False) -> tuple[list[str],
         return [], live[0]
     found: list[str] = []
     for name in names:
-        if os.path.isdir(name):
-            inside = _in_folder(name, images)
-            if not inside:
-                suffixes = ", ".join(MEDIA_SUFFIXES if images else VIDEO_SUFFIXES)
-                raise UsageError(f"Folder {name} holds no videos; give one with files ending in {suffixes}.")
-            found += inside
-        elif not os.path.lexists(name) and glob.has_magic(name):
-            matching = sorted(glob.glob(name, recursive=True), key=natural_order)
-            inside = [file for match in matching for file in _in_folder(match, images)]
-            if not inside:
-                raise UsageError(f"Nothing matches {name}; give a pattern that does, or a file or folder.")
-            found += inside
-        else:
-            found.append(name)
+        is_pattern = not os.path.lexists(name) and glob.has_magic(name)
+        matching = sorted(glob.glob(name, recursive=True), key=natural_order) if is_pattern else [name]
+        inside = [file for match in matching for file in _in_folder(match, images)]
+        if not inside and is_pattern:
+            raise UsageError(f"Nothing matches {name}; give a pattern that does, or a file or folder.")
+        if not inside:
+            suffixes = ", ".join(MEDIA_SUFFIXES if images else VIDEO_SUFFIXES)
+            raise UsageError(f"Folder {name} holds no videos; give one with files ending in {suffixes}.")
+        found += inside
     return list(dict.fromkeys(found)), None
 
 
 def _in_folder(folder: str, images: bool) -> list[str]:
-    """Return the videos in a folder and below; a file is itself."""
+    """Return the videos in a folder and below; what is no folder is returned as it is."""
     if not os.path.isdir(folder):
         return [folder]
     suffixes = MEDIA_SUFFIXES if images else VIDEO_SUFFIXES

@@ -152,21 +152,19 @@ class TestTransform:
         return self.finish(self.resize(frames))
 
 
+@dataclass(kw_only=True)
 class Mix:
     """Shuffles the clips of a batch, then mixes each, and its label, with the one before it."""
 
-    def __init__(
-        self,
-        *,
-        mixup: float,  # alpha of MixUp; 0 leaves it out
-        cutmix: float,  # alpha of CutMix; 0 leaves it out
-        probability: float,  # of mixing a batch at all
-        switch: float,  # probability of CutMix where both are used
-        num_classes: int,
-    ) -> None:
-        kinds = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
-        self.transforms = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha > 0]
-        self.probability, self.switch, self.num_classes = probability, switch, num_classes
+    mixup: float  # alpha of MixUp; 0 leaves it out
+    cutmix: float  # alpha of CutMix; 0 leaves it out
+    probability: float  # of mixing a batch at all
+    switch: float  # probability of CutMix where both are used
+    num_classes: int
+
+    def __post_init__(self) -> None:
+        kinds = ((v2.MixUp, self.mixup), (v2.CutMix, self.cutmix))
+        self.transforms = [kind(alpha=alpha, num_classes=self.num_classes) for kind, alpha in kinds if alpha > 0]
 
     def __call__(self, clips: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Map clips (B, 3, T, H, W) and labels (B,) to mixed clips and the share of each class (B, classes)."""

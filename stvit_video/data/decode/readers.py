@@ -309,12 +309,10 @@ def _why_inexact(container: InputContainer, stream: VideoStream) -> str:
 
 
 def _is_shown(packet: Packet) -> bool:
-    """Say whether a player shows the packet's frame: neither an edit list nor the end of the file cuts it off.
-
-    A VP8 frame may also serve as a reference only, which its fifth bit says.
-    """
+    """Say whether a player shows the packet's frame: neither an edit list nor the end of the file cuts it off."""
     if not packet.size or packet.is_discard or packet.is_corrupt:
         return False
+    # The fifth bit of a VP8 frame is 0 where it serves as a reference only.
     return packet.stream.codec_context.name != "vp8" or bool(memoryview(packet)[0] >> 4 & 1)
 
 

@@ -370,12 +370,7 @@ def find_missing(videos: list[Video]) -> tuple[list[str], int]:
         return unfound, len(videos)
     looked_at = videos[:: max(1, len(videos) // MAX_LOOKS)]
     missing = []
-    for video in looked_at:
-        if os.path.isdir(video.path):
-            with os.scandir(video.path) as entries:
-                is_there = next(entries, None) is not None  # a folder of frames
-        else:
-            is_there = os.path.isfile(video.path)
-        if not is_there:
-            missing.append(video.path)
+    for path in (video.path for video in looked_at):
+        if not os.path.isfile(path) and not (os.path.isdir(path) and any(Path(path).iterdir())):  # a folder of frames
+            missing.append(path)
     return missing, len(looked_at)
