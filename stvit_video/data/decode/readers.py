@@ -70,12 +70,10 @@ class AvReader:
         with decode_errors(path, NOT_OPENED, "pyav", AV_ERRORS):
             packets = [(p.pts, p.is_keyframe) for p in self._container.demux(self._stream) if _is_shown(p)]
         self.length = len(packets)
-        stamps = [pts for pts, _ in packets if pts is not None]
-        self._stamps: list[int] | None = sorted(set(stamps))
+        stamps = sorted({pts for pts, _ in packets if pts is not None})
         self._keys = sorted(pts for pts, key in packets if key and pts is not None)
         # Some containers (AVI) only say when to decode a packet. Their frames are counted from the start.
-        if len(self._stamps) < len(packets) or not self._keys:
-            self._stamps = None
+        self._stamps = stamps if len(stamps) == len(packets) and self._keys else None
 
     def times(self) -> Times:
         if self._stamps is None:
