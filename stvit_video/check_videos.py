@@ -5,21 +5,20 @@ and in the same order; DIR/failures.csv the other videos, each path once with th
 scan is complete. No video is changed. Exit codes: 0 scan complete, also with failures; 2 wrong use; 130 Ctrl-C.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from stvit_video.common.cli import Parser, run_command
 from stvit_video.common.errors import UsageError
 from stvit_video.common.files import try_folder, write_atomically, writing
 from stvit_video.common.progress import Progress
-from stvit_video.data.clips.sampling import ClipSampler, EvenClips
+from stvit_video.data.clips.sampling import ClipSampler, read_every_frame
 from stvit_video.data.decode.frames import DECODERS, find_decoders
 from stvit_video.data.decode.types import DecodeError
 from stvit_video.data.failures import Failure, failures_csv
-from stvit_video.data.scan import EveryFrame, ScanSettings, clean_list, read_listing, scan, summarise
 
 
 def build_parser() -> Parser:
@@ -41,38 +40,33 @@ def build_parser() -> Parser:
     return parser
 
 
-def read_settings(options: argparse.Namespace) -> ScanSettings:
-    """Return the options as settings. Raises UsageError for values out of range and decoders that are missing."""
-    for name, low, high in (("workers", 1, 1_000), ("frames", 1, 10_000), ("deadline", 0.1, 1_000_000)):
-        if not low <= getattr(options, name) <= high:
-            raise UsageError(f"--{name} {getattr(options, name)} is out of range; give {low} to {high:,}.")
-    try:
-        decoders = find_decoders(options.decoder)
-    except ValueError as error:
-        raise UsageError(f"--decoder: {error}") from error
-    spread = EvenClips(ClipSampler("dense", 1), options.frames)  # clips of one frame, from the first to the last
-    return ScanSettings(options.workers, EveryFrame() if options.all_frames else spread, decoders, options.deadline)
-
-
 def check(arguments: Sequence[str] | None) -> int:
     """Parse the arguments, scan the list, write the results and print a summary. Raises UsageError."""
     options = build_parser().parse_args(arguments)
-    settings = read_settings(options)
+    for name, low, high in (("workers", 1, 1_000), ("frames", 1, 10_000), ("deadline", 0.1, 1_000_000)):
+        if not low <= getattr(options, name) <= high:
+            raise UsageError(f"--{name} {getattr(options, name)} is out of range; give {low} to {high:,}.")
+    decoders = find_decoders(options.decoder, "--decoder")
     root = options.list.parent if options.root is None else options.root
     if options.root is not None and not root.is_dir():
         raise UsageError(f"--root {root} is not a folder; give the one where the paths of {options.list} start.")
+    from stvit_video.data.scan import clean_list, read_listing, scan, summarise
+
     listing = read_listing(options.list, root)
     clean = options.output / "clean.txt"
     if clean.exists() and clean.samefile(options.list):
         raise UsageError(f"--output {options.output} would replace the list itself; give another folder.")
     with writing(options.output):  # tried before a scan that may take hours
         try_folder(options.output)
+    # Clips of one frame, from the first to the last.
+    spread = partial(ClipSampler("dense", 1).even_clips, clips=options.frames)
+    choice = read_every_frame if options.all_frames else spread
     errors: dict[str, DecodeError] = {}
     paths = list(dict.fromkeys(video.path for video in listing.videos))
     with Progress("check", len(paths)) as progress:
-        for error in scan(paths, settings):
-            if error is not None:
-                errors[error.path] = error
+        for found in scan(paths, options.workers, choice, decoders, options.deadline):
+            if found is not None:
+                errors[found.path] = found
             progress.advance(f"{len(errors):,} cannot be read")
     with writing(options.output):  # failures first, so that what clean.txt leaves out is always listed
         failures = failures_csv(Failure.of(error, "check") for error in errors.values())

@@ -74,7 +74,7 @@ def predict(arguments: Sequence[str] | None) -> int:
 
 def check_options(options: argparse.Namespace) -> None:
     """Raise UsageError for options that cannot work, before anything is loaded."""
-    from stvit_video.data.streams.windows import check_seconds
+    from stvit_video.data.streams import check_seconds
 
     for name, least, most in (("top", 1, 1_000_000), ("workers", 1, 1_000), ("seconds", 0.01, 1e9)):
         value = getattr(options, name)

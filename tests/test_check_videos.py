@@ -15,11 +15,12 @@ import pytest
 from PIL import Image
 
 from stvit_video import check_videos
-from stvit_video.data.decode.process import Decoding
+from stvit_video.data.clips.sampling import BLOCK_BYTES, read_every_frame
+from stvit_video.data.decode.frames import Decoding
 from stvit_video.data.decode.types import DecodeError
 from stvit_video.data.failures import read_ledger
 from stvit_video.data.lists.annotations import read_list
-from stvit_video.data.scan import BLOCK_BYTES, EveryFrame, cause
+from stvit_video.data.scan import cause
 from tests.conftest import REPOSITORY, numbered_frames
 
 # A decord that hangs or crashes on files of these names, and first writes down its process.
@@ -178,7 +179,7 @@ class Blocks:
 @pytest.mark.parametrize(("side", "block"), [(8, 1000), (1000, 22), (6000, 1)])
 def test_all_frames_are_read_in_blocks_of_limited_size(side: int, block: int) -> None:
     video = Blocks(side)
-    assert EveryFrame()(video).tolist() == [0]
+    assert read_every_frame(video).tolist() == [0]
     first, *blocks = video.read
     assert first == [0]
     assert list(itertools.chain(*blocks)) == list(range(1000))

@@ -20,9 +20,8 @@ from torchvision.transforms import v2
 from stvit_video.benchmarks.rounds import TimedStep, Timer, describe, interleave, open_benchmark, timed
 from stvit_video.common.errors import UsageError
 from stvit_video.config.load import override
-from stvit_video.data.dataset import Collate, Sample, SampleKey, TestDataset, TrainDataset
-from stvit_video.data.decode.frames import FrameRequest, open_video, read_file
-from stvit_video.data.decode.process import Decoding
+from stvit_video.data.dataset import Sample, SampleKey, TestDataset, TrainDataset, collate
+from stvit_video.data.decode.frames import Decoding, FrameRequest, open_video, read_file
 from stvit_video.data.decode.readers import to_numpy
 from stvit_video.data.decode.types import DecodeError, Frames, Indices
 from stvit_video.data.loader import build_test_loader, build_train_loader, shorten
@@ -39,6 +38,7 @@ def choose_readable(requests: Iterable[FrameRequest]) -> list[tuple[FrameRequest
     """Return the requests that decord can answer, with the frames that each asks for."""
     chosen = []
     for request in requests:
+        assert request.choice is not None
         try:
             reader = open_video(request.path, decoder="decord")
             indices = request.choice(reader)
@@ -60,15 +60,15 @@ def step_timers(
     requests = [request for request, _ in chosen]
     items = len(requests) * items_each
     frames = read_file(requests[0])
-    collate = Collate(views)
     sample = Sample(views.prepare(frames, (0, 0, 0)), 0, 0, (0, 0, 0), [])
     some = min(len(requests), 8)
+    clips = some * items_each
     return {
         "decord, bare": timed(lambda: (bare_decord(r.path, np.unique(indices)) for r, indices in chosen), items),
         "decode": timed(lambda: map(read_file, requests), items),
         "decode in its process": timed(lambda: decoding.read_all(requests), items),
-        "crop and augment": timed(lambda: (views.prepare(frames, (0, 0, i)) for i in range(some)), some * items_each),
-        "bytes to floats": timed(lambda: (collate([sample]).make_clips() for _ in range(some)), some * items_each),
+        "crop and augment": timed(lambda: (views.prepare(frames, (0, 0, i)) for i in range(some)), clips),
+        "bytes to floats": timed(lambda: (collate([sample], views).make_clips() for _ in range(some)), clips),
     }
 
 

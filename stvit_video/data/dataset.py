@@ -6,6 +6,7 @@ same in whichever worker or process it is loaded.
 
 from abc import abstractmethod
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -13,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from stvit_video.data.clips.sampling import EvenClips, RandomClips, Sampling
+from stvit_video.data.clips.sampling import Sampling
 from stvit_video.data.clips.transforms import TestTransform, TrainTransform
-from stvit_video.data.decode.frames import FrameRequest
-from stvit_video.data.decode.process import Decoding
+from stvit_video.data.decode.frames import Decoding, FrameRequest
 from stvit_video.data.decode.types import Choice, DecodeError, Frames
 from stvit_video.data.failures import Failure
 from stvit_video.data.lists.annotations import Video
@@ -79,11 +79,9 @@ class TestViews:
         return self.clips * self.transform.crops
 
     def prepare(self, frames: Frames, seed: Seed) -> Tensor:
-        """Map decoded frames (N, H, W, 3) to uint8 pixels (n, h, w, 3)."""
         return self.transform.resize(frames)
 
     def finish(self, pixels: Tensor, seed: Seed, out: Tensor) -> None:
-        """Write normalised float views (count, 3, frames, size, size) of ``pixels`` to ``out``, on the same device."""
         for clip, views in zip(pixels.chunk(self.clips), out.chunk(self.clips), strict=True):
             self.transform.finish(clip, views)
 
@@ -146,25 +144,20 @@ class Batch:
         return replace(self, pixels=self.pixels.pin_memory(), labels=self.labels.pin_memory())
 
 
-@dataclass(frozen=True)
-class Collate:
-    """Makes a batch of samples; those that cannot be read leave only their failures."""
-
-    views: Views
-
-    def __call__(self, samples: list[Sample]) -> Batch:
-        read = [(sample, sample.pixels) for sample in samples if sample.pixels is not None]
-        flat = [pixels.reshape(-1) for _, pixels in read]
-        return Batch(
-            pixels=torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8),
-            shapes=[pixels.shape for _, pixels in read],
-            seeds=[sample.seed for sample, _ in read],
-            labels=torch.tensor([sample.label for sample, _ in read], dtype=torch.int64),
-            indices=torch.tensor([sample.index for sample, _ in read], dtype=torch.int64),
-            views=self.views,
-            failures=[failure for sample in samples for failure in sample.failures],
-            missing=len(samples) - len(read),
-        )
+def collate(samples: list[Sample], views: Views) -> Batch:
+    """Return a batch of samples; those that cannot be read leave only their failures."""
+    read = [(sample, sample.pixels) for sample in samples if sample.pixels is not None]
+    flat = [pixels.reshape(-1) for _, pixels in read]
+    return Batch(
+        pixels=torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8),
+        shapes=[pixels.shape for _, pixels in read],
+        seeds=[sample.seed for sample, _ in read],
+        labels=torch.tensor([sample.label for sample, _ in read], dtype=torch.int64),
+        indices=torch.tensor([sample.index for sample, _ in read], dtype=torch.int64),
+        views=views,
+        failures=[failure for sample in samples for failure in sample.failures],
+        missing=len(samples) - len(read),
+    )
 
 
 @dataclass(eq=False, repr=False)
@@ -186,20 +179,20 @@ class VideoDataset(Dataset[Sample], Generic[Key]):
 
     def __getitems__(self, keys: list[Key]) -> list[Sample]:
         """Return a batch's samples; a video is decoded while the one before is transformed."""
-        read = self.decoding.read_all(map(self.request, keys))
-        return [self._sample(key, frames) for key, frames in zip(keys, read, strict=True)]
+        samples = []
+        for key, frames in zip(keys, self.decoding.read_all(map(self.request, keys)), strict=True):
+            index, seed, _ = self._plan(key)
+            label = self.videos[index].label
+            if isinstance(frames, DecodeError):
+                samples.append(Sample(None, label, index, (), [Failure.of(frames, self.stage)]))
+            else:
+                samples.append(Sample(self.views.prepare(frames, seed), label, index, seed, []))
+        return samples
 
     def request(self, key: Key) -> FrameRequest:
         """Return which frames to decode for ``key``."""
         index, _, choice = self._plan(key)
         return self.decoding.request(self.videos[index].path, choice)
-
-    def _sample(self, key: Key, frames: Frames | DecodeError) -> Sample:
-        index, seed, _ = self._plan(key)
-        label = self.videos[index].label
-        if isinstance(frames, DecodeError):
-            return Sample(None, label, index, (), [Failure.of(frames, self.stage)])
-        return Sample(self.views.prepare(frames, seed), label, index, seed, [])
 
     @abstractmethod
     def _plan(self, key: Key) -> tuple[int, Seed, Choice]:
@@ -223,24 +216,18 @@ class TrainDataset(VideoDataset[SampleKey]):
     def __getitems__(self, keys: list[SampleKey]) -> list[Sample]:
         """Return a batch's samples. Replacements are read last, when the decoder has no other requests."""
         samples = super().__getitems__(keys)
-        return [
-            self._replace(key, sample.failures) if sample.pixels is None else sample
-            for key, sample in zip(keys, samples, strict=True)
-        ]
-
-    def _replace(self, key: SampleKey, failures: list[Failure]) -> Sample:
-        """Return the first of the next videos that can be read, with all failures up to it."""
-        for attempt in range(1, self.MAX_TRIES):
-            following = replace(key, index=(key.index + attempt) % len(self.videos))
-            (sample,) = super().__getitems__([following])
-            failures = failures + sample.failures
-            if sample.pixels is not None:
-                return replace(sample, failures=failures)
-        return Sample(None, -1, key.index, (), failures)
+        for i, key in enumerate(keys):
+            for attempt in range(1, self.MAX_TRIES):
+                if samples[i].pixels is not None:
+                    break
+                following = replace(key, index=(key.index + attempt) % len(self.videos))
+                (sample,) = super().__getitems__([following])
+                samples[i] = replace(sample, failures=samples[i].failures + sample.failures)
+        return samples
 
     def _plan(self, key: SampleKey) -> tuple[int, Seed, Choice]:
         seed = (self.seed, key.epoch, key.index)
-        return key.index, seed, RandomClips(self.sampler, self.views.count, (*seed, 0))
+        return key.index, seed, partial(self.sampler.random_clips, clips=self.views.count, seed=(*seed, 0))
 
 
 @dataclass(eq=False, repr=False)
@@ -253,4 +240,4 @@ class TestDataset(VideoDataset[int]):
     views: TestViews
 
     def _plan(self, key: int) -> tuple[int, Seed, Choice]:
-        return key, (), EvenClips(self.sampler, self.views.clips)
+        return key, (), partial(self.sampler.even_clips, clips=self.views.clips)

@@ -4,6 +4,7 @@ import atexit
 import multiprocessing
 import signal
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,9 @@ from torch.utils.data import DataLoader, Sampler
 from stvit_video.common.errors import UsageError
 from stvit_video.data.clips.from_pytorchvideo import SecondsSampler
 from stvit_video.data.clips.sampling import ClipSampler, Sampling
-from stvit_video.data.clips.transforms import Augment, Normalise, TestTransform, TrainTransform
-from stvit_video.data.dataset import Collate, SampleKey, TestDataset, TestViews, TrainDataset, TrainViews
-from stvit_video.data.decode.frames import find_decoders
-from stvit_video.data.decode.process import Decoding
+from stvit_video.data.clips.transforms import Augment, Mix, Normalise, TestTransform, TrainTransform
+from stvit_video.data.dataset import SampleKey, TestDataset, TestViews, TrainDataset, TrainViews, collate
+from stvit_video.data.decode.frames import Decoding, find_decoders
 from stvit_video.data.lists.annotations import Video
 from stvit_video.runtime.signals import ignore_stop_signals
 from stvit_video.runtime.world import World
@@ -93,12 +93,14 @@ def build_train_loader(cfg: CfgNode, world: World, videos: list[Video]) -> DataL
     area = tuple(cfg.DATA.CROP_AREA) if cfg.DATA.CROP == "random_resized" else None
     transform = TrainTransform(
         size=cfg.DATA.SIZE,
-        normalise=build_normalise(cfg),
+        normalise=Normalise(tuple(cfg.DATA.MEAN), tuple(cfg.DATA.STD)),
         short_side=tuple(cfg.DATA.SHORT_SIDE),
         area=area,
         ratio=tuple(cfg.DATA.CROP_RATIO),
         flip=cfg.DATA.FLIP,
-        augment=_build_augment(cfg),
+        augment=Augment(
+            cfg.DATA.RAND_AUGMENT_LAYERS, cfg.DATA.RAND_AUGMENT_MAGNITUDE, cfg.DATA.COLOR_JITTER, cfg.DATA.ERASE
+        ),
     )
     dataset = TrainDataset(
         videos,
@@ -109,6 +111,26 @@ def build_train_loader(cfg: CfgNode, world: World, videos: list[Video]) -> DataL
     )
     sampler = EpochSampler(len(videos), videos_per_step, cfg.TRAIN.ACCUMULATE, world.rank, world.size, cfg.SEED)
     return _build_loader(cfg, world, dataset, sampler)
+
+
+def build_mix(cfg: CfgNode, world: World, num_classes: int) -> Mix | None:
+    """Return the mixing configured by TRAIN.MIXUP and TRAIN.CUTMIX; None where both are 0."""
+    if cfg.TRAIN.MIXUP == 0 and cfg.TRAIN.CUTMIX == 0:
+        return None
+    parts = world.size * cfg.TRAIN.ACCUMULATE * cfg.DATA.REPEATS
+    if cfg.TRAIN.BATCH_SIZE // parts < 2:
+        raise UsageError(
+            f"TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE} over {world.size} processes x TRAIN.ACCUMULATE "
+            f"{cfg.TRAIN.ACCUMULATE} x DATA.REPEATS {cfg.DATA.REPEATS} leaves no other video to mix with; raise it to "
+            f"{2 * parts}, or set TRAIN.MIXUP and TRAIN.CUTMIX to 0."
+        )
+    return Mix(
+        mixup=cfg.TRAIN.MIXUP,
+        cutmix=cfg.TRAIN.CUTMIX,
+        probability=cfg.TRAIN.MIX_PROBABILITY,
+        switch=cfg.TRAIN.MIX_SWITCH,
+        num_classes=num_classes,
+    )
 
 
 def build_test_loader(
@@ -136,7 +158,8 @@ def shorten(loader: DataLoader, batches: int) -> None:
 
 def build_test_views(cfg: CfgNode, clips: int, crops: int) -> TestViews:
     """Return how frames become the ``clips`` x ``crops`` views that a video is scored by."""
-    transform = TestTransform(cfg.DATA.SIZE, build_normalise(cfg), cfg.TEST.SHORT_SIDE, crops)
+    normalise = Normalise(tuple(cfg.DATA.MEAN), tuple(cfg.DATA.STD))
+    transform = TestTransform(cfg.DATA.SIZE, normalise, cfg.TEST.SHORT_SIDE, crops)
     return TestViews(transform, clips, cfg.DATA.FRAMES)
 
 
@@ -149,21 +172,7 @@ def build_sampler(cfg: CfgNode) -> Sampling:
 
 def build_decoding(cfg: CfgNode, short_side: int) -> Decoding:
     """Return what reads frames, with the configured decoders and deadline; ``short_side`` as in ``open_video``."""
-    try:
-        decoders = find_decoders(cfg.DATA.DECODER)
-    except ValueError as error:
-        raise UsageError(f"DATA.DECODER: {error}") from error
-    return Decoding(decoders, cfg.DATA.DEADLINE_S, short_side)
-
-
-def _build_augment(cfg: CfgNode) -> Augment:
-    data = cfg.DATA
-    return Augment(data.RAND_AUGMENT_LAYERS, data.RAND_AUGMENT_MAGNITUDE, data.COLOR_JITTER, data.ERASE)
-
-
-def build_normalise(cfg: CfgNode) -> Normalise:
-    """Return the map from bytes to the model's floats."""
-    return Normalise(tuple(cfg.DATA.MEAN), tuple(cfg.DATA.STD))
+    return Decoding(find_decoders(cfg.DATA.DECODER, "DATA.DECODER"), cfg.DATA.DEADLINE_S, short_side)
 
 
 def _build_loader(cfg: CfgNode, world: World, dataset: TrainDataset | TestDataset, sampler: Sampler) -> DataLoader:
@@ -174,7 +183,7 @@ def _build_loader(cfg: CfgNode, world: World, dataset: TrainDataset | TestDatase
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=Collate(dataset.views),
+        collate_fn=partial(collate, views=dataset.views),
         worker_init_fn=_start_worker,
         pin_memory=world.device.type == "cuda",
         persistent_workers=workers > 0,  # a worker and its decoder take about half a second to start

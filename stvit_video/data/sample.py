@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -25,8 +26,8 @@ from numpy.typing import NDArray
 from stvit_video.common.cli import Parser, run_command
 from stvit_video.common.errors import UsageError
 from stvit_video.common.progress import Progress
-from stvit_video.data.generated import hard
-from stvit_video.data.generated.sprites import MOTIONS, SHAPES, Image, draw, sprite_cover, trajectory
+from stvit_video.data import sprites
+from stvit_video.data.sprites import MOTIONS, SHAPES
 
 SETS = {"sample": (3072, 256, 512), "sample_hard": (3072, 64, 2048)}  # videos per split
 SPLITS = ("train", "val", "test")
@@ -49,24 +50,12 @@ def sprite_mask(split: str, index: int, seed: int = 0) -> NDArray[np.bool_]:
     """Return the mask (FRAMES, SIDE, SIDE) of the sprite in the ``index``-th video of ``split``."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     motion, shape = video_labels(index)
-    return sprite_cover(shape, trajectory(motion, rng)) > 0.5
+    return sprites.sprite_cover(shape, sprites.trajectory(motion, rng)) > 0.5
 
 
 def video_labels(index: int) -> tuple[str, str]:
     """Return motion and shape of the ``index``-th video of a split, which cycles through all 64 pairs."""
     return MOTIONS[index % len(MOTIONS)], SHAPES[index // len(MOTIONS) % len(SHAPES)]
-
-
-def still_shape(index: int) -> str:
-    """Return the shape in the ``index``-th still of a split, which cycles through all shapes."""
-    return SHAPES[index % len(SHAPES)]
-
-
-def label_sets(name: str) -> dict[str, tuple[Sequence[str], Callable[[int], str]]]:
-    """Return a sample set's label sets: the class names, and a function from a video's index to its class."""
-    if name == "sample_hard":
-        return {"motion_shape": (hard.CLASSES, hard.video_class)}
-    return {"motion": (MOTIONS, lambda index: video_labels(index)[0]), "shape": (SHAPES, lambda i: video_labels(i)[1])}
 
 
 @contextmanager
@@ -80,7 +69,7 @@ def _whole_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_video(path: Path, frames: Image, rate: int | Fraction = RATE) -> None:
+def write_video(path: Path, frames: sprites.Image, rate: int | Fraction = RATE) -> None:
     """Write frames (N, H, W, 3) as H.264, complete or not at all."""
     import av
 
@@ -96,7 +85,7 @@ def write_video(path: Path, frames: Image, rate: int | Fraction = RATE) -> None:
         container.mux(stream.encode())
 
 
-def write_still(path: Path, image: Image) -> None:
+def write_still(path: Path, image: sprites.Image) -> None:
     """Write one frame (H, W, 3) as PNG, complete or not at all."""
     from PIL import Image as PillowImage
 
@@ -104,44 +93,39 @@ def write_still(path: Path, image: Image) -> None:
         PillowImage.fromarray(image).save(temporary, format="PNG")
 
 
-@dataclass(frozen=True)
-class SampleFile:
-    """One file of a set. Seed, kind and index determine its content, whichever process writes it."""
-
-    path: Path
-    kind: int  # 0 to 2: videos of a split; 3 and 4: stills to train and to test on
-    index: int
-    spec: Spec
-
-    def write(self) -> None:
-        """Draw and write the file."""
-        rng = np.random.default_rng([self.spec.seed, self.kind, self.index])
-        motion, shape = video_labels(self.index)
-        if self.spec.name == "sample_hard":
-            write_video(self.path, hard.draw(hard.video_class(self.index), rng))
-        elif self.kind < len(SPLITS):
-            write_video(self.path, draw(shape, trajectory(motion, rng), rng))
-        else:
-            write_still(self.path, draw(still_shape(self.index), trajectory(motion, rng, frames=1), rng)[0])
-
-    def is_written(self) -> bool:
-        """Say whether the file exists and is not empty."""
-        return self.path.is_file() and self.path.stat().st_size > 0
+# A file of a set is named by its kind and an index. Kinds 0 to 2 are videos of a split, 3 and 4 stills to train and to
+# test on. With the seed, kind and index determine the content, whichever process writes the file.
 
 
-def sample_files(root: Path, spec: Spec) -> Iterator[SampleFile]:
-    """Yield all files of the set: videos in one folder, stills in class folders."""
-    stills = spec.stills if spec.name == "sample" else (0, 0)
-    for kind, count in enumerate((*spec.clips, *stills)):
-        split = SPLITS[kind % len(SPLITS)]
-        for i in range(count):
-            video, still = f"videos/{split}_{i:05d}.mp4", f"stills/{split}/{still_shape(i)}/{i:05d}.png"
-            yield SampleFile(root / (video if kind < len(SPLITS) else still), kind, i, spec)
+def _path_of(root: Path, kind: int, index: int) -> Path:
+    split = SPLITS[kind % len(SPLITS)]
+    if kind < len(SPLITS):
+        return root / f"videos/{split}_{index:05d}.mp4"
+    return root / f"stills/{split}/{SHAPES[index % len(SHAPES)]}/{index:05d}.png"
+
+
+def _write_file(root: Path, spec: Spec, file: tuple[int, int]) -> None:
+    kind, index = file
+    path, rng = _path_of(root, kind, index), np.random.default_rng([spec.seed, kind, index])
+    motion, shape = video_labels(index)
+    if spec.name == "sample_hard":
+        write_video(path, sprites.draw_hard(sprites.hard_class(index), rng))
+    elif kind < len(SPLITS):
+        write_video(path, sprites.draw(shape, sprites.trajectory(motion, rng), rng))
+    else:
+        write_still(path, sprites.draw(SHAPES[index % len(SHAPES)], sprites.trajectory(motion, rng, frames=1), rng)[0])
 
 
 def write_lists(root: Path, spec: Spec) -> None:
     """Write ``LABELS/SPLIT.csv`` (lines `path label`) and ``LABELS/classes.txt`` for each label set."""
-    for labels, (names, class_of) in label_sets(spec.name).items():
+    # Of each label set, the class names, and a function from a video's index to its class.
+    sets: dict[str, tuple[Sequence[str], Callable[[int], str]]] = {
+        "motion": (MOTIONS, lambda index: video_labels(index)[0]),
+        "shape": (SHAPES, lambda index: video_labels(index)[1]),
+    }
+    if spec.name == "sample_hard":
+        sets = {"motion_shape": (sprites.CLASSES, sprites.hard_class)}
+    for labels, (names, class_of) in sets.items():
         folder = root / labels
         folder.mkdir(exist_ok=True)
         (folder / "classes.txt").write_text("\n".join(names) + "\n")
@@ -151,10 +135,7 @@ def write_lists(root: Path, spec: Spec) -> None:
 
 
 def prepare(root: str | Path, spec: Spec | None = None, *, workers: int | None = None, progress: bool = True) -> None:
-    """Generate the set in ``root``, or what is missing of it after an interruption or a loss of files.
-
-    Raises UsageError where ``root`` holds something else.
-    """
+    """Generate what is missing of the set in ``root``. Raises UsageError where ``root`` holds something else."""
     root, spec = Path(root), spec or Spec()
     record = root / "sample.json"
     _check_root(root, record, spec)
@@ -162,13 +143,14 @@ def prepare(root: str | Path, spec: Spec | None = None, *, workers: int | None =
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{root} cannot be written ({error.strerror}); give another DATA.ROOT.") from error
-    content = json.dumps(asdict(spec))
     if not record.exists():
-        record.write_text(content)
-    todo = [file for file in sample_files(root, spec) if not file.is_written()]
+        record.write_text(json.dumps(asdict(spec)))
+    counts = (*spec.clips, *(spec.stills if spec.name == "sample" else ()))
+    paths = {(kind, i): _path_of(root, kind, i) for kind, count in enumerate(counts) for i in range(count)}
+    todo = [file for file, path in paths.items() if not path.is_file() or path.stat().st_size == 0]
     if not todo and is_complete(root):
         return
-    for folder in {file.path.parent for file in todo}:
+    for folder in {paths[file].parent for file in todo}:
         folder.mkdir(parents=True, exist_ok=True)
     # Threads of torch and decord do not survive a fork, so the workers are spawned.
     processes = min(workers or os.cpu_count() or 1, len(todo) // 16 + 1)
@@ -176,7 +158,7 @@ def prepare(root: str | Path, spec: Spec | None = None, *, workers: int | None =
         ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool,
         Progress(f"sample set in {root}", len(todo), enabled=progress) as bar,
     ):
-        for _ in pool.map(SampleFile.write, todo, chunksize=16):
+        for _ in pool.map(partial(_write_file, root, spec), todo, chunksize=16):
             bar.advance()
     write_lists(root, spec)
     (root / "complete").touch()

@@ -4,22 +4,23 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
-
-import numpy as np
+from typing import NamedTuple
 
 from stvit_video.common.errors import UsageError
-from stvit_video.data.decode.process import Decoding
-from stvit_video.data.decode.types import Choice, DecodeError, Indices, Reader
-
-if TYPE_CHECKING:
-    from stvit_video.data.lists.annotations import Video
+from stvit_video.data.decode.frames import Decoding
+from stvit_video.data.decode.types import Choice, DecodeError
+from stvit_video.data.lists.annotations import (
+    LIST_FORM,
+    Video,
+    find_clips,
+    find_videos,
+    read_catalogue,
+    read_list,
+)
 
 SHORT_SIDE = 64  # frames are only decoded, not used: reduced to this, a block of them stays small
-BLOCK_BYTES = 64 * 2**20  # of frames in memory at once, where all are read
 FRAMES_FAIL = "frames cannot be decoded"
 # Part of an error's message, and the cause to count it under. The first match counts: more specific parts come first.
 CAUSES = (
@@ -37,33 +38,10 @@ CAUSES = (
 )
 
 
-@dataclass(frozen=True)
-class EveryFrame:
-    """A choice that itself reads the whole video, block by block; only the first frame is then sent back."""
-
-    def __call__(self, video: Reader) -> Indices:
-        """Return the index of the first frame (1,). Raises DecodeError where a frame cannot be read."""
-        first = np.zeros(1, np.int64)
-        block = max(1, BLOCK_BYTES // video.frames(first).nbytes)
-        for start in range(0, video.length, block):
-            video.frames(np.arange(start, min(start + block, video.length)))
-        return first
-
-
-@dataclass(frozen=True)
-class ScanSettings:
-    """How to read the videos of a list."""
-
-    workers: int  # decoding processes
-    choice: Choice  # of the frames to read
-    decoders: tuple[str, ...]
-    deadline_s: float  # for each video
-
-
 class Listing(NamedTuple):
     """The videos of a list, the part of the file for each, and the text before, between and after these parts."""
 
-    videos: "list[Video]"
+    videos: list[Video]
     pieces: list[bytes]
     head: bytes = b""
     between: bytes = b""
@@ -71,14 +49,7 @@ class Listing(NamedTuple):
 
 
 def read_listing(path: Path, root: Path) -> Listing:
-    """Read lines ``path label``, a Kinetics CSV or a Something-Something JSON of videos under ``root``.
-
-    Raises UsageError for any other file.
-    """
-    # Imported late: these import torch, which the decoding processes, as they import this module, do not need.
-    from stvit_video.data.lists.annotations import LIST_FORM, read_list
-    from stvit_video.data.lists.catalogues import find_videos, read_catalogue
-
+    """Read lines ``path label``, a Kinetics CSV or a Something-Something JSON; UsageError for any other file."""
     if path.is_dir():
         raise UsageError(f"List {path} is a folder; give {LIST_FORM}, for class folders one line for each file.")
     catalogue = read_catalogue(path)
@@ -86,7 +57,7 @@ def read_listing(path: Path, root: Path) -> Listing:
     lines = [line for line in content.splitlines(keepends=True) if line.decode().strip()]
     if catalogue is None:
         return Listing(read_list(path, root), lines)
-    videos = find_videos(catalogue, root, catalogue.classes())
+    videos = find_videos(catalogue, root, catalogue.classes(), find_clips(root, catalogue.clip_folder))
     if content.lstrip().startswith(b"["):
         pieces = [json.dumps(item).encode() for item in json.loads(content)]
         return Listing(videos, pieces, b"[\n", b",\n", b"\n]\n")
@@ -95,23 +66,25 @@ def read_listing(path: Path, root: Path) -> Listing:
     return Listing(videos, lines[1:], head=lines[0])
 
 
-def scan(paths: Sequence[str], settings: ScanSettings) -> Iterator[DecodeError | None]:
-    """Read each video; yield a result as each is done, in any order: None, or why it cannot be read."""
+def scan(
+    paths: Sequence[str], workers: int, choice: Choice, decoders: tuple[str, ...], deadline_s: float
+) -> Iterator[DecodeError | None]:
+    """Read the chosen frames of each video; yield a result as each is done, in any order: None, or why it failed."""
     thread = threading.local()
 
     def start() -> None:
-        thread.decoding = Decoding(settings.decoders, settings.deadline_s, SHORT_SIDE)
+        thread.decoding = Decoding(decoders, deadline_s, SHORT_SIDE)
 
     def read(path: str) -> DecodeError | None:
         try:
-            thread.decoding.read(thread.decoding.request(path, settings.choice))
+            thread.decoding.read(thread.decoding.request(path, choice))
         except DecodeError as error:
             return error
         return None
 
     # A thread for each decoding process. The pool's threads are daemons, so that one that waits for a slow video, up to
     # the deadline, does not delay Ctrl-C. Other errors than DecodeError are raised here.
-    with ThreadPool(max(1, min(settings.workers, len(paths))), start) as pool:
+    with ThreadPool(max(1, min(workers, len(paths))), start) as pool:
         yield from pool.imap_unordered(read, paths)
 
 

@@ -14,7 +14,7 @@ from stvit_video.config.clip_settings import SETTABLE_KEYS, config_beside, view_
 from stvit_video.config.load import default_config, load_config, override, parse_overrides
 from stvit_video.data.clips.sampling import Sampling
 from stvit_video.data.dataset import TestViews
-from stvit_video.data.decode.process import Decoding
+from stvit_video.data.decode.frames import Decoding
 from stvit_video.data.loader import build_decoding, build_sampler, build_test_views
 from stvit_video.models import create_model, load_pretrained
 from stvit_video.models.weights.files import read_checkpoint

@@ -12,7 +12,7 @@ from stvit_video.common.errors import UsageError
 from stvit_video.common.files import prepare_folder
 from stvit_video.common.progress import Progress
 from stvit_video.data.decode.types import DecodeError
-from stvit_video.data.streams.sources import find_sources
+from stvit_video.data.streams import find_sources
 from stvit_video.inference.load import Trained, open_checkpoint
 from stvit_video.inference.predictor import Prediction, Predictor, build_predictor
 from stvit_video.inference.results import describe_result, describe_windows, summarise, write_results

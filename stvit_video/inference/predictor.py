@@ -4,19 +4,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stvit_video.data.clips.sampling import EvenClips, Sampling
-from stvit_video.data.dataset import Collate, Sample, TestViews
-from stvit_video.data.decode.process import Decoding
+from stvit_video.data.clips.sampling import Sampling
+from stvit_video.data.dataset import Sample, TestViews, collate
+from stvit_video.data.decode.frames import Decoding
 from stvit_video.data.decode.types import DecodeError, Frames, Indices
-from stvit_video.data.streams.live import read_windows
-from stvit_video.data.streams.prefetch import read_ahead
-from stvit_video.data.streams.windows import ClipsOfSpans, KnownTimes, Span, check_seconds, spans_of
+from stvit_video.data.streams import KnownTimes, Span, check_seconds, clips_of_spans, read_ahead, read_windows, spans_of
 from stvit_video.inference.load import Trained, open_checkpoint
 from stvit_video.runtime.join import pick_device
 from stvit_video.runtime.precision import autocast, set_precision
@@ -184,7 +183,7 @@ class Predictor:
 
     def _read_whole(self, decoding: Decoding, path: str) -> Iterator[_Piece]:
         started = time.perf_counter()
-        frames = decoding.read(decoding.request(path, EvenClips(self.sampler, self.views.clips)))
+        frames = decoding.read(decoding.request(path, partial(self.sampler.even_clips, clips=self.views.clips)))
         yield self._prepare(frames, None, started)
 
     def _read_spans(self, decoding: Decoding, path: str, window: float, step: float) -> Iterator[_Piece]:
@@ -194,7 +193,7 @@ class Predictor:
         together = max(1, PIECE_FRAMES // (self.views.clips * self.views.frames))
         for first in range(0, len(spans), together):
             part = tuple(spans[first : first + together])
-            choice = ClipsOfSpans(self.sampler, self.views.clips, part)
+            choice = partial(clips_of_spans, sampler=self.sampler, clips=self.views.clips, spans=part)
             frames = decoding.read(decoding.request(path, choice, keep_open=first + together < len(spans)))
             chosen = np.split(choice(KnownTimes(times)), len(part))
             for span, clips, indices in zip(part, np.split(frames, len(part)), chosen, strict=True):
@@ -202,12 +201,13 @@ class Predictor:
                 started = time.perf_counter()
 
     def _live_reader(self, window: float, step: float) -> Callable[[str], Iterator[_Piece]]:
-        choice = EvenClips(self.sampler, self.views.clips)
+        choice = partial(self.sampler.even_clips, clips=self.views.clips)
 
         def read(address: str) -> Iterator[_Piece]:
-            for span, shown in read_windows(address, window, step, self.views.transform.short_side):
-                started, indices = time.perf_counter(), choice(shown)
-                yield self._prepare(shown.frames(indices), span, started, self._repeats(indices))
+            for span, times, shown in read_windows(address, window, step, self.views.transform.short_side):
+                started, indices = time.perf_counter(), choice(times)
+                frames = np.stack([shown[i] for i in indices])
+                yield self._prepare(frames, span, started, self._repeats(indices))
 
         return read
 
@@ -245,7 +245,7 @@ class Predictor:
 
     def _batch(self, videos: Sequence[Tensor]) -> Tensor:
         samples = [Sample(pixels, -1, i, (), []) for i, pixels in enumerate(videos)]
-        return Collate(self.views)(samples).to(self.device).make_clips()
+        return collate(samples, self.views).to(self.device).make_clips()
 
 
 def build_predictor(

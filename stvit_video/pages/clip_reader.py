@@ -1,16 +1,17 @@
 """Read the clip of a video that a page shows: the frames as a model sees them, and their times."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from stvit_video.common.errors import UsageError
-from stvit_video.data.clips.sampling import ClipFrom, ClipSampler, EvenClips, Sampling
+from stvit_video.data.clips.sampling import ClipSampler
 from stvit_video.data.decode.frames import open_video
 from stvit_video.data.decode.types import DecodeError, Frames, Indices, Times
-from stvit_video.data.streams.windows import KnownTimes
+from stvit_video.data.streams import KnownTimes
 from stvit_video.inference.load import VideoInput
 
 
@@ -37,7 +38,14 @@ def read_clip(video_input: VideoInput, path: Path, start: float | None = None) -
 
     Raises UsageError where the video cannot be read or ends before ``start``.
     """
-    choice = EvenClips(video_input.sampler, 1) if start is None else _clip_from(video_input.sampler, start)
+    sampler = video_input.sampler
+    choice = partial(sampler.even_clips, clips=1)
+    if start is not None:
+        if not isinstance(sampler, ClipSampler) or sampler.kind != "dense":
+            raise UsageError(
+                f"--start {start:g} does not apply: clips of this model span the video (DATA.SAMPLING); leave it out."
+            )
+        choice = partial(sampler.starting_at, seconds=start)
     decoding = video_input.start_decoding()
     try:
         frames = decoding.read(decoding.request(str(path), choice))
@@ -56,11 +64,3 @@ def read_clip(video_input: VideoInput, path: Path, start: float | None = None) -
     mean, std = torch.tensor(transform.normalise.mean), torch.tensor(transform.normalise.std)
     pixels = ((view.permute(1, 2, 3, 0) * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
     return Clip(view, pixels.numpy(), indices, None if times is None else times[indices], timeline.length)
-
-
-def _clip_from(sampler: Sampling, start: float) -> ClipFrom:
-    if not isinstance(sampler, ClipSampler) or sampler.kind != "dense":
-        raise UsageError(
-            f"--start {start:g} does not apply: clips of this model span the video (DATA.SAMPLING); leave it out."
-        )
-    return ClipFrom(sampler, start)

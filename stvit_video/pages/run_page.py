@@ -3,6 +3,7 @@
 import math
 import shlex
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -11,9 +12,8 @@ from PIL import Image
 
 from stvit_video.common.charts import png_of_confusion, run_style, svg_of_costs, svg_of_curves
 from stvit_video.config.schema import flatten
-from stvit_video.data.clips.sampling import ClipSampler, EvenClips
-from stvit_video.data.decode.frames import find_decoders
-from stvit_video.data.decode.process import Decoding
+from stvit_video.data.clips.sampling import ClipSampler
+from stvit_video.data.decode.frames import Decoding, find_decoders
 from stvit_video.data.decode.types import DecodeError, Frames
 from stvit_video.pages.html import data_uri, picture_uri, printable, render
 from stvit_video.runs.folder import FREE_KEYS
@@ -241,7 +241,7 @@ def _confusion(run: RunRecord) -> dict[str, Any] | None:
 def _mistake_rows(run: RunRecord, mistakes: Sequence[ScoredVideo]) -> list[dict[str, Any]]:
     """Return each mistake with three frames of its video, or the reason why there are none."""
     decoding = Decoding(find_decoders("auto"), DEADLINE_S, THUMBNAIL)
-    choice = EvenClips(ClipSampler("uniform", 3), 1)
+    choice = partial(ClipSampler("uniform", 3).even_clips, clips=1)
     rows = []
     for mistake in mistakes:
         frames, reason = [], ""

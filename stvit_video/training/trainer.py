@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader
 
 from stvit_video.common.errors import UsageError
 from stvit_video.common.progress import Progress
-from stvit_video.data.clips.mixing import Mix, build_mix
+from stvit_video.data.clips.transforms import Mix
 from stvit_video.data.dataset import Batch, TrainDataset
 from stvit_video.data.failures import Failure, check_failures
 from stvit_video.data.lists.annotations import Video
-from stvit_video.data.loader import build_train_loader
+from stvit_video.data.loader import build_mix, build_train_loader
 from stvit_video.runs.log import MetricsLog
 from stvit_video.runs.preflight import OpenRun
 from stvit_video.runtime.clock import PARTS, StepClock, peak_memory

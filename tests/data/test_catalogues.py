@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from stvit_video.common.errors import UsageError
-from stvit_video.data.lists.annotations import Video
-from stvit_video.data.lists.catalogues import find_clips, find_videos, read_catalogue
+from stvit_video.data.lists.annotations import Video, find_clips, find_videos, read_catalogue
 from tests.conftest import refusal
 
 HEADER = "label,youtube_id,time_start,time_end,split\n"
@@ -25,7 +24,7 @@ def read_videos(path: Path, root: Path, *classes: str) -> list[tuple[str, int, b
     """Read a catalogue and find its videos; their paths start from ``root``."""
     catalogue = read_catalogue(path)
     assert catalogue is not None
-    videos = find_videos(catalogue, root, classes or catalogue.classes())
+    videos = find_videos(catalogue, root, classes or catalogue.classes(), find_clips(root, catalogue.clip_folder))
     return [(str(Path(video.path).relative_to(root)), video.label, video.missing) for video in videos]
 
 
@@ -173,4 +172,4 @@ def test_of_equal_class_names_the_first_gives_the_label(tmp_path: Path) -> None:
     catalogue = read_catalogue(tmp_path / "train.csv")
     assert catalogue is not None
     missing = Video(f"{tmp_path}/yoga/abc_000001_000011.mp4", 1, missing=True)
-    assert find_videos(catalogue, tmp_path, ["ski", "yoga", "yoga"]) == [missing]
+    assert find_videos(catalogue, tmp_path, ["ski", "yoga", "yoga"], {}) == [missing]

@@ -4,20 +4,21 @@ import itertools
 import os
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from stvit_video.data.clips.sampling import ClipSampler, EvenClips
-from stvit_video.data.decode.process import Decoding
+from stvit_video.data.clips.sampling import ClipSampler
+from stvit_video.data.decode.frames import Decoding
 from stvit_video.data.decode.types import DecodeError, Frames
 from tests.conftest import copy_packets, numbered_frames
 from tests.data.choices import Frozen
 
 DEADLINE_S = 20.0
-SPREAD = EvenClips(ClipSampler("dense", 1), 16)  # 16 frames, the first and the last among them
+SPREAD = partial(ClipSampler("dense", 1).even_clips, clips=16)  # 16 frames, the first and the last among them
 SOURCES = [
     ("h264.mp4", "libx264", {"g": "12"}),
     ("hevc.mp4", "libx265", {"x265-params": "log-level=none"}),

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 
 from stvit_video import run
-from stvit_video.data.decode.frames import read_file
-from stvit_video.data.decode.process import Decoding
+from stvit_video.data.decode.frames import Decoding, read_file
 from stvit_video.data.decode.types import DecodeError
 from stvit_video.data.failures import read_ledger
 from stvit_video.runtime.signals import STOP_SIGNALS
@@ -137,7 +136,7 @@ def test_children_end_with_their_owner(path: str) -> None:
 def test_a_hanging_child_dies_with_its_parent(path: str) -> None:
     code = f"""
 import os, sys
-from stvit_video.data.decode.process import Decoding
+from stvit_video.data.decode.frames import Decoding
 from tests.data.choices import Sleeping
 decoding = Decoding(("decord",), 1e6)
 decoding._send(decoding.request({path!r}, Sleeping()))

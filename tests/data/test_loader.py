@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from stvit_video.common.errors import UsageError
 from stvit_video.data.clips.sampling import ClipSampler
 from stvit_video.data.clips.transforms import Normalise, TestTransform, TrainTransform
-from stvit_video.data.dataset import Collate, SampleKey, TestDataset, TestViews, TrainDataset, TrainViews
-from stvit_video.data.decode.process import Decoding
+from stvit_video.data.dataset import SampleKey, TestDataset, TestViews, TrainDataset, TrainViews, collate
+from stvit_video.data.decode.frames import Decoding
 from stvit_video.data.failures import read_ledger
 from stvit_video.data.lists.annotations import Video
 from stvit_video.data.lists.videos import build_lists
@@ -97,7 +97,7 @@ def test_views_are_clips_times_crops(write_clip: Callable[..., Path]) -> None:
         decoding=Decoding(("decord",), 60, 48),
         stage="test",
     )
-    views = Collate(dataset.views)([dataset[0]]).make_clips()
+    views = collate([dataset[0]], dataset.views).make_clips()
     assert views.shape == (9, 3, 4, 48, 48)
     starts = []
     for view in views[::3]:  # the left crop of each clip shows bits 0 to 2 and 4 to 6
@@ -186,7 +186,7 @@ def test_training_gives_up_after_max_tries(tmp_path: Path) -> None:
     sampler = ClipSampler("dense", 2)
     decoding, views = Decoding(("decord",), 60), TrainViews(transform, 1, 2)
     dataset = TrainDataset(videos, sampler=sampler, views=views, decoding=decoding, seed=0)
-    batch = Collate(views)([dataset[SampleKey(0, 0)]])
+    batch = collate([dataset[SampleKey(0, 0)]], views)
     assert batch.missing == 1
     assert [failure.path for failure in batch.failures] == [video.path for video in videos[:10]]
 

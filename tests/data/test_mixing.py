@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stvit_video.data.clips.mixing import Mix
+from stvit_video.data.clips.transforms import Mix
 
 CLIPS = torch.rand(4, 3, 2, 11, 13, generator=torch.Generator().manual_seed(0))  # no box is half of 11 x 13
 LABELS = torch.tensor([2, 0, 4, 1])

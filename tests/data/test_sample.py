@@ -15,10 +15,8 @@ import pytest
 import torch
 
 from stvit_video.common.errors import UsageError
-from stvit_video.data import sample
+from stvit_video.data import sample, sprites
 from stvit_video.data.decode.frames import open_video
-from stvit_video.data.generated import hard as sample_hard
-from stvit_video.data.generated import sprites
 from stvit_video.data.lists.annotations import read_classes, read_list
 
 SPEC = sample.Spec(clips=(16, 8, 8), stills=(8, 8))
@@ -52,7 +50,7 @@ def test_layout_lists_and_files_agree(small_set: Path) -> None:
 
 def test_the_hard_set_is_balanced(tmp_path: Path) -> None:
     sample.prepare(tmp_path, HARD, progress=False)
-    assert tuple(read_classes(tmp_path / "motion_shape" / "classes.txt")) == sample_hard.CLASSES
+    assert tuple(read_classes(tmp_path / "motion_shape" / "classes.txt")) == sprites.CLASSES
     for split in sample.SPLITS:
         videos = read_list(tmp_path / "motion_shape" / f"{split}.csv", tmp_path)
         assert sorted(video.label for video in videos) == list(range(16))
@@ -182,34 +180,36 @@ def test_clockwise_is_clockwise_on_the_screen() -> None:
     tilted = sprites.State(np.array([32.0]), np.array([32.0]), np.array([0.4]), still.radius * 0 + 24)
     picture = sprites.draw("bar", tilted, np.random.default_rng(0))[0].astype(float)
     flat = sprites.draw(
-        "bar", sprites.State(tilted.x, tilted.y + 500, tilted.angle, still.radius * 0 + 0.01), np.random.default_rng(0)
+        "bar",
+        sprites.State(tilted.x, tilted.y + 500, tilted.angle, still.radius * 0 + 0.01),
+        np.random.default_rng(0),
     )
     cover = np.abs(picture - flat[0]).sum(axis=2) > 30
     rows, columns = np.nonzero(cover)
     assert np.corrcoef(rows, columns)[0, 1] > 0.3
 
 
-@pytest.mark.parametrize("label", sample_hard.CLASSES)
+@pytest.mark.parametrize("label", sprites.CLASSES)
 def test_the_large_sprite_of_the_hard_set_moves_in_its_direction(label: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without other sprites and camera motion, it moves by half to one picture side, measured by its phase."""
-    monkeypatch.setattr(sample_hard, "DISTRACTORS", 0)
-    monkeypatch.setattr(sample_hard, "PAN", 0.0)
-    frames = sample_hard.draw(label, np.random.default_rng(5)).astype(float)
+    monkeypatch.setattr(sprites, "DISTRACTORS", 0)
+    monkeypatch.setattr(sprites, "PAN", 0.0)
+    frames = sprites.draw_hard(label, np.random.default_rng(5)).astype(float)
     cover = (np.abs(frames - np.median(frames, axis=0)).sum(axis=3) > 40).astype(float)
     waves = np.exp(2j * np.pi * (np.arange(sprites.SIDE) + 0.5) / sprites.SIDE)
     travelled = []
     for axis in (1, 2):  # y is summed away for x, and the other way round
         phases = np.unwrap(np.angle(cover.sum(axis=axis) @ waves)) / (2 * np.pi)
         travelled.append((phases[-1] - phases[0]) * sprites.FRAMES / (sprites.FRAMES - 1))
-    along = np.dot(travelled, sample_hard.MOVES[label.split()[0]])
+    along = np.dot(travelled, sprites.MOVES[label.split()[0]])
     assert 0.4 < along < 1.1
     assert abs(abs(travelled[0]) + abs(travelled[1]) - along) < 0.1
 
 
 def test_clutter_moves_only_with_the_camera(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without sprites, each frame is a shifted copy of the first."""
-    monkeypatch.setattr(sample_hard, "_add", lambda *_: None)
-    frames = sample_hard.draw("left ring", np.random.default_rng(2))
+    monkeypatch.setattr(sprites, "_add_sprite", lambda *_: None)
+    frames = sprites.draw_hard("left ring", np.random.default_rng(2))
     moved = [np.roll(frames[0], (y, x), axis=(0, 1)) for y in range(-32, 32) for x in range(-32, 32)]
     places = [next(i for i, picture in enumerate(moved) if (picture == frame).all()) for frame in frames]
     assert len(set(places)) > 5

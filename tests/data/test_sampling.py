@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from stvit_video.data.clips.sampling import ClipFrom, ClipSampler, EvenClips, RandomClips
+from stvit_video.data.clips.sampling import ClipSampler
 
 
 @dataclass
@@ -106,7 +106,7 @@ def test_random_clips_of_old_runs_do_not_change() -> None:
     """A resumed run must see the clips that it would have seen: these were drawn by an older version."""
     times = np.arange(100) / 25
     seen = [
-        RandomClips(sampler, 1, (3, 1, 4, 0))(Video(100, times)).tolist()
+        sampler.random_clips(Video(100, times), 1, (3, 1, 4, 0)).tolist()
         for sampler in (ClipSampler("dense", 4, 5), ClipSampler("uniform", 4), ClipSampler("dense", 4, 5, rate=12.5))
     ]
     assert seen == [[30, 35, 40, 45], [8, 43, 56, 97], [49, 59, 69, 79]]
@@ -144,13 +144,13 @@ def test_a_video_shorter_than_its_clip_repeats_its_last_frame_at_any_rate() -> N
 
 def test_choices_are_concatenated_clips_determined_by_their_seed() -> None:
     video, sampler = Video(100), ClipSampler("dense", 4, 2)
-    first = RandomClips(sampler, 3, (0, 1))(video)
+    first = sampler.random_clips(video, 3, (0, 1))
     assert first.shape == (12,)
     assert (np.diff(first.reshape(3, 4)) == 2).all()
-    np.testing.assert_array_equal(first, RandomClips(sampler, 3, (0, 1))(video))
-    assert first.tolist() != RandomClips(sampler, 3, (0, 2))(video).tolist()
-    assert EvenClips(sampler, 2)(video).tolist() == [0, 2, 4, 6, 93, 95, 97, 99]
+    np.testing.assert_array_equal(first, sampler.random_clips(video, 3, (0, 1)))
+    assert first.tolist() != sampler.random_clips(video, 3, (0, 2)).tolist()
+    assert sampler.even_clips(video, 2).tolist() == [0, 2, 4, 6, 93, 95, 97, 99]
     stamps = np.arange(100) / 25
-    assert ClipFrom(sampler, 1.0)(Video(100, stamps)).tolist() == [25, 27, 29, 31]
-    assert ClipFrom(sampler, 9.0)(Video(100, stamps)).tolist() == [99, 99, 99, 99]
-    assert ClipFrom(ClipSampler("dense", 4, 2, rate=12.5), 1.0)(Video(100, stamps)).tolist() == [25, 29, 33, 37]
+    assert sampler.starting_at(Video(100, stamps), 1.0).tolist() == [25, 27, 29, 31]
+    assert sampler.starting_at(Video(100, stamps), 9.0).tolist() == [99, 99, 99, 99]
+    assert ClipSampler("dense", 4, 2, rate=12.5).starting_at(Video(100, stamps), 1.0).tolist() == [25, 29, 33, 37]

@@ -25,8 +25,7 @@ from stvit_video.config.clip_settings import view_settings
 from stvit_video.data.decode.types import DecodeError
 from stvit_video.data.lists.videos import build_lists
 from stvit_video.data.loader import build_test_loader
-from stvit_video.data.streams.sources import find_sources
-from stvit_video.data.streams.windows import Span, spans_of
+from stvit_video.data.streams import Span, find_sources, spans_of
 from stvit_video.evaluation import evaluate
 from stvit_video.inference import annotate as annotate_module
 from stvit_video.inference import predict_videos

@@ -17,8 +17,8 @@ from stvit_video import run
 from stvit_video.common.charts import thin_out
 from stvit_video.data.decode.frames import FrameRequest, read_file
 from stvit_video.data.decode.types import Reader
-from stvit_video.data.generated.sprites import MOTIONS
 from stvit_video.data.sample import video_labels
+from stvit_video.data.sprites import MOTIONS
 from stvit_video.models import create_model
 from stvit_video.report import main
 from stvit_video.runs.record import count_tokens, read_run

@@ -13,7 +13,7 @@ from torch import nn
 
 from stvit_video import run
 from stvit_video.data.clips.transforms import Normalise, TrainTransform
-from stvit_video.data.dataset import Batch, Collate, Sample, TrainViews
+from stvit_video.data.dataset import Batch, Sample, TrainViews, collate
 from stvit_video.data.lists.annotations import Video
 from stvit_video.runs.log import read_metrics
 from stvit_video.runtime.stopping import Diverged
@@ -42,12 +42,12 @@ class Fragile(nn.Module):
 def batches(*values: int) -> list[Batch]:
     """Batches of one black clip and one of each given brightness; video i of the list has brightness i."""
     plain = TrainTransform(8, Normalise((0, 0, 0), (1, 1, 1)), (8, 8), None, (1, 1), False)
-    collate = Collate(TrainViews(plain, 1, 2))
+    views = TrainViews(plain, 1, 2)
 
     def sample(value: int) -> Sample:
         return Sample(torch.full((2, 8, 8, 3), value, dtype=torch.uint8), 0, value, (0,), [])
 
-    return [collate([sample(0), sample(value)]) for value in values]
+    return [collate([sample(0), sample(value)], views) for value in values]
 
 
 def trainer_of(model: nn.Module, most: int, **settings: object) -> Trainer:

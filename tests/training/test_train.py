@@ -15,9 +15,8 @@ from torch import nn
 from stvit_video import run
 from stvit_video.common.progress import Progress
 from stvit_video.config import load_config
-from stvit_video.data.clips.mixing import Mix
-from stvit_video.data.clips.transforms import Augment, Normalise, TrainTransform
-from stvit_video.data.dataset import Collate, Sample, TrainViews
+from stvit_video.data.clips.transforms import Augment, Mix, Normalise, TrainTransform
+from stvit_video.data.dataset import Sample, TrainViews, collate
 from stvit_video.models.zoo import build_model
 from stvit_video.runs.log import MetricsLog, read_metrics
 from stvit_video.runs.preflight import open_run
@@ -127,9 +126,9 @@ def test_a_mixed_batch_has_a_weighted_loss_and_counts_the_larger_label() -> None
     mix = Mix(mixup=1.0, cutmix=1.0, probability=1.0, switch=0.5, num_classes=2)
     trainer = plain_trainer(model, optimizer, scheduler, mix=mix)
     plain = TrainTransform(8, Normalise((0, 0, 0), (1, 1, 1)), (8, 8), None, (1, 1), False)
-    collate = Collate(TrainViews(plain, 1, 2))
+    views = TrainViews(plain, 1, 2)
     pixels = [torch.full((2, 8, 8, 3), 255 * label, dtype=torch.uint8) for label in range(2)]
-    batches = itertools.repeat(collate([Sample(pixels[label], label, label, (0,), []) for label in range(2)]))
+    batches = itertools.repeat(collate([Sample(pixels[label], label, label, (0,), []) for label in range(2)], views))
     for _ in range(12):
         loss, hits, count = trainer.take_step(batches).tolist()
         share = model.seen[-1]
@@ -159,9 +158,9 @@ def test_an_auxiliary_loss_is_trained_and_not_logged(precision: str) -> None:
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     trainer = plain_trainer(model, optimizer, scheduler, accumulate=2, precision=precision)
     plain = TrainTransform(8, Normalise((0, 0, 0), (1, 1, 1)), (8, 8), None, (1, 1), False)
-    collate = Collate(TrainViews(plain, 1, 2))
+    views = TrainViews(plain, 1, 2)
     pixels = torch.full((2, 8, 8, 3), 255, dtype=torch.uint8)
-    batches = itertools.repeat(collate([Sample(pixels, label, label, (0,), []) for label in range(2)]))
+    batches = itertools.repeat(collate([Sample(pixels, label, label, (0,), []) for label in range(2)], views))
     loss, _, count = trainer.take_step(batches).tolist()
     assert loss / count == pytest.approx(math.log(2), rel=1e-3)
     assert model.other.item() == pytest.approx(3 - 0.125 * 2 * 3)  # of two accumulated batches: their mean

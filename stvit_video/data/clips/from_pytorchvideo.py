@@ -5,8 +5,6 @@ package's loaders can go on in both cases, with its list of videos and the clips
 """
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 import numpy as np
 from pytorchvideo.data.clip_sampling import ConstantClipsPerVideoSampler, RandomClipSampler
 
-from stvit_video.data.clips.sampling import TOLERANCE_S
+from stvit_video.data.clips.sampling import TOLERANCE_S, Sampling
 from stvit_video.data.decode.types import Indices, Timeline, Times
 from stvit_video.data.lists.annotations import Video
 
@@ -36,7 +34,7 @@ def videos_of(dataset: Any) -> list[Video]:
 
 
 @dataclass(frozen=True)
-class SecondsSampler:
+class SecondsSampler(Sampling):
     """Chooses clips of a duration, ``frames`` evenly spaced in each, as PyTorchVideo's samplers place them.
 
     Training uses its ``RandomClipSampler``, testing its ``ConstantClipsPerVideoSampler``.
@@ -46,14 +44,15 @@ class SecondsSampler:
     seconds: float
 
     def random(self, video: Timeline, rng: np.random.Generator) -> Indices:
-        """Return the indices (frames,) of a training clip."""
-        times = video.times()
-        with _python_draws_from(int(rng.integers(2**63))):
+        times, state = video.times(), random.getstate()
+        random.seed(int(rng.integers(2**63)))  # PyTorchVideo draws from Python's generator
+        try:
             clip = RandomClipSampler(Fraction(self.seconds))(0, _duration(times), {})
+        finally:
+            random.setstate(state)
         return self._spread(times, clip.clip_start_sec)
 
     def even(self, video: Timeline, clips: int) -> list[Indices]:
-        """Return the indices (frames,) of each of ``clips`` test clips; the same at every call."""
         times, sampler = video.times(), ConstantClipsPerVideoSampler(Fraction(self.seconds), clips)
         chosen, last = [], Fraction(0)
         for _ in range(clips):
@@ -73,14 +72,3 @@ def _duration(times: Times) -> Fraction:
     """Return the duration of a video; its last frame is assumed to last as long as the one before."""
     step = times[-1] - times[-2] if len(times) > 1 else 0.0
     return Fraction(float(times[-1] + step)).limit_denominator(10**6)
-
-
-@contextmanager
-def _python_draws_from(seed: int) -> Iterator[None]:
-    """Seed Python's generator, which PyTorchVideo draws from, inside the block, and restore its state afterwards."""
-    state = random.getstate()
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(state)

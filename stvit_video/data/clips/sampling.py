@@ -4,31 +4,45 @@ Two kinds: ``dense`` takes frames at a fixed stride from some place in the video
 out of each of as many equal segments as the clip has frames, so that a clip spans the video (Something-Something).
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
-from stvit_video.data.decode.types import Indices, Timeline, Times
+from stvit_video.data.decode.types import Indices, Reader, Timeline, Times
 
 TOLERANCE_S = 1e-6  # files state the times of frames rounded
+BLOCK_BYTES = 64 * 2**20  # of frames in memory at once, where all of a video are read
 
 
-class Sampling(Protocol):
-    """Chooses clips of ``frames`` frames."""
+class Sampling(ABC):
+    """Chooses clips of ``frames`` frames.
 
-    @property
-    def frames(self) -> int: ...
+    Bind all arguments but ``video`` with functools.partial to get a choice of a ``FrameRequest``, which is pickled.
+    """
 
+    frames: int
+
+    @abstractmethod
     def random(self, video: Timeline, rng: np.random.Generator) -> Indices:
         """Return the indices (frames,) of a training clip."""
 
+    @abstractmethod
     def even(self, video: Timeline, clips: int) -> list[Indices]:
         """Return the indices (frames,) of each of ``clips`` test clips; the same at every call."""
 
+    def random_clips(self, video: Timeline, clips: int, seed: tuple[int, ...]) -> Indices:
+        """Return the indices (clips * frames,) of training clips, which ``seed`` determines."""
+        rng = np.random.default_rng(seed)
+        return np.concatenate([self.random(video, rng) for _ in range(clips)])
+
+    def even_clips(self, video: Timeline, clips: int) -> Indices:
+        """Return the indices (clips * frames,) of test clips."""
+        return np.concatenate(self.even(video, clips))
+
 
 @dataclass(frozen=True)
-class ClipSampler:
+class ClipSampler(Sampling):
     """Chooses dense clips, which have a stride, or uniform ones, which have none."""
 
     kind: str  # dense or uniform
@@ -47,7 +61,7 @@ class ClipSampler:
         if self.kind == "uniform":
             starts, sizes = segments(video.length, self.frames)
             return starts + rng.integers(np.maximum(sizes, 1))
-        times = self._times(video)
+        times = None if self.rate is None else video.times()
         latest = self._latest_start(video.length, times)
         start = int(rng.integers(int(latest) + 1)) if times is None else rng.uniform(0, latest)
         return self._dense(start, video.length, times)
@@ -61,7 +75,7 @@ class ClipSampler:
         if self.kind == "uniform":
             starts, sizes = segments(video.length, self.frames)
             return [starts + (2 * clip + 1) * sizes // (2 * clips) for clip in range(clips)]
-        times = self._times(video)
+        times = None if self.rate is None else video.times()
         latest = self._latest_start(video.length, times)
         starts_at = [latest / 2] if clips == 1 else np.linspace(0, latest, clips)
         return [self._dense(start, video.length, times) for start in starts_at]
@@ -72,10 +86,6 @@ class ClipSampler:
             return np.maximum(self._dense(seconds, video.length, video.times()), 0)
         first = min(int(np.searchsorted(video.times(), seconds - TOLERANCE_S)), video.length - 1)
         return self._dense(first, video.length, None)
-
-    def _times(self, video: Timeline) -> Times | None:
-        """Return the times of the frames where clips are chosen by time, None where by the number of the frame."""
-        return None if self.rate is None else video.times()
 
     def _latest_start(self, length: int, times: Times | None) -> float:
         """Return the last start from which a dense clip fits, 0 where none does: in seconds with ``times``."""
@@ -100,42 +110,13 @@ def segments(length: int, frames: int) -> tuple[Indices, Indices]:
     return ends[:-1], np.diff(ends)
 
 
-# Choices of a ``FrameRequest``: classes, not functions, because they are pickled.
+def read_every_frame(video: Reader) -> Indices:
+    """Read the whole video, block by block; return the index of the first frame (1,), which is then sent back.
 
-
-@dataclass(frozen=True)
-class RandomClips:
-    """Chooses ``clips`` training clips; ``seed`` makes them reproducible."""
-
-    sampler: Sampling
-    clips: int
-    seed: tuple[int, ...]
-
-    def __call__(self, video: Timeline) -> Indices:
-        """Return the indices (clips * frames,)."""
-        rng = np.random.default_rng(self.seed)
-        return np.concatenate([self.sampler.random(video, rng) for _ in range(self.clips)])
-
-
-@dataclass(frozen=True)
-class EvenClips:
-    """Chooses ``clips`` test clips."""
-
-    sampler: Sampling
-    clips: int
-
-    def __call__(self, video: Timeline) -> Indices:
-        """Return the indices (clips * frames,)."""
-        return np.concatenate(self.sampler.even(video, self.clips))
-
-
-@dataclass(frozen=True)
-class ClipFrom:
-    """Chooses one dense clip that starts at a time in seconds."""
-
-    sampler: ClipSampler
-    seconds: float
-
-    def __call__(self, video: Timeline) -> Indices:
-        """Return the indices (frames,)."""
-        return self.sampler.starting_at(video, self.seconds)
+    A choice of a ``FrameRequest``. Raises DecodeError where a frame cannot be read.
+    """
+    first = np.zeros(1, np.int64)
+    block = max(1, BLOCK_BYTES // video.frames(first).nbytes)
+    for start in range(0, video.length, block):
+        video.frames(np.arange(start, min(start + block, video.length)))
+    return first

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
@@ -45,19 +46,15 @@ class Augment:
             steps.append(v2.ColorJitter(self.jitter, self.jitter, self.jitter))
         if not steps:
             return clip
-        with torch_draws_from(_seed(rng)):
+        with torch_draws_from(int(rng.integers(2**63))):
             return v2.Compose(steps)(clip)
 
     def cover(self, clip: Tensor, rng: np.random.Generator) -> Tensor:
         """Fill a random rectangle of all frames (3, T, H, W), normalised float, with noise; in place."""
         if self.erase == 0:
             return clip
-        with torch_draws_from(_seed(rng)):
+        with torch_draws_from(int(rng.integers(2**63))):
             return v2.RandomErasing(self.erase, value="random", inplace=True)(clip.transpose(0, 1)).transpose(0, 1)
-
-
-def _seed(rng: np.random.Generator) -> int:
-    return int(rng.integers(2**63))
 
 
 @dataclass(frozen=True)
@@ -135,30 +132,48 @@ class TestTransform:
     def resize(self, frames: Frames | Tensor) -> Tensor:
         """Map frames (T, H, W, 3) to uint8 (T, h, w, 3) of the size from which crops are taken."""
         clip = torch.as_tensor(frames).permute(0, 3, 1, 2)  # (T, 3, H, W)
-        return F.resize(clip, self._resized(*clip.shape[-2:]), antialias=True).permute(0, 2, 3, 1)
+        scale = self.short_side / min(clip.shape[-2:])
+        size = [max(self.size, round(side * scale)) for side in clip.shape[-2:]]
+        return F.resize(clip, size, antialias=True).permute(0, 2, 3, 1)
 
     def finish(self, pixels: Tensor, out: Tensor | None = None) -> Tensor:
         """Map resized frames (T, h, w, 3) to views (crops, 3, T, size, size)."""
         if out is None:
             out = torch.empty(self.crops, 3, len(pixels), self.size, self.size, device=pixels.device)
-        for crop, view in zip(self._cut(pixels), out, strict=True):
-            self.normalise(crop, view)
+        rows, columns = pixels.shape[1] - self.size, pixels.shape[2] - self.size  # how far a crop can move
+        for share, view in zip((0.5,) if self.crops == 1 else (0.0, 0.5, 1.0), out, strict=True):
+            top = round(rows * (share if rows > columns else 0.5))
+            left = round(columns * (0.5 if rows > columns else share))
+            self.normalise(pixels[:, top : top + self.size, left : left + self.size], view)
         return out
 
     def __call__(self, frames: Frames | Tensor) -> Tensor:
         """Map frames (T, H, W, 3) to views (crops, 3, T, size, size)."""
         return self.finish(self.resize(frames))
 
-    def _resized(self, height: int, width: int) -> list[int]:
-        scale = self.short_side / min(height, width)
-        return [max(self.size, round(height * scale)), max(self.size, round(width * scale))]
 
-    def _cut(self, pixels: Tensor) -> list[Tensor]:
-        """Return the crops (T, size, size, 3) of frames (T, h, w, 3)."""
-        rows, columns = pixels.shape[1] - self.size, pixels.shape[2] - self.size  # how far a crop can move
-        crops = []
-        for share in (0.5,) if self.crops == 1 else (0.0, 0.5, 1.0):
-            top = round(rows * (share if rows > columns else 0.5))
-            left = round(columns * (0.5 if rows > columns else share))
-            crops.append(pixels[:, top : top + self.size, left : left + self.size])
-        return crops
+@dataclass(kw_only=True)
+class Mix:
+    """Shuffles the clips of a batch, then mixes each, and its label, with the one before it."""
+
+    mixup: float  # alpha of MixUp; 0 leaves it out
+    cutmix: float  # alpha of CutMix; 0 leaves it out
+    probability: float  # of mixing a batch at all
+    switch: float  # probability of CutMix where both are used
+    num_classes: int
+
+    def __post_init__(self) -> None:
+        kinds = ((v2.MixUp, self.mixup), (v2.CutMix, self.cutmix))
+        self.transforms = [kind(alpha=alpha, num_classes=self.num_classes) for kind, alpha in kinds if alpha > 0]
+
+    def __call__(self, clips: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Map clips (B, 3, T, H, W) and labels (B,) to mixed clips and the share of each class (B, classes)."""
+        with torch_draws_from(seed):
+            if torch.rand(()) >= self.probability:
+                return clips, nn.functional.one_hot(labels, self.num_classes).float()
+            transform = self.transforms[-1 if torch.rand(()) < self.switch else 0]
+            # Clips of one video are neighbours in a batch; mixing them with each other would add little variety.
+            order = torch.randperm(len(labels)).to(clips.device)
+            # tv_tensors.Video says that the last two of the five dimensions are H and W.
+            mixed, shares = transform(tv_tensors.Video(clips[order]), labels[order])
+        return mixed.as_subclass(Tensor), shares

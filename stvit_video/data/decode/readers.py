@@ -1,4 +1,4 @@
-"""Video files to uint8 frames with PyAV, decord or TorchCodec: only requested frames, reduced where that saves time.
+"""Video files, images and folders of images to uint8 frames: only requested frames, reduced where that saves time.
 
 decord 0.6.0 as measured: open it per item, outside the training process and with one thread; it raises RuntimeError
 at open and DECORDError, which is no subclass, at read. It and PyAV number frames in the order in which they are shown.
@@ -6,6 +6,7 @@ at open and DECORDError, which is no subclass, at read. It and PyAV number frame
 
 import bisect
 import os
+import struct
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
@@ -19,12 +20,24 @@ from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
+from PIL import Image, ImageOps
 
-from stvit_video.data.decode.types import DecodeError, Frames, Indices, Times, decode_errors, reduced_size
+from stvit_video.data.decode.types import (
+    IMAGE_SUFFIXES,
+    DecodeError,
+    Frames,
+    Indices,
+    Times,
+    decode_errors,
+    natural_order,
+    reduced_size,
+)
 
 AV_ERRORS = (av.FFmpegError, OSError, ValueError)
 DECORD_ERRORS = (RuntimeError, IndexError, decord.DECORDError)
 TORCHCODEC_ERRORS = (RuntimeError, IndexError, ValueError)
+# What Pillow raises for damaged, truncated, foreign and suspiciously large files.
+IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 NOT_OPENED, NOT_DECODED = "cannot be opened as video", "frames cannot be decoded"
 # Containers whose index says exactly where each frame is. In others (AVI, MPEG streams, WMV) a seek lands near a frame,
 # and both libraries then return its neighbours.
@@ -56,16 +69,13 @@ class AvReader:
         self._next = 0  # the number of the first of them
         with decode_errors(path, NOT_OPENED, "pyav", AV_ERRORS):
             packets = [(p.pts, p.is_keyframe) for p in self._container.demux(self._stream) if _is_shown(p)]
-        self.length = _check_length(path, len(packets), "pyav")
-        stamps = [pts for pts, _ in packets if pts is not None]
-        self._stamps: list[int] | None = sorted(set(stamps))
+        self.length = len(packets)
+        stamps = sorted({pts for pts, _ in packets if pts is not None})
         self._keys = sorted(pts for pts, key in packets if key and pts is not None)
         # Some containers (AVI) only say when to decode a packet. Their frames are counted from the start.
-        if len(self._stamps) < len(packets) or not self._keys:
-            self._stamps = None
+        self._stamps = stamps if len(stamps) == len(packets) and self._keys else None
 
     def times(self) -> Times:
-        """Return the times (length,) at which frames are shown, in seconds after the first."""
         if self._stamps is None:
             rate = self._stream.average_rate or self._stream.guessed_rate
             if not rate:
@@ -75,9 +85,11 @@ class AvReader:
         return (stamps - stamps[0]) * float(self._stream.time_base or 0)
 
     def frames(self, indices: Indices) -> Frames:
-        """Return the frames (N, H, W, 3) at ascending ``indices``."""
         if self._stamps is None or self._container.format.name not in TIMED_CONTAINERS:
-            numbered, self._numbered = self._decode_numbered(int(indices[0])), None
+            if self._numbered is None or indices[0] < self._next:
+                self._reopen()
+                self._numbered = enumerate(self._container.decode(self._stream))
+            numbered, self._numbered = self._numbered, None  # after an error, decoding starts again
             frames = self._stack(self._select(numbered, {index: index for index in indices.tolist()}))
             self._numbered, self._next = numbered, int(indices[-1]) + 1
             return frames
@@ -88,25 +100,17 @@ class AvReader:
             self._reopen()
             return self._stack(self._select(self._decode(positions), positions))
 
-    def _decode_numbered(self, index: int) -> Decoded:
-        """Return the frames with their numbers, from where the last request ended if ``index`` is not before that."""
-        if self._numbered is not None and index >= self._next:
-            return self._numbered
-        self._reopen()
-        return enumerate(self._container.decode(self._stream))
-
     def _stack(self, frames: Iterator[VideoFrame]) -> Frames:
+        arrays = []
         with decode_errors(self.path, NOT_DECODED, "pyav", AV_ERRORS):
-            arrays = [self._to_array(frame) for frame in frames]
+            for frame in frames:
+                width, height = reduced_size((frame.width, frame.height), self.short_side) or (None, None)
+                scaled = self._scaler.reformat(frame, width=width, height=height, format="rgb24", threads=1)
+                arrays.append(np.rot90(scaled.to_ndarray(), round(frame.rotation / 90)))
         sizes = {f"{array.shape[1]}x{array.shape[0]}" for array in arrays}
         if len(sizes) > 1:
             raise DecodeError(self.path, f"changes its size ({', '.join(sorted(sizes))}); re-encode it", "pyav")
         return np.stack(arrays)
-
-    def _to_array(self, frame: VideoFrame) -> Frames:
-        width, height = reduced_size((frame.width, frame.height), self.short_side) or (None, None)
-        array = self._scaler.reformat(frame, width=width, height=height, format="rgb24", threads=1).to_ndarray()
-        return np.rot90(array, round(frame.rotation / 90))
 
     def _reopen(self) -> None:
         """Start again. A seek to 0 would look for that time, which need not be the first frame's."""
@@ -114,14 +118,8 @@ class AvReader:
         self._container, self._stream = _open_av(self.path)
 
     def _seek_and_select(self, positions: Positions) -> Iterator[VideoFrame]:
-        """Yield the requested frames, decoding from the key frame before each one that is far from the last."""
-        for key, group in self._group(positions):
-            self._container.seek(key, stream=self._stream)
-            yield from self._select(self._decode(group), group)
-
-    def _group(self, positions: Positions) -> list[tuple[int, Positions]]:
-        """Return groups of frames within which decoding on is cheaper than seeking, each with where to seek first."""
-        groups: list[tuple[int, Positions]] = []
+        """Yield the requested frames, in groups within which decoding on is cheaper than seeking to a key frame."""
+        groups: list[tuple[int, Positions]] = []  # each with where to seek first
         last_stamp = last_index = 0
         for stamp, index in positions.items():
             key = self._keys[max(0, bisect.bisect_right(self._keys, stamp) - 1)]
@@ -129,7 +127,9 @@ class AvReader:
                 groups.append((min(key, stamp), {}))
             groups[-1][1][stamp] = index
             last_stamp, last_index = stamp, index
-        return groups
+        for key, group in groups:
+            self._container.seek(key, stream=self._stream)
+            yield from self._select(self._decode(group), group)
 
     def _decode(self, positions: Positions) -> Decoded:
         """Yield frames with their times from here on, without those that are neither requested nor referenced."""
@@ -151,7 +151,6 @@ class AvReader:
             yield found[1]
 
     def close(self) -> None:
-        """Close the file."""
         self._container.close()
 
 
@@ -165,21 +164,17 @@ class DecordReader:
             self._reader = decord.VideoReader(
                 os.path.abspath(path), ctx=decord.cpu(0), width=width, height=height, num_threads=1
             )
-            length = len(self._reader)
-        self.length = _check_length(path, length, "decord")
+            self.length = len(self._reader)
 
     def times(self) -> Times:
-        """Return the times (length,) at which frames are shown, in seconds after the first."""
         starts = self._reader.get_frame_timestamp(np.arange(self.length))[:, 0].astype(np.float64)
         return starts - starts[0]
 
     def frames(self, indices: Indices) -> Frames:
-        """Return the frames (N, H, W, 3) at ascending ``indices``."""
         with decode_errors(self.path, NOT_DECODED, "decord", DECORD_ERRORS):
             return to_numpy(self._reader.get_batch(indices))
 
     def close(self) -> None:
-        """Close the file."""
         del self._reader
 
 
@@ -201,28 +196,70 @@ class TorchCodecReader:
         _probe(path, "torchcodec")
         with decode_errors(path, NOT_OPENED, "torchcodec", TORCHCODEC_ERRORS):
             self._decoder = VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1)
-            length = len(self._decoder)
-        self.length = _check_length(path, length, "torchcodec")
+            self.length = len(self._decoder)
 
     def times(self) -> Times:
-        """Return the times (length,) at which frames are shown, in seconds after the first."""
         with closing(AvReader(self.path)) as reader:
             return reader.times()
 
     def frames(self, indices: Indices) -> Frames:
-        """Return the frames (N, H, W, 3) at ascending ``indices``."""
         with decode_errors(self.path, NOT_DECODED, "torchcodec", TORCHCODEC_ERRORS):
             return self._decoder.get_frames_at(indices.tolist()).data.numpy()
 
     def close(self) -> None:
-        """Close the file."""
         del self._decoder
 
 
-def _check_length(path: str, length: int, decoder: str) -> int:
-    if length == 0:
-        raise DecodeError(path, "has no frames", decoder)
-    return length
+class ImageReader:
+    """Reads an image as a video of one frame, a folder of images of one size as a video of its frames.
+
+    The images of a folder are taken in the natural order of their names. Raises DecodeError.
+    """
+
+    def __init__(self, path: str, short_side: int | None = None) -> None:
+        self.path, self.paths, self.short_side = path, [path], short_side
+        if os.path.isdir(path):
+            try:
+                names = [name for name in os.listdir(path) if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != "."]
+            except OSError as error:
+                raise DecodeError(path, f"cannot be listed ({error.strerror})", "pillow") from error
+            if not names:
+                raise DecodeError(path, "is a folder without images", "pillow")
+            self.paths = [os.path.join(path, name) for name in sorted(names, key=natural_order)]
+        self._first = read_image(self.paths[0], short_side)
+        self.length = len(self.paths)
+
+    def times(self) -> Times:
+        if self.length == 1:
+            return np.zeros(1)
+        raise DecodeError(self.path, "is a folder of frames without a frame rate; unset DATA.FPS", "pillow")
+
+    def frames(self, indices: Indices) -> Frames:
+        images = []
+        for index in indices:
+            image = self._first if index == 0 else read_image(self.paths[index], self.short_side)
+            if image.shape != self._first.shape:
+                name = os.path.basename(self.paths[index])
+                raise DecodeError(self.path, f"{name} is of another size than the first frame", "pillow")
+            images.append(image)
+        return np.stack(images)
+
+    def close(self) -> None:
+        """Do nothing: no file is held open."""
+
+
+def read_image(path: str, short_side: int | None) -> Frames:
+    """Return an image (H, W, 3), upright and in RGB without its transparency; of an animation, the first frame.
+
+    Reduced with antialiasing where that saves time, see ``reduced_size``. Raises DecodeError.
+    """
+    with decode_errors(path, "cannot be read as an image", "pillow", IMAGE_ERRORS), Image.open(path) as file:
+        image = ImageOps.exif_transpose(file)
+        if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow's own conversion clips at 255
+            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
+        image = image.convert("RGB")
+    size = reduced_size(image.size, short_side)
+    return np.asarray(image.resize(size, Image.Resampling.BILINEAR) if size else image)
 
 
 def _probe(path: str, decoder: str, short_side: int | None = None) -> tuple[int, int] | None:
@@ -237,15 +274,13 @@ def _probe(path: str, decoder: str, short_side: int | None = None) -> tuple[int,
         size = reduced_size((stream.codec_context.width, stream.codec_context.height), short_side)
     if problem:
         raise DecodeError(path, f"{problem}, where {decoder} finds wrong frames; DATA.DECODER auto reads it", decoder)
-    return size[::-1] if size and _is_turned(path) else size
-
-
-def _is_turned(path: str) -> bool:
-    """Say whether the first frame is to be shown turned by a quarter. decord turns frames before it resizes them."""
+    if size is None:
+        return None
     container, stream = _open_av(path)
     with container, decode_errors(path, NOT_OPENED, "pyav", AV_ERRORS):
         frame = next(container.decode(stream), None)
-    return frame is not None and bool(round(frame.rotation / 90) % 2)
+    turned = frame is not None and round(frame.rotation / 90) % 2  # decord turns frames before it resizes them
+    return size[::-1] if turned else size
 
 
 def _why_inexact(container: InputContainer, stream: VideoStream) -> str:
@@ -272,12 +307,10 @@ def _why_inexact(container: InputContainer, stream: VideoStream) -> str:
 
 
 def _is_shown(packet: Packet) -> bool:
-    """Say whether a player shows the packet's frame: neither an edit list nor the end of the file cuts it off.
-
-    A VP8 frame may also serve as a reference only, which its fifth bit says.
-    """
+    """Say whether a player shows the packet's frame: neither an edit list nor the end of the file cuts it off."""
     if not packet.size or packet.is_discard or packet.is_corrupt:
         return False
+    # The fifth bit of a VP8 frame is 0 where it serves as a reference only.
     return packet.stream.codec_context.name != "vp8" or bool(memoryview(packet)[0] >> 4 & 1)
 
 

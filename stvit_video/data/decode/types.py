@@ -14,6 +14,7 @@ VIDEO_SUFFIXES = (
     ".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv",
     ".ts", ".mts", ".m2ts", ".3gp", ".ogv",
 )  # fmt: skip
+MEDIA_SUFFIXES = IMAGE_SUFFIXES + VIDEO_SUFFIXES
 
 # Measured with decord: reducing 256 pixels to 224 in the decoder adds 55 % to its time, reducing 1080 saves a third.
 WORTH_REDUCING = 1.5

@@ -4,7 +4,7 @@ import hashlib
 import os
 import unicodedata
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from fvcore.common.config import CfgNode
@@ -15,13 +15,15 @@ from stvit_video.data.lists.annotations import (
     check_files,
     check_labels,
     class_folders,
+    find_clips,
+    find_videos,
     is_media,
+    read_catalogue,
     read_classes,
     read_file,
     read_folder,
     read_list,
 )
-from stvit_video.data.lists.catalogues import Catalogue, find_clips, find_videos, read_catalogue
 
 SPLITS = ("train", "val", "test")
 
@@ -45,8 +47,8 @@ class ListReader:
     ) -> None:
         self.root, self.lists, self.class_file = Path(root), lists, class_file
         self.num_classes, self.shares, self.max_failures = num_classes, shares, max_failures
-        self._catalogues: dict[Path, Catalogue | None] = {}
-        self._clips: dict[str, dict[str, str]] = {}  # files under root, by the pattern of clip folders
+        self._catalogue = cache(read_catalogue)
+        self._find_clips = cache(find_clips)
         self._lists: dict[Path, list[Video]] = {}
 
     def source(self, split: str) -> Path:
@@ -63,7 +65,12 @@ class ListReader:
             self._lists[source] = self._read(split)
         videos = self._lists[source]
         if self.shares is not None:
-            _refuse_split_folders(source)
+            found = [entry.name for entry in source.iterdir() if entry.is_dir()] if source.is_dir() else []
+            if set(found) & {"train", "training"} and set(found) & {"val", "valid", "validation", "test"}:
+                raise UsageError(
+                    f"Folder {source} is split already ({', '.join(sorted(found))}); give DATA.SPLIT None and its "
+                    f"parts, for example DATA.TRAIN_LIST train DATA.VAL_LIST val DATA.TEST_LIST test."
+                )
             videos = take_part(videos, SPLITS.index(split), self.shares, source if source.is_dir() else self.root)
         check_labels(videos, len(self.classes), self.lists[split])
         return videos
@@ -104,17 +111,10 @@ class ListReader:
         if catalogue is None:
             videos = read_list(source, self.root)
         else:
-            pattern = catalogue.clip_folder.pattern
-            if pattern not in self._clips:
-                self._clips[pattern] = find_clips(self.root, catalogue.clip_folder)
-            videos = find_videos(catalogue, self.root, self._class_names(split), self._clips[pattern])
+            clips = self._find_clips(self.root, catalogue.clip_folder)
+            videos = find_videos(catalogue, self.root, self._class_names(split), clips)
         check_files(videos, self.max_failures, source, self.root)
         return videos
-
-    def _catalogue(self, source: Path) -> Catalogue | None:
-        if source not in self._catalogues:
-            self._catalogues[source] = read_catalogue(source)
-        return self._catalogues[source]
 
     @property
     def _naming_split(self) -> str:
@@ -153,16 +153,6 @@ def build_lists(cfg: CfgNode) -> ListReader:
     )
 
 
-def _refuse_split_folders(source: Path) -> None:
-    """Raise UsageError where what looks like class folders are the splits of a data set that is split already."""
-    found = [entry.name for entry in source.iterdir() if entry.is_dir()] if source.is_dir() else []
-    if set(found) & {"train", "training"} and set(found) & {"val", "valid", "validation", "test"}:
-        raise UsageError(
-            f"Folder {source} is split already ({', '.join(sorted(found))}); give DATA.SPLIT None and its parts, for "
-            f"example DATA.TRAIN_LIST train DATA.VAL_LIST val DATA.TEST_LIST test."
-        )
-
-
 def take_part(videos: Sequence[Video], part: int, shares: Sequence[int], root: str | Path) -> list[Video]:
     """Return the videos of ``part`` (its place in ``shares``, percentages that add up to 100), in their order.
 
@@ -176,7 +166,9 @@ def take_part(videos: Sequence[Video], part: int, shares: Sequence[int], root: s
     taken: set[str] = set()
     for members in classes.values():
         ordered = sorted(members, key=lambda video: _sort_key(video.path, root))
-        edges = _edges(len(ordered), shares)
+        sizes = [max(1, round(len(members) * share / 100)) if share else 0 for share in shares[1:]]
+        sizes.insert(0, max(0, len(members) - sum(sizes)))
+        edges = [min(len(members), sum(sizes[:i])) for i in range(len(sizes) + 1)]  # where each part begins and ends
         if any(stop == start for share, start, stop in zip(shares, edges, edges[1:], strict=False) if share):
             folder = Path(members[0].path).parent
             raise UsageError(
@@ -185,13 +177,6 @@ def take_part(videos: Sequence[Video], part: int, shares: Sequence[int], root: s
             )
         taken.update(video.path for video in ordered[edges[part] : edges[part + 1]])
     return [video for video in videos if video.path in taken]
-
-
-def _edges(count: int, shares: Sequence[int]) -> list[int]:
-    """Return where each part begins and ends among ``count`` videos; parts after the first have at least one."""
-    sizes = [max(1, round(count * share / 100)) if share else 0 for share in shares[1:]]
-    sizes.insert(0, max(0, count - sum(sizes)))
-    return [min(count, sum(sizes[:i])) for i in range(len(sizes) + 1)]
 
 
 def _sort_key(path: str, root: str | Path) -> bytes:

@@ -1,1 +1,0 @@
-"""Long videos and cameras in windows."""
