@@ -6,14 +6,10 @@ of the last step; 1 failure, or Ctrl-C where nothing is under way that could be 
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from stvit_video.common.cli import Parser, run_command
 from stvit_video.common.errors import RunFailure, Stopped
 from stvit_video.runtime.stopping import EXIT_STOPPED
-
-if TYPE_CHECKING:
-    from fvcore.common.config import CfgNode
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def dispatch(arguments: Sequence[str] | None) -> int:
-    """Parse, load the configuration, and call what MODE names."""
+    """Parse, load the configuration, open the run on all its processes, and do what MODE names."""
     parser = Parser(
         prog="python -m stvit_video.run",
         form="--cfg FILE [KEY VALUE ...]",
@@ -61,13 +57,7 @@ def dispatch(arguments: Sequence[str] | None) -> int:
         from stvit_video.runs.preflight import build_cost_report
 
         print(build_cost_report(cfg), flush=True)
-    else:
-        open_and_run(cfg, rehearse=options.dry_run)
-    return 0
-
-
-def open_and_run(cfg: "CfgNode", *, rehearse: bool) -> None:
-    """Open the run on all its processes, and do what MODE names, or rehearse it."""
+        return 0
     # Imported late: a wrong option is answered at once, and processes that only generate data stay light.
     from stvit_video.evaluation.evaluate import test
     from stvit_video.runs.preflight import open_run
@@ -77,11 +67,11 @@ def open_and_run(cfg: "CfgNode", *, rehearse: bool) -> None:
     from stvit_video.training.transfer import transfer
 
     with join_world(cfg.DEVICE, cfg.PARALLEL.TIMEOUT_S) as world:
-        run = open_run(cfg, world, "rehearse" if rehearse else "run")
-        if run is None:  # finished already
-            return
-        command = dry_run if rehearse else {"train": train, "test": test, "transfer": transfer}[cfg.MODE]
-        command(run)
+        run = open_run(cfg, world, "rehearse" if options.dry_run else "run")
+        if run is not None:  # else it is finished already
+            command = dry_run if options.dry_run else {"train": train, "test": test, "transfer": transfer}[cfg.MODE]
+            command(run)
+    return 0
 
 
 if __name__ == "__main__":

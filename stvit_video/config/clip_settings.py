@@ -66,7 +66,17 @@ def adopted_settings(init: str, keys: list[str]) -> dict[str, Any]:
     weights = Path(init)
     if not weights.is_file():
         return {}
-    metadata = _read_metadata(weights)
+    from stvit_video.models.weights.files import read_metadata  # imports torch, which other configurations do not need
+
+    try:
+        metadata = read_metadata(weights)
+    except SafetensorError as error:
+        raise UsageError(f"MODEL.INIT {init} is not a complete safetensors file ({error}); fetch it again.") from error
+    if not metadata:
+        raise UsageError(
+            f"MODEL.INIT {init} does not say which model it is of; give MODEL.NAME too, for example "
+            f"stvit_vit_small_patch16 for DeiT-S or stvit_swin_tiny for Swin-T."
+        )
     arguments = metadata["arguments"]
     found: dict[str, Any] = {"MODEL.NAME": metadata["name"]}
     for name, value in arguments.items():
@@ -84,30 +94,9 @@ def adopted_settings(init: str, keys: list[str]) -> dict[str, Any]:
     found |= {"DATA.SIZE": size, "DATA.SHORT_SIDE": [size, round(size * 8 / 7)], "TEST.SHORT_SIDE": size}
     if arguments["num_frames"] > 1:
         found["DATA.FRAMES"] = arguments["num_frames"]
-    return {**found, **_read_run(weights), **(metadata["views"] or {})}
-
-
-def _read_metadata(weights: Path) -> dict[str, Any]:
-    from stvit_video.models.weights.files import read_metadata  # imports torch, which other configurations do not need
-
     try:
-        metadata = read_metadata(weights)
-    except SafetensorError as error:
-        raise UsageError(
-            f"MODEL.INIT {weights} is not a complete safetensors file ({error}); fetch it again."
-        ) from error
-    if not metadata:
-        raise UsageError(
-            f"MODEL.INIT {weights} does not say which model it is of; give MODEL.NAME too, for example "
-            f"stvit_vit_small_patch16 for DeiT-S or stvit_swin_tiny for Swin-T."
-        )
-    return metadata
-
-
-def _read_run(weights: Path) -> dict[str, Any]:
-    """Return the adopted keys of the config.yaml beside the weights; empty where there is none that can be read."""
-    try:
-        content = flatten(yaml.safe_load(config_beside(weights).read_text()))
+        beside = flatten(yaml.safe_load(config_beside(weights).read_text()))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
-        return {}  # the weights were moved away from their run
-    return {key.name: content[key.name] for key in CLIP_KEYS if key.adopted and key.name in content}
+        beside = {}  # the weights were moved away from their run
+    found |= {key.name: beside[key.name] for key in CLIP_KEYS if key.adopted and key.name in beside}
+    return found | (metadata["views"] or {})

@@ -1,8 +1,6 @@
 """Loading and checking configurations.
 
-Experiment files hold differences only and may inherit through ``_BASE_``. Command-line overrides come last, as bare
-``KEY VALUE`` pairs or ``KEY=VALUE``. Only ``build_*`` and ``open_*`` functions read the result; constructors take plain
-values.
+Experiment files hold differences only and may inherit through ``_BASE_``; overrides from the command line come last.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +12,7 @@ from fvcore.common.config import CfgNode
 
 from stvit_video.common.errors import UsageError, nearest
 from stvit_video.config.clip_settings import adopted_settings
-from stvit_video.config.schema import BY_NAME, KEYS, check_value, coerce, value_of
+from stvit_video.config.schema import BY_NAME, KEYS, check_value, coerce, flatten, value_of
 
 
 def default_config() -> CfgNode:
@@ -49,16 +47,12 @@ def load_config(
         raise UsageError(f"Configuration {path}: _BASE_ names {error.filename}, which is not a file.") from error
     if not isinstance(content or {}, dict):
         raise UsageError(f"Configuration {path} is not a YAML mapping of keys; write lines `KEY: value`.")
-    cfg = default_config()
-    for name, value in _flatten(content or {}):
-        _assign(cfg, name, value, str(path))
-    given = {name for name, _ in _flatten(content or {})}
-    for name, value in parse_overrides(overrides):
-        _assign(cfg, name, value, "the command line")
-        given.add(name)
-    for name, value in values:
-        _assign(cfg, name, value, origin)
-        given.add(name)
+    cfg, given = default_config(), set()
+    file_values = flatten(content or {}).items()
+    for pairs, place in ((file_values, str(path)), (parse_overrides(overrides), "the command line"), (values, origin)):
+        for name, value in pairs:
+            _assign(cfg, name, value, place)
+            given.add(name)
     if cfg.MODEL.NAME == "auto":
         for name, value in adopted_settings(cfg.MODEL.INIT, list(BY_NAME)).items():
             if name not in given or name == "MODEL.NAME":  # explicit settings override those of the checkpoint
@@ -100,16 +94,6 @@ def parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
             raise UsageError(f"Override {name}: {value!r} is not a value; quote it.") from error
 
 
-def _flatten(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    sections = {key.name.rpartition(".")[0] for key in KEYS} - {""}
-    for name, value in content.items():
-        full = f"{prefix}{name}"
-        if isinstance(value, dict) and (full in sections or full not in BY_NAME):
-            yield from _flatten(value, f"{full}.")
-        else:
-            yield full, value
-
-
 def _assign(cfg: CfgNode, name: str, value: Any, origin: str) -> None:
     key = BY_NAME.get(name)
     if key is None:
@@ -135,34 +119,23 @@ def check(cfg: CfgNode) -> None:
         )
     if cfg.TEST.SHORT_SIDE < cfg.DATA.SIZE:
         raise UsageError(f"TEST.SHORT_SIDE {cfg.TEST.SHORT_SIDE} is below DATA.SIZE {cfg.DATA.SIZE}; raise it.")
-    _check_split(cfg)
-    if cfg.COMPILE == "model" and cfg.PARALLEL.STRATEGY == "fsdp":
-        raise UsageError(
-            "COMPILE model with PARALLEL.STRATEGY fsdp, which shares out block by block; set COMPILE blocks."
-        )
-    if cfg.TEST.CROPS == 2:
-        raise UsageError("TEST.CROPS is 2; allowed: 1 (centre) or 3 (both ends and the centre).")
-    if not cfg.DATA.ROOT:
-        raise UsageError("DATA.ROOT is empty; give the folder that holds the videos: DATA.ROOT /path/to/videos.")
-
-
-def _check_split(cfg: CfgNode) -> None:
-    """Raise UsageError where DATA.SPLIT cannot split the lists: they differ, or the shares do not add up to 100."""
-    lists = [cfg.DATA.TRAIN_LIST, cfg.DATA.VAL_LIST, cfg.DATA.TEST_LIST]
-    shares = cfg.DATA.SPLIT
-    if shares is None:
-        return
-    if sum(shares) != 100 or not shares[0] or not shares[2]:
+    shares, lists = cfg.DATA.SPLIT, [cfg.DATA.TRAIN_LIST, cfg.DATA.VAL_LIST, cfg.DATA.TEST_LIST]
+    if shares is not None and (sum(shares) != 100 or not shares[0] or not shares[2]):
         raise UsageError(
             f"DATA.SPLIT is {list(shares)}; allowed: whole percentages of training, validation and test that add up to "
             f"100, only validation being 0, for example [70, 15, 15]."
         )
-    expected = [lists[0], lists[0] if shares[1] else "", lists[0]]
-    if lists != expected:
+    if shares is not None and lists != (expected := [lists[0], lists[0] if shares[1] else "", lists[0]]):
         raise UsageError(
             f"DATA.SPLIT {list(shares)} splits one list, but DATA.TRAIN_LIST, VAL_LIST and TEST_LIST are {lists}; "
             f"set them to {expected}, or DATA.SPLIT None."
         )
+    if cfg.COMPILE == "model" and cfg.PARALLEL.STRATEGY == "fsdp":
+        raise UsageError("COMPILE model with PARALLEL.STRATEGY fsdp, which shards block by block; set COMPILE blocks.")
+    if cfg.TEST.CROPS == 2:
+        raise UsageError("TEST.CROPS is 2; allowed: 1 (centre) or 3 (both ends and the centre).")
+    if not cfg.DATA.ROOT:
+        raise UsageError("DATA.ROOT is empty; give the folder that holds the videos: DATA.ROOT /path/to/videos.")
 
 
 def _set(cfg: CfgNode, name: str, value: Any) -> None:

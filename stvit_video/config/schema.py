@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,18 +32,19 @@ class Key:
 
 
 def coerce(key: Key, value: Any, origin: str) -> Any:
-    """Return ``value`` in the key's type; an integer serves as a float, a number or string as nothing else."""
+    """Return ``value`` in the key's type; an integer serves as a float, a number as a string, nothing else."""
     if value in (None, "None") and key.default is None:  # YAML's null is Python's None to those who type it
         return None
-    if key.type is float and isinstance(value, int | str) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):  # YAML reads 1e-3, without a point, as a string
-            value = float(value)
     if key.type is list and isinstance(value, tuple | list):
-        value = [_coerce_element(key, element, origin) for element in value]
-    if key.type is str and value is None:
-        value = ""
-    if key.type is str and isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)  # a folder or list may be named by digits
+        kind = type(key.default[0]) if key.default else key.element
+        elements = [_convert(element, kind) for element in value]
+        for element in elements:
+            if type(element) is not kind:
+                raise UsageError(
+                    f"{key.name} in {origin} holds {element!r}; it takes {kind.__name__} values ({key.about})."
+                )
+        return elements
+    value = _convert(value, key.type)
     if type(value) is not key.type:
         raise UsageError(
             f"{key.name} in {origin} is {value!r}, a {type(value).__name__}; it takes a {key.type.__name__} "
@@ -52,13 +53,15 @@ def coerce(key: Key, value: Any, origin: str) -> Any:
     return value
 
 
-def _coerce_element(key: Key, value: Any, origin: str) -> Any:
-    """Return an element of a list key as a number of the default's type; others hold ``key.element``."""
-    kind = type(key.default[0]) if key.default else key.element
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not kind:
-        raise UsageError(f"{key.name} in {origin} holds {value!r}; it takes {kind.__name__} values ({key.about}).")
+def _convert(value: Any, kind: type) -> Any:
+    """Return a single value as ``kind`` where it may serve as that, else unchanged."""
+    if kind is str and value is None:
+        return ""
+    if kind is str and type(value) in (int, float):
+        return str(value)  # a folder or list may be named by digits
+    if kind is float and type(value) in (int, str):
+        with contextlib.suppress(ValueError):  # YAML reads 1e-3, without a point, as a string
+            return float(value)
     return value
 
 
@@ -69,57 +72,40 @@ def check_value(key: Key, value: Any) -> None:
     if key.choices and value not in key.choices:
         allowed = ", ".join(choice or "''" for choice in key.choices)
         raise UsageError(f"{key.name} is {value!r}; allowed: {allowed}.{nearest(str(value), list(key.choices))}")
-    _check_numbers(key, value if isinstance(value, list) else [value])
-
-
-def _check_numbers(key: Key, values: list[Any]) -> None:
+    values = value if isinstance(value, list) else [value]
     if key.length is not None and len(values) != key.length:
         raise UsageError(f"{key.name} has {len(values)} values; it takes {key.length} ({key.about}).")
-    for value in values:
-        if (key.low is None and key.high is None) or isinstance(value, bool):
-            continue
-        if not isinstance(value, int | float):
-            raise UsageError(f"{key.name} holds {value!r}; it takes numbers ({key.about}).")
-        if (
-            (key.low is not None and value < key.low)
-            or (key.high is not None and value > key.high)
-            or not math.isfinite(value)
-        ):
-            bounds = f"at least {key.low}" if key.high is None else f"{key.low} to {key.high}"
-            raise UsageError(f"{key.name} is {value}; allowed: {bounds} ({key.about}).")
+    low, high = -math.inf if key.low is None else key.low, math.inf if key.high is None else key.high
+    for number in values:
+        if isinstance(number, int | float) and not (low <= number <= high and math.isfinite(number)):
+            bounds = f"at least {low}" if key.high is None else f"{low} to {high}"
+            raise UsageError(f"{key.name} is {number}; allowed: {bounds} ({key.about}).")
 
 
-def model_keys() -> Iterator[Key]:
-    """Yield the keys of the model's arguments, which are declared in ``stvit_video.models.arguments``."""
-    for name, rule in CONFIGURED.items():
-        single = rule.lengths == (1,)
-        yield Key(
-            f"MODEL.{name.upper()}",
-            rule.default if rule.key == "default" else None,
-            rule.about,
-            rule.choices,
-            rule.low,
-            rule.high,
-            kind=rule.kind if single else list,
-            length=None if single else rule.lengths[0],
-        )
-
-
+# Declared in ``stvit_video.models.arguments``.
+MODEL_KEYS = [
+    Key(
+        f"MODEL.{name.upper()}",
+        rule.default if rule.key == "default" else None,
+        rule.about,
+        rule.choices,
+        rule.low,
+        rule.high,
+        kind=rule.kind if rule.lengths == (1,) else list,
+        length=None if rule.lengths == (1,) else rule.lengths[0],
+    )
+    for name, rule in CONFIGURED.items()
+]
 KEYS = (
-    Key("MODE", "train", "train (then test), test, or transfer", choices=("train", "test", "transfer")),
+    Key("MODE", "train", "train (then test), test, or transfer", ("train", "test", "transfer")),
     Key("OUTPUT_DIR", "", "folder of this run; empty: runs/<name of the configuration file>"),
     Key("OVERWRITE", False, "replace the results, and for MODE train the checkpoints, that OUTPUT_DIR already holds"),
     Key("SEED", 0, "fixes initial weights, sample order and augmentation", low=0),
-    Key("DEVICE", "auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda")),
+    Key("DEVICE", "auto", "auto takes a GPU where there is one", ("auto", "cpu", "cuda")),
     Key(
-        "PRECISION",
-        "fp32",
-        "fp32; tf32 (GPU only: products of 19-bit inputs); bf16 or fp16 under autocast, weights in fp32",
-        choices=("fp32", "tf32", "bf16", "fp16"),
+        "PRECISION", "fp32", "bf16, fp16: autocast over fp32 weights; tf32: GPU only", ("fp32", "tf32", "bf16", "fp16")
     ),
-    Key(
-        "COMPILE", "none", "torch.compile: each block, the whole model, or nothing", choices=("none", "blocks", "model")
-    ),
+    Key("COMPILE", "none", "torch.compile: each block, the whole model, or nothing", ("none", "blocks", "model")),
     # --- model
     Key("MODEL.NAME", "stvit_vit_small_patch16", "see stvit_video.models.list_models(); auto: that of MODEL.INIT"),
     Key("MODEL.INIT", "", "checkpoint to start from (.pth or .safetensors); in MODE test the weights to test"),
@@ -128,7 +114,7 @@ KEYS = (
     Key("MODEL.INIT_MOTION", 0.0, "random differences between frames in kernels inflated from an image", low=0),
     Key("MODEL.NEW_HEAD", False, "train a new classifier in place of the one in MODEL.INIT"),
     Key("MODEL.NUM_CLASSES", None, "not set: from DATA.CLASSES, else from the training list", kind=int, low=1),
-    *model_keys(),
+    *MODEL_KEYS,
     Key("MODEL.GRAD_CHECKPOINTING", False, "recompute activations: less memory, about a third more time"),
     # --- data
     Key("DATA.ROOT", "", "folder that the paths in the lists start from"),
@@ -136,21 +122,10 @@ KEYS = (
     Key("DATA.VAL_LIST", "val.csv", "same, scored while training; empty: no validation"),
     Key("DATA.TEST_LIST", "test.csv", "same, for the final multi-view test"),
     Key(
-        "DATA.SPLIT",
-        None,
-        "percent of each class for training, validation and test, where one folder or list serves as all three",
-        kind=list,
-        length=3,
-        low=0,
-        high=100,
+        "DATA.SPLIT", None, "train, val, test percent where one list is all three", kind=list, length=3, low=0, high=100
     ),
     Key("DATA.CLASSES", "", "file: one class name a line in the order of the labels, or JSON {name: label}"),
-    Key(
-        "DATA.GENERATE",
-        "",
-        "write this generated set to DATA.ROOT first: sample, or sample_hard",
-        choices=("", "sample", "sample_hard"),
-    ),
+    Key("DATA.GENERATE", "", "write this generated set to DATA.ROOT first", ("", "sample", "sample_hard")),
     Key("DATA.GENERATE_CLIPS", [3072, 256, 512], "training, validation and test videos to generate", length=3, low=8),
     Key("DATA.FRAMES", 16, "frames of a clip", low=1),
     Key(
@@ -158,52 +133,27 @@ KEYS = (
         "dense",
         "dense: every DATA.STRIDE-th frame; uniform: one frame out of each of DATA.FRAMES segments; "
         "seconds: frames spread over DATA.CLIP_SECONDS, by PyTorchVideo's clip samplers",
-        choices=("dense", "uniform", "seconds"),
+        ("dense", "uniform", "seconds"),
     ),
     Key("DATA.CLIP_SECONDS", 2.0, "length of a clip; of DATA.SAMPLING seconds only", low=0.001),
     Key("DATA.STRIDE", 4, "video frames from one clip frame to the next; of DATA.SAMPLING dense only", low=1),
-    Key(
-        "DATA.FPS", None, "stride counts frames of a video of this rate; not set: the file's own", kind=float, low=0.001
-    ),
+    Key("DATA.FPS", None, "stride counts frames at this rate; not set: the file's own", kind=float, low=0.001),
     Key("DATA.SIZE", 224, "height and width of the clip in pixels", low=1),
-    Key("DATA.CROP", "short_side", "training crop", choices=("short_side", "random_resized")),
+    Key("DATA.CROP", "short_side", "training crop", ("short_side", "random_resized")),
     Key("DATA.SHORT_SIDE", [256, 320], "range of the random short side in pixels (short_side)", length=2, low=1),
-    Key(
-        "DATA.CROP_AREA",
-        [0.08, 1.0],
-        "range of the crop's share of the frame (random_resized)",
-        length=2,
-        low=0,
-        high=1,
-    ),
+    Key("DATA.CROP_AREA", [0.08, 1.0], "range of crop area over frame (random_resized)", length=2, low=0, high=1),
     Key("DATA.CROP_RATIO", [0.75, 1.3333], "range of its width over height (random_resized)", length=2, low=0.01),
     Key("DATA.FLIP", True, "mirror half of the training clips; False where left and right are classes"),
     Key("DATA.RAND_AUGMENT_LAYERS", 0, "operations of RandAugment on a training clip; 2 is usual, 0: none", low=0),
     Key("DATA.RAND_AUGMENT_MAGNITUDE", 9, "their strength as in torchvision; timm's m9 is 27 here", low=0, high=30),
     Key("DATA.COLOR_JITTER", 0.0, "largest change of brightness, contrast, saturation; 0: none", low=0, high=1),
     Key("DATA.ERASE", 0.0, "probability of a rectangle of noise over the clip; 0.25 is usual", low=0, high=1),
-    Key(
-        "DATA.TRANSFORM_ON",
-        "workers",
-        "where training clips are cropped and augmented: device spares the workers where a GPU has time",
-        choices=("workers", "device"),
-    ),
+    Key("DATA.TRANSFORM_ON", "workers", "where clips are augmented: device spares the workers", ("workers", "device")),
     Key("DATA.MEAN", [0.485, 0.456, 0.406], "mean of red, green, blue in 0 to 1", length=3, low=0, high=1),
     Key("DATA.STD", [0.229, 0.224, 0.225], "standard deviation of the same", length=3, low=0.001),
     Key("DATA.REPEATS", 1, "clips a training video each time it is decoded; TRAIN.BATCH_SIZE counts them all", low=1),
-    Key(
-        "DATA.DECODER",
-        "auto",
-        "auto: PyAV, and where it fails decord, then TorchCodec if that is installed",
-        choices=("auto", "pyav", "decord", "torchcodec"),
-    ),
-    Key(
-        "DATA.DEADLINE_S",
-        60.0,
-        "seconds that reading a video may take before its decoder is stopped",
-        low=0.1,
-        high=86400,
-    ),
+    Key("DATA.DECODER", "auto", "auto: PyAV, then decord, then TorchCodec", ("auto", "pyav", "decord", "torchcodec")),
+    Key("DATA.DEADLINE_S", 60.0, "seconds that a video may take before its decoder is stopped", low=0.1, high=86400),
     Key("DATA.WORKERS", 4, "loader processes per training process, each with its decoder; 0: one decoder only", low=0),
     Key("DATA.MAX_FAILURES", 0.1, "share of unreadable videos above which the run stops", low=0, high=1),
     # --- optimisation
@@ -211,45 +161,18 @@ KEYS = (
     Key("TRAIN.MAX_STEPS", 0, "optimiser steps after which training ends before TRAIN.EPOCHS; 0: none", low=0),
     Key("TRAIN.BATCH_SIZE", 64, "clips an optimiser step, over all processes and accumulated batches", low=1),
     Key("TRAIN.ACCUMULATE", 1, "batches a process adds up before a step; raise when memory is short", low=1),
-    Key(
-        "TRAIN.RESUME",
-        "auto",
-        "auto continues from the newest checkpoint; never stops instead",
-        choices=("auto", "never"),
-    ),
+    Key("TRAIN.RESUME", "auto", "auto continues from the newest checkpoint; never stops instead", ("auto", "never")),
     Key("TRAIN.MIXUP", 0.0, "alpha of MixUp, clips blended in pairs; 0.8 is usual for a ViT, 0: none", low=0),
     Key("TRAIN.CUTMIX", 0.0, "alpha of CutMix, a box cut from another clip; 1.0 is usual for a ViT, 0: none", low=0),
     Key("TRAIN.MIX_PROBABILITY", 1.0, "share of the batches that are mixed", low=0, high=1),
     Key("TRAIN.MIX_SWITCH", 0.5, "share of CutMix among them where MixUp is used too", low=0, high=1),
-    Key(
-        "TRAIN.EMA",
-        0.0,
-        "decay of a moving average of the weights, which is tested then; 0.9999 is usual",
-        low=0,
-        high=1,
-    ),
-    Key(
-        "TRAIN.FREEZE",
-        [],
-        "weights that are not trained, as patterns of names: [patch_embed.*, blocks.0.*]",
-        element=str,
-    ),
+    Key("TRAIN.EMA", 0.0, "decay of the average of weights that is tested; 0.9999 is usual, 0: none", low=0, high=1),
+    Key("TRAIN.FREEZE", [], "weights not trained, as patterns of names: [patch_embed.*, blocks.0.*]", element=str),
     Key("TRAIN.MAX_BAD_STEPS", 10, "steps that may be skipped because the loss or a gradient is not finite", low=0),
     Key("TRAIN.VAL_EVERY", 1, "epochs between validations", low=1),
     Key("OPTIM.LR", 1e-3, "AdamW's peak learning rate at TRAIN.BATCH_SIZE", low=0),
-    Key(
-        "OPTIM.LR_BATCH",
-        0,
-        "batch that OPTIM.LR is for: the rate grows with TRAIN.BATCH_SIZE; 0: taken as it is",
-        low=0,
-    ),
-    Key(
-        "OPTIM.LAYER_DECAY",
-        1.0,
-        "factor on the rate from each layer to the one below; 0.75 with good weights",
-        low=0.01,
-        high=1,
-    ),
+    Key("OPTIM.LR_BATCH", 0, "batch of OPTIM.LR: the rate grows with TRAIN.BATCH_SIZE; 0: taken as it is", low=0),
+    Key("OPTIM.LAYER_DECAY", 1.0, "rate of each layer over the one above; 0.75 with good weights", low=0.01, high=1),
     Key("OPTIM.BACKBONE_SCALE", 1.0, "factor on the rate of all but the classifier; 0.1 with good weights", low=0),
     Key("OPTIM.WEIGHT_DECAY", 0.05, "on matrices only; biases, norms and embeddings are left alone", low=0),
     Key("OPTIM.BETAS", [0.9, 0.999], "AdamW's decay rates", length=2, low=0, high=0.9999),
@@ -260,29 +183,17 @@ KEYS = (
     Key("TEST.CLIPS", 4, "clips a test video, evenly spaced", low=1),
     Key("TEST.CROPS", 3, "crops a clip along its longer side: 1 (centre) or 3", low=1, high=3),
     Key("TEST.SHORT_SIDE", 224, "short side of the frame that crops are cut from, in pixels", low=1),
-    Key(
-        "TEST.BATCH_SIZE", 2, "videos a test batch; also fixes how figures are summed, so keep it when comparing", low=1
-    ),
+    Key("TEST.BATCH_SIZE", 2, "videos a test batch; fixes how figures are summed: keep it when comparing", low=1),
     Key("TRANSFER.NEIGHBOURS", 20, "k of the nearest-neighbour score in MODE transfer", low=1),
     Key("TRANSFER.TEMPERATURE", 0.07, "how much nearer neighbours weigh more; smaller is more", low=1e-4),
     Key("TRANSFER.WEIGHT_DECAY", 1e-3, "of the linear probe", low=0),
     Key("TRANSFER.RANDOM_BASELINE", True, "score random weights too, to show what the checkpoint adds"),
     Key("TRANSFER.FINETUNE", False, "train on the training list last, in OUTPUT_DIR/finetune, and add its test"),
     Key("CHECKPOINT.KEEP", 2, "newest checkpoints to keep; at least 2, since the last may be cut short", low=2),
-    Key(
-        "CHECKPOINT.EVERY_STEPS",
-        0,
-        "steps between checkpoints (later where one is still being written); 0: epochs alone",
-        low=0,
-    ),
+    Key("CHECKPOINT.EVERY_STEPS", 0, "steps between checkpoints (later while one is written); 0: epochs alone", low=0),
     Key("CHECKPOINT.EVERY_MINUTES", 10.0, "the same in minutes: what a crash may cost; 0: none", low=0),
     Key("LOG.WANDB", "", "project of Weights & Biases to log to as well; empty: none"),
-    Key(
-        "PARALLEL.STRATEGY",
-        "ddp",
-        "ddp: each process holds all weights; fsdp: weights are sharded, for models that would not fit",
-        choices=("ddp", "fsdp"),
-    ),
+    Key("PARALLEL.STRATEGY", "ddp", "ddp: weights on each process; fsdp: sharded, for large models", ("ddp", "fsdp")),
     Key("PARALLEL.TIMEOUT_S", 1800, "seconds a process waits for the others before it gives up", low=1),
 )
 BY_NAME = {key.name: key for key in KEYS}

@@ -12,11 +12,12 @@ from torch.utils.data import DataLoader
 
 from stvit_video.common.charts import plot_confusion
 from stvit_video.common.errors import RunFailure, Stopped, UsageError
+from stvit_video.common.files import write_json
 from stvit_video.common.progress import Progress
 from stvit_video.data.failures import Failure, check_failures
 from stvit_video.data.loader import build_test_loader
 from stvit_video.evaluation.metrics import Predictions
-from stvit_video.evaluation.score_cache import Parts, ScoredBatch, fingerprint, weights_hash
+from stvit_video.evaluation.score_cache import PartialScores, ScoredBatch, fingerprint, weights_hash
 from stvit_video.models.cost import Cost
 from stvit_video.runs.folder import RunFolder
 from stvit_video.runs.log import describe_results
@@ -54,15 +55,15 @@ def describe_videos(
     precision: str,
     title: str = "",
     *,
-    parts: Parts | None = None,
+    partial: PartialScores | None = None,
     signals: StopSignals | None = None,
 ) -> Predictions:
     """Average the rows ``describe(clips)`` over the views of each video of a list, the same on every process.
 
-    Progress is shown where there is a ``title``. Scores in ``parts``, of an interrupted test, are not computed again.
-    Raises Stopped after a signal to stop, when ``parts`` is written.
+    Progress is shown where there is a ``title``. Scores in ``partial``, of an interrupted test, are not computed again.
+    Raises Stopped after a signal to stop, when ``partial`` is written.
     """
-    kept = on_main(world, parts.read) if parts is not None else []
+    kept = on_main(world, partial.read) if partial is not None else []
     loader.batch_sampler.done = {int(indices[0]) for indices, *_ in kept}  # type: ignore[union-attr]
     rows: list[ScoredBatch] = []
     failures: list[Failure] = []
@@ -76,29 +77,25 @@ def describe_videos(
                     figures = describe(clips).float()
                 views = len(figures) // len(batch.labels)
                 rows.append((batch.indices, batch.labels, figures.unflatten(0, (-1, views)).mean(dim=1).cpu()))
-                if parts is not None and not batch.failures:
-                    parts.add(rows[-1])
+                if partial is not None and not batch.failures:
+                    partial.add(rows[-1])
                 done += len(batch.labels)
             progress.advance(f"{done / (time.monotonic() - started):.1f} videos/s")
-            if signals is not None and stop_is_asked(world, signals):
+            # Shards differ in length, so no process waits for another's batch here.
+            if signals is not None and signals.received is not None:
+                tell_all(world, STOP)
+                break
+            if signals is not None and is_told(world, STOP):
                 break
     if signals is not None and any_of(world, signals.received is not None):
-        if parts is not None:
-            parts.flush()
+        if partial is not None:
+            partial.flush()
         scored = sum(len(indices) for indices, *_ in itertools.chain(kept, *gather_objects(world, rows)))
         raise Stopped(signals.received, f"{scored} of {len(loader.dataset)} videos")  # type: ignore[arg-type]
     shards = gather_objects(world, (rows, failures))
     predictions = _join([(kept, []), *shards], len(loader.dataset))  # type: ignore[arg-type]
     predictions.kept = sum(len(indices) for indices, *_ in kept)
     return predictions
-
-
-def stop_is_asked(world: World, signals: StopSignals) -> bool:
-    """Return whether any process was told to stop; shards differ in length, so none waits for another's batch here."""
-    if signals.received is not None:
-        tell_all(world, STOP)
-        return True
-    return is_told(world, STOP)
 
 
 def _join(shards: list[tuple[list[ScoredBatch], list[Failure]]], total: int) -> Predictions:
@@ -145,19 +142,14 @@ class Tester:
         An interrupted test continues. ``earlier`` are failures of training. Raises Stopped after a signal to stop, when
         the scores so far are written.
         """
-        started, folder, dataset = time.monotonic(), self.folder, self.dataset
-        key = fingerprint(model, weights_hash(model.state_dict()), dataset, self.precision, 0)
+        started, folder, dataset = time.monotonic(), self.folder, self.loader.dataset
+        key = fingerprint(model, weights_hash(model.state_dict()), dataset, self.precision, 0)  # type: ignore[arg-type]
         batches: Any = self.loader.batch_sampler
-        parts = Parts(folder.parts, f"{key} in batches of {batches.batch}", self.world.rank)
+        partial = PartialScores(folder.partial_scores, f"{key} in batches of {batches.batch}", self.world.rank)
+        options: dict[str, Any] = {"partial": partial, "signals": signals}
         try:
             predictions = describe_videos(
-                class_probabilities(model),
-                self.loader,
-                self.world,
-                self.precision,
-                "test",
-                parts=parts,
-                signals=signals,
+                class_probabilities(model), self.loader, self.world, self.precision, "test", **options
             )
         except NothingReadError as error:
             failed = earlier + error.failures
@@ -168,20 +160,16 @@ class Tester:
         def write() -> dict[str, Any]:
             folder.write_failures(earlier + predictions.failures)
             check_failures(len(predictions.failures), predictions.total, self.max_failures, "test")
-            paths = [video.path for video in dataset.videos]
+            paths = [video.path for video in dataset.videos]  # type: ignore[attr-defined]
             folder.write_table("per_class.csv", predictions.per_class(self.classes))
             folder.write_table("predictions.csv", predictions.rows(paths, self.classes))
-            folder.write_results(results)
+            write_json(folder.results, results)
             plot_confusion(predictions.confusion(), self.classes, folder.path / "confusion.png")
-            parts.clear()
+            partial.clear()
             print(f"{describe_results(results)}\nresults in {folder.results}", flush=True)
             return results
 
         return on_main(self.world, write)
-
-    @property
-    def dataset(self) -> Any:
-        return self.loader.dataset
 
     def summarise(self, predictions: Predictions, seconds: float) -> dict[str, Any]:
         """Return what ``results.json`` says of the predictions, which took so many ``seconds``."""

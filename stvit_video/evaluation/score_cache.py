@@ -27,7 +27,7 @@ from stvit_video.runs.checkpoint import DAMAGED, pack, read_checked
 ScoredBatch = tuple[Tensor, Tensor, Tensor]
 
 
-class Parts:
+class PartialScores:
     """A folder with the scored batches of an interrupted test; each process writes files of its own.
 
     ``key`` is the fingerprint of all that the scores depend on; files of another key are ignored. Batches in which a
@@ -63,8 +63,7 @@ class Parts:
             self.folder.mkdir(exist_ok=True)
             packed = pack({"key": self.key, "rows": self.waiting})
             write_atomically(self.folder / f"{time.time_ns()}_{self.rank}.pt", packed)
-            self.waiting = []
-        self.written = time.monotonic()
+        self.waiting, self.written = [], time.monotonic()
 
     def clear(self) -> None:
         """Delete the folder: the test is complete."""
@@ -95,12 +94,11 @@ def read_features(path: Path, key: str) -> tuple[Predictions | None, str]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in TENSORS}
-        whole = metadata["checksum"] == _checksum(tensors, metadata["record"])
-        record: dict[str, Any] = json.loads(metadata["record"]) if whole else {}
-    except (SafetensorError, OSError, KeyError) as error:
+        if metadata["checksum"] != _checksum(tensors, metadata["record"]):
+            raise ValueError("checksum")
+        record: dict[str, Any] = json.loads(metadata["record"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
         return None, f"{path} is damaged ({first_line(error)}); computing it again"
-    if not whole:
-        return None, f"{path} is damaged (checksum); computing it again"
     if metadata["fingerprint"] != key:
         return None, f"{path} is of another checkpoint, list or setting; computing it again"
     if any(_file_state(row["path"]) != row.pop("state") for row in record["failures"]):

@@ -3,16 +3,13 @@
 import hashlib
 import io
 import pickle
-import re
 import time
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
-from fvcore.common.config import CfgNode
 
 from stvit_video.common.errors import UsageError, first_line
 from stvit_video.common.files import write_atomically
@@ -51,21 +48,21 @@ def save_checkpoint(folder: Path, content: dict[str, Any], keep: int) -> Path:
         path.rename(path.with_name(f".{path.name}.{time.time_ns()}"))
     write_atomically(path, packed)
     # Checkpoints of later steps could not be read: the run continued from an earlier one.
-    earlier = [other for step, other in _by_step(folder) if step <= content["step"]]
+    earlier = [other for other in list_checkpoints(folder) if step_of(other) <= content["step"]]
     for old in (*earlier[keep:], *folder.glob(".step_*.pt.tmp")):  # the latter are left by killed writes
         if old.is_file():
             old.unlink()
     return path
 
 
+def step_of(checkpoint: Path) -> int:
+    """Return the step that a checkpoint is named after."""
+    return int(checkpoint.stem.removeprefix("step_"))
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a folder by step, newest first."""
-    return [path for _, path in _by_step(folder)]
-
-
-def _by_step(folder: Path) -> list[tuple[int, Path]]:
-    found = ((re.search(r"step_(\d+)\.pt$", path.name), path) for path in folder.glob("step_*.pt"))
-    return sorted({int(match[1]): path for match, path in found if match}.items(), reverse=True)
+    return sorted((path for path in folder.glob("step_*.pt") if path.stem[5:].isdecimal()), key=step_of, reverse=True)
 
 
 def load_newest(folder: Path) -> dict[str, Any] | None:
@@ -75,18 +72,16 @@ def load_newest(folder: Path) -> dict[str, Any] | None:
     """
     found = list_checkpoints(folder)
     for path in found:
-        if path.is_dir():
-            warnings.warn(f"checkpoint {path} is a folder; trying the one before", stacklevel=2)
-            continue
         try:
             content = read_checked(path)
+            if isinstance(content, dict) and all(name in content for name in REQUIRED):
+                return content
+            problem = "is not a training state"
+        except IsADirectoryError:
+            problem = "is a folder"
         except DAMAGED as error:
-            reason = first_line(error)
-            warnings.warn(f"checkpoint {path} is damaged ({reason[:120]}); trying the one before", stacklevel=2)
-            continue
-        if isinstance(content, dict) and all(name in content for name in REQUIRED):
-            return content
-        warnings.warn(f"checkpoint {path} is not a training state; trying the one before", stacklevel=2)
+            problem = f"is damaged ({first_line(error)[:120]})"
+        warnings.warn(f"checkpoint {path} {problem}; trying the one before", stacklevel=2)
     if found:
         raise UsageError(
             f"{folder} holds {len(found)} checkpoint(s), the newest {found[0].name}, and none can be used; put a "
@@ -108,11 +103,9 @@ class CheckpointWriter:
     def __enter__(self) -> "CheckpointWriter":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self.pool.shutdown()  # finishes a write that has begun, also where training failed
-        if error is None:
+        if kind is None:
             self.wait()
 
     def is_due(self, step: int) -> bool:
@@ -132,11 +125,6 @@ class CheckpointWriter:
         if self.pending is not None:
             pending, self.pending = self.pending, None
             pending.result()
-
-
-def build_writer(cfg: CfgNode, folder: Path) -> CheckpointWriter:
-    """Return the writer of a run's checkpoints."""
-    return CheckpointWriter(folder, cfg.CHECKPOINT.KEEP, cfg.CHECKPOINT.EVERY_STEPS, cfg.CHECKPOINT.EVERY_MINUTES)
 
 
 def _copy_to_cpu(content: Any) -> Any:

@@ -1,5 +1,6 @@
 """The environment that figures were measured in: command, versions, machine, source."""
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -17,10 +18,8 @@ def environment() -> dict[str, Any]:
     """Return the command, the versions of packages, the machine, and the state of the source."""
     versions = {}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return {
         "command": [sys.executable, *sys.orig_argv[1:]],
         "python": platform.python_version(),
@@ -34,14 +33,11 @@ def environment() -> dict[str, Any]:
 
 def _git_state() -> dict[str, Any] | None:
     """Return commit and cleanliness of the checkout this package runs from, None where it is not one."""
-    folder = Path(__file__).parent
+    queries = (("rev-parse", "HEAD"), ("status", "--porcelain"))
+    options: dict[str, Any] = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "timeout": 10}
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10)
-        status = subprocess.run(
-            ["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True, timeout=10
-        )
+        commit, status = (subprocess.run(["git", *query], **options) for query in queries)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    if commit.returncode:
-        return None
-    return {"commit": commit.stdout.strip(), "changed_files": len(status.stdout.splitlines())}
+    changed = len(status.stdout.splitlines())
+    return None if commit.returncode else {"commit": commit.stdout.strip(), "changed_files": changed}

@@ -16,7 +16,7 @@ from stvit_video.common.errors import UsageError
 from stvit_video.common.files import wait_for_lock, write_atomically, write_json
 from stvit_video.common.tables import to_csv
 from stvit_video.config.schema import flatten
-from stvit_video.data.failures import Failure, failures_csv, read_ledger
+from stvit_video.data.failures import Failure, failures_csv
 from stvit_video.runs.checkpoint import list_checkpoints
 from stvit_video.runs.environment import environment
 
@@ -42,8 +42,6 @@ RESULT_FILES = {
 TRAINING_FILES = (
     "metrics.jsonl", "curves.png", "model.safetensors", "load_report.json", "config.yaml", "environment.json",
 )  # fmt: skip
-
-
 LOCK_S = 30  # longer than the processes of a killed start need to end
 
 
@@ -56,33 +54,13 @@ class RunFolder:
     def __init__(self, path: str | Path, settings: Mapping[str, Any] | None = None) -> None:
         self.path, self.settings = Path(path), settings or {}
         self.checkpoints = self.path / "checkpoints"
+        self.results = self.path / "results.json"
+        self.transfer = self.path / "transfer.json"
+        self.weights = self.path / "model.safetensors"
+        self.best_weights = self.checkpoints / "best.safetensors"
+        self.partial_scores = self.checkpoints / "test_parts"  # of an interrupted test
+        self.config_text = yaml.safe_dump(dict(self.settings))
         self._lock: TextIO | None = None
-
-    @property
-    def results(self) -> Path:
-        return self.path / "results.json"
-
-    @property
-    def weights(self) -> Path:
-        return self.path / "model.safetensors"
-
-    @property
-    def best_weights(self) -> Path:
-        return self.checkpoints / "best.safetensors"
-
-    @property
-    def parts(self) -> Path:
-        """Scores of an interrupted test."""
-        return self.checkpoints / "test_parts"
-
-    @property
-    def transfer(self) -> Path:
-        return self.path / "transfer.json"
-
-    @property
-    def config_text(self) -> str:
-        """The resolved configuration as YAML."""
-        return yaml.safe_dump(dict(self.settings))
 
     def is_finished(self) -> bool:
         """Say whether the run here was trained and tested."""
@@ -90,15 +68,15 @@ class RunFolder:
 
     def has_progress(self) -> bool:
         """Say whether there is anything here that a run would lose."""
-        found = self.results.exists() or self.weights.exists() or bool(list_checkpoints(self.checkpoints))
-        return found or (self.transfer.exists() and self._transfer_is_complete())
-
-    def _transfer_is_complete(self) -> bool:
-        """Say whether nothing is left to do; the rows that stand before fine-tuning are quickly made again."""
+        if self.results.exists() or self.weights.exists() or list_checkpoints(self.checkpoints):
+            return True
+        if not self.transfer.exists():
+            return False
         try:
             content = json.loads(self.transfer.read_text())
         except ValueError:
             return True  # not ours to replace unasked
+        # The rows that stand before fine-tuning are quickly made again.
         return not isinstance(content, dict) or content.get("complete") is not False
 
     def check(self) -> None:
@@ -114,8 +92,20 @@ class RunFolder:
         if self.settings["OVERWRITE"] or not self.has_progress():
             return
         if mode == "train":
-            _refuse_other_settings(self.path, recorded, self.settings)
-            self._refuse_continuing()
+            if changed := describe_changes(recorded, self.settings):
+                raise UsageError(
+                    f"OUTPUT_DIR {self.path} holds a run with other settings: {changed}. "
+                    f"Give another OUTPUT_DIR, or OVERWRITE True to replace that run."
+                )
+            if self.settings["TRAIN"]["RESUME"] == "never" and list_checkpoints(self.checkpoints):
+                raise UsageError(
+                    f"{self.checkpoints} holds checkpoints and TRAIN.RESUME is never; set it to auto to continue, "
+                    f"OVERWRITE True to start again, or give another OUTPUT_DIR."
+                )
+            if self.results.exists() and not self.weights.exists():
+                raise UsageError(
+                    f"{self.results} is of a test, not of a training run; give another OUTPUT_DIR, or OVERWRITE True."
+                )
             return
         results = [name for name in RESULT_FILES[mode] if (self.path / name).exists()]
         if results and (mode == "transfer" or self.results.exists()):
@@ -125,26 +115,20 @@ class RunFolder:
                 f"give another one (and MODEL.INIT {init}), or OVERWRITE True."
             )
 
-    def _refuse_continuing(self) -> None:
-        if self.settings["TRAIN"]["RESUME"] == "never" and list_checkpoints(self.checkpoints):
-            raise UsageError(
-                f"{self.checkpoints} holds checkpoints and TRAIN.RESUME is never; set it to auto to continue, "
-                f"OVERWRITE True to start again, or give another OUTPUT_DIR."
-            )
-        if self.results.exists() and not self.weights.exists():
-            raise UsageError(
-                f"{self.results} is of a test, not of a training run; give another OUTPUT_DIR, or OVERWRITE True."
-            )
-
     def claim(self) -> None:
         """Make the folder this run's, clearing what it replaces; ``check`` comes first."""
         self.check()
         mode, overwrite = self.settings["MODE"], self.settings["OVERWRITE"]
         try:
             if overwrite or not self.has_progress():
-                self._clear(mode)
+                for name in RESULT_FILES[mode] + (TRAINING_FILES if mode == "train" else ()):
+                    (self.path / name).unlink(missing_ok=True)
+                if mode == "train":
+                    shutil.rmtree(self.checkpoints, ignore_errors=True)
+                    for events in self.path.glob("events.out.tfevents.*"):
+                        events.unlink()
             if overwrite and mode == "test":
-                shutil.rmtree(self.parts, ignore_errors=True)
+                shutil.rmtree(self.partial_scores, ignore_errors=True)
             self.path.mkdir(parents=True, exist_ok=True)
             # A repeated test or transfer records its new settings, but never replaces those of a training run.
             owner = (self.recorded_config() or {}).get("MODE")
@@ -199,52 +183,18 @@ class RunFolder:
             return None
         return recorded if isinstance(recorded, dict) and {"MODEL", "DATA", "OUTPUT_DIR"} <= recorded.keys() else None
 
-    def _clear(self, mode: str) -> None:
-        """Delete what an earlier run of this mode wrote here, and nothing else."""
-        for name in RESULT_FILES[mode] + (TRAINING_FILES if mode == "train" else ()):
-            (self.path / name).unlink(missing_ok=True)
-        if mode == "train":
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
-            for events in self.path.glob("events.out.tfevents.*"):
-                events.unlink()
-
-    def read_results(self) -> dict[str, Any]:
-        """Return what ``results.json`` holds."""
-        return json.loads(self.results.read_text())
-
-    def write_results(self, results: dict[str, Any]) -> None:
-        """Write ``results.json``."""
-        write_json(self.results, results)
-
     def write_table(self, name: str, rows: list[dict[str, object]]) -> None:
         """Write rows as a CSV file of that name, columns as in the first."""
         write_atomically(self.path / name, to_csv(rows, list(rows[0]) if rows else []))
-
-    def write_load_report(self, text: str) -> None:
-        """Write ``load_report.json``: the status of every key of MODEL.INIT."""
-        write_atomically(self.path / "load_report.json", text.encode())
 
     def write_failures(self, failures: Iterable[Failure]) -> None:
         """Write ``failures.csv``, each video once a stage; a header alone where none failed."""
         write_atomically(self.path / "failures.csv", failures_csv(failures))
 
-    def read_failures(self) -> list[Failure]:
-        """Return the rows of ``failures.csv``: what the earlier part of an interrupted run reported."""
-        return read_ledger(self.path / "failures.csv")
-
 
 def build_run_folder(cfg: CfgNode) -> RunFolder:
     """Return the folder of the configured run, OUTPUT_DIR."""
     return RunFolder(cfg.OUTPUT_DIR, yaml.safe_load(cfg.dump()))
-
-
-def _refuse_other_settings(path: Path, recorded: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    changed = describe_changes(recorded, current)
-    if changed:
-        raise UsageError(
-            f"OUTPUT_DIR {path} holds a run with other settings: {changed}. "
-            f"Give another OUTPUT_DIR, or OVERWRITE True to replace that run."
-        )
 
 
 def describe_changes(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> str:

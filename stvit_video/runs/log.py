@@ -48,10 +48,9 @@ class MetricsLog:
 
 def check_wandb(project: str) -> None:
     """Raise UsageError where LOG.WANDB names a ``project`` of Weights & Biases, which is not installed."""
-    if not project:
-        return
     try:
-        importlib.import_module("wandb")
+        if project:
+            importlib.import_module("wandb")
     except ImportError as error:
         raise UsageError(
             f"LOG.WANDB {project}: Weights & Biases is not installed; pip install wandb, or LOG.WANDB ''."

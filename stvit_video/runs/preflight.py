@@ -1,5 +1,6 @@
 """Opening a run: what it needs is read once, checked before anything is written, and handed on as plain values."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from stvit_video.common.errors import RunFailure, UsageError
+from stvit_video.common.files import write_atomically
 from stvit_video.data import sample
 from stvit_video.data.lists.annotations import Video, summarise_videos
 from stvit_video.data.lists.videos import ListReader, build_lists
@@ -19,7 +21,7 @@ from stvit_video.models.zoo import build_model
 from stvit_video.runs.checkpoint import load_newest
 from stvit_video.runs.folder import RunFolder, build_run_folder
 from stvit_video.runs.log import check_wandb, describe_results
-from stvit_video.runs.weights import build_weights, build_weights_path
+from stvit_video.runs.weights import build_weights
 from stvit_video.runtime.world import World, gather_objects, on_main
 
 KINETICS_CLASSES = 400  # what --cost assumes where there is no data; the classifier's share of the cost is small
@@ -52,11 +54,11 @@ class OpenRun:
     def claim(self, *, keep_report: bool = True) -> None:
         """Make the folder this run's, and say what it is; from here on files are written."""
         on_main(self.world, self.folder.claim)
-        report = self.report
-        if report is not None and keep_report:
-            on_main(self.world, lambda: self.folder.write_load_report(report.to_json()))
+        report = self.report.to_json().encode() if self.report is not None and keep_report else None
+        if report is not None:
+            on_main(self.world, lambda: write_atomically(self.folder.path / "load_report.json", report))
         if self.world.is_main:
-            print("\n".join(filter(None, [str(report or ""), self.summary])), flush=True)
+            print("\n".join(filter(None, [str(self.report or ""), self.summary])), flush=True)
 
 
 def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: OpenRun | None = None) -> OpenRun | None:
@@ -75,19 +77,32 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
     if purpose == "run" and cfg.MODE == "train":
         if on_main(world, folder.is_finished) and not cfg.OVERWRITE:
             if world.is_main:
-                results = describe_results(folder.read_results())
+                results = describe_results(json.loads(folder.results.read_text()))
                 print(f"{cfg.OUTPUT_DIR} is finished (OVERWRITE True runs it again):\n{results}", flush=True)
             return None
         on_main(world, folder.lock)
-        state = None if cfg.OVERWRITE else load_agreed(world, folder)
+        state = None if cfg.OVERWRITE else load_newest(folder.checkpoints)
+        steps = gather_objects(world, None if state is None else int(state["step"]))
+        if len(set(steps)) > 1:
+            seen = [f"rank {rank} {'none' if step is None else f'step {step}'}" for rank, step in enumerate(steps)]
+            raise RunFailure(
+                f"the processes find different newest checkpoints in {folder.checkpoints}: {', '.join(seen[:8])}; "
+                f"OUTPUT_DIR has to be one folder that all machines share. If it is, start again: one saw it late."
+            )
     needs_weights = purpose != "measure" and state is None
-    source = build_weights_path(cfg, folder.weights) if needs_weights else ""
+    source = cfg.MODEL.INIT if needs_weights else ""  # where it is missing, that is reported with all missing files
+    if needs_weights and cfg.MODE == "test" and not source:
+        source = str(folder.weights)
+        if not folder.weights.is_file():
+            raise UsageError(
+                f"MODE test: {source} is missing; give MODEL.INIT FILE, or the OUTPUT_DIR of a finished run."
+            )
     classes, videos = (opened.classes, opened.videos) if opened else open_lists(cfg, world, needs_weights=needs_weights)
     torch.manual_seed(cfg.SEED)  # for weights that no file holds
     model = build_model(cfg, len(classes))
     checkpoint = opened.checkpoint if opened else read_checkpoint(source) if source else None
     report = build_weights(cfg, model, checkpoint, classes) if source and checkpoint else None
-    cost = build_cost(cfg, model)
+    cost = measure_cost(model, (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE))
     summary = _build_summary(cfg, world, cost, len(classes), videos)
     kept = checkpoint if cfg.MODE == "transfer" else None
     return OpenRun(cfg, world, folder, classes, videos, model, cost, summary, kept, report, state)
@@ -98,48 +113,21 @@ def open_lists(cfg: CfgNode, world: World, *, needs_weights: bool) -> tuple[list
 
     The set that DATA.GENERATE names is generated first.
     """
-    lists, splits = build_lists(cfg), build_splits(cfg)
-    weights = cfg.MODEL.INIT if needs_weights else ""
+    lists, weights = build_lists(cfg), cfg.MODEL.INIT if needs_weights else ""
+    trains = cfg.MODE == "train" or (cfg.MODE == "transfer" and cfg.TRANSFER.FINETUNE)
+    splits = ["train", "val", "test"] if trains else ["test"] if cfg.MODE == "test" else ["train", "test"]
 
     def read() -> tuple[list[str], dict[str, list[Video]]]:
-        if cfg.DATA.GENERATE:
-            build_data(cfg, weights)
+        if cfg.DATA.GENERATE:  # takes minutes: first what can be wrong before
+            if not sample.is_complete(cfg.DATA.ROOT):
+                build_model(cfg, cfg.MODEL.NUM_CLASSES or SOME_CLASSES)
+            if weights and not Path(weights).is_file():
+                raise UsageError(f"MODEL.INIT {weights} is missing; {WEIGHTS_ADVICE}.")
+            sample.prepare(cfg.DATA.ROOT, sample.Spec(clips=tuple(cfg.DATA.GENERATE_CLIPS), name=cfg.DATA.GENERATE))
         check_inputs(cfg.MODE, lists, splits, weights)
         return lists.classes, {split: lists.videos(split) for split in splits if lists.lists[split]}
 
     return on_main(world, read)
-
-
-def load_agreed(world: World, folder: RunFolder) -> dict[str, Any] | None:
-    """Return the newest training state that is whole. Raises RunFailure where processes find different ones."""
-    state = load_newest(folder.checkpoints)
-    steps = gather_objects(world, None if state is None else int(state["step"]))
-    if len(set(steps)) > 1:
-        seen = [f"rank {rank} {'none' if step is None else f'step {step}'}" for rank, step in enumerate(steps)]
-        raise RunFailure(
-            f"the processes find different newest checkpoints in {folder.checkpoints}: {', '.join(seen[:8])}; "
-            f"OUTPUT_DIR has to be one folder that all machines share. If it is, start again: one of them saw it late."
-        )
-    return state
-
-
-def build_splits(cfg: CfgNode) -> list[str]:
-    """Return the splits that MODE uses."""
-    if cfg.MODE == "test":
-        return ["test"]
-    return ["train", "test"] if cfg.MODE == "transfer" and not cfg.TRANSFER.FINETUNE else ["train", "val", "test"]
-
-
-def build_data(cfg: CfgNode, weights: str) -> None:
-    """Generate the data set that DATA.GENERATE names, unless it is there.
-
-    That may take minutes: raises UsageError before, for a network that cannot be built or ``weights`` that are missing.
-    """
-    if not sample.is_complete(cfg.DATA.ROOT):
-        build_model(cfg, cfg.MODEL.NUM_CLASSES or SOME_CLASSES)
-    if weights and not Path(weights).is_file():
-        raise UsageError(f"MODEL.INIT {weights} is missing; {WEIGHTS_ADVICE}.")
-    sample.prepare(cfg.DATA.ROOT, sample.Spec(clips=tuple(cfg.DATA.GENERATE_CLIPS), name=cfg.DATA.GENERATE))
 
 
 def check_inputs(mode: str, lists: ListReader, splits: list[str], weights: str) -> None:
@@ -168,11 +156,6 @@ def check_inputs(mode: str, lists: ListReader, splits: list[str], weights: str) 
         )
 
 
-def build_cost(cfg: CfgNode, model: nn.Module) -> Cost:
-    """Return what a clip of the configured size costs."""
-    return measure_cost(model, (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE))
-
-
 def build_cost_report(cfg: CfgNode) -> str:
     """Return what the configured model costs to run and to train; without data, for Kinetics' 400 classes."""
     try:
@@ -181,7 +164,7 @@ def build_cost_report(cfg: CfgNode) -> str:
         classes = cfg.MODEL.NUM_CLASSES or KINETICS_CLASSES
         note = [f"no data found in {cfg.DATA.ROOT}: {classes} classes assumed"]
     model = build_model(cfg, classes)
-    cost = build_cost(cfg, model)
+    cost = measure_cost(model, (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE))
     clip = count_training_memory(model, cost.input_size, cfg.PRECISION)
     training = (
         f"training: {clip:.2f} GB a clip kept for the backward pass in {cfg.PRECISION}, beside "

@@ -1,10 +1,11 @@
 """Read a run's folder for a report. Only ``results.json`` is required."""
 
 import csv
+import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError
 
-from stvit_video.common.errors import UsageError
+from stvit_video.common.errors import UsageError, first_line
 from stvit_video.data.failures import Failure, read_ledger
 from stvit_video.models import create_model
 from stvit_video.models.weights.files import read_metadata
@@ -84,9 +85,9 @@ class RunRecord:
     def interval(self) -> tuple[float, float] | None:
         """Return the 95 % confidence interval of top-1 in percent (Wilson)."""
         n = self.results.get("scored")
-        if not n or "top1" not in self.results:
+        if not n:
             return None
-        p, z = self.results["top1"] / 100, 1.96
+        p, z = self.top1 / 100, 1.96
         middle, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         return tuple(100 * (middle + sign * spread) / (1 + z * z / n) for sign in (-1, 1))
 
@@ -113,76 +114,53 @@ def read_run(path: Path, name: str | None = None) -> RunRecord:
         raise UsageError(f"RUN {path} is not a folder; give the OUTPUT_DIR of a run.")
     if not folder.results.is_file():
         raise UsageError(f"RUN {path} has no results.json; give the OUTPUT_DIR of a run that was tested.")
-    run = RunRecord(path, name or path.resolve().name, _read_json(folder.results))
+    run = RunRecord(path, name or path.resolve().name, _read_mapping(folder.results, json.loads))
     if not isinstance(run.results.get("top1"), int | float):
         raise UsageError(f"{folder.results} holds no top1; give the OUTPUT_DIR of a run that was tested.")
-    run.config = _read_config(path / "config.yaml")
-    if (path / "environment.json").is_file():
-        run.environment = _read_json(path / "environment.json")
+    run.config = _read_mapping(path / "config.yaml", yaml.safe_load)
+    run.environment = _read_mapping(path / "environment.json", json.loads)
     run.metrics = [row for row in read_metrics(path / "metrics.jsonl") if {"split", "epoch", "step"} <= row.keys()]
     run.failures = read_ledger(path / "failures.csv")
-    metadata = _metadata(folder.weights)
-    names = metadata.get("classes") or []
-    run.predictions = _read_predictions(path / "predictions.csv", names)
+    try:  # there are none after MODE test
+        metadata = read_metadata(folder.weights) if folder.weights.is_file() else {}
+    except SafetensorError as error:
+        raise UsageError(
+            f"{folder.weights} is not complete ({error}); restore it, or delete it and test again."
+        ) from error
+    run.predictions = _read_predictions(path / "predictions.csv", metadata.get("classes") or [])
     run.classes = _read_classes(path / "per_class.csv", run.predictions)
     run.tokens = count_tokens(metadata)
-    run.absent = _absent(run)
-    return run
-
-
-def _absent(run: RunRecord) -> list[str]:
-    """Return a sentence for each kind of file that the run does not have."""
-    lines = [] if run.metrics else [f"{run.name} has no metrics.jsonl, so no curves: it was only tested."]
+    if not run.metrics:
+        run.absent.append(f"{run.name} has no metrics.jsonl, so no curves: it was only tested.")
     files = [] if run.predictions else ["predictions.csv (mistakes)"]
     files += [] if run.classes else ["per_class.csv (accuracy by class)"]
     if files:
-        lines.append(f"{run.name} has no {' and no '.join(files)}: a new test would write them.")
-    return lines
+        run.absent.append(f"{run.name} has no {' and no '.join(files)}: a new test would write them.")
+    return run
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """Return what a JSON or YAML file holds; empty where there is no file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path} is not complete JSON ({error}); test the run again, or leave it out.") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} is not a JSON object; test the run again, or leave it out.")
-    return content
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not complete YAML; restore it, or leave the run out.") from error
+        content = parse(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"{path} is not complete ({first_line(error)}); restore it, or leave the run out.") from error
     return content if isinstance(content, dict) else {}
 
 
-def _metadata(weights: Path) -> dict[str, Any]:
-    """Return the metadata of the run's weights; empty where it has none, as after MODE test."""
-    if not weights.is_file():
-        return {}
-    try:
-        return read_metadata(weights)
-    except SafetensorError as error:
-        raise UsageError(
-            f"{weights} is not complete ({error}); restore it, or delete it and test the run again."
-        ) from error
+def _read_rows(path: Path, read: dict[str, Any]) -> list[list[Any]]:
+    """Return the columns that ``read`` names, each value converted by its function; no rows where there is no file.
 
-
-def _rows(path: Path, columns: set[str]) -> list[dict[str, str]]:
-    """Return the rows of a CSV file; none where there is no file. Raises UsageError where columns are missing."""
+    Raises UsageError where columns or values are missing or wrong.
+    """
     if not path.is_file():
         return []
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-        reader = csv.DictReader(file)
-        rows = list(reader)
-    missing = columns - set(reader.fieldnames or ())
-    if missing or any(row[column] is None for row in rows for column in columns):
-        raise UsageError(
-            f"{path} lacks {', '.join(sorted(missing)) or 'values'}; test the run again, or delete the file."
-        )
-    return rows
+        rows = list(csv.DictReader(file, restval=""))
+    try:
+        return [[convert(row[column]) for column, convert in read.items()] for row in rows]
+    except (KeyError, ValueError) as error:  # no such column; no number
+        raise UsageError(f"{path} lacks or holds {error}; test the run again, or delete the file.") from error
 
 
 def _read_predictions(path: Path, names: list[str]) -> list[ScoredVideo]:
@@ -190,28 +168,14 @@ def _read_predictions(path: Path, names: list[str]) -> list[ScoredVideo]:
         known = word.isdecimal() and word not in names and int(word) < len(names)
         return names[int(word)] if known else word
 
-    rows = _rows(path, {"path", "label", "predicted", "probability", "label_probability"})
-    try:
-        return [
-            ScoredVideo(
-                row["path"], named(row["label"]), named(row["predicted"]), float(row["probability"]),
-                float(row["label_probability"]),
-            )
-            for row in rows
-        ]  # fmt: skip
-    except ValueError as error:
-        raise UsageError(f"{path} holds {error}; test the run again, or delete the file.") from error
+    columns = {"path": str, "label": named, "predicted": named, "probability": float, "label_probability": float}
+    return [ScoredVideo(*row) for row in _read_rows(path, columns)]
 
 
 def _read_classes(path: Path, predictions: list[ScoredVideo]) -> list[ClassScore]:
     """Return the score of each class from the file, or else counted from the predictions."""
-    rows = _rows(path, {"class", "videos", "correct"})
-    try:
-        scores = [ClassScore(row["class"], int(row["videos"]), int(row["correct"])) for row in rows]
-    except ValueError as error:
-        raise UsageError(f"{path} holds {error}; test the run again, or delete the file.") from error
-    if scores:
-        return scores
+    if rows := _read_rows(path, {"class": str, "videos": int, "correct": int}):
+        return [ClassScore(*row) for row in rows]
     videos = Counter(row.label for row in predictions)
     correct = Counter(row.label for row in predictions if row.label == row.predicted)
     return [ClassScore(name, count, correct[name]) for name, count in sorted(videos.items())]
@@ -222,10 +186,7 @@ def count_tokens(metadata: dict[str, Any]) -> tuple[int, int | None] | None:
 
     Builds the network that the ``metadata`` of weights names; returns None where there is no metadata.
     """
-    if not metadata:
-        return None
-    model = create_model(metadata["name"], **metadata["arguments"])
-    return model.token_counts()  # type: ignore[operator]
+    return create_model(metadata["name"], **metadata["arguments"]).token_counts() if metadata else None  # type: ignore[operator]
 
 
 Points = list[tuple[int, float]]  # step, top-1 in percent
@@ -234,22 +195,15 @@ Points = list[tuple[int, float]]  # step, top-1 in percent
 def read_curves(folder: Path, window: int) -> dict[str, Points]:
     """Return the smoothed training curve and the validation points of a run. Raises UsageError where it has none."""
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if {"split", "step"} <= set(row)]
+    points = [(row["step"], row["top1"]) for row in rows if row["split"] == "train" and "top1" in row]
     if not any(row["split"] == "train" for row in rows):
         raise UsageError(f"{folder} has no metrics.jsonl with training rows; give the OUTPUT_DIR of a training run.")
-    validation = [(row["step"], row["top1"]) for row in rows if row["split"] == "val"]
-    return {"train": smooth(rows, window), "val": validation}
-
-
-def smooth(rows: list[dict[str, Any]], window: int) -> Points:
-    """Return training top-1 averaged over the last ``window`` steps, from step ``window`` on."""
-    points = [(row["step"], row["top1"]) for row in rows if row["split"] == "train" and "top1" in row]
-    smoothed = []
+    smoothed = []  # over the last ``window`` steps, from step ``window`` on
     for i, (step, _) in enumerate(points):
-        if step < window:
-            continue
         recent = [top1 for earlier, top1 in points[: i + 1] if earlier > step - window]
-        smoothed.append((step, sum(recent) / len(recent)))
-    return smoothed
+        if step >= window:
+            smoothed.append((step, sum(recent) / len(recent)))
+    return {"train": smoothed, "val": [(row["step"], row["top1"]) for row in rows if row["split"] == "val"]}
 
 
 def first_step(points: Points, target: float) -> int | None:
@@ -268,8 +222,6 @@ def name_runs(paths: Sequence[Path]) -> list[str]:
             raise UsageError(f"RUN {paths[i]} is given twice; give each run once.")
     names = []
     for one in parts:
-        depth = 1
-        while sum(other[-depth:] == one[-depth:] for other in parts) > 1:
-            depth += 1
+        depth = next(n for n in itertools.count(1) if sum(other[-n:] == one[-n:] for other in parts) == 1)
         names.append("/".join(one[-depth:]))
     return names

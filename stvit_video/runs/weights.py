@@ -39,19 +39,6 @@ def check_all_loaded(report: LoadReport, model: nn.Module) -> None:
             raise UsageError(f"{report.source} was trained with {key} {old!r}, not {new!r}; set MODEL to match it.")
 
 
-def build_weights_path(cfg: CfgNode, own: Path) -> str:
-    """Return the file of the weights that the configured mode reads, "" for none; ``own`` are those of OUTPUT_DIR.
-
-    Raises UsageError in MODE test without MODEL.INIT where the folder has none; a missing MODEL.INIT is reported with
-    all other missing files.
-    """
-    if cfg.MODEL.INIT or cfg.MODE != "test":
-        return cfg.MODEL.INIT
-    if not own.is_file():
-        raise UsageError(f"MODE test: {own} is missing; give MODEL.INIT FILE, or the OUTPUT_DIR of a finished run.")
-    return str(own)
-
-
 def build_weights(cfg: CfgNode, model: nn.Module, checkpoint: Checkpoint, classes: list[str]) -> LoadReport:
     """Load a checkpoint into the model as the configured mode asks.
 
@@ -71,11 +58,5 @@ def build_weights(cfg: CfgNode, model: nn.Module, checkpoint: Checkpoint, classe
             f"{cfg.MODEL.INIT}: its classifier is for other classes ({', '.join(map(str, known[:4]))} ...) than the "
             f"data's ({', '.join(classes[:4])} ...). Set MODEL.NEW_HEAD True to train a new one."
         )
-    return load_pretrained(
-        model,
-        checkpoint,
-        min_coverage=least,
-        new_head=cfg.MODEL.NEW_HEAD,
-        motion=cfg.MODEL.INIT_MOTION,
-        depth=cfg.MODEL.INIT_DEPTH,
-    )
+    options = {"new_head": cfg.MODEL.NEW_HEAD, "motion": cfg.MODEL.INIT_MOTION, "depth": cfg.MODEL.INIT_DEPTH}
+    return load_pretrained(model, checkpoint, min_coverage=least, **options)

@@ -66,13 +66,15 @@ def is_told(world: World, note: str) -> bool:
 
 def on_main(world: World, action: Callable[[], T]) -> T:
     """Run ``action`` on rank 0 and return its result on all ranks, or raise its UsageError or OSError on all ranks."""
-    outcome: tuple[Any, Exception | None] = (None, None)
+    outcome: list[Any] = [None, None]  # value, failure
     if world.is_main:
         try:
-            outcome = (action(), None)
+            outcome[0] = action()
         except (UsageError, OSError) as error:
-            outcome = (None, error)
-    value, failure = gather_objects(world, outcome)[0]
+            outcome[1] = error
+    if world.size > 1:  # sent from the CPU, once: a list of all videos may be large
+        dist.broadcast_object_list(outcome, src=0, group=world.cpu_group)
+    value, failure = outcome
     if failure is not None:
         raise failure
     return value

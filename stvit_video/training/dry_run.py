@@ -5,7 +5,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from stvit_video.evaluation.evaluate import Tester, build_tested_model, build_tester
+from stvit_video.evaluation.evaluate import build_tested_model, build_tester
 from stvit_video.runs.preflight import OpenRun
 from stvit_video.runtime.clock import PARTS, peak_memory
 from stvit_video.runtime.precision import autocast
@@ -25,7 +25,15 @@ def dry_run(run: OpenRun) -> None:
         lines, model = [rehearse_step(trainer)], trainer.model_to_test()
     else:
         lines, model = [], build_tested_model(run)
-    lines.append(rehearse_test(build_tester(run), model))
+    tester, started = build_tester(run), time.monotonic()
+    batch = next(iter(tester.loader), None)
+    waited = time.monotonic() - started
+    text = "none for this process" if batch is None else "no video of the first could be read"
+    if batch is not None and len(batch.labels):
+        clips = batch.to(world.device).make_clips()
+        with torch.no_grad(), autocast(world.device, tester.precision):
+            text = describe_shapes(clips, model.eval()(clips))
+    lines.append(f"test batch: {text}; {waited:.2f} s to load")
     if world.is_main:
         print("\n".join(lines))
         print(f"peak memory {peak_memory(world.device):.2f} GB. Nothing was written to {run.folder.path}.", flush=True)
@@ -48,19 +56,6 @@ def rehearse_step(trainer: Trainer) -> str:
     batches = f"{trainer.settings.accumulate} x " if trainer.settings.accumulate > 1 else ""
     outcome = f"loss {loss / count:.3f}" if count else "skipped: its loss or gradients are not finite"
     return f"first training step: {batches}{seen[0]}, {outcome}; {parts}"
-
-
-def rehearse_test(tester: Tester, model: nn.Module) -> str:
-    """Run the first test batch through the model, and return a line on it."""
-    started = time.monotonic()
-    batch = next(iter(tester.loader), None)
-    waited = time.monotonic() - started
-    text = "none for this process" if batch is None else "no video of the first could be read"
-    if batch is not None and len(batch.labels):
-        clips = batch.to(tester.world.device).make_clips()
-        with torch.no_grad(), autocast(tester.world.device, tester.precision):
-            text = describe_shapes(clips, model.eval()(clips))
-    return f"test batch: {text}; {waited:.2f} s to load"
 
 
 def describe_shapes(clips: Tensor, logits: Tensor) -> str:

@@ -6,23 +6,22 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
 from torch.utils.data import DataLoader
 
 from stvit_video.common.charts import plot_curves
 from stvit_video.common.errors import Stopped, UsageError
 from stvit_video.common.progress import Progress
 from stvit_video.config.clip_settings import view_settings
-from stvit_video.data.failures import check_failures, merge
+from stvit_video.data.failures import check_failures, merge, read_ledger
 from stvit_video.data.loader import build_test_loader
 from stvit_video.evaluation.evaluate import Tester, build_tester, class_probabilities, describe_videos
-from stvit_video.runs.checkpoint import CheckpointWriter, build_writer
+from stvit_video.runs.checkpoint import CheckpointWriter
 from stvit_video.runs.folder import RunFolder
 from stvit_video.runs.log import MetricsLog, build_log, read_metrics
 from stvit_video.runs.preflight import OpenRun
 from stvit_video.runs.weights import save_weights
 from stvit_video.runtime.stopping import StopSignals
-from stvit_video.runtime.world import World, any_of, gather_objects, on_main
+from stvit_video.runtime.world import any_of, gather_objects, on_main
 from stvit_video.training.trainer import Trainer, build_trainer
 
 
@@ -36,18 +35,13 @@ class Training:
     val_loader: DataLoader | None
     val_every: int  # epochs
     views: dict[str, Any]  # how videos become clips, to be saved beside weights
-    max_failures: float  # share of a list
-
-    @property
-    def world(self) -> World:
-        return self.trainer.world
 
     def run_epochs(self, log: MetricsLog | None, writer: CheckpointWriter, signals: StopSignals) -> None:
         """Take the steps that are left, validate after epochs, and write checkpoints when they are due.
 
         ``log`` is rank 0's. Raises Stopped, with a checkpoint of the very step, after a signal to stop.
         """
-        trainer, world = self.trainer, self.world
+        trainer, world = self.trainer, self.trainer.world
 
         def after_step() -> None:
             stop = any_of(world, signals.received is not None)
@@ -73,20 +67,24 @@ class Training:
                     values = self.validate(self.val_loader, signals)
                     if log is not None:
                         log.write(trainer.step, trainer.step / trainer.steps_per_epoch, "val", values)
-                    progress.note(describe_validation(trainer.epoch + 1, values))
+                    epoch, loss, top1 = trainer.epoch + 1, values["loss"], values["top1"]
+                    progress.note(f"epoch {epoch}: validation loss {loss:.3f}, top-1 {top1:.1f} %")
                 trainer.epoch += 1
                 self.write_failures()
-                self.check_failures()
+                for stage, loader in (("train", trainer.loader), ("val", self.val_loader)):
+                    failed = len({failure.path for failure in trainer.failures if failure.stage == stage})
+                    total = len(loader.dataset) if loader else 0  # type: ignore[arg-type]
+                    check_failures(failed, total, trainer.settings.max_failures, stage)
 
     def validate(self, loader: DataLoader, signals: StopSignals) -> dict[str, float]:
         """Score the validation list with one view a video; keep the weights where they are the best so far.
 
         Raises Stopped after a signal to stop; the checkpoint of the last step is written by then.
         """
-        trainer, model = self.trainer, self.trainer.model_to_test()
-        describe = class_probabilities(model)
+        trainer, world, model = self.trainer, self.trainer.world, self.trainer.model_to_test()
+        describe, precision = class_probabilities(model), trainer.settings.precision
         try:
-            predictions = describe_videos(describe, loader, self.world, trainer.settings.precision, signals=signals)
+            predictions = describe_videos(describe, loader, world, precision, signals=signals)
         except Stopped:  # the scores so far are not kept: one view a video is quickly scored again
             raise Stopped(signals.received, f"step {trainer.step}") from None
         trainer.failures += predictions.failures
@@ -94,27 +92,21 @@ class Training:
         if values["top1"] > trainer.best:
             trainer.best = values["top1"]
             classes = self.tester.classes
-            on_main(self.world, lambda: save_weights(self.folder.best_weights, model, classes, self.views))
+            on_main(world, lambda: save_weights(self.folder.best_weights, model, classes, self.views))
         return values
 
     def write_failures(self) -> None:
         """Write the list of the videos that failed on any process."""
-        trainer = self.trainer
-        trainer.failures = merge(itertools.chain.from_iterable(gather_objects(self.world, trainer.failures)))
-        on_main(self.world, lambda: self.folder.write_failures(trainer.failures))
-
-    def check_failures(self) -> None:
-        """Raise UsageError where a list has lost more videos than ``max_failures`` allows."""
-        for stage, loader in (("train", self.trainer.loader), ("val", self.val_loader)):
-            failed = len({failure.path for failure in self.trainer.failures if failure.stage == stage})
-            check_failures(failed, len(loader.dataset) if loader else 0, self.max_failures, stage)  # type: ignore[arg-type]
+        trainer, world = self.trainer, self.trainer.world
+        trainer.failures = merge(itertools.chain.from_iterable(gather_objects(world, trainer.failures)))
+        on_main(world, lambda: self.folder.write_failures(trainer.failures))
 
     def resume(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint, and say where."""
-        trainer = self.trainer
+        trainer, world = self.trainer, self.trainer.world
         trainer.restore(state)
-        trainer.failures = on_main(self.world, self.folder.read_failures)
-        if not self.world.is_main:
+        trainer.failures = on_main(world, lambda: read_ledger(self.folder.path / "failures.csv"))
+        if not world.is_main:
             return
         print(f"continuing at step {trainer.step} in epoch {trainer.epoch + 1}", flush=True)
         changed = [f"{name} {old} (now {trainer.setup[name]})" for name, old in state["setup"].items()
@@ -125,11 +117,6 @@ class Training:
                 f"differently, so weights will not be equal bit for bit",
                 flush=True,
             )
-
-    def finish(self, model: nn.Module) -> None:
-        """Write the weights to be tested and the learning curves."""
-        save_weights(self.folder.weights, model, self.tester.classes, self.views)
-        plot_curves(read_metrics(self.folder.path / "metrics.jsonl"), self.folder.path / "curves.png")
 
 
 def build_training(run: OpenRun) -> Training:
@@ -142,7 +129,6 @@ def build_training(run: OpenRun) -> Training:
         val_loader=build_test_loader(cfg, run.world, run.videos["val"], "val") if "val" in run.videos else None,
         val_every=cfg.TRAIN.VAL_EVERY,
         views=view_settings(cfg),
-        max_failures=cfg.DATA.MAX_FAILURES,
     )
 
 
@@ -157,19 +143,21 @@ def train(run: OpenRun) -> None:
     with StopSignals(world.launched) as signals:
         with open_records(run, training.trainer.step) as (log, writer):
             training.run_epochs(log, writer, signals)
-        model = training.trainer.model_to_test()
-        on_main(world, lambda: training.finish(model))
+        model, folder = training.trainer.model_to_test(), run.folder
+
+        def finish() -> None:
+            save_weights(folder.weights, model, run.classes, training.views)
+            plot_curves(read_metrics(folder.path / "metrics.jsonl"), folder.path / "curves.png")
+
+        on_main(world, finish)
         training.tester.test(model, training.trainer.failures, signals)
 
 
 @contextmanager
 def open_records(run: OpenRun, step: int) -> Iterator[tuple[MetricsLog | None, CheckpointWriter]]:
     """Yield the log of a run that is at ``step`` (rank 0 only) and the writer of its checkpoints."""
+    cfg, checkpoints = run.cfg.CHECKPOINT, run.folder.checkpoints
     log = build_log(run.cfg, run.folder.path, step) if run.world.is_main else None
-    with closing(log) if log is not None else nullcontext(), build_writer(run.cfg, run.folder.checkpoints) as writer:
+    writer = CheckpointWriter(checkpoints, cfg.KEEP, cfg.EVERY_STEPS, cfg.EVERY_MINUTES)
+    with closing(log) if log is not None else nullcontext(), writer:
         yield log, writer
-
-
-def describe_validation(epoch: int, values: dict[str, float]) -> str:
-    """Return the line that is printed after a validation."""
-    return f"epoch {epoch}: validation loss {values['loss']:.3f}, top-1 {values['top1']:.1f} %"

@@ -1,7 +1,7 @@
 """Optimiser and learning-rate schedule: which weights are trained, and how fast."""
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from fvcore.common.config import CfgNode
@@ -93,7 +93,5 @@ def average_weights(model: nn.Module, decay: float) -> AveragedModel:
     def update(averages: list[Tensor], weights: list[Tensor], updates: Tensor | int) -> None:
         torch._foreach_lerp_(averages, weights, 1 - warmed_decay(decay, int(updates)))
 
-    multi: Callable[..., None] = update
-    average = AveragedModel(model, multi_avg_fn=multi)
-    average.requires_grad_(False)
-    return average
+    average = AveragedModel(model, multi_avg_fn=update)  # type: ignore[arg-type]
+    return average.requires_grad_(False)

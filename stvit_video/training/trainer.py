@@ -4,15 +4,15 @@ import copy
 import random
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
@@ -21,27 +21,18 @@ from stvit_video.common.progress import Progress
 from stvit_video.data.clips.transforms import Mix
 from stvit_video.data.dataset import Batch, TrainDataset
 from stvit_video.data.failures import Failure, check_failures
-from stvit_video.data.lists.annotations import Video
 from stvit_video.data.loader import build_mix, build_train_loader
 from stvit_video.runs.log import MetricsLog
 from stvit_video.runs.preflight import OpenRun
+from stvit_video.runtime import parallel
 from stvit_video.runtime.clock import PARTS, StepClock, peak_memory
-from stvit_video.runtime.parallel import (
-    compile_model,
-    full_state_dict,
-    gradient_sync,
-    load_full_state_dict,
-    load_model_state_dict,
-    model_state_dict,
-    replicate,
-    shard,
-)
 from stvit_video.runtime.precision import autocast, matrix_rate, set_precision
 from stvit_video.runtime.stopping import Diverged
 from stvit_video.runtime.world import World, any_of, gather_objects, sum_over_world
 from stvit_video.training.optim import average_weights, build_optimizer, build_scheduler, freeze
 
 LOG_EVERY = 8  # steps between rows of metrics.jsonl
+COUNTERS = ("epoch", "step", "bad_steps", "best")  # of a trainer, in its checkpoints
 
 
 @dataclass(frozen=True)
@@ -59,9 +50,9 @@ class StepSettings:
     mix: Mix | None = None
 
 
-@dataclass(frozen=True)
-class Networks:
-    """A network in training.
+@dataclass(eq=False)
+class Trainer:
+    """The state of a training run, and one epoch of it at a time.
 
     ``wrapped`` is what gradients are computed with: ``model`` itself, sharded in place (FSDP) or not, or ``model``
     inside DDP.
@@ -69,34 +60,24 @@ class Networks:
 
     model: nn.Module
     wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: LambdaLR
+    loader: DataLoader
+    world: World
+    settings: StepSettings
+    total_steps: int
+    setup: dict[str, Any]  # what may change between a run and its continuation, and changes rounding
     ema_model: AveragedModel | None = None  # follows the weights of ``model``
     eval_model: nn.Module | None = None  # an unsharded copy, to test a sharded model with
+    epoch: int = 0  # finished epochs
+    step: int = 0  # steps taken
+    bad_steps: int = 0  # those of them that were skipped
+    best: float = -1.0  # validation top-1 in percent; any first one is better
+    failures: list[Failure] = field(default_factory=list)
 
-
-class Trainer:
-    """The state of a training run, and one epoch of it at a time."""
-
-    def __init__(
-        self,
-        networks: Networks,
-        optimizer: torch.optim.Optimizer,
-        scheduler: torch.optim.lr_scheduler.LambdaLR,
-        loader: DataLoader,
-        world: World,
-        settings: StepSettings,
-        *,
-        total_steps: int,
-        setup: dict[str, Any],  # what may change between a run and its continuation, and changes rounding
-    ) -> None:
-        self.model, self.wrapped = networks.model, networks.wrapped
-        self.ema_model, self.eval_model = networks.ema_model, networks.eval_model
-        self.optimizer, self.scheduler, self.loader, self.world = optimizer, scheduler, loader, world
-        self.settings, self.total_steps, self.setup = settings, total_steps, setup
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=settings.precision == "fp16")
-        self.clock = StepClock(world.device)
-        self.epoch = self.step = self.bad_steps = 0  # finished epochs, steps taken, those of them that were skipped
-        self.best = -1.0  # validation top-1 in percent; any first one is better
-        self.failures: list[Failure] = []
+    def __post_init__(self) -> None:
+        self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=self.settings.precision == "fp16")
+        self.clock = StepClock(self.world.device)
         self.failed: set[str] = set()  # training videos of this epoch and process
 
     @property
@@ -120,38 +101,35 @@ class Trainer:
         the position in it from the step.
         """
         return {
-            **full_state_dict(self.model, self.optimizer),
-            "average": None if self.ema_model is None else model_state_dict(self.ema_model.module),
+            **parallel.full_state_dict(self.model, self.optimizer),
+            "average": None if self.ema_model is None else parallel.model_state_dict(self.ema_model.module),
             "averaged": 0 if self.ema_model is None else int(self.ema_model.n_averaged),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "epoch": self.epoch,
-            "step": self.step,
-            "bad_steps": self.bad_steps,
-            "best": self.best,
+            **{name: getattr(self, name) for name in COUNTERS},
             "setup": self.setup,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint's state."""
-        load_full_state_dict(self.model, self.optimizer, state)
+        parallel.load_full_state_dict(self.model, self.optimizer, state)
         if self.ema_model is not None:
-            load_model_state_dict(self.ema_model.module, state["average"])
+            parallel.load_model_state_dict(self.ema_model.module, state["average"])
             self.ema_model.n_averaged.fill_(state["averaged"])
         self.scheduler.load_state_dict(state["scheduler"])
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
-        self.bad_steps = state["bad_steps"]
+        for name in COUNTERS:
+            setattr(self, name, state[name])
 
     def model_to_test(self) -> nn.Module:
         """Return the network to test: the moving average where there is one. A collective call of all processes."""
         model = self.model if self.ema_model is None else self.ema_model.module
         if self.eval_model is None:
             return model
-        self.eval_model.load_state_dict(model_state_dict(model))
+        self.eval_model.load_state_dict(parallel.model_state_dict(model))
         return self.eval_model.to(self.world.device)
 
     def train_epoch(self, progress: Progress, log: MetricsLog | None, after_step: Callable[[], None]) -> None:
@@ -174,7 +152,10 @@ class Trainer:
         self.clock.lap()
         last = done + self.steps_left
         for i in range(done + 1, last + 1):
-            seed_all(self._seed(self.step))
+            seed = self._seed(self.step)  # of every generator that a network may draw from
+            torch.manual_seed(seed)  # also those of the GPUs
+            np.random.seed(seed)
+            random.seed(seed)
             skipped = self.bad_steps
             sums, steps = sums + self.take_step(batches), steps + 1
             if self.bad_steps > skipped:
@@ -183,8 +164,7 @@ class Trainer:
                 values = self._averages(sums, steps)
                 if log is not None:
                     log.write(self.step, self.step / self.steps_per_epoch, "train", values)
-                text = describe_step(self.epoch + 1, values)
-                sums, steps = self._zeros(), 0
+                text, sums, steps = describe_step(self.epoch + 1, values), self._zeros(), 0
             progress.advance(text)
             after_step()
 
@@ -199,7 +179,7 @@ class Trainer:
                 batch = self._next(batches)
                 clips, labels = batch.make_clips(), batch.clip_labels
             # Processes exchange gradients once a step, with its last batch.
-            with gradient_sync(self.wrapped, i + 1 == self.settings.accumulate):
+            with parallel.gradient_sync(self.wrapped, i + 1 == self.settings.accumulate):
                 with self.clock.part("forward"):
                     targets = labels
                     if self.settings.mix is not None:
@@ -210,7 +190,10 @@ class Trainer:
                     loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.settings.label_smoothing)
                     total = loss + auxiliary_loss(self.model)
                 with self.clock.part("backward"):
-                    self.scaler.scale(total * nan_if_not_finite(total) / self.settings.accumulate).backward()
+                    # A loss that is not finite makes all gradients NaN: every process sees it in their sum, and all
+                    # skip the step together, without another exchange.
+                    guard = torch.where(total.detach().isfinite(), 1.0, torch.nan)
+                    self.scaler.scale(total * guard / self.settings.accumulate).backward()
             with torch.no_grad():
                 hits = (logits.argmax(dim=1) == labels).sum()
                 sums += torch.stack([loss * len(labels), hits, torch.tensor(len(labels), device=loss.device)])
@@ -242,7 +225,7 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-        finite = bool(_whole(norm).isfinite())
+        finite = bool((norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite())
         if finite and self.settings.clip_grad > 0:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self.settings.clip_grad, norm)
         if finite or self.scaler.is_enabled():  # the scaler skips steps that are not finite, and lowers its scale
@@ -256,14 +239,23 @@ class Trainer:
     def _skip(self, seen: list[tuple[Batch, Tensor, Tensor]]) -> None:
         """Count a skipped step; fp16 overflows that the loss scaler handles are not counted."""
         videos = self.loader.dataset.videos  # type: ignore[attr-defined]
-        paths = [path for part in seen for path in suspects(videos, *part)]
+        paths = []  # of the videos whose logits are not finite; of a whole batch if only its loss is not
+        for batch, logits, loss in seen:
+            bad = (~logits.isfinite()).any(dim=1).view(len(batch.indices), -1).any(dim=1).cpu()
+            if not loss.isfinite():
+                paths += [videos[i].path for i in (batch.indices[bad] if bad.any() else batch.indices).tolist()]
         if self.scaler.is_enabled() and not any_of(self.world, bool(paths)) and self.scaler.get_scale() >= 1:
             return
         self.bad_steps += 1
-        if self.bad_steps > self.settings.max_bad_steps:
+        most = self.settings.max_bad_steps
+        if self.bad_steps > most:
             paths = [path for share in gather_objects(self.world, paths) for path in share]
-            every = [videos[index].path for batch, *_ in seen for index in batch.indices.tolist()]
-            refuse(self.bad_steps, self.settings.max_bad_steps, self.step, paths or every)
+            paths = paths or [videos[index].path for batch, *_ in seen for index in batch.indices.tolist()]
+            raise Diverged(
+                f"{self.bad_steps} steps had a loss or gradients that are not finite, the last step {self.step} with "
+                f"the video(s) {', '.join(paths[:8])}{' ...' if len(paths) > 8 else ''}; TRAIN.MAX_BAD_STEPS {most} "
+                f"are allowed. Look at these videos, lower OPTIM.LR, raise OPTIM.WARMUP_EPOCHS, or use PRECISION fp32."
+            )
 
     def _seed(self, *of: int) -> int:
         """Return a seed that depends on the run's seed, the rank and ``of`` alone."""
@@ -300,17 +292,6 @@ def auxiliary_loss(model: nn.Module) -> Tensor | float:
     return 0.0 if loss is None else loss
 
 
-def _whole(norm: Tensor) -> Tensor:
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def seed_all(seed: int) -> None:
-    """Seed every generator that a network may draw from: torch's, also those of the GPUs, NumPy's and Python's."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
-
-
 def describe_step(epoch: int, values: dict[str, float]) -> str:
     """Return the figures of a progress line."""
     if "loss" not in values:
@@ -323,14 +304,24 @@ def describe_step(epoch: int, values: dict[str, float]) -> str:
 
 
 def build_trainer(run: OpenRun) -> Trainer:
-    """Return a trainer at step 0; the run's model is moved to the process's device."""
+    """Return a trainer at step 0 of the run's model: on the device, frozen, compiled, sharded or replicated."""
     cfg, world = run.cfg, run.world
     set_precision(world.device, cfg.PRECISION)
     loader = build_train_loader(cfg, world, run.videos["train"])
-    networks = build_networks(cfg, world, run.model)
+    model, sharded = run.model, world.size > 1 and cfg.PARALLEL.STRATEGY == "fsdp"
+    eval_model = copy.deepcopy(model) if sharded else None
+    model.to(world.device)
+    freeze(model, cfg.TRAIN.FREEZE)
+    ema_model = average_weights(model, cfg.TRAIN.EMA) if cfg.TRAIN.EMA > 0 else None
+    parallel.compile_model(model, cfg.COMPILE)
+    if sharded:
+        parallel.shard(model)
+        if ema_model is not None:
+            parallel.shard(ema_model.module)
+    wrapped = parallel.replicate(model, world) if world.size > 1 and not sharded else model
     steps_per_epoch = len(loader) // cfg.TRAIN.ACCUMULATE
     total = min(cfg.TRAIN.EPOCHS * steps_per_epoch, cfg.TRAIN.MAX_STEPS or sys.maxsize)
-    optimizer = build_optimizer(cfg, networks.model)
+    optimizer = build_optimizer(cfg, model)
     rate = sum_over_world(world, torch.tensor([matrix_rate(world.device, cfg.PRECISION)], device=world.device))
     settings = StepSettings(
         precision=cfg.PRECISION,
@@ -351,49 +342,4 @@ def build_trainer(run: OpenRun) -> Trainer:
         "device": world.device.type,
     }
     scheduler = build_scheduler(cfg, optimizer, steps_per_epoch, total)
-    return Trainer(networks, optimizer, scheduler, loader, world, settings, total_steps=total, setup=setup)
-
-
-def build_networks(cfg: CfgNode, world: World, model: nn.Module) -> Networks:
-    """Return the model on the process's device: frozen, averaged, compiled and sharded or replicated as configured."""
-    sharded = world.size > 1 and cfg.PARALLEL.STRATEGY == "fsdp"
-    eval_model = copy.deepcopy(model) if sharded else None
-    model = model.to(world.device)
-    freeze(model, cfg.TRAIN.FREEZE)
-    ema_model = average_weights(model, cfg.TRAIN.EMA) if cfg.TRAIN.EMA > 0 else None
-    compile_model(model, cfg.COMPILE)
-    if sharded:
-        shard(model)
-        if ema_model is not None:
-            shard(ema_model.module)
-    wrapped = replicate(model, world) if world.size > 1 and not sharded else model
-    return Networks(model, wrapped, ema_model, eval_model)
-
-
-def nan_if_not_finite(loss: Tensor) -> Tensor:
-    """Return a factor of 1, or NaN where the loss is not finite.
-
-    It makes all gradients of that process NaN, so that every process sees it in their sum and all skip the step
-    together, without another exchange.
-    """
-    return torch.where(loss.detach().isfinite(), 1.0, torch.nan)
-
-
-def suspects(videos: list[Video], batch: Batch, logits: Tensor, loss: Tensor) -> list[str]:
-    """Return the paths of the videos whose logits are not finite; of the whole batch if only its loss is not."""
-    if loss.isfinite():
-        return []
-    rows = (~logits.detach().isfinite()).any(dim=1).view(len(batch.indices), -1).any(dim=1).cpu()
-    indices = batch.indices[rows] if rows.any() else batch.indices
-    return [videos[index].path for index in indices.tolist()]
-
-
-def refuse(count: int, most: int, step: int, paths: list[str]) -> None:
-    """Raise Diverged where more than ``most`` steps have been bad; ``paths`` are the videos of the last."""
-    if count <= most:
-        return
-    raise Diverged(
-        f"{count} steps had a loss or gradients that are not finite, the last step {step} with the video(s) "
-        f"{', '.join(paths[:8])}{' ...' if len(paths) > 8 else ''}; TRAIN.MAX_BAD_STEPS {most} are allowed. Look at "
-        f"these videos, lower OPTIM.LR, raise OPTIM.WARMUP_EPOCHS, or use PRECISION fp32."
-    )
+    return Trainer(model, wrapped, optimizer, scheduler, loader, world, settings, total, setup, ema_model, eval_model)

@@ -5,7 +5,10 @@ tokens before the classifier, are computed once; the test list is scored by near
 Where the checkpoint's classes are the data's, its own image classifier is scored too. Fine-tuning comes last.
 """
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +21,12 @@ from stvit_video.common.charts import plot_transfer
 from stvit_video.common.errors import UsageError
 from stvit_video.common.files import write_json
 from stvit_video.common.tables import format_table
+from stvit_video.config.load import override
 from stvit_video.data.failures import check_failures
 from stvit_video.data.loader import build_test_loader, build_train_loader
-from stvit_video.evaluation.features import Describer, describe_list, frame_probabilities, pooled_features
+from stvit_video.evaluation.evaluate import describe_videos
 from stvit_video.evaluation.metrics import Predictions
-from stvit_video.evaluation.score_cache import weights_hash
+from stvit_video.evaluation.score_cache import fingerprint, read_features, weights_hash, write_features
 from stvit_video.models import load_pretrained
 from stvit_video.models.weights.files import Checkpoint
 from stvit_video.models.zoo import build_model
@@ -32,6 +36,7 @@ from stvit_video.runs.weights import check_all_loaded
 from stvit_video.runtime.world import World, on_main
 from stvit_video.training.loop import train
 
+FINETUNE = "finetune"  # folder of the training run inside OUTPUT_DIR
 ScoreRow = dict[str, Any]  # method, weights, top1, top5, coverage
 
 
@@ -69,6 +74,31 @@ def linear_probe(train: Predictions, features: Tensor, classes: int, weight_deca
 
 
 @dataclass(frozen=True)
+class Describer:
+    """A frozen network and the map from it and clips (B, 3, T, H, W) to a row of features or probabilities each.
+
+    ``kind`` is its name in files; ``weights`` identifies its weights: a hash, or how they were drawn.
+    """
+
+    kind: str
+    network: nn.Module
+    weights: str
+    describe: Callable[[nn.Module, Tensor], Tensor]
+
+
+def pooled_features(model: nn.Module, clips: Tensor) -> Tensor:
+    """Return the mean (B, C) of the tokens of clips (B, 3, T, H, W) that would enter the classifier."""
+    return model.forward_features(clips).mean(dim=1)  # type: ignore[operator]
+
+
+def frame_probabilities(image_model: nn.Module, clips: Tensor) -> Tensor:
+    """Return class probabilities (B, classes) of clips (B, 3, T, H, W), averaged over the frames."""
+    frames = clips.transpose(1, 2).flatten(0, 1).unsqueeze(2)  # (B*T, 3, 1, H, W)
+    probabilities = image_model(frames).float().softmax(dim=1)
+    return probabilities.unflatten(0, (len(clips), -1)).mean(dim=1)
+
+
+@dataclass(frozen=True)
 class Transfer:
     """What MODE transfer scores, and how."""
 
@@ -85,15 +115,29 @@ class Transfer:
     max_failures: float
 
     def describe(self, world: World) -> dict[str, Predictions]:
-        """Return the features or probabilities of both lists, by split and describer, computed or from the cache."""
-        return {
-            f"{split}_{describer.kind}": describe_list(
-                describer, split, loader, self.folder.path / "features", world, self.precision, self.seed
-            )
-            for describer in self.describers
-            for split, loader in self.loaders.items()
-            if (describer.kind, split) != ("head", "train")  # the image head is not fitted to anything
-        }
+        """Return the features or probabilities of both lists, by split and describer: from a cached file, or computed.
+
+        A cached file is used only where the fingerprint of everything that it depends on agrees; a line says which.
+        """
+        described = {}
+        for describer in self.describers:
+            network = describer.network
+            for split, loader in self.loaders.items():
+                if (describer.kind, split) == ("head", "train"):
+                    continue  # the image head is not fitted to anything
+                path = self.folder.path / "features" / f"{split}_{describer.kind}.safetensors"
+                key = fingerprint(network, describer.weights, loader.dataset, self.precision, self.seed)  # type: ignore[arg-type]
+                found, said = on_main(world, partial(read_features, path, key))
+                if said and world.is_main:
+                    print(said, flush=True)
+                if found is None:
+                    network.to(world.device).eval()
+                    describe, title = partial(describer.describe, network), f"{split} list, {describer.kind}"
+                    found = describe_videos(describe, loader, world, self.precision, title)
+                    network.cpu()
+                    on_main(world, partial(write_features, path, key, found))
+                described[f"{split}_{describer.kind}"] = found
+        return described
 
     def score(self, described: dict[str, Predictions]) -> list[ScoreRow]:
         """Score the test list in every way that ``described`` allows; write ``failures.csv`` first.
@@ -125,7 +169,7 @@ class Transfer:
 def transfer(run: OpenRun) -> None:
     """Run MODE transfer: describe both lists with the weights of MODEL.INIT, score the test list, fine-tune last."""
     world, folder = run.world, run.folder
-    task, tuning = build_transfer(run), build_finetuning(run)
+    task, tuning = build_transfer(run), build_finetuning(run)  # what is wrong is found before the folder is touched
     run.claim()
     if world.is_main:
         reason = task.no_image_head
@@ -146,7 +190,10 @@ def transfer(run: OpenRun) -> None:
     tuned = open_run(tuning, world, opened=run)
     if tuned is not None:  # else it is finished already
         train(tuned)
-    content |= {"complete": True, "rows": [*rows, on_main(world, lambda: build_finetuned_row(tuning))]}
+    results = on_main(world, lambda: json.loads((folder.path / FINETUNE / "results.json").read_text()))
+    row = {"method": f"fine-tuned ({tuning.TRAIN.EPOCHS} epochs)", "weights": "fine-tuned"}
+    row |= {name: results[name] for name in ("top1", "top5", "coverage")}
+    content |= {"complete": True, "rows": [*rows, row]}
     on_main(world, lambda: write_transfer(folder, content))
 
 
@@ -156,13 +203,13 @@ def build_transfer(run: OpenRun) -> Transfer:
     assert checkpoint is not None, "MODE transfer opens MODEL.INIT"
     image_model, reason = build_image_model(cfg, checkpoint, run.classes)
     weights = weights_hash(checkpoint.tensors)
-    describers = [Describer("init", run.model, weights, pooled_features(run.model))]
+    describers = [Describer("init", run.model, weights, pooled_features)]
     if image_model is not None:
-        describers.append(Describer("head", image_model, weights, frame_probabilities(image_model)))
+        describers.append(Describer("head", image_model, weights, frame_probabilities))
     if cfg.TRANSFER.RANDOM_BASELINE:
         torch.manual_seed(cfg.SEED)
         network = build_model(cfg, len(run.classes))
-        describers.append(Describer("random", network, "random", pooled_features(network)))
+        describers.append(Describer("random", network, "random", pooled_features))
     views = {"clips": cfg.TEST.CLIPS, "crops": cfg.TEST.CROPS}
     return Transfer(
         folder=run.folder,
@@ -186,47 +233,31 @@ def build_image_model(cfg: CfgNode, checkpoint: Checkpoint, classes: list[str]) 
 
     It applies where the file says that it is of one frame, and of exactly these classes in this order.
     """
-    reason = compare_classes(checkpoint, classes)
-    if reason:
-        return None, reason
-    image = cfg.clone()
-    image.defrost()
-    image.DATA.FRAMES = 1
+    path, metadata = checkpoint.path, checkpoint.metadata
+    frames, own = metadata.get("arguments", {}).get("num_frames"), metadata.get("classes")
+    if not isinstance(own, list):
+        return None, f"{path} carries no class names"
+    if frames != 1:
+        return None, f"{path} is a model of {frames} frames, not of images"
+    if own != classes:
+        differing = next((pair for pair in zip(own, classes, strict=False) if pair[0] != pair[1]), None)
+        shown = f"{differing[0]!r} where the data has {differing[1]!r}" if differing else "the first ones agree"
+        return None, f"{path} has other classes ({len(own)} against {len(classes)}; {shown})"
+    image_settings: list[tuple[str, Any]] = [("DATA.FRAMES", 1)]
     if cfg.MODEL.REGIONS is not None:
-        image.MODEL.REGIONS = [1, *cfg.MODEL.REGIONS[1:]]
-    image.freeze()
+        image_settings.append(("MODEL.REGIONS", [1, *cfg.MODEL.REGIONS[1:]]))
     try:
-        model = build_model(image, len(classes))
+        model = build_model(override(cfg, image_settings, "MODE transfer"), len(classes))
         check_all_loaded(load_pretrained(model, checkpoint, min_coverage=0.9), model)
     except UsageError as error:
         return None, f"the image model of MODEL.NAME does not take the checkpoint ({error})"
     return model, ""
 
 
-def compare_classes(checkpoint: Checkpoint, classes: list[str]) -> str:
-    """Return why the classifier of ``checkpoint`` cannot be scored on data of ``classes``; empty where it can."""
-    path, metadata = checkpoint.path, checkpoint.metadata
-    frames, own = metadata.get("arguments", {}).get("num_frames"), metadata.get("classes")
-    if not isinstance(own, list):
-        return f"{path} carries no class names"
-    if frames != 1:
-        return f"{path} is a model of {frames} frames, not of images"
-    if own != classes:
-        differing = next((pair for pair in zip(own, classes, strict=False) if pair[0] != pair[1]), None)
-        shown = f"{differing[0]!r} where the data has {differing[1]!r}" if differing else "the first ones agree"
-        return f"{path} has other classes ({len(own)} against {len(classes)}; {shown})"
-    return ""
-
-
 def make_row(method: str, weights: str, scored: Predictions) -> ScoreRow:
     """Return a row of the table: percentages, but for ``coverage``, which is a share."""
-    return {
-        "method": method,
-        "weights": weights,
-        "top1": scored.top(1),
-        "top5": scored.top(5),
-        "coverage": scored.coverage,
-    }
+    figures = {"top1": scored.top(1), "top5": scored.top(5), "coverage": scored.coverage}
+    return {"method": method, "weights": weights, **figures}
 
 
 def build_finetuning(run: OpenRun) -> CfgNode | None:
@@ -236,20 +267,12 @@ def build_finetuning(run: OpenRun) -> CfgNode | None:
     """
     if not run.cfg.TRANSFER.FINETUNE:
         return None
-    cfg = run.cfg.clone()
-    cfg.defrost()
-    cfg.MODE, cfg.OUTPUT_DIR, cfg.MODEL.NEW_HEAD = "train", str(run.folder.path / "finetune"), True
-    cfg.freeze()
+    output = str(run.folder.path / FINETUNE)
+    changes = [("MODE", "train"), ("OUTPUT_DIR", output), ("MODEL.NEW_HEAD", True)]
+    cfg = override(run.cfg, changes, "MODE transfer")
     on_main(run.world, build_run_folder(cfg).check)
     build_train_loader(cfg, run.world, run.videos["train"])
     return cfg
-
-
-def build_finetuned_row(cfg: CfgNode) -> ScoreRow:
-    """Return the row of the finished training run."""
-    results = build_run_folder(cfg).read_results()
-    figures = {name: results[name] for name in ("top1", "top5", "coverage")}
-    return {"method": f"fine-tuned ({cfg.TRAIN.EPOCHS} epochs)", "weights": "fine-tuned", **figures}
 
 
 def write_transfer(folder: RunFolder, content: dict[str, Any]) -> None:

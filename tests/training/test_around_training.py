@@ -16,7 +16,7 @@ import torch
 
 from stvit_video import run
 from stvit_video.evaluation import evaluate
-from stvit_video.evaluation.score_cache import Parts
+from stvit_video.evaluation.score_cache import PartialScores
 from stvit_video.runs.log import read_metrics
 from stvit_video.runtime.stopping import EXIT_STOPPED
 from tests.conftest import Killed
@@ -41,15 +41,15 @@ def test_defaults_given_explicitly_are_the_same_network(
 def interrupt(monkeypatch: pytest.MonkeyPatch, after: int, action: Callable[[], None]) -> list[int]:
     """Call ``action`` after a number of batches of a test; return the list of the sizes of the batches scored."""
     scored: list[int] = []
-    add = Parts.add
+    add = PartialScores.add
 
-    def count(self: Parts, row: Any) -> None:
+    def count(self: PartialScores, row: Any) -> None:
         add(self, row)
         scored.append(len(row[0]))
         if len(scored) == after:
             action()
 
-    monkeypatch.setattr(Parts, "add", count)
+    monkeypatch.setattr(PartialScores, "add", count)
     return scored
 
 
@@ -97,8 +97,8 @@ def test_a_killed_test_after_training_continues(
     small_run: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = small_run("TEST.BATCH_SIZE", "2", "DATA.VAL_LIST", "")
-    write_at_once = Parts.__init__.__defaults__
-    monkeypatch.setattr(Parts.__init__, "__defaults__", (0.0,))
+    write_at_once = PartialScores.__init__.__defaults__
+    monkeypatch.setattr(PartialScores.__init__, "__defaults__", (0.0,))
     assert write_at_once != (0.0,)
     with monkeypatch.context() as patch:
         interrupt(patch, 5, die)
@@ -125,12 +125,12 @@ def test_parts_of_other_weights_views_or_lists_are_not_used(
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "text", "foreign"])
 def test_a_damaged_part_is_scored_again_with_a_warning(tmp_path: Path, damage: str) -> None:
-    parts = Parts(tmp_path / "parts", "key", 0)
+    parts = PartialScores(tmp_path / "parts", "key", 0)
     for first in (0, 2):
         parts.add((torch.tensor([first, first + 1]), torch.tensor([1, 0]), torch.full((2, 4), float(first))))
         parts.flush()
     assert sorted(int(row[0][0]) for row in parts.read()) == [0, 2]
-    assert Parts(tmp_path / "parts", "other", 0).read() == []
+    assert PartialScores(tmp_path / "parts", "other", 0).read() == []
     path = sorted((tmp_path / "parts").iterdir())[0]
     content = path.read_bytes()
     if damage == "foreign":
@@ -145,7 +145,7 @@ def test_a_damaged_part_is_scored_again_with_a_warning(tmp_path: Path, damage: s
 
 def test_a_failed_video_is_tried_again(small_run: Arguments, trained: Path, tmp_path: Path) -> None:
     parts = []
-    original = evaluate.Parts
+    original = evaluate.PartialScores
 
     class Watched(original):  # type: ignore[misc, valid-type]
         def add(self, row: Any) -> None:
@@ -156,12 +156,12 @@ def test_a_failed_video_is_tried_again(small_run: Arguments, trained: Path, tmp_
     root = Path(small_run()[small_run().index("DATA.ROOT") + 1])
     lines = (root / "motion" / "test.csv").read_text().splitlines()[:4]
     listed.write_text("\n".join([*lines[:3], "absent.mp4 1"]) + "\n")
-    evaluate.Parts = Watched  # type: ignore[misc]
+    evaluate.PartialScores = Watched  # type: ignore[misc]
     try:
         words = [*evaluation(trained, tmp_path / "s"), "DATA.TEST_LIST", str(listed), "DATA.MAX_FAILURES", "0.5"]
         assert run.main(small_run(*words)) == 0
     finally:
-        evaluate.Parts = original  # type: ignore[misc]
+        evaluate.PartialScores = original  # type: ignore[misc]
     assert parts == [[0, 1]]
 
 

@@ -21,7 +21,7 @@ from stvit_video.models.zoo import build_model
 from stvit_video.runs.log import MetricsLog, read_metrics
 from stvit_video.runs.preflight import open_run
 from stvit_video.runtime.world import World
-from stvit_video.training.trainer import Networks, StepSettings, Trainer, build_trainer
+from stvit_video.training.trainer import StepSettings, Trainer, build_trainer
 
 WORLD = World(0, 1, torch.device("cpu"))
 
@@ -47,8 +47,7 @@ def plain_trainer(model: nn.Module, optimizer: Any, scheduler: Any, loader: Any 
     """Return a trainer of any module with every optional part switched off."""
     off = {"precision": "fp32", "accumulate": 1, "clip_grad": 0.0, "label_smoothing": 0.0, "max_failures": 0.1}
     steps = StepSettings(**{**off, "max_bad_steps": 0, "peak_clips_per_second": 1.0, "seed": 0, **settings})
-    networks = Networks(model, model)
-    return Trainer(networks, optimizer, scheduler, loader, WORLD, steps, total_steps=12, setup={})
+    return Trainer(model, model, optimizer, scheduler, loader, WORLD, steps, total_steps=12, setup={})
 
 
 def initial_weights(arguments: list[str]) -> dict[str, torch.Tensor]:

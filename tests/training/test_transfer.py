@@ -21,17 +21,23 @@ from stvit_video.config import load_config
 from stvit_video.data.failures import Failure
 from stvit_video.data.lists.videos import build_lists
 from stvit_video.data.loader import build_test_loader
-from stvit_video.evaluation import features as features_module
-from stvit_video.evaluation.features import fingerprint, frame_probabilities
 from stvit_video.evaluation.metrics import Predictions
-from stvit_video.evaluation.score_cache import read_features, write_features
+from stvit_video.evaluation.score_cache import fingerprint, read_features, write_features
 from stvit_video.models import create_model
 from stvit_video.models.weights.files import read_checkpoint
 from stvit_video.runs.folder import RunFolder
 from stvit_video.runs.log import read_metrics
 from stvit_video.runs.weights import save_weights
 from stvit_video.runtime.world import World
-from stvit_video.training.transfer import Transfer, build_image_model, describe_rows, linear_probe, nearest_neighbours
+from stvit_video.training import transfer as transfer_module
+from stvit_video.training.transfer import (
+    Transfer,
+    build_image_model,
+    describe_rows,
+    frame_probabilities,
+    linear_probe,
+    nearest_neighbours,
+)
 from tests.conftest import REPOSITORY, Killed
 
 Arguments = Callable[..., list[str]]
@@ -75,7 +81,7 @@ def test_frames_are_classified_alone_and_averaged() -> None:
     model = image_model(5).eval()
     clips = torch.randn(2, 3, 4, 64, 64)
     with torch.no_grad():
-        found = frame_probabilities(model)(clips)
+        found = frame_probabilities(model, clips)
         expected = [
             torch.stack([model(clip[:, t : t + 1][None]).softmax(1)[0] for t in range(4)]).mean(0) for clip in clips
         ]
@@ -198,7 +204,7 @@ def test_an_image_head_that_does_not_apply_is_left_out_with_a_reason(small_set: 
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Titles of the passes over videos from now on; where the list has "stop", the test pass is interrupted."""
     titles: list[str] = []
-    describe = features_module.describe_videos
+    describe = transfer_module.describe_videos
 
     def watched(describer: Callable, loader: DataLoader, world: World, precision: str, title: str) -> Predictions:
         if "stop" in titles and title.startswith("test"):
@@ -206,7 +212,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         titles.append(title)
         return describe(describer, loader, world, precision, title)
 
-    monkeypatch.setattr(features_module, "describe_videos", watched)
+    monkeypatch.setattr(transfer_module, "describe_videos", watched)
     return titles
 
 
