@@ -18,7 +18,7 @@ from stvit_video.data.dataset import Collate, SampleKey, TestDataset, TestViews,
 from stvit_video.data.decode.frames import find_decoders
 from stvit_video.data.decode.process import Decoding
 from stvit_video.data.lists.annotations import Video
-from stvit_video.runtime.signals import ignore_stop_signals
+from stvit_video.runtime.stopping import ignore_stop_signals
 from stvit_video.runtime.world import World
 
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from stvit_video.data.decode.frames import FrameRequest, ReaderCache, ReadRequest, TimesRequest, read_file
 from stvit_video.data.decode.types import Choice, DecodeError, Frames, Times
-from stvit_video.runtime.signals import end_with_parent, ignore_stop_signals
+from stvit_video.runtime.stopping import end_with_parent, ignore_stop_signals
 
 IN_FLIGHT = 2  # requests sent to the child at once; each has a slot of the shared memory
 START_S = 120.0  # for the child's imports, which may come from slow storage
