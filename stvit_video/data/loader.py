@@ -18,7 +18,7 @@ from stvit_video.data.clips.transforms import Augment, Mix, Normalise, TestTrans
 from stvit_video.data.dataset import SampleKey, TestDataset, TestViews, TrainDataset, TrainViews, collate
 from stvit_video.data.decode.frames import Decoding, find_decoders
 from stvit_video.data.lists.annotations import Video
-from stvit_video.runtime.signals import ignore_stop_signals
+from stvit_video.runtime.stopping import ignore_stop_signals
 from stvit_video.runtime.world import World
 
 

@@ -4,7 +4,6 @@ submitit's ``TorchDistributedEnvironment`` covers its tasks on this machine. For
 jobs that submitit did not submit, and it assumes equally many tasks on all nodes and one step per job.
 """
 
-import itertools
 import os
 import re
 import socket
@@ -90,7 +89,9 @@ def _find_slurm_task() -> Place | None:
         return None
     # Not by `scontrol show hostnames`, which a container may lack.
     hosts = tuple((_SlurmStep() if env.get("SLURM_STEP_NODELIST") else SlurmJobEnvironment()).hostnames)
-    tasks = _expand_counts(env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or "")
+    counts = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or ""
+    repeated = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)  # 4(x2),1 is 4, 4, 1
+    tasks = tuple(int(number) for number, times in repeated for _ in range(int(times or 1)))
     node = _integer("SLURM_NODEID", 0)
     return Place(
         launcher="SLURM",
@@ -128,9 +129,3 @@ def _integer(name: str, default: int | None = None) -> int:
         return int(text or "")
     except ValueError:
         raise UsageError(f"{name} is {text!r}; it has to be a number, as its launcher sets it.") from None
-
-
-def _expand_counts(text: str) -> tuple[int, ...]:
-    """Return the numbers in SLURM's ``4(x2),1``: 4, 4, 1."""
-    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
-    return tuple(itertools.chain.from_iterable([int(number)] * int(times or 1) for number, times in found))

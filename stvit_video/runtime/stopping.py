@@ -1,17 +1,20 @@
-"""Why a run ends early: a signal, which is handled at the next step, or divergence."""
+"""Why a run ends early, a signal or divergence; and processes that ignore signals or end with their parent."""
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 from types import FrameType, TracebackType
 from typing import Any
 
 from stvit_video.common.errors import RunFailure
-from stvit_video.runtime.signals import STOP_SIGNALS
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 EXIT_STOPPED = 75  # EX_TEMPFAIL: the same command continues
 ECHO_S = 1.0  # within which a repeated signal is taken for the same one, sent by scheduler and launcher
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 class Diverged(RunFailure):
@@ -55,3 +58,19 @@ class StopSignals:
                 os._exit(128 + number)
         self._first_seen.setdefault(number, now)
         self.received = self.received or signal.Signals(number).name
+
+
+def end_with_parent(number: signal.Signals) -> None:
+    """Have Linux send this process ``number`` when its parent dies, even by SIGKILL."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+
+
+def ignore_stop_signals() -> None:
+    """Ignore STOP_SIGNALS, in this process and in those that it starts: the parent process decides when to stop.
+
+    A terminal or a scheduler signals all processes at once, but the parent still needs the results of this one until
+    the end of its current step.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

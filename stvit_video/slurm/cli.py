@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import socket
 import sys
 import time
@@ -17,11 +18,10 @@ from stvit_video.common.cli import Parser, run_command
 from stvit_video.common.errors import UsageError, nearest
 from stvit_video.common.files import write_json
 from stvit_video.config.load import load_config
-from stvit_video.slurm.follow import describe_status, follow, print_log, summarise
+from stvit_video.slurm.follow import describe_status, follow, summarise, tail
 from stvit_video.slurm.jobs import (
     ClusterJob,
     cancel,
-    copy_source,
     expand_grid,
     find_jobs,
     open_job_folders,
@@ -58,8 +58,11 @@ def submit_runs(arguments: Sequence[str] | None) -> int:
     git = environment()["git"]
     about = {"command": sys.orig_argv, "submitted": time.time(), "host": socket.gethostname(), "git": git}
     folders = open_job_folders(configs, request, options.cluster, logs)
-    if options.copy_source:
-        request = replace(request, source=str(copy_source(logs)))
+    if options.copy_source:  # later changes do not affect waiting jobs
+        package = Path(stvit_video.__file__).parent
+        copy = next(path for number in itertools.count(1) if not (path := logs / f"source{number}").exists())
+        shutil.copytree(package, copy / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+        request = replace(request, source=str(copy))
     jobs = submit(folders, request, options.cluster, logs, about)
     if len(jobs) > 1:
         write_json(logs / "array.json", [str(job.run) for job in jobs])
@@ -104,7 +107,7 @@ def read_options(arguments: Sequence[str]) -> Namespace:
 
 def build_configs(options: Namespace) -> tuple[list[CfgNode], Path]:
     """Return each run's configuration, with absolute paths, and the common folder of all runs."""
-    points = list(expand_grid(options.array)) if options.array else [[]]
+    points = expand_grid(options.array) if options.array else [[]]
     by_file = len(options.files) > 1 and "OUTPUT_DIR" in str(options.overrides)
     configs = []
     for file, point in itertools.product(options.files, points):
@@ -180,7 +183,8 @@ def run_verb(arguments: Sequence[str] | None) -> int:
         if verb == "status":
             print(describe_status(job))
         elif verb == "logs":
-            print_log(job, options.rank, options.lines)
+            log = job.log(options.rank)
+            print("\n".join([f"==> {log} <==", *tail(log, options.lines)]))
         else:
             cancel(job)
             print(f"job {job.id} is being cancelled; what it has trained stays in {job.run}")

@@ -1,10 +1,8 @@
 """Following jobs to their end, and describing their state."""
 
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -83,13 +81,12 @@ def describe_progress(job: ClusterJob) -> str:
 def describe_end(job: ClusterJob) -> str:
     """Return how a job ended: its result, or which task failed first, where, and its last lines."""
     if job.is_done():
-        results = read_results(job)
+        results = read_json(job.run / "results.json") or {}
         return f"job {job.id} is done: {job.run}" + (f", top-1 {results['top1']:.2f} %" if "top1" in results else "")
     state, detail = job.state()
     reason = f"ended without a result ({f'{state} {detail}'.strip()})"
     lines = [f"job {job.id} {'is unknown to SLURM, and left no result' if state == GONE else reason}: {job.run}"]
-    failures = job.folder.failures(job.submission)
-    first = failures[0] if failures else None  # the others follow from it
+    first = next(iter(job.folder.failures(job.submission)), None)  # the others follow from it
     if first:
         lines.append(f"rank {first.rank} on {first.host} failed first, with exit code {first.code}")
     if first and first.problem:
@@ -106,18 +103,6 @@ def tail(path: Path, count: int) -> list[str]:
         return path.read_text(errors="replace").splitlines()[-count:]
     except OSError as error:
         return [f"({path}: {error.strerror})"]
-
-
-def print_log(job: ClusterJob, rank: int, count: int) -> None:
-    """Print the last lines of a task's log."""
-    print(f"==> {job.log(rank)} <==")
-    print("\n".join(tail(job.log(rank), count)))
-    sys.stdout.flush()
-
-
-def read_results(job: ClusterJob) -> dict[str, Any]:
-    """Return the run's results.json, empty where there is none."""
-    return read_json(job.run / "results.json") or {}
 
 
 def describe_status(job: ClusterJob) -> str:
@@ -144,7 +129,7 @@ def summarise(jobs: Sequence[ClusterJob], to: Path) -> str:
     columns = ["run", "job", "state", *keys, "top1", "top5"]
     rows = []
     for job, config in zip(jobs, configs, strict=True):
-        results, state = read_results(job), "done" if job.is_done() else job.state()[0]
+        results, state = read_json(job.run / "results.json") or {}, "done" if job.is_done() else job.state()[0]
         accuracy = [f"{results[name]:.2f}" if name in results else "" for name in ("top1", "top5")]
         rows.append([job.run.name, job.id, state, *(config.get(key, "") for key in keys), *accuracy])
     write_atomically(to, to_csv([dict(zip(columns, row, strict=True)) for row in rows], columns))

@@ -3,13 +3,13 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
-import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from dataclasses import asdict, dataclass
 from io import StringIO
 from pathlib import Path
@@ -20,7 +20,6 @@ import yaml
 from fvcore.common.config import CfgNode
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-import stvit_video
 from stvit_video.common.errors import UsageError
 from stvit_video.common.files import write_json
 from stvit_video.slurm.records import JobFolder
@@ -62,7 +61,10 @@ class ClusterJob:
         """Return the job's state and, where SLURM gives them, its nodes or a reason. Takes at most a minute."""
         if self.cluster != "slurm":
             with suppress(OSError):
-                if b"submitit.local" in Path(f"/proc/{self.id}/cmdline").read_bytes():
+                command = Path(f"/proc/{self.id}/cmdline").read_bytes()
+                # Empty for a moment after the start, and of a zombie: it has ended, but submit.py has not noticed yet.
+                is_starting = not command and "State:\tZ" not in Path(f"/proc/{self.id}/status").read_text()
+                if is_starting or b"submitit.local" in command:
                     return "RUNNING", ""
             return "COMPLETED" if self.is_done() else "FAILED", ""
         ok, said = run_client(
@@ -80,10 +82,10 @@ class ClusterJob:
         return (said.split()[0], "") if ok and said else (GONE, "")
 
 
-def run_client(*command: str) -> tuple[bool, str]:
-    """Run one of SLURM's clients; return whether it succeeded, and its output or its error."""
+def run_client(*command: str, given: str | None = None) -> tuple[bool, str]:
+    """Run one of SLURM's clients, with ``given`` as its input; return whether it succeeded, and its output or error."""
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        found = subprocess.run(command, input=given, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired) as error:
         return False, str(error)
     return found.returncode == 0, (found.stderr if found.returncode else found.stdout).strip()
@@ -102,46 +104,39 @@ def check_cluster(cluster: str, jobs: int, request: JobRequest) -> None:
 
 
 def open_job_folders(configs: Sequence[CfgNode], request: JobRequest, cluster: str, logs: Path) -> list[JobFolder]:
-    """Claim the run folder of each configuration for a new job; all paths in configurations are absolute.
+    """Claim a run folder for each job, and write into it the configuration, with absolute paths, that the job will run.
 
     Folders are cleared where the configuration says OVERWRITE. Raises UsageError, before any folder is changed, where
     the cluster cannot be used.
     """
-    check_cluster(cluster, len(configs), request)
-    if cluster == "slurm" and any(cfg.OVERWRITE for cfg in configs):  # delete nothing for a job that SLURM would refuse
-        with tempfile.NamedTemporaryFile("w", suffix=".sh") as script, _outside_jobs():
-            script.write(request.sbatch_text(logs, len(configs)))
-            script.flush()
-            ok, said = run_client("sbatch", "--test-only", script.name)
-        if not ok:
-            raise UsageError(_explain_refusal(said))
-    folders = [open_job_folder(cfg) for cfg in configs]
-    logs.mkdir(parents=True, exist_ok=True)
-    return folders
-
-
-def open_job_folder(cfg: CfgNode) -> JobFolder:
-    """Claim a run folder, and write into it the configuration that the job will run."""
     from stvit_video.runs.folder import build_run_folder
 
-    folder = JobFolder(cfg.OUTPUT_DIR)
-    earlier = read_job(folder.run)
-    if earlier is not None and earlier.state()[0] not in ENDED:
-        raise UsageError(
-            f"OUTPUT_DIR {folder.run} belongs to job {earlier.id}, which has not ended; give another one, or end that "
-            f"job: python slurm/submit.py cancel {folder.run}"
-        )
-    run = build_run_folder(cfg)
-    run.check()
-    if run.is_finished() and cfg.MODE == "train" and not cfg.OVERWRITE:
-        raise UsageError(f"OUTPUT_DIR {run.path} is finished; give another one, or OVERWRITE True to run it again.")
-    run.claim()
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.OVERWRITE = False  # the folder is cleared; from now on each start of the job continues
-    folder.path.mkdir(exist_ok=True)
-    folder.config.write_text(cfg.dump())
-    return folder
+    check_cluster(cluster, len(configs), request)
+    if cluster == "slurm" and any(cfg.OVERWRITE for cfg in configs):  # delete nothing for a job that SLURM would refuse
+        with _outside_jobs():
+            ok, said = run_client("sbatch", "--test-only", given=request.sbatch_text(logs, len(configs)))
+        if not ok:
+            raise UsageError(_explain_refusal(said))
+    folders = [JobFolder(cfg.OUTPUT_DIR) for cfg in configs]
+    for cfg, folder in zip(configs, folders, strict=True):
+        earlier = read_job(folder.run)
+        if earlier is not None and earlier.state()[0] not in ENDED:
+            raise UsageError(
+                f"OUTPUT_DIR {folder.run} belongs to job {earlier.id}, which has not ended; give another one, or end "
+                f"that job: python slurm/submit.py cancel {folder.run}"
+            )
+        run = build_run_folder(cfg)
+        run.check()
+        if run.is_finished() and cfg.MODE == "train" and not cfg.OVERWRITE:
+            raise UsageError(f"OUTPUT_DIR {run.path} is finished; give another one, or OVERWRITE True to run it again.")
+        run.claim()
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.OVERWRITE = False  # the folder is cleared; from now on each start of the job continues
+        folder.path.mkdir(exist_ok=True)
+        folder.config.write_text(cfg.dump())
+    logs.mkdir(parents=True, exist_ok=True)
+    return folders
 
 
 def submit(
@@ -154,7 +149,11 @@ def submit(
     executor, profile = request.executor(cluster, logs), request.profile
     limits = (profile.minutes, profile.warning_s, profile.max_timeouts)
     tasks = [Task(str(folder.run), uuid.uuid4().hex[:12], *limits) for folder in folders]
-    with _outside_jobs(), _in_folder(request.source), ignore_sigint() if cluster == "local" else nullcontext():
+    with _outside_jobs(), ExitStack() as restore:
+        restore.callback(os.chdir, os.getcwd())
+        os.chdir(request.source)  # tasks start there, and import the package from there
+        if cluster == "local":  # Ctrl-C in the terminal only stops following the job: its processes inherit this
+            restore.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.SIG_IGN))
         try:
             with redirect_stderr(StringIO()), executor.batch():  # submitit repeats sbatch's message there
                 submitted = [executor.submit(task) for task in tasks]
@@ -180,27 +179,6 @@ def _outside_jobs() -> Iterator[None]:
         if conf is not None:
             os.environ["SLURM_CONF"] = conf
         yield
-
-
-@contextmanager
-def _in_folder(path: str) -> Iterator[None]:
-    """Change the working directory: tasks start there, and import the package from there."""
-    before = os.getcwd()
-    os.chdir(path)
-    try:
-        yield
-    finally:
-        os.chdir(before)
-
-
-@contextmanager
-def ignore_sigint() -> Iterator[None]:
-    """Ignore SIGINT in the processes of a local job: Ctrl-C in the terminal only stops following the job."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # new processes inherit it
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _explain_refusal(said: str) -> str:
@@ -252,41 +230,24 @@ def cancel(job: ClusterJob) -> None:
         if not ok:
             raise UsageError(f"scancel {job.id}: {said.splitlines()[-1] if said else 'no answer'}; try again.")
     elif job.state()[0] == "RUNNING":
-        os.kill(int(job.id), signal.SIGTERM)
+        # submitit's controller ends when its tasks do, and so does the shell around it that runs the profile's setup,
+        # in which a signal would not reach the controller.
+        children_file = Path(f"/proc/{job.id}/task/{job.id}/children")
+        children = children_file.read_text().split() if children_file.is_file() else []
+        for process in children or [job.id]:
+            with suppress(ProcessLookupError):
+                os.kill(int(process), signal.SIGTERM)
 
 
-def expand_grid(text: str) -> Iterator[list[str]]:
-    """Yield the overrides of each point of a grid such as ``OPTIM.LR=1e-3,3e-4 SEED=0,1``: here four.
+def expand_grid(text: str) -> list[list[str]]:
+    """Return the overrides of each point of a grid such as ``OPTIM.LR=1e-3,3e-4 SEED=0,1``: here four.
 
     Commas within brackets do not separate. Raises UsageError where there is no ``=``.
     """
     axes = []
-    for word in text.split():
+    for word in text.split() or [text]:
         key, equals, values = word.partition("=")
         if not (key and equals and values):
             raise UsageError(f"--array {text!r}: {word!r} is not KEY=VALUE,VALUE; write 'OPTIM.LR=1e-3,3e-4 SEED=0,1'.")
-        axes.append([f"{key}={value}" for value in _split(values)])
-    if not axes:
-        raise UsageError("--array is empty; write 'OPTIM.LR=1e-3,3e-4 SEED=0,1'.")
-    for point in itertools.product(*axes):
-        yield list(point)
-
-
-def _split(values: str) -> list[str]:
-    """Split at the commas outside brackets."""
-    parts, depth = [""], 0
-    for letter in values:
-        depth += (letter == "[") - (letter == "]")
-        if letter == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return parts
-
-
-def copy_source(to: Path) -> Path:
-    """Copy the package to a new folder under ``to``, so that later changes do not affect waiting jobs."""
-    package = Path(stvit_video.__file__).parent
-    target = next(path for number in itertools.count(1) if not (path := to / f"source{number}").exists())
-    shutil.copytree(package, target / package.name, ignore=shutil.ignore_patterns("__pycache__"))
-    return target
+        axes.append([f"{key}={value}" for value in re.split(r",(?![^\[]*\])", values)])
+    return [list(point) for point in itertools.product(*axes)]

@@ -78,17 +78,12 @@ def _read_keys(path: str | Path) -> dict[str, Any]:
             )
         kind = get_origin(types[name]) or types[name]
         if kind is str and isinstance(value, int) and not isinstance(value, bool):
-            value = content[name] = _value_as_text(text, name)  # YAML reads 24:00:00 as a number
+            root: Any = yaml.compose(text, yaml.SafeLoader)
+            # YAML reads 24:00:00 as a number: take the text.
+            value = content[name] = next(node.value for key, node in root.value if key.value == name)
         if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value < 0):
             raise UsageError(f"Profile {path}: {name} is {value!r}; it has to be a {kind.__name__}.")
     return content
-
-
-def _value_as_text(text: str, name: str) -> str:
-    """Return a value of a YAML mapping as it is written."""
-    root = yaml.compose(text, yaml.SafeLoader)
-    assert root is not None, "an empty file has no values"
-    return next(value.value for key, value in root.value if key.value == name)
 
 
 @dataclass(frozen=True)
@@ -148,10 +143,7 @@ class JobRequest:
             cpus_per_task=self.cpus_per_task,
             gpus_per_node=self.gpus_per_node or None,
             mem=f"{profile.memory_gb}GB" if profile.memory_gb else None,
-            partition=profile.partition or None,
-            account=profile.account or None,
-            qos=profile.qos or None,
-            constraint=profile.constraint or None,
+            **{name: getattr(profile, name) or None for name in ("partition", "account", "qos", "constraint")},
             stderr_to_stdout=True,
             signal_delay_s=profile.warning_s,
             setup=[f"module load {shlex.quote(name)}" for name in profile.modules] + profile.setup,

@@ -18,7 +18,7 @@ from stvit_video import run
 from stvit_video.data.decode.frames import Decoding, read_file
 from stvit_video.data.decode.types import DecodeError
 from stvit_video.data.failures import read_ledger
-from stvit_video.runtime.signals import STOP_SIGNALS
+from stvit_video.runtime.stopping import STOP_SIGNALS
 from tests.conftest import numbered_frames, read_number
 from tests.data.choices import Crashing, Frozen, Sleeping
 

@@ -10,9 +10,8 @@ from unittest import mock
 import pytest
 
 from stvit_video.common.errors import UsageError
-from stvit_video.runtime.join import join_world
+from stvit_video.runtime.join import PORTS_TRIED, _find_problem, join_world
 from stvit_video.runtime.launchers import SLURM_VARIABLES, TORCHRUN_VARIABLES, Place, find_place
-from stvit_video.runtime.rendezvous import PORTS_TRIED, _find_problem
 from stvit_video.runtime.world import on_main
 
 TORCHRUN = dict(zip(TORCHRUN_VARIABLES, ("3", "4", "1", "2", "10.0.0.1", "29500"), strict=True))

@@ -16,12 +16,12 @@ from stvit_video.common.errors import UsageError
 from stvit_video.slurm import follow as following
 from stvit_video.slurm import scaling
 from stvit_video.slurm.cli import main
-from stvit_video.slurm.jobs import ClusterJob, expand_grid
+from stvit_video.slurm.jobs import ClusterJob, expand_grid, find_jobs
 from stvit_video.slurm.records import JobFolder, TaskFailure
 from stvit_video.slurm.request import read_profile
 from stvit_video.slurm.task import GUARD, Task, TaskStart, WarningSignals, check_paths
 from tests.conftest import REPOSITORY
-from tests.slurm.cluster import CONFIG, settings, wait_until
+from tests.slurm.cluster import CONFIG, processes, settings, wait_until
 
 PROFILES = sorted((REPOSITORY / "slurm" / "profiles").glob("*.yaml"))
 
@@ -142,7 +142,7 @@ def test_folder_without_a_job_is_one_line(tmp_path: Path, verb: str, capsys: pyt
 
 
 def test_grid_is_a_product_and_keeps_lists() -> None:
-    points = list(expand_grid("SEED=0,1 MODEL.REGIONS=[8,4,4],[4,4,4]"))
+    points = expand_grid("SEED=0,1 MODEL.REGIONS=[8,4,4],[4,4,4]")
     assert points == [[f"SEED={s}", f"MODEL.REGIONS={r}"] for s in (0, 1) for r in ("[8,4,4]", "[4,4,4]")]
 
 
@@ -382,6 +382,34 @@ def test_cluster_local_runs_two_processes(small_set: Path, tmp_path: Path) -> No
     assert code == 0, said
     assert json.loads((output / "results.json").read_text())["processes"] == 2
     assert "is done" in said
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("setup", ["[]", "[export A=1]"])
+def test_cancel_ends_a_local_job(small_set: Path, tmp_path: Path, setup: str) -> None:
+    """With ``setup`` a shell runs the job's controller."""
+    output, profile = tmp_path / "run", tmp_path / "site.yaml"
+    profile.write_text(f"setup: {setup}\n")
+    words = ["--cluster", "local", "--profile", str(profile), *settings(small_set, output, "TRAIN.EPOCHS", "99")]
+    assert submit_here(*words)[0] == 0
+    job = find_jobs(output)[0]
+    assert job.state()[0] == "RUNNING"
+    wait_until((output / "metrics.jsonl").is_file, "the first steps", 120)
+    assert main(["cancel", str(output)]) == 0
+    wait_until(lambda: not processes("stvit_video.run", str(output)), "the end of training", 60)
+    wait_until(lambda: job.state()[0] == "FAILED", "the end of the job", 30)
+    assert [row["reason"] for row in job.folder.events(job.submission) if row["event"] == "stopped"] == ["told to end"]
+
+
+def test_local_job_runs_from_its_start_until_it_is_a_zombie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have an empty command line."""
+    job = ClusterJob(tmp_path, "local", "7", tmp_path, "abc")
+    for letter, state in (("R", "RUNNING"), ("Z", "FAILED")):
+        (tmp_path / "status").write_text(f"Name:\tpython\nState:\t{letter} (text)\n")
+        (tmp_path / "cmdline").write_text("")
+        monkeypatch.setattr("stvit_video.slurm.jobs.Path", lambda path: tmp_path / path.rpartition("/")[2])
+        monkeypatch.setattr(ClusterJob, "is_done", lambda self: False)
+        assert job.state()[0] == state
 
 
 @pytest.mark.long

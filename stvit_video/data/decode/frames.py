@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from stvit_video.common.errors import UsageError
 from stvit_video.data.decode.readers import AvReader, DecordReader, ImageReader, TorchCodecReader
 from stvit_video.data.decode.types import IMAGE_SUFFIXES, Choice, DecodeError, Frames, Reader, Times
-from stvit_video.runtime.signals import end_with_parent, ignore_stop_signals
+from stvit_video.runtime.stopping import end_with_parent, ignore_stop_signals
 
 IN_FLIGHT = 2  # requests sent to the child at once; each has a slot of the shared memory
 START_S = 120.0  # for the child's imports, which may come from slow storage
