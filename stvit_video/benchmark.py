@@ -42,9 +42,8 @@ def build_parser() -> Parser:
     add("--clips", type=int, default=64, help="per round of loader and e2e; at least 8 batches (default: %(default)s)")
     add("--rounds", type=int, default=5, help="rounds, after one to warm up (default: %(default)s)")
     add("--largest-batch", type=int, default=64, help="largest batch of model and train (default: %(default)s)")
-    add(
-        "--results", type=Path, action="append", default=[], metavar="FILE", help="results.json of a run for each --cfg"
-    )
+    results = "results.json of a run for each --cfg"
+    add("--results", type=Path, action="append", default=[], metavar="FILE", help=results)
     add("--plot", type=Path, metavar="FILE.png", help="draw top-1, or GFLOPs, over clips per second")
     add("--output", type=Path, metavar="FILE.json", help="write the figures there")
     add("overrides", nargs="*", metavar="KEY VALUE", help="as for stvit_video.run")

@@ -1,29 +1,27 @@
 """From video files to logits, and to trained weights: clips per second, and the share of time that waits for data."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
-from torch import nn
 from torch.utils.data import DataLoader
 
 from stvit_video.benchmarks.models import build_conditions
-from stvit_video.benchmarks.rounds import min_to_max, open_benchmark, train_step
+from stvit_video.benchmarks.rounds import PLAIN_TRAINING, build_loader, min_to_max, open_benchmark, train_step
 from stvit_video.common.errors import UsageError
 from stvit_video.common.tables import format_table
-from stvit_video.config.load import override
-from stvit_video.data.loader import build_test_loader, build_train_loader, shorten
+from stvit_video.data.dataset import Batch
+from stvit_video.data.loader import shorten
 from stvit_video.runs.preflight import OpenRun
 from stvit_video.runtime.parallel import compile_model
 from stvit_video.runtime.precision import autocast, set_precision
 
 WORKERS = (1, 2, 4)
 MIN_BATCHES = 8  # per round
-CHANGES = {"TRAIN.ACCUMULATE": 1, "TRAIN.MIXUP": 0.0, "TRAIN.CUTMIX": 0.0}
 
 
 @dataclass(frozen=True)
@@ -55,44 +53,36 @@ def run_through(batches: Iterable[Any], work: Callable[[Any], int]) -> tuple[flo
     return done / seconds, waited / seconds
 
 
-def make_work(model: nn.Module, device: torch.device, precision: str, training: bool) -> Callable[[Any], int]:
-    """Return what is done with a batch, a training step or inference on all views; it returns how many clips it saw.
-
-    Both wait for their result, so that a GPU's remaining work is not counted as waiting for data.
-    """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-
-    def train(batch: Any) -> int:
-        batch = batch.to(device)
-        clips = batch.make_clips()
-        train_step(model, optimizer, clips, batch.clip_labels, precision).item()
-        return len(clips)
-
-    def infer(batch: Any) -> int:
-        clips = batch.to(device).make_clips()
-        with torch.inference_mode(), autocast(device, precision):
-            model(clips).float().cpu()
-        return len(clips)
-
-    return train if training else infer
-
-
 def build_flows(cfg: CfgNode, clips: int, rounds: int) -> list[Flow]:
     """Time inference on the test list and training on the training list with each number of workers, in turn.
 
     The model is compiled as COMPILE says. Compiling and starting the workers fall in a first round that is not counted.
     """
-    run = open_benchmark(cfg, CHANGES, cfg.DEVICE)
+    run = open_benchmark(cfg, PLAIN_TRAINING, cfg.DEVICE)
     device = run.world.device
     set_precision(device, cfg.PRECISION)
     model = run.model.to(device)
     compile_model(model, cfg.COMPILE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+
+    # Both wait for their result, so that a GPU's remaining work is not counted as waiting for data.
+    def train(batch: Batch) -> int:
+        batch = batch.to(device)
+        clips = batch.make_clips()
+        train_step(model, optimizer, clips, batch.clip_labels, cfg.PRECISION).item()
+        return len(clips)
+
+    def infer(batch: Batch) -> int:
+        clips = batch.to(device).make_clips()
+        with torch.inference_mode(), autocast(device, cfg.PRECISION):
+            model(clips).float().cpu()
+        return len(clips)
+
     flows = []
-    for training in (False, True):
-        work = make_work(model, device, cfg.PRECISION, training)
-        loaders = [_build_loader(run, training, workers, clips) for workers in WORKERS]
-        found = [Flow("training" if training else "inference", workers) for workers in WORKERS]
-        model.train(training)
+    for what, work in (("inference", infer), ("training", train)):
+        loaders = [_build_loader(run, what == "training", workers, clips) for workers in WORKERS]
+        found = [Flow(what, workers) for workers in WORKERS]
+        model.train(what == "training")
         for number in range(rounds + 1):
             for flow, loader in zip(found, loaders, strict=True):
                 rate, waiting = run_through(loader, work)
@@ -105,36 +95,13 @@ def build_flows(cfg: CfgNode, clips: int, rounds: int) -> list[Flow]:
 
 def _build_loader(run: OpenRun, training: bool, workers: int, clips: int) -> DataLoader:
     """Return a loader of that many clips, or of MIN_BATCHES where that is more, and one batch before them."""
-    cfg = override(run.cfg, [("DATA.WORKERS", workers)], "a benchmark")
-    if training:
-        loader = build_train_loader(cfg, run.world, run.videos["train"])
-        size, key = cfg.TRAIN.BATCH_SIZE, "TRAIN.BATCH_SIZE"
-    else:
-        views = {"clips": cfg.TEST.CLIPS, "crops": cfg.TEST.CROPS}
-        loader = build_test_loader(cfg, run.world, run.videos["test"], **views)
-        size, key = cfg.TEST.BATCH_SIZE * cfg.TEST.CLIPS * cfg.TEST.CROPS, "TEST.BATCH_SIZE"
-    shorten(loader, 1 + max(MIN_BATCHES, -(-clips // size)))
+    loader, cfg = build_loader(run, workers, training), run.cfg
+    key, size = ("TRAIN.BATCH_SIZE", cfg.TRAIN.BATCH_SIZE) if training else ("TEST.BATCH_SIZE", cfg.TEST.BATCH_SIZE)
+    clips_each = size if training else size * cfg.TEST.CLIPS * cfg.TEST.CROPS
+    shorten(loader, 1 + max(MIN_BATCHES, -(-clips // clips_each)))
     if len(loader) < 1 + MIN_BATCHES:
-        section, name = key.split(".")
-        raise UsageError(
-            f"The list gives {len(loader)} batches, and {1 + MIN_BATCHES} are needed; lower {key} {cfg[section][name]}."
-        )
+        raise UsageError(f"The list gives {len(loader)} batches, and {1 + MIN_BATCHES} are needed; lower {key} {size}.")
     return loader
-
-
-def describe_flows(flows: Sequence[Flow]) -> str:
-    """Return the table."""
-    rows = [
-        (
-            flow.what,
-            flow.workers,
-            f"{median(flow.clips_per_second):.1f}",
-            min_to_max(flow.clips_per_second),
-            f"{100 * median(flow.waiting):.0f} %",
-        )
-        for flow in flows
-    ]
-    return format_table(("", "workers", "clips/s", "min to max", "waits for data"), rows)
 
 
 def build_end_to_end_figures(cfg: CfgNode, clips: int, rounds: int) -> dict[str, Any]:
@@ -143,5 +110,9 @@ def build_end_to_end_figures(cfg: CfgNode, clips: int, rounds: int) -> dict[str,
     flows = build_flows(cfg, clips, rounds)
     shape = f"{cfg.DATA.FRAMES} frames of {cfg.DATA.SIZE}x{cfg.DATA.SIZE}"
     print(f"{cfg.MODEL.NAME}, {conditions.device.type}, {conditions}: from video files, clips of {shape}")
-    print(describe_flows(flows), flush=True)
+    rows = []
+    for flow in flows:
+        rates, waiting = flow.clips_per_second, f"{100 * median(flow.waiting):.0f} %"
+        rows.append((flow.what, flow.workers, f"{median(rates):.1f}", min_to_max(rates), waiting))
+    print(format_table(("", "workers", "clips/s", "min to max", "waits for data"), rows), flush=True)
     return {"model": cfg.MODEL.NAME, **conditions.figures, "flows": [asdict(flow) for flow in flows]}

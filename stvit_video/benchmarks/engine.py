@@ -3,7 +3,7 @@
 import contextlib
 import io
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from stvit_video.benchmarks.rounds import Timer, describe, interleave, open_benchmark, timed, train_step
+from stvit_video.benchmarks.rounds import PLAIN_TRAINING, Timer, describe, interleave, open_benchmark, timed, train_step
 from stvit_video.common.errors import Stopped, UsageError
 from stvit_video.data.dataset import Batch
 from stvit_video.runs.checkpoint import CheckpointWriter
@@ -20,44 +20,19 @@ from stvit_video.runs.folder import RunFolder
 from stvit_video.runs.log import MetricsLog
 from stvit_video.runtime.stopping import StopSignals
 from stvit_video.training.loop import Training, build_training
-from stvit_video.training.trainer import Trainer
 
 # One epoch, and only what the bare loop does too.
-CHANGES = {
-    "TRAIN.EPOCHS": 1,
-    "TRAIN.ACCUMULATE": 1,
-    "TRAIN.MIXUP": 0.0,
-    "TRAIN.CUTMIX": 0.0,
-    "TRAIN.EMA": 0.0,
-    "LOG.WANDB": "",
-}
+CHANGES = {**PLAIN_TRAINING, "TRAIN.EPOCHS": 1, "TRAIN.EMA": 0.0, "LOG.WANDB": ""}
 
 
-class HeldBatches:
+class HeldBatches(list[Batch]):
     """A loader whose batches are in memory: decoding, whose time varies, is not measured."""
 
-    def __init__(self, batches: list[Batch], dataset: Any) -> None:
-        self.batches, self.dataset = batches, dataset
-        self.batch_sampler = SimpleNamespace(load_state_dict=lambda state: None)
+    batch_sampler = SimpleNamespace(load_state_dict=lambda state: None)
 
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self.batches)
-
-
-def bare_loop(trainer: Trainer, batches: list[Batch]) -> Iterator[float]:
-    """Train on batches without the engine; yield each loss."""
-    model, settings = trainer.wrapped.train(), trainer.settings
-    options = {"label_smoothing": settings.label_smoothing, "clip_grad": settings.clip_grad}
-    for batch in batches:
-        batch = batch.to(trainer.world.device)
-        loss = train_step(
-            model, trainer.optimizer, batch.make_clips(), batch.clip_labels, settings.precision, **options
-        )
-        trainer.scheduler.step()
-        yield loss.item()
+    def __init__(self, batches: Iterable[Batch], dataset: Any) -> None:
+        super().__init__(batches)
+        self.dataset = dataset
 
 
 def engine_loop(training: Training, keep: int) -> Iterator[int]:
@@ -84,13 +59,24 @@ def build_engine_timers(cfg: CfgNode, steps: int) -> dict[str, Timer]:
     run = open_benchmark(cfg, {**CHANGES, "TRAIN.MAX_STEPS": steps}, cfg.DEVICE)
     run.videos.pop("val", None)  # no validation after the epoch
     training = build_training(run)
-    trainer = training.trainer
-    if trainer.settings.clip_grad <= 0 or trainer.scaler.is_enabled():
+    trainer, settings = training.trainer, training.trainer.settings
+    if settings.clip_grad <= 0 or trainer.scaler.is_enabled():
         raise UsageError("The engine is timed with OPTIM.CLIP_GRAD above 0 and PRECISION fp32, tf32 or bf16; set them.")
-    batches = list(islice(trainer.loader, steps))
-    trainer.loader = HeldBatches(batches, trainer.loader.dataset)  # type: ignore[assignment]
+    batches = HeldBatches(islice(trainer.loader, steps), trainer.loader.dataset)
+    trainer.loader = batches  # type: ignore[assignment]
+
+    def bare_loop() -> Iterator[float]:
+        options = {"label_smoothing": settings.label_smoothing, "clip_grad": settings.clip_grad}
+        model = trainer.wrapped.train()
+        for batch in batches:
+            batch = batch.to(trainer.world.device)
+            clips, labels = batch.make_clips(), batch.clip_labels
+            loss = train_step(model, trainer.optimizer, clips, labels, settings.precision, **options)
+            trainer.scheduler.step()
+            yield loss.item()
+
     return {
-        "bare loop": timed(lambda: bare_loop(trainer, batches), len(batches)),
+        "bare loop": timed(bare_loop, len(batches)),
         "engine": timed(lambda: engine_loop(training, cfg.CHECKPOINT.KEEP), len(batches)),
     }
 

@@ -1,9 +1,10 @@
 """The benchmark of the loader: each step from files to batches alone, all of them together, and another library."""
 
+import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from fractions import Fraction
 from itertools import cycle, islice
@@ -17,14 +18,13 @@ from fvcore.common.config import CfgNode
 from torch.utils.data import DataLoader, RandomSampler
 from torchvision.transforms import v2
 
-from stvit_video.benchmarks.rounds import TimedStep, Timer, describe, interleave, open_benchmark, timed
+from stvit_video.benchmarks.rounds import TimedStep, Timer, build_loader, describe, interleave, open_benchmark, timed
 from stvit_video.common.errors import UsageError
-from stvit_video.config.load import override
-from stvit_video.data.dataset import Sample, SampleKey, TestDataset, TrainDataset, collate
+from stvit_video.data.dataset import Batch, Sample, SampleKey
 from stvit_video.data.decode.frames import Decoding, FrameRequest, open_video, read_file
 from stvit_video.data.decode.readers import to_numpy
 from stvit_video.data.decode.types import DecodeError, Frames, Indices
-from stvit_video.data.loader import build_test_loader, build_train_loader, shorten
+from stvit_video.data.loader import shorten
 
 BATCH = 8  # videos: with fewer batches the first one, which nothing overlaps with, would count too much
 
@@ -52,35 +52,18 @@ def choose_readable(requests: Iterable[FrameRequest]) -> list[tuple[FrameRequest
     return chosen
 
 
-def step_timers(
-    dataset: TrainDataset | TestDataset, chosen: list[tuple[FrameRequest, Indices]], items_each: int
-) -> dict[str, Timer]:
-    """Return timers of the steps before the loader; each request counts as ``items_each`` items."""
-    decoding, views = Decoding(("pyav", "decord"), 600.0), dataset.views
-    requests = [request for request, _ in chosen]
-    items = len(requests) * items_each
-    frames = read_file(requests[0])
-    sample = Sample(views.prepare(frames, (0, 0, 0)), 0, 0, (0, 0, 0), [])
-    some = min(len(requests), 8)
-    clips = some * items_each
-    return {
-        "decord, bare": timed(lambda: (bare_decord(r.path, np.unique(indices)) for r, indices in chosen), items),
-        "decode": timed(lambda: map(read_file, requests), items),
-        "decode in its process": timed(lambda: decoding.read_all(requests), items),
-        "crop and augment": timed(lambda: (views.prepare(frames, (0, 0, i)) for i in range(some)), clips),
-        "bytes to floats": timed(lambda: (collate([sample], views).make_clips() for _ in range(some)), clips),
-    }
+def loader_timer(loader: DataLoader, count: Callable[[Any], int], most: float = math.inf) -> Timer:
+    """Return a timer of a loader's batches until they hold ``most`` items; the first round starts the workers.
 
-
-def loader_timer(loader: DataLoader, batches: int) -> Timer:
-    """Return a timer of the first batches of an epoch, floats included; the first round starts the workers."""
-    shorten(loader, batches)
+    ``count`` makes floats of a batch and returns how many items it holds.
+    """
 
     def run() -> float:
         started, done = time.perf_counter(), 0
         for batch in loader:
-            clips = batch.make_clips()
-            done += len(clips) if isinstance(loader.dataset, TrainDataset) else len(batch.labels)
+            done += count(batch)
+            if done >= most:
+                break
         return (time.perf_counter() - started) / max(1, done)
 
     return run
@@ -95,26 +78,37 @@ def build_timers(cfg: CfgNode, count: int, peers: Sequence[str], training: bool)
     sizes = {"TRAIN.BATCH_SIZE": BATCH * repeats, "TRAIN.ACCUMULATE": 1, "TEST.BATCH_SIZE": BATCH}
     run = open_benchmark(cfg, sizes, "cpu")
 
-    def build_loader(workers: int) -> DataLoader:
-        changed = override(run.cfg, [("DATA.WORKERS", workers)], "a benchmark")
-        if training:
-            return build_train_loader(changed, run.world, run.videos["train"])
-        views = {"clips": cfg.TEST.CLIPS, "crops": cfg.TEST.CROPS}
-        return build_test_loader(changed, run.world, run.videos["test"], **views)
+    def make_floats(batch: Batch) -> int:
+        clips = batch.make_clips()
+        return len(clips) if training else len(batch.labels)
 
-    dataset: Any = build_loader(0).dataset
+    dataset: Any = build_loader(run, 0, training).dataset
     numbers = range(min(len(dataset), -(-count // repeats)))
     chosen = choose_readable(dataset.request(SampleKey(0, i) if training else i) for i in numbers)
-    timers = step_timers(dataset, chosen, repeats)
+    requests = [request for request, _ in chosen]
+    decoding, views = Decoding(("pyav", "decord"), 600.0), dataset.views
+    frames = read_file(requests[0])
+    sample = Sample(views.prepare(frames, (0, 0, 0)), 0, 0, (0, 0, 0), [])
+    items, some = len(requests) * repeats, range(min(len(requests), 8))
+    timers = {
+        "decord, bare": timed(lambda: (bare_decord(r.path, np.unique(indices)) for r, indices in chosen), items),
+        "decode": timed(lambda: map(read_file, requests), items),
+        "decode in its process": timed(lambda: decoding.read_all(requests), items),
+        "crop and augment": timed(lambda: (views.prepare(frames, (0, 0, i)) for i in some), len(some) * repeats),
+        "bytes to floats": timed(lambda: (collate([sample], views).make_clips() for _ in some), len(some) * repeats),
+    }
     for workers in sorted({1, cfg.DATA.WORKERS}):
-        timers[f"loader, {workers} worker(s)"] = loader_timer(build_loader(workers), -(-count // (BATCH * repeats)))
+        loader = build_loader(run, workers, training)
+        shorten(loader, -(-count // (BATCH * repeats)))
+        timers[f"loader, {workers} worker(s)"] = loader_timer(loader, make_floats)
     if "pytorchvideo" in peers:
-        timers["pytorchvideo, 1 worker"] = _build_peer_timer(cfg, [request.path for request, _ in chosen], count)
+        peer = _build_peer_loader(cfg, [request.path for request, _ in chosen], count + BATCH)
+        timers["pytorchvideo, 1 worker"] = loader_timer(peer, lambda batch: len(batch["video"]), most=count)
     return timers
 
 
-def _build_peer_timer(cfg: CfgNode, paths: list[str], clips: int) -> Timer:
-    """Return a timer of PyTorchVideo's own dataset with the same clips, crops and normalisation, in one worker."""
+def _build_peer_loader(cfg: CfgNode, paths: list[str], clips: int) -> DataLoader:
+    """Return a loader of PyTorchVideo's own dataset with the same clips, crops and normalisation, in one worker."""
     # PyTorchVideo 0.1.5 imports a module that torchvision has since renamed.
     sys.modules.setdefault("torchvision.transforms.functional_tensor", functional_tensor)
     from pytorchvideo.data import LabeledVideoDataset, make_clip_sampler
@@ -132,22 +126,12 @@ def _build_peer_timer(cfg: CfgNode, paths: list[str], clips: int) -> Timer:
         *([v2.RandomHorizontalFlip()] if cfg.DATA.FLIP else []),
     ])  # fmt: skip
     seconds = Fraction(cfg.DATA.FRAMES * cfg.DATA.STRIDE) / Fraction(rate).limit_denominator(1001)
-    labelled = [(path, {"label": 0}) for path in islice(cycle(paths), clips + BATCH)]
+    labelled = [(path, {"label": 0}) for path in islice(cycle(paths), clips)]
     dataset = LabeledVideoDataset(
         labelled, make_clip_sampler("random", seconds), RandomSampler, ApplyTransformToKey("video", steps),
         decode_audio=False, decoder="decord",
     )  # fmt: skip
-    loader = DataLoader(dataset, batch_size=BATCH, num_workers=1, persistent_workers=True)
-
-    def run() -> float:
-        started, done = time.perf_counter(), 0
-        for batch in loader:
-            done += len(batch["video"])
-            if done >= clips:
-                break
-        return (time.perf_counter() - started) / done
-
-    return run
+    return DataLoader(dataset, batch_size=BATCH, num_workers=1, persistent_workers=True)
 
 
 def advise(steps: Sequence[TimedStep], workers: int, cores: int, short_side: int) -> str:

@@ -40,7 +40,6 @@ class Conditions:
 
     @property
     def figures(self) -> dict[str, Any]:
-        """The conditions as plain data."""
         return {"device": self.device.type, "precision": self.precision, "compiled": self.compiled}
 
     def __str__(self) -> str:
@@ -69,7 +68,6 @@ class Speed:
         return median(self.rates)
 
     def latency(self, quantile: float) -> float:
-        """Return a quantile of the latency of a call at batch 1 in ms."""
         return sorted(self.latencies)[min(len(self.latencies) - 1, int(quantile * len(self.latencies)))]
 
 
@@ -78,10 +76,10 @@ class Runner:
 
     def __init__(self, timed: TimedModel, conditions: Conditions) -> None:
         self.conditions, self.input_size = conditions, timed.input_size
-        device, self.half = conditions.device, HALF.get(conditions.precision)
-        model = timed.model.to(device).train(conditions.training)
-        if self.half is not None and not conditions.training:
-            model = model.to(self.half)  # as deployed; training keeps float32 weights
+        device, self.kind = conditions.device, torch.float32
+        if not conditions.training:
+            self.kind = HALF.get(conditions.precision, torch.float32)  # as deployed; training keeps float32 weights
+        model = timed.model.to(device, self.kind).train(conditions.training)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5) if conditions.training else None
         # Shapes are fixed, so a whole model can be recorded as a CUDA graph.
         graphs = device.type == "cuda" and not conditions.training and conditions.compiled == "model"
@@ -91,8 +89,10 @@ class Runner:
         self.labels = torch.zeros(conditions.largest_batch, dtype=torch.int64, device=device)
 
     def __call__(self, batch: int) -> float:
-        if batch not in self.batches:
-            self.batches = {1: self.batches.get(1, self._draw(1)), batch: self._draw(batch)}
+        if batch not in self.batches:  # batch 1 is kept, and the last other one
+            shape = (batch, 3, *self.input_size)
+            kept = {1: self.batches[1]} if 1 in self.batches else {}
+            self.batches = {**kept, batch: torch.randn(shape, device=self.conditions.device).to(self.kind)}
         clips = self.batches[batch]
         self._wait()
         started = time.perf_counter()
@@ -110,10 +110,6 @@ class Runner:
         kept = [*self.model.parameters(), *self.model.buffers()]
         kept += [value for state in states for value in state.values() if isinstance(value, Tensor)]
         return sum(value.nbytes for value in kept) / 1e9
-
-    def _draw(self, batch: int) -> Tensor:
-        clips = torch.randn(batch, 3, *self.input_size, device=self.conditions.device)
-        return clips if self.conditions.training or self.half is None else clips.to(self.half)
 
     def _wait(self) -> None:
         if self.conditions.device.type == "cuda":
@@ -171,7 +167,6 @@ def measure(
     conditions: Conditions,
     rounds: int,
     runners: Sequence[Callable[[int], float]] | None = None,
-    say: Callable[[str], Any] = print,
 ) -> tuple[list[Speed], float]:
     """Return the speed of each model, and the rate of a matrix product (1e9 multiply-adds per second).
 
@@ -191,7 +186,7 @@ def measure(
         speed.memory = peak_memory(run, speed.batch, conditions.device)
         if speed.memory is not None and isinstance(run, Runner):
             speed.memory += run.held()
-        say(f"warmed up: {speed.name}, best at batch {speed.batch}")
+        print(f"warmed up: {speed.name}, best at batch {speed.batch}", flush=True)
     products = []
     for _ in range(rounds):
         products.append(matrix_rate(conditions.device, conditions.precision))
@@ -239,7 +234,7 @@ def build_model_figures(
             f"COMPILE blocks, but the blocks of {whole[0]} are not known here; use COMPILE model, or compare models of "
             f"this package."
         )
-    speeds, product = measure(models, conditions, rounds, say=lambda line: print(line, flush=True))
+    speeds, product = measure(models, conditions, rounds)
     print(describe_speeds(speeds, product, conditions), flush=True)
     found = [next(accuracies, None) if kind == "cfg" else None for kind, _ in words]
     if plot:
@@ -250,34 +245,32 @@ def build_model_figures(
 def describe_speeds(speeds: Sequence[Speed], product: float, conditions: Conditions) -> str:
     """Return the table of what was measured, and below it what fvcore did not count."""
     columns = ("", "clip", "GFLOPs", "p50 ms", "p95 ms", "batch", "clips/s", "min to max", "share", "GB", "ratio")
+    rows = [
+        (
+            speed.name,
+            "x".join(map(str, speed.input_size)),
+            f"{speed.gflops:.1f}",
+            f"{speed.latency(0.5):.1f}",
+            f"{speed.latency(0.95):.1f}",
+            speed.batch,
+            f"{speed.rate:.2f}",
+            min_to_max(speed.rates, digits=2),
+            f"{speed.share:.2f}",
+            "-" if speed.memory is None else f"{speed.memory:.2f}",
+            f"{speed.ratio:.2f}",
+        )
+        for speed in speeds
+    ]
     what = "training steps" if conditions.training else "inference"
     lines = [
         f"{what}: {conditions.device.type}, {conditions}; a matrix product runs at {product:.0f} G multiply-adds/s",
-        format_table(columns, map(_cells, speeds)),
+        format_table(columns, rows),
+        "p50, p95: of a call at batch 1; share: of the matrix product's rate; ratio: clips/s of the first row's",
     ]
-    lines.append(
-        "p50, p95: of a call at batch 1; share: of the matrix product's rate; ratio: clips/s of the first row's"
-    )
     for speed in speeds:
         left = ", ".join(f"{name.removeprefix('aten::')} {n}" for name, n in sorted(speed.unsupported.items()))
         lines.append(f"not counted by fvcore in {speed.name}: {left or 'nothing'}")
     return "\n".join(lines)
-
-
-def _cells(speed: Speed) -> tuple[str, ...]:
-    return (
-        speed.name,
-        "x".join(map(str, speed.input_size)),
-        f"{speed.gflops:.1f}",
-        f"{speed.latency(0.5):.1f}",
-        f"{speed.latency(0.95):.1f}",
-        str(speed.batch),
-        f"{speed.rate:.2f}",
-        min_to_max(speed.rates, digits=2),
-        f"{speed.share:.2f}",
-        "-" if speed.memory is None else f"{speed.memory:.2f}",
-        f"{speed.ratio:.2f}",
-    )
 
 
 def figures_of(speeds: Sequence[Speed], product: float, conditions: Conditions) -> dict[str, Any]:
@@ -286,12 +279,8 @@ def figures_of(speeds: Sequence[Speed], product: float, conditions: Conditions) 
         {**asdict(speed), "clips_per_second": speed.rate, "p50_ms": speed.latency(0.5), "p95_ms": speed.latency(0.95)}
         for speed in speeds
     ]
-    return {
-        **conditions.figures,
-        "training": conditions.training,
-        "matrix_product_gmacs_per_second": product,
-        "models": models,
-    }
+    how = {**conditions.figures, "training": conditions.training}
+    return {**how, "matrix_product_gmacs_per_second": product, "models": models}
 
 
 def read_accuracy(path: Path) -> float:

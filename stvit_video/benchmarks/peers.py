@@ -3,7 +3,7 @@
 Nothing is downloaded: speed does not depend on the weights.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ CLASSES = 400  # of peers, and of configurations without MODEL.NUM_CLASSES
 VIDEO = ("swin3d_", "mvit_")  # torchvision's video transformers
 MVIT_SIZE = (16, 224, 224)  # the published MViT models take no other
 PYTORCHVIDEO = ("mvit_base_16x4",)
+LIBRARIES = ("stvit_video", "torchvision", "pytorchvideo", "timm")
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,10 @@ def build_timed_models(
     cfgs = [load_config(value, overrides) for kind, value in words if kind == "cfg"]
     size = (cfgs[0].DATA.FRAMES, cfgs[0].DATA.SIZE, cfgs[0].DATA.SIZE)
     models: list[TimedModel] = []
-    waiting = list(cfgs)
+    waiting = iter(cfgs)
     for kind, value in words:
         if kind == "cfg":
-            cfg = waiting.pop(0)
+            cfg = next(waiting)
             sides = (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE)
             found = TimedModel(Path(value).stem, build_model(cfg, cfg.MODEL.NUM_CLASSES or CLASSES), sides)
         else:
@@ -75,57 +76,38 @@ def build_peer(name: str, size: Grid) -> TimedModel:
     A preset may follow: "stvit_video:stvit_swin_tiny:fast". Raises UsageError for names that the library lacks.
     """
     library, _, model = name.partition(":")
-    builders: dict[str, Callable[[str, str, Grid], TimedModel]] = {
-        "stvit_video": _own,
-        "torchvision": _torchvision,
-        "pytorchvideo": _pytorchvideo,
-        "timm": _timm,
-    }
-    if library not in builders or not model:
+    if library not in LIBRARIES or not model:
         raise UsageError(
-            f"--peer {name}: the library is one of {', '.join(builders)}; write LIBRARY:MODEL, as torchvision:swin3d_t."
-            + nearest(library, list(builders))
+            f"--peer {name}: the library is one of {', '.join(LIBRARIES)}; write LIBRARY:MODEL, as "
+            f"torchvision:swin3d_t.{nearest(library, list(LIBRARIES))}"
         )
-    return builders[library](name, model, size)
-
-
-def _refuse(name: str, model: str, known: list[str]) -> UsageError:
-    return UsageError(f"--peer {name}: choose one of {', '.join(known)}.{nearest(model, known)}")
-
-
-def _own(name: str, model: str, size: Grid) -> TimedModel:
-    variant, colon, preset = model.partition(":")
-    if colon and not preset:
-        raise UsageError(f"--peer {name} ends in a colon; name a preset behind it, or leave it out.")
-    if variant not in list_models():
-        raise _refuse(name, variant, list_models())
-    chosen = {"preset": preset} if preset else {}
-    built = create_model(variant, num_frames=size[0], image_size=size[1:], num_classes=CLASSES, **chosen)
-    return TimedModel(name.partition(":")[2], built, size)
-
-
-def _torchvision(name: str, model: str, size: Grid) -> TimedModel:
-    known = [found for found in torchvision.models.list_models(torchvision.models.video) if found.startswith(VIDEO)]
+    preset = ""
+    if library == "stvit_video":
+        model, colon, preset = model.partition(":")
+        if colon and not preset:
+            raise UsageError(f"--peer {name} ends in a colon; name a preset behind it, or leave it out.")
+        known = list_models()
+    elif library == "torchvision":
+        known = [found for found in torchvision.models.list_models(torchvision.models.video) if found.startswith(VIDEO)]
+    elif library == "pytorchvideo":
+        known = list(PYTORCHVIDEO)
+    else:
+        try:
+            import timm
+        except ModuleNotFoundError as error:
+            raise UsageError(f"--peer {name} needs timm, which is not installed; pip install timm.") from error
+        known = timm.list_models("vit_*")
     if model not in known:
-        raise _refuse(name, model, known)
-    built = torchvision.models.get_model(model, weights=None, num_classes=CLASSES)
-    return TimedModel(name, built, MVIT_SIZE if model.startswith("mvit") else size)
-
-
-def _pytorchvideo(name: str, model: str, size: Grid) -> TimedModel:
-    if model not in PYTORCHVIDEO:
-        raise _refuse(name, model, list(PYTORCHVIDEO))
-    return TimedModel(name, getattr(hub, model)(pretrained=False), MVIT_SIZE)
-
-
-def _timm(name: str, model: str, size: Grid) -> TimedModel:
-    try:
-        import timm
-    except ModuleNotFoundError as error:
-        raise UsageError(f"--peer {name} needs timm, which is not installed; pip install timm.") from error
-    known = timm.list_models("vit_*")
-    if model not in known:
-        raise UsageError(f"--peer {name}: timm has no such ViT; choose one of timm.list_models('vit_*')."
-                         + nearest(model, known))  # fmt: skip
+        listed = ", ".join(known) if library != "timm" else "timm.list_models('vit_*'); timm has no such ViT"
+        raise UsageError(f"--peer {name}: choose one of {listed}.{nearest(model, known)}")
+    if library == "stvit_video":
+        chosen = {"preset": preset} if preset else {}
+        built = create_model(model, num_frames=size[0], image_size=size[1:], num_classes=CLASSES, **chosen)
+        return TimedModel(name.partition(":")[2], built, size)
+    if library == "torchvision":
+        built = torchvision.models.get_model(model, weights=None, num_classes=CLASSES)
+        return TimedModel(name, built, MVIT_SIZE if model.startswith("mvit") else size)
+    if library == "pytorchvideo":
+        return TimedModel(name, getattr(hub, model)(pretrained=False), MVIT_SIZE)
     built = timm.create_model(model, pretrained=False, num_classes=CLASSES, img_size=size[1:])
     return TimedModel(f"{name}, {size[0]} frames as a batch", FramesAsBatch(built), size)

@@ -11,14 +11,17 @@ import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from stvit_video.common.tables import format_table
 from stvit_video.config.load import override
+from stvit_video.data.loader import build_test_loader, build_train_loader
 from stvit_video.runs.preflight import OpenRun, open_run
 from stvit_video.runtime.join import pick_device
 from stvit_video.runtime.precision import autocast
 from stvit_video.runtime.world import World
 
+PLAIN_TRAINING = {"TRAIN.ACCUMULATE": 1, "TRAIN.MIXUP": 0.0, "TRAIN.CUTMIX": 0.0}  # as ``train_step``
 Timer = Callable[[], float]  # runs one round and returns seconds per item
 
 
@@ -44,6 +47,14 @@ def open_benchmark(cfg: CfgNode, changes: Mapping[str, Any], device: str) -> Ope
     run = open_run(cfg, World(0, 1, pick_device(device, 0, 1)), "measure")
     assert run is not None, "nothing is finished where OUTPUT_DIR is not read"
     return run
+
+
+def build_loader(run: OpenRun, workers: int, training: bool) -> DataLoader:
+    """Return the loader of training clips, or of test videos, with that many workers."""
+    cfg = override(run.cfg, [("DATA.WORKERS", workers)], "a benchmark")
+    if training:
+        return build_train_loader(cfg, run.world, run.videos["train"])
+    return build_test_loader(cfg, run.world, run.videos["test"], clips=cfg.TEST.CLIPS, crops=cfg.TEST.CROPS)
 
 
 def train_step(
@@ -93,16 +104,10 @@ def interleave(timers: Mapping[str, Timer], rounds: int) -> list[TimedStep]:
 
 def describe(title: str, item: str, steps: Iterable[TimedStep]) -> str:
     """Return a table of medians and ranges below its title."""
-    rows = [
-        (
-            step.name,
-            f"{step.median:.1f}",
-            min_to_max(step.milliseconds),
-            f"{1000 / step.median:.1f}",
-            f"{step.ratio:.2f}",
-        )
-        for step in steps
-    ]
+    rows = []
+    for step in steps:
+        figures = f"{step.median:.1f}", min_to_max(step.milliseconds), f"{1000 / step.median:.1f}", f"{step.ratio:.2f}"
+        rows.append((step.name, *figures))
     return f"{title}\n" + format_table(("", f"ms per {item}", "min to max", f"{item}s/s", "ratio"), rows)
 
 

@@ -7,14 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from tabulate import tabulate
 
 
-def format_table(headers: Sequence[str], rows: Iterable[Sequence[object]], *, style: str = "plain") -> str:
-    """Return a table as text, with the first column aligned left and the others right.
+def format_table(
+    headers: Sequence[str], rows: Iterable[Sequence[object]], *, style: str = "plain", left: int = 1
+) -> str:
+    """Return a table as text, with the first ``left`` columns aligned left and the others right.
 
     ``style`` is a format of tabulate, such as ``plain`` or ``github`` (Markdown). Cells are not reformatted, so format
     numbers first.
     """
     rows = [list(map(str, row)) for row in rows]
-    align = ["left", *["right"] * (len(headers) - 1)]
+    align = ["left"] * left + ["right"] * (len(headers) - left)
     return tabulate(rows, list(headers), tablefmt=style, colalign=align if rows else None, disable_numparse=True)
 
 

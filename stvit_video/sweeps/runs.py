@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
 from fvcore.common.config import CfgNode
 
 from stvit_video.common.errors import Stopped, UsageError
 from stvit_video.common.files import wait_for_lock
 from stvit_video.config.load import override
-from stvit_video.runs.folder import RunFolder, describe_changes
+from stvit_video.runs.folder import RunFolder, build_run_folder, describe_changes
 from stvit_video.runtime.stopping import StopSignals
 from stvit_video.sweeps.plan import START, Plan, PlanRow
 
@@ -31,15 +30,9 @@ class RunJob(Protocol):
 
     @property
     def log(self) -> Path: ...
-
-    def is_active(self) -> bool:
-        """Say whether the job waits or works."""
-
-    def cancel(self) -> None:
-        """Ask the job to end; training writes a checkpoint first."""
-
-    def describe_failure(self) -> str:
-        """Return in a few words why the job ended without results; empty where only its log says it."""
+    def is_active(self) -> bool: ...  # whether it waits or works
+    def cancel(self) -> None: ...  # asks it to end; training writes a checkpoint first
+    def describe_failure(self) -> str: ...  # why it ended without results; empty where only its log says it
 
 
 @dataclass(frozen=True)
@@ -73,52 +66,41 @@ class SweepRun:
     def log(self) -> Path:
         return self.folder.path.with_name(f"{self.folder.path.name}.txt")
 
-    def is_finished(self) -> bool:
-        return self.folder.is_finished()
 
+def build_runs(plan: Plan, output: Path) -> tuple[SweepRun | None, list[SweepRun]]:
+    """Return the run that all others start from, if the plan has one, and all others: each seed's rows after another.
 
-def build_start(plan: Plan, output: Path) -> SweepRun | None:
-    """Return the run that all others start from, with the plan's first seed; None where the plan has no start.
-
-    Raises UsageError where its folder holds a run of other settings.
+    The start has the first seed. Raises UsageError where a folder holds a run of other settings.
     """
-    return None if plan.start is None else _build_run(plan.start, plan.seeds[0], output, [])
-
-
-def build_runs(plan: Plan, output: Path) -> list[SweepRun]:
-    """Return the runs of a plan's rows, all rows with the first seed before the next.
-
-    Raises UsageError where a folder holds a run of other settings.
-    """
-    start = build_start(plan, output)
-    init = [] if start is None else [("MODEL.INIT", str(start.folder.weights))]
-    return [_build_run(row, seed, output, init) for seed in plan.seeds for row in plan.rows]
+    start = _build_run(plan.start, plan.seeds[0], output, []) if plan.start is not None else None
+    init = [("MODEL.INIT", str(start.folder.weights))] if start is not None else []
+    return start, [_build_run(row, seed, output, init) for seed in plan.seeds for row in plan.rows]
 
 
 def _build_run(row: PlanRow, seed: int, output: Path, init: list[tuple[str, Any]]) -> SweepRun:
     path = output / row.name / f"seed{seed}"
     cfg = override(row.cfg, [*init, ("OUTPUT_DIR", str(path)), ("SEED", seed)], "a plan")
-    folder = RunFolder(path)
-    if folder.has_progress():
-        _check_recorded(row.name, folder, yaml.safe_load(cfg.dump()), moved=bool(init))
-    return SweepRun(row, seed, cfg, folder)
+    run = SweepRun(row, seed, cfg, build_run_folder(cfg))
+    if run.folder.has_progress():
+        _check_recorded(run, moved=bool(init))
+    return run
 
 
-def _check_recorded(row: str, folder: RunFolder, settings: dict[str, Any], moved: bool) -> None:
-    """Raise UsageError for a run of other settings. A start may have ``moved`` together with the runs."""
-    recorded = folder.recorded_config()
+def _check_recorded(run: SweepRun, moved: bool) -> None:
+    """Raise UsageError where the folder holds a run of other settings. A start may have ``moved`` with the runs."""
+    folder, recorded = run.folder, run.folder.recorded_config()
     if recorded is None:
         raise UsageError(
-            f"Row {row}: {folder.path} holds a run without a config.yaml that can be read, so it may be any; "
+            f"Row {run.row.name}: {folder.path} holds a run without a config.yaml that can be read, so it may be any; "
             f"delete that folder, or give another --output."
         )
-    model, init = recorded["MODEL"], settings["MODEL"]["INIT"]
+    model, init = recorded["MODEL"], folder.settings["MODEL"]["INIT"]
     if moved and isinstance(model, dict) and Path(str(model.get("INIT"))).parts[-3:] == Path(init).parts[-3:]:
         model["INIT"] = init
-    if changed := describe_changes(recorded, settings):
+    if changed := describe_changes(recorded, folder.settings):
         raise UsageError(
-            f"Row {row}: {folder.path} holds a run with other settings than the plan's: {changed}. Delete that folder, "
-            f"give another --output, or put the plan back."
+            f"Row {run.row.name}: {folder.path} holds a run with other settings than the plan's: {changed}. Delete "
+            f"that folder, give another --output, or put the plan back."
         )
 
 
@@ -127,12 +109,9 @@ def start_to_train(start: SweepRun | None, chosen: Sequence[SweepRun], runs: Seq
 
     Raises UsageError where its weights are gone, or begun runs would have another start than those that follow.
     """
-    if start is None or all(run.folder.has_progress() for run in chosen):
+    if start is None or start.folder.is_finished() or all(run.folder.has_progress() for run in chosen):
         return None
-    if start.is_finished() and start.folder.weights.is_file():
-        return None
-    begun = [run for run in runs if run.folder.has_progress()]
-    if start.is_finished() or begun:
+    if begun := [run for run in runs if run.folder.has_progress()]:
         folders = dict.fromkeys([str(start.folder.path), *(str(run.folder.path.parent) for run in begun)])
         raise UsageError(
             f"{start.folder.weights} is not there, and what is trained now would not have the start of the rest; "
@@ -166,13 +145,15 @@ def train_all(runs: Sequence[SweepRun], runner: JobRunner, finished: Callable[[S
     it fails, nothing follows. After a signal the jobs are cancelled, which has them write checkpoints, and Stopped is
     raised.
     """
-    waiting = [run for run in runs if not run.is_finished()]
+    waiting, active = [run for run in runs if not run.folder.is_finished()], {}
     total, done, ended, begun = len(runs), len(runs) - len(waiting), 0, time.monotonic()
     print(f"{done} of {total} runs are finished", flush=True)
-    active = {run: job for run in waiting if (job := build_active_job(run, runner)) is not None}
-    for run in active:
-        waiting.remove(run)
-        print(f"{run.name}: is still running, output in {run.log}", flush=True)
+    for run in list(waiting):
+        if (job := runner.find(run.folder.path)) is not None:
+            _check_recorded(run, moved=False)
+            active[run] = job
+            waiting.remove(run)
+            print(f"{run.name}: is still running, output in {run.log}", flush=True)
     started = dict.fromkeys(active, begun)
     with StopSignals(launched=False) as signals, _cancelling(active, runner.poll_s):
         while (waiting or active) and signals.received is None:
@@ -181,8 +162,8 @@ def train_all(runs: Sequence[SweepRun], runner: JobRunner, finished: Callable[[S
                 print(f"{run.name}: starts, output in {run.log}", flush=True)
                 active[run], started[run] = build_job(run, runner), time.monotonic()
             for run in [run for run, job in active.items() if not job.is_active()]:
-                failure = None if run.is_finished() else describe_failure(run, active[run])
-                del active[run]
+                job = active.pop(run)
+                failure = None if run.folder.is_finished() else describe_failure(run, job)
                 ended, done = ended + 1, done + (failure is None)
                 if failure is not None and run.row.kind == START:
                     waiting.clear()
@@ -218,14 +199,6 @@ def build_job(run: SweepRun, runner: JobRunner) -> RunJob:
     job = runner.submit(run.cfg, 1 if run.row.kind == START else runner.jobs)
     run.log.unlink(missing_ok=True)
     run.log.symlink_to(os.path.relpath(job.log, run.log.parent))
-    return job
-
-
-def build_active_job(run: SweepRun, runner: JobRunner) -> RunJob | None:
-    """Return the job that a killed command left active for a run. Raises UsageError where its settings are others."""
-    job = runner.find(run.folder.path)
-    if job is not None:
-        _check_recorded(run.row.name, run.folder, yaml.safe_load(run.cfg.dump()), moved=False)
     return job
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from stvit_video.benchmarks.models import build_conditions, describe_speeds, figures_of, measure
-from stvit_video.benchmarks.peers import TimedModel
+from stvit_video.benchmarks.peers import CLASSES, TimedModel
 from stvit_video.common.errors import UsageError
 from stvit_video.common.files import write_json
 from stvit_video.common.tables import format_table
@@ -20,21 +20,12 @@ from stvit_video.models.zoo import build_model
 from stvit_video.runs.environment import environment
 from stvit_video.runs.preflight import open_lists
 from stvit_video.runtime.world import World
-from stvit_video.sweeps.plan import (
-    ASSUMED_CLASSES,
-    COMMON_KEYS,
-    Plan,
-    PlanRow,
-    RowCost,
-    build_class_count,
-    build_row_cost,
-)
+from stvit_video.sweeps.plan import COMMON_KEYS, Plan, PlanRow, RowCost, build_class_count, build_row_cost
 from stvit_video.sweeps.runs import (
     LOCK_S,
     JobRunner,
     SweepRun,
     build_runs,
-    build_start,
     lock_output,
     read_results,
     start_to_train,
@@ -71,7 +62,7 @@ class Sweep:
     def draw(self) -> str:
         """Write table and picture of what is finished; return the table as text."""
         speeds = build_known_speeds(self.plan, self.output)
-        results = {run.key: read_results(run) for run in self.runs if run.is_finished()}
+        results = {run.key: read_results(run) for run in self.runs if run.folder.is_finished()}
         rows = []
         for row in self.plan.rows:
             found = {seed: results[row.name, seed] for seed in self.plan.seeds if (row.name, seed) in results}
@@ -118,18 +109,18 @@ def count_costs(plan: Plan) -> dict[str, RowCost]:
 def list_rows(plan: Plan, output: Path, patterns: Sequence[str]) -> None:
     """Print the rows that match, what they cost, and how many of their runs are done; nothing is written."""
     chosen = choose_rows(plan, patterns)
-    start, runs, costs = build_start(plan, output), build_runs(plan, output), count_costs(plan)
+    (start, runs), costs = build_runs(plan, output), count_costs(plan)
     table = []
     for row in chosen:
         cost, own = costs[row.name], [run for run in runs if run.row is row]
         share = f"{cost.gflops / costs[plan.baseline.name].gflops:.2f}x"
-        done = f"{sum(run.is_finished() for run in own)} of {len(own)}"
+        done = f"{sum(run.folder.is_finished() for run in own)} of {len(own)}"
         size = f"{cost.parameters / 1e6:.2f} M"
         table.append((row.name, describe_kind(row), str(cost.tokens), f"{cost.gflops:.3f}", share, size, done))
-    print(format_table(("row", "kind", "tokens", "GFLOPs", "of twin", "parameters", "runs done"), table))
-    if not has_data(chosen):
-        print(f"no data there yet: GFLOPs and parameters with {ASSUMED_CLASSES} classes")
-    unfinished = [run for run in runs if run.row in chosen and not run.is_finished()]
+    print(format_table(("row", "kind", "tokens", "GFLOPs", "of twin", "parameters", "runs done"), table, left=2))
+    if any(build_class_count(row) is None for row in chosen):
+        print(f"no data there yet: GFLOPs and parameters with {CLASSES} classes")
+    unfinished = [run for run in runs if run.row in chosen and not run.folder.is_finished()]
     first = start_to_train(start, unfinished, runs)
     if start is not None:
         print(f"all start from {start.name}{', which is trained first' if first else ''}")
@@ -143,23 +134,20 @@ def run_sweep(plan: Plan, output: Path, options: SweepOptions, runner: JobRunner
     """
     chosen = choose_rows(plan, options.patterns)
     build_runs(plan, output)  # refuses folders of other settings before data are generated
-    costs, known = count_costs(plan), has_data(plan.rows)
+    costs, known = count_costs(plan), all(build_class_count(row) is not None for row in plan.rows)
     output.mkdir(parents=True, exist_ok=True)
     only_draw = not chosen and options.measure == "never"
     with lock_output(output, patience=0 if only_draw else LOCK_S):
-        runs = build_runs(plan, output)  # again: another command may have had the folder until now
-        sweep = Sweep(plan, output, options.within, build_start(plan, output), runs, costs)
+        start, runs = build_runs(plan, output)  # again: another command may have had the folder until now
+        sweep = Sweep(plan, output, options.within, start, runs, costs)
         to_train = [run for run in runs if run.row in chosen]
-        first = start_to_train(sweep.start, to_train, runs)
+        first = start_to_train(start, to_train, runs)
         to_train = [first, *to_train] if first else to_train
-        if chosen:
-            for row in dict.fromkeys(run.row for run in to_train):
-                begun = all(run.folder.has_progress() for run in to_train if run.row is row)
-                build_row_data(row, needs_weights=not begun)
-            if not known:
-                sweep.costs = count_costs(plan)  # now that the classes are known
+        build_data(to_train)
+        if chosen and not known:
+            sweep.costs = count_costs(plan)  # now that the classes are known
         again = {run.key for run in to_train}
-        unfinished = {run.key for run in runs if not run.is_finished()}
+        unfinished = {run.key for run in runs if not run.folder.is_finished()}
         sweep.failures = {
             key: why for key, why in read_failures(output).items() if key in unfinished and key not in again
         }
@@ -180,13 +168,11 @@ def run_sweep(plan: Plan, output: Path, options: SweepOptions, runner: JobRunner
     return 1 if again & sweep.failures.keys() else 0
 
 
-def build_row_data(row: PlanRow, needs_weights: bool) -> None:
-    """Generate a row's data, before several runs would generate the same. Raises UsageError for missing files."""
-    open_lists(row.cfg, World(0, 1, torch.device("cpu")), needs_weights=needs_weights)
-
-
-def has_data(rows: Sequence[PlanRow]) -> bool:
-    return all(build_class_count(row) is not None for row in rows)
+def build_data(runs: Sequence[SweepRun]) -> None:
+    """Generate the data before several runs would generate the same. Raises UsageError for missing files."""
+    for row in dict.fromkeys(run.row for run in runs):
+        begun = all(run.folder.has_progress() for run in runs if run.row is row)
+        open_lists(row.cfg, World(0, 1, torch.device("cpu")), needs_weights=not begun)
 
 
 def build_start_note(plan: Plan, start: SweepRun | None, failures: dict[tuple[str, int], str]) -> str:
@@ -195,7 +181,7 @@ def build_start_note(plan: Plan, start: SweepRun | None, failures: dict[tuple[st
         return ""
     if failure := failures.get(start.key):
         return f"failed: {start.name}, from which all rows start: {failure}"
-    if not start.is_finished():
+    if not start.folder.is_finished():
         return ""
     same_test = all(value_of(start.cfg, key) == value_of(plan.baseline.cfg, key) for key in COMMON_KEYS)
     reached = f" ({read_results(start)['top1']:.2f} % top-1)" if same_test else ""
@@ -204,13 +190,11 @@ def build_start_note(plan: Plan, start: SweepRun | None, failures: dict[tuple[st
 
 def read_failures(output: Path) -> dict[tuple[str, int], str]:
     """Return why runs failed when they were last tried, by row and seed, from the table of the last time."""
-    return _read_own(
-        output / "tradeoff.json",
-        lambda content: {
-            (row["row"], int(seed)): str(why) for row in content["rows"] for seed, why in row["failures"].items()
-        },
-        {},
-    )
+
+    def use(table: Any) -> dict[tuple[str, int], str]:
+        return {(row["row"], int(seed)): str(why) for row in table["rows"] for seed, why in row["failures"].items()}
+
+    return _read_own(output / "tradeoff.json", use, {})
 
 
 def _read_own(path: Path, use: Callable[[Any], T], default: T) -> T:
@@ -245,17 +229,16 @@ def build_speeds(plan: Plan, output: Path, options: SweepOptions) -> None:
     models = []
     for row in sorted(plan.rows, key=lambda row: row.kind != "twin"):
         size = (row.cfg.DATA.FRAMES, row.cfg.DATA.SIZE, row.cfg.DATA.SIZE)
-        model = build_model(row.cfg, build_class_count(row) or ASSUMED_CLASSES)
-        models.append(TimedModel(row.name, model, size))
+        models.append(TimedModel(row.name, build_model(row.cfg, build_class_count(row) or CLASSES), size))
     conditions = build_conditions(plan.baseline.cfg, False, options.largest_batch)
-    speeds, product = measure(models, conditions, options.rounds, say=lambda line: print(line, flush=True))
+    speeds, product = measure(models, conditions, options.rounds)
     print(describe_speeds(speeds, product, conditions), flush=True)
     machine = environment()
     where = ", ".join(machine["gpus"][:1]) if conditions.device.type == "cuda" else f"{machine['cpus']} CPU cores"
     content = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        "machine": f"speeds: {where}, {conditions}, torch "
-        f"{machine['packages']['torch']}, median of {options.rounds} interleaved rounds at the best batch of each",
+        "machine": f"speeds: {where}, {conditions}, torch {machine['packages']['torch']}, median of {options.rounds} "
+        f"interleaved rounds at the best batch of each",
         "settings": {row.name: _build_settings(row) for row in plan.rows},
         "clips_per_second": {speed.name: speed.rate for speed in speeds},
         **figures_of(speeds, product, conditions),

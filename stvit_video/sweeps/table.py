@@ -67,33 +67,23 @@ class Table:
     def baseline(self) -> TableRow:
         return next(row for row in self.rows if row.kind == "twin")
 
-    def points(self, row: TableRow) -> float | None:
-        """Return how many points of top-1 a row is above the baseline, None where they have no seed in common."""
-        return difference(row, self.baseline)
-
 
 def describe_kind(row: TableRow | PlanRow) -> str:
     return f"{row.kind} of {', '.join(row.of)}" if row.of else row.kind
 
 
-def difference(row: TableRow, other: TableRow) -> float | None:
-    """Return how many points a row is above another, averaged over the seeds that both have; None without any."""
-    pairs = _pairs(row, other)
+def compare(row: TableRow, other: TableRow) -> tuple[float | None, bool]:
+    """Return how many points a row is above another, averaged over the seeds that both have; None without any.
+
+    Return also whether the seeds of one of the two differ by as much as the rows do, given several seeds of both.
+    """
+    found = [(one, other.top1.get(seed)) for seed, one in row.top1.items()]
+    pairs = [(one, two) for one, two in found if one is not None and two is not None]
     if not pairs:
-        return None
-    return round(sum(one - two for one, two in pairs) / len(pairs), 9) + 0.0  # no rounding noise, no -0.0
-
-
-def within_spread(row: TableRow, other: TableRow) -> bool:
-    """Say whether the seeds of one of two rows differ by as much as the rows do, given several seeds of both."""
-    pairs, by = _pairs(row, other), difference(row, other)
+        return None, False
+    by = round(sum(one - two for one, two in pairs) / len(pairs), 9) + 0.0  # no rounding noise, no -0.0
     spreads = [max(values) - min(values) for values in zip(*pairs, strict=True)]
-    return len(pairs) > 1 and by is not None and abs(by) <= max(spreads)
-
-
-def _pairs(row: TableRow, other: TableRow) -> list[tuple[float, float]]:
-    found = ((one, other.top1.get(seed)) for seed, one in row.top1.items())
-    return [(one, two) for one, two in found if one is not None and two is not None]
+    return by, len(pairs) > 1 and abs(by) <= max(spreads)
 
 
 def verdicts(table: Table) -> list[str]:
@@ -104,41 +94,28 @@ def verdicts(table: Table) -> list[str]:
 def _verdict(table: Table, row: TableRow) -> list[str]:
     if row.mean is None:
         return ["no seed is trained, so nothing can be said"]
-    related = [(other, difference(row, other)) for other in table.rows if row.name in other.of]
-    known = [(other, by) for other, by in related if by is not None]
-    above = [_name(row, other, f"by {by:.2f}") for other, by in known if other.kind == "control" and by > 0]
-    below = [_name(row, other, f"by {abs(by):.2f}") for other, by in known if other.kind == "control" and by <= 0]
-    beside = [_name(row, other, f"{0.0 - by:+.2f}") for other, by in known if other.kind == "neighbour"]
-    unknown = [_short(row, other) for other, by in related if by is None]
-    parts = [_against_baseline(table, row)]
-    for title, names in (
-        ("above ", above),
-        ("NOT above ", below),
-        ("neighbours: ", beside),
-        ("not compared, no seed being trained for both: ", unknown),
-    ):
-        parts += [title + ", ".join(names)] if names else []
-    return parts
-
-
-def _against_baseline(table: Table, row: TableRow) -> str:
-    baseline, points = table.baseline, table.points(row)
-    spread = row.seeds or f"spread {row.spread:.2f}"
+    baseline, spread = table.baseline, row.seeds or f"spread {row.spread:.2f}"
+    points, _ = compare(row, baseline)
     if points is None:
-        return f"{row.mean:.2f} % ({spread}), and {baseline.name} has none of these seeds trained"
-    where = "equal to" if not points else f"{abs(points):.2f} points {'above' if points > 0 else 'below'}"
-    verdict = "within" if points >= -table.within else "NOT within"
-    other = baseline.seeds or f"spread {baseline.spread:.2f}"
-    return f"{where} {baseline.name}, {verdict} the {table.within:g} asked ({spread}; {baseline.name}: {other})"
-
-
-def _name(row: TableRow, other: TableRow, by: str) -> str:
-    doubt = "less than the spread" if within_spread(row, other) else ""
-    return f"{_short(row, other)} ({', '.join(filter(None, (by, doubt, other.seeds)))})"
-
-
-def _short(row: TableRow, other: TableRow) -> str:
-    return other.name.removeprefix(f"{row.name}-")
+        parts = [f"{row.mean:.2f} % ({spread}), and {baseline.name} has none of these seeds trained"]
+    else:
+        where = "equal to" if not points else f"{abs(points):.2f} points {'above' if points > 0 else 'below'}"
+        verdict = "within" if points >= -table.within else "NOT within"
+        its = baseline.seeds or f"spread {baseline.spread:.2f}"
+        parts = [f"{where} {baseline.name}, {verdict} the {table.within:g} asked ({spread}; {baseline.name}: {its})"]
+    unknown = "not compared, no seed being trained for both: "
+    related: dict[str, list[str]] = {"above ": [], "NOT above ": [], "neighbours: ": [], unknown: []}
+    for other in [other for other in table.rows if row.name in other.of]:
+        name, (by, doubtful) = other.name.removeprefix(f"{row.name}-"), compare(row, other)
+        if by is None:
+            related[unknown].append(name)
+            continue
+        control = other.kind == "control"
+        title = ("above " if by > 0 else "NOT above ") if control else "neighbours: "
+        figure = f"by {abs(by):.2f}" if control else f"{0.0 - by:+.2f}"
+        doubt = "less than the spread" if doubtful else ""
+        related[title].append(f"{name} ({', '.join(filter(None, (figure, doubt, other.seeds)))})")
+    return parts + [title + ", ".join(names) for title, names in related.items() if names]
 
 
 def notes(table: Table) -> list[str]:
@@ -171,7 +148,7 @@ def records(table: Table) -> list[dict[str, Any]]:
             **{f"top1_seed{seed}": value for seed, value in row.top1.items()},
             "mean": row.mean,
             "spread": row.spread,
-            "points": table.points(row),
+            "points": compare(row, twin)[0],
         }
         for row in table.rows
     ]
@@ -179,31 +156,31 @@ def records(table: Table) -> list[dict[str, Any]]:
 
 def markdown(table: Table) -> str:
     """Return the table for a README, verdicts and notes below it."""
-    seeds = list(table.baseline.top1)
-    head = ["row", "kind", "tokens", "GFLOPs", "of twin", "clips/s", "of twin"]
-    head += [*(f"seed {seed}" for seed in seeds), "mean top-1", "spread", "points"]
-    cells = [
-        [
-            row.name,
-            describe_kind(row),
-            str(row.tokens),
-            f"{row.gflops:.3f}",
-            f"{record['gflops_of_twin']:.2f}x",
-            _cell(row.rate, ".1f"),
-            _cell(record["speed_of_twin"], ".2f", "x"),
-            *("failed" if seed in row.failures else _cell(row.top1[seed], ".2f") for seed in seeds),
-            _cell(row.mean, ".2f"),
-            _cell(row.spread, ".2f"),
-            _cell(record["points"], "+.2f"),
-        ]
-        for row, record in zip(table.rows, records(table), strict=True)
+    columns = [  # heading, column of ``records``, format
+        ("tokens", "tokens", "{}"),
+        ("GFLOPs", "gflops", "{:.3f}"),
+        ("of twin", "gflops_of_twin", "{:.2f}x"),
+        ("clips/s", "clips_per_second", "{:.1f}"),
+        ("of twin", "speed_of_twin", "{:.2f}x"),
+        *((f"seed {seed}", f"top1_seed{seed}", "{:.2f}") for seed in table.baseline.top1),
+        ("mean top-1", "mean", "{:.2f}"),
+        ("spread", "spread", "{:.2f}"),
+        ("points", "points", "{:+.2f}"),
     ]
+    lines = []
+    for row, record in zip(table.rows, records(table), strict=True):
+        record |= {f"top1_seed{seed}": "failed" for seed in row.failures}
+        cells = (_cell(record[key], form) for _, key, form in columns)
+        lines.append([row.name, describe_kind(row), *cells])
+    head = ["row", "kind", *(heading for heading, _, _ in columns)]
     below = [*verdicts(table), *notes(table), *([table.machine] if table.machine else [])]
-    return "\n".join([format_table(head, cells, style="github"), "", *(f"- {line}" for line in below)]) + "\n"
+    return "\n".join([format_table(head, lines, style="github", left=2), "", *(f"- {line}" for line in below)]) + "\n"
 
 
-def _cell(value: float | None, form: str, unit: str = "") -> str:
-    return "-" if value is None else f"{value:{form}}{unit}"
+def _cell(value: float | str | None, form: str) -> str:
+    if isinstance(value, str):
+        return value
+    return "-" if value is None else form.format(value)
 
 
 def write_table(table: Table, output: Path) -> None:

@@ -75,7 +75,7 @@ def test_rounds_run_all_models_and_ratios_are_to_the_first() -> None:
     for timed in models:
         timed.model.weight = nn.Parameter(torch.zeros(1))
     conditions = Conditions(torch.device("cpu"), "fp32")
-    a, b = measure(models, conditions, 3, [runner("a", 1.0), runner("b", 4.0)], lambda line: None)[0]
+    a, b = measure(models, conditions, 3, [runner("a", 1.0), runner("b", 4.0)])[0]
     assert calls[-12:] == ["a1", "a2", "b1", "b2"] * 3
     assert (a.batch, b.batch) == (2, 2)
     assert b.ratio == pytest.approx(0.25)

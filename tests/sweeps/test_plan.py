@@ -71,7 +71,7 @@ def test_a_row_given_twice_is_refused(small_set: Path, tmp_path: Path) -> None:
 
 def test_models_that_cannot_be_built_are_refused_by_name(small_set: Path, tmp_path: Path) -> None:
     plan = open_plan(write_plan(tmp_path, small_set, rows={**ROWS, "odd": {"DATA.SIZE": 60}}))
-    assert refusal(build_row_cost, plan.rows[-1], 8).startswith("Row odd: ")
+    assert refusal(build_row_cost, plan.rows[-1]).startswith("Row odd: ")
 
 
 def test_the_command_line_holds_for_all_rows_or_is_refused(small_set: Path, tmp_path: Path) -> None:
