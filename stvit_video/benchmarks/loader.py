@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 
 from stvit_video.benchmarks.rounds import TimedStep, Timer, build_loader, describe, interleave, open_benchmark, timed
 from stvit_video.common.errors import UsageError
-from stvit_video.data.dataset import Batch, Sample, SampleKey
+from stvit_video.data.dataset import Batch, Sample, SampleKey, collate
 from stvit_video.data.decode.frames import Decoding, FrameRequest, open_video, read_file
 from stvit_video.data.decode.readers import to_numpy
 from stvit_video.data.decode.types import DecodeError, Frames, Indices
