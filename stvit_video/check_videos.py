@@ -13,7 +13,7 @@ from pathlib import Path
 
 from stvit_video.common.cli import Parser, run_command
 from stvit_video.common.errors import UsageError
-from stvit_video.common.files import try_folder, write_atomically, writing
+from stvit_video.common.files import prepare_folder, write_atomically
 from stvit_video.common.progress import Progress
 from stvit_video.data.clips.sampling import ClipSampler, EvenClips
 from stvit_video.data.decode.frames import DECODERS, find_decoders
@@ -65,8 +65,7 @@ def check(arguments: Sequence[str] | None) -> int:
     clean = options.output / "clean.txt"
     if clean.exists() and clean.samefile(options.list):
         raise UsageError(f"--output {options.output} would replace the list itself; give another folder.")
-    with writing(options.output):  # tried before a scan that may take hours
-        try_folder(options.output)
+    prepare_folder(options.output)  # before a scan that may take hours
     errors: dict[str, DecodeError] = {}
     paths = list(dict.fromkeys(video.path for video in listing.videos))
     with Progress("check", len(paths)) as progress:
@@ -74,10 +73,10 @@ def check(arguments: Sequence[str] | None) -> int:
             if error is not None:
                 errors[error.path] = error
             progress.advance(f"{len(errors):,} cannot be read")
-    with writing(options.output):  # failures first, so that what clean.txt leaves out is always listed
-        failures = failures_csv(Failure.of(error, "check") for error in errors.values())
-        write_atomically(options.output / "failures.csv", failures)
-        write_atomically(clean, clean_list(listing, errors))
+    # Failures first, so that what clean.txt leaves out is always listed.
+    failures = failures_csv(Failure.of(error, "check") for error in errors.values())
+    write_atomically(options.output / "failures.csv", failures)
+    write_atomically(clean, clean_list(listing, errors))
     print(summarise(listing, errors, options.output))
     return 0
 
