@@ -216,5 +216,6 @@ def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in content.items():
         full = f"{prefix}{name}"
-        flat |= flatten(value, f"{full}.") if isinstance(value, Mapping) else {full: value}
+        nested = isinstance(value, Mapping) and value  # an empty mapping is a value: no key takes one
+        flat |= flatten(value, f"{full}.") if nested else {full: value}
     return flat
