@@ -13,7 +13,7 @@ from pathlib import Path
 
 from stvit_video.common.cli import Parser, run_command
 from stvit_video.common.errors import UsageError
-from stvit_video.common.files import try_folder, write_atomically, writing
+from stvit_video.common.files import prepare_folder, write_atomically
 from stvit_video.common.progress import Progress
 from stvit_video.data.clips.sampling import ClipSampler, read_every_frame
 from stvit_video.data.decode.frames import DECODERS, find_decoders
@@ -56,8 +56,7 @@ def check(arguments: Sequence[str] | None) -> int:
     clean = options.output / "clean.txt"
     if clean.exists() and clean.samefile(options.list):
         raise UsageError(f"--output {options.output} would replace the list itself; give another folder.")
-    with writing(options.output):  # tried before a scan that may take hours
-        try_folder(options.output)
+    prepare_folder(options.output)  # before a scan that may take hours
     # Clips of one frame, from the first to the last.
     spread = partial(ClipSampler("dense", 1).even_clips, clips=options.frames)
     choice = read_every_frame if options.all_frames else spread
@@ -68,10 +67,10 @@ def check(arguments: Sequence[str] | None) -> int:
             if found is not None:
                 errors[found.path] = found
             progress.advance(f"{len(errors):,} cannot be read")
-    with writing(options.output):  # failures first, so that what clean.txt leaves out is always listed
-        failures = failures_csv(Failure.of(error, "check") for error in errors.values())
-        write_atomically(options.output / "failures.csv", failures)
-        write_atomically(clean, clean_list(listing, errors))
+    # Failures first, so that what clean.txt leaves out is always listed.
+    failures = failures_csv(Failure.of(error, "check") for error in errors.values())
+    write_atomically(options.output / "failures.csv", failures)
+    write_atomically(clean, clean_list(listing, errors))
     print(summarise(listing, errors, options.output))
     return 0
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from stvit_video.common.cli import Parser, run_command
 from stvit_video.common.errors import UsageError
+from stvit_video.common.files import check_file
 
 
 def compare(arguments: Sequence[str] | None) -> int:
@@ -24,8 +25,7 @@ def compare(arguments: Sequence[str] | None) -> int:
     options = parser.parse_args(arguments)
     if options.window < 1:
         raise UsageError(f"--window {options.window} averages over no step; give a whole number from 1 on.")
-    if options.output.suffix != ".png" or not options.output.parent.is_dir():
-        raise UsageError(f"--output {options.output}: give a .png file in a folder that exists.")
+    check_file("--output", options.output, suffix=".png")
     from stvit_video.common.charts import plot_comparison
     from stvit_video.common.tables import format_table
     from stvit_video.runs.record import first_step, read_curves

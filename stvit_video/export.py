@@ -43,13 +43,13 @@ def export(arguments: Sequence[str] | None) -> int:
     """Parse the arguments, write the file and compare it; return the exit code. Raises UsageError."""
     options = build_parser().parse_args(arguments)
     batch = check_options(options)
-    from stvit_video.common.hub import check_push, push
+    from stvit_video.common.hub import prepare_hub, push
     from stvit_video.inference.formats import check_packages, export_model
     from stvit_video.inference.load import open_checkpoint
 
     check_packages(options.format)
     if options.push:
-        check_push(options.push)
+        prepare_hub(options.push)
     trained = open_checkpoint(options.checkpoint)
     weights, suffix = trained.weights, SUFFIXES[options.format]
     name = weights.absolute().parent.name if weights.name == "model.safetensors" else weights.stem

@@ -5,7 +5,6 @@ what each semantic token draws on and where it moves, its part in the head's sco
 clip is shown: the middle one, or the one from ``--start`` seconds on. Exit codes: 0 done; 2 wrong use.
 """
 
-import argparse
 import shlex
 import sys
 from collections.abc import Sequence
@@ -16,8 +15,8 @@ from stvit_video.common.errors import UsageError
 from stvit_video.common.hub import check_exists
 
 
-def build_parser() -> Parser:
-    """Return the parser of this command's options."""
+def visualize(arguments: Sequence[str] | None) -> int:
+    """Parse the arguments, explain a clip and write the results; return the exit code. Raises UsageError."""
     parser = Parser(
         prog="python -m stvit_video.visualize",
         form="VIDEO --checkpoint RUN|FILE [--output FOLDER]",
@@ -29,29 +28,18 @@ def build_parser() -> Parser:
     add("--output", type=Path, metavar="FOLDER", help="default: visualize/NAME OF THE VIDEO")
     add("--start", type=float, metavar="SECONDS", help="where the clip starts (default: in the middle)")
     add("--class", dest="label", metavar="NAME", help="class to explain (default: the most likely one)")
-    return parser
-
-
-def check_options(options: argparse.Namespace) -> None:
-    """Raise UsageError for options that cannot work, before anything is loaded."""
+    words = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(words)
     if options.start is not None and not 0 <= options.start < float("inf"):
         raise UsageError(f"--start {options.start:g} is not a time in a video; give seconds from 0 on.")
     if not options.video.exists():
         raise UsageError(f"VIDEO {options.video} does not exist; give a video, an image or a folder of images.")
     check_exists(options.checkpoint)
-
-
-def visualize(arguments: Sequence[str] | None) -> int:
-    """Parse the arguments, explain a clip and write the results. Raises UsageError."""
-    words = sys.argv[1:] if arguments is None else arguments
-    options = build_parser().parse_args(words)
-    check_options(options)
     from stvit_video.pages.clip_page import write_clip_page
 
     output = options.output or Path("visualize") / options.video.stem
     command = shlex.join(["python", "-m", "stvit_video.visualize", *words])
-    lines = write_clip_page(options.video, options.checkpoint, output, options.start, options.label, command)
-    print("\n".join(lines))
+    print(write_clip_page(options.video, options.checkpoint, output, options.start, options.label, command))
     return 0
 
 

@@ -13,7 +13,6 @@ from adjustText import adjust_text
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 from numpy.typing import ArrayLike, NDArray
@@ -128,11 +127,6 @@ def thin_out(points: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[
     return x, y
 
 
-def plot_confusion(counts: ArrayLike, classes: Sequence[str], path: Path) -> None:
-    """Write the PNG of ``png_of_confusion``."""
-    path.write_bytes(png_of_confusion(counts, classes))
-
-
 @matplotlib.rc_context(PLAIN_TEXT)
 def png_of_confusion(counts: ArrayLike, classes: Sequence[str]) -> bytes:
     """Return a PNG of the share of each label's videos by predicted class; counts (classes, classes), rows are labels.
@@ -181,7 +175,6 @@ def plot_transfer(rows: list[dict[str, Any]], chance: float, path: Path) -> None
     figure.savefig(path, dpi=100)
 
 
-@matplotlib.rc_context(STYLE)
 @dataclass(frozen=True)
 class Point:
     """A named point of ``plot_points``."""
@@ -197,39 +190,41 @@ class Point:
     colour: str = "C0"
 
 
-@matplotlib.rc_context(PLAIN_TEXT)
 def plot_points(points: Sequence[Point], x_label: str, y_label: str, path: Path) -> None:
-    """Draw named points, such as accuracy over speed, with their ranges as bars."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    """Write the PNG of ``image_of_points``."""
+    write_atomically(path, image_of_points(points, x_label, y_label, "png", (8, 5)))
+
+
+@matplotlib.rc_context(STYLE)
+def image_of_points(
+    points: Sequence[Point], x_label: str, y_label: str, kind: str = "svg", size: tuple[float, float] = (5.4, 3.5)
+) -> bytes:
+    """Draw named points, such as accuracy over speed, with their ranges as bars; return a PNG or SVG.
+
+    Names are written near their points, clear of each other, of points and of bars, each with a line to its point.
+    """
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     legend: dict[str, Any] = {}
     for point in points:
         bars = {"x": (point.x, point.x_range), "y": (point.y, point.y_range)}
         errors = {f"{axis}err": [[at - ends[0]], [ends[1] - at]] for axis, (at, ends) in bars.items() if ends}
         style: dict[str, Any] = {"fmt": point.marker, "markersize": point.size, "color": point.colour, **errors}
-        drawn = axes.errorbar(point.x, point.y, capsize=3, elinewidth=1, zorder=3, **style)
-        legend[point.kind] = drawn
+        legend[point.kind] = axes.errorbar(point.x, point.y, capsize=3, elinewidth=1, zorder=3, **style)
     axes.set(xlabel=x_label, ylabel=y_label)
+    axes.xaxis.set_major_locator(MaxNLocator(7))
     axes.margins(0.15)  # room for the names
-    axes.grid(alpha=0.3)
+    axes.grid(alpha=0.25)
     legend.pop("", None)
     if legend:
         place: dict[str, Any] = {"loc": "outside upper center", "ncols": len(legend)}
         figure.legend(legend.values(), legend.keys(), fontsize="small", frameon=False, **place)
     figure.draw_without_rendering()  # the layout is fixed here, before names are placed in it
     figure.set_layout_engine("none")
-    _write_names(axes, points)
-    file = BytesIO()
-    figure.savefig(file, dpi=120, format="png")
-    write_atomically(path, file.getvalue())
-
-
-def _write_names(axes: Axes, points: Sequence[Point]) -> None:
-    """Write the names near their points, clear of each other, of points and of bars, each with a line to its point."""
     texts, taken = [], []
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
     for point in points:
-        texts.append(axes.text(point.x, point.y, point.name, fontsize=7.5))
-        texts[-1].set_path_effects([withStroke(linewidth=2, foreground="white")])
+        texts.append(axes.text(point.x, point.y, point.name, fontsize=9 if len(points) <= 6 else 7.5, bbox=box))
         (left, right), (low, high) = point.x_range or (point.x, point.x), point.y_range or (point.y, point.y)
         drawn = Bbox([(left, low), (right, high)]).transformed(axes.transData).padded(8)
         taken.append(drawn.transformed(axes.transData.inverted()))
@@ -237,20 +232,7 @@ def _write_names(axes: Axes, points: Sequence[Point]) -> None:
     how: dict[str, Any] = {"force_text": (0.1, 0.5), "max_move": (20, 20), "expand": (1.1, 1.3), "iter_lim": 200}
     line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6}
     adjust_text(texts, objects=taken, ax=axes, prevent_crossings=False, arrowprops=line, **how)
-
-
-def svg_of_costs(runs: Sequence[tuple[str, float, float]], label: str) -> bytes:
-    """Return an SVG of top-1 over cost, a point for each (run, cost, top-1 in percent); ``label`` names the cost."""
-    figure = Figure(figsize=(5.4, 3.5), layout="constrained")
-    axes = figure.subplots()
-    highest = max(cost for _, cost, _ in runs)
-    for i, (run, cost, top1) in enumerate(runs):
-        axes.plot([cost], [top1], "o", markersize=11, color=run_style(i)["color"])
-        x, side = (-9, "right") if cost > 0.6 * highest else (9, "left")
-        axes.annotate(run, (cost, top1), xytext=(x, -14), textcoords="offset points", ha=side, fontsize=9)
-    axes.set(xlabel=label, title="Top-1 (%) over cost", xlim=(0, 1.12 * highest), ylim=(0, 105))
-    axes.grid(alpha=0.25)
-    return _image(figure, "svg")
+    return _image(figure, kind)
 
 
 def _image(figure: Figure, kind: str, **options: Any) -> bytes:

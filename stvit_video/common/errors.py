@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+from collections.abc import Collection
 
 # System errors on which the user has to act: they are printed as one line.
 FILESYSTEM_ERRORS = {
@@ -33,7 +34,7 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: Collection[str]) -> str:
     """Return " Did you mean X?" for the ``known`` name closest to ``name``, or an empty string."""
-    match = [] if name in known else difflib.get_close_matches(name, known, n=1, cutoff=0.67)  # above gpu and cpu
+    match = [] if name in known else difflib.get_close_matches(name, list(known), n=1, cutoff=0.67)  # above gpu and cpu
     return f" Did you mean {match[0]}?" if match else ""

@@ -4,8 +4,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from stvit_video.common.errors import UsageError
@@ -42,9 +41,9 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # with the name that a user knows
     folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must survive a power cut
     try:
         os.fsync(folder)
@@ -57,25 +56,11 @@ def write_json(path: Path, content: object) -> None:
     write_atomically(path, json.dumps(content, indent=2).encode())
 
 
-def try_folder(folder: Path) -> None:
-    """Make a folder and check that it can be written to, before the work starts. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()
-
-
-@contextmanager
-def writing(output: Path) -> Iterator[None]:
-    """Turn file system errors of --output into UsageError."""
-    try:
-        yield
-    except OSError as error:
-        raise UsageError(f"--output {output} cannot be written ({error.strerror}); give another folder.") from error
-
-
 def prepare_folder(folder: Path) -> None:
-    """Call ``try_folder`` for the folder of an option. Raises UsageError."""
+    """Make the folder of an option and check that it can be written to, before the work. Raises UsageError."""
     try:
-        try_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UsageError(
             f"folder {folder} cannot be written to ({error.strerror}); set its permissions, free space or give another."

@@ -28,11 +28,10 @@ def pull(address: str) -> Path:
     """
     owner, _, rest = address.removeprefix(SCHEME).partition("/")
     name, _, file = rest.partition("/")
-    repository = _check_repository(f"{owner}/{name}")
-    hub = _import_hub()
+    hub, errors = prepare_hub(f"{owner}/{name}")
     try:
-        return Path(hub.hf_hub_download(repository, file or "model.safetensors"))
-    except _errors(hub) as error:
+        return Path(hub.hf_hub_download(f"{owner}/{name}", file or "model.safetensors"))
+    except errors as error:
         raise UsageError(f"Checkpoint {address} cannot be fetched ({first_line(error)}).") from error
 
 
@@ -41,41 +40,30 @@ def push(path: Path, repository: str) -> str:
 
     A ``.safetensors`` is named model.safetensors, the default of ``pull``. Raises UsageError as ``pull`` does.
     """
-    _check_repository(repository)
-    hub = _import_hub()
+    hub, errors = prepare_hub(repository)
     name = "model.safetensors" if path.suffix == ".safetensors" else path.name
     try:
         hub.create_repo(repository, private=True, exist_ok=True)
         hub.upload_file(path_or_fileobj=str(path), path_in_repo=name, repo_id=repository)
-    except _errors(hub) as error:
+    except errors as error:
         raise UsageError(f"--push {repository} failed ({first_line(error)}); the file is kept at {path}.") from error
     return f"{SCHEME}{repository}" if name == "model.safetensors" else f"{SCHEME}{repository}/{name}"
 
 
-def check_push(repository: str) -> None:
-    """Raise UsageError where an upload to ``repository`` cannot work."""
-    _check_repository(repository)
-    _import_hub()
+def prepare_hub(repository: str) -> tuple[Any, tuple[type[Exception], ...]]:
+    """Return the package, and the errors that it raises for names, permissions and connections.
 
-
-def _check_repository(name: str) -> str:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII):
+    Raises UsageError where it is missing, or ``repository`` is not of the form OWNER/NAME.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository, re.ASCII):
         raise UsageError(
-            f"Hub repository {name.rstrip('/')!r} is not of the form OWNER/NAME; a checkpoint there is "
+            f"Hub repository {repository.rstrip('/')!r} is not of the form OWNER/NAME; a checkpoint there is "
             f"{SCHEME}OWNER/NAME[/FILE]."
         )
-    return name
-
-
-def _import_hub() -> Any:
     try:
-        return importlib.import_module("huggingface_hub")
+        hub: Any = importlib.import_module("huggingface_hub")
     except ImportError as error:
         raise UsageError(
             "The Hugging Face hub needs a package that is missing; pip install huggingface_hub."
         ) from error
-
-
-def _errors(hub: Any) -> tuple[type[Exception], ...]:
-    """Return the errors that the package raises for names, permissions and connections."""
-    return (hub.errors.HfHubHTTPError, hub.errors.LocalEntryNotFoundError, hub.errors.HFValidationError, OSError)
+    return hub, (hub.errors.HfHubHTTPError, hub.errors.LocalEntryNotFoundError, hub.errors.HFValidationError, OSError)

@@ -3,7 +3,6 @@
 import shutil
 import sys
 import time
-from types import TracebackType
 
 from tqdm import tqdm
 
@@ -32,9 +31,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.bar.close()
 
     def advance(self, text: str = "") -> None:

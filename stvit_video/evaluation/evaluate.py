@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from stvit_video.common.charts import plot_confusion
+from stvit_video.common.charts import png_of_confusion
 from stvit_video.common.errors import RunFailure, Stopped, UsageError
 from stvit_video.common.files import write_json
 from stvit_video.common.progress import Progress
@@ -164,7 +164,7 @@ class Tester:
             folder.write_table("per_class.csv", predictions.per_class(self.classes))
             folder.write_table("predictions.csv", predictions.rows(paths, self.classes))
             write_json(folder.results, results)
-            plot_confusion(predictions.confusion(), self.classes, folder.path / "confusion.png")
+            (folder.path / "confusion.png").write_bytes(png_of_confusion(predictions.confusion(), self.classes))
             partial.clear()
             print(f"{describe_results(results)}\nresults in {folder.results}", flush=True)
             return results

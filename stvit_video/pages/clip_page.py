@@ -1,34 +1,29 @@
 """The page of one clip: ``report.html`` of ``stvit_video.visualize``, with the pictures and the video beside it."""
 
+import base64
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from stvit_video.common.errors import UsageError, nearest
-from stvit_video.common.files import try_folder, write_atomically, writing
-from stvit_video.data.decode.types import Frames
-from stvit_video.inference.load import open_checkpoint
+from stvit_video.common.files import prepare_folder, write_atomically
+from stvit_video.data.clips.sampling import ClipSampler
+from stvit_video.data.decode.frames import open_video
+from stvit_video.data.decode.types import DecodeError, Frames, Indices, Times
+from stvit_video.data.streams import KnownTimes
+from stvit_video.inference.load import VideoInput, open_checkpoint
 from stvit_video.models.layers import Grid
-from stvit_video.pages.clip_reader import Clip, read_clip
+from stvit_video.pages import overlays
 from stvit_video.pages.explain import Explanation, explain
-from stvit_video.pages.html import data_uri, packed, picture_uri, printable, render
-from stvit_video.pages.overlay_files import draw_overview, write_panels
-from stvit_video.pages.overlays import (
-    Layer,
-    Scale,
-    build_layers,
-    enlarge,
-    fade,
-    paint,
-    ratio_share,
-    region_colours,
-    scale_of,
-    tint,
-)
+from stvit_video.pages.html import data_uri, picture_uri, printable, render
+from stvit_video.pages.overlays import Layer
 
 FILES = ("report.html", "overlays.png", "overlays.mp4")
 TOP_CLASSES = 5
@@ -37,62 +32,109 @@ MAX_SECONDS_PER_FRAME = 1.0  # in the video
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """The layers of a clip, and the frames with each layer painted over them."""
+class Clip:
+    """One clip of a video, cut from the centre of its frames."""
 
-    layers: list[Layer]
-    painted: list[Frames]  # for each layer (T, H, W, 3)
-    labels: list[str]  # the time of each frame
-    seconds_per_frame: float
+    tensor: Tensor  # (3, T, H, W), the model's input
+    frames: Frames  # (T, H, W, 3), the same as bytes
+    indices: Indices  # (T,), in the file
+    times: Times | None  # (T,), seconds after the first frame of the video; None for a folder of images
+    length: int  # frames of the whole video
+
+    @property
+    def labels(self) -> list[str]:
+        """The time of each frame, or its number where the file has no times."""
+        if self.times is None:
+            return [f"no. {index + 1}" for index in self.indices]
+        return [f"{time:.2f} s" for time in self.times]
+
+    @property
+    def seconds_per_frame(self) -> float:
+        """Seconds that the page and its video show a frame."""
+        if self.times is None or self.times[-1] <= self.times[0]:
+            return 0.2
+        return min(MAX_SECONDS_PER_FRAME, float(self.times[-1] - self.times[0]) / (len(self.times) - 1))
+
+
+def read_clip(video_input: VideoInput, path: Path, start: float | None = None) -> Clip:
+    """Read the clip in the middle of a video, as a test with one clip does, or the clip from ``start`` seconds on.
+
+    Raises UsageError where the video cannot be read or ends before ``start``.
+    """
+    sampler = video_input.sampler
+    choice = partial(sampler.even_clips, clips=1)
+    if start is not None:
+        if not isinstance(sampler, ClipSampler) or sampler.kind != "dense":
+            raise UsageError(
+                f"--start {start:g} does not apply: clips of this model span the video (DATA.SAMPLING); leave it out."
+            )
+        choice = partial(sampler.starting_at, seconds=start)
+    decoding = video_input.start_decoding()
+    try:
+        frames = decoding.read(decoding.request(str(path), choice))
+        times = None if path.is_dir() else decoding.read_times(str(path))
+        # Images have been read within the deadline just now, so that it is safe to count them in this process.
+        timeline = open_video(str(path)) if times is None else KnownTimes(times)
+        indices = choice(timeline)
+    except DecodeError as error:
+        if start is not None and path.is_dir():
+            raise UsageError(f"--start {start:g}: {path} is a folder of images without times; leave it out.") from error
+        raise UsageError(f"VIDEO {path} {error.message}; give a video, an image or a folder of images.") from error
+    if start is not None and times is not None and start > times[-1]:
+        raise UsageError(f"--start {start:g} is after the end of {path}, at {times[-1]:.2f} s; give less.")
+    transform = replace(video_input.views.transform, crops=1)
+    view = transform(frames)[0]
+    mean, std = torch.tensor(transform.normalise.mean), torch.tensor(transform.normalise.std)
+    pixels = ((view.permute(1, 2, 3, 0) * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    return Clip(view, pixels.numpy(), indices, None if times is None else times[indices], timeline.length)
 
 
 def write_clip_page(
     video: Path, checkpoint: str, output: Path, start: float | None, class_name: str | None, command: str
-) -> list[str]:
+) -> str:
     """Explain a clip of a video and write FILES into ``output``; return lines for the user. Raises UsageError."""
     trained = open_checkpoint(checkpoint)
     classes = trained.classes
     target = find_class(class_name, classes)
     clip = read_clip(trained.input, video, start)
-    _prepare_output(output, video)
+    for name in FILES:
+        if (output / name).exists() and (output / name).samefile(video):
+            raise UsageError(f"--output {output} would replace VIDEO {video} itself; give another folder.")
+    prepare_folder(output)
     explanation = explain(trained.model, clip.tensor, target)
-    pictures = paint_layers(explanation, clip, classes[explanation.target])
+    label, regions = classes[explanation.target], explanation.regions
+    layers, frames = overlays.build_layers(explanation, label), overlays.enlarge(clip.frames)
+    painted = [overlays.paint(layer, frames, regions) for layer in layers]
     order = np.argsort(-explanation.probabilities)[:TOP_CLASSES]
     scores = [{"name": classes[i], "percent": f"{100 * explanation.probabilities[i]:.1f}"} for i in order]
     answer = f"{scores[0]['name']}, {scores[0]['percent']} %"
-    overview = draw_overview(
-        pictures.layers,
-        pictures.painted,
-        explanation.regions,
-        f"{trained.model.name} in {video.name}: {answer}",
-        pictures.labels,
+    title = f"{trained.model.name} in {video.name}: {answer}"
+    write_atomically(output / "overlays.png", overlays.draw_overview(layers, painted, regions, title, clip.labels))
+    movie = None
+    if len(frames) > 1:
+        overlays.write_panels(output / "overlays.mp4", layers, painted, clip.seconds_per_frame)
+        movie = data_uri((output / "overlays.mp4").read_bytes(), "video/mp4")
+    page = render(
+        "visualize.html",
+        video=video.name,
+        model=str(trained.model.name),
+        weights=str(trained.weights),
+        command=command,
+        note=trained.note,
+        scores=scores,
+        explained=label,
+        facts=_facts(explanation, clip),
+        stages=_stages(explanation),
+        semantic=explanation.assignment is not None,
+        absent=explanation.absent,
+        last_frame=len(frames) - 1,
+        movie=movie,
+        data=_script_data(explanation, layers, painted, clip, label),
     )
-    with writing(output):
-        movie = None
-        if len(pictures.labels) > 1:
-            write_panels(output / "overlays.mp4", pictures.layers, pictures.painted, pictures.seconds_per_frame)
-            movie = data_uri((output / "overlays.mp4").read_bytes(), "mp4")
-        write_atomically(output / "overlays.png", overview)
-        page = render(
-            "visualize.html",
-            video=printable(video.name),
-            model=str(trained.model.name),
-            weights=printable(str(trained.weights)),
-            command=printable(command),
-            note=printable(trained.note),
-            scores=scores,
-            explained=classes[explanation.target],
-            facts=_facts(explanation, clip),
-            stages=_stages(explanation),
-            semantic=explanation.assignment is not None,
-            absent=explanation.absent,
-            last_frame=len(pictures.labels) - 1,
-            movie=movie,
-            data=_script_data(explanation, pictures, classes[explanation.target]),
-        )
-        write_atomically(output / "report.html", page.encode())
+    write_atomically(output / "report.html", page.encode())
     notes = [trained.note] if trained.note else []
-    return [f"{video}: {answer}", *notes, *explanation.absent, f"open {output / 'report.html'}"]
+    lines = [f"{video}: {answer}", *notes, *explanation.absent, f"open {output / 'report.html'}"]
+    return printable("\n".join(lines))  # names of files need not be UTF-8
 
 
 def find_class(name: str | None, classes: Sequence[str]) -> int | None:
@@ -106,35 +148,16 @@ def find_class(name: str | None, classes: Sequence[str]) -> int | None:
     shown = ", ".join(classes[:8]) + (" ..." if len(classes) > 8 else "")
     raise UsageError(
         f"--class {name} is unknown; give one of {shown}, or a number from 0 to {len(classes) - 1}."
-        f"{nearest(name, list(classes))}"
+        f"{nearest(name, classes)}"
     )
 
 
-def _prepare_output(output: Path, video: Path) -> None:
-    """Make the output folder. Raises UsageError where it cannot be written to, or the video would be replaced."""
-    for name in FILES:
-        if (output / name).exists() and (output / name).samefile(video):
-            raise UsageError(f"--output {output} would replace VIDEO {video} itself; give another folder.")
-    with writing(output):
-        try_folder(output)
-
-
-def paint_layers(explanation: Explanation, clip: Clip, label: str) -> Pictures:
-    """Return all layers of a clip, painted; ``label`` is the explained class."""
-    layers, frames = build_layers(explanation, label), enlarge(clip.frames)
-    painted = [paint(layer, frames, explanation.regions) for layer in layers]
-    step = 0.2
-    if clip.times is not None and len(clip.times) > 1 and clip.times[-1] > clip.times[0]:
-        step = float(clip.times[-1] - clip.times[0]) / (len(clip.times) - 1)
-    return Pictures(layers, painted, clip.labels, min(step, MAX_SECONDS_PER_FRAME))
-
-
 def _facts(explanation: Explanation, clip: Clip) -> dict[str, str]:
-    first, last = (int(np.prod(explanation.stages[i][1])) for i in (0, -1))
     if explanation.regions is not None and explanation.assignment is not None:
         semantic, image = int(np.prod(explanation.regions)), int(np.prod(explanation.assignment.shape[1:]))
         headline = f"{image} image tokens become {semantic} semantic tokens"
     else:
+        first, last = (int(np.prod(explanation.stages[i][1])) for i in (0, -1))
         headline = f"No semantic tokens: {first} tokens at first, {last} at last"
     frames = "1 frame" if len(clip.indices) == 1 else f"{len(clip.indices)} frames"
     span = f"numbers {clip.indices[0] + 1} to {clip.indices[-1] + 1} of the {clip.length} in the file"
@@ -144,82 +167,64 @@ def _facts(explanation: Explanation, clip: Clip) -> dict[str, str]:
     return {"headline": headline, "clip": f"The clip: {frames} of {width} x {height} pixels, {span}."}
 
 
-def _stages(explanation: Explanation) -> list[dict[str, Any]]:
-    """Return a table row for each stage; ``semantic`` says whether its tokens are semantic ones."""
-    first = np.prod(explanation.stages[0][1])
+def _stages(explanation: Explanation) -> list[tuple[str, int, Grid, bool]]:
+    """Return the name, token count and grid of each stage, and whether its tokens are semantic ones."""
     rows, semantic = [], False
     for name, grid in explanation.stages:
         if explanation.regions is not None and explanation.recovery is None:
             semantic = semantic or grid == explanation.regions  # and in all later stages
-        count = int(np.prod(grid))
-        rows.append(
-            {
-                "name": name,
-                "count": count,
-                "grid": " x ".join(map(str, grid)),
-                "percent": f"{100 * count / first:.2f}",
-                "semantic": semantic or name.startswith("inside"),
-            }
-        )
+        rows.append((name, int(np.prod(grid)), grid, semantic or name.startswith("inside")))
     return rows
 
 
-def _script_data(explanation: Explanation, pictures: Pictures, label: str) -> dict[str, Any]:
+def _script_data(
+    explanation: Explanation, layers: Sequence[Layer], painted: Sequence[Frames], clip: Clip, label: str
+) -> dict[str, Any]:
     """Return the data of the page's script."""
-    layers = [
-        {
-            "key": layer.key,
-            "short": layer.short,
-            "title": layer.title,
-            "caption": layer.caption,
-            "frames": [picture_uri(frame) for frame in frames],
-            "scale": _scale(scale_of(layer)),
-            "regions": layer.kind in ("owner", "tracks"),
-        }
-        for layer, frames in zip(pictures.layers, pictures.painted, strict=True)
-    ]
-    height, width = pictures.painted[0].shape[1:3]
+    height, width = painted[0].shape[1:3]
+    regions = explanation.regions
+    parts = []
+    for layer, frames in zip(layers, painted, strict=True):
+        part = dict(zip(("short", "title", "caption"), layer.texts, strict=True))
+        pictures, shown = [picture_uri(frame) for frame in frames], layer.kind in ("owner", "tracks")
+        scale = overlays.scale_of(layer)
+        parts.append({**part, "key": layer.key, "frames": pictures, "scale": scale, "regions": shown})
     return {
-        "layers": layers,
+        "layers": parts,
         "first": "owners" if explanation.assignment is not None else "gradcam",
-        "labels": pictures.labels,
-        "milliseconds": max(40, round(1000 * pictures.seconds_per_frame)),
+        "labels": clip.labels,
+        "milliseconds": max(40, round(1000 * clip.seconds_per_frame)),
         "width": width,
         "height": height,
-        "regions": region_colours(explanation.regions).tolist() if explanation.regions else [[]],
-        "tokens": _tokens(explanation, pictures, label),
+        "regions": overlays.region_colours(regions).tolist() if regions else [[]],
+        "tokens": _tokens(explanation, painted[0], clip.labels, label),
     }
 
 
-def _scale(scale: Scale | None) -> dict[str, Any] | None:
-    return None if scale is None else {"colours": scale.colours.tolist(), "ticks": scale.ticks, "unit": scale.unit}
-
-
-def _tokens(explanation: Explanation, pictures: Pictures, label: str) -> dict[str, Any] | None:
+def _tokens(explanation: Explanation, frames: Frames, labels: Sequence[str], label: str) -> dict[str, Any] | None:
     """Return the maps of all semantic tokens, as indices into a colour ramp, and a sentence about each."""
     assignment, regions, owners = explanation.assignment, explanation.regions, explanation.owners
     if assignment is None or regions is None or owners is None:
         return None
     reach = (assignment.sum(axis=(2, 3)) > 0).sum(axis=1) * assignment[0, 0].size  # in Swin, its own frames only
     ratios = assignment * reach[:, None, None, None]
-    top = max(2.0, float(ratios.max()))
-    levels = (ratio_share(ratios, top) * (LEVELS - 1)).round().astype(np.uint8)
-    colours, opacity = tint(np.linspace(0, 1, LEVELS))
+    top = overlays.ratio_top(ratios)
+    levels = (overlays.ratio_share(ratios, top) * (LEVELS - 1)).round().astype(np.uint8)
+    colours, opacity = overlays.tint(np.linspace(0, 1, LEVELS))
     t = assignment.shape[1]
-    firsts = [-(-i * len(pictures.labels) // t) for i in range(t)]  # the first frame of each token frame
-    scale = scale_of(Layer("token", "", "", "ratio", ratios, top, "times the token's even share"))
+    firsts = [-(-i * len(labels) // t) for i in range(t)]  # the first frame of each token frame
     return {
         "count": len(assignment),
         "first": int(assignment.max(axis=(1, 2, 3)).argmax()),  # the most concentrated token
         "grid": assignment.shape[1:],
-        "slots": _spans(pictures.labels, regions[0]),
-        "moments": _spans(pictures.labels, t),
-        "frames": [picture_uri(fade(pictures.painted[0][i : i + 1])[0]) for i in firsts],
-        "maps": packed(levels),
+        "slots": _spans(labels, regions[0]),
+        "moments": _spans(labels, t),
+        "frames": [picture_uri(frame) for frame in overlays.fade(frames[firsts])],
+        "maps": base64.b64encode(levels.tobytes()).decode(),  # read by ``unpack`` in the script
         "ramp": [[*map(int, rgb), round(float(alpha), 3)] for rgb, alpha in zip(colours, opacity, strict=True)],
         "owners": owners.reshape(-1).tolist(),
-        "words": [_describe_token(explanation, i, regions, pictures.labels, label) for i in range(len(assignment))],
-        "scale": _scale(scale),
+        "words": [_describe_token(explanation, i, regions, labels, label) for i in range(len(assignment))],
+        "scale": overlays.scale_of(Layer("token", "ratio", ratios, top, "times the token's even share")),
     }
 
 

@@ -62,11 +62,6 @@ class Explanation:
         """The index of the semantic token (t, h, w) that draws most from each image token."""
         return None if self.assignment is None else self.assignment.argmax(axis=0)
 
-    @property
-    def givers(self) -> NDArray[np.int64] | None:
-        """The index of the semantic token (t, h, w) that gives most to each image token in the last recovery."""
-        return None if self.recovery is None else self.recovery.argmax(axis=-1)
-
 
 class Traced(Intermediates):
     """Intermediates that also keep the tensors of the graph itself, for their gradients."""
@@ -90,23 +85,33 @@ def explain(model: nn.Module, clip: Tensor, target: int | None = None) -> Explan
     with torch.enable_grad(), _record_attention(model) as weights:
         tokens = model.forward_features(clip.unsqueeze(0), seen)  # type: ignore[operator]
         logits = model.head(tokens)[0].float()  # type: ignore[operator]
-    probabilities = logits.softmax(dim=0)
     target = int(logits.argmax()) if target is None else target
     stage = last_image_stage(seen)
-    cam = grad_cam(logits[target], seen.graph[stage]).reshape(seen.grids[stage])
+    grid = seen.grids[stage]
+    cam = grad_cam(logits[target], seen.graph[stage]).reshape(grid)
+    generators = [module for module in model.modules() if isinstance(module, SemanticTokenGenerator)]
     with torch.no_grad():
-        assignment, regions = _assignment(model, seen)
-        return Explanation(
-            probabilities=_array(probabilities),
-            target=target,
-            stages=_stages(model, seen),
-            grad_cam=_array(cam),
-            assignment=assignment,
-            regions=regions,
-            recovery=_recovery(weights["recovery"], seen) if "recovery" in weights else None,
-            attention=_attention(weights["attention"], model, seen) if "attention" in weights else None,
-            contributions=_contributions(model, seen, target),
-        )
+        found = Explanation(_array(logits.softmax(dim=0)), target, _stages(model, seen), _array(cam))
+        if seen.assignment is not None and generators:
+            found.assignment = _array(seen.assignment[0]).reshape(-1, *grid)
+            found.regions = generators[-1].pooling.regions
+        if "recovery" in weights:
+            groups, queries, semantic = weights["recovery"].shape
+            full = weights["recovery"].new_zeros(groups, queries, groups, semantic)
+            # A group of image tokens attends to its own semantic tokens only.
+            full[torch.arange(groups), :, torch.arange(groups)] = weights["recovery"]
+            found.recovery = _array(full).reshape(*grid, groups * semantic)
+        if "attention" in weights:  # (frames or 1, queries, keys)
+            received = weights["attention"].mean(dim=1) * weights["attention"].shape[2]
+            last = next(name for name, size in reversed(seen.grids.items()) if np.prod(size) == received.numel())
+            found.attention = _array(_on_grid(received.flatten(), model, seen, last))
+        final = seen.tokens["final"][0].detach().float()  # (tokens, C)
+        if len(final) > 1:
+            # The head is a mean over tokens and a linear map, so these parts and the biases add up to the logit.
+            weight: Tensor = model.get_parameter("head.proj.weight").detach().float()
+            parts = final @ (weight[target] - weight.mean(dim=0)) / len(final)  # relative to the mean of all logits
+            found.contributions = _array(_on_grid(parts, model, seen, "final"))
+    return found
 
 
 def last_image_stage(seen: Intermediates) -> str:
@@ -159,49 +164,12 @@ def _stages(model: nn.Module, seen: Traced) -> list[tuple[str, Grid]]:
     return stages
 
 
-def _contributions(model: nn.Module, seen: Traced, target: int) -> Array | None:
-    """Return the part of each of the last tokens in the target's logit, relative to the mean of all logits.
-
-    The head is a mean over tokens and a linear map, so these parts and the biases add up to the logit exactly.
-    """
-    tokens = seen.tokens["final"][0].detach().float()  # (M, C)
-    if len(tokens) == 1:
-        return None
-    weight: Tensor = model.get_parameter("head.proj.weight").detach().float()
-    shares = tokens @ (weight[target] - weight.mean(dim=0)) / len(tokens)
-    return _array(_on_grid(shares, model, seen, "final"))
-
-
 def _on_grid(values: Tensor, model: nn.Module, seen: Intermediates, stage: str) -> Tensor:
     """Return the values of a stage's tokens on its grid, or, for a reducer without one, on the grid of image tokens."""
     if getattr(model, "reducer", None) is None or model.regions is not None:
         return values.reshape(seen.grids[stage])
     assert seen.assignment is not None
     return (values @ (seen.assignment[0] > 0).to(values)).reshape(seen.grids["base"])
-
-
-def _assignment(model: nn.Module, seen: Traced) -> tuple[Array | None, Grid | None]:
-    """Return the assignment (M, t, h, w) and the regions; None for a model without semantic tokens."""
-    generators = [module for module in model.modules() if isinstance(module, SemanticTokenGenerator)]
-    if seen.assignment is None or not generators:
-        return None, None
-    grid = seen.grids[last_image_stage(seen)]
-    return _array(seen.assignment[0]).reshape(-1, *grid), generators[-1].pooling.regions
-
-
-def _attention(weights: Tensor, model: nn.Module, seen: Traced) -> Array:
-    """Return the attention that each token receives, from weights (frames or 1, queries, keys)."""
-    received = weights.mean(dim=1) * weights.shape[2]
-    stage = next(name for name, grid in reversed(seen.grids.items()) if np.prod(grid) == received.numel())
-    return _array(_on_grid(received.flatten(), model, seen, stage))
-
-
-def _recovery(weights: Tensor, seen: Traced) -> Array:
-    """Return the recovery (t, h, w, M) from the weights (groups, image tokens, semantic tokens) of each group."""
-    groups, tokens, semantic = weights.shape
-    full = weights.new_zeros(groups, tokens, groups, semantic)  # a group attends to its own semantic tokens only
-    full[torch.arange(groups), :, torch.arange(groups)] = weights
-    return _array(full).reshape(*seen.grids[last_image_stage(seen)], groups * semantic)
 
 
 @contextmanager

@@ -1,19 +1,29 @@
-"""Layers of a clip: arrays on token grids, painted over the frames.
+"""Layers of a clip: arrays on token grids, painted over the frames, as one picture and as one video.
 
 Legend: frames (T, H, W, 3) bytes; the values of a layer lie on a token grid (t, h, w), each token a box of pixels.
 """
 
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from io import BytesIO
+from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
+from stvit_video.common.charts import PLAIN_TEXT
 from stvit_video.data.decode.types import Frames
+from stvit_video.data.sample import write_video
 from stvit_video.models.layers import Grid
 from stvit_video.pages.explain import Array, Explanation, trajectories
+from stvit_video.pages.html import printable
 
 # From Sasha Trubetskoy's list of simple, distinct colours, without those that do not show on grey.
 PALETTE = (
@@ -22,6 +32,9 @@ PALETTE = (
 )  # fmt: skip
 HEAT, SIGNED = "inferno", "RdBu_r"  # colour maps of matplotlib
 MIN_SIDE = 320  # pixels of the shorter side of a painted frame
+MAX_COLUMNS = 8  # of the picture
+TITLE_HEIGHT = 34  # pixels above each panel of the video
+INK, SOFT_INK, PAPER = "#1d2430", "#4a5362", "#ffffff"
 
 Kind = Literal["video", "ratio", "heat", "signed", "owner", "tracks"]
 EVEN_SHARE = "times an even share"
@@ -82,53 +95,45 @@ class Layer:
     """
 
     key: str
-    title: str
-    caption: str
     kind: Kind
     values: NDArray[Any] | None = None  # (t, h, w)
     top: float = 1.0
     unit: str = ""
     strength: Array | None = None  # (t, h, w): ``owner`` is painted where this ratio is above 1
-    short: str = ""  # title of its button
+    label: str = ""  # the explained class, in the title
+
+    @property
+    def texts(self) -> tuple[str, str, str]:
+        """The title of its button, its title and its caption."""
+        short, title, caption = TEXTS[self.key]
+        return short, title.format(label=self.label), caption
 
 
 def build_layers(explanation: Explanation, label: str) -> list[Layer]:
     """Return all layers that the explanation of a clip has; ``label`` is the explained class."""
     assignment, regions, drawn = explanation.assignment, explanation.regions, explanation.drawn
-    layers = [_layer("video", "video")]
+    layers = [Layer("video", "video")]
     if assignment is not None and regions is not None and drawn is not None:
         layers += [
-            _layer("drawn", "ratio", drawn, _top(drawn), EVEN_SHARE),
-            _layer("owners", "owner", explanation.owners, _top(drawn), strength=drawn),
-            _layer("tracks", "tracks", trajectories(assignment, regions)),
+            Layer("drawn", "ratio", drawn, ratio_top(drawn), EVEN_SHARE),
+            Layer("owners", "owner", explanation.owners, ratio_top(drawn), strength=drawn),
+            Layer("tracks", "tracks", trajectories(assignment, regions)),
         ]
     if explanation.recovery is not None and regions is not None:
         strongest = explanation.recovery.max(axis=-1) * regions[1] * regions[2]  # relative to an even share
-        layers.append(_layer("givers", "owner", explanation.givers, _top(strongest), strength=strongest))
-    layers.append(_layer("gradcam", "heat", explanation.grad_cam, 1.0, "of the highest value", label=label))
+        givers = explanation.recovery.argmax(axis=-1)
+        layers.append(Layer("givers", "owner", givers, ratio_top(strongest), strength=strongest))
+    layers.append(Layer("gradcam", "heat", explanation.grad_cam, 1.0, "of the highest value", label=label))
     if explanation.attention is not None:
-        layers.append(_layer("attention", "ratio", explanation.attention, _top(explanation.attention), EVEN_SHARE))
+        layers.append(Layer("attention", "ratio", explanation.attention, ratio_top(explanation.attention), EVEN_SHARE))
     if explanation.contributions is not None:
         parts = explanation.contributions
         top = max(float(np.abs(parts).max()), 2 * abs(float(parts.mean()))) or 1.0
-        layers.append(_layer("contributions", "signed", parts, top, "part of the class's score (logit)", label=label))
+        layers.append(Layer("contributions", "signed", parts, top, "part of the class's score (logit)", label=label))
     return layers
 
 
-def _layer(
-    key: str,
-    kind: Kind,
-    values: NDArray[Any] | None = None,
-    top: float = 1.0,
-    unit: str = "",
-    strength: Array | None = None,
-    label: str = "",
-) -> Layer:
-    short, title, caption = TEXTS[key]
-    return Layer(key, title.format(label=label), caption, kind, values, top, unit, strength, short)
-
-
-def _top(ratios: Array) -> float:
+def ratio_top(ratios: Array) -> float:
     """Return the upper end of a scale of ratios: at least 2, so that small differences do not look large."""
     return max(2.0, float(ratios.max()))
 
@@ -137,15 +142,7 @@ def region_colours(regions: Grid) -> NDArray[np.uint8]:
     """Return the colour (h, w, 3) of each region of a frame; neighbours differ."""
     _, h, w = regions
     number = np.arange(h)[:, None] * w + np.arange(w)
-    return PALETTE_BYTES[number % len(PALETTE)]
-
-
-def hex_bytes(colour: str) -> list[int]:
-    """Return the three bytes of "#rrggbb"."""
-    return list(bytes.fromhex(colour[1:]))
-
-
-PALETTE_BYTES = np.array([hex_bytes(colour) for colour in PALETTE], np.uint8)
+    return np.array([ImageColor.getrgb(colour) for colour in PALETTE], np.uint8)[number % len(PALETTE)]
 
 
 def enlarge(frames: Frames) -> Frames:
@@ -172,38 +169,35 @@ def paint(layer: Layer, frames: Frames, regions: Grid | None) -> Frames:
     else:
         share = ratio_share(layer.values, layer.top) if layer.kind == "ratio" else layer.values / layer.top
         colours, opacity = tint(share, layer.kind == "signed")
-    painted = blend(fade(frames), colours, opacity)
+    size, own = frames.shape[1:3], token_frames(len(colours), len(frames))
+    over = np.stack([spread(colour, size) for colour in colours])[own].astype(np.float32)
+    weight = np.stack([spread(value, size) for value in opacity])[own][..., None]
+    painted = (fade(frames) * (1 - weight) + over * weight).round().clip(0, 255).astype(np.uint8)
     if layer.kind == "owner":
         numbers = np.where(opacity > 0, layer.values, -1)
-        edges = np.stack([outline(spread(number, frames.shape[1:3])) for number in numbers])
-        painted[edges[token_frames(len(edges), len(frames))]] = 255
+        painted[np.stack([outline(spread(number, size)) for number in numbers])[own]] = 255
     return painted
 
 
 def tint(share: Array, signed: bool = False) -> tuple[NDArray[np.uint8], Array]:
     """Return colours (..., 3) and opacities (...) of values from 0 (or -1 if ``signed``) to 1; 0 is transparent."""
-    if signed:
-        return _mapped(SIGNED, (share + 1) / 2), 0.8 * np.abs(share) ** 0.5
-    return _mapped(HEAT, 0.25 + 0.75 * share), 0.85 * share**0.5
+    name, place = (SIGNED, (share + 1) / 2) if signed else (HEAT, 0.25 + 0.75 * share)
+    opacity = 0.8 * np.abs(share) ** 0.5 if signed else 0.85 * share**0.5
+    return matplotlib.colormaps[name](place, bytes=True)[..., :3], opacity
 
 
-@dataclass(frozen=True)
-class Scale:
-    """The colour scale of a layer."""
+def scale_of(layer: Layer) -> dict[str, Any] | None:
+    """Return the colour scale of a layer, None for a kind that has none.
 
-    colours: NDArray[np.uint8]  # (n, 3), from left to right, as they look over middle grey
-    ticks: list[tuple[float, str]]  # position from 0 to 1, label
-    unit: str
-
-
-def scale_of(layer: Layer) -> Scale | None:
-    """Return the colour scale of a layer; None for a kind that has none."""
+    It has ``colours`` (n, 3) from left to right, as they look over middle grey, ``ticks``, each a position from 0 to 1
+    and a label, and a ``unit``.
+    """
     if layer.kind not in ("ratio", "heat", "signed"):
         return None
     signed = layer.kind == "signed"
     places = np.linspace(0, 1, 33)
     colours, opacity = tint(places * 2 - 1 if signed else places, signed)
-    over_grey = (colours * opacity[:, None] + 160 * (1 - opacity[:, None])).round().astype(np.uint8)
+    over_grey = (colours * opacity[:, None] + 160 * (1 - opacity[:, None])).round().astype(np.uint8).tolist()
     if layer.kind == "ratio":
         steps = [step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500) if step <= 0.75 * layer.top]
         ticks = [(float(ratio_share(np.array(float(step)), layer.top)), f"{step}") for step in steps]
@@ -212,7 +206,7 @@ def scale_of(layer: Layer) -> Scale | None:
         ticks = [(0.0, f"{-layer.top:.2g}"), (0.5, "0"), (1.0, f"+{layer.top:.2g}")]
     else:
         ticks = [(share, f"{share:g}") for share in (0.0, 0.5, 1.0)]
-    return Scale(over_grey, ticks, layer.unit)
+    return {"colours": over_grey, "ticks": ticks, "unit": layer.unit}
 
 
 def ratio_share(ratios: Array, top: float) -> Array:
@@ -224,14 +218,6 @@ def fade(frames: Frames) -> Frames:
     """Return frames in grey, so that all colour comes from the overlay."""
     grey = frames @ np.array([0.299, 0.587, 0.114])
     return np.repeat(grey[..., None], 3, axis=-1).round().astype(np.uint8)
-
-
-def blend(frames: Frames, colours: NDArray[np.uint8], opacity: Array) -> Frames:
-    """Return frames with ``colours`` (t, h, w, 3) over them, at ``opacity`` (t, h, w) from 0 to 1."""
-    size, own = frames.shape[1:3], token_frames(len(colours), len(frames))
-    over = np.stack([spread(colour, size) for colour in colours])[own].astype(np.float32)
-    share = np.stack([spread(value, size) for value in opacity])[own][..., None]
-    return (frames * (1 - share) + over * share).round().clip(0, 255).astype(np.uint8)
 
 
 def spread(values: NDArray[Any], size: tuple[int, ...]) -> NDArray[Any]:
@@ -256,10 +242,6 @@ def token_frames(tokens: int, frames: int) -> NDArray[np.int64]:
     return np.arange(frames) * tokens // frames
 
 
-def _mapped(name: str, share: Array) -> NDArray[np.uint8]:
-    return matplotlib.colormaps[name](share, bytes=True)[..., :3]
-
-
 def _paint_tracks(paths: Array, frames: Frames, regions: Grid) -> Frames:
     """Draw the path of each region's token (regions, t, 2) up to each frame."""
     colours = region_colours(regions).reshape(-1, 3)
@@ -277,3 +259,84 @@ def _paint_tracks(paths: Array, frames: Frames, regions: Grid) -> Frames:
             brush.ellipse((x - 8, y - 8, x + 8, y + 8), fill=tuple(map(int, colour)), outline="white", width=2)
         painted.append(np.asarray(picture))
     return np.stack(painted)
+
+
+@matplotlib.rc_context(PLAIN_TEXT)
+def draw_overview(
+    layers: Sequence[Layer], painted: Sequence[Frames], regions: Grid | None, title: str, labels: Sequence[str]
+) -> bytes:
+    """Return a PNG with a row for each layer: title, key and up to MAX_COLUMNS frames under their ``labels`` (T,)."""
+    columns = np.unique(np.linspace(0, len(labels) - 1, min(MAX_COLUMNS, len(labels))).round().astype(int))
+    height, width = painted[0].shape[1:3]
+    aspect = width / height
+    figure = Figure(figsize=(3.4 + 1.75 * aspect * len(columns), 0.7 + 1.85 * len(layers)), facecolor=PAPER)
+    text = 3.2 / (1.75 * aspect)  # width of the text column, in frames
+    grid = figure.add_gridspec(
+        len(layers), len(columns) + 1, width_ratios=[text] + [1] * len(columns), wspace=0.03, hspace=0.06,
+        left=0.012, right=0.995, bottom=0.012, top=1 - 0.68 / figure.get_figheight(),
+    )  # fmt: skip
+    figure.text(0.012, 1 - 0.16 / figure.get_figheight(), printable(title), size=15, weight="bold", color=INK, va="top")
+    for row, (layer, frames) in enumerate(zip(layers, painted, strict=True)):
+        _describe(figure.add_subplot(grid[row, 0]), layer, regions)
+        for column, index in enumerate(columns, start=1):
+            axes = figure.add_subplot(grid[row, column])
+            axes.imshow(frames[index], interpolation="nearest")
+            axes.set_axis_off()
+            if row == 0:
+                axes.set_title(labels[index], size=10, color=INK, pad=4)
+    file = BytesIO()
+    figure.savefig(file, format="png", dpi=100)
+    return file.getvalue()
+
+
+def _describe(axes: Axes, layer: Layer, regions: Grid | None) -> None:
+    """Write a layer's title, caption and key into the axes to the left of its frames."""
+    axes.set_axis_off()
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    _, title, caption = layer.texts
+    title = textwrap.fill(title, 34)
+    axes.text(0, 0.99, title, size=11, weight="bold", color=INK, va="top")
+    top = 0.99 - 0.12 * (title.count("\n") + 1)
+    axes.text(0, top, textwrap.fill(caption, 56), size=7.2, color=SOFT_INK, va="top", linespacing=1.25)
+    scale = scale_of(layer)
+    if scale is not None:
+        key = axes.inset_axes((0.02, 0.13, 0.86, 0.07))
+        key.imshow(np.array([scale["colours"]]), aspect="auto", extent=(0, 1, 0, 1))
+        key.set_xticks([place for place, _ in scale["ticks"]], [label for _, label in scale["ticks"]])
+        key.set_yticks([])
+        key.tick_params(labelsize=7, length=2, pad=1, colors=SOFT_INK)
+        key.spines[:].set_visible(False)
+        key.text(0, 1.35, scale["unit"], size=7.2, color=SOFT_INK, va="bottom")
+    elif regions is not None and layer.kind in ("owner", "tracks"):
+        key = axes.inset_axes((0, 0.02, 0.2, 0.24))
+        key.imshow(region_colours(regions), interpolation="nearest")
+        key.set_xticks(np.arange(regions[2] - 1) + 0.5, [])
+        key.set_yticks(np.arange(regions[1] - 1) + 0.5, [])
+        key.grid(color="white", linewidth=1)
+        key.tick_params(length=0)
+        key.spines[:].set_visible(False)
+        axes.text(0.23, 0.14, "regions of the frame", size=7.2, color=SOFT_INK, va="center")
+
+
+def write_panels(path: Path, layers: Sequence[Layer], painted: Sequence[Frames], seconds_per_frame: float) -> None:
+    """Write an H.264 video with all layers side by side, each below its title."""
+    font = ImageFont.load_default(17)
+    height, width = painted[0].shape[1:3]
+    rows = 1 if len(layers) <= 3 else 2
+    columns = -(-len(layers) // rows)
+    frames = []
+    for i in range(len(painted[0])):
+        picture = Image.new("RGB", ((width + 8) * columns, (height + TITLE_HEIGHT) * rows), PAPER)
+        brush = ImageDraw.Draw(picture)
+        for number, (layer, panel) in enumerate(zip(layers, painted, strict=True)):
+            row, column = divmod(number, columns)
+            x, y = column * (width + 8) + 4, row * (height + TITLE_HEIGHT)
+            _, title, _ = layer.texts
+            while font.getlength(title) > width and len(title) > 4:
+                title = title[:-2].rstrip(" …”") + "…"
+            brush.text((x, y + 8), title, fill=INK, font=font)
+            picture.paste(Image.fromarray(panel[i]), (x, y + TITLE_HEIGHT))
+        frames.append(np.asarray(picture))
+    content = np.stack(frames)
+    content = content[:, : content.shape[1] // 2 * 2, : content.shape[2] // 2 * 2]  # H.264 needs even sides
+    write_video(path, content, Fraction(1 / seconds_per_frame).limit_denominator(1000))

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torchvision.transforms.functional import resize
 
-from stvit_video.common.charts import png_of_confusion, run_style, svg_of_costs, svg_of_curves
+from stvit_video.common.charts import Point, image_of_points, png_of_confusion, run_style, svg_of_curves
 from stvit_video.config.schema import flatten
 from stvit_video.data.clips.sampling import ClipSampler
 from stvit_video.data.decode.frames import Decoding, find_decoders
-from stvit_video.data.decode.types import DecodeError, Frames
+from stvit_video.data.decode.types import DecodeError
 from stvit_video.pages.html import data_uri, picture_uri, printable, render
 from stvit_video.runs.folder import FREE_KEYS
 from stvit_video.runs.record import RunRecord, ScoredVideo
@@ -40,28 +41,37 @@ def run_page(runs: Sequence[RunRecord], command: str) -> str:
     """Return the page as HTML."""
     metrics = {run.name: run.metrics for run in runs if run.metrics}
     curves = [
-        {"picture": data_uri(picture, "svg"), "alt": label}
+        {"picture": data_uri(picture, "image/svg+xml"), "alt": label}
         for value, label in (("top1", "Top-1 (%)"), ("loss", "Loss"))
         if (picture := svg_of_curves(metrics, value, label)) is not None
     ]
-    costs = [(run.name, float(run.cost), run.top1) for run in runs if run.cost]
+    colours = [run_style(i)["color"] for i in range(len(runs))]
+    points = [
+        Point(run.name, run.cost, run.top1, size=10, colour=colour)
+        for run, colour in zip(runs, colours, strict=True)
+        if run.cost
+    ]
     trade_off = None
-    if len(costs) == len(runs) > 1:
-        trade_off = data_uri(svg_of_costs(costs, "GFLOPs per video, all views"), "svg")
+    if len(points) == len(runs) > 1:
+        trade_off = data_uri(image_of_points(points, "GFLOPs per video, all views", "top-1 (%)"), "image/svg+xml")
+    settings = [flatten(run.config) for run in runs]
+    # Keys that some of the runs do not have are newer than those runs, and are left out.
+    keys = sorted(set.intersection(*map(set, settings)) - set(FREE_KEYS))
+    values = {key: [str(one[key]) for one in settings] for key in keys}
     return render(
         "report.html",
-        title=printable(runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"),
+        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
         headline=headline(runs),
-        warnings=[printable(line) for line in find_warnings(runs)],
+        warnings=find_warnings(runs),
         rows=_figure_rows(runs),
-        colours=[run_style(i)["color"] for i in range(len(runs))],
+        colours=colours,
         curves=curves,
         trade_off=trade_off,
-        differences=_differences(runs),
+        differences={key: row for key, row in values.items() if len(set(row)) > 1},
         runs=[_run_section(run) for run in runs],
         several=len(runs) > 1,
-        names=[printable(run.name) for run in runs],
-        command=printable(command),
+        names=[run.name for run in runs],
+        command=command,
     )
 
 
@@ -72,30 +82,24 @@ def headline(runs: Sequence[RunRecord]) -> str:
     right = f"{best.top1:.1f} % of {best.results.get('scored') or 'the'} test videos right"
     if len(runs) == 1:
         return right + (f", at {best.cost:.3g} GFLOPs per video." if best.cost else ".")
-    if _unequal_tests(runs):
-        each = (f"{printable(run.name)} {run.top1:.1f} %" for run in runs)
+    if len({(run.results.get("videos"), run.test_list) for run in runs}) > 1:
+        each = (f"{run.name} {run.top1:.1f} %" for run in runs)
         return f"Tested on different videos, so not to be ranked: {', '.join(each)}."
     second = ranked[1]
     difference = f"{best.top1 - second.top1:.1f}"
     if difference == "0.0":
-        words = f"{printable(best.name)} and {printable(second.name)} are level: {right}"
+        words = f"{best.name} and {second.name} are level: {right}"
     else:
-        words = f"Best is {printable(best.name)}: {right}, {difference} points more than {printable(second.name)}"
+        words = f"Best is {best.name}: {right}, {difference} points more than {second.name}"
         low, high = best.interval(), second.interval()
         if low and high and low[0] < high[1]:
             words += " (the 95 % intervals overlap)"
     cheapest = min(runs, key=lambda run: run.cost or math.inf)
     if cheapest.cost and cheapest is not best:
-        words += (
-            f"; cheapest is {printable(cheapest.name)}: {cheapest.cost:.3g} GFLOPs per video, {cheapest.top1:.1f} %"
-        )
+        words += f"; cheapest is {cheapest.name}: {cheapest.cost:.3g} GFLOPs per video, {cheapest.top1:.1f} %"
     elif best.cost and len({f"{run.cost or 0:.3g}" for run in runs}) > 1:
         words += f"; at {best.cost:.3g} GFLOPs per video it is also the cheapest"
     return words + "."
-
-
-def _unequal_tests(runs: Sequence[RunRecord]) -> bool:
-    return len({(run.results.get("videos"), run.test_list) for run in runs}) > 1
 
 
 def find_warnings(runs: Sequence[RunRecord]) -> list[str]:
@@ -161,44 +165,21 @@ def _format(value: float | None, form: str) -> str:
     return NONE if value is None else format(value, form)
 
 
-def _differences(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
-    """Return the configuration keys in which runs differ, with each run's value.
-
-    Keys that some of the runs do not have are newer than those runs, and are left out.
-    """
-    settings = [flatten(run.config) for run in runs]
-    keys = sorted(set.intersection(*map(set, settings)) - set(FREE_KEYS))
-    rows = [{"key": key, "values": [str(one[key]) for one in settings]} for key in keys]
-    return [row for row in rows if len(set(row["values"])) > 1]
-
-
 def _run_section(run: RunRecord) -> dict[str, Any]:
     """Return what the page shows of one run below the tables."""
-    classes = sorted(run.classes, key=lambda one: (math.isnan(one.top1), one.top1, one.name))
     mistakes = run.mistakes()
     git = run.environment.get("git") or {}
     return {
-        "name": printable(run.name),
-        "folder": printable(str(run.path)),
-        "classes": [
-            {
-                "name": printable(one.name),
-                "percent": NONE if math.isnan(one.top1) else f"{one.top1:.1f}",
-                "width": 0 if math.isnan(one.top1) else one.top1,
-                "count": f"{one.correct} of {one.videos}",
-            }
-            for one in classes
-        ],
+        "name": run.name,
+        "folder": str(run.path),
+        "classes": sorted(run.classes, key=lambda one: (math.isnan(one.top1), one.top1, one.name)),
         "confusion": _confusion(run),
         "mistake_count": len(mistakes),
         "prediction_count": len(run.predictions),
         "mistakes": _mistake_rows(run, mistakes[:MAX_MISTAKES]),
-        "failures": [
-            {"path": printable(failure.path), "stage": failure.stage, "message": failure.message}
-            for failure in run.failures[:MAX_FAILURES]
-        ],
+        "failures": run.failures[:MAX_FAILURES],
         "failure_count": len(run.failures),
-        "command": printable(shlex.join(map(str, run.environment.get("command") or []))),
+        "command": shlex.join(map(str, run.environment.get("command") or [])),
         "commit": (git.get("commit") or "")[:12],
         "changed": git.get("changed_files"),
         "machine": ", ".join(run.environment.get("gpus") or []) or f"{run.environment.get('cpus', '?')} CPU cores",
@@ -212,29 +193,19 @@ def _confusion(run: RunRecord) -> dict[str, Any] | None:
     counts = run.confusion()
     if not counts:
         file = run.path / "confusion.png"
-        return {"picture": data_uri(file.read_bytes(), "png"), "names": None, "pairs": []} if file.is_file() else None
+        if not file.is_file():
+            return None
+        return {"picture": data_uri(file.read_bytes(), "image/png"), "names": None, "pairs": []}
     names = [one.name for one in run.classes]
     names += sorted({name for pair in counts for name in pair} - set(names))
     matrix = np.array([[counts[label, predicted] for predicted in names] for label in names])
     wrong = [(count, *pair) for pair, count in counts.items() if pair[0] != pair[1]]
-    pairs = [
-        {"count": count, "label": printable(label), "predicted": printable(predicted)}
-        for count, label, predicted in sorted(wrong, key=lambda row: (-row[0], row[1:]))[:MAX_CONFUSIONS]
-    ]
+    pairs = sorted(wrong, key=lambda row: (-row[0], row[1:]))[:MAX_CONFUSIONS]
     names = [printable(name) for name in names]
     if len(names) > MAX_TABLE_CLASSES:
-        return {"pairs": pairs, "picture": data_uri(png_of_confusion(matrix, names), "png"), "names": None}
+        return {"pairs": pairs, "picture": data_uri(png_of_confusion(matrix, names), "image/png"), "names": None}
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    rows = [
-        {
-            "name": label,
-            "cells": [
-                {"count": int(n), "share": round(float(share), 3), "right": i == j, "dark": share > 0.5}
-                for j, (n, share) in enumerate(zip(matrix[i], shares[i], strict=True))
-            ],
-        }
-        for i, label in enumerate(names)
-    ]
+    rows = list(zip(names, matrix.tolist(), shares.round(3).tolist(), strict=True))
     return {"pairs": pairs, "names": names, "rows": rows}
 
 
@@ -251,26 +222,8 @@ def _mistake_rows(run: RunRecord, mistakes: Sequence[ScoredVideo]) -> list[dict[
         else:
             try:
                 found = decoding.read(decoding.request(str(video), choice))
-                frames = [picture_uri(_thumbnail(frame)) for frame in found]
+                frames = [picture_uri(np.asarray(resize(Image.fromarray(frame), THUMBNAIL))) for frame in found]
             except DecodeError as error:
                 reason = f"It cannot be read now: {error.message}."
-        rows.append(
-            {
-                "path": printable(mistake.path),
-                "label": printable(mistake.label),
-                "predicted": printable(mistake.predicted),
-                "probability": f"{100 * mistake.probability:.0f}",
-                "label_probability": f"{100 * mistake.label_probability:.0f}",
-                "frames": frames,
-                "reason": reason,
-            }
-        )
+        rows.append({"video": mistake, "frames": frames, "reason": reason})
     return rows
-
-
-def _thumbnail(frame: Frames) -> Frames:
-    """Return a frame (H, W, 3) resized to a shorter side of THUMBNAIL."""
-    height, width = frame.shape[:2]
-    scale = THUMBNAIL / min(height, width)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))

@@ -36,7 +36,7 @@ def test_explanations_add_up(name: str, sizes: tuple[int, int]) -> None:
     assert 0 <= found.grad_cam.min() <= found.grad_cam.max() <= 1
     if "stvit" not in name:
         assert found.assignment is None
-        assert found.drawn is found.owners is found.givers is None
+        assert found.drawn is found.owners is found.recovery is None
         assert any("no semantic tokens" in line for line in found.absent)
         return
     assert found.regions is not None

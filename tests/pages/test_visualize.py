@@ -20,8 +20,9 @@ from stvit_video.data.decode.frames import FrameRequest, read_file
 from stvit_video.data.decode.types import Reader
 from stvit_video.inference.load import open_checkpoint
 from stvit_video.models import create_model
-from stvit_video.pages.clip_reader import read_clip
+from stvit_video.pages.clip_page import read_clip
 from stvit_video.pages.explain import Explanation, explain, trajectories
+from stvit_video.pages.html import printable
 from stvit_video.predict import Predictor
 from stvit_video.runs.weights import save_weights
 from stvit_video.visualize import main
@@ -274,7 +275,7 @@ def test_videos_are_opened_in_the_decoding_process_only(
     known_run: Path, disc: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A decoder that hangs is then stopped at the deadline."""
-    monkeypatch.setattr("stvit_video.pages.clip_reader.open_video", lambda path: pytest.fail(path))
+    monkeypatch.setattr("stvit_video.pages.clip_page.open_video", lambda path: pytest.fail(path))
     monkeypatch.setattr("stvit_video.data.decode.frames.open_video", lambda path, *options: pytest.fail(path))
     assert read_clip(open_checkpoint(known_run).input, disc).length == FRAMES
 
@@ -353,11 +354,11 @@ def test_file_with_any_name_is_drawn(known_run: Path, disc: Path, tmp_path: Path
     assert (tmp_path / "out" / "overlays.png").stat().st_size > 10_000
 
 
-def test_script_json_survives_hostile_names() -> None:
-    from stvit_video.pages.html import printable, script_json
-
-    names = ["</script><script>alert(1)</script>", "a & b", "<!--", "\u2028", "grün"]
-    text = script_json(names)
-    assert json.loads(text) == names
-    assert "<" not in text
+def test_data_of_the_script_survive_hostile_names(page: Path) -> None:
+    (line,) = (line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("const DATA = "))
+    data = line.removeprefix("const DATA = ").removesuffix(";")
+    assert "<" not in data
+    assert "&" not in data
+    (title,) = (layer["title"] for layer in json.loads(data)["layers"] if layer["key"] == "gradcam")
+    assert title == "Grad-CAM of “</script>”"
     assert printable("caf\udce9.mp4").encode("utf-8").startswith(b"caf")
