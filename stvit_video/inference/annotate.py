@@ -1,7 +1,7 @@
 """Copies of videos with the predicted classes drawn on the frames."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -13,8 +13,8 @@ from av.video.frame import VideoFrame
 from PIL import Image, ImageDraw, ImageFont
 
 from stvit_video.common.errors import FILESYSTEM_ERRORS
-from stvit_video.data.decode.types import DecodeError, Frames, reason
-from stvit_video.inference.predictor import Prediction, Window
+from stvit_video.data.decode.types import DecodeError, reason
+from stvit_video.inference.predictor import Prediction
 
 MIN_SIDE = 240  # pixels; smaller videos are enlarged so that labels fit
 LINES = 3
@@ -33,7 +33,7 @@ def annotate(prediction: Prediction, output: Path) -> None:
             if not source.streams.video:
                 raise DecodeError(prediction.path, "has no video stream", "pyav")
             with av.open(str(temporary), "w") as target:
-                _copy(source, target, _labels(prediction))
+                _copy(source, target, prediction)
         os.replace(temporary, output)
     except ERRORS as error:
         if isinstance(error, OSError) and error.errno in FILESYSTEM_ERRORS:  # of the copy: the video was read before
@@ -43,56 +43,41 @@ def annotate(prediction: Prediction, output: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _copy(
-    source: av.container.InputContainer, target: av.container.OutputContainer, labels: Callable[[float], Sequence[str]]
-) -> None:
-    """Decode, draw and encode one frame at a time, with the same time as in the source."""
+def _copy(source: av.container.InputContainer, target: av.container.OutputContainer, prediction: Prediction) -> None:
+    """Decode, draw and encode one frame at a time, with the same time as in the source.
+
+    A frame shows the classes of the window whose middle is nearest.
+    """
+    windows = prediction.windows
+    middles = np.array([0.0 if w.span is None else (w.span.start + w.span.end) / 2 for w in windows])
+    labels = [[f"{name} {100 * score:.1f} %" for name, score in prediction.top(LINES, w)] for w in windows]
     shown = source.streams.video[0]
     rate = shown.average_rate or shown.guessed_rate or Fraction(25)
     stream = first = None  # the first frame gives the size of the picture and time 0
     for number, frame in enumerate(source.decode(shown)):
         time = frame.time if frame.time is not None else number / float(rate)
         first = time if first is None else first
-        picture = draw(_picture(frame), labels(time - first))
+        image = frame.to_image().rotate(90 * round(frame.rotation / 90), expand=True)
+        scale = max(1.0, MIN_SIDE / min(image.size))
+        width, height = (2 * round(side * scale / 2) for side in image.size)  # H.264 needs even sides
+        image = image.resize((width, height))
+        draw(image, labels[int(abs(middles - (time - first)).argmin())])
         if stream is None:
             stream = target.add_stream("libx264", rate=rate, options={"crf": "20", "preset": "veryfast"})
-            stream.width, stream.height, stream.pix_fmt = picture.shape[1], picture.shape[0], "yuv420p"
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             stream.codec_context.time_base = Fraction(1, 90_000)  # resolves the times of a variable frame rate
-        made = VideoFrame.from_ndarray(picture, format="rgb24")
+        made = VideoFrame.from_image(image)
         made.pts, made.time_base = round((time - first) * 90_000), Fraction(1, 90_000)
         target.mux(stream.encode(made))
     if stream is not None:
         target.mux(stream.encode())
 
 
-def _picture(frame: VideoFrame) -> Frames:
-    """Return a frame (H, W, 3) upright, with even sides as H.264 needs, and large enough for labels."""
-    turned = np.rot90(frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False), round(frame.rotation / 90))
-    height, width = turned.shape[:2]
-    scale = max(1.0, MIN_SIDE / min(height, width))
-    sides = tuple(2 * round(side * scale / 2) for side in (width, height))
-    return turned if sides == (width, height) else np.asarray(Image.fromarray(turned).resize(sides))
-
-
-def _labels(prediction: Prediction) -> Callable[[float], Sequence[str]]:
-    """Return a function from a time to its lines: the classes of the window with the nearest middle."""
-    windows = prediction.windows
-    middles = np.array([0.0 if w.span is None else (w.span.start + w.span.end) / 2 for w in windows])
-
-    @lru_cache(maxsize=2)
-    def text(index: int) -> list[str]:
-        window: Window = windows[index]
-        return [f"{name} {100 * score:.1f} %" for name, score in prediction.top(LINES, window)]
-
-    return lambda time: text(int(abs(middles - time).argmin()))
-
-
-def draw(picture: Frames, lines: Sequence[str]) -> Frames:
-    """Write lines into the upper left corner of a picture (H, W, 3), light on a dark background."""
-    height, width = picture.shape[:2]
-    image = Image.fromarray(picture)
+def draw(image: Image.Image, lines: Sequence[str]) -> None:
+    """Write lines into the upper left corner of a picture, light on a dark background."""
+    width = image.width
     brush = ImageDraw.Draw(image, "RGBA")
-    size = max(11, min(height, width) // 18)
+    size = max(11, min(image.size) // 18)
     widest = max((brush.textlength(line, font=_font(size)) for line in lines), default=0)
     if widest > width - 2 * size:  # shrink the font to fit long names
         size = max(8, int(size * (width - 2 * size) / widest))
@@ -103,7 +88,6 @@ def draw(picture: Frames, lines: Sequence[str]) -> Frames:
         brush.text(
             (size // 2, size // 4 + i * row), line, font=_font(size), fill=(255, 255, 255, 255 if i == 0 else 190)
         )
-    return np.asarray(image)
 
 
 @lru_cache(maxsize=8)

@@ -4,12 +4,11 @@ Graphs carry what their user needs to feed them, as JSON under "stvit_video": se
 """
 
 import importlib.util
-import itertools
 import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from stvit_video.common.errors import UsageError
 from stvit_video.data.decode.types import DecodeError
 from stvit_video.inference.load import Trained, open_checkpoint
-from stvit_video.inference.predictor import build_predictor
+from stvit_video.inference.predictor import Predictor
 from stvit_video.models import create_model
 from stvit_video.runs.weights import save_weights
 
@@ -54,10 +53,6 @@ def trace(trained: Trained, batch: int | None) -> torch.export.ExportedProgram:
 def save_program(trained: Trained, program: torch.export.ExportedProgram, path: Path) -> None:
     """Write a graph as a ``torch.export`` archive."""
     torch.export.save(program, path, extra_files={NOTE: json.dumps(describe(trained))})
-
-
-def open_program(trained: Trained, path: Path) -> Forward:
-    return torch.export.load(path).module()
 
 
 def save_onnx(trained: Trained, program: torch.export.ExportedProgram, path: Path, optimize: bool = True) -> None:
@@ -104,11 +99,6 @@ def open_onnx(trained: Trained, path: Path) -> Forward:
     return lambda clips: torch.from_numpy(session.run(["logits"], {"clips": clips.numpy()})[0])
 
 
-def write_safetensors(trained: Trained, path: Path, batch: int | None) -> None:
-    """Write weights, model, classes and views in one file, complete for ``--checkpoint``."""
-    save_weights(path, trained.model, trained.classes, trained.input.settings)
-
-
 def open_safetensors(trained: Trained, path: Path) -> Forward:
     with tempfile.TemporaryDirectory() as folder:  # no config.yaml beside it: the file alone must be enough
         alone = Path(folder) / "model.safetensors"
@@ -131,9 +121,14 @@ class ExportFormat:
 
 
 FORMATS = {
-    "torch-export": ExportFormat(lambda t, path, batch: save_program(t, trace(t, batch), path), open_program),
+    "torch-export": ExportFormat(
+        lambda t, path, batch: save_program(t, trace(t, batch), path),
+        lambda _, path: torch.export.load(path).module(),
+    ),
     "onnx": ExportFormat(lambda t, path, batch: save_onnx(t, trace(t, batch), path), open_onnx),
-    "safetensors": ExportFormat(write_safetensors, open_safetensors),
+    "safetensors": ExportFormat(  # with model, classes and views: complete for --checkpoint
+        lambda t, path, _: save_weights(path, t.model, t.classes, t.input.settings), open_safetensors
+    ),
     "state-dict": ExportFormat(lambda t, path, _: torch.save(t.model.state_dict(), path), open_state_dict),
 }
 
@@ -153,7 +148,12 @@ def export_model(
     They are compared on random clips and on the views of ``video``. Returns False, and leaves no file, where they
     differ by more than ``limit``. Raises UsageError where the video cannot be read.
     """
-    clips = list(_real_clips(trained, video))
+    clips: list[tuple[str, Tensor]] = []
+    if video is not None:
+        try:
+            clips.append((video, Predictor(trained, device="cpu", precision="fp32").clips(video)))
+        except DecodeError as error:
+            raise UsageError(f"--clip {error}; give a video that can be read.") from error
     temporary = output.with_name(f".{output.stem}.tmp{output.suffix}")
     started = time.perf_counter()
     try:
@@ -172,16 +172,6 @@ def export_model(
     return True
 
 
-def _real_clips(trained: Trained, video: str | None) -> Iterator[tuple[str, Tensor]]:
-    """Yield the name of a video and its views (V, 3, T, H, W), as its test sees it; nothing for None."""
-    if video is None:
-        return
-    try:
-        yield video, build_predictor(trained, "cpu", "fp32").clips(video)
-    except DecodeError as error:
-        raise UsageError(f"--clip {error}; give a video that can be read.") from error
-
-
 def compare(trained: Trained, forward: Forward, batch: int | None, clips: Sequence[tuple[str, Tensor]]) -> float:
     """Print the largest difference of logits for each batch, and return the largest of all, or NaN."""
     generator = torch.Generator().manual_seed(0)
@@ -190,7 +180,9 @@ def compare(trained: Trained, forward: Forward, batch: int | None, clips: Sequen
     sources = [("random clips", torch.randn(count, 3, *size, generator=generator)) for count in counts]
     worst = 0.0
     for name, given in [*sources, *clips]:
-        for part in _batches(given, batch):
+        if batch is not None:  # fill the last batch up with the first clips
+            given = given[torch.arange(-(-len(given) // batch) * batch) % len(given)]
+        for part in given.split(batch or len(given)):
             with torch.no_grad():
                 expected, found = trained.model(part), forward(part)
             if found.shape != expected.shape:
@@ -205,13 +197,3 @@ def compare(trained: Trained, forward: Forward, batch: int | None, clips: Sequen
                 return difference
             worst = max(worst, difference)
     return worst
-
-
-def _batches(clips: Tensor, batch: int | None) -> Iterator[Tensor]:
-    """Yield all clips at once, or in batches of a fixed size, the last one filled up with the first clips."""
-    if batch is None:
-        yield clips
-        return
-    for start in range(0, len(clips), batch):
-        chosen = itertools.islice(itertools.cycle(range(len(clips))), start, start + batch)
-        yield clips[list(chosen)]

@@ -52,7 +52,18 @@ def open_checkpoint(path: str | Path, overrides: Sequence[str] = ()) -> Trained:
     file; else defaults apply and ``note`` says so. ``overrides`` are ``KEY=VALUE`` words for SETTABLE_KEYS. Raises
     UsageError where there are no weights, or they do not say which model they are of.
     """
-    weights, note = find_weights(pull(str(path)) if is_hub_address(str(path)) else Path(path))
+    weights, note = pull(str(path)) if is_hub_address(str(path)) else Path(path), ""
+    if not weights.is_file():
+        check_exists(str(path))
+        folder = RunFolder(weights)
+        weights = folder.weights if folder.weights.is_file() else folder.best_weights
+        if not weights.is_file():
+            raise UsageError(
+                f"Checkpoint {path} holds no {folder.weights.name}; give the folder of a run that was trained, or a "
+                f".safetensors file."
+            )
+        if weights == folder.best_weights:
+            note = f"The run {path} is not finished: these are its best weights so far."
     checkpoint = read_checkpoint(weights)
     metadata = checkpoint.metadata
     if not metadata:
@@ -78,25 +89,6 @@ def build_input(cfg: CfgNode) -> VideoInput:
         start_decoding=lambda: build_decoding(cfg, cfg.TEST.SHORT_SIDE),
         batch_size=cfg.TEST.BATCH_SIZE,
         precision=cfg.PRECISION,
-    )
-
-
-def find_weights(path: Path) -> tuple[Path, str]:
-    """Return the weights file that ``path`` names or that the run folder holds, and a note where it is not final.
-
-    Raises UsageError where there is neither.
-    """
-    if path.is_file():
-        return path, ""
-    check_exists(str(path))
-    folder = RunFolder(path)
-    if folder.weights.is_file():
-        return folder.weights, ""
-    if folder.best_weights.is_file():
-        return folder.best_weights, f"The run {path} is not finished: these are its best weights so far."
-    raise UsageError(
-        f"Checkpoint {path} holds no {folder.weights.name}; give the folder of a run that was trained, or a "
-        f".safetensors file."
     )
 
 
@@ -131,6 +123,6 @@ def _open_config(
         if key not in SETTABLE_KEYS:
             raise UsageError(
                 f"{key} cannot be set for a trained model; allowed: {', '.join(SETTABLE_KEYS)}."
-                f"{nearest(key, list(SETTABLE_KEYS))}"
+                f"{nearest(key, SETTABLE_KEYS)}"
             )
     return override(override(cfg, views.items(), str(weights)), chosen, "--set"), note

@@ -1,21 +1,23 @@
-"""The work of ``stvit_video.predict``: score videos or a stream, print each result, and write them all."""
+"""The work of ``stvit_video.predict``: score videos or a stream, print each result, and write JSON or CSV."""
 
 import argparse
 import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from stvit_video.common.errors import UsageError
-from stvit_video.common.files import prepare_folder
-from stvit_video.common.progress import Progress
+from stvit_video.common.files import prepare_folder, write_atomically, write_json
+from stvit_video.common.progress import Progress, clock
+from stvit_video.common.tables import to_csv
 from stvit_video.data.decode.types import DecodeError
 from stvit_video.data.streams import find_sources
 from stvit_video.inference.load import Trained, open_checkpoint
-from stvit_video.inference.predictor import Prediction, Predictor, build_predictor
-from stvit_video.inference.results import describe_result, describe_windows, summarise, write_results
+from stvit_video.inference.predictor import Prediction, Predictor, Window
 
 LIVE_WINDOW_S = 2.0
 
@@ -24,10 +26,15 @@ def predict_videos(options: argparse.Namespace) -> int:
     """Score the videos that the ``options`` of the command name; return the exit code. Raises UsageError."""
     trained = open_checkpoint(options.checkpoint, options.overrides)
     paths, live = find_sources(options.videos, images=trained.input.views.frames == 1)
-    _check_live(options, live)
+    if live is None and options.seconds is not None:
+        raise UsageError(
+            f"--seconds {options.seconds:g} ends a camera or stream; files end by themselves: leave it out."
+        )
+    if live is not None and options.annotate is not None:
+        raise UsageError(f"--annotate copies files, and {live} is a camera or stream; leave it out.")
     for folder in filter(None, (options.annotate, options.output and options.output.parent)):
         prepare_folder(folder)
-    predictor = build_predictor(trained, options.device, options.precision, options.workers)
+    predictor = Predictor(trained, device=options.device, precision=options.precision, workers=options.workers)
     print(describe_predictor(trained, predictor), flush=True)
     results: list[Prediction] = []
     copies = Copies(options.annotate)
@@ -45,15 +52,6 @@ def predict_videos(options: argparse.Namespace) -> int:
         print("note: windows are shorter than a clip, so clips repeat frames; a longer --window may score better")
     print(summarise(results, time.perf_counter() - started, copies.seconds), flush=True)
     return int(copies.missing > 0 or any(result.error is not None for result in results))
-
-
-def _check_live(options: argparse.Namespace, live: str | None) -> None:
-    if live is None and options.seconds is not None:
-        raise UsageError(
-            f"--seconds {options.seconds:g} ends a camera or stream; files end by themselves: leave it out."
-        )
-    if live is not None and options.annotate is not None:
-        raise UsageError(f"--annotate copies files, and {live} is a camera or stream; leave it out.")
 
 
 def describe_predictor(trained: Trained, predictor: Predictor) -> str:
@@ -145,3 +143,89 @@ def watch(predictor: Predictor, address: str, options: argparse.Namespace, resul
         print()
         if not result.windows:
             raise
+
+
+def describe_result(result: Prediction, top: int) -> str:
+    """Return a line for a video, and one for each run of consecutive windows with the same most likely class."""
+    found = describe_top(result.top(top)) if result.error is None else f"error: {result.error}"
+    timeline = [window for window in result.windows if window.span is not None]
+    stretches = [list(same) for _, same in groupby(timeline, key=lambda window: int(window.scores.argmax()))]
+    return "\n".join([f"{result.path}: {found}", *(describe_windows(result, part, min(top, 2)) for part in stretches)])
+
+
+def describe_windows(result: Prediction, windows: Sequence[Window], top: int) -> str:
+    """Return a line for consecutive windows: start, end, and the classes of their mean."""
+    first, last = windows[0].span, windows[-1].span
+    assert first is not None
+    assert last is not None
+    together = replace(result, windows=list(windows), error=None)
+    return f"  {moment(first.start):>9} to {moment(last.end):>9}  {describe_top(together.top(top))}"
+
+
+def moment(seconds: float) -> str:
+    """Return a time in a video as m:ss.s, or h:mm:ss.s from an hour on."""
+    tenths = round(10 * seconds)
+    return f"{clock(tenths // 10)}.{tenths % 10}"
+
+
+def describe_top(top: Sequence[tuple[str, float]]) -> str:
+    """Return classes with their probabilities in percent."""
+    return ", ".join(f"{name} {100 * score:.1f} %" for name, score in top)
+
+
+def summarise(results: Sequence[Prediction], seconds: float, annotating: float) -> str:
+    """Return a line with the number of videos and the time of each part, in seconds.
+
+    Decoding runs in parallel with the model, in several threads, so the parts do not add up to the total.
+    """
+    failed = sum(result.error is not None for result in results)
+    decoding, model = (sum(getattr(result, name) for result in results) for name in ("decode_s", "model_s"))
+    windows = sum(len(result.windows) for result in results)
+    counts = f"{len(results):,} video{'' if len(results) == 1 else 's'}"
+    counts += f", {windows:,} windows," if windows > len(results) else ""
+    parts = f"decoding {decoding:.1f} s, alongside the model's {model:.1f} s"
+    parts += f"; annotated copies {annotating:.1f} s" if annotating else ""
+    return f"{counts} in {seconds:.1f} s ({parts})" + (f"; {failed:,} could not be read" if failed else "")
+
+
+def write_results(results: Sequence[Prediction], path: Path, top: int) -> None:
+    """Write all results: a JSON object for each video, or a CSV row for each video or window, and for each error."""
+    if path.suffix == ".json":
+        write_json(path, [to_json(result, top) for result in results])
+        return
+    rows: list[dict[str, object]] = []
+    for result in results:
+        for window in result.windows:
+            row: dict[str, object] = {"path": result.path, "seconds": f"{window.decode_s + window.model_s:.6f}"}
+            if window.span is not None:
+                row |= {"start": f"{window.span.start:.3f}", "end": f"{window.span.end:.3f}"}
+            for i, (name, score) in enumerate(result.top(top, window), start=1):
+                row |= {f"class{i}": name, f"score{i}": score}
+            rows.append(row)
+        if result.error is not None:
+            rows.append({"path": result.path, "error": result.error})
+    count = min(top, len(results[0].classes))
+    classes = [f"{name}{i}" for i in range(1, count + 1) for name in ("class", "score")]
+    write_atomically(path, to_csv(rows, ["path", "start", "end", *classes, "seconds", "error"]))
+
+
+def to_json(result: Prediction, top: int) -> dict[str, Any]:
+    """Return a video's object: path, most likely classes, seconds, error or None, and its timeline if it has one."""
+    found: dict[str, Any] = {
+        "path": result.path,
+        "top": _named(result.top(top)),
+        "seconds": round(result.decode_s + result.model_s, 6),
+        "decode_seconds": round(result.decode_s, 6),
+        "model_seconds": round(result.model_s, 6),
+        "error": result.error,
+    }
+    timeline = [
+        {"start": window.span.start, "end": window.span.end, "top": _named(result.top(top, window))}
+        for window in result.windows
+        if window.span is not None
+    ]
+    return {**found, "timeline": timeline} if timeline else found
+
+
+def _named(top: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
+    return [{"class": name, "score": score} for name, score in top]

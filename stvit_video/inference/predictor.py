@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from stvit_video.data.clips.sampling import Sampling
-from stvit_video.data.dataset import Sample, TestViews, collate
+from stvit_video.data.dataset import Sample, collate
 from stvit_video.data.decode.frames import Decoding
 from stvit_video.data.decode.types import DecodeError, Frames, Indices
 from stvit_video.data.streams import KnownTimes, Span, check_seconds, clips_of_spans, read_ahead, read_windows, spans_of
@@ -94,22 +93,19 @@ class Predictor:
 
     def __init__(
         self,
-        model: nn.Module,
-        classes: Sequence[str],
+        trained: Trained,
         *,
-        sampler: Sampling,  # chooses the frames of a clip
-        views: TestViews,
-        start_decoding: Callable[[], Decoding],  # called once by each worker
-        device: torch.device,
-        precision: str = "fp32",
-        batch_size: int = 1,  # videos or windows
+        device: str = "auto",
+        precision: str | None = None,  # by default that of the run's test
         workers: int = 1,  # threads that read ahead while the network runs
     ) -> None:
-        self.model, self.classes = model.to(device).eval(), list(classes)
-        self.sampler, self.views, self.start_decoding = sampler, views, start_decoding
-        self.device, self.precision = device, precision
-        set_precision(device, precision)
-        self.batch_size, self.workers = batch_size, workers
+        self.device = pick_device(device, 0, 1)
+        self.model, self.classes = trained.model.to(self.device).eval(), trained.classes
+        self.input, self.views, self.workers = trained.input, trained.input.views, workers
+        self.precision = precision or self.input.precision
+        if precision is None and self.precision == "tf32" and self.device.type == "cpu":  # which has no TF32
+            self.precision = "fp32"
+        set_precision(self.device, self.precision)
 
     @classmethod
     def load(
@@ -122,7 +118,7 @@ class Predictor:
         workers: int = 1,
     ) -> "Predictor":
         """Return the predictor of a checkpoint, which is named as for ``open_checkpoint``."""
-        return build_predictor(open_checkpoint(checkpoint, overrides), device, precision, workers)
+        return cls(open_checkpoint(checkpoint, overrides), device=device, precision=precision, workers=workers)
 
     def __call__(self, path: str | Path) -> Prediction:
         """Score one video. Raises DecodeError where it cannot be read."""
@@ -147,7 +143,7 @@ class Predictor:
         for i, item in read_ahead(names, lambda: self._reader(window, step), self.workers):
             if isinstance(item, _Piece):
                 waiting.append((i, item))
-                if len(waiting) < self.batch_size:
+                if len(waiting) < self.input.batch_size:
                     continue
                 self._score_all(waiting, results)
             else:
@@ -167,7 +163,7 @@ class Predictor:
         """
         check_seconds(window, step)
         result = Prediction(address, self.classes)
-        for _, item in read_ahead([address], lambda: self._live_reader(window, step or window), 1):
+        for _, item in read_ahead([address], lambda: partial(self._read_live, window, step or window), 1):
             if isinstance(item, DecodeError):
                 raise item
             if item is not None:
@@ -176,55 +172,52 @@ class Predictor:
 
     def _reader(self, window: float | None, step: float | None) -> Callable[[str], Iterator[_Piece]]:
         """Return the function that a reading thread calls for each file."""
-        decoding = self.start_decoding()
+        decoding = self.input.start_decoding()
         if window is None:
-            return lambda path: self._read_whole(decoding, path)
-        return lambda path: self._read_spans(decoding, path, window, step or window)
+            return partial(self._read_whole, decoding)
+        return partial(self._read_spans, decoding, window, step or window)
 
     def _read_whole(self, decoding: Decoding, path: str) -> Iterator[_Piece]:
         started = time.perf_counter()
-        frames = decoding.read(decoding.request(path, partial(self.sampler.even_clips, clips=self.views.clips)))
+        choice = partial(self.input.sampler.even_clips, clips=self.views.clips)
+        frames = decoding.read(decoding.request(path, choice))
         yield self._prepare(frames, None, started)
 
-    def _read_spans(self, decoding: Decoding, path: str, window: float, step: float) -> Iterator[_Piece]:
+    def _read_spans(self, decoding: Decoding, window: float, step: float, path: str) -> Iterator[_Piece]:
         started = time.perf_counter()
         times = decoding.read_times(path)
         spans = spans_of(times, window, step)
         together = max(1, PIECE_FRAMES // (self.views.clips * self.views.frames))
         for first in range(0, len(spans), together):
             part = tuple(spans[first : first + together])
-            choice = partial(clips_of_spans, sampler=self.sampler, clips=self.views.clips, spans=part)
+            choice = partial(clips_of_spans, sampler=self.input.sampler, clips=self.views.clips, spans=part)
             frames = decoding.read(decoding.request(path, choice, keep_open=first + together < len(spans)))
             chosen = np.split(choice(KnownTimes(times)), len(part))
             for span, clips, indices in zip(part, np.split(frames, len(part)), chosen, strict=True):
-                yield self._prepare(clips, span, started, self._repeats(indices))
+                yield self._prepare(clips, span, started, indices)
                 started = time.perf_counter()
 
-    def _live_reader(self, window: float, step: float) -> Callable[[str], Iterator[_Piece]]:
-        choice = partial(self.sampler.even_clips, clips=self.views.clips)
+    def _read_live(self, window: float, step: float, address: str) -> Iterator[_Piece]:
+        choice = partial(self.input.sampler.even_clips, clips=self.views.clips)
+        for span, times, shown in read_windows(address, window, step, self.views.transform.short_side):
+            started, indices = time.perf_counter(), choice(times)
+            yield self._prepare(np.stack([shown[i] for i in indices]), span, started, indices)
 
-        def read(address: str) -> Iterator[_Piece]:
-            for span, times, shown in read_windows(address, window, step, self.views.transform.short_side):
-                started, indices = time.perf_counter(), choice(times)
-                frames = np.stack([shown[i] for i in indices])
-                yield self._prepare(frames, span, started, self._repeats(indices))
-
-        return read
-
-    def _prepare(self, frames: Frames, span: Span | None, started: float, repeats: bool = False) -> _Piece:
+    def _prepare(self, frames: Frames, span: Span | None, started: float, indices: Indices | None = None) -> _Piece:
+        """Return the clips in ``frames`` (clips * frames, H, W, 3), whose ``indices`` show which frames repeat."""
         pixels = self.views.prepare(frames, ())
+        repeats = indices is not None and bool((np.diff(indices.reshape(-1, self.views.frames)) == 0).any())
         return _Piece(pixels, span, time.perf_counter() - started, repeats)
-
-    def _repeats(self, indices: Indices) -> bool:
-        """Return whether one of the clips at ``indices`` (clips * frames,) contains a frame twice."""
-        return bool((np.diff(indices.reshape(-1, self.views.frames)) == 0).any())
 
     def _score_all(self, waiting: deque[tuple[int, _Piece]], results: list[Prediction]) -> None:
         """Score the ``waiting`` pieces as one batch and add a window to the prediction of each one's video."""
         if not waiting:
             return
         started = time.perf_counter()
-        rows = self.score([piece.pixels for _, piece in waiting])
+        clips = self._batch([piece.pixels for _, piece in waiting])
+        with torch.no_grad(), autocast(self.device, self.precision):
+            views = self.model(clips).float().softmax(dim=1)
+        rows = views.unflatten(0, (-1, self.views.count)).mean(dim=1).cpu()
         seconds = (time.perf_counter() - started) / len(waiting)
         for scores in rows:
             i, piece = waiting.popleft()
@@ -232,37 +225,9 @@ class Predictor:
 
     def clips(self, path: str | Path) -> Tensor:
         """Return the network's input for one video: its views (V, 3, T, S, S). Raises DecodeError."""
-        (piece,) = self._read_whole(self.start_decoding(), str(path))
+        (piece,) = self._read_whole(self.input.start_decoding(), str(path))
         return self._batch([piece.pixels])
-
-    @torch.no_grad()
-    def score(self, videos: Sequence[Tensor]) -> Tensor:
-        """Map each video's prepared pixels (n, h, w, 3) to class probabilities (videos, classes), on the CPU."""
-        clips = self._batch(videos)
-        with autocast(self.device, self.precision):
-            scores = self.model(clips).float().softmax(dim=1)
-        return scores.unflatten(0, (-1, self.views.count)).mean(dim=1).cpu()
 
     def _batch(self, videos: Sequence[Tensor]) -> Tensor:
         samples = [Sample(pixels, -1, i, (), []) for i, pixels in enumerate(videos)]
         return collate(samples, self.views).to(self.device).make_clips()
-
-
-def build_predictor(
-    trained: Trained, device: str = "auto", precision: str | None = None, workers: int = 1
-) -> Predictor:
-    """Return the predictor of a trained model, by default with the precision of its test."""
-    chosen, how = pick_device(device, 0, 1), trained.input
-    if precision is None:  # a CPU has no TF32
-        precision = "fp32" if how.precision == "tf32" and chosen.type == "cpu" else how.precision
-    return Predictor(
-        trained.model,
-        trained.classes,
-        sampler=how.sampler,
-        views=how.views,
-        start_decoding=how.start_decoding,
-        device=chosen,
-        precision=precision,
-        batch_size=how.batch_size,
-        workers=workers,
-    )

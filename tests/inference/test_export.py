@@ -71,7 +71,7 @@ def test_graphs_of_every_family_compute_what_the_model_does(family: str, tmp_pat
     exporters.save_program(trained, program, path.with_suffix(".pt2"))
     exporters.save_onnx(trained, program, path.with_suffix(".onnx"), optimize=False)
     for run in (
-        exporters.open_program(trained, path.with_suffix(".pt2")),
+        exporters.FORMATS["torch-export"].open(trained, path.with_suffix(".pt2")),
         exporters.open_onnx(trained, path.with_suffix(".onnx")),
     ):
         for count in (1, 2, 5):
@@ -93,7 +93,7 @@ def check_one_batch(trained: Trained, path: Path) -> None:
     traced = exporters.trace(trained, 3)
     exporters.save_program(trained, traced, path.with_suffix(".pt2"))
     exporters.save_onnx(trained, traced, path.with_suffix(".onnx"), optimize=False)
-    program = exporters.open_program(trained, path.with_suffix(".pt2"))
+    program = exporters.FORMATS["torch-export"].open(trained, path.with_suffix(".pt2"))
     graph = exporters.open_onnx(trained, path.with_suffix(".onnx"))
     for run in (program, graph):
         check(trained, run, torch.randn(3, 3, *trained.model.input_size))
