@@ -6,7 +6,6 @@ Where they differ by more than ``--limit``, no file is left.
 Exit codes: 0 written, and equal within the limit; 1 not equal; 2 wrong use.
 """
 
-import argparse
 import sys
 import warnings
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 from stvit_video.common.cli import Parser, run_command
 from stvit_video.common.errors import UsageError
 from stvit_video.common.files import prepare_folder
-from stvit_video.common.hub import check_exists
+from stvit_video.common.hub import check_exists, prepare_hub, push
 
 SUFFIXES = {"torch-export": ".pt2", "onnx": ".onnx", "safetensors": ".safetensors", "state-dict": ".pth"}
 
@@ -42,8 +41,16 @@ def build_parser() -> Parser:
 def export(arguments: Sequence[str] | None) -> int:
     """Parse the arguments, write the file and compare it; return the exit code. Raises UsageError."""
     options = build_parser().parse_args(arguments)
-    batch = check_options(options)
-    from stvit_video.common.hub import prepare_hub, push
+    suffix = SUFFIXES[options.format]
+    if options.output is not None and (options.output.suffix != suffix or options.output.is_dir()):
+        raise UsageError(f"--output {options.output}: give a file ending in {suffix} for --format {options.format}.")
+    if not options.limit > 0:
+        raise UsageError(f"--limit {options.limit:g} is out of range; give a number above 0, such as 1e-4.")
+    digits = options.batch.isascii() and options.batch.isdigit()
+    if options.batch != "any" and not (digits and 1 <= int(options.batch[:6]) <= 4096):
+        raise UsageError(f"--batch {options.batch} is out of range; give any, or 1 to 4,096.")
+    check_exists(options.checkpoint)
+    batch = None if options.batch == "any" else int(options.batch)
     from stvit_video.inference.formats import check_packages, export_model
     from stvit_video.inference.load import open_checkpoint
 
@@ -51,7 +58,7 @@ def export(arguments: Sequence[str] | None) -> int:
     if options.push:
         prepare_hub(options.push)
     trained = open_checkpoint(options.checkpoint)
-    weights, suffix = trained.weights, SUFFIXES[options.format]
+    weights = trained.weights
     name = weights.absolute().parent.name if weights.name == "model.safetensors" else weights.stem
     output: Path = options.output or Path(f"{name}{suffix}")
     if output.exists() and output.samefile(weights):
@@ -63,20 +70,6 @@ def export(arguments: Sequence[str] | None) -> int:
     if options.push:
         print(f"uploaded: {push(output, options.push)}")
     return 0
-
-
-def check_options(options: argparse.Namespace) -> int | None:
-    """Return the batch, None for any. Raises UsageError for options that cannot work."""
-    suffix = SUFFIXES[options.format]
-    if options.output is not None and (options.output.suffix != suffix or options.output.is_dir()):
-        raise UsageError(f"--output {options.output}: give a file ending in {suffix} for --format {options.format}.")
-    if not options.limit > 0:
-        raise UsageError(f"--limit {options.limit:g} is out of range; give a number above 0, such as 1e-4.")
-    digits = options.batch.isascii() and options.batch.isdigit()
-    if options.batch != "any" and not (digits and 1 <= int(options.batch[:6]) <= 4096):
-        raise UsageError(f"--batch {options.batch} is out of range; give any, or 1 to 4,096.")
-    check_exists(options.checkpoint)
-    return None if options.batch == "any" else int(options.batch)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

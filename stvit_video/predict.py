@@ -10,7 +10,6 @@ Exit codes: 0 all videos were scored; 1 some could not be read, or not copied fo
 after the results so far are written (0 for a camera or stream, which Ctrl-C ends).
 """
 
-import argparse
 import io
 import sys
 from collections.abc import Sequence
@@ -66,14 +65,6 @@ def build_parser() -> Parser:
 def predict(arguments: Sequence[str] | None) -> int:
     """Parse the arguments, score the videos, print and write results; return the exit code. Raises UsageError."""
     options = build_parser().parse_args(arguments)
-    check_options(options)
-    from stvit_video.inference.predict_videos import predict_videos
-
-    return predict_videos(options)
-
-
-def check_options(options: argparse.Namespace) -> None:
-    """Raise UsageError for options that cannot work, before anything is loaded."""
     from stvit_video.data.streams import check_seconds
 
     for name, least, most in (("top", 1, 1_000_000), ("workers", 1, 1_000), ("seconds", 0.01, 1e9)):
@@ -89,6 +80,9 @@ def check_options(options: argparse.Namespace) -> None:
     if options.annotate is not None and options.annotate.exists() and not options.annotate.is_dir():
         raise UsageError(f"--annotate {options.annotate} is a file; give a folder for the MP4 copies.")
     check_exists(options.checkpoint)
+    from stvit_video.inference.predict_videos import predict_videos
+
+    return predict_videos(options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
