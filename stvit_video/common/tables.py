@@ -12,7 +12,7 @@ def format_table(
 ) -> str:
     """Return a table as text, with the first ``left`` columns aligned left and the others right.
 
-    ``style`` is a format of tabulate, such as ``plain`` or ``github`` (Markdown). Cells are not reformatted, so format
+    ``style`` is a format of tabulate, such as ``plain`` or ``pipe`` (Markdown). Cells are not reformatted, so format
     numbers first.
     """
     rows = [list(map(str, row)) for row in rows]

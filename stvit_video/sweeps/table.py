@@ -174,7 +174,7 @@ def markdown(table: Table) -> str:
         lines.append([row.name, describe_kind(row), *cells])
     head = ["row", "kind", *(heading for heading, _, _ in columns)]
     below = [*verdicts(table), *notes(table), *([table.machine] if table.machine else [])]
-    return "\n".join([format_table(head, lines, style="github", left=2), "", *(f"- {line}" for line in below)]) + "\n"
+    return "\n".join([format_table(head, lines, style="pipe", left=2), "", *(f"- {line}" for line in below)]) + "\n"
 
 
 def _cell(value: float | str | None, form: str) -> str:

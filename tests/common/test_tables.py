@@ -9,7 +9,7 @@ def test_columns_are_aligned_and_cells_stay_as_given() -> None:
 
 
 def test_markdown() -> None:
-    first, ruler, row = format_table(["a", "b"], [["1", "2"]], style="github").splitlines()
+    first, ruler, row = format_table(["a", "b"], [["1", "2"]], style="pipe").splitlines()
     assert first.split() == ["|", "a", "|", "b", "|"]
     assert set(ruler) <= set("|:-")
     assert row.split() == ["|", "1", "|", "2", "|"]

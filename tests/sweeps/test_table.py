@@ -82,7 +82,7 @@ def test_missing_figures_are_none() -> None:
 def test_names_and_kinds_are_aligned_left_and_figures_right() -> None:
     table = Table((row("full", 90.0), row("fast", 89.0), row("fast-mean", 88.0)), 0.5)
     dashes = markdown(table).splitlines()[1].strip("|").split("|")
-    assert [cell.endswith(":") for cell in dashes] == [False, False, *[True] * 9]
+    assert [cell.strip().endswith(":") for cell in dashes] == [False, False, *[True] * 9]
 
 
 def test_names_in_the_picture_do_not_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
