@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -371,8 +372,11 @@ def test_missing_paths_are_named(small_set: Path, tmp_path: Path) -> None:
 def submit_here(*words: str, env: dict[str, str] | None = None) -> tuple[int, str]:
     command = [sys.executable, str(REPOSITORY / "slurm" / "submit.py"), *CONFIG, "--gpus-per-node", "0", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    found = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    return found.returncode, found.stdout + found.stderr
+    # A local job inherits the output: a pipe would be read until the job has ended.
+    with tempfile.TemporaryFile("w+") as said:
+        found = subprocess.run(command, stdout=said, stderr=subprocess.STDOUT, timeout=300, env=environment)
+        said.seek(0)
+        return found.returncode, said.read()
 
 
 def test_cluster_local_runs_two_processes(small_set: Path, tmp_path: Path) -> None:
