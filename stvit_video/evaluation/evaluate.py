@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from stvit_video.common.charts import png_of_confusion
 from stvit_video.common.errors import RunFailure, Stopped, UsageError
-from stvit_video.common.files import write_json
+from stvit_video.common.files import write_atomically, write_json
 from stvit_video.common.progress import Progress
 from stvit_video.data.failures import Failure, check_failures
 from stvit_video.data.loader import build_test_loader
@@ -164,7 +164,7 @@ class Tester:
             folder.write_table("per_class.csv", predictions.per_class(self.classes))
             folder.write_table("predictions.csv", predictions.rows(paths, self.classes))
             write_json(folder.results, results)
-            (folder.path / "confusion.png").write_bytes(png_of_confusion(predictions.confusion(), self.classes))
+            write_atomically(folder.path / "confusion.png", png_of_confusion(predictions.confusion(), self.classes))
             partial.clear()
             print(f"{describe_results(results)}\nresults in {folder.results}", flush=True)
             return results
