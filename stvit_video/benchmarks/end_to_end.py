@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -10,8 +10,16 @@ import torch
 from fvcore.common.config import CfgNode
 from torch.utils.data import DataLoader
 
-from stvit_video.benchmarks.models import build_conditions
-from stvit_video.benchmarks.rounds import PLAIN_TRAINING, build_loader, min_to_max, open_benchmark, train_step
+from stvit_video.benchmarks.rounds import (
+    COMPILED,
+    PLAIN_TRAINING,
+    Figures,
+    build_loader,
+    min_to_max,
+    open_benchmark,
+    run_rounds,
+    train_step,
+)
 from stvit_video.common.errors import UsageError
 from stvit_video.common.tables import format_table
 from stvit_video.data.dataset import Batch
@@ -22,16 +30,6 @@ from stvit_video.runtime.precision import autocast, set_precision
 
 WORKERS = (1, 2, 4)
 MIN_BATCHES = 8  # per round
-
-
-@dataclass(frozen=True)
-class Flow:
-    """The figures of a number of workers, round by round."""
-
-    what: str  # training or inference
-    workers: int
-    clips_per_second: list[float] = field(default_factory=list)
-    waiting: list[float] = field(default_factory=list)  # share of the time spent waiting for data
 
 
 def run_through(batches: Iterable[Any], work: Callable[[Any], int]) -> tuple[float, float]:
@@ -53,15 +51,14 @@ def run_through(batches: Iterable[Any], work: Callable[[Any], int]) -> tuple[flo
     return done / seconds, waited / seconds
 
 
-def build_flows(cfg: CfgNode, clips: int, rounds: int) -> list[Flow]:
+def build_end_to_end_figures(cfg: CfgNode, clips: int, rounds: int) -> Figures:
     """Time inference on the test list and training on the training list with each number of workers, in turn.
 
-    The model is compiled as COMPILE says. Compiling and starting the workers fall in a first round that is not counted.
+    Compiling, as COMPILE says, and starting the workers fall in a first round that is not counted.
     """
     run = open_benchmark(cfg, PLAIN_TRAINING, cfg.DEVICE)
-    device = run.world.device
+    device, model = run.world.device, run.model.to(run.world.device)
     set_precision(device, cfg.PRECISION)
-    model = run.model.to(device)
     compile_model(model, cfg.COMPILE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 
@@ -78,19 +75,21 @@ def build_flows(cfg: CfgNode, clips: int, rounds: int) -> list[Flow]:
             model(clips).float().cpu()
         return len(clips)
 
-    flows = []
+    flows, rows = [], []
     for what, work in (("inference", infer), ("training", train)):
-        loaders = [_build_loader(run, what == "training", workers, clips) for workers in WORKERS]
-        found = [Flow(what, workers) for workers in WORKERS]
         model.train(what == "training")
-        for number in range(rounds + 1):
-            for flow, loader in zip(found, loaders, strict=True):
-                rate, waiting = run_through(loader, work)
-                if number:
-                    flow.clips_per_second.append(rate)
-                    flow.waiting.append(waiting)
-        flows += found
-    return flows
+        loaders = [_build_loader(run, what == "training", workers, clips) for workers in WORKERS]
+        measured = run_rounds([partial(run_through, loader, work) for loader in loaders], rounds)
+        for workers, found in zip(WORKERS, measured, strict=True):
+            rates, waiting = map(list, zip(*found, strict=True))
+            flows.append({"what": what, "workers": workers, "clips_per_second": rates, "waiting": waiting})
+            rows.append((what, workers, f"{median(rates):.1f}", min_to_max(rates), f"{100 * median(waiting):.0f} %"))
+    shape = f"{cfg.DATA.FRAMES} frames of {cfg.DATA.SIZE}x{cfg.DATA.SIZE}"
+    how = f"{device.type}, {cfg.PRECISION}, {COMPILED[cfg.COMPILE]}"
+    print(f"{cfg.MODEL.NAME}, {how}: from video files, clips of {shape}")
+    print(format_table(("", "workers", "clips/s", "min to max", "waits for data"), rows), flush=True)
+    conditions = {"device": device.type, "precision": cfg.PRECISION, "compiled": cfg.COMPILE}
+    return {"model": cfg.MODEL.NAME, **conditions, "flows": flows}
 
 
 def _build_loader(run: OpenRun, training: bool, workers: int, clips: int) -> DataLoader:
@@ -102,17 +101,3 @@ def _build_loader(run: OpenRun, training: bool, workers: int, clips: int) -> Dat
     if len(loader) < 1 + MIN_BATCHES:
         raise UsageError(f"The list gives {len(loader)} batches, and {1 + MIN_BATCHES} are needed; lower {key} {size}.")
     return loader
-
-
-def build_end_to_end_figures(cfg: CfgNode, clips: int, rounds: int) -> dict[str, Any]:
-    """Time files to logits and training with 1, 2 and 4 workers, print the table and return the figures."""
-    conditions = build_conditions(cfg, False, cfg.TEST.BATCH_SIZE)
-    flows = build_flows(cfg, clips, rounds)
-    shape = f"{cfg.DATA.FRAMES} frames of {cfg.DATA.SIZE}x{cfg.DATA.SIZE}"
-    print(f"{cfg.MODEL.NAME}, {conditions.device.type}, {conditions}: from video files, clips of {shape}")
-    rows = []
-    for flow in flows:
-        rates, waiting = flow.clips_per_second, f"{100 * median(flow.waiting):.0f} %"
-        rows.append((flow.what, flow.workers, f"{median(rates):.1f}", min_to_max(rates), waiting))
-    print(format_table(("", "workers", "clips/s", "min to max", "waits for data"), rows), flush=True)
-    return {"model": cfg.MODEL.NAME, **conditions.figures, "flows": [asdict(flow) for flow in flows]}

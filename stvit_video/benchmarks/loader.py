@@ -1,13 +1,13 @@
 """The benchmark of the loader: each step from files to batches alone, all of them together, and another library."""
 
-import math
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from contextlib import closing
 from fractions import Fraction
+from functools import partial
 from itertools import cycle, islice
+from statistics import median
 from typing import Any
 
 import decord
@@ -18,7 +18,7 @@ from fvcore.common.config import CfgNode
 from torch.utils.data import DataLoader, RandomSampler
 from torchvision.transforms import v2
 
-from stvit_video.benchmarks.rounds import TimedStep, Timer, build_loader, describe, interleave, open_benchmark, timed
+from stvit_video.benchmarks.rounds import Figures, build_loader, measure_steps, open_benchmark, timed
 from stvit_video.common.errors import UsageError
 from stvit_video.data.dataset import Batch, Sample, SampleKey, collate
 from stvit_video.data.decode.frames import Decoding, FrameRequest, open_video, read_file
@@ -34,42 +34,7 @@ def bare_decord(path: str, indices: Indices) -> Frames:
     return to_numpy(decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1).get_batch(indices))
 
 
-def choose_readable(requests: Iterable[FrameRequest]) -> list[tuple[FrameRequest, Indices]]:
-    """Return the requests that decord can answer, with the frames that each asks for."""
-    chosen = []
-    for request in requests:
-        assert request.choice is not None
-        try:
-            reader = open_video(request.path, decoder="decord")
-            indices = request.choice(reader)
-            reader.close()
-            bare_decord(request.path, np.unique(indices))
-        except (DecodeError, RuntimeError, decord.DECORDError):
-            continue
-        chosen.append((request, indices))
-    if not chosen:
-        raise UsageError("decord, which is the reference, can read none of the videos; give DATA.ROOT others.")
-    return chosen
-
-
-def loader_timer(loader: DataLoader, count: Callable[[Any], int], most: float = math.inf) -> Timer:
-    """Return a timer of a loader's batches until they hold ``most`` items; the first round starts the workers.
-
-    ``count`` makes floats of a batch and returns how many items it holds.
-    """
-
-    def run() -> float:
-        started, done = time.perf_counter(), 0
-        for batch in loader:
-            done += count(batch)
-            if done >= most:
-                break
-        return (time.perf_counter() - started) / max(1, done)
-
-    return run
-
-
-def build_timers(cfg: CfgNode, count: int, peers: Sequence[str], training: bool) -> dict[str, Timer]:
+def build_timers(cfg: CfgNode, count: int, peers: Sequence[str], training: bool) -> dict[str, Callable[[], float]]:
     """Return timers per training clip, or per test video, the reference first. Raises UsageError as training would.
 
     A round reads ``count`` of them, in small batches.
@@ -77,33 +42,41 @@ def build_timers(cfg: CfgNode, count: int, peers: Sequence[str], training: bool)
     repeats = cfg.DATA.REPEATS if training else 1
     sizes = {"TRAIN.BATCH_SIZE": BATCH * repeats, "TRAIN.ACCUMULATE": 1, "TEST.BATCH_SIZE": BATCH}
     run = open_benchmark(cfg, sizes, "cpu")
+    dataset: Any = build_loader(run, 0, training).dataset
+    requests: dict[FrameRequest, Indices] = {}  # those that decord can answer, with the frames that each asks for
+    for i in range(min(len(dataset), -(-count // repeats))):
+        request = dataset.request(SampleKey(0, i) if training else i)
+        try:
+            with closing(open_video(request.path, decoder="decord")) as reader:
+                requests[request] = np.unique(request.choice(reader))
+            bare_decord(request.path, requests[request])
+        except (DecodeError, RuntimeError, decord.DECORDError):
+            requests.pop(request, None)
+    if not requests:
+        raise UsageError("decord, which is the reference, can read none of the videos; give DATA.ROOT others.")
+    decoding, views = Decoding(("pyav", "decord"), 600.0), dataset.views
+    frames = read_file(next(iter(requests)))
+    sample, some = Sample(views.prepare(frames, (0, 0, 0)), 0, 0, (0, 0, 0), []), range(min(len(requests), 8))
 
     def make_floats(batch: Batch) -> int:
         clips = batch.make_clips()
         return len(clips) if training else len(batch.labels)
 
-    dataset: Any = build_loader(run, 0, training).dataset
-    numbers = range(min(len(dataset), -(-count // repeats)))
-    chosen = choose_readable(dataset.request(SampleKey(0, i) if training else i) for i in numbers)
-    requests = [request for request, _ in chosen]
-    decoding, views = Decoding(("pyav", "decord"), 600.0), dataset.views
-    frames = read_file(requests[0])
-    sample = Sample(views.prepare(frames, (0, 0, 0)), 0, 0, (0, 0, 0), [])
-    items, some = len(requests) * repeats, range(min(len(requests), 8))
-    timers = {
-        "decord, bare": timed(lambda: (bare_decord(r.path, np.unique(indices)) for r, indices in chosen), items),
-        "decode": timed(lambda: map(read_file, requests), items),
-        "decode in its process": timed(lambda: decoding.read_all(requests), items),
-        "crop and augment": timed(lambda: (views.prepare(frames, (0, 0, i)) for i in some), len(some) * repeats),
-        "bytes to floats": timed(lambda: (collate([sample], views).make_clips() for _ in some), len(some) * repeats),
+    works: dict[str, Callable[[], Iterable[Any]]] = {
+        "decord, bare": lambda: (bare_decord(request.path, indices) for request, indices in requests.items()),
+        "decode": lambda: map(read_file, requests),
+        "decode in its process": lambda: decoding.read_all(requests),
+        "crop and augment": lambda: (views.prepare(frames, (0, 0, i)) for i in some),
+        "bytes to floats": lambda: (collate([sample], views).make_clips() for _ in some),
     }
+    timers = {name: timed(work, lambda _: repeats) for name, work in works.items()}
     for workers in sorted({1, cfg.DATA.WORKERS}):
         loader = build_loader(run, workers, training)
         shorten(loader, -(-count // (BATCH * repeats)))
-        timers[f"loader, {workers} worker(s)"] = loader_timer(loader, make_floats)
+        timers[f"loader, {workers} worker(s)"] = timed(partial(iter, loader), make_floats)
     if "pytorchvideo" in peers:
-        peer = _build_peer_loader(cfg, [request.path for request, _ in chosen], count + BATCH)
-        timers["pytorchvideo, 1 worker"] = loader_timer(peer, lambda batch: len(batch["video"]), most=count)
+        peer = _build_peer_loader(cfg, [request.path for request in requests], -(-count // BATCH) * BATCH)
+        timers["pytorchvideo, 1 worker"] = timed(partial(iter, peer), lambda batch: len(batch["video"]))
     return timers
 
 
@@ -134,9 +107,9 @@ def _build_peer_loader(cfg: CfgNode, paths: list[str], clips: int) -> DataLoader
     return DataLoader(dataset, batch_size=BATCH, num_workers=1, persistent_workers=True)
 
 
-def advise(steps: Sequence[TimedStep], workers: int, cores: int, short_side: int) -> str:
+def advise(steps: Sequence[Figures], workers: int, cores: int, short_side: int) -> str:
     """Return what bounds the training loader here, and what to change."""
-    times = {step.name: step.median for step in steps}
+    times = {step["name"]: median(step["milliseconds"]) for step in steps}
     decode, transform, floats = times["decode"], times["crop and augment"], times["bytes to floats"]
     transfer = max(0.0, times["decode in its process"] - decode)
     work = decode + transfer + transform + floats
@@ -158,14 +131,13 @@ def advise(steps: Sequence[TimedStep], workers: int, cores: int, short_side: int
     return f"{cost}\n{bound}"
 
 
-def build_loader_figures(cfg: CfgNode, clips: int, rounds: int, peers: Sequence[str]) -> dict[str, Any]:
+def build_loader_figures(cfg: CfgNode, clips: int, rounds: int, peers: Sequence[str]) -> Figures:
     """Time each step of loading training clips and test videos, print the tables and return the figures."""
     torch.set_num_threads(1)  # as in a worker, and so that no step uses the core of another
-    train = interleave(build_timers(cfg, clips, peers, training=True), rounds)
     shape = f"{cfg.DATA.FRAMES} frames of {cfg.DATA.SIZE}x{cfg.DATA.SIZE}"
-    print(describe(f"training: clips of {shape}", "clip", train), flush=True)
-    test = interleave(build_timers(cfg, max(1, clips // cfg.TEST.CLIPS), [], training=False), rounds)
-    print(describe(f"test: {cfg.TEST.CLIPS} x {cfg.TEST.CROPS} views of {shape}", "video", test))
+    train = measure_steps(f"training: clips of {shape}", "clip", build_timers(cfg, clips, peers, True), rounds)
+    timers = build_timers(cfg, max(1, clips // cfg.TEST.CLIPS), [], False)
+    test = measure_steps(f"test: {cfg.TEST.CLIPS} x {cfg.TEST.CROPS} views of {shape}", "video", timers, rounds)
     advice = advise(train, cfg.DATA.WORKERS, len(os.sched_getaffinity(0)), cfg.DATA.SHORT_SIDE[0])
     print(advice, flush=True)
-    return {"train": [asdict(step) for step in train], "test": [asdict(step) for step in test], "advice": advice}
+    return {"train": train, "test": test, "advice": advice}

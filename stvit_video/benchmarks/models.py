@@ -1,119 +1,152 @@
-"""How fast models run: latency, throughput, memory and share of a matrix product's rate, in interleaved rounds."""
+"""How fast models run, ours and other libraries': latency, throughput, memory and share of a matrix product's rate.
+
+Nothing is downloaded: speed does not depend on the weights.
+"""
 
 import ctypes
+import importlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
+import torchvision
 from fvcore.common.config import CfgNode
-from torch import Tensor
+from pytorchvideo.models import hub
+from torch import Tensor, nn
 
-from stvit_video.benchmarks.peers import TimedModel, build_timed_models
-from stvit_video.benchmarks.rounds import min_to_max, train_step
+from stvit_video.benchmarks.rounds import COMPILED, Figures, min_to_max, run_rounds, train_step
 from stvit_video.common.charts import Point, plot_points
-from stvit_video.common.errors import UsageError
+from stvit_video.common.errors import UsageError, nearest
 from stvit_video.common.tables import format_table
+from stvit_video.config.load import load_config
 from stvit_video.models.cost import count_operations, count_parameters
+from stvit_video.models.layers import Grid
+from stvit_video.models.zoo import build_model, create_model, list_models
 from stvit_video.runtime.join import pick_device
 from stvit_video.runtime.parallel import compile_model
 from stvit_video.runtime.precision import HALF, matrix_rate, set_precision
 
+CLASSES = 400  # of peers, and of configurations without MODEL.NUM_CLASSES
 MIN_ROUND_S = 0.5  # of calls at batch 1: short calls are timed often
 GAIN = 1.05  # by which twice the batch must be faster to be chosen
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+VIDEO = ("swin3d_", "mvit_")  # torchvision's video transformers
+MVIT_SIZE = (16, 224, 224)  # the published MViT models take no other
+# The models of each library that are compared.
+LIBRARIES: dict[str, Callable[[], list[str]]] = {
+    "stvit_video": list_models,
+    "torchvision": lambda: [name for name in torchvision.models.list_models() if name.startswith(VIDEO)],
+    "pytorchvideo": lambda: ["mvit_base_16x4"],
+    "timm": lambda: importlib.import_module("timm").list_models("vit_*"),
+}
 
 
-@dataclass(frozen=True)
-class Conditions:
-    """The conditions that hold for all models."""
+class TimedModel:
+    """A model of clips (B, 3, *input_size). Called with a batch size, it returns the seconds of one pass.
 
-    device: torch.device
-    precision: str
-    compiled: str = "none"  # or blocks, model: as COMPILE
-    training: bool = False  # steps of AdamW; else inference
-    largest_batch: int = 64  # to try
+    That is a forward pass or a training step, as ``prepare`` was told.
+    """
 
-    @property
-    def figures(self) -> dict[str, Any]:
-        return {"device": self.device.type, "precision": self.precision, "compiled": self.compiled}
+    def __init__(self, name: str, model: nn.Module, input_size: Grid) -> None:
+        self.name, self.model, self.input_size = name, model, input_size
+        self.optimizer: torch.optim.Optimizer | None = None
 
-    def __str__(self) -> str:
-        how = {"none": "eager", "blocks": "blocks compiled", "model": "compiled"}[self.compiled]
-        return f"{self.precision}, {how}"
-
-
-@dataclass
-class Speed:
-    """What was measured of one model."""
-
-    name: str
-    input_size: tuple[int, int, int]
-    parameters: int
-    gflops: float
-    unsupported: dict[str, int]  # operations that fvcore does not count, and how many
-    batch: int = 1  # the best one
-    latencies: list[float] = field(default_factory=list)  # ms of single calls at batch 1
-    rates: list[float] = field(default_factory=list)  # clips per second in each round
-    memory: float | None = None  # peak, 1e9 bytes
-    share: float = 0.0  # of the rate of a matrix product
-    ratio: float = 1.0  # of the first model's clips per second
-
-    @property
-    def rate(self) -> float:
-        return median(self.rates)
-
-    def latency(self, quantile: float) -> float:
-        return sorted(self.latencies)[min(len(self.latencies) - 1, int(quantile * len(self.latencies)))]
-
-
-class Runner:
-    """Times a model: called with a batch size, it returns the seconds of one forward pass, or of one training step."""
-
-    def __init__(self, timed: TimedModel, conditions: Conditions) -> None:
-        self.conditions, self.input_size = conditions, timed.input_size
-        device, self.kind = conditions.device, torch.float32
-        if not conditions.training:
-            self.kind = HALF.get(conditions.precision, torch.float32)  # as deployed; training keeps float32 weights
-        model = timed.model.to(device, self.kind).train(conditions.training)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5) if conditions.training else None
+    def prepare(self, device: torch.device, precision: str, compiled: str, training: bool) -> None:
+        """Put the model on ``device``; ``compiled`` is as COMPILE. Inference is in ``precision`` altogether."""
+        self.precision, self.wait = precision, torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        kind = torch.float32 if training else HALF.get(precision, torch.float32)  # training keeps float32 weights
+        self.model.to(device, kind).train(training)
+        if training:
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
         # Shapes are fixed, so a whole model can be recorded as a CUDA graph.
-        graphs = device.type == "cuda" and not conditions.training and conditions.compiled == "model"
-        compile_model(model, conditions.compiled, dynamic=False, mode="reduce-overhead" if graphs else "default")
-        self.model = model
-        self.batches: dict[int, Tensor] = {}
-        self.labels = torch.zeros(conditions.largest_batch, dtype=torch.int64, device=device)
+        graphs = device.type == "cuda" and not training and compiled == "model"
+        compile_model(self.model, compiled, dynamic=False, mode="reduce-overhead" if graphs else "default")
+
+        @lru_cache(maxsize=2)  # batch 1, and one other
+        def make_clips(batch: int) -> Tensor:
+            return torch.randn(batch, 3, *self.input_size, device=device).to(kind)
+
+        self.make_clips = make_clips
 
     def __call__(self, batch: int) -> float:
-        if batch not in self.batches:  # batch 1 is kept, and the last other one
-            shape = (batch, 3, *self.input_size)
-            kept = {1: self.batches[1]} if 1 in self.batches else {}
-            self.batches = {**kept, batch: torch.randn(shape, device=self.conditions.device).to(self.kind)}
-        clips = self.batches[batch]
-        self._wait()
+        clips = self.make_clips(batch)
+        labels = torch.zeros(batch, dtype=torch.int64, device=clips.device)
+        self.wait()
         started = time.perf_counter()
         if self.optimizer is None:
             with torch.inference_mode():
                 self.model(clips)
         else:
-            train_step(self.model, self.optimizer, clips, self.labels[:batch], self.conditions.precision)
-        self._wait()
+            train_step(self.model, self.optimizer, clips, labels, self.precision)
+        self.wait()
         return time.perf_counter() - started
+
+    def measure_round(self, batch: int, calls: int) -> tuple[list[float], float]:
+        """Return the milliseconds of calls at batch 1, and the clips per second at ``batch``."""
+        seconds = [self(1) for _ in range(calls)]
+        return [1000 * taken for taken in seconds], 1 / median(seconds) if batch == 1 else batch / self(batch)
 
     def held(self) -> float:
         """Return the memory (1e9 bytes) of the weights and of the optimiser's state."""
         states = self.optimizer.state.values() if self.optimizer else []
-        kept = [*self.model.parameters(), *self.model.buffers()]
-        kept += [value for state in states for value in state.values() if isinstance(value, Tensor)]
+        kept = [*self.model.parameters(), *self.model.buffers(), *(value for s in states for value in s.values())]
         return sum(value.nbytes for value in kept) / 1e9
 
-    def _wait(self) -> None:
-        if self.conditions.device.type == "cuda":
-            torch.cuda.synchronize()
+
+class FramesAsBatch(nn.Sequential):
+    """An image model applied to each frame of a clip (B, 3, T, H, W); the logits are averaged."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x.transpose(1, 2).flatten(0, 1))
+        return logits.unflatten(0, (-1, x.shape[2])).mean(dim=1)
+
+
+def build_timed_model(cfg: CfgNode, name: str, num_classes: int | None) -> TimedModel:
+    """Return a configured model, of CLASSES classes where their number is not known."""
+    size = (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE)
+    return TimedModel(name, build_model(cfg, num_classes or CLASSES), size)
+
+
+def build_peer(name: str, size: Grid) -> TimedModel:
+    """Return a peer such as "torchvision:swin3d_t", "timm:vit_small_patch16_224" or "stvit_video:swin_tiny".
+
+    A preset may follow: "stvit_video:stvit_swin_tiny:fast". Clips are of ``size``, unless the model is made for one
+    size. Raises UsageError for names that the library lacks.
+    """
+    library, _, model = name.partition(":")
+    if library not in LIBRARIES or not model:
+        raise UsageError(
+            f"--peer {name}: the library is one of {', '.join(LIBRARIES)}; write LIBRARY:MODEL, as "
+            f"torchvision:swin3d_t.{nearest(library, LIBRARIES)}"
+        )
+    preset = ""
+    if library == "stvit_video":
+        model, colon, preset = model.partition(":")
+        if colon and not preset:
+            raise UsageError(f"--peer {name} ends in a colon; name a preset behind it, or leave it out.")
+    try:
+        known = LIBRARIES[library]()
+    except ModuleNotFoundError as error:
+        raise UsageError(f"--peer {name} needs timm, which is not installed; pip install timm.") from error
+    if model not in known:
+        listed = ", ".join(known) if library != "timm" else "timm.list_models('vit_*'); timm has no such ViT"
+        raise UsageError(f"--peer {name}: choose one of {listed}.{nearest(model, known)}")
+    if library == "stvit_video":
+        chosen = {"preset": preset} if preset else {}
+        built = create_model(model, num_frames=size[0], image_size=size[1:], num_classes=CLASSES, **chosen)
+        return TimedModel(name.partition(":")[2], built, size)
+    if library == "timm":
+        built = importlib.import_module("timm").create_model(model, num_classes=CLASSES, img_size=size[1:])
+        return TimedModel(f"{name}, {size[0]} frames as a batch", FramesAsBatch(built), size)
+    size = MVIT_SIZE if model.startswith("mvit") else size
+    if library == "torchvision":
+        return TimedModel(name, torchvision.models.get_model(model, num_classes=CLASSES), size)
+    return TimedModel(name, getattr(hub, model)(pretrained=False), size)
 
 
 def best_batch(run: Callable[[int], float], largest: int) -> int:
@@ -126,7 +159,7 @@ def best_batch(run: Callable[[int], float], largest: int) -> int:
         try:
             run(batch)  # warm-up: compilation, choice of kernels
             rate = batch / min(run(batch) for _ in range(3))
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except RuntimeError as error:
             if "memory" not in str(error):
                 raise
             break
@@ -162,52 +195,68 @@ def _resident(name: str) -> float:
     return int(line.split()[1]) * 1024 / 1e9
 
 
-def measure(
-    models: Sequence[TimedModel],
-    conditions: Conditions,
-    rounds: int,
-    runners: Sequence[Callable[[int], float]] | None = None,
-) -> tuple[list[Speed], float]:
-    """Return the speed of each model, and the rate of a matrix product (1e9 multiply-adds per second).
+def build_speeds(
+    cfg: CfgNode, models: Sequence[TimedModel], *, training: bool, rounds: int, largest_batch: int
+) -> Figures:
+    """Measure models under the DEVICE, PRECISION and COMPILE of a configuration, and print the table.
 
-    Each round runs all models in turn, and the matrix product. Tests replace ``runners``.
+    Return these conditions, the rate of a matrix product (1e9 multiply-adds per second), and a row for each model. Each
+    round runs all models in turn, and the matrix product. Raises UsageError for DEVICE cuda where there is none.
     """
-    set_precision(conditions.device, conditions.precision)
-    speeds = []
+    device, precision, compiled = pick_device(cfg.DEVICE, 0, 1), cfg.PRECISION, cfg.COMPILE
+    set_precision(device, precision)
+    rows: list[Figures] = []
     for timed in models:
         gflops, unsupported = count_operations(timed.model, timed.input_size)
-        parameters = count_parameters(timed.model)
-        speeds.append(Speed(timed.name, timed.input_size, parameters, gflops, unsupported))
-    runners = runners or [Runner(timed, conditions) for timed in models]
-    often = []
-    for speed, run in zip(speeds, runners, strict=True):
-        speed.batch = best_batch(run, conditions.largest_batch)
-        often.append(max(1, int(MIN_ROUND_S / run(1))))
-        speed.memory = peak_memory(run, speed.batch, conditions.device)
-        if speed.memory is not None and isinstance(run, Runner):
-            speed.memory += run.held()
-        print(f"warmed up: {speed.name}, best at batch {speed.batch}", flush=True)
-    products = []
-    for _ in range(rounds):
-        products.append(matrix_rate(conditions.device, conditions.precision))
-        for speed, run, times in zip(speeds, runners, often, strict=True):
-            seconds = [run(1) for _ in range(times)]
-            speed.latencies += [1000 * taken for taken in seconds]
-            speed.rates.append(1 / median(seconds) if speed.batch == 1 else speed.batch / run(speed.batch))
-    product = median(products)
-    passes = 3 if conditions.training else 1  # by convention, backward costs two forward passes
-    for speed in speeds:
-        speed.ratio = speed.rate / speeds[0].rate
-        speed.share = passes * speed.gflops * speed.rate / product
-    return speeds, product
+        cost = {"parameters": count_parameters(timed.model), "gflops": gflops, "unsupported": unsupported}
+        rows.append({"name": timed.name, "input_size": timed.input_size, **cost})
+    timers: list[Callable] = [partial(matrix_rate, device, precision)]
+    for timed in models:
+        timed.prepare(device, precision, compiled, training)
+    for row, timed in zip(rows, models, strict=True):
+        row["batch"] = best_batch(timed, largest_batch)
+        timers.append(partial(timed.measure_round, row["batch"], max(1, int(MIN_ROUND_S / timed(1)))))
+        peak = peak_memory(timed, row["batch"], device)
+        row["memory"] = None if peak is None else peak + timed.held()
+        print(f"warmed up: {timed.name}, best at batch {row['batch']}", flush=True)
+    products, *measured = run_rounds(timers, rounds, uncounted=0)  # all are warm
+    passes = 3 if training else 1  # by convention, backward costs two forward passes
+    for row, found in zip(rows, measured, strict=True):
+        latencies, rates = [taken for calls, _ in found for taken in calls], [rate for _, rate in found]
+        row |= {"latencies": latencies, "rates": rates, "clips_per_second": median(rates)}
+        for quantile in (50, 95):
+            row[f"p{quantile}_ms"] = sorted(latencies)[quantile * len(latencies) // 100]
+        row["ratio"] = row["clips_per_second"] / rows[0]["clips_per_second"]
+        row["share"] = passes * row["gflops"] * row["clips_per_second"] / median(products)
+    conditions = {"device": device.type, "precision": precision, "compiled": compiled, "training": training}
+    figures = {**conditions, "matrix_product_gmacs_per_second": median(products), "models": rows}
+    print(describe_speeds(figures), flush=True)
+    return figures
 
 
-def build_conditions(cfg: CfgNode, training: bool, largest_batch: int) -> Conditions:
-    """Return the conditions that DEVICE, PRECISION and COMPILE of the first configuration set for all.
-
-    Raises UsageError for DEVICE cuda where there is none.
-    """
-    return Conditions(pick_device(cfg.DEVICE, 0, 1), cfg.PRECISION, cfg.COMPILE, training, largest_batch)
+def describe_speeds(figures: Figures) -> str:
+    """Return the table of what ``build_speeds`` measured, and below it what fvcore did not count."""
+    columns = ("", "clip", "GFLOPs", "p50 ms", "p95 ms", "batch", "clips/s", "min to max", "share", "GB", "ratio")
+    cells, uncounted = [], []
+    for row in figures["models"]:
+        speed = row["batch"], f"{row['clips_per_second']:.2f}", min_to_max(row["rates"], digits=2)
+        memory = "-" if row["memory"] is None else f"{row['memory']:.2f}"
+        cells.append((
+            row["name"],
+            "x".join(map(str, row["input_size"])),
+            *(f"{row[key]:.1f}" for key in ("gflops", "p50_ms", "p95_ms")),
+            *speed,
+            f"{row['share']:.2f}",
+            memory,
+            f"{row['ratio']:.2f}",
+        ))  # fmt: skip
+        left = ", ".join(f"{name.removeprefix('aten::')} {n}" for name, n in sorted(row["unsupported"].items()))
+        uncounted.append(f"not counted by fvcore in {row['name']}: {left or 'nothing'}")
+    what = "training steps" if figures["training"] else "inference"
+    how = f"{figures['device']}, {figures['precision']}, {COMPILED[figures['compiled']]}"
+    product = f"a matrix product runs at {figures['matrix_product_gmacs_per_second']:.0f} G multiply-adds/s"
+    legend = "p50, p95: of a call at batch 1; share: of the matrix product's rate; ratio: clips/s of the first row's"
+    return "\n".join([f"{what}: {how}; {product}", format_table(columns, cells), legend, *uncounted])
 
 
 def build_model_figures(
@@ -219,68 +268,38 @@ def build_model_figures(
     largest_batch: int,
     results: Sequence[Path] = (),
     plot: Path | None = None,
-) -> dict[str, Any]:
-    """Measure configurations and peers side by side, print the table, draw the picture, and return the figures."""
-    first, models, cfgs = build_timed_models(words, overrides)
+) -> Figures:
+    """Measure configurations and peers side by side, print the table, draw the picture, and return the figures.
+
+    ``words`` are ("cfg", file) and ("peer", "library:model"). Peers take clips of the first configuration's size.
+    """
+    cfgs = [load_config(value, overrides) for kind, value in words if kind == "cfg"]
     if results and len(results) != len(cfgs):
         raise UsageError(
             f"--results was given {len(results)} times and --cfg {len(cfgs)} times; give one for each --cfg."
         )
-    accuracies = iter([read_accuracy(path) for path in results])
-    conditions = build_conditions(first, training, largest_batch)
-    whole = [one.name for one in models if not hasattr(one.model, "transformer_blocks")]
-    if conditions.compiled == "blocks" and whole:
-        raise UsageError(
-            f"COMPILE blocks, but the blocks of {whole[0]} are not known here; use COMPILE model, or compare models of "
-            f"this package."
-        )
-    speeds, product = measure(models, conditions, rounds)
-    print(describe_speeds(speeds, product, conditions), flush=True)
-    found = [next(accuracies, None) if kind == "cfg" else None for kind, _ in words]
+    first, accuracies, waiting = cfgs[0], iter([read_accuracy(path) for path in results]), iter(cfgs)
+    models, found, same = [], [], Counter[str]()
+    for kind, value in words:
+        if kind == "cfg":
+            cfg = next(waiting)
+            timed = build_timed_model(cfg, Path(value).stem, cfg.MODEL.NUM_CLASSES)
+        else:
+            timed = build_peer(value, (first.DATA.FRAMES, first.DATA.SIZE, first.DATA.SIZE))
+        if first.COMPILE == "blocks" and not hasattr(timed.model, "transformer_blocks"):
+            raise UsageError(
+                f"COMPILE blocks, but the blocks of {timed.name} are not known here; use COMPILE model, or compare "
+                f"models of this package."
+            )
+        same[timed.name] += 1
+        if same[timed.name] > 1:
+            timed.name += f" #{same[timed.name]}"
+        models.append(timed)
+        found.append(next(accuracies, None) if kind == "cfg" else None)
+    figures = build_speeds(first, models, training=training, rounds=rounds, largest_batch=largest_batch)
     if plot:
-        plot_speeds(speeds, found, plot)
-    return {**figures_of(speeds, product, conditions), "top1": found}
-
-
-def describe_speeds(speeds: Sequence[Speed], product: float, conditions: Conditions) -> str:
-    """Return the table of what was measured, and below it what fvcore did not count."""
-    columns = ("", "clip", "GFLOPs", "p50 ms", "p95 ms", "batch", "clips/s", "min to max", "share", "GB", "ratio")
-    rows = [
-        (
-            speed.name,
-            "x".join(map(str, speed.input_size)),
-            f"{speed.gflops:.1f}",
-            f"{speed.latency(0.5):.1f}",
-            f"{speed.latency(0.95):.1f}",
-            speed.batch,
-            f"{speed.rate:.2f}",
-            min_to_max(speed.rates, digits=2),
-            f"{speed.share:.2f}",
-            "-" if speed.memory is None else f"{speed.memory:.2f}",
-            f"{speed.ratio:.2f}",
-        )
-        for speed in speeds
-    ]
-    what = "training steps" if conditions.training else "inference"
-    lines = [
-        f"{what}: {conditions.device.type}, {conditions}; a matrix product runs at {product:.0f} G multiply-adds/s",
-        format_table(columns, rows),
-        "p50, p95: of a call at batch 1; share: of the matrix product's rate; ratio: clips/s of the first row's",
-    ]
-    for speed in speeds:
-        left = ", ".join(f"{name.removeprefix('aten::')} {n}" for name, n in sorted(speed.unsupported.items()))
-        lines.append(f"not counted by fvcore in {speed.name}: {left or 'nothing'}")
-    return "\n".join(lines)
-
-
-def figures_of(speeds: Sequence[Speed], product: float, conditions: Conditions) -> dict[str, Any]:
-    """Return what was measured as plain data."""
-    models = [
-        {**asdict(speed), "clips_per_second": speed.rate, "p50_ms": speed.latency(0.5), "p95_ms": speed.latency(0.95)}
-        for speed in speeds
-    ]
-    how = {**conditions.figures, "training": conditions.training}
-    return {**how, "matrix_product_gmacs_per_second": product, "models": models}
+        plot_speeds(figures["models"], found, plot)
+    return {**figures, "top1": found}
 
 
 def read_accuracy(path: Path) -> float:
@@ -293,18 +312,11 @@ def read_accuracy(path: Path) -> float:
         ) from error
 
 
-def plot_speeds(speeds: Sequence[Speed], accuracies: Sequence[float | None], path: Path) -> None:
+def plot_speeds(rows: Sequence[Figures], accuracies: Sequence[float | None], path: Path) -> None:
     """Draw accuracy, of the models that have one, or else GFLOPs, over clips per second."""
-    known = any(accuracy is not None for accuracy in accuracies)
-    points = [
-        Point(
-            speed.name,
-            speed.rate,
-            speed.gflops if accuracy is None else accuracy,
-            x_range=(min(speed.rates), max(speed.rates)),
-            colour=f"C{i % 10}",
-        )
-        for i, (speed, accuracy) in enumerate(zip(speeds, accuracies, strict=True))
-        if accuracy is not None or not known
-    ]
+    known, points = any(accuracy is not None for accuracy in accuracies), []
+    for i, (row, accuracy) in enumerate(zip(rows, accuracies, strict=True)):
+        if accuracy is not None or not known:
+            y, x_range = row["gflops"] if accuracy is None else accuracy, (min(row["rates"]), max(row["rates"]))
+            points.append(Point(row["name"], row["clips_per_second"], y, x_range=x_range, colour=f"C{i % 10}"))
     plot_points(points, "clips per second", "top-1 (%)" if known else "GFLOPs per clip", path)

@@ -1,9 +1,7 @@
 """What all benchmarks share: how they open a configuration, the training step that they time, interleaved rounds."""
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -22,20 +20,8 @@ from stvit_video.runtime.precision import autocast
 from stvit_video.runtime.world import World
 
 PLAIN_TRAINING = {"TRAIN.ACCUMULATE": 1, "TRAIN.MIXUP": 0.0, "TRAIN.CUTMIX": 0.0}  # as ``train_step``
-Timer = Callable[[], float]  # runs one round and returns seconds per item
-
-
-@dataclass(frozen=True)
-class TimedStep:
-    """One measured step: the milliseconds per item in each round, and their median as a share of the first step's."""
-
-    name: str
-    milliseconds: list[float]
-    ratio: float
-
-    @property
-    def median(self) -> float:
-        return median(self.milliseconds)
+COMPILED = {"none": "eager", "blocks": "blocks compiled", "model": "compiled"}  # COMPILE in words
+Figures = dict[str, Any]  # what was measured, as a benchmark's --output holds it
 
 
 def open_benchmark(cfg: CfgNode, changes: Mapping[str, Any], device: str) -> OpenRun:
@@ -79,38 +65,40 @@ def train_step(
     return loss.detach()
 
 
-def timed(work: Callable[[], Iterable[object]], items: int) -> Timer:
-    """Return a timer of ``work``, which yields its results for that many items; they are discarded."""
+def timed(work: Callable[[], Iterable[Any]], count: Callable[[Any], int]) -> Callable[[], float]:
+    """Return a timer of ``work``: the seconds per item, of which each of its results holds ``count`` items."""
 
     def run() -> float:
         started = time.perf_counter()
-        deque(work(), maxlen=0)
-        return (time.perf_counter() - started) / items
+        done = sum(map(count, work()))
+        return (time.perf_counter() - started) / max(1, done)
 
     return run
 
 
-def interleave(timers: Mapping[str, Timer], rounds: int) -> list[TimedStep]:
-    """Run each timer once per round, after a round that is not counted; ratios are to the first one's median."""
-    seconds: dict[str, list[float]] = {name: [] for name in timers}
-    for number in range(rounds + 1):
-        for name, timer in timers.items():
-            taken = timer()
-            if number:
-                seconds[name].append(1000 * taken)
-    reference = median(next(iter(seconds.values())))
-    return [TimedStep(name, taken, median(taken) / reference) for name, taken in seconds.items()]
+def run_rounds(timers: Sequence[Callable[[], Any]], rounds: int, uncounted: int = 1) -> list[list[Any]]:
+    """Run all timers in turn, round after round; return what each measured, without the first ``uncounted`` rounds."""
+    measured = [[timer() for timer in timers] for _ in range(uncounted + rounds)]
+    return [list(found) for found in zip(*measured[uncounted:], strict=True)]
 
 
-def describe(title: str, item: str, steps: Iterable[TimedStep]) -> str:
-    """Return a table of medians and ranges below its title."""
-    rows = []
-    for step in steps:
-        figures = f"{step.median:.1f}", min_to_max(step.milliseconds), f"{1000 / step.median:.1f}", f"{step.ratio:.2f}"
-        rows.append((step.name, *figures))
-    return f"{title}\n" + format_table(("", f"ms per {item}", "min to max", f"{item}s/s", "ratio"), rows)
+def measure_steps(title: str, item: str, timers: Mapping[str, Callable[[], float]], rounds: int) -> list[Figures]:
+    """Run timers of seconds per item in rounds, and print a table of medians and ranges below its title.
+
+    Return the name of each step, its milliseconds in each round, and the ratio of its median to that of the first step.
+    """
+    steps, rows = [], []
+    measured = run_rounds(list(timers.values()), rounds)
+    for name, seconds in zip(timers, measured, strict=True):
+        middle, milliseconds = median(seconds), [1000 * taken for taken in seconds]
+        ratio = middle / median(measured[0])
+        steps.append({"name": name, "milliseconds": milliseconds, "ratio": ratio})
+        figures = f"{1000 * middle:.1f}", min_to_max(milliseconds), f"{1 / middle:.1f}", f"{ratio:.2f}"
+        rows.append((name, *figures))
+    headers = ("", f"ms per {item}", "min to max", f"{item}s/s", "ratio")
+    print(f"{title}\n{format_table(headers, rows)}", flush=True)
+    return steps
 
 
-def min_to_max(values: Iterable[float], digits: int = 1) -> str:
-    values = list(values)
+def min_to_max(values: Sequence[float], digits: int = 1) -> str:
     return f"{min(values):.{digits}f} to {max(values):.{digits}f}"

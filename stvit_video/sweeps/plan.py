@@ -25,7 +25,7 @@ import torch
 import yaml
 from fvcore.common.config import CfgNode
 
-from stvit_video.benchmarks.peers import CLASSES
+from stvit_video.benchmarks.models import CLASSES
 from stvit_video.common.errors import UsageError, nearest
 from stvit_video.config.load import load_config, parse_overrides
 from stvit_video.config.schema import flatten, value_of

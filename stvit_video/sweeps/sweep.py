@@ -10,13 +10,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from stvit_video.benchmarks.models import build_conditions, describe_speeds, figures_of, measure
-from stvit_video.benchmarks.peers import CLASSES, TimedModel
+from stvit_video.benchmarks.models import CLASSES, build_speeds, build_timed_model
+from stvit_video.benchmarks.rounds import COMPILED
 from stvit_video.common.errors import UsageError
 from stvit_video.common.files import write_json
 from stvit_video.common.tables import format_table
 from stvit_video.config.schema import value_of
-from stvit_video.models.zoo import build_model
 from stvit_video.runs.environment import environment
 from stvit_video.runs.preflight import open_lists
 from stvit_video.runtime.world import World
@@ -162,7 +161,7 @@ def run_sweep(plan: Plan, output: Path, options: SweepOptions, runner: JobRunner
             train_all(to_train, runner, finished)
         missing = options.measure == "missing" and build_known_speeds(plan, output) is None
         if missing or options.measure == "always":
-            build_speeds(plan, output, options)
+            build_row_speeds(plan, output, options)
         print(sweep.draw(), flush=True)
     print(f"table and plot in {output}: tradeoff.md, tradeoff.csv, tradeoff.json, tradeoff.png", flush=True)
     return 1 if again & sweep.failures.keys() else 0
@@ -224,24 +223,22 @@ def build_known_speeds(plan: Plan, output: Path) -> dict[str, Any] | None:
     return _read_own(output / "speed.json", use, None)
 
 
-def build_speeds(plan: Plan, output: Path, options: SweepOptions) -> None:
+def build_row_speeds(plan: Plan, output: Path, options: SweepOptions) -> None:
     """Measure all rows in interleaved rounds, the baseline first and under its conditions, and write speed.json."""
-    models = []
-    for row in sorted(plan.rows, key=lambda row: row.kind != "twin"):
-        size = (row.cfg.DATA.FRAMES, row.cfg.DATA.SIZE, row.cfg.DATA.SIZE)
-        models.append(TimedModel(row.name, build_model(row.cfg, build_class_count(row) or CLASSES), size))
-    conditions = build_conditions(plan.baseline.cfg, False, options.largest_batch)
-    speeds, product = measure(models, conditions, options.rounds)
-    print(describe_speeds(speeds, product, conditions), flush=True)
+    rows = sorted(plan.rows, key=lambda row: row.kind != "twin")
+    models = [build_timed_model(row.cfg, row.name, build_class_count(row)) for row in rows]
+    rounds, largest = options.rounds, options.largest_batch
+    figures = build_speeds(plan.baseline.cfg, models, training=False, rounds=rounds, largest_batch=largest)
     machine = environment()
-    where = ", ".join(machine["gpus"][:1]) if conditions.device.type == "cuda" else f"{machine['cpus']} CPU cores"
+    where = ", ".join(machine["gpus"][:1]) if figures["device"] == "cuda" else f"{machine['cpus']} CPU cores"
+    how = f"{figures['precision']}, {COMPILED[figures['compiled']]}"
     content = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        "machine": f"speeds: {where}, {conditions}, torch {machine['packages']['torch']}, median of {options.rounds} "
-        f"interleaved rounds at the best batch of each",
+        "machine": f"speeds: {where}, {how}, torch {machine['packages']['torch']}, median of {rounds} interleaved "
+        f"rounds at the best batch of each",
         "settings": {row.name: _build_settings(row) for row in plan.rows},
-        "clips_per_second": {speed.name: speed.rate for speed in speeds},
-        **figures_of(speeds, product, conditions),
+        "clips_per_second": {row["name"]: row["clips_per_second"] for row in figures["models"]},
+        **figures,
         "environment": machine,
     }
     write_json(output / "speed.json", content)

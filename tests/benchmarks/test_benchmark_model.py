@@ -11,17 +11,17 @@ from stvit_video import benchmark
 from stvit_video.benchmarks import end_to_end
 from stvit_video.benchmarks.end_to_end import run_through
 from stvit_video.benchmarks.models import (
-    Conditions,
-    Runner,
-    Speed,
+    FramesAsBatch,
+    TimedModel,
     best_batch,
+    build_peer,
+    build_speeds,
     describe_speeds,
-    measure,
     peak_memory,
     plot_speeds,
 )
-from stvit_video.benchmarks.peers import FramesAsBatch, TimedModel, build_peer
 from stvit_video.common.errors import UsageError
+from stvit_video.config import load_config
 from stvit_video.models.cost import count_operations
 from tests.conftest import REPOSITORY
 
@@ -64,23 +64,21 @@ def test_models_side_by_side(what: str, precision: str, tmp_path: Path, capsys: 
 def test_rounds_run_all_models_and_ratios_are_to_the_first() -> None:
     calls: list[str] = []
 
-    def runner(name: str, seconds: float):
-        def run(batch: int) -> float:
-            calls.append(f"{name}{batch}")
-            return seconds * (batch**0.5 if batch < 4 else batch)
+    class Stub(TimedModel):
+        def __call__(self, batch: int) -> float:
+            calls.append(f"{self.name}{batch}")
+            return {"a": 1.0, "b": 4.0}[self.name] * (batch**0.5 if batch < 4 else batch)
 
-        return run
-
-    models = [TimedModel(name, nn.Flatten(), (1, 2, 2)) for name in "ab"]
+    models = [Stub(name, nn.Flatten(), (1, 2, 2)) for name in "ab"]
     for timed in models:
         timed.model.weight = nn.Parameter(torch.zeros(1))
-    conditions = Conditions(torch.device("cpu"), "fp32")
-    a, b = measure(models, conditions, 3, [runner("a", 1.0), runner("b", 4.0)])[0]
+    cfg = load_config(SAMPLE, ["DEVICE", "cpu"])
+    a, b = build_speeds(cfg, models, training=False, rounds=3, largest_batch=64)["models"]
     assert calls[-12:] == ["a1", "a2", "b1", "b2"] * 3
-    assert (a.batch, b.batch) == (2, 2)
-    assert b.ratio == pytest.approx(0.25)
-    assert b.latency(0.5) == 4000
-    assert a.rate == pytest.approx(2**0.5)
+    assert (a["batch"], b["batch"]) == (2, 2)
+    assert b["ratio"] == pytest.approx(0.25)
+    assert b["p50_ms"] == 4000
+    assert a["clips_per_second"] == pytest.approx(2**0.5)
 
 
 def test_best_batch() -> None:
@@ -111,9 +109,9 @@ def test_peak_memory_of_a_pass() -> None:
 def test_held_memory_is_weights_and_optimiser_state() -> None:
     for training, copies in ((False, 1), (True, 3)):  # AdamW keeps two numbers a weight, and its count of steps
         timed = TimedModel("linear", nn.Sequential(nn.Flatten(), nn.Linear(3 * 32, 1000)), (2, 4, 4))
-        runner = Runner(timed, Conditions(torch.device("cpu"), "fp32", training=training))
-        runner(1)
-        assert runner.held() == pytest.approx(copies * 4 * 97_000 / 1e9, rel=1e-3)
+        timed.prepare(torch.device("cpu"), "fp32", "none", training)
+        timed(1)
+        assert timed.held() == pytest.approx(copies * 4 * 97_000 / 1e9, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -186,11 +184,14 @@ def test_end_to_end(
 
 
 def test_picture_and_table_of_speeds(tmp_path: Path) -> None:
-    speeds = [Speed(name, (1, 2, 2), 1, 2.0, {}, rates=[1.0, 2.0, 3.0], latencies=[1.0]) for name in "ab"]
+    figures = {"input_size": (1, 2, 2), "gflops": 2.0, "unsupported": {}, "batch": 1, "memory": None, "share": 0.0}
+    times = {"rates": [1.0, 2.0, 3.0], "clips_per_second": 2.0, "p50_ms": 1.0, "p95_ms": 1.0, "ratio": 1.0}
+    rows = [{"name": name, **figures, **times} for name in "ab"]
     for accuracies in ([None, None], [80.0, None]):
-        plot_speeds(speeds, accuracies, tmp_path / "x.png")
+        plot_speeds(rows, accuracies, tmp_path / "x.png")
         assert (tmp_path / "x.png").stat().st_size > 5000
-    table = describe_speeds(speeds, 10.0, Conditions(torch.device("cpu"), "fp32")).splitlines()
+    conditions = {"device": "cpu", "precision": "fp32", "compiled": "none", "training": False}
+    table = describe_speeds({**conditions, "matrix_product_gmacs_per_second": 10.0, "models": rows}).splitlines()
     assert table[2].split() == [
         "a",
         "1x2x2",
