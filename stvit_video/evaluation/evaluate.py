@@ -18,7 +18,6 @@ from stvit_video.data.failures import Failure, check_failures
 from stvit_video.data.loader import build_test_loader
 from stvit_video.evaluation.metrics import Predictions
 from stvit_video.evaluation.score_cache import PartialScores, ScoredBatch, fingerprint, weights_hash
-from stvit_video.models.cost import Cost
 from stvit_video.runs.folder import RunFolder
 from stvit_video.runs.log import describe_results
 from stvit_video.runs.preflight import OpenRun
@@ -39,10 +38,7 @@ class NothingReadError(UsageError):
 
 
 def class_probabilities(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return the map from clips (B, 3, T, H, W) to class probabilities (B, classes) of a network, set to evaluation.
-
-    ``model`` is not wrapped for several processes: they exchange nothing until the end, so shards may differ in length.
-    """
+    """Return the map from clips (B, 3, T, H, W) to class probabilities (B, classes) of a model, set to evaluation."""
     model.eval()
     return lambda clips: model(clips).float().softmax(dim=1)
 
@@ -60,9 +56,11 @@ def describe_videos(
 ) -> Predictions:
     """Average the rows ``describe(clips)`` over the views of each video of a list, the same on every process.
 
+    The model is not wrapped for several processes: they exchange nothing until the end, so shards may differ in length.
     Progress is shown where there is a ``title``. Scores in ``partial``, of an interrupted test, are not computed again.
     Raises Stopped after a signal to stop, when ``partial`` is written.
     """
+    signals = signals or StopSignals(launched=False)  # without its context, it receives none
     kept = on_main(world, partial.read) if partial is not None else []
     loader.batch_sampler.done = {int(indices[0]) for indices, *_ in kept}  # type: ignore[union-attr]
     rows: list[ScoredBatch] = []
@@ -82,12 +80,11 @@ def describe_videos(
                 done += len(batch.labels)
             progress.advance(f"{done / (time.monotonic() - started):.1f} videos/s")
             # Shards differ in length, so no process waits for another's batch here.
-            if signals is not None and signals.received is not None:
+            if signals.received is not None:
                 tell_all(world, STOP)
+            if signals.received is not None or is_told(world, STOP):
                 break
-            if signals is not None and is_told(world, STOP):
-                break
-    if signals is not None and any_of(world, signals.received is not None):
+    if any_of(world, signals.received is not None):
         if partial is not None:
             partial.flush()
         scored = sum(len(indices) for indices, *_ in itertools.chain(kept, *gather_objects(world, rows)))
@@ -103,10 +100,9 @@ def _join(shards: list[tuple[list[ScoredBatch], list[Failure]]], total: int) -> 
     rows = [row for shard, _ in shards for row in shard]
     failures = [failure for _, shard in shards for failure in shard]
     if not rows:
-        shown = failures[0] if failures else None
         raise NothingReadError(
-            f"None of the {total} videos could be read, the first failure being {shown and shown.path}: "
-            f"{shown and shown.message}. Check DATA.ROOT and the list.",
+            f"None of the {total} videos could be read, the first failure being {failures[0].path}: "
+            f"{failures[0].message}. Check DATA.ROOT and the list.",
             failures,
         )
     indices, labels, scores = (torch.cat(column) for column in zip(*rows, strict=True))
@@ -129,11 +125,8 @@ class Tester:
     world: World
     folder: RunFolder
     classes: list[str]
-    model_name: str
-    cost: Cost
+    about: dict[str, Any]  # what results.json says of the run
     precision: str
-    clips: int  # views of a video: clips x crops
-    crops: int
     max_failures: float  # share of the list
 
     def test(self, model: nn.Module, earlier: list[Failure], signals: StopSignals) -> dict[str, Any]:
@@ -155,7 +148,18 @@ class Tester:
             failed = earlier + error.failures
             on_main(self.world, lambda: folder.write_failures(failed))
             raise
-        results = self.summarise(predictions, time.monotonic() - started)
+        views, scored = self.about["views"]["clips"] * self.about["views"]["crops"], len(predictions.labels)
+        fresh = scored - predictions.kept  # scored by this start, not by an earlier one
+        results = {
+            **self.about,
+            "top1": predictions.top(1),
+            "top5": predictions.top(5),
+            "coverage": predictions.coverage,
+            "videos": predictions.total,
+            "scored": scored,
+            "failed": len(predictions.failures),
+            "clips_per_second": fresh * views / (time.monotonic() - started) if fresh else None,
+        }
 
         def write() -> dict[str, Any]:
             folder.write_failures(earlier + predictions.failures)
@@ -171,42 +175,21 @@ class Tester:
 
         return on_main(self.world, write)
 
-    def summarise(self, predictions: Predictions, seconds: float) -> dict[str, Any]:
-        """Return what ``results.json`` says of the predictions, which took so many ``seconds``."""
-        views = self.clips * self.crops
-        fresh = len(predictions.labels) - predictions.kept  # scored by this start, not by an earlier one
-        return {
-            "model": self.model_name,
-            "top1": predictions.top(1),
-            "top5": predictions.top(5),
-            "coverage": predictions.coverage,
-            "videos": predictions.total,
-            "scored": len(predictions.labels),
-            "failed": len(predictions.failures),
-            "views": {"clips": self.clips, "crops": self.crops},
-            "parameters": self.cost.parameters,
-            "gflops": self.cost.gflops,
-            "gflops_per_video": self.cost.gflops * views,
-            "clips_per_second": fresh * views / seconds if fresh else None,
-            "precision": self.precision,
-            "processes": self.world.size,
-        }
-
 
 def build_tester(run: OpenRun) -> Tester:
     """Return the multi-view test of a run."""
     cfg, views = run.cfg, {"clips": run.cfg.TEST.CLIPS, "crops": run.cfg.TEST.CROPS}
-    return Tester(
-        loader=build_test_loader(cfg, run.world, run.videos["test"], **views),
-        world=run.world,
-        folder=run.folder,
-        classes=run.classes,
-        model_name=cfg.MODEL.NAME,
-        cost=run.cost,
-        precision=cfg.PRECISION,
-        max_failures=cfg.DATA.MAX_FAILURES,
-        **views,
-    )
+    about = {
+        "model": cfg.MODEL.NAME,
+        "views": views,
+        "parameters": run.cost.parameters,
+        "gflops": run.cost.gflops,
+        "gflops_per_video": run.cost.gflops * cfg.TEST.CLIPS * cfg.TEST.CROPS,
+        "precision": cfg.PRECISION,
+        "processes": run.world.size,
+    }
+    loader = build_test_loader(cfg, run.world, run.videos["test"], **views)
+    return Tester(loader, run.world, run.folder, run.classes, about, cfg.PRECISION, cfg.DATA.MAX_FAILURES)
 
 
 def build_tested_model(run: OpenRun) -> nn.Module:

@@ -55,17 +55,10 @@ class Predictions:
         """Return a row per scored video, in list order: its class, the predicted class, and both probabilities."""
         best, predicted = self.scores.max(dim=1)
         own = self.scores.gather(1, self.labels[:, None])[:, 0]
-        columns = (self.indices, self.labels, predicted, best, own)
-        return [
-            {
-                "path": paths[index],
-                "label": classes[label],
-                "predicted": classes[choice],
-                "probability": round(probability, 6),
-                "label_probability": round(own_probability, 6),
-            }
-            for index, label, choice, probability, own_probability in zip(*(c.tolist() for c in columns), strict=True)
-        ]
+        columns = zip(*(x.tolist() for x in (self.indices, self.labels, predicted, best, own)), strict=True)
+        names = ("path", "label", "predicted", "probability", "label_probability")
+        rows = [(paths[i], classes[j], classes[k], round(p, 6), round(q, 6)) for i, j, k, p, q in columns]
+        return [dict(zip(names, row, strict=True)) for row in rows]
 
     def confusion(self) -> Tensor:
         """Return counts (classes, classes): rows are labels, columns predictions."""

@@ -8,11 +8,8 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from stvit_video import __version__
@@ -47,7 +44,7 @@ class PartialScores:
                 content = read_checked(path)
                 if content["key"] == self.key:
                     rows.update({int(row[0][0]): row for row in content["rows"]})
-            except (*DAMAGED, KeyError, TypeError, IndexError):
+            except DAMAGED:
                 warnings.warn(f"{path} is damaged; its videos are scored again", stacklevel=2)
         return list(rows.values())
 
@@ -70,48 +67,30 @@ class PartialScores:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-TENSORS = ("scores", "labels", "indices")
-
-
 def write_features(path: Path, key: str, described: Predictions) -> None:
     """Write features with the failures of their list, completely or not at all."""
     failures = [dict(asdict(failure), state=_file_state(failure.path)) for failure in described.failures]
-    record = json.dumps({"total": described.total, "failures": failures})
-    tensors = {name: getattr(described, name).contiguous() for name in TENSORS}
-    metadata = {"fingerprint": key, "record": record, "checksum": _checksum(tensors, record)}
     path.parent.mkdir(exist_ok=True)
-    write_atomically(path, safetensors.torch.save(tensors, metadata=metadata))
+    write_atomically(path, pack({"key": key, **vars(described), "failures": failures}))
 
 
 def read_features(path: Path, key: str) -> tuple[Predictions | None, str]:
     """Return the features that ``path`` holds for ``key``, or None, and a line about a file that is there.
 
-    A file that is damaged, of another fingerprint, or older than a change to a video that had failed is not used.
+    A file that is damaged, of another key, or older than a change to a video that had failed is not used.
     """
     if not path.exists():
         return None, ""
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in TENSORS}
-        if metadata["checksum"] != _checksum(tensors, metadata["record"]):
-            raise ValueError("checksum")
-        record: dict[str, Any] = json.loads(metadata["record"])
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        content = read_checked(path)
+    except (*DAMAGED, OSError) as error:
         return None, f"{path} is damaged ({first_line(error)}); computing it again"
-    if metadata["fingerprint"] != key:
+    if content.pop("key") != key:
         return None, f"{path} is of another checkpoint, list or setting; computing it again"
-    if any(_file_state(row["path"]) != row.pop("state") for row in record["failures"]):
+    if any(_file_state(row["path"]) != row.pop("state") for row in content["failures"]):
         return None, f"{path}: videos that could not be read have changed since; computing it again"
-    failures = [Failure(**row) for row in record["failures"]]
-    return Predictions(**tensors, total=record["total"], failures=failures), f"{path} is used again"
-
-
-def _checksum(tensors: dict[str, Tensor], record: str) -> str:
-    digest = hashlib.sha256(record.encode())
-    for name in TENSORS:
-        digest.update(tensors[name].numpy().tobytes())
-    return digest.hexdigest()
+    failures = [Failure(**row) for row in content.pop("failures")]
+    return Predictions(**content, failures=failures), f"{path} is used again"
 
 
 def _file_state(path: str) -> list[int] | None:

@@ -125,7 +125,7 @@ class Transfer:
             for split, loader in self.loaders.items():
                 if (describer.kind, split) == ("head", "train"):
                     continue  # the image head is not fitted to anything
-                path = self.folder.path / "features" / f"{split}_{describer.kind}.safetensors"
+                path = self.folder.path / "features" / f"{split}_{describer.kind}.pt"
                 key = fingerprint(network, describer.weights, loader.dataset, self.precision, self.seed)  # type: ignore[arg-type]
                 found, said = on_main(world, partial(read_features, path, key))
                 if said and world.is_main:

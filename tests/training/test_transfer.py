@@ -260,7 +260,7 @@ def test_features_are_cached_until_an_input_changes(
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "text", "foreign", "empty"])
 def test_a_damaged_cache_is_computed_again(tmp_path: Path, damage: str) -> None:
-    path = tmp_path / "features" / "test_init.safetensors"
+    path = tmp_path / "features" / "test_init.pt"
     failures = [Failure("/nowhere/a.mp4", "test", "decord", "broken", "2026-01-01")]
     whole = Predictions(torch.randn(40, 8), torch.arange(40), torch.arange(40), 41, failures)
     assert read_features(path, "key") == (None, "")
