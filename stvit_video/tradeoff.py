@@ -5,7 +5,6 @@ Trains every row of a plan with every seed, measures the speed of all rows side 
 where a run failed, which the table then says.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +12,12 @@ from pathlib import Path
 from stvit_video.common.cli import Parser, run_command
 from stvit_video.common.errors import Stopped, UsageError
 
+AGAIN = "the same command continues"
+NO_LIMIT = "365-00"  # days; runs on this machine have no time limit
 
-def build_parser() -> Parser:
-    """Return the parser of the command line."""
+
+def tradeoff(arguments: Sequence[str] | None) -> int:
+    """Parse the arguments and do what they ask for; return the exit code."""
     parser = Parser(
         prog="python -m stvit_video.tradeoff",
         form="--plan FILE [--output DIR] [KEY VALUE ...]",
@@ -37,11 +39,7 @@ def build_parser() -> Parser:
     add("--rounds", type=int, default=5, help="of measuring speed; 0: do not measure (default: %(default)s)")
     add("--largest-batch", type=int, default=64, help="to measure with (default: %(default)s)")
     add("overrides", nargs="*", metavar="KEY VALUE", help="for all rows, as for stvit_video.run")
-    return parser
-
-
-def check_options(options: argparse.Namespace) -> None:
-    """Raise UsageError for numbers and combinations that cannot be used."""
+    options = parser.parse_intermixed_args(arguments)
     for name, least in (("jobs", 1), ("rounds", 0), ("largest_batch", 1), ("within", 0), ("gpus_per_node", 0)):
         value = getattr(options, name)
         if value is not None and not least <= value < float("inf"):
@@ -50,45 +48,31 @@ def check_options(options: argparse.Namespace) -> None:
         raise UsageError("--measure with --rounds 0, which does not measure; leave one of them out.")
     if options.profile and options.cluster == "local":
         raise UsageError("--profile is for --cluster slurm; leave it out.")
-    if options.output is not None and options.output.exists() and not options.output.is_dir():
-        raise UsageError(f"--output {options.output} is a file; give a folder.")
-
-
-def tradeoff(arguments: Sequence[str] | None) -> int:
-    """Parse the arguments and do what they ask for; return the exit code."""
-    options = build_parser().parse_intermixed_args(arguments)
-    check_options(options)
-    from stvit_video.slurm.sweep_jobs import build_job_runner
+    from stvit_video.runtime.stopping import EXIT_STOPPED
+    from stvit_video.slurm.jobs import check_cluster
+    from stvit_video.slurm.request import JobRequest, read_profile
     from stvit_video.sweeps.plan import open_plan
-    from stvit_video.sweeps.sweep import SweepOptions, list_rows, run_sweep
+    from stvit_video.sweeps.sweep import build_sweep, list_rows
 
     plan = open_plan(options.plan, options.overrides)
     output = options.output or Path("runs") / f"tradeoff_{options.plan.stem}"
     if options.list:
         list_rows(plan, output, options.rows)
         return 0
-    jobs = options.jobs or (1 if options.cluster == "local" else sys.maxsize)
-    runner = build_job_runner(options.cluster, output / ".jobs", jobs, options.gpus_per_node, options.profile)
-    wanted = SweepOptions(
-        patterns=() if options.no_train else tuple(options.rows),
-        within=options.within,
-        rounds=options.rounds,
-        largest_batch=options.largest_batch,
-        measure="always" if options.measure else "never" if options.no_train or not options.rounds else "missing",
-    )
-    return run_sweep(plan, output, wanted, runner)
+    local = options.cluster == "local"
+    options.jobs = options.jobs or (1 if local else sys.maxsize)
+    options.profile = read_profile(options.profile, time=NO_LIMIT if local else None)
+    check_cluster(options.cluster, 1, JobRequest(options.profile, 1, 0, 1, 1, ""))
+    try:
+        return build_sweep(plan, output, options)
+    except Stopped as stopped:
+        print(f"{stopped}; {AGAIN}", file=sys.stderr)
+        return EXIT_STOPPED
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make the table from the command line; return the exit code."""
-    again = "the same command continues"
-    try:
-        return run_command(tradeoff, arguments, stopped=f"stopped; {again}", again=again)
-    except Stopped as stopped:
-        from stvit_video.runtime.stopping import EXIT_STOPPED
-
-        print(f"{stopped}; {again}", file=sys.stderr)
-        return EXIT_STOPPED
+    return run_command(tradeoff, arguments, stopped=f"stopped; {AGAIN}", again=AGAIN)
 
 
 if __name__ == "__main__":

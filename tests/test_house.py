@@ -9,7 +9,7 @@ PACKAGE = REPOSITORY / "stvit_video"
 # Each folder imports only from itself and from those before it. The commands at the top import from any.
 ROOMS = (
     *("common", "models", "config", "runtime", "data", "runs", "evaluation", "inference", "training", "pages"),
-    *("benchmarks", "sweeps", "slurm"),
+    *("benchmarks", "slurm", "sweeps"),
 )
 FILE_LINES, FUNCTION_LINES, COMMAND_LINES, CONSTRUCTOR_ARGUMENTS = 400, 60, 105, 16
 MODULES = {".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}

@@ -16,28 +16,23 @@ The whole plan is checked before anything is trained.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from fvcore.common.config import CfgNode
 
-from stvit_video.benchmarks.models import CLASSES
 from stvit_video.common.errors import UsageError, nearest
 from stvit_video.config.load import load_config, parse_overrides
 from stvit_video.config.schema import flatten, value_of
-from stvit_video.data.lists.videos import build_lists
-from stvit_video.models.cost import measure_cost
-from stvit_video.models.zoo import build_model
 
 NEEDED_KEYS = ("cfg", "seeds", "twin", "rows")
-START = "start"
-PLAN_KEYS = (*NEEDED_KEYS, START)
+PLAN_KEYS = [*NEEDED_KEYS, "start"]
 RELATIONS = {"control_of": "control", "neighbour_of": "neighbour"}
-OWN_KEYS = ("MODE", "OUTPUT_DIR", "OVERWRITE", "SEED")  # set by this command for each run
+OWN_VALUES = {"MODE": "train", "OVERWRITE": False, "TRAIN.RESUME": "auto"}  # set by this command for each run
+OWN_KEYS = (*OWN_VALUES, "OUTPUT_DIR", "SEED")
 # Accuracies and speeds can only be compared where these are the same: all rows must have the baseline's.
 COMMON_KEYS = (
     "DEVICE", "PRECISION", "COMPILE", "DATA.ROOT", "DATA.GENERATE", "DATA.GENERATE_CLIPS", "DATA.SPLIT",
@@ -46,37 +41,57 @@ COMMON_KEYS = (
 ROW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]{0,63}")  # valid as a folder and as a cell of any table
 
 
-@dataclass(frozen=True, eq=False)  # hashed by identity: a configuration has no hash
-class PlanRow:
-    """One model of the table. ``kind`` is start, twin, preset, control or neighbour, the latter two ``of`` presets."""
+@dataclass(eq=False)  # hashed by identity: a configuration has no hash
+class SweepRow:
+    """One model of the table: what the plan says of it, and its figures as far as they are known."""
 
     name: str
-    kind: str
-    of: tuple[str, ...]
-    cfg: CfgNode
+    kind: str  # start, twin (the dense baseline), preset, control or neighbour
+    of: tuple[str, ...]  # the presets that a control or a neighbour belongs to
+    top1: dict[int, float | None]  # percent by seed, None where that run is not finished
+    cfg: CfgNode = field(default_factory=CfgNode)
+    classes: int | None = None  # None where there are no data yet
+    parameters: int = 0
+    gflops: float = 0.0  # multiply-adds (1e9) per clip
+    tokens: int = 0  # after their reduction, if there is one
+    rate: float | None = None  # clips per second, None where it was not measured
+    coverage: dict[int, float] = field(default_factory=dict)  # share of the test videos that could be read, by seed
+    failures: dict[int, str] = field(default_factory=dict)  # why a run failed, by seed
+
+    @property
+    def found(self) -> list[float]:
+        return [value for value in self.top1.values() if value is not None]
+
+    @property
+    def mean(self) -> float | None:
+        return sum(self.found) / len(self.found) if self.found else None
+
+    @property
+    def spread(self) -> float | None:
+        """From the lowest to the highest seed; None for a single one."""
+        return max(self.found) - min(self.found) if len(self.found) > 1 else None
+
+    @property
+    def seeds(self) -> str:
+        """Which seeds are in the mean; empty where all are, and there are several."""
+        if len(self.found) == 1:
+            return "one seed only"
+        return "" if len(self.found) == len(self.top1) else f"{len(self.found)} of {len(self.top1)} seeds"
+
+    def describe_kind(self) -> str:
+        return f"{self.kind} of {', '.join(self.of)}" if self.of else self.kind
 
 
 @dataclass(frozen=True)
 class Plan:
     """A plan that was read and checked. ``start`` is trained before the ``rows``, or None."""
 
-    path: Path
-    seeds: tuple[int, ...]
-    rows: tuple[PlanRow, ...]
-    start: PlanRow | None = None
+    rows: list[SweepRow]
+    start: SweepRow | None = None
 
     @property
-    def baseline(self) -> PlanRow:
+    def baseline(self) -> SweepRow:
         return next(row for row in self.rows if row.kind == "twin")
-
-
-@dataclass(frozen=True)
-class RowCost:
-    """Parameters, multiply-adds (1e9) per clip, and how many tokens the last blocks work on."""
-
-    parameters: int
-    gflops: float
-    tokens: int
 
 
 def open_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
@@ -86,18 +101,16 @@ def open_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
     """
     try:
         content = _read(path)
-        build = partial(_build_row, path.parent / content["cfg"], overrides)
-        _refuse_own_keys([name for name, _ in parse_overrides(overrides)], "the command line")
-        load_config(path.parent / content["cfg"], overrides)  # a wrong word for all rows is not blamed on the first row
-        rows = [
-            build(name, row or {}, "twin" if name == content["twin"] else "preset")
-            for name, row in content["rows"].items()
-        ]
-        _build_checks(content["twin"], rows, START in content)
-        start = build(START, content[START], START) if START in content else None
+        file, twin = path.parent / str(content["cfg"]), content["twin"]
+        load_config(file, overrides)  # a wrong word for all rows is not blamed on the first row
+        build = partial(_build_row, file, overrides, content["seeds"])
+        kinds = {name: "twin" if name == twin else "preset" for name in content["rows"]}
+        rows = [build(name, content["rows"][name] or {}, kind) for name, kind in kinds.items()]
+        start = build("start", content["start"], "start") if "start" in content else None
+        _build_checks(twin, rows, start)
     except UsageError as error:
         raise UsageError(f"Plan {path}: {error}") from error
-    return Plan(path, tuple(content["seeds"]), tuple(rows), start)
+    return Plan(rows, start)
 
 
 class _Loader(yaml.SafeLoader):
@@ -120,131 +133,76 @@ def _read(path: Path) -> dict[Any, Any]:
         raise UsageError(f"it is not YAML that can be used ({' '.join(str(error).split())}); correct it.") from error
     content = content if isinstance(content, dict) else {}
     if unknown := [str(key) for key in content if key not in PLAN_KEYS]:
-        parts = ", ".join(PLAN_KEYS)
-        raise UsageError(f"{unknown[0]} is no part of a plan; those are {parts}.{nearest(unknown[0], list(PLAN_KEYS))}")
+        known = ", ".join(PLAN_KEYS)
+        raise UsageError(f"{unknown[0]} is no part of a plan; those are {known}.{nearest(unknown[0], PLAN_KEYS)}")
     if missing := [key for key in NEEDED_KEYS if key not in content]:
         raise UsageError(f"it has no {', '.join(missing)}; it needs {', '.join(NEEDED_KEYS)}. Add the rest.")
-    seeds, rows = content["seeds"], content["rows"]
-    if not isinstance(content["cfg"], str):
-        raise UsageError(f"cfg is {content['cfg']!r}; give a configuration file, from the plan's folder.")
+    seeds, rows, start = content["seeds"], content["rows"], content.get("start", {})
     whole = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
     if not whole or not seeds or len(set(seeds)) < len(seeds):
         raise UsageError(f"seeds is {seeds!r}; give different whole numbers from 0 on, as [0, 1].")
-    if not isinstance(rows, dict) or not all(row is None or isinstance(row, dict) for row in rows.values()):
+    if not isinstance(rows, dict) or not all(isinstance(row, dict | None) for row in rows.values()):
         raise UsageError("rows is not a mapping of mappings; write `NAME: {KEY: VALUE}` for each row.")
-    for name in rows:
-        if not isinstance(name, str) or not ROW_NAME.fullmatch(name):
-            raise UsageError(
-                f"row {name!r} cannot name a folder; use up to 64 letters, digits, -, + or _, and quote what YAML "
-                f"takes for a number."
-            )
-    if START in content and not isinstance(content[START], dict):
-        raise UsageError(f"start is {content[START]!r}; give KEY: VALUE pairs as for a row, or leave it out.")
+    if wrong := [name for name in rows if not isinstance(name, str) or not ROW_NAME.fullmatch(name)]:
+        allowed = "use up to 64 letters, digits, -, + or _, and quote what YAML takes for a number"
+        raise UsageError(f"row {wrong[0]!r} cannot name a folder; {allowed}.")
+    if not isinstance(start, dict):
+        raise UsageError(f"start is {start!r}; give KEY: VALUE pairs as for a row, or leave it out.")
     return content
 
 
-def _refuse_own_keys(names: Sequence[str], origin: str) -> None:
-    for name in names:
-        if name in OWN_KEYS:
-            raise UsageError(
-                f"{name} in {origin}: this command sets {', '.join(OWN_KEYS)} for each run itself; leave it out, and "
-                f"use --output, or seeds in the plan."
-            )
-
-
-def _build_row(cfg_file: Path, overrides: Sequence[str], name: str, content: dict[Any, Any], kind: str) -> PlanRow:
+def _build_row(
+    file: Path, overrides: Sequence[str], seeds: Sequence[int], name: str, content: dict[Any, Any], kind: str
+) -> SweepRow:
     """Return a row, checked as a configuration is; a relation makes another ``kind`` of a preset."""
-    origin = f"row {name} of the plan"
-    relations = [key for key in RELATIONS if key in content]
+    origin, relations = f"row {name} of the plan", [key for key in RELATIONS if key in content]
     if len(relations) > 1 or (relations and kind != "preset"):
         which = f"is the {kind}" if kind != "preset" else "has control_of and neighbour_of"
         raise UsageError(f"row {name} {which}; a row is one of them or neither. Remove {relations[-1]}.")
-    pairs: list[tuple[str, Any]] = []
-    for key, value in content.items():
-        if key not in RELATIONS:  # each entry by itself: a key may stand in its section and by its full name
-            pairs += (flatten({key: value}) or {str(key): value}).items()  # an empty mapping is refused, not dropped
+    # Each entry by itself: a key may stand in its section and by its full name.
+    sections = [flatten({key: value}) for key, value in content.items() if key not in RELATIONS]
+    pairs = [pair for section in sections for pair in section.items()]
     names, common = [key for key, _ in pairs], [key for key, _ in parse_overrides(overrides)]
-    _refuse_own_keys(names, origin)
+    for key, place in [*((key, "the command line") for key in common), *((key, origin) for key in names)]:
+        if key in OWN_KEYS:
+            own = ", ".join(OWN_KEYS)
+            raise UsageError(f"{key} in {place}: the command sets {own}; leave it out, or use --output or seeds.")
     for key in names:
         if names.count(key) > 1:
-            raise UsageError(f"{key} stands twice in {origin}, as a section's key and by its full name; remove one.")
+            raise UsageError(f"{key} stands twice in {origin}, in its section and by its full name; remove one.")
         if key in common:
-            raise UsageError(
-                f"{key} on the command line, where it holds for all rows, is what row {name} differs in; remove it, or "
-                f"change the plan."
-            )
+            raise UsageError(f"{key} on the command line is for all rows, but row {name} differs in it; remove one.")
     try:
-        cfg = load_config(cfg_file, overrides, values=pairs, origin=origin)
+        cfg = load_config(file, overrides, values=[*OWN_VALUES.items(), *pairs], origin=origin)
     except UsageError as error:
         raise UsageError(str(error) if origin in str(error) else f"In {origin}: {error}") from error
-    if cfg.MODE != "train":
-        raise UsageError(f"{cfg_file} has MODE {cfg.MODE}; give a configuration with MODE train.")
-    if cfg.TRAIN.RESUME != "auto":
-        raise UsageError(
-            f"TRAIN.RESUME {cfg.TRAIN.RESUME} in {origin}: this command continues runs that were interrupted; leave it "
-            f"at auto."
-        )
     of = content[relations[0]] if relations else []
     kind = RELATIONS[relations[0]] if relations else kind
-    return PlanRow(name, kind, tuple(of if isinstance(of, list) else [of]), cfg)
+    return SweepRow(name, kind, tuple(of if isinstance(of, list) else [of]), dict.fromkeys(seeds), cfg)
 
 
-def _build_checks(twin: Any, rows: Sequence[PlanRow], has_start: bool) -> None:
+def _build_checks(twin: Any, rows: Sequence[SweepRow], start: SweepRow | None) -> None:
     """Raise UsageError where rows could not be compared, are the same, or would not begin as the plan says."""
     names, presets = [row.name for row in rows], [row.name for row in rows if row.kind == "preset"]
     if twin not in names:
         known = ", ".join(names) or "none: add rows"
         raise UsageError(f"twin {twin!r} is no row; name one of {known}.{nearest(str(twin), names)}")
-    baseline = rows[names.index(twin)]
+    baseline = rows[names.index(twin)].cfg
     for i, row in enumerate(rows):
-        strange = [of for of in row.of if of not in presets] or ([] if row.of else ["nothing"])
-        if row.kind in RELATIONS.values() and strange:
-            raise UsageError(
-                f"row {row.name} is a {row.kind} of {strange[0]!r}, which is no row that is judged; name one or "
-                f"several of {', '.join(presets) or 'none: add one'}.{nearest(str(strange[0]), presets)}"
-            )
+        if row.kind in RELATIONS.values() and (wrong := [of for of in row.of or ["nothing"] if of not in presets]):
+            known = f"{', '.join(presets) or 'none: add one'}.{nearest(str(wrong[0]), presets)}"
+            raise UsageError(f"row {row.name} is a {row.kind} of {wrong[0]!r}, which is no row that is judged: {known}")
         for key in COMMON_KEYS:
-            value, expected = value_of(row.cfg, key), value_of(baseline.cfg, key)
+            value, expected = value_of(row.cfg, key), value_of(baseline, key)
             if value != expected:
-                raise UsageError(
-                    f"row {row.name} has {key} {value!r} and {twin} {expected!r}, so that figures could not be "
-                    f"compared; give all rows the same."
-                )
-        for earlier in rows[:i]:
-            if earlier.cfg == row.cfg:
-                raise UsageError(
-                    f"rows {earlier.name} and {row.name} have the same settings, so one of them would be trained "
-                    f"twice; remove one, or correct what it differs in."
-                )
-        if not has_start:
-            continue
-        if row.name == START:
-            raise UsageError(f"a row is named {START}, as the folder of the run before them; rename it.")
-        if row.cfg.MODEL.INIT:
+                raise UsageError(f"row {row.name} has {key} {value!r} and {twin} {expected!r}; give all rows the same.")
+        if same := [earlier.name for earlier in rows[:i] if earlier.cfg == row.cfg]:
+            raise UsageError(f"rows {same[0]} and {row.name} have the same settings; remove one, or correct it.")
+        init, depth = row.cfg.MODEL.INIT, row.cfg.MODEL.INIT_DEPTH
+        if start and row.name == start.name:
+            raise UsageError("a row is named start, as the folder of the run before them; rename it.")
+        if start and init:
             raise UsageError(f"row {row.name} has a MODEL.INIT, and start gives all rows their weights; remove one.")
-        if row.cfg.MODEL.INIT_DEPTH is not None:
-            raise UsageError(
-                f"row {row.name} has MODEL.INIT_DEPTH {row.cfg.MODEL.INIT_DEPTH}, and would take the start's weights "
-                f"up to there only; set it to null in the configuration."
-            )
-
-
-def build_class_count(row: PlanRow) -> int | None:
-    """Return how many classes a row's data have; None where there are no data yet."""
-    try:
-        return len(build_lists(row.cfg).classes)
-    except UsageError:
-        return row.cfg.MODEL.NUM_CLASSES
-
-
-def build_row_cost(row: PlanRow) -> RowCost:
-    """Build a row's model and count its cost. Raises UsageError, naming the row, where it cannot be built."""
-    try:
-        model = build_model(row.cfg, build_class_count(row) or CLASSES)
-        cost = measure_cost(model, (row.cfg.DATA.FRAMES, row.cfg.DATA.SIZE, row.cfg.DATA.SIZE))
-    except UsageError as error:
-        raise UsageError(f"Row {row.name}: {error}") from error
-    with torch.no_grad():
-        _, seen = model.eval()(torch.zeros(1, 3, *cost.input_size), return_intermediates=True)
-    stages = [stage for stage in seen.tokens if stage != "final"]  # final may be the mean of all tokens
-    return RowCost(cost.parameters, cost.gflops, seen.tokens[stages[-1]].shape[1])
+        if start and depth is not None:
+            whole = "would take the start's weights up to there only; set it to null in the configuration"
+            raise UsageError(f"row {row.name} has MODEL.INIT_DEPTH {depth}, and {whole}.")

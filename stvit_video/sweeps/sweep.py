@@ -1,242 +1,342 @@
-"""A sweep: from a plan to runs, speeds, a table and a picture of accuracy beside speed."""
+"""A sweep: the runs of a plan as jobs, a given number at a time, and after each a table and a picture.
 
+A run lives in OUTPUT/ROW/seedN; OUTPUT/ROW/seedN.txt beside it is a link to the log of its newest job.
+"""
+
+import fcntl
 import json
+import os
+import signal
+import socket
+import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
+from fvcore.common.config import CfgNode
+from submitit.core.utils import environment_variables
 
-from stvit_video.benchmarks.models import CLASSES, build_speeds, build_timed_model
+import stvit_video
+from stvit_video.benchmarks.models import CLASSES, TimedModel, build_speeds, build_timed_model
 from stvit_video.benchmarks.rounds import COMPILED
-from stvit_video.common.errors import UsageError
-from stvit_video.common.files import write_json
+from stvit_video.common.errors import Stopped, UsageError
+from stvit_video.common.files import wait_for_lock, write_json
 from stvit_video.common.tables import format_table
-from stvit_video.config.schema import value_of
+from stvit_video.config.load import override
+from stvit_video.config.schema import flatten, value_of
+from stvit_video.data.lists.videos import build_lists
+from stvit_video.models.cost import measure_cost
 from stvit_video.runs.environment import environment
+from stvit_video.runs.folder import RunFolder, build_run_folder, describe_changes
 from stvit_video.runs.preflight import open_lists
+from stvit_video.runtime.stopping import StopSignals
 from stvit_video.runtime.world import World
-from stvit_video.sweeps.plan import COMMON_KEYS, Plan, PlanRow, RowCost, build_class_count, build_row_cost
-from stvit_video.sweeps.runs import (
-    LOCK_S,
-    JobRunner,
-    SweepRun,
-    build_runs,
-    lock_output,
-    read_results,
-    start_to_train,
-    train_all,
-)
-from stvit_video.sweeps.table import Table, TableRow, describe_kind, markdown, plot_tradeoff, write_table
+from stvit_video.slurm.follow import Follower, tail
+from stvit_video.slurm.jobs import ENDED, ClusterJob, cancel, open_job_folders, read_job, submit
+from stvit_video.slurm.request import JobRequest
+from stvit_video.sweeps.plan import Plan, SweepRow
+from stvit_video.sweeps.table import write_table
 
-T = TypeVar("T")
+LOCK_S = 10.0  # a command that was killed just now may need a moment to end
+SPEED_KEYS = {"model": "MODEL", "frames": "DATA.FRAMES", "size": "DATA.SIZE"}
+SPEED_KEYS |= {key: key for key in ("DEVICE", "PRECISION", "COMPILE")}
+POLL_S = {"local": 0.5, "slurm": 5.0}
 
 
-@dataclass(frozen=True)
-class SweepOptions:
-    """What the command line asks for."""
+@dataclass(eq=False)  # hashed by identity: a configuration has no hash
+class SweepRun:
+    """One row trained with one seed."""
 
-    patterns: tuple[str, ...]  # of the rows to train
-    within: float = 0.5  # points below the baseline
-    rounds: int = 5  # of measuring speed
-    largest_batch: int = 64  # to measure with
-    measure: str = "missing"  # or never, always
-
-
-@dataclass
-class Sweep:
-    """A plan's runs in one output folder, and what is known of them."""
-
-    plan: Plan
-    output: Path
-    within: float
-    start: SweepRun | None
-    runs: list[SweepRun]
-    costs: dict[str, RowCost]
-    failures: dict[tuple[str, int], str] = field(default_factory=dict)  # why a run failed, by row and seed
-
-    def draw(self) -> str:
-        """Write table and picture of what is finished; return the table as text."""
-        speeds = build_known_speeds(self.plan, self.output)
-        results = {run.key: read_results(run) for run in self.runs if run.folder.is_finished()}
-        rows = []
-        for row in self.plan.rows:
-            found = {seed: results[row.name, seed] for seed in self.plan.seeds if (row.name, seed) in results}
-            # A run's own count where there is one: its data, and so its classes, may be gone.
-            cost = next(iter(found.values()), asdict(self.costs[row.name]))
-            rows.append(
-                TableRow(
-                    name=row.name,
-                    kind=row.kind,
-                    of=row.of,
-                    parameters=cost["parameters"],
-                    tokens=self.costs[row.name].tokens,
-                    gflops=cost["gflops"],
-                    top1={seed: found[seed]["top1"] if seed in found else None for seed in self.plan.seeds},
-                    rate=speeds["clips_per_second"][row.name] if speeds else None,
-                    coverage={seed: result["coverage"] for seed, result in found.items()},
-                    failures={seed: why for (name, seed), why in self.failures.items() if name == row.name},
-                )
-            )
-        start = build_start_note(self.plan, self.start, self.failures)
-        table = Table(tuple(rows), self.within, speeds["machine"] if speeds else "", start)
-        write_table(table, self.output)
-        plot_tradeoff(rows, self.output / "tradeoff.png")
-        return markdown(table)
+    row: SweepRow
+    seed: int
+    name: str
+    cfg: CfgNode
+    folder: RunFolder
+    log: Path
 
 
-def choose_rows(plan: Plan, patterns: Sequence[str]) -> list[PlanRow]:
+class SilentFollower(Follower):
+    """Follows a job without printing: the sweep prints what its runs do."""
+
+    def report(self, text: str) -> None:
+        pass
+
+
+def choose_rows(plan: Plan, patterns: Sequence[str]) -> list[SweepRow]:
     """Return the rows that match any shell pattern. Raises UsageError for a pattern that matches none."""
     for pattern in patterns:
         if not any(fnmatchcase(row.name, pattern) for row in plan.rows):
             names = ", ".join(row.name for row in plan.rows)
-            raise UsageError(
-                f"--rows {pattern} matches no row of {plan.path}; those are {names}. Give one, or '*'; KEY VALUE words "
-                f"stand before --rows."
-            )
+            remedy = "Give one, or '*'; KEY VALUE words stand before --rows."
+            raise UsageError(f"--rows {pattern} matches no row of the plan; those are {names}. {remedy}")
     return [row for row in plan.rows if any(fnmatchcase(row.name, pattern) for pattern in patterns)]
 
 
-def count_costs(plan: Plan) -> dict[str, RowCost]:
-    """Return what each row costs. Raises UsageError where a model cannot be built."""
-    return {row.name: build_row_cost(row) for row in (*plan.rows, *([plan.start] if plan.start else []))}
+def build_timed(row: SweepRow) -> TimedModel:
+    """Return a row's model, and note in the row what it costs. Raises UsageError where it cannot be built."""
+    row.classes = row.cfg.MODEL.NUM_CLASSES
+    with suppress(UsageError):  # there may be no data yet
+        row.classes = len(build_lists(row.cfg).classes)
+    try:
+        timed = build_timed_model(row.cfg, row.name, row.classes)
+    except UsageError as error:
+        raise UsageError(f"Row {row.name}: {error}") from error
+    cost = measure_cost(timed.model, timed.input_size)
+    image_tokens, reduced = timed.model.token_counts()  # type: ignore[operator]
+    row.parameters, row.gflops, row.tokens = cost.parameters, cost.gflops, reduced or image_tokens
+    return timed
+
+
+def build_runs(plan: Plan, output: Path) -> list[SweepRun]:
+    """Return the start's run, if there is one, with the first seed, and then the rows' runs, seed after seed.
+
+    Raises UsageError where a folder holds a run of other settings.
+    """
+    init: dict[str, str] = {}
+    seeds, runs = list(plan.baseline.top1), []
+    starts = [(plan.start, seeds[0])] if plan.start else []
+    for row, seed in [*starts, *((row, seed) for seed in seeds for row in plan.rows)]:
+        path = output / row.name / f"seed{seed}"
+        cfg = override(row.cfg, {**init, "OUTPUT_DIR": str(path), "SEED": seed}.items(), "a plan")
+        run = SweepRun(row, seed, f"{row.name}, seed {seed}", cfg, build_run_folder(cfg), path.with_suffix(".txt"))
+        if run.folder.has_progress():
+            check_recorded(run)
+        if row is plan.start:
+            init = {"MODEL.INIT": os.path.abspath(run.folder.weights)}
+        runs.append(run)
+    return runs
+
+
+def check_recorded(run: SweepRun) -> None:
+    """Raise UsageError where the folder holds a run of other settings. Its start may have moved with it."""
+    recorded, settings, place = run.folder.recorded_config(), run.folder.settings, f"{run.folder.path} holds a run"
+    if recorded is None:
+        remedy = "delete that folder, or give another --output"
+        raise UsageError(f"Row {run.row.name}: {place} without a config.yaml that can be read; {remedy}.")
+    before, now = (flatten(config).get("MODEL.INIT") or "." for config in (recorded, settings))
+    if os.path.relpath(str(before), str(recorded["OUTPUT_DIR"])) == os.path.relpath(now, settings["OUTPUT_DIR"]):
+        recorded["MODEL"]["INIT"] = settings["MODEL"]["INIT"]
+    if changed := describe_changes(recorded, settings):
+        remedy = "Delete that folder, give another --output, or put the plan back."
+        raise UsageError(f"Row {run.row.name}: {place} with other settings than the plan's: {changed}. {remedy}")
+
+
+def choose_runs(runs: Sequence[SweepRun], rows: Sequence[SweepRow]) -> list[SweepRun]:
+    """Return the runs of ``rows``, after the start where they wait for it; UsageError where its weights are gone."""
+    start, chosen = runs[0], [run for run in runs if run.row in rows]
+    wait = not all(run.folder.has_progress() for run in chosen)
+    if start.row.kind != "start" or start.folder.is_finished() or not wait:
+        return chosen
+    if begun := [run.folder.path.parent for run in runs[1:] if run.folder.has_progress()]:
+        folders = ", ".join(map(str, dict.fromkeys([start.folder.path, *begun])))
+        what = "is not there, and what is trained now would not have the start of the rest"
+        raise UsageError(f"{start.folder.weights} {what}; put it back, or delete {folders}.")
+    return [start, *chosen]
 
 
 def list_rows(plan: Plan, output: Path, patterns: Sequence[str]) -> None:
     """Print the rows that match, what they cost, and how many of their runs are done; nothing is written."""
-    chosen = choose_rows(plan, patterns)
-    (start, runs), costs = build_runs(plan, output), count_costs(plan)
-    table = []
+    chosen, runs, table = choose_rows(plan, patterns), build_runs(plan, output), []
+    for row in plan.rows:
+        build_timed(row)
     for row in chosen:
-        cost, own = costs[row.name], [run for run in runs if run.row is row]
-        share = f"{cost.gflops / costs[plan.baseline.name].gflops:.2f}x"
-        done = f"{sum(run.folder.is_finished() for run in own)} of {len(own)}"
-        size = f"{cost.parameters / 1e6:.2f} M"
-        table.append((row.name, describe_kind(row), str(cost.tokens), f"{cost.gflops:.3f}", share, size, done))
+        finished = [run.folder.is_finished() for run in runs if run.row is row]
+        cost = f"{row.gflops:.3f}", f"{row.gflops / plan.baseline.gflops:.2f}x", f"{row.parameters / 1e6:.2f} M"
+        table.append((row.name, row.describe_kind(), row.tokens, *cost, f"{sum(finished)} of {len(finished)}"))
     print(format_table(("row", "kind", "tokens", "GFLOPs", "of twin", "parameters", "runs done"), table, left=2))
-    if any(build_class_count(row) is None for row in chosen):
+    if any(row.classes is None for row in chosen):
         print(f"no data there yet: GFLOPs and parameters with {CLASSES} classes")
-    unfinished = [run for run in runs if run.row in chosen and not run.folder.is_finished()]
-    first = start_to_train(start, unfinished, runs)
-    if start is not None:
-        print(f"all start from {start.name}{', which is trained first' if first else ''}")
-    print(f"{len(unfinished) + (first is not None)} runs left, in {output}", flush=True)
+    left = [run for run in choose_runs(runs, chosen) if not run.folder.is_finished()]
+    if plan.start:
+        print(f"all start from {runs[0].name}{', which is trained first' if runs[0] in left else ''}")
+    print(f"{len(left)} runs left, in {output}", flush=True)
 
 
-def run_sweep(plan: Plan, output: Path, options: SweepOptions, runner: JobRunner) -> int:
-    """Train, measure, and write table and picture after each run; return 1 where a run failed, else 0.
+def build_sweep(plan: Plan, output: Path, options: Namespace) -> int:
+    """Train, measure, and write table and picture after each run, as the ``options`` of the command say.
 
-    Raises UsageError, before anything is trained, where a row could not be; Stopped after a signal.
+    Return 1 where a run failed, else 0. Raises UsageError before anything is trained; Stopped after a signal.
     """
-    chosen = choose_rows(plan, options.patterns)
-    build_runs(plan, output)  # refuses folders of other settings before data are generated
-    costs, known = count_costs(plan), all(build_class_count(row) is not None for row in plan.rows)
+    chosen = [] if options.no_train else choose_rows(plan, options.rows)
     output.mkdir(parents=True, exist_ok=True)
-    only_draw = not chosen and options.measure == "never"
-    with lock_output(output, patience=0 if only_draw else LOCK_S):
-        start, runs = build_runs(plan, output)  # again: another command may have had the folder until now
-        sweep = Sweep(plan, output, options.within, start, runs, costs)
-        to_train = [run for run in runs if run.row in chosen]
-        first = start_to_train(start, to_train, runs)
-        to_train = [first, *to_train] if first else to_train
-        build_data(to_train)
-        if chosen and not known:
-            sweep.costs = count_costs(plan)  # now that the classes are known
-        again = {run.key for run in to_train}
-        unfinished = {run.key for run in runs if not run.folder.is_finished()}
-        sweep.failures = {
-            key: why for key, why in read_failures(output).items() if key in unfinished and key not in again
-        }
-
-        def finished(run: SweepRun, failure: str | None) -> None:
-            if failure is not None:
-                sweep.failures[run.key] = failure
-            sweep.draw()
-
-        sweep.draw()
+    with open(output / ".tradeoff.lock", "a+") as file:
+        lock = partial(fcntl.flock, file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not wait_for_lock(lock, LOCK_S, lambda: f"waiting for another command that uses {output} to end"):
+            remedy = f"wait for it or end it (fuser {file.name} tells which), or give another folder"
+            raise UsageError(f"--output {output} is in use by another tradeoff command; {remedy}.")
+        runs = build_runs(plan, output)
+        to_train, rows = choose_runs(runs, chosen), dict.fromkeys(run.row for run in runs)
+        for row in rows:
+            build_timed(row)
+        for row in dict.fromkeys(run.row for run in to_train):  # once, before several runs would generate the same data
+            begun = all(run.folder.has_progress() for run in to_train if run.row is row)
+            open_lists(row.cfg, World(0, 1, torch.device("cpu")), needs_weights=not begun)
+        for row in [row for row in rows if row.classes is None]:
+            build_timed(row)  # now that the classes are known
+        with reading(output / "tradeoff.json") as table:
+            failed = {(row["row"], seed): why for row in table.get("rows", []) for seed, why in row["failures"].items()}
+        for run in runs:
+            why = failed.get((run.row.name, str(run.seed)))
+            if why and run not in to_train and not run.folder.is_finished():
+                run.row.failures[run.seed] = why
+        draw = partial(build_table, plan, runs, output, options.within)
+        draw()
         if to_train:
-            train_all(to_train, runner, finished)
-        missing = options.measure == "missing" and build_known_speeds(plan, output) is None
-        if missing or options.measure == "always":
-            build_row_speeds(plan, output, options)
-        print(sweep.draw(), flush=True)
+            train_all(to_train, options, draw)
+        may_measure = options.rounds and not options.no_train
+        if options.measure or (may_measure and not build_known_speeds(plan, output)):
+            build_speed_file(plan, output, options)
+        print(draw(), flush=True)
     print(f"table and plot in {output}: tradeoff.md, tradeoff.csv, tradeoff.json, tradeoff.png", flush=True)
-    return 1 if again & sweep.failures.keys() else 0
+    return 1 if any(run.seed in run.row.failures for run in to_train) else 0
 
 
-def build_data(runs: Sequence[SweepRun]) -> None:
-    """Generate the data before several runs would generate the same. Raises UsageError for missing files."""
-    for row in dict.fromkeys(run.row for run in runs):
-        begun = all(run.folder.has_progress() for run in runs if run.row is row)
-        open_lists(row.cfg, World(0, 1, torch.device("cpu")), needs_weights=not begun)
-
-
-def build_start_note(plan: Plan, start: SweepRun | None, failures: dict[tuple[str, int], str]) -> str:
-    """Return what the rows started from, or why they cannot; empty without a start, or before it is trained."""
-    if start is None:
-        return ""
-    if failure := failures.get(start.key):
-        return f"failed: {start.name}, from which all rows start: {failure}"
-    if not start.folder.is_finished():
-        return ""
-    same_test = all(value_of(start.cfg, key) == value_of(plan.baseline.cfg, key) for key in COMMON_KEYS)
-    reached = f" ({read_results(start)['top1']:.2f} % top-1)" if same_test else ""
-    return f"every row starts from the weights of {start.name}, a {start.cfg.MODEL.NAME}{reached}"
-
-
-def read_failures(output: Path) -> dict[tuple[str, int], str]:
-    """Return why runs failed when they were last tried, by row and seed, from the table of the last time."""
-
-    def use(table: Any) -> dict[tuple[str, int], str]:
-        return {(row["row"], int(seed)): str(why) for row in table["rows"] for seed, why in row["failures"].items()}
-
-    return _read_own(output / "tradeoff.json", use, {})
-
-
-def _read_own(path: Path, use: Callable[[Any], T], default: T) -> T:
-    """Return what ``use`` makes of a JSON file, ``default`` without a file. Raises UsageError for another's file."""
-    if not path.is_file():
-        return default
+@contextmanager
+def reading(path: Path) -> Iterator[Any]:
+    """Give the content of a JSON file, {} without one. Raises UsageError where what is done with it fails."""
     try:
-        return use(json.loads(path.read_text()))
+        yield json.loads(path.read_text()) if path.is_file() else {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is not what this command wrote ({type(error).__name__}); delete it.") from error
 
 
-def _build_settings(row: PlanRow) -> dict[str, Any]:
-    """Return what the speed of a row depends on."""
-    conditions = {name: row.cfg[name] for name in ("DEVICE", "PRECISION", "COMPILE")}
-    size = {"frames": row.cfg.DATA.FRAMES, "size": row.cfg.DATA.SIZE}
-    return {"model": json.loads(json.dumps(row.cfg.MODEL)), **size, **conditions}
+def build_job(run: SweepRun, options: Namespace) -> ClusterJob:
+    """Submit a run as a job, and link its log. On this machine, runs at the same time share the cores."""
+    paths = {"OUTPUT_DIR": run.cfg.OUTPUT_DIR, "DATA.ROOT": run.cfg.DATA.ROOT, "MODEL.INIT": run.cfg.MODEL.INIT}
+    cfg = override(run.cfg, [(key, os.path.abspath(path)) for key, path in paths.items() if path], "a plan")
+    gpus, profile, logs = options.gpus_per_node, options.profile, run.log.parents[1].absolute() / ".jobs"
+    if gpus is None:
+        gpus = int(cfg.DEVICE != "cpu" and (options.cluster == "slurm" or torch.cuda.is_available()))
+    cpus, source = profile.cpus_per_task or cfg.DATA.WORKERS + 1, str(Path(stvit_video.__file__).parent.parent)
+    request = JobRequest(profile, 1, gpus, max(1, gpus), cpus, source, "stvit-tradeoff")
+    about = {"command": sys.orig_argv, "submitted": time.time(), "host": socket.gethostname()}
+    folders = open_job_folders([cfg], request, options.cluster, logs)
+    threads = max(1, len(os.sched_getaffinity(0)) // (1 if run.row.kind == "start" else options.jobs))
+    with environment_variables(**({"OMP_NUM_THREADS": threads} if options.cluster == "local" else {})):
+        job = submit(folders, request, options.cluster, logs, about)[0]
+    run.log.unlink(missing_ok=True)
+    run.log.symlink_to(os.path.relpath(job.log(), run.log.parent))
+    return job
 
 
-def build_known_speeds(plan: Plan, output: Path) -> dict[str, Any] | None:
-    """Return speed.json; None where it is missing, or not of these rows as they are now."""
+def describe_failure(job: ClusterJob) -> str:
+    """Return in one line why a job ended without results: from its records, or else from its log."""
+    for failure in job.folder.failures(job.submission)[:1]:  # the others follow from it
+        if failure.problem:
+            return failure.problem
+        if failure.code - 128 in signal.valid_signals():
+            return f"ended by {signal.Signals(failure.code - 128).name}"
+        lines = [line.strip() for line in tail(job.log(), sys.maxsize) if line.strip()]
+        return ([line for line in lines if line.startswith("error: ")] or lines or ["it printed nothing"])[-1]
+    if any(row["event"] == "stopped" for row in job.folder.events(job.submission)):
+        return "stopped by a signal; the same command continues"
+    return f"its job {job.id} ended as {job.state()[0]}"
 
-    def use(speeds: Any) -> dict[str, Any] | None:
-        known = all(speeds["settings"].get(row.name) == _build_settings(row) for row in plan.rows)
-        return speeds if known and isinstance(speeds["clips_per_second"], dict) and speeds["machine"] else None
 
-    return _read_own(output / "speed.json", use, None)
+def train_all(runs: Sequence[SweepRun], options: Namespace, draw: Callable[[], object]) -> None:
+    """Train the runs that are not finished; after each, note in its row why it failed, if it did, and ``draw``.
+
+    Jobs that a killed command left active are followed. A start runs alone, with all cores; where it fails, nothing
+    follows. After a signal the jobs are cancelled, which has them write checkpoints, and Stopped is raised.
+    """
+    waiting = [run for run in runs if not run.folder.is_finished()]
+    total, done, ended, begun = len(runs), len(runs) - len(waiting), 0, time.monotonic()
+    print(f"{done} of {total} runs are finished", flush=True)
+    active: dict[SweepRun, Follower] = {}
+    started = dict.fromkeys(waiting, begun)
+    for run in list(waiting):
+        job = read_job(run.folder.path.absolute())
+        if job is not None and job.state()[0] not in ENDED:
+            check_recorded(run)
+            active[run] = SilentFollower(job)
+            waiting.remove(run)
+            print(f"{run.name}: is still running, output in {run.log}", flush=True)
+    with StopSignals(launched=False) as signals:
+        try:
+            while (waiting or active) and signals.received is None:
+                while waiting and len(active) < options.jobs and not any(run.row.kind == "start" for run in active):
+                    run = waiting.pop(0)
+                    print(f"{run.name}: starts, output in {run.log}", flush=True)
+                    active[run], started[run] = SilentFollower(build_job(run, options)), time.monotonic()
+                for follower in active.values():
+                    follower.update()
+                for run in [run for run, follower in active.items() if follower.ended]:
+                    job, outcome = active.pop(run).job, ""
+                    if not run.folder.is_finished():
+                        run.row.failures[run.seed] = describe_failure(job)
+                        outcome = f"failed: {run.row.failures[run.seed]}; log {run.log}"
+                        waiting = [] if run.row.kind == "start" else waiting
+                    ended, done, left = ended + 1, done + (not outcome), len(waiting) + len(active)
+                    minutes = (time.monotonic() - begun) / ended * left / 60  # jobs at the same time are counted in
+                    draw()
+                    outcome = outcome or f"{run.row.top1[run.seed]:.2f} % top-1"
+                    taken = f"{(time.monotonic() - started[run]) / 60:.1f} minutes"
+                    print(f"{run.name}: {outcome}, {taken}; {left} left, about {minutes:.0f} minutes", flush=True)
+                time.sleep(POLL_S[options.cluster] if active else 0)
+        finally:
+            for follower in active.values():
+                try:
+                    cancel(follower.job)
+                except UsageError as error:  # the job may have ended meanwhile
+                    print(f"warning: {error}", file=sys.stderr, flush=True)
+            while any(not follower.ended for follower in active.values()):
+                time.sleep(POLL_S[options.cluster])
+                for follower in active.values():
+                    follower.update()
+        if signals.received is not None:
+            raise Stopped(signals.received, f"{done} of {total} runs")
 
 
-def build_row_speeds(plan: Plan, output: Path, options: SweepOptions) -> None:
+def build_table(plan: Plan, runs: Sequence[SweepRun], output: Path, within: float) -> str:
+    """Write table and picture of what is finished; return the table as text."""
+    for run in [run for run in runs if run.folder.is_finished()]:
+        with reading(run.folder.results) as results:
+            row = run.row  # a run's own count: its data, and so its classes, may be gone
+            row.parameters, row.gflops = int(results["parameters"]), float(results["gflops"])
+            row.top1[run.seed], row.coverage[run.seed] = float(results["top1"]), float(results["coverage"])
+    note, start = "", runs[0]
+    if plan.start and plan.start.failures:
+        note = f"failed: {start.name}, from which all rows start: {start.row.failures[start.seed]}"
+    elif plan.start and plan.start.mean is not None:
+        reached = f"{start.cfg.MODEL.NAME} ({plan.start.mean:.2f} % top-1)"
+        note = f"every row starts from the weights of {start.name}, a {reached}"
+    return write_table(plan, output, within, note, build_known_speeds(plan, output))
+
+
+def _build_settings(plan: Plan) -> dict[str, Any]:
+    """Return what the speed of each row depends on."""
+    return {row.name: {name: value_of(row.cfg, key) for name, key in SPEED_KEYS.items()} for row in plan.rows}
+
+
+def build_known_speeds(plan: Plan, output: Path) -> str:
+    """Take the rows' speeds from speed.json, and return the conditions; "" where some were not measured as now."""
+    with reading(output / "speed.json") as speeds:
+        if not _build_settings(plan).items() <= speeds.get("settings", {}).items():
+            return ""
+        for row in plan.rows:
+            row.rate = float(speeds["clips_per_second"][row.name])
+        return str(speeds["machine"])
+
+
+def build_speed_file(plan: Plan, output: Path, options: Namespace) -> None:
     """Measure all rows in interleaved rounds, the baseline first and under its conditions, and write speed.json."""
-    rows = sorted(plan.rows, key=lambda row: row.kind != "twin")
-    models = [build_timed_model(row.cfg, row.name, build_class_count(row)) for row in rows]
-    rounds, largest = options.rounds, options.largest_batch
-    figures = build_speeds(plan.baseline.cfg, models, training=False, rounds=rounds, largest_batch=largest)
-    machine = environment()
+    models = [build_timed(row) for row in sorted(plan.rows, key=lambda row: row.kind != "twin")]
+    how: dict[str, Any] = {"training": False, "rounds": options.rounds, "largest_batch": options.largest_batch}
+    figures, machine = build_speeds(plan.baseline.cfg, models, **how), environment()
     where = ", ".join(machine["gpus"][:1]) if figures["device"] == "cuda" else f"{machine['cpus']} CPU cores"
-    how = f"{figures['precision']}, {COMPILED[figures['compiled']]}"
+    conditions = f"{figures['precision']}, {COMPILED[figures['compiled']]}, torch {machine['packages']['torch']}"
+    rounds = f"median of {options.rounds} interleaved rounds at the best batch of each"
     content = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        "machine": f"speeds: {where}, {how}, torch {machine['packages']['torch']}, median of {rounds} interleaved "
-        f"rounds at the best batch of each",
-        "settings": {row.name: _build_settings(row) for row in plan.rows},
+        "machine": f"speeds: {where}, {conditions}, {rounds}",
+        "settings": _build_settings(plan),
         "clips_per_second": {row["name"]: row["clips_per_second"] for row in figures["models"]},
         **figures,
         "environment": machine,

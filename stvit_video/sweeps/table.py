@@ -1,14 +1,13 @@
 """The table of accuracy beside speed: its figures, a verdict on each preset, its files and its picture."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from stvit_video.common.charts import SPLIT_COLOURS, WEIGHTS_COLOURS, Point, plot_points
 from stvit_video.common.files import write_atomically, write_json
 from stvit_video.common.tables import format_table, to_csv
-from stvit_video.sweeps.plan import PlanRow
+from stvit_video.sweeps.plan import Plan, SweepRow
 
 STYLES: dict[str, dict[str, Any]] = {  # of the picture, by kind of row
     "twin": {"kind": "full twin", "marker": "s", "size": 8, "colour": "black"},
@@ -18,122 +17,53 @@ STYLES: dict[str, dict[str, Any]] = {  # of the picture, by kind of row
 }
 
 
-@dataclass(frozen=True)
-class TableRow:
-    """One row of the table."""
-
-    name: str
-    kind: str  # twin (the dense baseline), preset, control or neighbour
-    of: tuple[str, ...]
-    parameters: int
-    tokens: int
-    gflops: float
-    top1: dict[int, float | None]  # percent by seed, None where that run is not finished
-    rate: float | None = None  # clips per second, None where it was not measured
-    coverage: dict[int, float] = field(default_factory=dict)  # share of the test videos that could be read, by seed
-    failures: dict[int, str] = field(default_factory=dict)  # why a run failed, by seed
-
-    @property
-    def found(self) -> list[float]:
-        return [value for value in self.top1.values() if value is not None]
-
-    @property
-    def mean(self) -> float | None:
-        return sum(self.found) / len(self.found) if self.found else None
-
-    @property
-    def spread(self) -> float | None:
-        """From the lowest to the highest seed; None for a single one."""
-        return max(self.found) - min(self.found) if len(self.found) > 1 else None
-
-    @property
-    def seeds(self) -> str:
-        """Which seeds are in the mean; empty where all are, and there are several."""
-        if len(self.found) == 1:
-            return "one seed only"
-        return "" if len(self.found) == len(self.top1) else f"{len(self.found)} of {len(self.top1)} seeds"
-
-
-@dataclass(frozen=True)
-class Table:
-    """All rows, the dense baseline among them."""
-
-    rows: tuple[TableRow, ...]
-    within: float  # how far below the baseline a preset may be, in points of top-1
-    machine: str = ""  # where speed was measured
-    start: str = ""  # which weights all rows were trained from
-
-    @property
-    def baseline(self) -> TableRow:
-        return next(row for row in self.rows if row.kind == "twin")
-
-
-def describe_kind(row: TableRow | PlanRow) -> str:
-    return f"{row.kind} of {', '.join(row.of)}" if row.of else row.kind
-
-
-def compare(row: TableRow, other: TableRow) -> tuple[float | None, bool]:
+def compare(row: SweepRow, other: SweepRow) -> tuple[float | None, str]:
     """Return how many points a row is above another, averaged over the seeds that both have; None without any.
 
-    Return also whether the seeds of one of the two differ by as much as the rows do, given several seeds of both.
+    Return also the doubt, if any: the seeds of one of the two differ by as much as the rows do, given several of both.
     """
     found = [(one, other.top1.get(seed)) for seed, one in row.top1.items()]
     pairs = [(one, two) for one, two in found if one is not None and two is not None]
     if not pairs:
-        return None, False
+        return None, ""
     by = round(sum(one - two for one, two in pairs) / len(pairs), 9) + 0.0  # no rounding noise, no -0.0
     spreads = [max(values) - min(values) for values in zip(*pairs, strict=True)]
-    return by, len(pairs) > 1 and abs(by) <= max(spreads)
+    return by, "less than the spread" if len(pairs) > 1 and abs(by) <= max(spreads) else ""
 
 
-def verdicts(table: Table) -> list[str]:
+def verdicts(plan: Plan, within: float) -> list[str]:
     """Return a sentence on each preset: against the baseline, against its controls, beside its neighbours."""
-    return [f"{row.name}: {'; '.join(_verdict(table, row))}" for row in table.rows if row.kind == "preset"]
-
-
-def _verdict(table: Table, row: TableRow) -> list[str]:
-    if row.mean is None:
-        return ["no seed is trained, so nothing can be said"]
-    baseline, spread = table.baseline, row.seeds or f"spread {row.spread:.2f}"
-    points, _ = compare(row, baseline)
-    if points is None:
-        parts = [f"{row.mean:.2f} % ({spread}), and {baseline.name} has none of these seeds trained"]
-    else:
-        where = "equal to" if not points else f"{abs(points):.2f} points {'above' if points > 0 else 'below'}"
-        verdict = "within" if points >= -table.within else "NOT within"
-        its = baseline.seeds or f"spread {baseline.spread:.2f}"
-        parts = [f"{where} {baseline.name}, {verdict} the {table.within:g} asked ({spread}; {baseline.name}: {its})"]
-    unknown = "not compared, no seed being trained for both: "
-    related: dict[str, list[str]] = {"above ": [], "NOT above ": [], "neighbours: ": [], unknown: []}
-    for other in [other for other in table.rows if row.name in other.of]:
-        name, (by, doubtful) = other.name.removeprefix(f"{row.name}-"), compare(row, other)
-        if by is None:
-            related[unknown].append(name)
+    twin, sentences, unknown = plan.baseline, [], "not compared, no seed being trained for both: "
+    for row in [row for row in plan.rows if row.kind == "preset"]:
+        spread, spread_of_twin = (one.seeds or f"spread {one.spread:.2f}" for one in (row, twin))
+        points, _ = compare(row, twin)
+        if row.mean is None:
+            sentences.append(f"{row.name}: no seed is trained, so nothing can be said")
             continue
-        control = other.kind == "control"
-        title = ("above " if by > 0 else "NOT above ") if control else "neighbours: "
-        figure = f"by {abs(by):.2f}" if control else f"{0.0 - by:+.2f}"
-        doubt = "less than the spread" if doubtful else ""
-        related[title].append(f"{name} ({', '.join(filter(None, (figure, doubt, other.seeds)))})")
-    return parts + [title + ", ".join(names) for title, names in related.items() if names]
+        if points is None:
+            parts = [f"{row.mean:.2f} % ({spread}), and {twin.name} has none of these seeds trained"]
+        else:
+            where = "equal to" if not points else f"{abs(points):.2f} points {'above' if points > 0 else 'below'}"
+            reached = f"{'within' if points >= -within else 'NOT within'} the {within:g} asked"
+            parts = [f"{where} {twin.name}, {reached} ({spread}; {twin.name}: {spread_of_twin})"]
+        related: dict[str, list[str]] = {"above ": [], "NOT above ": [], "neighbours: ": [], unknown: []}
+        for other in [other for other in plan.rows if row.name in other.of]:
+            name, (by, doubt) = other.name.removeprefix(f"{row.name}-"), compare(row, other)
+            if by is None:
+                related[unknown].append(name)
+                continue
+            title, figure = "neighbours: ", f"{0.0 - by:+.2f}"
+            if other.kind == "control":
+                title, figure = "above " if by > 0 else "NOT above ", f"by {abs(by):.2f}"
+            related[title].append(f"{name} ({', '.join(filter(None, (figure, doubt, other.seeds)))})")
+        parts += [title + ", ".join(names) for title, names in related.items() if names]
+        sentences.append(f"{row.name}: {'; '.join(parts)}")
+    return sentences
 
 
-def notes(table: Table) -> list[str]:
-    """Return what else belongs below the table: the common start, failed runs, tests that could not read all videos."""
-    found = [table.start] if table.start else []
-    for row in table.rows:
-        found += [f"failed: {row.name}, seed {seed}: {why}" for seed, why in row.failures.items()]
-        found += [
-            f"{row.name}, seed {seed}: top-1 of the {100 * share:.1f} % of the test videos that could be read"
-            for seed, share in row.coverage.items()
-            if share < 1
-        ]
-    return found
-
-
-def records(table: Table) -> list[dict[str, Any]]:
+def records(plan: Plan) -> list[dict[str, Any]]:
     """Return the rows as plain data, a column per figure; None where there is none."""
-    twin = table.baseline
+    twin = plan.baseline
     return [
         {
             "row": row.name,
@@ -144,78 +74,63 @@ def records(table: Table) -> list[dict[str, Any]]:
             "gflops": row.gflops,
             "gflops_of_twin": row.gflops / twin.gflops,
             "clips_per_second": row.rate,
-            "speed_of_twin": None if row.rate is None or twin.rate is None else row.rate / twin.rate,
+            "speed_of_twin": row.rate and twin.rate and row.rate / twin.rate,
             **{f"top1_seed{seed}": value for seed, value in row.top1.items()},
             "mean": row.mean,
             "spread": row.spread,
             "points": compare(row, twin)[0],
         }
-        for row in table.rows
+        for row in plan.rows
     ]
 
 
-def markdown(table: Table) -> str:
-    """Return the table for a README, verdicts and notes below it."""
+def write_table(plan: Plan, output: Path, within: float, start: str = "", machine: str = "") -> str:
+    """Write tradeoff.json, .csv, .md and .png; return the table in Markdown, with verdicts and notes below it.
+
+    ``within`` is how far below the baseline a preset may be, in points of top-1; ``start`` says which weights all rows
+    were trained from, ``machine`` where speed was measured.
+    """
     columns = [  # heading, column of ``records``, format
         ("tokens", "tokens", "{}"),
         ("GFLOPs", "gflops", "{:.3f}"),
         ("of twin", "gflops_of_twin", "{:.2f}x"),
         ("clips/s", "clips_per_second", "{:.1f}"),
         ("of twin", "speed_of_twin", "{:.2f}x"),
-        *((f"seed {seed}", f"top1_seed{seed}", "{:.2f}") for seed in table.baseline.top1),
+        *((f"seed {seed}", f"top1_seed{seed}", "{:.2f}") for seed in plan.baseline.top1),
         ("mean top-1", "mean", "{:.2f}"),
         ("spread", "spread", "{:.2f}"),
         ("points", "points", "{:+.2f}"),
     ]
-    lines = []
-    for row, record in zip(table.rows, records(table), strict=True):
-        record |= {f"top1_seed{seed}": "failed" for seed in row.failures}
-        cells = (_cell(record[key], form) for _, key, form in columns)
-        lines.append([row.name, describe_kind(row), *cells])
-    head = ["row", "kind", *(heading for heading, _, _ in columns)]
-    below = [*verdicts(table), *notes(table), *([table.machine] if table.machine else [])]
-    return "\n".join([format_table(head, lines, style="pipe", left=2), "", *(f"- {line}" for line in below)]) + "\n"
-
-
-def _cell(value: float | str | None, form: str) -> str:
-    if isinstance(value, str):
-        return value
-    return "-" if value is None else form.format(value)
-
-
-def write_table(table: Table, output: Path) -> None:
-    """Write tradeoff.json, tradeoff.csv and tradeoff.md, each atomically."""
-    rows = records(table)
-    content = {
-        "rows": [{**record, "failures": row.failures} for record, row in zip(rows, table.rows, strict=True)],
-        "verdicts": verdicts(table),
-        "notes": notes(table),
-        "within": table.within,
-        "machine": table.machine,
-    }
+    figures, lines, notes = records(plan), [], [start] if start else []
+    for row, record in zip(plan.rows, figures, strict=True):
+        cells = {name: "-" if record[name] is None else form.format(record[name]) for _, name, form in columns}
+        cells |= {f"top1_seed{seed}": "failed" for seed in row.failures}
+        lines.append([row.name, row.describe_kind(), *cells.values()])
+        notes += [f"failed: {row.name}, seed {seed}: {why}" for seed, why in row.failures.items()]
+        for seed, share in row.coverage.items():
+            if share < 1:
+                read = f"top-1 of the {100 * share:.1f} % of the test videos that could be read"
+                notes.append(f"{row.name}, seed {seed}: {read}")
+    said, head = verdicts(plan, within), ["row", "kind", *(heading for heading, _, _ in columns)]
+    below = "".join(f"- {line}\n" for line in (*said, *notes, machine) if line)
+    text = f"{format_table(head, lines, style='pipe', left=2)}\n\n{below}"
+    kept = [{**record, "failures": row.failures} for record, row in zip(figures, plan.rows, strict=True)]
+    content = {"rows": kept, "verdicts": said, "notes": notes, "within": within, "machine": machine}
     write_json(output / "tradeoff.json", content)
-    write_atomically(output / "tradeoff.csv", to_csv(rows, list(rows[0])))
-    write_atomically(output / "tradeoff.md", markdown(table).encode())
+    write_atomically(output / "tradeoff.csv", to_csv(figures, list(figures[0])))
+    write_atomically(output / "tradeoff.md", text.encode())
+    plot_tradeoff(plan.rows, output / "tradeoff.png")
+    return text
 
 
-def plot_tradeoff(rows: Sequence[TableRow], path: Path) -> bool:
-    """Draw mean top-1, and its range over the seeds, by clips per second, or by GFLOPs where not all are measured.
-
-    Returns False, and draws nothing, where no row has a figure yet.
-    """
+def plot_tradeoff(rows: Sequence[SweepRow], path: Path) -> None:
+    """Draw mean top-1, and its range over the seeds, by clips per second, or by GFLOPs where not all are measured."""
     known = [row for row in rows if row.found]
     measured = all(row.rate is not None for row in known)
-    points = [
-        Point(
-            row.name,
-            row.rate if measured and row.rate is not None else row.gflops,
-            sum(row.found) / len(row.found),
-            y_range=(min(row.found), max(row.found)),
-            **STYLES[row.kind],
-        )
-        for row in known
-    ]
+    points = []
+    for row in known:
+        x, mean = row.rate if measured and row.rate else row.gflops, sum(row.found) / len(row.found)
+        points.append(Point(row.name, x, mean, y_range=(min(row.found), max(row.found)), **STYLES[row.kind]))
     if points:
         across = "clips per second" if measured else "GFLOPs per clip"
         plot_points(points, across, "top-1 (%), mean of the seeds and their range", path)
-    return bool(points)

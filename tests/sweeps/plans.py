@@ -1,17 +1,21 @@
 """Small plans, and jobs that leave the files of a finished run without training one."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import yaml
 from fvcore.common.config import CfgNode
 
 from stvit_video.models.cost import measure_cost
 from stvit_video.models.zoo import build_model
 from stvit_video.runs.folder import build_run_folder
-from stvit_video.sweeps.runs import JobRunner
+from stvit_video.slurm.follow import SETTLE_S
+from stvit_video.slurm.jobs import ClusterJob
+from stvit_video.slurm.records import JobFolder, TaskFailure
+from stvit_video.sweeps import sweep
 from tests.conftest import REPOSITORY
 
 ROWS = {
@@ -38,41 +42,33 @@ def write_plan(folder: Path, root: Path, **changes: object) -> Path:
     return plan
 
 
-@dataclass
-class StubJob:
-    log: Path
+@contextmanager
+def stub_jobs(failing: Sequence[str] = ()) -> Iterator[list[CfgNode]]:
+    """Have jobs end at once, and leave the files of a finished run; those of rows in ``failing`` an error in their log.
 
-    def is_active(self) -> bool:
-        return False
+    Yields the configurations that were submitted.
+    """
+    submitted: list[CfgNode] = []
 
-    def cancel(self) -> None:
-        raise AssertionError("there is nothing to cancel")
-
-    def describe_failure(self) -> str:
-        return ""
-
-
-@dataclass
-class StubJobs:
-    """Submits jobs that end at once; those of rows in ``failing`` with an error in their log."""
-
-    failing: Sequence[str] = ()
-    submitted: list[CfgNode] = field(default_factory=list)
-
-    def runner(self, jobs: int = 1) -> JobRunner:
-        return JobRunner(self.submit, lambda path: None, jobs, 0.0)
-
-    def submit(self, cfg: CfgNode, sharing: int) -> StubJob:
-        self.submitted.append(cfg)
-        folder = build_run_folder(cfg)
-        folder.claim()
-        log = folder.path.parent.parent / f"{len(self.submitted)}.log"
-        if folder.path.parent.name in self.failing:
-            log.write_text("begins\nerror: no_such_weight\n")
-            return StubJob(log)
-        log.write_text("done\n")
+    def submit(folders: list[JobFolder], request: object, cluster: str, logs: Path, about: object) -> list[ClusterJob]:
+        (folder,) = folders
+        cfg = CfgNode(yaml.safe_load(folder.config.read_text()))
+        submitted.append(cfg)
+        job = ClusterJob(folder.run, cluster, f"stub{len(submitted)}", logs, "key")
+        if folder.run.parent.name in failing:
+            job.log().write_text("begins\nerror: no_such_weight\n")
+            folder.add_failure(TaskFailure("key", 0, 0, "here", 2, "", 0.0))
+            return [job]
+        job.log().write_text("done\n")
+        folder.add_event("key", 0, "done")
+        run = build_run_folder(cfg)
         cost = measure_cost(build_model(cfg, 8), (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE))
         figures = {"top1": 50.0 + 7 * cfg.SEED + cost.gflops, "gflops": cost.gflops, "parameters": cost.parameters}
-        folder.results.write_text(json.dumps({**figures, "coverage": 1.0}))
-        folder.weights.touch()
-        return StubJob(log)
+        run.results.write_text(json.dumps({**figures, "coverage": 1.0}))
+        run.weights.touch()
+        return [job]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "submit", submit)
+        patch.setitem(SETTLE_S, "FAILED", 0.0)
+        yield submitted

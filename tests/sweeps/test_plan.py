@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from stvit_video.sweeps.plan import build_row_cost, open_plan
+from stvit_video.sweeps.plan import open_plan
+from stvit_video.sweeps.sweep import build_timed
 from tests.conftest import refusal
 from tests.sweeps.plans import ROWS, write_plan
 
@@ -34,7 +35,7 @@ WHOLE = ["MODEL.INIT_DEPTH", "null"]  # the sample's configuration takes the fir
         ({"rows": {**ROWS, "more": {"DATA.FRAMES": 2, "control_of": []}}}, "control of 'nothing', which is no row"),
         ({"rows": {**ROWS, "more": {"PRECISION": "bf16"}}}, "row more has PRECISION 'bf16' and full 'fp32'"),
         ({"rows": {**ROWS, "more": {"TEST.CLIPS": 3}}}, "row more has TEST.CLIPS 3 and full 1"),
-        ({"rows": {**ROWS, "more": {"TRAIN.RESUME": "never"}}}, "TRAIN.RESUME never in row more .* leave it at auto"),
+        ({"rows": {**ROWS, "more": {"TRAIN.RESUME": "never"}}}, "TRAIN.RESUME in row more .* leave it out"),
         (
             {"rows": {**ROWS, "more": {"MODEL": {"PRESET": "fast"}, "MODEL.PRESET": "paper"}}},
             "MODEL.PRESET stands twice in row more",
@@ -71,7 +72,7 @@ def test_a_row_given_twice_is_refused(small_set: Path, tmp_path: Path) -> None:
 
 def test_models_that_cannot_be_built_are_refused_by_name(small_set: Path, tmp_path: Path) -> None:
     plan = open_plan(write_plan(tmp_path, small_set, rows={**ROWS, "odd": {"DATA.SIZE": 60}}))
-    assert refusal(build_row_cost, plan.rows[-1]).startswith("Row odd: ")
+    assert refusal(build_timed, plan.rows[-1]).startswith("Row odd: ")
 
 
 def test_the_command_line_holds_for_all_rows_or_is_refused(small_set: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Sweeps: jobs that are stopped, killed and continued; what is written; what is refused."""
 
 import csv
+import fcntl
 import json
 import os
 import re
@@ -17,21 +18,19 @@ import torch
 from safetensors.torch import load_file
 
 from stvit_video import run, tradeoff
-from stvit_video.common.errors import Stopped
 from stvit_video.runtime.stopping import EXIT_STOPPED
 from stvit_video.slurm.jobs import ENDED, ClusterJob, read_job
 from stvit_video.slurm.records import TaskFailure
-from stvit_video.slurm.sweep_jobs import SweepJob
-from stvit_video.sweeps import runs as sweep_runs
-from stvit_video.sweeps.plan import open_plan
-from stvit_video.sweeps.runs import lock_output
-from stvit_video.sweeps.sweep import SweepOptions, run_sweep
-from tests.conftest import refusal
-from tests.sweeps.plans import ROWS, StubJobs, write_plan
+from stvit_video.sweeps import sweep
+from tests.sweeps.plans import ROWS, stub_jobs, write_plan
 
 SMALL = {"MODEL.NAME": "vit_sample_patch8", "MODEL.INIT_DEPTH": None}
-TRAIN = SweepOptions(("*",), measure="never")
 START_ROWS = {"full": {**SMALL, "TRAIN.MAX_STEPS": 4}, "still": {**SMALL, "OPTIM.LR": 0.0}}
+
+
+def make(plan: Path, output: Path, *words: str) -> int:
+    """Run the command, without measuring speeds unless ``words`` say so; return its exit code."""
+    return tradeoff.main(["--plan", str(plan), "--output", str(output), "--rounds", "0", *words])
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None:
@@ -109,8 +108,8 @@ def made(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     """A plan and its output, speeds measured, of jobs that only leave files."""
     folder = tmp_path_factory.mktemp("made")
     plan, output = write_plan(folder, small_set), folder / "out"
-    options = SweepOptions(("*",), rounds=1, largest_batch=1)
-    assert run_sweep(open_plan(plan), output, options, StubJobs().runner(2)) == 0
+    with stub_jobs():
+        assert make(plan, output, "--jobs", "2", "--rounds", "1", "--largest-batch", "1") == 0
     return plan, output
 
 
@@ -158,11 +157,11 @@ def test_finished_table_is_neither_trained_nor_measured_again(
 ) -> None:
     plan, output = made
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
-    assert tradeoff.main(["--plan", str(plan), "--output", str(output)]) == 0
+    assert make(plan, output, "--rounds", "5") == 0
     assert "6 of 6 runs are finished" in capsys.readouterr().out
     changed = [path.name for path, time in before.items() if path.stat().st_mtime_ns != time]
     assert set(changed) <= {"tradeoff.json", "tradeoff.csv", "tradeoff.md", "tradeoff.png", ".tradeoff.lock"}
-    assert tradeoff.main(["--plan", str(plan), "--output", str(output), "--list"]) == 0
+    assert make(plan, output, "--list") == 0
     printed = capsys.readouterr().out
     assert printed.count("2 of 2") == 3
     assert "0 runs left" in printed
@@ -175,7 +174,8 @@ def test_failed_row_is_in_the_table_and_the_others_stay(
     shutil.copytree(made[1], output, symlinks=True)
     rows = {"broken": {"OPTIM.LR": 1.0, "neighbour_of": "paper"}, **ROWS}
     plan = write_plan(tmp_path, small_set, seeds=[0], rows=rows)
-    assert run_sweep(open_plan(plan), output, TRAIN, StubJobs(failing=["broken"]).runner()) == 1
+    with stub_jobs(failing=["broken"]):
+        assert make(plan, output) == 1
     printed = capsys.readouterr().out
     log = output / "broken" / "seed0.txt"
     assert log.read_text().splitlines()[-1] == "error: no_such_weight"
@@ -186,7 +186,7 @@ def test_failed_row_is_in_the_table_and_the_others_stay(
     assert found["broken"]["mean"] is None
     assert found["paper"]["mean"] is not None
     assert found["paper"]["clips_per_second"] is None  # the speeds that are there are not of all these rows
-    assert tradeoff.main(["--plan", str(plan), "--output", str(output), "--no-train"]) == 0
+    assert make(plan, output, "--no-train") == 0
     assert "error: no_such_weight" in capsys.readouterr().out
 
 
@@ -195,49 +195,55 @@ def test_run_of_other_settings_is_refused(
 ) -> None:
     changed = {**ROWS, "paper": {"MODEL.PRESET": "paper", "OPTIM.LR": 1e-4}}
     plan = write_plan(tmp_path, small_set, rows=changed)
-    assert tradeoff.main(["--plan", str(plan), "--output", str(made[1])]) == 2
+    assert make(plan, made[1]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "Row paper: " in said
     assert "OPTIM.LR 0.0005 (now 0.0001). Delete that folder" in said
 
 
-def test_run_without_a_configuration_is_refused(made: tuple[Path, Path], tmp_path: Path) -> None:
+def test_run_without_a_configuration_is_refused(
+    made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     plan, output = made
     shutil.copytree(output, tmp_path / "out", symlinks=True)
     (tmp_path / "out" / "paper" / "seed1" / "config.yaml").unlink()
-    said = refusal(run_sweep, open_plan(plan), tmp_path / "out", SweepOptions((), measure="never"), StubJobs().runner())
-    assert "holds a run without a config.yaml that can be read" in said
+    assert make(plan, tmp_path / "out", "--no-train") == 2
+    assert "holds a run without a config.yaml that can be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"rows": [{"row": 1}]}'])
-def test_damaged_table_is_named(content: str, small_set: Path, tmp_path: Path) -> None:
-    plan = open_plan(write_plan(tmp_path, small_set))
+def test_damaged_table_is_named(
+    content: str, small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "tradeoff.json").write_text(content)
-    said = refusal(run_sweep, plan, tmp_path, SweepOptions((), measure="never"), StubJobs().runner())
-    assert "tradeoff.json is not what this command wrote" in said
+    assert make(write_plan(tmp_path, small_set), tmp_path, "--no-train") == 2
+    assert "tradeoff.json is not what this command wrote" in capsys.readouterr().err
 
 
-def test_two_commands_do_not_share_a_folder(tmp_path: Path) -> None:
-    with lock_output(tmp_path):
-        assert "is in use by another tradeoff command" in refusal(lock_output(tmp_path, patience=0).__enter__)
-    with lock_output(tmp_path, patience=0):
-        pass
+def test_two_commands_do_not_share_a_folder(
+    small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sweep, "LOCK_S", 0.0)
+    plan = write_plan(tmp_path, small_set)
+    with open(tmp_path / ".tradeoff.lock", "a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert make(plan, tmp_path, "--no-train") == 2
+        assert "is in use by another tradeoff command" in capsys.readouterr().err
+    assert make(plan, tmp_path, "--no-train") == 0
 
 
 def test_start_is_trained_first_and_must_stay(
     small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = {"full": SMALL, "paper": {"MODEL.INIT_DEPTH": None}}
-    path = write_plan(tmp_path, small_set, start=SMALL, seeds=[3, 1], rows=rows)
-    plan, output, jobs = open_plan(path), tmp_path / "out", StubJobs()
-    words = ["--plan", str(path), "--output", str(output)]
-    assert tradeoff.main([*words, "--list", "--rows", "full"]) == 0
+    plan, output = write_plan(tmp_path, small_set, start=SMALL, seeds=[3, 1], rows=rows), tmp_path / "out"
+    assert make(plan, output, "--list", "--rows", "full") == 0
     assert "all start from start, seed 3, which is trained first\n3 runs left" in capsys.readouterr().out
-    full = SweepOptions(("full",), measure="never")
-    assert run_sweep(plan, output, full, jobs.runner(2)) == 0
+    with stub_jobs() as submitted:
+        assert make(plan, output, "--rows", "full", "--jobs", "2") == 0
     weights = output / "start" / "seed3" / "model.safetensors"
-    assert [(cfg.SEED, cfg.MODEL.INIT) for cfg in jobs.submitted] == [(3, ""), (3, str(weights)), (1, str(weights))]
+    assert [(cfg.SEED, cfg.MODEL.INIT) for cfg in submitted] == [(3, ""), (3, str(weights)), (1, str(weights))]
     top1 = json.loads(weights.with_name("results.json").read_text())["top1"]
     sentence = f"every row starts from the weights of start, seed 3, a vit_sample_patch8 ({top1:.2f} % top-1)"
     assert sentence in capsys.readouterr().out
@@ -245,23 +251,26 @@ def test_start_is_trained_first_and_must_stay(
 
     moved = tmp_path / "moved"
     shutil.move(output, moved)
-    assert run_sweep(plan, moved, SweepOptions((), measure="never"), jobs.runner()) == 0
+    assert make(plan, moved, "--no-train") == 0
     assert sentence in capsys.readouterr().out
     (moved / "start" / "seed3" / "model.safetensors").unlink()
-    assert run_sweep(plan, moved, full, jobs.runner()) == 0  # there is nothing to train
-    paper = SweepOptions(("paper",), measure="never")
-    said = refusal(run_sweep, plan, moved, paper, jobs.runner())
-    assert re.search("model.safetensors is not there, .* put it back, or delete .*start/seed3, .*full[.]$", said)
-    shutil.rmtree(moved / "start")
-    assert "would not have the start of the rest" in refusal(run_sweep, plan, moved, paper, jobs.runner())
-    assert len(jobs.submitted) == 3
+    with stub_jobs() as submitted:
+        assert make(plan, moved, "--rows", "full") == 0  # there is nothing to train
+        assert make(plan, moved, "--rows", "paper") == 2
+        said = capsys.readouterr().err
+        assert re.search("model.safetensors is not there, .* put it back, or delete .*start/seed3, .*full[.]$", said)
+        shutil.rmtree(moved / "start")
+        assert make(plan, moved, "--rows", "paper") == 2
+        assert "would not have the start of the rest" in capsys.readouterr().err
+    assert not submitted
 
 
 def test_failed_start_is_named_and_nothing_follows(
     small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan = open_plan(write_plan(tmp_path, small_set, start=SMALL, rows={"full": SMALL}))
-    assert run_sweep(plan, tmp_path / "out", TRAIN, StubJobs(failing=["start"]).runner(2)) == 1
+    plan = write_plan(tmp_path, small_set, start=SMALL, rows={"full": SMALL})
+    with stub_jobs(failing=["start"]):
+        assert make(plan, tmp_path / "out", "--jobs", "2") == 1
     assert "failed: start, seed 0, from which all rows start: error: no_such_weight" in capsys.readouterr().out
     assert not (tmp_path / "out" / "full").exists()
 
@@ -271,28 +280,28 @@ def test_failed_start_is_named_and_nothing_follows(
     [
         (137, "", "ended by SIGKILL"),
         (1, "node n1 cannot use DATA.ROOT", "node n1 cannot use DATA.ROOT"),
-        (2, "", ""),  # the log says it
+        (2, "", "error: no such key"),  # as the log says
         (None, "", "its job 0 ended as FAILED"),
     ],
 )
 def test_failed_job_says_why(code: int | None, problem: str, said: str, tmp_path: Path) -> None:
     job = ClusterJob(tmp_path, "local", "0", tmp_path, "key")
     job.folder.path.mkdir()
+    job.log().write_text("begins\nerror: no such key\n\n")
     if code is not None:
         job.folder.add_failure(TaskFailure("key", 0, 0, "n1", code, problem, 0.0))
-    assert SweepJob(job).describe_failure() == said
+    assert sweep.describe_failure(job) == said
 
 
 def test_signal_while_the_last_run_ends_is_not_lost(
-    small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    describe = sweep_runs.describe_failure
-    monkeypatch.setattr(
-        sweep_runs, "describe_failure", lambda *given: (signal.raise_signal(signal.SIGTERM), describe(*given))[1]
-    )
-    plan = open_plan(write_plan(tmp_path, small_set, seeds=[0]))
-    with pytest.raises(Stopped, match="SIGTERM after 2 of 3 runs"):
-        run_sweep(plan, tmp_path / "out", TRAIN, StubJobs(failing=["paper-fewer-frames"]).runner())
+    describe = sweep.describe_failure
+    monkeypatch.setattr(sweep, "describe_failure", lambda job: (signal.raise_signal(signal.SIGTERM), describe(job))[1])
+    plan = write_plan(tmp_path, small_set, seeds=[0])
+    with stub_jobs(failing=["paper-fewer-frames"]):
+        assert make(plan, tmp_path / "out") == EXIT_STOPPED
+    assert "stopped by SIGTERM after 2 of 3 runs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,13 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from stvit_video.sweeps.table import Table, TableRow, markdown, plot_tradeoff, records, verdicts
+from stvit_video.sweeps.plan import Plan, SweepRow
+from stvit_video.sweeps.table import plot_tradeoff, records, verdicts, write_table
 
 
-def row(name: str, *top1: float | None, kind: str = "control", of: str = "fast", gflops: float = 1.0) -> TableRow:
+def row(name: str, *top1: float | None, kind: str = "control", of: str = "fast", gflops: float = 1.0) -> SweepRow:
     kind, of = {"full": ("twin", ""), "fast": ("preset", "")}.get(name, (kind, of))
-    return TableRow(name, kind, tuple(of.split()), 1, 1, gflops, dict(enumerate(top1)))
+    return SweepRow(name, kind, tuple(of.split()), dict(enumerate(top1)), gflops=gflops)
 
 
 @pytest.mark.parametrize(
@@ -67,21 +68,21 @@ def row(name: str, *top1: float | None, kind: str = "control", of: str = "fast",
         ),
     ],
 )
-def test_verdicts(rows: list[TableRow], sentence: str) -> None:
-    assert verdicts(Table(tuple(rows), 0.5)) == [f"fast: {sentence}"]
+def test_verdicts(rows: list[SweepRow], sentence: str) -> None:
+    assert verdicts(Plan(rows), 0.5) == [f"fast: {sentence}"]
 
 
-def test_missing_figures_are_none() -> None:
-    table = Table((row("full", 90.0, None, gflops=2.0), row("fast", None, None)), 0.5)
-    full, fast = records(table)
+def test_missing_figures_are_none(tmp_path: Path) -> None:
+    plan = Plan([row("full", 90.0, None, gflops=2.0), row("fast", None, None)])
+    full, fast = records(plan)
     assert (full["mean"], full["spread"], full["points"]) == (90.0, None, 0.0)
     assert (fast["mean"], fast["points"], fast["speed_of_twin"], fast["gflops_of_twin"]) == (None, None, None, 0.5)
-    assert "None" not in markdown(table)
+    assert "None" not in write_table(plan, tmp_path, 0.5)
 
 
-def test_names_and_kinds_are_aligned_left_and_figures_right() -> None:
-    table = Table((row("full", 90.0), row("fast", 89.0), row("fast-mean", 88.0)), 0.5)
-    dashes = markdown(table).splitlines()[1].strip("|").split("|")
+def test_names_and_kinds_are_aligned_left_and_figures_right(tmp_path: Path) -> None:
+    plan = Plan([row("full", 90.0), row("fast", 89.0), row("fast-mean", 88.0)])
+    dashes = write_table(plan, tmp_path, 0.5).splitlines()[1].strip("|").split("|")
     assert [cell.strip().endswith(":") for cell in dashes] == [False, False, *[True] * 9]
 
 
@@ -89,11 +90,11 @@ def test_names_in_the_picture_do_not_overlap(tmp_path: Path, monkeypatch: pytest
     drawn: list[Figure] = []
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)))
-    assert not plot_tradeoff([row("full", None)], tmp_path / "none.png")
+    plot_tradeoff([row("full", None)], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
     controls = [row(f"paper-control-{i}", 90 + i % 3 / 10, 90.5, gflops=0.3 + i / 100) for i in range(18)]
     rows = [row("full", 97.0, 98.0, gflops=1.3), row("fast", 96.0, gflops=0.3), *controls]
-    assert plot_tradeoff(rows, tmp_path / "plot.png")
+    plot_tradeoff(rows, tmp_path / "plot.png")
     (axes,) = drawn[0].axes
     FigureCanvasAgg(drawn[0]).draw()  # at the size on the screen, no longer that of the file
     boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
