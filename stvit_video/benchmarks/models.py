@@ -19,9 +19,9 @@ from stvit_video.common.charts import Point, plot_points
 from stvit_video.common.errors import UsageError
 from stvit_video.common.tables import format_table
 from stvit_video.models.cost import count_operations, count_parameters
-from stvit_video.runtime.join import pick_device
 from stvit_video.runtime.parallel import compile_model
 from stvit_video.runtime.precision import HALF, matrix_rate, set_precision
+from stvit_video.runtime.world import pick_device
 
 MIN_ROUND_S = 0.5  # of calls at batch 1: short calls are timed often
 GAIN = 1.05  # by which twice the batch must be faster to be chosen

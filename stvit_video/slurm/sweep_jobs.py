@@ -2,9 +2,7 @@
 
 import os
 import signal
-import socket
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +10,9 @@ from pathlib import Path
 import torch
 from fvcore.common.config import CfgNode
 
-import stvit_video
 from stvit_video.common.errors import UsageError
-from stvit_video.config.load import override
-from stvit_video.slurm.follow import Follower
-from stvit_video.slurm.jobs import ENDED, cancel, check_cluster, open_job_folders, read_job, submit
-from stvit_video.slurm.request import JobRequest, read_profile
+from stvit_video.slurm.jobs import ENDED, Follower, read_job
+from stvit_video.slurm.request import JobRequest, check_cluster, open_job_folders, read_profile, submit
 from stvit_video.sweeps.runs import JobRunner
 
 NO_LIMIT = "365-00"  # days; runs on this machine have no time limit
@@ -40,18 +35,17 @@ class SweepJob(Follower):
 
     def cancel(self) -> None:
         try:
-            cancel(self.job)
+            self.job.cancel()
         except UsageError as error:  # the job may have ended meanwhile
             print(f"warning: {error}", file=sys.stderr, flush=True)
 
     def describe_failure(self) -> str:
         """Return why the job ended without results; empty where its log says it."""
-        failures = self.job.folder.failures(self.job.submission)
-        if failures:
-            number = failures[0].code - 128
+        if failure := self.job.first_failure():
+            number = failure["code"] - 128
             killed = f"ended by {signal.Signals(number).name}" if number in signal.valid_signals() else ""
-            return failures[0].problem or killed
-        if any(row["event"] == "stopped" for row in self.job.folder.events(self.job.submission)):
+            return str(failure["problem"] or killed)
+        if self.job.events("stopped"):
             return "stopped by a signal; the same command continues"
         return f"its job {self.job.id} ended as {self.job.state()[0]}"
 
@@ -77,25 +71,21 @@ def build_job_runner(cluster: str, logs: Path, jobs: int, gpus: int | None, prof
             gpus_per_node=count,
             tasks_per_node=max(1, count),
             cpus_per_task=profile.cpus_per_task or cfg.DATA.WORKERS + 1,
-            source=str(Path(stvit_video.__file__).parent.parent),
             name="stvit-tradeoff",
         )
 
     def build_job(cfg: CfgNode, sharing: int) -> SweepJob:
-        paths = [("OUTPUT_DIR", cfg.OUTPUT_DIR), ("DATA.ROOT", cfg.DATA.ROOT), ("MODEL.INIT", cfg.MODEL.INIT)]
-        cfg = override(cfg, [(key, os.path.abspath(path)) for key, path in paths if path], "a plan")
-        about = {"command": sys.orig_argv, "submitted": time.time(), "host": socket.gethostname()}
         request = build_request(cfg)
         folders = open_job_folders([cfg], request, cluster, logs)
         with _share_of_cores(sharing if cluster == "local" else 0):
-            return SweepJob(submit(folders, request, cluster, logs, about)[0])
+            return SweepJob(submit(folders, request, cluster, logs)[0])
 
     def find(run: Path) -> SweepJob | None:
         job = read_job(run.absolute())
         return SweepJob(job) if job is not None and job.state()[0] not in ENDED else None
 
     if cluster == "slurm":
-        check_cluster(cluster, 1, JobRequest(profile, 1, 0, 1, 1, ""))
+        check_cluster(cluster, 1, JobRequest(profile, 1, 0, 1, 1, "stvit-tradeoff"))
     return JobRunner(build_job, find, jobs, POLL_S[cluster])
 
 

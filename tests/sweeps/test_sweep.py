@@ -20,7 +20,6 @@ from stvit_video import run, tradeoff
 from stvit_video.common.errors import Stopped
 from stvit_video.runtime.stopping import EXIT_STOPPED
 from stvit_video.slurm.jobs import ENDED, ClusterJob, read_job
-from stvit_video.slurm.records import TaskFailure
 from stvit_video.slurm.sweep_jobs import SweepJob
 from stvit_video.sweeps import runs as sweep_runs
 from stvit_video.sweeps.plan import open_plan
@@ -277,9 +276,9 @@ def test_failed_start_is_named_and_nothing_follows(
 )
 def test_failed_job_says_why(code: int | None, problem: str, said: str, tmp_path: Path) -> None:
     job = ClusterJob(tmp_path, "local", "0", tmp_path, "key")
-    job.folder.path.mkdir()
+    job.path.mkdir()
     if code is not None:
-        job.folder.add_failure(TaskFailure("key", 0, 0, "n1", code, problem, 0.0))
+        job.add_failure(0, 0, "n1", code, problem)
     assert SweepJob(job).describe_failure() == said
 
 
