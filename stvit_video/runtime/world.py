@@ -26,7 +26,6 @@ from stvit_video.runtime.stopping import end_with_parent
 
 WAITING_NOTE_S = 30  # between two notes about missing ranks
 PORTS_TRIED = 8
-ANSWER_S = 10
 SHOWN = 8
 
 T = TypeVar("T")
@@ -172,37 +171,29 @@ def connect(place: Place, timeout_s: int) -> Any:
                 store.set(f"job {place.job}", "")
                 return store
         raise RunFailure(f"{who}: ports {listed} are all taken; set MASTER_PORT to a free one")
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        for store in (_find_store(place, port) for port in ports):
-            if store is not None:
-                store.set_timeout(timeout)
-                return store
-        time.sleep(0.2)
-    raise RunFailure(
-        f"{who}: no answer from rank 0 on {place.address} within {timeout_s} s: it did not start, or its ports "
-        f"{listed} cannot be reached from here"
-    )
+    found, arrived = list[Any](), threading.Event()
 
+    def look(port: int) -> None:
+        while not arrived.is_set():
+            with suppress(OSError, dist.DistError):
+                socket.create_connection((place.address, port), timeout=2).close()  # fails at once where nobody listens
+                limit = datetime.timedelta(seconds=5)
+                store = TCPStore(place.address, port, place.size, False, limit, wait_for_workers=False)
+                if store.check([f"job {place.job}"]):
+                    found.append(store)
+                    arrived.set()
+            time.sleep(0.2)
 
-def _find_store(place: Place, port: int) -> Any:
-    """Return this job's store if rank 0 serves it on ``port``, else None."""
-    found: list[Any] = []
-
-    def ask() -> None:
-        with suppress(dist.DistError):
-            limit = datetime.timedelta(seconds=5)
-            store = TCPStore(place.address, port, place.size, False, limit, wait_for_workers=False)
-            if store.check([f"job {place.job}"]):
-                found.append(store)
-
-    with suppress(OSError):
-        socket.create_connection((place.address, port), timeout=2).close()  # fails at once where nobody listens
-        # Another program on that port may never answer, and torch has no time limit there: the thread is abandoned.
-        asking = threading.Thread(target=ask, daemon=True)
-        asking.start()
-        asking.join(ANSWER_S)
-    return found[0] if found else None
+    for port in ports:  # another program on a port may never answer, and torch has no time limit there
+        threading.Thread(target=look, args=(port,), daemon=True).start()
+    if not arrived.wait(timeout_s):
+        arrived.set()
+        raise RunFailure(
+            f"{who}: no answer from rank 0 on {place.address} within {timeout_s} s: it did not start, or its ports "
+            f"{listed} cannot be reached from here"
+        )
+    found[0].set_timeout(timeout)
+    return found[0]
 
 
 def wait_for_all_ranks(store: Any, place: Place, name: str, timeout_s: int) -> torch.device:
