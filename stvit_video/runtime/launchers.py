@@ -97,10 +97,8 @@ def _check_complete(names: tuple[str, ...], remedy: str, known: Collection[str] 
 
 
 def _integer(name: str, default: int | None = None) -> int:
-    text = os.environ.get(name)
-    if text is None and default is not None:
-        return default
+    text = os.environ.get(name, "" if default is None else str(default))
     try:
-        return int(text or "")
+        return int(text)
     except ValueError:
         raise UsageError(f"{name} is {text!r}; it has to be a number, as its launcher sets it.") from None

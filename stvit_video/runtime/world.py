@@ -197,10 +197,7 @@ def connect(place: Place, timeout_s: int) -> Any:
 
 
 def wait_for_all_ranks(store: Any, place: Place, name: str, timeout_s: int) -> torch.device:
-    """Return this process's device when all processes are there and have suitable ones; rank 0 decides for all.
-
-    Raises RunFailure on every rank otherwise, UsageError where this process has no device.
-    """
+    """Return this process's device; raise RunFailure on all ranks where one is missing or has none that suits."""
     target, gpu, problem = torch.device("cpu"), "", None
     try:
         target = pick_device(name, place.local_rank, place.local_size, bound=place.launcher == "SLURM")

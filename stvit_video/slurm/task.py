@@ -42,7 +42,6 @@ GUARD = (
 )
 BLOCKED = (signal.SIGUSR1, signal.SIGUSR2)
 
-
 Signals = list[tuple[signal.Signals, float]]
 
 
@@ -58,10 +57,7 @@ def catch_signals() -> Signals:
 
 @dataclass
 class Task:
-    """The callable that submitit pickles and starts once per task: queued jobs need its name and fields as they are.
-
-    A job that is queued again starts its tasks again.
-    """
+    """The callable that submitit pickles and starts once per task: queued jobs need its name and fields as they are."""
 
     run: str  # the run folder; its paths are absolute
     submission: str  # key of the submission in the run folder
