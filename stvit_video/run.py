@@ -61,7 +61,7 @@ def dispatch(arguments: Sequence[str] | None) -> int:
     # Imported late: a wrong option is answered at once, and processes that only generate data stay light.
     from stvit_video.evaluation.evaluate import test
     from stvit_video.runs.preflight import open_run
-    from stvit_video.runtime.join import join_world
+    from stvit_video.runtime.world import join_world
     from stvit_video.training.dry_run import dry_run
     from stvit_video.training.loop import train
     from stvit_video.training.transfer import transfer

@@ -49,8 +49,7 @@ def tradeoff(arguments: Sequence[str] | None) -> int:
     if options.profile and options.cluster == "local":
         raise UsageError("--profile is for --cluster slurm; leave it out.")
     from stvit_video.runtime.stopping import EXIT_STOPPED
-    from stvit_video.slurm.jobs import check_cluster
-    from stvit_video.slurm.request import JobRequest, read_profile
+    from stvit_video.slurm.request import JobRequest, check_cluster, read_profile
     from stvit_video.sweeps.plan import open_plan
     from stvit_video.sweeps.sweep import build_sweep, list_rows
 
@@ -62,7 +61,7 @@ def tradeoff(arguments: Sequence[str] | None) -> int:
     local = options.cluster == "local"
     options.jobs = options.jobs or (1 if local else sys.maxsize)
     options.profile = read_profile(options.profile, time=NO_LIMIT if local else None)
-    check_cluster(options.cluster, 1, JobRequest(options.profile, 1, 0, 1, 1, ""))
+    check_cluster(options.cluster, 1, JobRequest(options.profile, 1, 0, 1, 1, "stvit-tradeoff"))
     try:
         return build_sweep(plan, output, options)
     except Stopped as stopped:

@@ -27,9 +27,9 @@ from stvit_video.config.load import load_config
 from stvit_video.models.cost import count_operations, count_parameters
 from stvit_video.models.layers import Grid
 from stvit_video.models.zoo import build_model, create_model, list_models
-from stvit_video.runtime.join import pick_device
 from stvit_video.runtime.parallel import compile_model
 from stvit_video.runtime.precision import HALF, matrix_rate, set_precision
+from stvit_video.runtime.world import pick_device
 
 CLASSES = 400  # of peers, and of configurations without MODEL.NUM_CLASSES
 MIN_ROUND_S = 0.5  # of calls at batch 1: short calls are timed often

@@ -15,9 +15,8 @@ from stvit_video.common.tables import format_table
 from stvit_video.config.load import override
 from stvit_video.data.loader import build_test_loader, build_train_loader
 from stvit_video.runs.preflight import OpenRun, open_run
-from stvit_video.runtime.join import pick_device
 from stvit_video.runtime.precision import autocast
-from stvit_video.runtime.world import World
+from stvit_video.runtime.world import World, pick_device
 
 PLAIN_TRAINING = {"TRAIN.ACCUMULATE": 1, "TRAIN.MIXUP": 0.0, "TRAIN.CUTMIX": 0.0}  # as ``train_step``
 COMPILED = {"none": "eager", "blocks": "blocks compiled", "model": "compiled"}  # COMPILE in words

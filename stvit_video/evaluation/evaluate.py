@@ -24,7 +24,7 @@ from stvit_video.runs.preflight import OpenRun
 from stvit_video.runtime.parallel import compile_model
 from stvit_video.runtime.precision import autocast, set_precision
 from stvit_video.runtime.stopping import StopSignals
-from stvit_video.runtime.world import World, any_of, gather_objects, is_told, on_main, tell_all
+from stvit_video.runtime.world import World, any_of, any_so_far, gather_objects, on_main
 
 STOP = "stop"  # the note that tells all processes to stop
 
@@ -80,9 +80,7 @@ def describe_videos(
                 done += len(batch.labels)
             progress.advance(f"{done / (time.monotonic() - started):.1f} videos/s")
             # Shards differ in length, so no process waits for another's batch here.
-            if signals.received is not None:
-                tell_all(world, STOP)
-            if signals.received is not None or is_told(world, STOP):
+            if any_so_far(world, STOP, signals.received is not None):
                 break
     if any_of(world, signals.received is not None):
         if partial is not None:

@@ -16,8 +16,8 @@ from stvit_video.data.decode.frames import Decoding
 from stvit_video.data.decode.types import DecodeError, Frames, Indices
 from stvit_video.data.streams import KnownTimes, Span, check_seconds, clips_of_spans, read_ahead, read_windows, spans_of
 from stvit_video.inference.load import Trained, open_checkpoint
-from stvit_video.runtime.join import pick_device
 from stvit_video.runtime.precision import autocast, set_precision
+from stvit_video.runtime.world import pick_device
 
 PIECE_FRAMES = 256  # frames of a long video that are read in one request
 

@@ -1,16 +1,17 @@
 """Which of how many processes this is, according to the variables of torchrun, submitit or SLURM.
 
-submitit's ``TorchDistributedEnvironment`` covers its tasks on this machine. For SLURM it covers too little: it refuses
-jobs that submitit did not submit, and it assumes equally many tasks on all nodes and one step per job.
+submitit's ``TorchDistributedEnvironment`` covers its tasks on this machine. For SLURM it does not: it refuses jobs of
+others, and assumes equally many tasks on all nodes and one step per job.
 """
 
 import os
 import re
 import socket
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from submitit.helpers import TorchDistributedEnvironment
-from submitit.slurm.slurm import SlurmJobEnvironment
+from submitit.slurm.slurm import _parse_node_list
 
 from stvit_video.common.errors import UsageError
 
@@ -28,52 +29,37 @@ class Place:
     hosts: tuple[str, ...] = ()  # of all processes, rank 0's first; unknown to torchrun's workers
     tasks: tuple[int, ...] = ()  # processes on each host
     job: str = ""  # unique to this start of this job
-    cpus: int | None = None  # for this process
     address: str = ""  # of rank 0
     port: int | None = None  # of rank 0; None: chosen by rank 0
+    cpus: int | None = None  # for this process
 
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_NODELIST")
 
 
-class _SlurmStep(SlurmJobEnvironment):
-    """submitit's reader of SLURM's variables, with the nodes of this step in place of those of the whole job."""
-
-    _env = SlurmJobEnvironment._env | {"nodes": "SLURM_STEP_NODELIST"}
-
-
 def find_place() -> Place | None:
-    """Return this process's place according to its environment variables, or None for a single process.
-
-    Launchers are tried in this order: torchrun, submitit on this machine, a task of a SLURM step. Raises UsageError
-    where the variables of a launcher are incomplete, naming the missing ones.
-    """
+    """Return this process's place, or None for a single process. Raises UsageError, naming the missing variables."""
     env = os.environ
-    present = {name for name in TORCHRUN_VARIABLES if name in env}
     # The address and port of rank 0 may also be set for tasks that SLURM or submitit started.
     others = any(name.startswith(("SLURM_", "SUBMITIT_")) for name in env)
-    if present and not (others and present <= {"MASTER_ADDR", "MASTER_PORT"}):
-        remedy = f"set all of {', '.join(TORCHRUN_VARIABLES)} (torchrun does), or none for a single process."
-        _check_complete(present, TORCHRUN_VARIABLES, remedy)
+    if any(name in env for name in TORCHRUN_VARIABLES[: 4 if others else 6]):
+        _check_complete(TORCHRUN_VARIABLES, "set all (torchrun does), or none for a single process.")
         rank, size, local_rank, local_size = (_integer(name) for name in TORCHRUN_VARIABLES[:4])
         address, port = env["MASTER_ADDR"], _integer("MASTER_PORT")
-        return Place("torchrun", rank, size, local_rank, local_size, socket.gethostname(), address=address, port=port)
+        return Place("torchrun", rank, size, local_rank, local_size, host_name(), address=address, port=port)
     if env.get("SUBMITIT_EXECUTOR") == "local" and "SUBMITIT_LOCAL_GLOBALID" in env:
         task, job, host = TorchDistributedEnvironment(), f"local.{env['SUBMITIT_LOCAL_JOB_ID']}", "localhost"
         size = task.world_size
-        return Place("submitit", task.rank, size, task.local_rank, size, host, (host,), (size,), job, address=host)
+        return Place("submitit", task.rank, size, task.local_rank, size, host, (host,), (size,), job, host)
     return _find_slurm_task()
 
 
 def _find_slurm_task() -> Place | None:
-    """Return the place of a task that srun started; None in the shell of sbatch or salloc, and in a step of one task.
-
-    Raises UsageError in the shell of a job of several tasks.
-    """
+    """Return the place of a task of srun; None in a step of one task, and in the shell of a job of one task."""
     env = os.environ
-    is_step = "SLURM_STEP_ID" in env
-    if not is_step and (env.get("ENVIRONMENT") == "BATCH" or not {"SLURM_PROCID", "SLURM_LOCALID"} & env.keys()):
+    has_rank = "SLURM_PROCID" in env or "SLURM_LOCALID" in env
+    if "SLURM_STEP_ID" not in env and (env.get("ENVIRONMENT") == "BATCH" or not has_rank):
         if _integer("SLURM_NTASKS", 1) == 1:
             return None
         raise UsageError(
@@ -81,32 +67,21 @@ def _find_slurm_task() -> Place | None:
             f"shell and none of its tasks. Start them with `srun python -m stvit_video.run ...`, or ask for one task."
         )
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
-    present = {name for name in SLURM_VARIABLES if (nodes if name == "SLURM_JOB_NODELIST" else name in env)}
-    remedy = f"start with srun, which sets all of {', '.join(SLURM_VARIABLES)}, or unset them for a single process."
-    _check_complete(present, SLURM_VARIABLES, remedy)
+    remedy = "start with srun, which sets all, or unset them for a single process."
+    _check_complete(SLURM_VARIABLES, remedy, {"SLURM_JOB_NODELIST"} if nodes else set())
     size = _integer("SLURM_STEP_NUM_TASKS", _integer("SLURM_NTASKS"))
     if size == 1:
         return None
-    # Not by `scontrol show hostnames`, which a container may lack.
-    hosts = tuple((_SlurmStep() if env.get("SLURM_STEP_NODELIST") else SlurmJobEnvironment()).hostnames)
+    hosts = tuple(_parse_node_list(nodes))  # not by `scontrol show hostnames`, which a container may lack
     counts = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or ""
     repeated = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)  # 4(x2),1 is 4, 4, 1
     tasks = tuple(int(number) for number, times in repeated for _ in range(int(times or 1)))
-    node = _integer("SLURM_NODEID", 0)
-    return Place(
-        launcher="SLURM",
-        rank=_integer("SLURM_PROCID"),
-        size=size,
-        local_rank=_integer("SLURM_LOCALID"),
-        local_size=tasks[node] if node < len(tasks) else -(-size // len(hosts)),
-        host=host_name(),
-        hosts=hosts,
-        tasks=tasks,
-        job=".".join(env.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT")),
-        cpus=_integer("SLURM_CPUS_PER_TASK", 0) or None,
-        address=env.get("MASTER_ADDR") or hosts[0],
-        port=_integer("MASTER_PORT", 0) or None,
-    )
+    node, rank, local_rank = _integer("SLURM_NODEID", 0), _integer("SLURM_PROCID"), _integer("SLURM_LOCALID")
+    local_size = tasks[node] if node < len(tasks) else -(-size // len(hosts))
+    job = ".".join(env.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
+    cpus = _integer("SLURM_CPUS_PER_TASK", 0) or None
+    address, port = env.get("MASTER_ADDR") or hosts[0], _integer("MASTER_PORT", 0) or None
+    return Place("SLURM", rank, size, local_rank, local_size, host_name(), hosts, tasks, job, address, port, cpus)
 
 
 def host_name() -> str:
@@ -114,18 +89,16 @@ def host_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def _check_complete(present: set[str], names: tuple[str, ...], remedy: str) -> None:
-    missing = [name for name in names if name not in present]
+def _check_complete(names: tuple[str, ...], remedy: str, known: Collection[str] = ()) -> None:
+    given = [name for name in names if os.environ.get(name) or name in known]
+    missing = [name for name in names if name not in given]
     if missing:
-        given = [name for name in names if name in present]
         raise UsageError(f"{', '.join(given)} set but {', '.join(missing)} not; {remedy}")
 
 
 def _integer(name: str, default: int | None = None) -> int:
-    text = os.environ.get(name)
-    if text is None and default is not None:
-        return default
+    text = os.environ.get(name, "" if default is None else str(default))
     try:
-        return int(text or "")
+        return int(text)
     except ValueError:
         raise UsageError(f"{name} is {text!r}; it has to be a number, as its launcher sets it.") from None

@@ -23,10 +23,7 @@ RECOMPILE_LIMIT = 256
 
 
 def compile_model(model: nn.Module, extent: str, **options: Any) -> None:
-    """Compile in place, which keeps parameter names: ``extent`` is "blocks" (each), "model" or "none".
-
-    ``options`` are torch.compile's. Increases torch's recompile limit for the whole process.
-    """
+    """Compile in place, which keeps parameter names: ``extent`` is "blocks" (each), "model" or "none"."""
     if extent == "none":
         return
     limits = torch._dynamo.config

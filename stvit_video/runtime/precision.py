@@ -12,10 +12,7 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def set_precision(device: torch.device, precision: str) -> None:
-    """Allow TF32 in fp32 matrix products and convolutions on this process's GPU, or forbid it.
-
-    Raises UsageError for tf32 on a CPU.
-    """
+    """Allow TF32 in matrix products and convolutions of fp32, or forbid it. Raises UsageError for tf32 on a CPU."""
     if precision == "tf32" and device.type != "cuda":
         raise UsageError("PRECISION tf32 on a CPU, which does not have it; choose fp32 or bf16, or DEVICE cuda.")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"

@@ -6,8 +6,8 @@ import signal
 import sys
 import threading
 import time
-from types import FrameType, TracebackType
-from typing import Any
+from contextlib import ExitStack
+from types import FrameType
 
 from stvit_video.common.errors import RunFailure
 
@@ -21,7 +21,7 @@ class Diverged(RunFailure):
     """Too many steps had a loss or gradients that are not finite."""
 
 
-class StopSignals:
+class StopSignals(ExitStack):
     """A context in which SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGUSR2 only set ``received``, the first one's name.
 
     The same signal again, or Ctrl-C after another one, exits at once. In a process that was ``launched`` by torchrun or
@@ -30,22 +30,17 @@ class StopSignals:
     """
 
     def __init__(self, launched: bool) -> None:
+        super().__init__()
         self.received: str | None = None
         self._echo_s = ECHO_S if launched else 0.0
         self._first_seen: dict[int, float] = {}
-        self._handlers_before: dict[signal.Signals, Any] = {}
         self._process = os.getpid()
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
-            self._handlers_before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+            for number in STOP_SIGNALS:
+                self.callback(signal.signal, number, signal.signal(number, self._handle))
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._handlers_before.items():
-            signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # Only note the signal: files, other processes and the GPU may be in any state now.
@@ -67,10 +62,9 @@ def end_with_parent(number: signal.Signals) -> None:
 
 
 def ignore_stop_signals() -> None:
-    """Ignore STOP_SIGNALS, in this process and in those that it starts: the parent process decides when to stop.
+    """Ignore STOP_SIGNALS, in this process and in those that it starts.
 
-    A terminal or a scheduler signals all processes at once, but the parent still needs the results of this one until
-    the end of its current step.
+    A terminal or a scheduler signals all processes at once, but the parent needs this one until it stops itself.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

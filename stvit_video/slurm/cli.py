@@ -2,10 +2,9 @@
 
 import itertools
 import os
+import re
 import shutil
-import socket
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,22 +12,12 @@ from pathlib import Path
 
 from fvcore.common.config import CfgNode
 
-import stvit_video
 from stvit_video.common.cli import Parser, run_command
 from stvit_video.common.errors import UsageError, nearest
 from stvit_video.common.files import write_json
-from stvit_video.config.load import load_config
-from stvit_video.slurm.follow import describe_status, follow, summarise, tail
-from stvit_video.slurm.jobs import (
-    ClusterJob,
-    cancel,
-    expand_grid,
-    find_jobs,
-    open_job_folders,
-    resume,
-    submit,
-)
-from stvit_video.slurm.request import JobRequest, read_profile
+from stvit_video.config.load import load_config, override
+from stvit_video.slurm.jobs import ClusterJob, describe_status, find_jobs, follow, summarise, tail
+from stvit_video.slurm.request import JobRequest, open_job_folders, read_profile, resume, submit
 
 VERBS = {"status": "say how it is", "logs": "print its log", "cancel": "end it", "resume": "submit it again"}
 FORM = (
@@ -48,35 +37,37 @@ def submit_runs(arguments: Sequence[str] | None) -> int:
     """Submit the runs of a command line."""
     options = read_options(arguments or [])
     configs, base = build_configs(options)
-    request, logs = build_request(options, configs), base / "slurm"
+    profile, logs = read_profile(options.profile, partition=options.partition, time=options.time), base / "slurm"
+    gpus, tasks = options.gpus_per_node, options.tasks_per_node
+    if gpus is None:
+        raise UsageError("--gpus-per-node is missing; give the GPUs of a machine, or 0 to run on its CPUs.")
+    if gpus and tasks not in (None, gpus):
+        problem = f"--tasks-per-node {tasks} with --gpus-per-node {gpus}"
+        raise UsageError(f"{problem}: each GPU has one process; omit --tasks-per-node.")
+    cpus = options.cpus_per_task or profile.cpus_per_task or max(cfg.DATA.WORKERS for cfg in configs) + 1
+    name = f"stvit-{Path(options.files[0]).stem}"
+    request = JobRequest(profile, options.nodes, gpus, gpus or tasks or 1, cpus, name)
     if options.dry_run:
-        print(request.sbatch_text(logs, len(configs)))
-        print("\n".join(["runs:", *(f"  {cfg.OUTPUT_DIR}" for cfg in configs), request.describe(len(configs))]))
+        runs = (f"  {cfg.OUTPUT_DIR}" for cfg in configs)
+        print(request.sbatch_text(logs, len(configs)), "runs:", *runs, request.describe(len(configs)), sep="\n")
         return 0
-    from stvit_video.runs.environment import environment
-
-    git = environment()["git"]
-    about = {"command": sys.orig_argv, "submitted": time.time(), "host": socket.gethostname(), "git": git}
     folders = open_job_folders(configs, request, options.cluster, logs)
     if options.copy_source:  # later changes do not affect waiting jobs
-        package = Path(stvit_video.__file__).parent
         copy = next(path for number in itertools.count(1) if not (path := logs / f"source{number}").exists())
+        package = Path(request.source, "stvit_video")
         shutil.copytree(package, copy / package.name, ignore=shutil.ignore_patterns("__pycache__"))
         request = replace(request, source=str(copy))
-    jobs = submit(folders, request, options.cluster, logs, about)
+    jobs = submit(folders, request, options.cluster, logs)
     if len(jobs) > 1:
         write_json(logs / "array.json", [str(job.run) for job in jobs])
     print(request.describe(len(jobs)))
-    print_jobs(jobs)
-    print(f"to look at: python slurm/submit.py {'|'.join(VERBS)} {base}", flush=True)
-    return wait(jobs, base) if options.wait or options.cluster == "debug" else 0
+    return report(jobs, base, options.wait or options.cluster == "debug")
 
 
 def read_options(arguments: Sequence[str]) -> Namespace:
     """Parse the command line of a submission."""
     parser = Parser(prog="python slurm/submit.py", form=FORM, description=f"Submit runs; or {', '.join(VERBS)} RUN.")
-    help_cfg = "configuration; several: an array"
-    parser.add_argument("--cfg", nargs="+", action="extend", dest="files", metavar="FILE", help=help_cfg)
+    parser.add_argument("--cfg", nargs="+", action="extend", dest="files", metavar="FILE", help="several: an array")
     parser.add_argument("--nodes", type=int, default=1, help="machines (default: %(default)s)")
     parser.add_argument("--gpus-per-node", type=int, metavar="G", help="GPUs of each, one process per GPU; 0: none")
     parser.add_argument("--tasks-per-node", type=int, metavar="T", help="processes per machine where there are no GPUs")
@@ -105,57 +96,40 @@ def read_options(arguments: Sequence[str]) -> Namespace:
     return options
 
 
+def expand_grid(text: str) -> list[list[str]]:
+    """Return the overrides of each point of a grid: ``OPTIM.LR=1e-3,3e-4 SEED=0,1`` has four."""
+    axes = []
+    for word in text.split() or [text]:
+        key, equals, values = word.partition("=")
+        if not (key and equals and values):
+            raise UsageError(f"--array {text!r}: {word!r} is not KEY=VALUE,VALUE; write 'OPTIM.LR=1e-3,3e-4 SEED=0,1'.")
+        axes.append([f"{key}={value}" for value in re.split(r",(?![^\[]*\])", values)])  # not at commas in brackets
+    return [list(point) for point in itertools.product(*axes)]
+
+
 def build_configs(options: Namespace) -> tuple[list[CfgNode], Path]:
-    """Return each run's configuration, with absolute paths, and the common folder of all runs."""
+    """Return each run's configuration, with an absolute OUTPUT_DIR, and the common folder of all runs."""
     points = expand_grid(options.array) if options.array else [[]]
     by_file = len(options.files) > 1 and "OUTPUT_DIR" in str(options.overrides)
     configs = []
     for file, point in itertools.product(options.files, points):
-        cfg = load_config(file, [*options.overrides, *point]).clone()
-        cfg.defrost()
+        cfg = load_config(file, [*options.overrides, *point])
         parts = [Path(file).stem] if by_file else []
         parts += [",".join(point).replace("/", "_")] if point else []
-        cfg.OUTPUT_DIR = os.path.abspath(Path(cfg.OUTPUT_DIR, *parts))
-        cfg.DATA.ROOT = os.path.abspath(cfg.DATA.ROOT)
-        if cfg.MODEL.INIT:
-            cfg.MODEL.INIT = os.path.abspath(cfg.MODEL.INIT)
-        configs.append(cfg)
+        configs.append(override(cfg, [("OUTPUT_DIR", os.path.abspath(Path(cfg.OUTPUT_DIR, *parts)))], "--array"))
     folders = [cfg.OUTPUT_DIR for cfg in configs]
     if len(set(folders)) < len(folders):
         raise UsageError("Several runs have the same OUTPUT_DIR; give each configuration its own, or a grid of points.")
     return configs, Path(os.path.commonpath(folders))
 
 
-def build_request(options: Namespace, configs: Sequence[CfgNode]) -> JobRequest:
-    """Return what each job asks for."""
-    profile = read_profile(options.profile, partition=options.partition, time=options.time)
-    gpus, tasks = options.gpus_per_node, options.tasks_per_node
-    if gpus is None:
-        raise UsageError("--gpus-per-node is missing; give the GPUs of a machine, or 0 to run on its CPUs.")
-    if gpus and tasks not in (None, gpus):
-        raise UsageError(
-            f"--tasks-per-node {tasks} with --gpus-per-node {gpus}: each GPU has one process; omit --tasks-per-node."
-        )
-    return JobRequest(
-        profile=profile,
-        nodes=options.nodes,
-        gpus_per_node=gpus,
-        tasks_per_node=gpus or tasks or 1,
-        cpus_per_task=options.cpus_per_task or profile.cpus_per_task or max(cfg.DATA.WORKERS for cfg in configs) + 1,
-        source=str(Path(stvit_video.__file__).parent.parent),
-        name=f"stvit-{Path(options.files[0]).stem}",
-    )
-
-
-def print_jobs(jobs: Sequence[ClusterJob]) -> None:
-    """Print id, run folder and log of each job."""
-    print("\n".join(f"job {job.id}: run {job.run}, log {job.log()}" for job in jobs), flush=True)
-
-
-def wait(jobs: Sequence[ClusterJob], base: Path) -> int:
-    """Follow jobs to their end; of several, print and write a table. Return the exit code."""
-    all_done = follow(jobs)
-    if len(jobs) > 1:
+def report(jobs: Sequence[ClusterJob], base: Path, wait: bool) -> int:
+    """Print the jobs. With ``wait``, follow them, and write a table of several. Return the exit code."""
+    for job in jobs:
+        print(f"job {job.id}: run {job.run}, log {job.log()}")
+    print(f"to look at: python slurm/submit.py {'|'.join(VERBS)} {base}", flush=True)
+    all_done = not wait or follow(jobs)
+    if wait and len(jobs) > 1:
         print(summarise(jobs, base / "summary.csv"))
     return 0 if all_done else 1
 
@@ -177,16 +151,14 @@ def run_verb(arguments: Sequence[str] | None) -> int:
     jobs = find_jobs(base)
     if verb == "resume":
         jobs = [resume(job) for job in jobs if not job.is_done()] or jobs
-        print_jobs(jobs)
-        return wait(jobs, base) if options.wait else 0
+        return report(jobs, base, options.wait)
     for job in jobs:
         if verb == "status":
             print(describe_status(job))
         elif verb == "logs":
-            log = job.log(options.rank)
-            print("\n".join([f"==> {log} <==", *tail(log, options.lines)]))
+            print(f"==> {job.log(options.rank)} <==", *tail(job.log(options.rank), options.lines), sep="\n")
         else:
-            cancel(job)
+            job.cancel()
             print(f"job {job.id} is being cancelled; what it has trained stays in {job.run}")
     if verb == "status" and len(jobs) > 1:
         print(summarise(jobs, base / "summary.csv"))

@@ -1,30 +1,28 @@
-"""Submitting runs as jobs, and asking for their state."""
+"""A submitted job: its records in OUTPUT_DIR/slurm, its state, and following it to its end.
 
-import itertools
+``config.yaml`` is the resolved configuration, ``job.json`` how the job was submitted, ``owner.json`` which start of
+which submission trains, ``history.jsonl`` the events of each start, ``failures/`` which task failed where. The last
+three name the submission by a key of our own, because a SLURM that is set up anew counts its jobs from 1 again. The
+logs, ``<job>_<rank>_log.out``, are submitit's.
+"""
+
 import json
 import os
-import re
-import shutil
 import signal
 import subprocess
-import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
-from dataclasses import asdict, dataclass
-from io import StringIO
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import submitit
 import yaml
-from fvcore.common.config import CfgNode
-from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from stvit_video.common.errors import UsageError
-from stvit_video.common.files import write_json
-from stvit_video.slurm.records import JobFolder
-from stvit_video.slurm.request import JobRequest, Profile
-from stvit_video.slurm.task import Task
+from stvit_video.common.files import write_atomically, write_json
+from stvit_video.common.tables import format_table, to_csv
+from stvit_video.config.schema import flatten
 
 # SLURM's final states of a job, although it may still queue the job again. All others (RUNNING, PENDING ...) go on.
 GONE = "GONE"  # not SLURM's: it no longer knows the job
@@ -33,6 +31,13 @@ ENDED = {
     "REVOKED", "SPECIAL_EXIT", GONE,
 }  # fmt: skip
 NO_ANSWER = "NO ANSWER"
+# Seconds until the end of a job without a result is believed: SLURM requeues a job some seconds after it reports
+# NODE_FAIL, PREEMPTED or TIMEOUT.
+SETTLE_S = {"COMPLETED": 10.0, "FAILED": 3.0, "CANCELLED": 3.0}
+SETTLE_OTHERS_S = 20.0
+SILENCE_S = 600.0  # without an answer from SLURM
+PROGRESS_EVERY_S = 10.0
+LAST_LINES = 20
 
 
 @dataclass(frozen=True)
@@ -43,19 +48,47 @@ class ClusterJob:
     cluster: str
     id: str
     logs: Path
-    submission: str  # key of the submission in the run folder
+    submission: str  # key of the submission in the records
 
     @property
-    def folder(self) -> JobFolder:
-        return JobFolder(self.run)
+    def path(self) -> Path:
+        return self.run / "slurm"
 
     def log(self, rank: int = 0) -> Path:
         """Return the path of a task's output."""
         return self.logs / f"{self.id}_{rank}_log.out"
 
+    def add_event(self, start: int, event: str, **more: Any) -> None:
+        """Append a line to the history. Called on rank 0 only."""
+        row = {"time": time.time(), "submission": self.submission, "start": start, "event": event, **more}
+        with (self.path / "history.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def events(self, name: str = "") -> list[dict[str, Any]]:
+        """Return the history of this submission, or its events of one name, oldest first."""
+        rows = [row for row in read_rows(self.path / "history.jsonl") if row["submission"] == self.submission]
+        return [row for row in rows if name in ("", row["event"])]
+
+    def add_failure(self, start: int, rank: int, host: str, code: int, problem: str) -> None:
+        """Record how a task failed; ``problem`` is empty where its log says more."""
+        row = {"submission": self.submission, "start": start, "rank": rank, "host": host, "code": code}
+        path = self.path / "failures" / f"{self.submission}.{start}.{rank}.json"
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, {**row, "problem": problem, "time": time.time()})
+
+    def first_failure(self) -> dict[str, Any] | None:
+        """Return the first failure of the last start that had any, from which its others follow."""
+        found = [json.loads(path.read_text()) for path in self.path.glob(f"failures/{self.submission}.*.json")]
+        return min(found, key=lambda failure: (-failure["start"], failure["time"]), default=None)
+
+    def newest_step(self) -> int:
+        """Return the step of the newest checkpoint, 0 where there is none."""
+        names = [path.stem.removeprefix("step_") for path in self.run.glob("checkpoints/step_*.pt")]
+        return max((int(name) for name in names if name.isdigit()), default=0)
+
     def is_done(self) -> bool:
         """Say whether rank 0 recorded that the run is complete. SLURM's state alone does not tell."""
-        return any(row["event"] == "done" for row in self.folder.events(self.submission))
+        return bool(self.events("done"))
 
     def state(self) -> tuple[str, str]:
         """Return the job's state and, where SLURM gives them, its nodes or a reason. Takes at most a minute."""
@@ -67,19 +100,31 @@ class ClusterJob:
                 if is_starting or b"submitit.local" in command:
                     return "RUNNING", ""
             return "COMPLETED" if self.is_done() else "FAILED", ""
-        ok, said = run_client(
-            "squeue", "--noheader", "--array", "--states=all", "--format=%T|%r|%N", f"--jobs={self.id}"
-        )
+        query = ("--noheader", f"--jobs={self.id}")
+        ok, said = run_client("squeue", *query, "--array", "--states=all", "--format=%T|%r|%N")
         if ok and said:
             state, reason, nodes = said.splitlines()[0].split("|")
             return state, nodes or ("" if reason == "None" else reason)
         if not ok and "Invalid job id" not in said:
             return NO_ANSWER, said
         # The controller forgets old jobs; accounting, where there is any, does not.
-        ok, said = run_client(
-            "sacct", "--noheader", "--allocations", "--parsable2", "--format=State", f"--jobs={self.id}"
-        )
+        ok, said = run_client("sacct", *query, "--allocations", "--parsable2", "--format=State")
         return (said.split()[0], "") if ok and said else (GONE, "")
+
+    def cancel(self) -> None:
+        """End the job; its checkpoints stay."""
+        if self.cluster == "slurm":
+            ok, said = run_client("scancel", self.id)
+            if not ok:
+                raise UsageError(f"scancel {self.id}: {said.splitlines()[-1] if said else 'no answer'}; try again.")
+        elif self.state()[0] == "RUNNING":
+            # submitit's controller ends when its tasks do, and so does the shell around it that runs the profile's
+            # setup, in which a signal would not reach the controller.
+            children_file = Path(f"/proc/{self.id}/task/{self.id}/children")
+            children = children_file.read_text().split() if children_file.is_file() else []
+            for process in children or [self.id]:
+                with suppress(ProcessLookupError):
+                    os.kill(int(process), signal.SIGTERM)
 
 
 def run_client(*command: str, given: str | None = None) -> tuple[bool, str]:
@@ -91,108 +136,9 @@ def run_client(*command: str, given: str | None = None) -> tuple[bool, str]:
     return found.returncode == 0, (found.stderr if found.returncode else found.stdout).strip()
 
 
-def check_cluster(cluster: str, jobs: int, request: JobRequest) -> None:
-    """Raise UsageError where ``cluster`` cannot be used from here."""
-    if cluster == "slurm" and shutil.which("sbatch") is None:
-        raise UsageError(
-            "sbatch is not on the PATH, so this is no login node of a SLURM cluster; go to one, use --cluster local to "
-            "run on this machine, or try slurm/local_cluster.sh."
-        )
-    if cluster != "slurm" and (jobs > 1 or request.nodes > 1 or (cluster == "debug" and request.tasks > 1)):
-        most = "one process" if cluster == "debug" else "one configuration on one node"
-        raise UsageError(f"--cluster {cluster} runs {most}; use --cluster slurm for {jobs} of {request.nodes} node(s).")
-
-
-def open_job_folders(configs: Sequence[CfgNode], request: JobRequest, cluster: str, logs: Path) -> list[JobFolder]:
-    """Claim a run folder for each job, and write into it the configuration, with absolute paths, that the job will run.
-
-    Folders are cleared where the configuration says OVERWRITE. Raises UsageError, before any folder is changed, where
-    the cluster cannot be used.
-    """
-    from stvit_video.runs.folder import build_run_folder
-
-    check_cluster(cluster, len(configs), request)
-    if cluster == "slurm" and any(cfg.OVERWRITE for cfg in configs):  # delete nothing for a job that SLURM would refuse
-        with _outside_jobs():
-            ok, said = run_client("sbatch", "--test-only", given=request.sbatch_text(logs, len(configs)))
-        if not ok:
-            raise UsageError(_explain_refusal(said))
-    folders = [JobFolder(cfg.OUTPUT_DIR) for cfg in configs]
-    for cfg, folder in zip(configs, folders, strict=True):
-        earlier = read_job(folder.run)
-        if earlier is not None and earlier.state()[0] not in ENDED:
-            raise UsageError(
-                f"OUTPUT_DIR {folder.run} belongs to job {earlier.id}, which has not ended; give another one, or end "
-                f"that job: python slurm/submit.py cancel {folder.run}"
-            )
-        run = build_run_folder(cfg)
-        run.check()
-        if run.is_finished() and cfg.MODE == "train" and not cfg.OVERWRITE:
-            raise UsageError(f"OUTPUT_DIR {run.path} is finished; give another one, or OVERWRITE True to run it again.")
-        run.claim()
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.OVERWRITE = False  # the folder is cleared; from now on each start of the job continues
-        folder.path.mkdir(exist_ok=True)
-        folder.config.write_text(cfg.dump())
-    logs.mkdir(parents=True, exist_ok=True)
-    return folders
-
-
-def submit(
-    folders: Sequence[JobFolder], request: JobRequest, cluster: str, logs: Path, about: dict[str, Any]
-) -> list[ClusterJob]:
-    """Submit a job for each run folder, as one array where there are several, and record it there with ``about``.
-
-    Raises UsageError where the cluster refuses.
-    """
-    executor, profile = request.executor(cluster, logs), request.profile
-    limits = (profile.minutes, profile.warning_s, profile.max_timeouts)
-    tasks = [Task(str(folder.run), uuid.uuid4().hex[:12], *limits) for folder in folders]
-    with _outside_jobs(), ExitStack() as restore:
-        restore.callback(os.chdir, os.getcwd())
-        os.chdir(request.source)  # tasks start there, and import the package from there
-        if cluster == "local":  # Ctrl-C in the terminal only stops following the job: its processes inherit this
-            restore.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.SIG_IGN))
-        try:
-            with redirect_stderr(StringIO()), executor.batch():  # submitit repeats sbatch's message there
-                submitted = [executor.submit(task) for task in tasks]
-        except (FailedJobError, FailedSubmissionError) as error:
-            raise UsageError(_explain_refusal(str(error))) from error
-        jobs = [
-            ClusterJob(folder.run, cluster, job.job_id, logs, task.submission)
-            for folder, task, job in zip(folders, tasks, submitted, strict=True)
-        ]
-        for job in jobs:
-            record = {"id": job.id, "submission": job.submission, "cluster": cluster, "logs": str(logs)}
-            write_json(job.folder.job, {**record, "request": asdict(request), **about})
-        if cluster == "debug":
-            submitted[0].results()
-    return jobs
-
-
-@contextmanager
-def _outside_jobs() -> Iterator[None]:
-    """Hide the variables of an enclosing job from the submission, except which cluster is meant."""
-    conf = os.environ.get("SLURM_CONF")
-    with submitit.helpers.clean_env():
-        if conf is not None:
-            os.environ["SLURM_CONF"] = conf
-        yield
-
-
-def _explain_refusal(said: str) -> str:
-    """Return sbatch's reason and what the cluster offers, on one line."""
-    lines = [line.partition(":")[2].removeprefix(" error:").strip() for line in said.splitlines() if "sbatch:" in line]
-    reason = lines[-1] if lines else (said.strip().splitlines() or ["no reason given"])[-1]
-    ok, listed = run_client("sinfo", "--noheader", "--format=%R: %D node(s) of %c CPUs, %G, at most %l")
-    offers = f" Partitions here: {'; '.join(dict.fromkeys(listed.splitlines()))}." if ok and listed else ""
-    return f"sbatch refused the job: {reason.rstrip('.')}.{offers} Correct the profile, --nodes or --gpus-per-node."
-
-
 def read_job(run: Path) -> ClusterJob | None:
     """Return the job that was last submitted for a run folder, None where none was."""
-    path = JobFolder(run).job
+    path = run / "slurm" / "job.json"
     if not path.is_file():
         return None
     record = json.loads(path.read_text())
@@ -201,53 +147,133 @@ def read_job(run: Path) -> ClusterJob | None:
 
 def find_jobs(folder: Path) -> list[ClusterJob]:
     """Return the jobs of a run folder, or of all run folders of an array. Raises UsageError where there is none."""
-    array = folder / "slurm" / "array.json"
-    runs = json.loads(array.read_text()) if array.is_file() and not JobFolder(folder).job.is_file() else [folder]
-    jobs = [job for run in runs if (job := read_job(Path(run))) is not None]
+    runs, array = [folder], folder / "slurm" / "array.json"
+    if array.is_file() and not array.with_name("job.json").is_file():
+        runs = [Path(run) for run in json.loads(array.read_text())]
+    jobs = [job for run in runs if (job := read_job(run)) is not None]
     if not jobs:
         raise UsageError(f"{folder} holds no submitted job; give the OUTPUT_DIR that submit.py printed.")
     return jobs
 
 
-def resume(job: ClusterJob) -> ClusterJob:
-    """Submit the run of a job again with the same request; it continues at its newest checkpoint."""
-    state, _ = job.state()
-    if state not in ENDED:
-        raise UsageError(f"{job.run} belongs to job {job.id}, which is {state}; there is nothing to resume.")
-    record = json.loads(job.folder.job.read_text())
-    given = record.pop("request")
-    request = JobRequest(**given | {"profile": Profile(**given["profile"])})
-    about = {name: value for name, value in record.items() if name not in ("id", "cluster", "logs", "submission")}
-    config = CfgNode(yaml.safe_load(job.folder.config.read_text()))
-    folders = open_job_folders([config], request, job.cluster, job.logs)
-    return submit(folders, request, job.cluster, job.logs, about)[0]
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file, None where it is absent or cannot be read at this moment."""
+    with suppress(OSError, ValueError):
+        return json.loads(path.read_text())
+    return None
 
 
-def cancel(job: ClusterJob) -> None:
-    """End a job; its checkpoints stay."""
-    if job.cluster == "slurm":
-        ok, said = run_client("scancel", job.id)
-        if not ok:
-            raise UsageError(f"scancel {job.id}: {said.splitlines()[-1] if said else 'no answer'}; try again.")
-    elif job.state()[0] == "RUNNING":
-        # submitit's controller ends when its tasks do, and so does the shell around it that runs the profile's setup,
-        # in which a signal would not reach the controller.
-        children_file = Path(f"/proc/{job.id}/task/{job.id}/children")
-        children = children_file.read_text().split() if children_file.is_file() else []
-        for process in children or [job.id]:
-            with suppress(ProcessLookupError):
-                os.kill(int(process), signal.SIGTERM)
+def read_rows(path: Path, last: int = 0) -> list[dict[str, Any]]:
+    """Return the lines of a JSON-lines file, or of its ``last`` ones, that are complete; none where it is absent."""
+    rows = []
+    for line in path.read_text().splitlines()[-last:] if path.is_file() else []:
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
-def expand_grid(text: str) -> list[list[str]]:
-    """Return the overrides of each point of a grid such as ``OPTIM.LR=1e-3,3e-4 SEED=0,1``: here four.
+def tail(path: Path, count: int) -> list[str]:
+    """Return a file's last lines, or why it cannot be read."""
+    try:
+        return path.read_text(errors="replace").splitlines()[-count:]
+    except OSError as error:
+        return [f"({path}: {error.strerror})"]
 
-    Commas within brackets do not separate. Raises UsageError where there is no ``=``.
-    """
-    axes = []
-    for word in text.split() or [text]:
-        key, equals, values = word.partition("=")
-        if not (key and equals and values):
-            raise UsageError(f"--array {text!r}: {word!r} is not KEY=VALUE,VALUE; write 'OPTIM.LR=1e-3,3e-4 SEED=0,1'.")
-        axes.append([f"{key}={value}" for value in re.split(r",(?![^\[]*\])", values)])
-    return [list(point) for point in itertools.product(*axes)]
+
+class Follower:
+    """The last known state of one job, and since when; what is new is printed, unless ``silent``."""
+
+    def __init__(self, job: ClusterJob, silent: bool = False) -> None:
+        self.job, self.state, self.detail, self.progress = job, "", "", ""
+        self.state_since = self.last_answer = self.last_progress = time.monotonic()
+        self.ended, self.silent = False, silent
+
+    def update(self) -> None:
+        """Ask for the state once, and decide whether the job has ended."""
+        now, (state, detail) = time.monotonic(), self.job.state()
+        if state == NO_ANSWER:
+            state, detail = self.state, self.detail
+        else:
+            self.last_answer = now
+        if (state, detail) != (self.state, self.detail):
+            self.state_since = now if state != self.state else self.state_since
+            self.state, self.detail = state, detail
+            self.report(f"{state} {detail}".strip())
+        if now - self.last_progress >= PROGRESS_EVERY_S and (progress := describe_progress(self.job)) != self.progress:
+            self.progress, self.last_progress = progress, now
+            self.report(progress)
+        if state in ENDED:
+            self.ended = self.job.is_done() or now - self.state_since >= SETTLE_S.get(state, SETTLE_OTHERS_S)
+        elif now - self.last_answer > SILENCE_S:
+            self.ended = True
+            self.report(f"no answer from SLURM for {SILENCE_S:.0f} s; the job may go on")
+
+    def report(self, text: str) -> None:
+        if not self.silent:
+            print(f"{time.strftime('%H:%M:%S')}  job {self.job.id}  {text}", flush=True)
+
+
+def follow(jobs: Sequence[ClusterJob]) -> bool:
+    """Print state and progress of jobs until all have ended; return whether all are done."""
+    followers, begun = [Follower(job) for job in jobs], time.monotonic()
+    while running := [follower for follower in followers if not follower.ended]:
+        for follower in running:
+            follower.update()
+        # Often at first, so that errors show soon; later rarely, to spare SLURM's controller.
+        time.sleep(min(30.0, 1.0 + (time.monotonic() - begun) / 60))
+    for job in jobs:
+        print(describe_end(job), flush=True)
+    return all(job.is_done() for job in jobs)
+
+
+def describe_progress(job: ClusterJob) -> str:
+    """Return the newest complete line of the metrics, empty where there is none."""
+    rows = read_rows(job.run / "metrics.jsonl", last=2)
+    if not rows:
+        return ""
+    row = rows[-1]
+    values = [f"{name} {row[name]:.4g}" for name in ("loss", "top1", "clips_per_second") if name in row]
+    return f"step {row['step']}  epoch {row['epoch']:.2f}  {'  '.join(values)}"
+
+
+def describe_end(job: ClusterJob) -> str:
+    """Return how a job ended: its result, or which task failed first, where, and its last lines."""
+    if job.is_done():
+        results = read_json(job.run / "results.json") or {}
+        return f"job {job.id} is done: {job.run}" + (f", top-1 {results['top1']:.2f} %" if "top1" in results else "")
+    state = " ".join(job.state()).strip()
+    reason = "is unknown to SLURM, and left no result" if state == GONE else f"ended without a result ({state})"
+    lines, first = [f"job {job.id} {reason}: {job.run}"], job.first_failure()
+    if first:
+        lines.append(f"rank {first['rank']} on {first['host']} failed first, with exit code {first['code']}")
+    log = job.log(first["rank"] if first else 0)
+    shown = [first["problem"]] if first and first["problem"] else [f"the last lines of {log}:", *tail(log, LAST_LINES)]
+    return "\n".join(lines + shown)
+
+
+def describe_status(job: ClusterJob) -> str:
+    """Return state, starts, progress, newest checkpoint and log of a job."""
+    stops = ", ".join(f"{row['reason']} at step {row['step']}" for row in job.events("stopped"))
+    lines = [
+        str(job.run),
+        f"job {job.id} ({job.cluster}): {'done' if job.is_done() else ' '.join(job.state()).strip()}",
+        f"{len(job.events('started'))} start(s){': stopped by ' if stops else ''}{stops}",
+        describe_progress(job),
+        f"checkpoint of step {job.newest_step()}",
+        f"log {job.log()}",
+    ]
+    return "\n  ".join(line for line in lines if line)
+
+
+def summarise(jobs: Sequence[ClusterJob], to: Path) -> str:
+    """Write a table of an array's runs, their different settings and their results as CSV; return it as text."""
+    configs = [flatten(yaml.safe_load((job.path / "config.yaml").read_text())) for job in jobs]
+    keys = [key for key in configs[0] if key != "OUTPUT_DIR" and len({str(c.get(key)) for c in configs}) > 1]
+    rows = []
+    for job, config in zip(jobs, configs, strict=True):
+        results, state = read_json(job.run / "results.json") or {}, "done" if job.is_done() else job.state()[0]
+        accuracy = {name: f"{results[name]:.2f}" if name in results else "" for name in ("top1", "top5")}
+        settings = {key: config.get(key, "") for key in keys}
+        rows.append({"run": job.run.name, "job": job.id, "state": state, **settings, **accuracy})
+    write_atomically(to, to_csv(rows, list(rows[0])))
+    return f"{format_table(list(rows[0]), [list(row.values()) for row in rows])}\ntable in {to}"

@@ -1,17 +1,33 @@
-"""What a job asks of a cluster: the profile of a site, and the size of one job."""
+"""Submitting runs as jobs: the profile of a site, the size of a job, and submission through submitit."""
 
+import json
 import os
+import re
 import shlex
+import shutil
+import signal
+import socket
 import sys
-from dataclasses import dataclass, field
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from dataclasses import asdict, dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 import submitit
 import yaml
+from fvcore.common.config import CfgNode
+from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+import stvit_video
 from stvit_video.common.errors import UsageError, nearest
-from stvit_video.slurm.task import GUARD
+from stvit_video.common.files import write_json
+from stvit_video.config.load import load_config, override
+from stvit_video.slurm.jobs import ENDED, ClusterJob, read_job, run_client
+from stvit_video.slurm.task import GUARD, Task
 
 
 @dataclass(frozen=True)
@@ -37,33 +53,20 @@ class Profile:
     @property
     def minutes(self) -> int:
         """The time limit. Raises UsageError where ``time`` is not in one of SLURM's formats."""
-        days, dash, clock = self.time.rpartition("-")
-        numbers = clock.split(":")
+        match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(:\d+)?", self.time)
+        days, first, second, seconds = match.groups(default="") if match else ("", "0", "", "")
         # As in SLURM, 30:00 is half an hour, but after days the first number is hours.
-        units = (60, 1, 0) if dash or len(numbers) == 3 else (1, 0)
-        total = 0
-        if all(word.isdecimal() for word in [*numbers, *([days] if dash else [])]) and len(numbers) <= len(units):
-            total = int(days or 0) * 1440 + sum(int(n) * unit for n, unit in zip(numbers, units, strict=False))
+        total = 60 * int(first) + int(second or 0) if days or seconds else int(first)
+        total += 1440 * int(days or 0)
         if total < 1:
-            raise UsageError(
-                f"time {self.time!r} is no time limit; write minutes (90), hours:minutes:seconds (24:00:00) or "
-                f"days-hours (2-12), at least a minute."
-            )
+            raise UsageError(f"time {self.time!r} is no time limit; write minutes, H:MM:SS or D-HH, at least a minute.")
         return total
 
 
 def read_profile(path: str | Path | None, **changes: Any) -> Profile:
     """Return the profile in a YAML file, with ``changes`` that are not None. Raises UsageError, naming the key."""
-    content = {} if path is None else _read_keys(path)
-    profile = Profile(**content | {name: value for name, value in changes.items() if value is not None})
-    if profile.warning_s >= 60 * profile.minutes:
-        raise UsageError(f"warning_s is {profile.warning_s} but the job has {profile.minutes} minutes; lower it.")
-    return profile
-
-
-def _read_keys(path: str | Path) -> dict[str, Any]:
     try:
-        text = Path(path).read_text()
+        text = "" if path is None else Path(path).read_text()
         content = yaml.safe_load(text) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or str(error).replace("\n", " ")
@@ -73,17 +76,18 @@ def _read_keys(path: str | Path) -> dict[str, Any]:
     types = get_type_hints(Profile)
     for name, value in content.items():
         if name not in types:
-            raise UsageError(
-                f"Profile {path}: {name} is unknown.{nearest(str(name), list(types))} Known are: {', '.join(types)}."
-            )
+            near = nearest(str(name), list(types))
+            raise UsageError(f"Profile {path}: {name} is unknown.{near} Known are: {', '.join(types)}.")
         kind = get_origin(types[name]) or types[name]
-        if kind is str and isinstance(value, int) and not isinstance(value, bool):
+        if kind is str and type(value) is int:  # YAML reads 24:00:00 as a number: take the text
             root: Any = yaml.compose(text, yaml.SafeLoader)
-            # YAML reads 24:00:00 as a number: take the text.
             value = content[name] = next(node.value for key, node in root.value if key.value == name)
         if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value < 0):
             raise UsageError(f"Profile {path}: {name} is {value!r}; it has to be a {kind.__name__}.")
-    return content
+    profile = Profile(**content | {name: value for name, value in changes.items() if value is not None})
+    if profile.warning_s >= 60 * profile.minutes:
+        raise UsageError(f"warning_s is {profile.warning_s} but the job has {profile.minutes} minutes; lower it.")
+    return profile
 
 
 @dataclass(frozen=True)
@@ -95,47 +99,35 @@ class JobRequest:
     gpus_per_node: int
     tasks_per_node: int
     cpus_per_task: int
-    source: str  # folder from which the package is imported
-    name: str = "stvit"
+    name: str
+    source: str = str(Path(stvit_video.__file__).parent.parent)  # folder from which the package is imported
 
-    @property
-    def tasks(self) -> int:
-        return self.nodes * self.tasks_per_node
-
-    def describe(self, jobs: int = 1) -> str:
-        """Return what the job, or an array of ``jobs``, takes at most."""
-        gpus, cpus, hours = self.nodes * self.gpus_per_node, self.tasks * self.cpus_per_task, self.profile.minutes / 60
+    def describe(self, jobs: int) -> str:
+        """Return what ``jobs`` of this size take at most."""
+        gpus, cpus = self.nodes * self.gpus_per_node, self.nodes * self.tasks_per_node * self.cpus_per_task
+        hours = self.profile.minutes / 60
         return (
             f"{jobs} job(s) of {self.nodes} node(s) x {self.tasks_per_node} task(s) x {self.cpus_per_task} CPU(s), "
             f"{gpus} GPU(s), {hours:g} h at most before it is queued again: "
             f"{jobs * cpus * hours:g} CPU hours and {jobs * gpus * hours:g} GPU hours a start"
         )
 
-    def executor(self, cluster: str, logs: Path) -> submitit.Executor:
+    def executor(self, cluster: str, logs: Path) -> Any:
         """Return submitit's executor of this job, which writes to ``logs``."""
+        profile, common = self.profile, {"signal_delay_s": self.profile.warning_s, "stderr_to_stdout": True}
         if cluster == "debug":
             return submitit.DebugExecutor(logs)
-        if cluster == "slurm":
-            return self.slurm_executor(logs)
-        executor = submitit.LocalExecutor(logs)
-        executor.update_parameters(
-            timeout_min=self.profile.minutes,
-            tasks_per_node=self.tasks_per_node,
-            gpus_per_node=self.gpus_per_node,
-            signal_delay_s=self.profile.warning_s,
-            setup=self.profile.setup,
-            stderr_to_stdout=True,
-        )
-        if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
-            executor.parameters["visible_gpus"] = visible.split(",")  # else submitit takes the machine's first GPUs
-        return executor
-
-    def slurm_executor(self, logs: Path) -> submitit.SlurmExecutor:
-        """Return submitit's executor for SLURM; what is 0 or empty in the profile is left to the site."""
-        profile = self.profile
+        if cluster == "local":
+            executor = submitit.LocalExecutor(logs)
+            sizes = {"tasks_per_node": self.tasks_per_node, "gpus_per_node": self.gpus_per_node}
+            executor.update_parameters(timeout_min=profile.minutes, setup=profile.setup, **sizes, **common)
+            if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+                executor.parameters["visible_gpus"] = visible.split(",")  # else submitit takes the machine's first GPUs
+            return executor
         words = f"bash -c {shlex.quote(GUARD)} task {shlex.quote(profile.python)}"
-        executor = _SlurmExecutor(logs, python=f"{profile.container} {words}".strip())
-        executor.update_parameters(
+        slurm = _SlurmExecutor(logs, python=f"{profile.container} {words}".strip())
+        # What is 0 or empty in the profile is left to the site.
+        slurm.update_parameters(
             job_name=self.name,
             time=profile.minutes,
             nodes=self.nodes,
@@ -144,18 +136,17 @@ class JobRequest:
             gpus_per_node=self.gpus_per_node or None,
             mem=f"{profile.memory_gb}GB" if profile.memory_gb else None,
             **{name: getattr(profile, name) or None for name in ("partition", "account", "qos", "constraint")},
-            stderr_to_stdout=True,
-            signal_delay_s=profile.warning_s,
+            **common,
             setup=[f"module load {shlex.quote(name)}" for name in profile.modules] + profile.setup,
             # From version 22.05 on, srun does not take the CPUs per task from sbatch.
             srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={self.cpus_per_task}", *profile.srun],
             additional_parameters={"requeue": True, "chdir": self.source, **profile.sbatch},
         )
-        return executor
+        return slurm
 
-    def sbatch_text(self, logs: Path, jobs: int = 1) -> str:
+    def sbatch_text(self, logs: Path, jobs: int) -> str:
         """Return the script that submitit passes to sbatch; needs no SLURM."""
-        executor = self.slurm_executor(logs)
+        executor = self.executor("slurm", logs)
         if jobs > 1:
             executor.parameters["map_count"] = jobs
         return executor._make_submission_file_text(executor._submitit_command_str, "")
@@ -167,3 +158,111 @@ class _SlurmExecutor(submitit.SlurmExecutor):
     @classmethod
     def affinity(cls) -> int:
         return 1
+
+
+def check_cluster(cluster: str, jobs: int, request: JobRequest) -> None:
+    """Raise UsageError where ``cluster`` cannot be used from here."""
+    if cluster == "slurm" and shutil.which("sbatch") is None:
+        remedy = "go to one, use --cluster local to run on this machine, or try slurm/local_cluster.sh"
+        raise UsageError(f"sbatch is not on the PATH, so this is no login node of a SLURM cluster; {remedy}.")
+    if cluster != "slurm" and (jobs > 1 or request.nodes > 1 or (cluster == "debug" and request.tasks_per_node > 1)):
+        most = "one process" if cluster == "debug" else "one configuration on one node"
+        raise UsageError(f"--cluster {cluster} runs {most}; use --cluster slurm for {jobs} of {request.nodes} node(s).")
+
+
+def open_job_folders(configs: Sequence[CfgNode], request: JobRequest, cluster: str, logs: Path) -> list[Path]:
+    """Claim a run folder for each job, and write into it the configuration, with absolute paths, that the job will run.
+
+    Raises UsageError where a folder belongs to another job and, before any is changed, where the cluster refuses.
+    """
+    from stvit_video.runs.folder import build_run_folder
+
+    check_cluster(cluster, len(configs), request)
+    if cluster == "slurm" and any(cfg.OVERWRITE for cfg in configs):  # delete nothing for a job that SLURM would refuse
+        with _outside_jobs():
+            ok, said = run_client("sbatch", "--test-only", given=request.sbatch_text(logs, len(configs)))
+        if not ok:
+            raise UsageError(_explain_refusal(said))
+    folders = []
+    for cfg in configs:
+        paths = [("OUTPUT_DIR", cfg.OUTPUT_DIR), ("DATA.ROOT", cfg.DATA.ROOT), ("MODEL.INIT", cfg.MODEL.INIT)]
+        cfg = override(cfg, [(key, os.path.abspath(path)) for key, path in paths if path], "a submission")
+        run = build_run_folder(cfg)
+        earlier = read_job(run.path)
+        if earlier is not None and earlier.state()[0] not in ENDED:
+            remedy = f"give another one, or end that job: python slurm/submit.py cancel {run.path}"
+            raise UsageError(f"OUTPUT_DIR {run.path} belongs to job {earlier.id}, which has not ended; {remedy}")
+        run.check()
+        if run.is_finished() and cfg.MODE == "train" and not cfg.OVERWRITE:
+            raise UsageError(f"OUTPUT_DIR {run.path} is finished; give another one, or OVERWRITE True to run it again.")
+        run.claim()
+        folder = run.path / "slurm"
+        folder.mkdir(exist_ok=True)
+        # The folder is cleared: from now on each start of the job continues.
+        (folder / "config.yaml").write_text(override(cfg, [("OVERWRITE", False)], "a submission").dump())
+        folders.append(run.path)
+    logs.mkdir(parents=True, exist_ok=True)
+    return folders
+
+
+def submit(
+    folders: Sequence[Path], request: JobRequest, cluster: str, logs: Path, about: dict[str, Any] | None = None
+) -> list[ClusterJob]:
+    """Submit a job for each run folder, several as one array, and record it there. Raises UsageError on a refusal.
+
+    The record tells ``about`` the submission: by default the command, its time, its host and the commit.
+    """
+    from stvit_video.runs.environment import environment
+
+    if about is None:
+        about = {"command": sys.orig_argv, "submitted": time.time(), "host": socket.gethostname()}
+        about["git"] = environment()["git"]
+    executor, profile = request.executor(cluster, logs), request.profile
+    limits = (profile.minutes, profile.warning_s, profile.max_timeouts)
+    tasks = [Task(str(folder), uuid.uuid4().hex[:12], *limits) for folder in folders]
+    with _outside_jobs(), ExitStack() as restore:
+        restore.callback(os.chdir, os.getcwd())
+        os.chdir(request.source)  # tasks start there, and import the package from there
+        if cluster == "local":  # Ctrl-C in the terminal only stops following the job: its processes inherit this
+            restore.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.SIG_IGN))
+        try:
+            with redirect_stderr(StringIO()), executor.batch():  # submitit repeats sbatch's message there
+                submitted = [executor.submit(task) for task in tasks]
+        except (FailedJobError, FailedSubmissionError) as error:
+            raise UsageError(_explain_refusal(str(error))) from error
+        jobs = []
+        for folder, task, accepted in zip(folders, tasks, submitted, strict=True):
+            jobs.append(ClusterJob(folder, cluster, accepted.job_id, logs, task.submission))
+            about |= {"id": accepted.job_id, "submission": task.submission, "cluster": cluster, "logs": str(logs)}
+            write_json(folder / "slurm" / "job.json", {**about, "request": asdict(request)})
+        if cluster == "debug":
+            submitted[0].results()
+    return jobs
+
+
+@contextmanager
+def _outside_jobs() -> Iterator[None]:
+    """Hide the variables of an enclosing job from the submission, except which cluster is meant."""
+    kept = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
+    with submitit.helpers.clean_env(), submitit.helpers.environment_variables(**kept):
+        yield
+
+
+def _explain_refusal(said: str) -> str:
+    """Return sbatch's reason and what the cluster offers, on one line."""
+    lines = [line.partition(":")[2].removeprefix(" error:").strip() for line in said.splitlines() if "sbatch:" in line]
+    reason = lines[-1] if lines else (said.strip().splitlines() or ["no reason given"])[-1]
+    ok, listed = run_client("sinfo", "--noheader", "--format=%R: %D node(s) of %c CPUs, %G, at most %l")
+    offers = f" Partitions here: {'; '.join(dict.fromkeys(listed.splitlines()))}." if ok and listed else ""
+    return f"sbatch refused the job: {reason.rstrip('.')}.{offers} Correct the profile, --nodes or --gpus-per-node."
+
+
+def resume(job: ClusterJob) -> ClusterJob:
+    """Submit the run of a job again with the same request; it continues at its newest checkpoint."""
+    state, _ = job.state()
+    if state not in ENDED:
+        raise UsageError(f"{job.run} belongs to job {job.id}, which is {state}; there is nothing to resume.")
+    record = json.loads((job.path / "job.json").read_text())
+    request = JobRequest(**record["request"] | {"profile": Profile(**record["request"]["profile"])})
+    folders = open_job_folders([load_config(job.path / "config.yaml")], request, job.cluster, job.logs)
+    return submit(folders, request, job.cluster, job.logs, record)[0]

@@ -4,9 +4,7 @@ A calculation from the model's parameters and FLOPs; the speeds of the machine a
 """
 
 import sys
-from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from stvit_video.common.cli import Parser, run_command
 from stvit_video.common.tables import format_table
@@ -26,37 +24,36 @@ COLUMNS = {
 BACKWARD = 2 / 3  # share of a step's computation, during which gradients are exchanged
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Costs of one network on one type of machine."""
-
-    parameters: int
-    forward_gflops: float  # of one clip; a multiply-add counts as one
-    gpu_tflops: float  # sustained by one GPU
-    core_clips: float  # clips per second that one CPU core decodes
-    network_gb: float  # sent and received by each GPU, in 1e9 bytes per second
-
-    @property
-    def gpu_clips(self) -> float:
-        """Clips per second that a GPU trains on: the backward pass costs twice the forward pass."""
-        return self.gpu_tflops * 1000 / (self.forward_gflops * 3 * 2)
+def gpu_speed(forward_gflops: float, gpu_tflops: float) -> float:
+    """Return the clips per second that a GPU trains on, given a clip's GFLOPs (a multiply-add counts as one)."""
+    return gpu_tflops * 1000 / (forward_gflops * 3 * 2)  # the backward pass costs twice the forward pass
 
 
 def scale(
-    costs: Costs, gpus: int, clips_per_gpu: int, lr: float, base_batch: int, videos: int, epochs: int
+    gpus: int,
+    parameters: int,
+    gpu_clips: float,
+    core_clips: float,
+    network_gb: float,
+    clips_a_gpu: int,
+    lr: float,
+    base_batch: int,
+    videos: int,
+    epochs: int,
 ) -> dict[str, float]:
     """Return the row of COLUMNS for ``gpus``, where ``lr`` belongs to a batch of ``base_batch`` and scales linearly.
 
-    Gradients and weights are 4 bytes. A ring all-reduce sends 2 (N - 1) / N of the gradients; sharding (FSDP) gathers
-    the weights twice and scatters the gradients, 3 (N - 1) / N.
+    A GPU trains on ``gpu_clips`` per second, a CPU core decodes ``core_clips`` per second, and the network of each GPU
+    sends and receives ``network_gb`` (1e9 bytes) per second. Gradients and weights are 4 bytes. A ring all-reduce sends
+    2 (N - 1) / N of the gradients; sharding (FSDP) gathers the weights twice and scatters the gradients, 3 (N - 1) / N.
     """
-    batch = clips_per_gpu * gpus
-    sent = 4e-9 * costs.parameters * (gpus - 1) / gpus
-    compute = clips_per_gpu / costs.gpu_clips
-    waiting = max(0.0, 2 * sent / costs.network_gb - BACKWARD * compute)
+    batch = clips_a_gpu * gpus
+    sent = 4e-9 * parameters * (gpus - 1) / gpus
+    compute = clips_a_gpu / gpu_clips
+    waiting = max(0.0, 2 * sent / network_gb - BACKWARD * compute)
     steps = epochs * (videos // batch)
     efficiency, hours = compute / (compute + waiting), steps * (compute + waiting) / 3600
-    cores = gpus * costs.gpu_clips / costs.core_clips
+    cores = gpus * gpu_clips / core_clips
     values = (gpus, batch, lr * batch / base_batch, steps, 2 * sent, 3 * sent, 100 * efficiency, hours, cores)
     return dict(zip(COLUMNS, values, strict=True))
 
@@ -83,35 +80,31 @@ def calculate(arguments: Sequence[str] | None) -> int:
     }
     for option, (kind, default, text) in numbers.items():
         parser.add_argument(option, type=kind, default=default, help=text)
-    options = parser.parse_args(arguments)
-    for option in numbers:
-        value = getattr(options, option[2:].replace("-", "_"))
+    given = vars(parser.parse_args(arguments))
+    path = given.pop("path")
+    for option, value in zip(numbers, given.values(), strict=True):
         if value <= 0:
             parser.error(f"{option} {value} has to be above 0")
-    print(build_table(options))
-    return 0
-
-
-def build_table(options: Namespace) -> str:
-    """Return the table for a configuration and the options of a machine."""
     from stvit_video.config.load import load_config
     from stvit_video.models.cost import count_gflops, count_parameters
     from stvit_video.models.zoo import build_model
     from stvit_video.runs.preflight import KINETICS_CLASSES
 
-    cfg = load_config(options.path)
+    cfg = load_config(path)
     model = build_model(cfg, cfg.MODEL.NUM_CLASSES or KINETICS_CLASSES)
     gflops = count_gflops(model, (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE))
-    costs = Costs(count_parameters(model), gflops, options.gpu_tflops, options.core_clips, options.network_gb)
-    run = (options.clips_a_gpu, cfg.OPTIM.LR, cfg.TRAIN.BATCH_SIZE, options.videos, cfg.TRAIN.EPOCHS)
-    table = [scale(costs, gpus, *run) for gpus in GPUS]
-    rows = [[format(value, COLUMNS[name]) for name, value in row.items()] for row in table]
-    return (
-        f"{cfg.MODEL.NAME}: {costs.parameters / 1e6:.1f} M parameters, {gflops:.1f} GFLOPs a clip forward\n"
-        f"a GPU of {costs.gpu_tflops:g} TFLOP/s trains on {costs.gpu_clips:.0f} clips/s, and needs "
-        f"{costs.gpu_clips / costs.core_clips:.0f} cores that decode {costs.core_clips:g} clips/s each\n\n"
-        f"{format_table(list(COLUMNS), rows, style='github')}"
+    parameters, tflops = count_parameters(model), given.pop("gpu_tflops")
+    speed, core = gpu_speed(gflops, tflops), given["core_clips"]
+    run = {"lr": cfg.OPTIM.LR, "base_batch": cfg.TRAIN.BATCH_SIZE, "epochs": cfg.TRAIN.EPOCHS, **given}
+    table = [scale(gpus, parameters, speed, **run) for gpus in GPUS]
+    print(
+        f"{cfg.MODEL.NAME}: {parameters / 1e6:.1f} M parameters, {gflops:.1f} GFLOPs a clip forward\n"
+        f"a GPU of {tflops:g} TFLOP/s trains on {speed:.0f} clips/s, and needs "
+        f"{speed / core:.0f} cores that decode {core:g} clips/s each\n"
     )
+    rows = [[format(value, COLUMNS[name]) for name, value in row.items()] for row in table]
+    print(format_table(list(COLUMNS), rows, style="github"))
+    return 0
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from argparse import Namespace
@@ -21,9 +20,8 @@ from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
-from submitit.core.utils import environment_variables
+from submitit.helpers import environment_variables
 
-import stvit_video
 from stvit_video.benchmarks.models import CLASSES, TimedModel, build_speeds, build_timed_model
 from stvit_video.benchmarks.rounds import COMPILED
 from stvit_video.common.errors import Stopped, UsageError
@@ -38,9 +36,8 @@ from stvit_video.runs.folder import RunFolder, build_run_folder, describe_change
 from stvit_video.runs.preflight import open_lists
 from stvit_video.runtime.stopping import StopSignals
 from stvit_video.runtime.world import World
-from stvit_video.slurm.follow import Follower, tail
-from stvit_video.slurm.jobs import ENDED, ClusterJob, cancel, open_job_folders, read_job, submit
-from stvit_video.slurm.request import JobRequest
+from stvit_video.slurm.jobs import ENDED, ClusterJob, Follower, read_job, tail
+from stvit_video.slurm.request import JobRequest, open_job_folders, submit
 from stvit_video.sweeps.plan import Plan, SweepRow
 from stvit_video.sweeps.table import write_table
 
@@ -60,13 +57,6 @@ class SweepRun:
     cfg: CfgNode
     folder: RunFolder
     log: Path
-
-
-class SilentFollower(Follower):
-    """Follows a job without printing: the sweep prints what its runs do."""
-
-    def report(self, text: str) -> None:
-        pass
 
 
 def choose_rows(plan: Plan, patterns: Sequence[str]) -> list[SweepRow]:
@@ -209,18 +199,15 @@ def reading(path: Path) -> Iterator[Any]:
 
 def build_job(run: SweepRun, options: Namespace) -> ClusterJob:
     """Submit a run as a job, and link its log. On this machine, runs at the same time share the cores."""
-    paths = {"OUTPUT_DIR": run.cfg.OUTPUT_DIR, "DATA.ROOT": run.cfg.DATA.ROOT, "MODEL.INIT": run.cfg.MODEL.INIT}
-    cfg = override(run.cfg, [(key, os.path.abspath(path)) for key, path in paths.items() if path], "a plan")
     gpus, profile, logs = options.gpus_per_node, options.profile, run.log.parents[1].absolute() / ".jobs"
     if gpus is None:
-        gpus = int(cfg.DEVICE != "cpu" and (options.cluster == "slurm" or torch.cuda.is_available()))
-    cpus, source = profile.cpus_per_task or cfg.DATA.WORKERS + 1, str(Path(stvit_video.__file__).parent.parent)
-    request = JobRequest(profile, 1, gpus, max(1, gpus), cpus, source, "stvit-tradeoff")
-    about = {"command": sys.orig_argv, "submitted": time.time(), "host": socket.gethostname()}
-    folders = open_job_folders([cfg], request, options.cluster, logs)
+        gpus = int(run.cfg.DEVICE != "cpu" and (options.cluster == "slurm" or torch.cuda.is_available()))
+    cpus = profile.cpus_per_task or run.cfg.DATA.WORKERS + 1
+    request = JobRequest(profile, 1, gpus, max(1, gpus), cpus, "stvit-tradeoff")
+    folders = open_job_folders([run.cfg], request, options.cluster, logs)
     threads = max(1, len(os.sched_getaffinity(0)) // (1 if run.row.kind == "start" else options.jobs))
     with environment_variables(**({"OMP_NUM_THREADS": threads} if options.cluster == "local" else {})):
-        job = submit(folders, request, options.cluster, logs, about)[0]
+        job = submit(folders, request, options.cluster, logs)[0]
     run.log.unlink(missing_ok=True)
     run.log.symlink_to(os.path.relpath(job.log(), run.log.parent))
     return job
@@ -228,14 +215,14 @@ def build_job(run: SweepRun, options: Namespace) -> ClusterJob:
 
 def describe_failure(job: ClusterJob) -> str:
     """Return in one line why a job ended without results: from its records, or else from its log."""
-    for failure in job.folder.failures(job.submission)[:1]:  # the others follow from it
-        if failure.problem:
-            return failure.problem
-        if failure.code - 128 in signal.valid_signals():
-            return f"ended by {signal.Signals(failure.code - 128).name}"
+    if failure := job.first_failure():
+        if failure["problem"]:
+            return str(failure["problem"])
+        if failure["code"] - 128 in signal.valid_signals():
+            return f"ended by {signal.Signals(failure['code'] - 128).name}"
         lines = [line.strip() for line in tail(job.log(), sys.maxsize) if line.strip()]
         return ([line for line in lines if line.startswith("error: ")] or lines or ["it printed nothing"])[-1]
-    if any(row["event"] == "stopped" for row in job.folder.events(job.submission)):
+    if job.events("stopped"):
         return "stopped by a signal; the same command continues"
     return f"its job {job.id} ended as {job.state()[0]}"
 
@@ -255,7 +242,7 @@ def train_all(runs: Sequence[SweepRun], options: Namespace, draw: Callable[[], o
         job = read_job(run.folder.path.absolute())
         if job is not None and job.state()[0] not in ENDED:
             check_recorded(run)
-            active[run] = SilentFollower(job)
+            active[run] = Follower(job, silent=True)
             waiting.remove(run)
             print(f"{run.name}: is still running, output in {run.log}", flush=True)
     with StopSignals(launched=False) as signals:
@@ -264,7 +251,7 @@ def train_all(runs: Sequence[SweepRun], options: Namespace, draw: Callable[[], o
                 while waiting and len(active) < options.jobs and not any(run.row.kind == "start" for run in active):
                     run = waiting.pop(0)
                     print(f"{run.name}: starts, output in {run.log}", flush=True)
-                    active[run], started[run] = SilentFollower(build_job(run, options)), time.monotonic()
+                    active[run], started[run] = Follower(build_job(run, options), silent=True), time.monotonic()
                 for follower in active.values():
                     follower.update()
                 for run in [run for run, follower in active.items() if follower.ended]:
@@ -283,7 +270,7 @@ def train_all(runs: Sequence[SweepRun], options: Namespace, draw: Callable[[], o
         finally:
             for follower in active.values():
                 try:
-                    cancel(follower.job)
+                    follower.job.cancel()
                 except UsageError as error:  # the job may have ended meanwhile
                     print(f"warning: {error}", file=sys.stderr, flush=True)
             while any(not follower.ended for follower in active.values()):

@@ -10,9 +10,8 @@ from unittest import mock
 import pytest
 
 from stvit_video.common.errors import UsageError
-from stvit_video.runtime.join import PORTS_TRIED, _find_problem, join_world
 from stvit_video.runtime.launchers import SLURM_VARIABLES, TORCHRUN_VARIABLES, Place, find_place
-from stvit_video.runtime.world import on_main
+from stvit_video.runtime.world import PORTS_TRIED, _find_problem, join_world, on_main
 
 TORCHRUN = dict(zip(TORCHRUN_VARIABLES, ("3", "4", "1", "2", "10.0.0.1", "29500"), strict=True))
 # What srun sets for the last of five tasks on three nodes, as printed by one.
@@ -54,7 +53,7 @@ def test_incomplete_torchrun_variables_are_named(monkeypatch: pytest.MonkeyPatch
 
 
 def test_incomplete_group_is_an_error() -> None:
-    code = "from stvit_video.runtime.join import join_world\nwith join_world('cpu', timeout_s=3) as w: print('ran', w)"
+    code = "from stvit_video.runtime.world import join_world\nwith join_world('cpu', timeout_s=3) as w: print('ran', w)"
     env = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29871"}
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
@@ -151,7 +150,7 @@ def test_incompatible_processes_are_named(change: dict[str, str], verdict: str) 
 
 PROGRAM = """
 import os, sys, time
-from stvit_video.runtime.join import join_world
+from stvit_video.runtime.world import join_world
 from stvit_video.runtime.world import any_of, gather_objects
 with join_world("cpu", timeout_s=int(sys.argv[1])) as world:
     print(gather_objects(world, os.environ["SLURMD_NODENAME"]), flush=True)

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -95,9 +94,7 @@ def job_of(output: Path) -> ClusterJob:
 
 def stops(output: Path) -> list[tuple[str, int]]:
     """Return reason and step of each stop that the job recorded."""
-    job = job_of(output)
-    rows = job.folder.events(job.submission)
-    return [(row["reason"], row["step"]) for row in rows if row["event"] == "stopped"]
+    return [(row["reason"], row["step"]) for row in job_of(output).events("stopped")]
 
 
 def test_two_nodes_equal_two_processes(cluster: Cluster, small_set: Path, undisturbed: Path, tmp_path: Path) -> None:
@@ -109,13 +106,11 @@ def test_two_nodes_equal_two_processes(cluster: Cluster, small_set: Path, undist
     assert_same(output, undisturbed)
     job = job_of(output)
     source = job.logs / "source1"
-    record = json.loads(job.folder.job.read_text())
+    record = json.loads((job.path / "job.json").read_text())
     assert record["request"]["source"] == str(source)
     assert (source / "stvit_video" / "run.py").is_file()
     assert "submit.py" in " ".join(record["command"])
-    assert [row["hosts"] for row in job.folder.events(job.submission) if row["event"] == "started"] == [
-        ["node1", "node2"]
-    ]
+    assert [row["hosts"] for row in job.events("started")] == [["node1", "node2"]]
     code, said = cluster.submit("status", str(output))
     assert (code, "done" in said, "checkpoint of step 12" in said) == (0, True, True), said
     code, said = cluster.submit(*CONFIG, *TWO_NODES, *settings(small_set, output))
@@ -149,16 +144,12 @@ def lose_a_node(cluster: Cluster, job: ClusterJob) -> None:
 
 def disturb(cluster: Cluster, job: ClusterJob, how: Callable[[Cluster, ClusterJob], None]) -> None:
     """Interrupt a job after a step or two of its current start, and wait for its next start."""
-    held = hold(job.run, job.folder.newest_step() + 1)
-    starts = len(started(job))
+    held = hold(job.run, job.newest_step() + 1)
+    starts = len(job.events("started"))
     if how is not lose_a_node:  # then they must not end the run before SLURM has missed the node
         threading.Timer(1.0, let_go, [held]).start()
     how(cluster, job)
-    wait_until(lambda: len(started(job)) > starts, "the job's next start", 90)
-
-
-def started(job: ClusterJob) -> list[dict[str, Any]]:
-    return [row for row in job.folder.events(job.submission) if row["event"] == "started"]
+    wait_until(lambda: len(job.events("started")) > starts, "the job's next start", 90)
 
 
 def assert_steps_once(output: Path) -> None:
@@ -191,7 +182,7 @@ def test_interrupted_job_equals_uninterrupted(
     assert_same(output, undisturbed)
     assert_steps_once(output)
     assert pickle.loads(stale.read_bytes())[0] == "success"  # noqa: S301 (written by this test's own job)
-    resumed = [row["step"] for row in started(job)]
+    resumed = [row["step"] for row in job.events("started")]
     assert len(resumed) == 5
     assert resumed == sorted(set(resumed)), "each start continues where the one before was stopped"
     ours = [(reason, step) for reason, step in stops(output) if reason != "told to end"]  # may be recorded too late
@@ -263,7 +254,7 @@ def test_node_without_data_ends_the_job_before_training(cluster: Cluster, small_
     assert "Traceback" not in said
     assert not list(output.glob("checkpoints/*"))
     job = job_of(output)
-    assert len(started(job)) <= 1, "a missing file is not retried"  # 0: rank 1 failed first
+    assert len(job.events("started")) <= 1, "a missing file is not retried"  # 0: rank 1 failed first
     assert "Restarts=0" in cluster("scontrol", "show", "job", job.id)
 
 
@@ -346,7 +337,7 @@ def test_array_of_four_runs_and_its_table(cluster: Cluster, small_set: Path, tmp
 PLACE = """
 import json, os, sys
 sys.path.insert(0, {repository!r})
-from stvit_video.runtime.join import join_world
+from stvit_video.runtime.world import join_world
 from stvit_video.runtime.launchers import find_place
 from stvit_video.runtime.world import gather_objects
 place = find_place()

@@ -8,19 +8,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from stvit_video.common.errors import UsageError
-from stvit_video.slurm import follow as following
+from stvit_video.slurm import jobs as following
 from stvit_video.slurm import scaling
-from stvit_video.slurm.cli import main
-from stvit_video.slurm.jobs import ClusterJob, expand_grid, find_jobs
-from stvit_video.slurm.records import JobFolder, TaskFailure
+from stvit_video.slurm.cli import expand_grid, main
+from stvit_video.slurm.jobs import ClusterJob, find_jobs
 from stvit_video.slurm.request import read_profile
-from stvit_video.slurm.task import GUARD, Task, TaskStart, WarningSignals, check_paths
+from stvit_video.slurm.task import GUARD, Task, check_paths
 from tests.conftest import REPOSITORY
 from tests.slurm.cluster import CONFIG, processes, settings, wait_until
 
@@ -218,10 +218,9 @@ def test_follow_gives_up_without_an_answer(
 
 def test_first_failure_is_shown(no_slurm: Path, job: ClusterJob, capsys: pytest.CaptureFixture[str]) -> None:
     mock_client(no_slurm, "squeue", ["FAILED|NonZeroExitCode|node[1-2]"])
-    folder = JobFolder(job.run)
-    folder.add_failure(TaskFailure("abc", 0, 0, "node1", 1, "", 20.0))
-    folder.add_failure(TaskFailure("abc", 0, 1, "node2", 1, "", 10.0))
-    folder.add_failure(TaskFailure("earlier", 0, 3, "node4", 1, "", 1.0))  # another submission
+    replace(job, submission="earlier").add_failure(0, 3, "node4", 1, "")  # another submission
+    job.add_failure(0, 1, "node2", 1, "")
+    job.add_failure(0, 0, "node1", 1, "")
     job.log(1).write_text("epoch 1\nZeroDivisionError: division by zero\n")
     job.log(0).write_text("RuntimeError: Connection closed by peer\n")
     assert not following.follow([job])
@@ -232,9 +231,9 @@ def test_first_failure_is_shown(no_slurm: Path, job: ClusterJob, capsys: pytest.
 
 
 def test_events_of_another_submission_are_ignored(job: ClusterJob) -> None:
-    JobFolder(job.run).add_event("earlier", 0, "done")
+    replace(job, submission="earlier").add_event(0, "done")
     assert not job.is_done()
-    JobFolder(job.run).add_event("abc", 0, "done")
+    job.add_event(0, "done")
     assert job.is_done()
 
 
@@ -257,12 +256,12 @@ class Environment:
 
 def warned_task(
     run: Path | str, environment: Environment, elapsed: float, number: signal.Signals = signal.SIGUSR2, start: int = 0
-) -> TaskStart:
+) -> Task:
     """Return a task of a job of ten minutes that has received a signal after ``elapsed`` seconds."""
-    signals = WarningSignals.__new__(WarningSignals)  # without its handlers
-    signals.received, signals.at, signals.passed_on = number, 0.0, True
     task = Task(str(run), "abc", minutes=10, warning_s=30, max_timeouts=2)
-    return TaskStart(task, signals, environment, start, time.monotonic() - elapsed)
+    task.begin(environment, [(number, 0.0)], time.monotonic() - elapsed)  # type: ignore[arg-type]
+    task.start = start
+    return task
 
 
 @pytest.mark.parametrize(
@@ -284,44 +283,39 @@ def test_stop_reason_tells_time_limit_from_preemption(no_slurm: Path, facts: str
     """submitit counts every warning in a job of up to ten minutes as a time-out."""
     mock_client(no_slurm, "scontrol", [facts if facts.startswith("!") else f"JobId=7 JobName=a {facts} Restarts=0"])
     number = signal.SIGTERM if facts.endswith("SIGTERM") else signal.SIGUSR2
-    assert warned_task("run", Environment("slurm"), elapsed, number)._stop_reason() == reason
+    assert warned_task("run", Environment("slurm"), elapsed, number).stop_reason() == reason
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> JobFolder:
-    found = JobFolder(tmp_path)
-    found.path.mkdir()
-    return found
-
-
-def test_time_outs_are_counted_up_to_max_timeouts(folder: JobFolder) -> None:
+def test_time_outs_are_counted_up_to_max_timeouts(job: ClusterJob) -> None:
     environment = Environment("local")
     for start in range(2):
-        warned_task(folder.run, environment, elapsed=590, start=start)._requeue()
-    warned_task(folder.run, environment, elapsed=30, start=2)._requeue()  # a signal by hand is not counted
+        warned_task(job.run, environment, elapsed=590, start=start).requeue()
+    warned_task(job.run, environment, elapsed=30, start=2).requeue()  # a signal by hand is not counted
     assert environment.timeouts_left[1:] == [1, 0, 0]
     with pytest.raises(SystemExit) as ended:
-        warned_task(folder.run, environment, elapsed=590, start=3)._requeue()
+        warned_task(job.run, environment, elapsed=590, start=3).requeue()
     assert ended.value.code == 1
     assert len(environment.timeouts_left) == 4
-    [failure] = folder.failures("abc")
-    assert failure.problem.startswith(
+    failure = job.first_failure()
+    assert failure is not None
+    assert failure["problem"].startswith(
         "timed out 3 times, and max_timeouts is 2; go on with: python slurm/submit.py resume"
     )
 
 
-def test_refused_requeue_is_a_failure_with_a_remedy(folder: JobFolder) -> None:
+def test_refused_requeue_is_a_failure_with_a_remedy(job: ClusterJob) -> None:
     refusal = subprocess.CalledProcessError(1, ["scontrol", "requeue", "7"])
     with pytest.raises(SystemExit):
-        warned_task(folder.run, Environment("local", refusal), elapsed=30)._requeue()
-    assert "SLURM did not queue the job again" in folder.failures("abc")[0].problem
-    assert "resume" in folder.failures("abc")[0].problem
+        warned_task(job.run, Environment("local", refusal), elapsed=30).requeue()
+    failure = job.first_failure()
+    assert failure is not None
+    assert re.search("SLURM did not queue the job again .* resume", failure["problem"])
 
 
-def test_scontrol_killed_by_its_own_requeue_is_no_failure(folder: JobFolder) -> None:
+def test_scontrol_killed_by_its_own_requeue_is_no_failure(job: ClusterJob) -> None:
     ended = subprocess.CalledProcessError(-signal.SIGTERM, ["scontrol", "requeue", "7"])
-    warned_task(folder.run, Environment("local", ended), elapsed=30)._requeue()
-    assert [row["event"] for row in folder.events("abc")] == ["stopped", "requeued"]
+    warned_task(job.run, Environment("local", ended), elapsed=30).requeue()
+    assert [row["event"] for row in job.events()] == ["stopped", "requeued"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
@@ -332,10 +326,10 @@ def test_warning_before_python_starts_does_not_kill(tmp_path: Path, old_env: boo
 import time
 print("up", flush=True)
 time.sleep(1)
-from stvit_video.slurm.task import WarningSignals
-found = WarningSignals()
+from stvit_video.slurm.task import catch_signals
+received = catch_signals()
 time.sleep(0.1)
-print("caught", found.received and found.received.name)
+print("caught", received[0][0].name if received else None)
 """
     path = os.environ["PATH"]
     if old_env:
@@ -352,18 +346,16 @@ print("caught", found.received and found.received.name)
     assert process.returncode == 0
 
 
-def test_missing_paths_are_named(small_set: Path, tmp_path: Path) -> None:
-    folder = JobFolder(tmp_path / "run")
-    folder.path.mkdir(parents=True)
+def test_missing_paths_are_named(job: ClusterJob, small_set: Path, tmp_path: Path) -> None:
     content = {"MODE": "train", "MODEL": {"INIT": ""}, "DATA": {"GENERATE": "", "ROOT": str(small_set), "CLASSES": ""}}
     content["DATA"] |= {f"{split}_LIST": f"motion/{split.lower()}.csv" for split in ("TRAIN", "VAL", "TEST")}
-    folder.config.write_text(yaml.safe_dump(content))
-    assert check_paths(folder.run) == ""
+    (job.path / "config.yaml").write_text(yaml.safe_dump(content))
+    assert check_paths(job) == ""
     content["MODEL"]["INIT"] = str(tmp_path / "weights.pth")
     content["DATA"]["TEST_LIST"] = "elsewhere.csv"
-    folder.config.write_text(yaml.safe_dump(content))
-    assert f"MODEL.INIT {tmp_path}/weights.pth (No such file or directory)" in check_paths(folder.run)
-    assert f"DATA.TEST_LIST {small_set}/elsewhere.csv (No such file or directory)" in check_paths(folder.run)
+    (job.path / "config.yaml").write_text(yaml.safe_dump(content))
+    assert f"MODEL.INIT {tmp_path}/weights.pth (No such file or directory)" in check_paths(job)
+    assert f"DATA.TEST_LIST {small_set}/elsewhere.csv (No such file or directory)" in check_paths(job)
 
 
 # --- submitit on this machine
@@ -402,7 +394,7 @@ def test_cancel_ends_a_local_job(small_set: Path, tmp_path: Path, setup: str) ->
     assert main(["cancel", str(output)]) == 0
     wait_until(lambda: not processes("stvit_video.run", str(output)), "the end of training", 60)
     wait_until(lambda: job.state()[0] == "FAILED", "the end of the job", 30)
-    assert [row["reason"] for row in job.folder.events(job.submission) if row["event"] == "stopped"] == ["told to end"]
+    assert [row["reason"] for row in job.events("stopped")] == ["told to end"]
 
 
 def test_local_job_runs_from_its_start_until_it_is_a_zombie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -459,11 +451,12 @@ def test_readme_commands_run_and_its_table_is_current(
 
 def test_scaling_by_hand() -> None:
     """100 M parameters are 0.4 GB; 10 GFLOPs forward are 60 in training, so 60 TFLOP/s are 1,000 clips/s."""
-    costs = scaling.Costs(100_000_000, forward_gflops=10, gpu_tflops=60, core_clips=20, network_gb=10)
-    row = scaling.scale(costs, 8, clips_per_gpu=10, lr=1e-3, base_batch=40, videos=8_050, epochs=2)
+    costs = {"parameters": 100_000_000, "gpu_clips": scaling.gpu_speed(10, 60), "core_clips": 20, "network_gb": 10}
+    run = {"clips_a_gpu": 10, "lr": 1e-3, "base_batch": 40, "videos": 8_050, "epochs": 2}
+    row = scaling.scale(8, **costs, **run)
     assert (row["batch"], row["learning rate"], row["steps"], row["decode cores"]) == (80, 2e-3, 200, 8 * 50)
     assert row["GB a step, DDP"] == pytest.approx(2 * 7 / 8 * 0.4)
     assert row["FSDP"] == pytest.approx(3 * 7 / 8 * 0.4)
     # A step computes for 10 ms and sends for 70 ms, of which 6.67 ms are hidden.
     assert row["efficiency (%)"] == pytest.approx(100 * 0.01 / (0.01 + 0.07 - 0.02 / 3))
-    assert scaling.scale(costs, 1, 10, 1e-3, 40, 8_050, 2)["efficiency (%)"] == 100
+    assert scaling.scale(1, **costs, **run)["efficiency (%)"] == 100

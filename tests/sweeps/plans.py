@@ -12,9 +12,7 @@ from fvcore.common.config import CfgNode
 from stvit_video.models.cost import measure_cost
 from stvit_video.models.zoo import build_model
 from stvit_video.runs.folder import build_run_folder
-from stvit_video.slurm.follow import SETTLE_S
-from stvit_video.slurm.jobs import ClusterJob
-from stvit_video.slurm.records import JobFolder, TaskFailure
+from stvit_video.slurm.jobs import SETTLE_S, ClusterJob
 from stvit_video.sweeps import sweep
 from tests.conftest import REPOSITORY
 
@@ -50,17 +48,16 @@ def stub_jobs(failing: Sequence[str] = ()) -> Iterator[list[CfgNode]]:
     """
     submitted: list[CfgNode] = []
 
-    def submit(folders: list[JobFolder], request: object, cluster: str, logs: Path, about: object) -> list[ClusterJob]:
-        (folder,) = folders
-        cfg = CfgNode(yaml.safe_load(folder.config.read_text()))
+    def submit(folders: list[Path], request: object, cluster: str, logs: Path) -> list[ClusterJob]:
+        job = ClusterJob(folders[0], cluster, f"stub{len(submitted)}", logs, "key")
+        cfg = CfgNode(yaml.safe_load((job.path / "config.yaml").read_text()))
         submitted.append(cfg)
-        job = ClusterJob(folder.run, cluster, f"stub{len(submitted)}", logs, "key")
-        if folder.run.parent.name in failing:
+        if job.run.parent.name in failing:
             job.log().write_text("begins\nerror: no_such_weight\n")
-            folder.add_failure(TaskFailure("key", 0, 0, "here", 2, "", 0.0))
+            job.add_failure(0, 0, "here", 2, "")
             return [job]
         job.log().write_text("done\n")
-        folder.add_event("key", 0, "done")
+        job.add_event(0, "done")
         run = build_run_folder(cfg)
         cost = measure_cost(build_model(cfg, 8), (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE))
         figures = {"top1": 50.0 + 7 * cfg.SEED + cost.gflops, "gflops": cost.gflops, "parameters": cost.parameters}

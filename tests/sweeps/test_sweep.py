@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from stvit_video import run, tradeoff
 from stvit_video.runtime.stopping import EXIT_STOPPED
 from stvit_video.slurm.jobs import ENDED, ClusterJob, read_job
-from stvit_video.slurm.records import TaskFailure
 from stvit_video.sweeps import sweep
 from tests.sweeps.plans import ROWS, stub_jobs, write_plan
 
@@ -286,10 +285,10 @@ def test_failed_start_is_named_and_nothing_follows(
 )
 def test_failed_job_says_why(code: int | None, problem: str, said: str, tmp_path: Path) -> None:
     job = ClusterJob(tmp_path, "local", "0", tmp_path, "key")
-    job.folder.path.mkdir()
+    job.path.mkdir()
     job.log().write_text("begins\nerror: no such key\n\n")
     if code is not None:
-        job.folder.add_failure(TaskFailure("key", 0, 0, "n1", code, problem, 0.0))
+        job.add_failure(0, 0, "n1", code, problem)
     assert sweep.describe_failure(job) == said
 
 

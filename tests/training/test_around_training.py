@@ -86,7 +86,7 @@ def test_a_test_stops_when_another_rank_stops(
     small_run: Arguments, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     """At its next batch: the other rank would wait for the rest of its shard until the timeout."""
-    scored = interrupt(monkeypatch, 3, lambda: monkeypatch.setattr(evaluate, "is_told", lambda world, note: True))
+    scored = interrupt(monkeypatch, 3, lambda: monkeypatch.setattr(evaluate, "any_so_far", lambda *given: True))
     monkeypatch.setattr(evaluate, "any_of", lambda world, flag: True)
     assert run.main(small_run(*evaluation(trained, tmp_path / "told"))) == EXIT_STOPPED
     assert scored == [2, 2, 2]
