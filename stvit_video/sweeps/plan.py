@@ -84,14 +84,11 @@ class SweepRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan that was read and checked. ``start`` is trained before the ``rows``, or None."""
+    """A plan that was read and checked: its rows, the dense baseline among them, and what is trained before them."""
 
     rows: list[SweepRow]
+    twin: SweepRow
     start: SweepRow | None = None
-
-    @property
-    def baseline(self) -> SweepRow:
-        return next(row for row in self.rows if row.kind == "twin")
 
 
 def open_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
@@ -101,16 +98,20 @@ def open_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
     """
     try:
         content = _read(path)
-        file, twin = path.parent / str(content["cfg"]), content["twin"]
+        file, twin, names = path.parent / str(content["cfg"]), content["twin"], list(content["rows"])
+        if twin not in names:
+            known = ", ".join(names) or "none: add rows"
+            raise UsageError(f"twin {twin!r} is no row; name one of {known}.{nearest(str(twin), names)}")
         load_config(file, overrides)  # a wrong word for all rows is not blamed on the first row
         build = partial(_build_row, file, overrides, content["seeds"])
-        kinds = {name: "twin" if name == twin else "preset" for name in content["rows"]}
+        kinds = {name: "twin" if name == twin else "preset" for name in names}
         rows = [build(name, content["rows"][name] or {}, kind) for name, kind in kinds.items()]
         start = build("start", content["start"], "start") if "start" in content else None
-        _build_checks(twin, rows, start)
+        plan = Plan(rows, rows[names.index(twin)], start)
+        _build_checks(plan)
     except UsageError as error:
         raise UsageError(f"Plan {path}: {error}") from error
-    return Plan(rows, start)
+    return plan
 
 
 class _Loader(yaml.SafeLoader):
@@ -163,14 +164,13 @@ def _build_row(
     sections = [flatten({key: value}) for key, value in content.items() if key not in RELATIONS]
     pairs = [pair for section in sections for pair in section.items()]
     names, common = [key for key, _ in pairs], [key for key, _ in parse_overrides(overrides)]
-    for key, place in [*((key, "the command line") for key in common), *((key, origin) for key in names)]:
+    for key in [*common, *names]:
         if key in OWN_KEYS:
-            own = ", ".join(OWN_KEYS)
+            own, place = ", ".join(OWN_KEYS), origin if key in names else "the command line"
             raise UsageError(f"{key} in {place}: the command sets {own}; leave it out, or use --output or seeds.")
-    for key in names:
         if names.count(key) > 1:
             raise UsageError(f"{key} stands twice in {origin}, in its section and by its full name; remove one.")
-        if key in common:
+        if key in common and key in names:
             raise UsageError(f"{key} on the command line is for all rows, but row {name} differs in it; remove one.")
     try:
         cfg = load_config(file, overrides, values=[*OWN_VALUES.items(), *pairs], origin=origin)
@@ -181,28 +181,25 @@ def _build_row(
     return SweepRow(name, kind, tuple(of if isinstance(of, list) else [of]), dict.fromkeys(seeds), cfg)
 
 
-def _build_checks(twin: Any, rows: Sequence[SweepRow], start: SweepRow | None) -> None:
+def _build_checks(plan: Plan) -> None:
     """Raise UsageError where rows could not be compared, are the same, or would not begin as the plan says."""
-    names, presets = [row.name for row in rows], [row.name for row in rows if row.kind == "preset"]
-    if twin not in names:
-        known = ", ".join(names) or "none: add rows"
-        raise UsageError(f"twin {twin!r} is no row; name one of {known}.{nearest(str(twin), names)}")
-    baseline = rows[names.index(twin)].cfg
-    for i, row in enumerate(rows):
+    presets, start = [row.name for row in plan.rows if row.kind == "preset"], plan.start
+    for i, row in enumerate(plan.rows):
         if row.kind in RELATIONS.values() and (wrong := [of for of in row.of or ["nothing"] if of not in presets]):
-            known = f"{', '.join(presets) or 'none: add one'}.{nearest(str(wrong[0]), presets)}"
-            raise UsageError(f"row {row.name} is a {row.kind} of {wrong[0]!r}, which is no row that is judged: {known}")
+            known = f"name some of {', '.join(presets) or 'none: add one'}.{nearest(str(wrong[0]), presets)}"
+            raise UsageError(f"row {row.name} is a {row.kind} of {wrong[0]!r}, which is no row that is judged; {known}")
         for key in COMMON_KEYS:
-            value, expected = value_of(row.cfg, key), value_of(baseline, key)
+            value, expected = value_of(row.cfg, key), value_of(plan.twin.cfg, key)
             if value != expected:
-                raise UsageError(f"row {row.name} has {key} {value!r} and {twin} {expected!r}; give all rows the same.")
-        if same := [earlier.name for earlier in rows[:i] if earlier.cfg == row.cfg]:
+                raise UsageError(
+                    f"row {row.name} has {key} {value!r} and {plan.twin.name} {expected!r}; give all rows the same."
+                )
+        if same := [earlier.name for earlier in plan.rows[:i] if earlier.cfg == row.cfg]:
             raise UsageError(f"rows {same[0]} and {row.name} have the same settings; remove one, or correct it.")
-        init, depth = row.cfg.MODEL.INIT, row.cfg.MODEL.INIT_DEPTH
         if start and row.name == start.name:
             raise UsageError("a row is named start, as the folder of the run before them; rename it.")
-        if start and init:
+        if start and row.cfg.MODEL.INIT:
             raise UsageError(f"row {row.name} has a MODEL.INIT, and start gives all rows their weights; remove one.")
-        if start and depth is not None:
+        if start and (depth := row.cfg.MODEL.INIT_DEPTH) is not None:
             whole = "would take the start's weights up to there only; set it to null in the configuration"
             raise UsageError(f"row {row.name} has MODEL.INIT_DEPTH {depth}, and {whole}.")

@@ -90,7 +90,7 @@ def build_runs(plan: Plan, output: Path) -> list[SweepRun]:
     Raises UsageError where a folder holds a run of other settings.
     """
     init: dict[str, str] = {}
-    seeds, runs = list(plan.baseline.top1), []
+    seeds, runs = list(plan.twin.top1), []
     starts = [(plan.start, seeds[0])] if plan.start else []
     for row, seed in [*starts, *((row, seed) for seed in seeds for row in plan.rows)]:
         path = output / row.name / f"seed{seed}"
@@ -138,7 +138,7 @@ def list_rows(plan: Plan, output: Path, patterns: Sequence[str]) -> None:
         build_timed(row)
     for row in chosen:
         finished = [run.folder.is_finished() for run in runs if run.row is row]
-        cost = f"{row.gflops:.3f}", f"{row.gflops / plan.baseline.gflops:.2f}x", f"{row.parameters / 1e6:.2f} M"
+        cost = f"{row.gflops:.3f}", f"{row.gflops / plan.twin.gflops:.2f}x", f"{row.parameters / 1e6:.2f} M"
         table.append((row.name, row.describe_kind(), row.tokens, *cost, f"{sum(finished)} of {len(finished)}"))
     print(format_table(("row", "kind", "tokens", "GFLOPs", "of twin", "parameters", "runs done"), table, left=2))
     if any(row.classes is None for row in chosen):
@@ -171,17 +171,15 @@ def build_sweep(plan: Plan, output: Path, options: Namespace) -> int:
         for row in [row for row in rows if row.classes is None]:
             build_timed(row)  # now that the classes are known
         with reading(output / "tradeoff.json") as table:
-            failed = {(row["row"], seed): why for row in table.get("rows", []) for seed, why in row["failures"].items()}
-        for run in runs:
-            why = failed.get((run.row.name, str(run.seed)))
-            if why and run not in to_train and not run.folder.is_finished():
-                run.row.failures[run.seed] = why
+            failed = {row["row"]: row["failures"] for row in table.get("rows", [])}
+            for run in [run for run in runs if run not in to_train and not run.folder.is_finished()]:
+                if why := failed.get(run.row.name, {}).get(str(run.seed)):
+                    run.row.failures[run.seed] = why
         draw = partial(build_table, plan, runs, output, options.within)
         draw()
         if to_train:
             train_all(to_train, options, draw)
-        may_measure = options.rounds and not options.no_train
-        if options.measure or (may_measure and not build_known_speeds(plan, output)):
+        if options.measure or (options.rounds and not options.no_train and not build_known_speeds(plan, output)):
             build_speed_file(plan, output, options)
         print(draw(), flush=True)
     print(f"table and plot in {output}: tradeoff.md, tradeoff.csv, tradeoff.json, tradeoff.png", flush=True)
@@ -316,7 +314,7 @@ def build_speed_file(plan: Plan, output: Path, options: Namespace) -> None:
     """Measure all rows in interleaved rounds, the baseline first and under its conditions, and write speed.json."""
     models = [build_timed(row) for row in sorted(plan.rows, key=lambda row: row.kind != "twin")]
     how: dict[str, Any] = {"training": False, "rounds": options.rounds, "largest_batch": options.largest_batch}
-    figures, machine = build_speeds(plan.baseline.cfg, models, **how), environment()
+    figures, machine = build_speeds(plan.twin.cfg, models, **how), environment()
     where = ", ".join(machine["gpus"][:1]) if figures["device"] == "cuda" else f"{machine['cpus']} CPU cores"
     conditions = f"{figures['precision']}, {COMPILED[figures['compiled']]}, torch {machine['packages']['torch']}"
     rounds = f"median of {options.rounds} interleaved rounds at the best batch of each"

@@ -18,7 +18,7 @@ STYLES: dict[str, dict[str, Any]] = {  # of the picture, by kind of row
 
 
 def compare(row: SweepRow, other: SweepRow) -> tuple[float | None, str]:
-    """Return how many points a row is above another, averaged over the seeds that both have; None without any.
+    """Return by how many points a row is above another, over the seeds that both have; None without any.
 
     Return also the doubt, if any: the seeds of one of the two differ by as much as the rows do, given several of both.
     """
@@ -33,7 +33,7 @@ def compare(row: SweepRow, other: SweepRow) -> tuple[float | None, str]:
 
 def verdicts(plan: Plan, within: float) -> list[str]:
     """Return a sentence on each preset: against the baseline, against its controls, beside its neighbours."""
-    twin, sentences, unknown = plan.baseline, [], "not compared, no seed being trained for both: "
+    twin, sentences, unknown = plan.twin, [], "not compared, no seed being trained for both: "
     for row in [row for row in plan.rows if row.kind == "preset"]:
         spread, spread_of_twin = (one.seeds or f"spread {one.spread:.2f}" for one in (row, twin))
         points, _ = compare(row, twin)
@@ -61,49 +61,36 @@ def verdicts(plan: Plan, within: float) -> list[str]:
     return sentences
 
 
-def records(plan: Plan) -> list[dict[str, Any]]:
-    """Return the rows as plain data, a column per figure; None where there is none."""
-    twin = plan.baseline
+def columns(row: SweepRow, twin: SweepRow) -> list[tuple[str, str, str, Any]]:
+    """Return the key, the heading and format in Markdown, where it is shown there, and the value of each figure."""
     return [
-        {
-            "row": row.name,
-            "kind": row.kind,
-            "of": ", ".join(row.of),
-            "parameters": row.parameters,
-            "tokens": row.tokens,
-            "gflops": row.gflops,
-            "gflops_of_twin": row.gflops / twin.gflops,
-            "clips_per_second": row.rate,
-            "speed_of_twin": row.rate and twin.rate and row.rate / twin.rate,
-            **{f"top1_seed{seed}": value for seed, value in row.top1.items()},
-            "mean": row.mean,
-            "spread": row.spread,
-            "points": compare(row, twin)[0],
-        }
-        for row in plan.rows
+        ("row", "", "", row.name),
+        ("kind", "", "", row.kind),
+        ("of", "", "", ", ".join(row.of)),
+        ("parameters", "", "", row.parameters),
+        ("tokens", "tokens", "{}", row.tokens),
+        ("gflops", "GFLOPs", "{:.3f}", row.gflops),
+        ("gflops_of_twin", "of twin", "{:.2f}x", row.gflops / twin.gflops),
+        ("clips_per_second", "clips/s", "{:.1f}", row.rate),
+        ("speed_of_twin", "of twin", "{:.2f}x", row.rate and twin.rate and row.rate / twin.rate),
+        *((f"top1_seed{seed}", f"seed {seed}", "{:.2f}", value) for seed, value in row.top1.items()),
+        ("mean", "mean top-1", "{:.2f}", row.mean),
+        ("spread", "spread", "{:.2f}", row.spread),
+        ("points", "points", "{:+.2f}", compare(row, twin)[0]),
     ]
 
 
 def write_table(plan: Plan, output: Path, within: float, start: str = "", machine: str = "") -> str:
     """Write tradeoff.json, .csv, .md and .png; return the table in Markdown, with verdicts and notes below it.
 
-    ``within`` is how far below the baseline a preset may be, in points of top-1; ``start`` says which weights all rows
-    were trained from, ``machine`` where speed was measured.
+    Presets may be ``within`` points below the baseline. ``start`` says which weights all rows were trained from.
     """
-    columns = [  # heading, column of ``records``, format
-        ("tokens", "tokens", "{}"),
-        ("GFLOPs", "gflops", "{:.3f}"),
-        ("of twin", "gflops_of_twin", "{:.2f}x"),
-        ("clips/s", "clips_per_second", "{:.1f}"),
-        ("of twin", "speed_of_twin", "{:.2f}x"),
-        *((f"seed {seed}", f"top1_seed{seed}", "{:.2f}") for seed in plan.baseline.top1),
-        ("mean top-1", "mean", "{:.2f}"),
-        ("spread", "spread", "{:.2f}"),
-        ("points", "points", "{:+.2f}"),
-    ]
-    figures, lines, notes = records(plan), [], [start] if start else []
-    for row, record in zip(plan.rows, figures, strict=True):
-        cells = {name: "-" if record[name] is None else form.format(record[name]) for _, name, form in columns}
+    records: list[dict[str, Any]] = []
+    lines, notes = [], [start] if start else []
+    for row in plan.rows:
+        found = columns(row, plan.twin)
+        records.append({key: value for key, _, _, value in found})
+        cells = {key: "-" if value is None else form.format(value) for key, heading, form, value in found if heading}
         cells |= {f"top1_seed{seed}": "failed" for seed in row.failures}
         lines.append([row.name, row.describe_kind(), *cells.values()])
         notes += [f"failed: {row.name}, seed {seed}: {why}" for seed, why in row.failures.items()]
@@ -111,13 +98,13 @@ def write_table(plan: Plan, output: Path, within: float, start: str = "", machin
             if share < 1:
                 read = f"top-1 of the {100 * share:.1f} % of the test videos that could be read"
                 notes.append(f"{row.name}, seed {seed}: {read}")
-    said, head = verdicts(plan, within), ["row", "kind", *(heading for heading, _, _ in columns)]
+    said, head = verdicts(plan, within), ["row", "kind", *(heading for _, heading, _, _ in found if heading)]
     below = "".join(f"- {line}\n" for line in (*said, *notes, machine) if line)
     text = f"{format_table(head, lines, style='pipe', left=2)}\n\n{below}"
-    kept = [{**record, "failures": row.failures} for record, row in zip(figures, plan.rows, strict=True)]
-    content = {"rows": kept, "verdicts": said, "notes": notes, "within": within, "machine": machine}
+    rows = [{**record, "failures": row.failures} for record, row in zip(records, plan.rows, strict=True)]
+    content = {"rows": rows, "verdicts": said, "notes": notes, "within": within, "machine": machine}
     write_json(output / "tradeoff.json", content)
-    write_atomically(output / "tradeoff.csv", to_csv(figures, list(figures[0])))
+    write_atomically(output / "tradeoff.csv", to_csv(records, list(records[0])))
     write_atomically(output / "tradeoff.md", text.encode())
     plot_tradeoff(plan.rows, output / "tradeoff.png")
     return text

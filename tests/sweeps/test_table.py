@@ -1,5 +1,6 @@
 """The table of accuracy beside speed: its figures, verdicts and picture."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from stvit_video.sweeps.plan import Plan, SweepRow
-from stvit_video.sweeps.table import plot_tradeoff, records, verdicts, write_table
+from stvit_video.sweeps.table import plot_tradeoff, verdicts, write_table
 
 
 def row(name: str, *top1: float | None, kind: str = "control", of: str = "fast", gflops: float = 1.0) -> SweepRow:
@@ -69,20 +70,21 @@ def row(name: str, *top1: float | None, kind: str = "control", of: str = "fast",
     ],
 )
 def test_verdicts(rows: list[SweepRow], sentence: str) -> None:
-    assert verdicts(Plan(rows), 0.5) == [f"fast: {sentence}"]
+    assert verdicts(Plan(rows, rows[0]), 0.5) == [f"fast: {sentence}"]
 
 
 def test_missing_figures_are_none(tmp_path: Path) -> None:
-    plan = Plan([row("full", 90.0, None, gflops=2.0), row("fast", None, None)])
-    full, fast = records(plan)
+    rows = [row("full", 90.0, None, gflops=2.0), row("fast", None, None)]
+    text = write_table(Plan(rows, rows[0]), tmp_path, 0.5)
+    full, fast = json.loads((tmp_path / "tradeoff.json").read_text())["rows"]
     assert (full["mean"], full["spread"], full["points"]) == (90.0, None, 0.0)
     assert (fast["mean"], fast["points"], fast["speed_of_twin"], fast["gflops_of_twin"]) == (None, None, None, 0.5)
-    assert "None" not in write_table(plan, tmp_path, 0.5)
+    assert "None" not in text
 
 
 def test_names_and_kinds_are_aligned_left_and_figures_right(tmp_path: Path) -> None:
-    plan = Plan([row("full", 90.0), row("fast", 89.0), row("fast-mean", 88.0)])
-    dashes = write_table(plan, tmp_path, 0.5).splitlines()[1].strip("|").split("|")
+    rows = [row("full", 90.0), row("fast", 89.0), row("fast-mean", 88.0)]
+    dashes = write_table(Plan(rows, rows[0]), tmp_path, 0.5).splitlines()[1].strip("|").split("|")
     assert [cell.strip().endswith(":") for cell in dashes] == [False, False, *[True] * 9]
 
 
