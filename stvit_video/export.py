@@ -22,9 +22,9 @@ SUFFIXES = {"torch-export": ".pt2", "onnx": ".onnx", "safetensors": ".safetensor
 def build_parser() -> Parser:
     """Return the parser of this command's options."""
     parser = Parser(
-        prog="python -m stvit_video.export",
-        form="--checkpoint RUN --format FORMAT [--output FILE]",
-        description="Write a trained model to a file, and compare what the file computes with the model.",
+        "export",
+        "--checkpoint RUN --format FORMAT [--output FILE]",
+        "Write a trained model to a file, and compare what the file computes with the model.",
     )
     add = parser.add_argument
     formats = "torch-export, onnx: graphs; safetensors: complete for this package; state-dict: weights alone"

@@ -8,44 +8,38 @@ where a run failed, which the table then says.
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from stvit_video.common.cli import Parser, run_command
-from stvit_video.common.errors import Stopped, UsageError
+from stvit_video.common.cli import Parser, number, run_command
+from stvit_video.common.errors import UsageError
 
 
 def build_parser() -> Parser:
     """Return the parser of the command line."""
-    parser = Parser(
-        prog="python -m stvit_video.tradeoff",
-        form="--plan FILE [--output DIR] [KEY VALUE ...]",
-        description="Train the rows of a plan, measure their speed, and set accuracy beside it.",
-    )
+    about = "Train the rows of a plan, measure their speed, and set accuracy beside it."
+    parser = Parser("tradeoff", "--plan FILE [--output DIR] [KEY VALUE ...]", about)
     add = parser.add_argument
     add("--plan", type=Path, required=True, metavar="FILE", help="as configs/tradeoff/*.yaml")
     add("--output", type=Path, metavar="DIR", help="default: runs/tradeoff_<name of the plan>")
     add("--rows", nargs="+", default=["*"], metavar="PATTERN", help="train these rows only; the table has all")
-    add("--jobs", type=int, help="runs at a time; here they share the cores (default: 1; all of them with slurm)")
+    add("--jobs", type=number(int, 1), help="runs at a time; here they share cores (default: 1; all with slurm)")
     add("--cluster", default="local", choices=("local", "slurm"), help="where to train (default: %(default)s)")
     add("--profile", type=Path, metavar="FILE", help="what the cluster needs: slurm/profiles/NAME.yaml")
-    add("--gpus-per-node", type=int, metavar="G", help="GPUs of each run (default: 1 unless DEVICE is cpu)")
+    add("--gpus-per-node", type=number(int, 0), metavar="G", help="GPUs of each run (default: 1 unless DEVICE is cpu)")
     about = "points of top-1 below the dense baseline that a preset may lose (default: %(default)g)"
-    add("--within", type=float, default=0.5, metavar="POINTS", help=about)
+    add("--within", type=number(float, 0), default=0.5, metavar="POINTS", help=about)
     add("--list", action="store_true", help="print rows, costs and runs left; train nothing, and exit")
     add("--no-train", action="store_true", help="only draw table and plot from what is there")
     add("--measure", action="store_true", help="measure speeds again, also where all are known")
-    add("--rounds", type=int, default=5, help="of measuring speed; 0: do not measure (default: %(default)s)")
-    add("--largest-batch", type=int, default=64, help="to measure with (default: %(default)s)")
+    add("--rounds", type=number(int, 0), default=5, help="of measuring speed; 0: do not measure (default: %(default)s)")
+    add("--largest-batch", type=number(int, 1), default=64, help="to measure with (default: %(default)s)")
     add("overrides", nargs="*", metavar="KEY VALUE", help="for all rows, as for stvit_video.run")
     return parser
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raise UsageError for numbers and combinations that cannot be used."""
-    for name, least in (("jobs", 1), ("rounds", 0), ("largest_batch", 1), ("within", 0), ("gpus_per_node", 0)):
-        value = getattr(options, name)
-        if value is not None and not least <= value < float("inf"):
-            raise UsageError(f"--{name.replace('_', '-')} {value} is out of range; give a number from {least} on.")
+    """Raise UsageError for combinations that cannot be used."""
     if options.measure and not options.rounds:
         raise UsageError("--measure with --rounds 0, which does not measure; leave one of them out.")
     if options.profile and options.cluster == "local":
@@ -79,16 +73,8 @@ def tradeoff(arguments: Sequence[str] | None) -> int:
     return run_sweep(plan, output, wanted, runner)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Make the table from the command line; return the exit code."""
-    again = "the same command continues"
-    try:
-        return run_command(tradeoff, arguments, stopped=f"stopped; {again}", again=again)
-    except Stopped as stopped:
-        from stvit_video.runtime.stopping import EXIT_STOPPED
-
-        print(f"{stopped}; {again}", file=sys.stderr)
-        return EXIT_STOPPED
+AGAIN = "the same command continues"
+main = partial(run_command, tradeoff, stopped=f"stopped; {AGAIN}", again=AGAIN)
 
 
 if __name__ == "__main__":

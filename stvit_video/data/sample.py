@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from stvit_video.common.cli import Parser, run_command
+from stvit_video.common.cli import Parser, number, run_command
 from stvit_video.common.errors import UsageError
 from stvit_video.common.progress import Progress
 from stvit_video.data import sprites
@@ -188,18 +188,13 @@ def _check_root(root: Path, record: Path, spec: Spec) -> None:
 
 def generate(arguments: Sequence[str] | None) -> int:
     """Parse the arguments and generate the set."""
-    parser = Parser(
-        prog="python -m stvit_video.data.sample",
-        form="[--root FOLDER] [--set NAME] [--seed NUMBER]",
-        description="Generate a sample set of moving sprites.",
-    )
+    form = "[--root FOLDER] [--set NAME] [--seed NUMBER]"
+    parser = Parser("data.sample", form, "Generate a sample set of moving sprites.")
     parser.add_argument("--root", help="folder to write to (default: data/NAME)")
     parser.add_argument("--set", default="sample", choices=SETS, help="which one (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same files (default: %(default)s)")
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="same seed, same files (default: %(default)s)")
     options = parser.parse_args(arguments)
     root = options.root or f"data/{options.set}"
-    if options.seed < 0:
-        raise UsageError(f"--seed {options.seed} is negative; give a whole number from 0.")
     try:
         prepare(root, Spec(SETS[options.set], seed=options.seed, name=options.set))
     except OSError as error:
@@ -207,9 +202,7 @@ def generate(arguments: Sequence[str] | None) -> int:
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Generate the set from the command line; return the exit code."""
-    return run_command(generate, arguments, stopped="stopped; the same command continues")
+main = partial(run_command, generate, stopped="stopped; the same command continues")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from stvit_video.common.cli import Parser, run_command
+from stvit_video.common.cli import Parser, number, run_command
 from stvit_video.common.tables import format_table
 
 GPUS = (1, 8, 64, 512)
@@ -61,33 +62,20 @@ def scale(
     return dict(zip(COLUMNS, values, strict=True))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; return the exit code."""
-    return run_command(calculate, arguments)
-
-
 def calculate(arguments: Sequence[str] | None) -> int:
     """Parse the options and print the table."""
-    parser = Parser(
-        prog="python -m stvit_video.slurm.scaling",
-        form="--cfg FILE [options]",
-        description="Calculate how a run scales.",
-    )
+    parser = Parser("slurm.scaling", "--cfg FILE [options]", "Calculate how a run scales.")
     parser.add_argument("--cfg", required=True, dest="path", metavar="FILE", help="configuration of the run")
     numbers = {
-        "--videos": (int, 240_000, "of the training list (default: Kinetics-400)"),
-        "--clips-a-gpu": (int, 8, "batch of each GPU (default: %(default)s)"),
-        "--gpu-tflops": (float, 100, "that it sustains (assumed: %(default)s)"),
-        "--core-clips": (float, 10, "clips/s a CPU core decodes (default: %(default)s)"),
-        "--network-gb": (float, 20, "GB/s of a GPU's network (assumed: %(default)s)"),
+        "--videos": (number(int, 1), 240_000, "of the training list (default: Kinetics-400)"),
+        "--clips-a-gpu": (number(int, 1), 8, "batch of each GPU (default: %(default)s)"),
+        "--gpu-tflops": (number(float, 0.001), 100, "that it sustains (assumed: %(default)s)"),
+        "--core-clips": (number(float, 0.001), 10, "clips/s a CPU core decodes (default: %(default)s)"),
+        "--network-gb": (number(float, 0.001), 20, "GB/s of a GPU's network (assumed: %(default)s)"),
     }
     for option, (kind, default, text) in numbers.items():
         parser.add_argument(option, type=kind, default=default, help=text)
     options = parser.parse_args(arguments)
-    for option in numbers:
-        value = getattr(options, option[2:].replace("-", "_"))
-        if value <= 0:
-            parser.error(f"{option} {value} has to be above 0")
     print(build_table(options))
     return 0
 
@@ -113,6 +101,8 @@ def build_table(options: Namespace) -> str:
         f"{format_table(list(COLUMNS), rows, style='github')}"
     )
 
+
+main = partial(run_command, calculate)
 
 if __name__ == "__main__":
     sys.exit(main())
