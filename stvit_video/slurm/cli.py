@@ -17,7 +17,7 @@ import stvit_video
 from stvit_video.common.cli import Parser, number, run_command
 from stvit_video.common.errors import UsageError, nearest
 from stvit_video.common.files import write_json
-from stvit_video.config.load import load_config
+from stvit_video.config.load import load_config, override
 from stvit_video.slurm.follow import describe_status, follow, summarise, tail
 from stvit_video.slurm.jobs import (
     ClusterJob,
@@ -108,15 +108,11 @@ def build_configs(options: Namespace) -> tuple[list[CfgNode], Path]:
     by_file = len(options.files) > 1 and "OUTPUT_DIR" in str(options.overrides)
     configs = []
     for file, point in itertools.product(options.files, points):
-        cfg = load_config(file, [*options.overrides, *point]).clone()
-        cfg.defrost()
+        cfg = load_config(file, [*options.overrides, *point])
         parts = [Path(file).stem] if by_file else []
         parts += [",".join(point).replace("/", "_")] if point else []
-        cfg.OUTPUT_DIR = os.path.abspath(Path(cfg.OUTPUT_DIR, *parts))
-        cfg.DATA.ROOT = os.path.abspath(cfg.DATA.ROOT)
-        if cfg.MODEL.INIT:
-            cfg.MODEL.INIT = os.path.abspath(cfg.MODEL.INIT)
-        configs.append(cfg)
+        paths = {"OUTPUT_DIR": Path(cfg.OUTPUT_DIR, *parts), "DATA.ROOT": cfg.DATA.ROOT, "MODEL.INIT": cfg.MODEL.INIT}
+        configs.append(override(cfg, [(key, os.path.abspath(path)) for key, path in paths.items() if path], file))
     folders = [cfg.OUTPUT_DIR for cfg in configs]
     if len(set(folders)) < len(folders):
         raise UsageError("Several runs have the same OUTPUT_DIR; give each configuration its own, or a grid of points.")

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import submitit
-import yaml
 from fvcore.common.config import CfgNode
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from stvit_video.common.errors import UsageError
 from stvit_video.common.files import write_json
+from stvit_video.config.load import load_config, override
 from stvit_video.slurm.records import JobFolder
 from stvit_video.slurm.request import JobRequest, Profile
 from stvit_video.slurm.task import Task
@@ -130,9 +130,7 @@ def open_job_folders(configs: Sequence[CfgNode], request: JobRequest, cluster: s
         if run.is_finished() and cfg.MODE == "train" and not cfg.OVERWRITE:
             raise UsageError(f"OUTPUT_DIR {run.path} is finished; give another one, or OVERWRITE True to run it again.")
         run.claim()
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.OVERWRITE = False  # the folder is cleared; from now on each start of the job continues
+        cfg = override(cfg, [("OVERWRITE", False)], "a job")  # the folder is cleared; each start of the job continues
         folder.path.mkdir(exist_ok=True)
         folder.config.write_text(cfg.dump())
     logs.mkdir(parents=True, exist_ok=True)
@@ -218,7 +216,7 @@ def resume(job: ClusterJob) -> ClusterJob:
     given = record.pop("request")
     request = JobRequest(**given | {"profile": Profile(**given["profile"])})
     about = {name: value for name, value in record.items() if name not in ("id", "cluster", "logs", "submission")}
-    config = CfgNode(yaml.safe_load(job.folder.config.read_text()))
+    config = load_config(job.folder.config)
     folders = open_job_folders([config], request, job.cluster, job.logs)
     return submit(folders, request, job.cluster, job.logs, about)[0]
 

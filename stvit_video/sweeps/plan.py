@@ -28,7 +28,7 @@ from fvcore.common.config import CfgNode
 from stvit_video.benchmarks.peers import CLASSES
 from stvit_video.common.errors import UsageError, nearest
 from stvit_video.config.load import load_config, parse_overrides
-from stvit_video.config.schema import flatten, value_of
+from stvit_video.config.schema import flatten
 from stvit_video.data.lists.videos import build_lists
 from stvit_video.models.cost import measure_cost
 from stvit_video.models.zoo import build_model
@@ -204,7 +204,7 @@ def _build_checks(twin: Any, rows: Sequence[PlanRow], has_start: bool) -> None:
                 f"several of {', '.join(presets) or 'none: add one'}.{nearest(str(strange[0]), presets)}"
             )
         for key in COMMON_KEYS:
-            value, expected = value_of(row.cfg, key), value_of(baseline.cfg, key)
+            value, expected = (flatten(cfg)[key] for cfg in (row.cfg, baseline.cfg))
             if value != expected:
                 raise UsageError(
                     f"row {row.name} has {key} {value!r} and {twin} {expected!r}, so that figures could not be "

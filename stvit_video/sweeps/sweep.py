@@ -15,7 +15,7 @@ from stvit_video.benchmarks.peers import CLASSES, TimedModel
 from stvit_video.common.errors import UsageError
 from stvit_video.common.files import write_json
 from stvit_video.common.tables import format_table
-from stvit_video.config.schema import value_of
+from stvit_video.config.schema import flatten
 from stvit_video.models.zoo import build_model
 from stvit_video.runs.environment import environment
 from stvit_video.runs.preflight import open_lists
@@ -183,7 +183,8 @@ def build_start_note(plan: Plan, start: SweepRun | None, failures: dict[tuple[st
         return f"failed: {start.name}, from which all rows start: {failure}"
     if not start.folder.is_finished():
         return ""
-    same_test = all(value_of(start.cfg, key) == value_of(plan.baseline.cfg, key) for key in COMMON_KEYS)
+    own, common = flatten(start.cfg), flatten(plan.baseline.cfg)
+    same_test = all(own[key] == common[key] for key in COMMON_KEYS)
     reached = f" ({read_results(start)['top1']:.2f} % top-1)" if same_test else ""
     return f"every row starts from the weights of {start.name}, a {start.cfg.MODEL.NAME}{reached}"
 
