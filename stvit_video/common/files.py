@@ -4,7 +4,8 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from stvit_video.common.errors import UsageError
@@ -30,6 +31,17 @@ def wait_for_lock(take: Callable[[], None], patience: float, note: Callable[[], 
             print(note(), flush=True)
         told = True
         time.sleep(POLL_S)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Provide a temporary path, and rename it to ``path`` at the end: a file is complete or not there."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -11,9 +11,8 @@ among small ones that move differently, in front of a cluttered background, seen
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import partial
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 
 from stvit_video.common.cli import Parser, number, run_command
 from stvit_video.common.errors import UsageError
+from stvit_video.common.files import whole_file
 from stvit_video.common.progress import Progress
 from stvit_video.data import sprites
 from stvit_video.data.sprites import MOTIONS, SHAPES
@@ -58,22 +58,11 @@ def video_labels(index: int) -> tuple[str, str]:
     return MOTIONS[index % len(MOTIONS)], SHAPES[index // len(MOTIONS) % len(SHAPES)]
 
 
-@contextmanager
-def _whole_file(path: Path) -> Iterator[Path]:
-    """Provide a temporary path, and rename it to ``path`` at the end: a file is complete or not there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_video(path: Path, frames: sprites.Image, rate: int | Fraction = RATE) -> None:
     """Write frames (N, H, W, 3) as H.264, complete or not at all."""
     import av
 
-    with _whole_file(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+    with whole_file(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         # One thread and no lookahead make the bytes depend on the frames alone. With macroblock trees, x264 gave about
         # one file in a hundred different content for the same frames.
         options = {"crf": "20", "preset": "veryfast", "x264-params": "mbtree=0:rc-lookahead=0:sync-lookahead=0"}
@@ -89,7 +78,7 @@ def write_still(path: Path, image: sprites.Image) -> None:
     """Write one frame (H, W, 3) as PNG, complete or not at all."""
     from PIL import Image as PillowImage
 
-    with _whole_file(path) as temporary:
+    with whole_file(path) as temporary:
         PillowImage.fromarray(image).save(temporary, format="PNG")
 
 
