@@ -13,6 +13,7 @@ after the results so far are written (0 for a camera or stream, which Ctrl-C end
 import io
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,9 @@ def build_parser() -> Parser:
 
 def predict(arguments: Sequence[str] | None) -> int:
     """Parse the arguments, score the videos, print and write results; return the exit code. Raises UsageError."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # file names that the terminal cannot show are escaped
+            stream.reconfigure(errors="backslashreplace")
     options = build_parser().parse_args(arguments)
     from stvit_video.data.streams import check_seconds
 
@@ -79,12 +83,7 @@ def predict(arguments: Sequence[str] | None) -> int:
     return predict_videos(options)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Predict from the command line; return the exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # file names that the terminal cannot show are escaped
-            stream.reconfigure(errors="backslashreplace")
-    return run_command(predict, arguments)
+main = partial(run_command, predict)
 
 
 if __name__ == "__main__":

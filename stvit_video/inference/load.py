@@ -9,7 +9,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from stvit_video.common.errors import UsageError, nearest
-from stvit_video.common.hub import check_exists, is_hub_address, pull
+from stvit_video.common.hub import check_exists, pull
 from stvit_video.config.clip_settings import SETTABLE_KEYS, config_beside, view_settings
 from stvit_video.config.load import default_config, load_config, override, parse_overrides
 from stvit_video.data.clips.sampling import Sampling
@@ -52,7 +52,7 @@ def open_checkpoint(path: str | Path, overrides: Sequence[str] = ()) -> Trained:
     file; else defaults apply and ``note`` says so. ``overrides`` are ``KEY=VALUE`` words for SETTABLE_KEYS. Raises
     UsageError where there are no weights, or they do not say which model they are of.
     """
-    weights, note = pull(str(path)) if is_hub_address(str(path)) else Path(path), ""
+    weights, note = pull(str(path)), ""
     if not weights.is_file():
         check_exists(str(path))
         folder = RunFolder(weights)
