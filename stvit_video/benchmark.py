@@ -1,7 +1,7 @@
 """Speed on this machine: ``python -m stvit_video.benchmark model|train|e2e|loader|engine --cfg FILE [KEY VALUE ...]``.
 
 Every figure is the median of interleaved rounds beside a reference in the same run: ratios can be compared between
-machines, times cannot.
+machines, times cannot. DEVICE, PRECISION and COMPILE are keys, as for ``stvit_video.run``.
 """
 
 import argparse
@@ -28,11 +28,7 @@ PEER = (
 
 def build_parser() -> Parser:
     """Return the parser of the command line."""
-    parser = Parser(
-        "benchmark",
-        "model|train|e2e|loader|engine --cfg FILE [KEY VALUE ...]",
-        "Measure speed on this machine. DEVICE, PRECISION and COMPILE are keys, as for stvit_video.run.",
-    )
+    parser = Parser(__doc__)
     add, count = parser.add_argument, number(int, 1)
     add("what", choices=("model", "train", "e2e", "loader", "engine"), help=WHAT)
     # One list for both keeps their order on the command line: ratios refer to the first one.

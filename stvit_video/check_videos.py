@@ -23,7 +23,7 @@ from stvit_video.data.failures import Failure, failures_csv
 
 def build_parser() -> Parser:
     """Return the parser of this command's options."""
-    parser = Parser("check_videos", "LIST --output DIR", "Find the videos that cannot be read.")
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("list", type=Path, metavar="LIST", help="lines `path label`, a Kinetics CSV or an SSv2 JSON")
     add("--output", type=Path, required=True, metavar="DIR", help="for clean.txt and failures.csv")

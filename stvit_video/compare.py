@@ -15,7 +15,7 @@ from stvit_video.common.files import check_file
 
 def compare(arguments: Sequence[str] | None) -> int:
     """Parse the arguments, draw the chart and print the table; return the exit code."""
-    parser = Parser("compare", "RUN RUN ... [--target 90]", "Compare learning curves.")
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a training run")
     parser.add_argument("--target", type=float, default=90.0, help="top-1 in percent (default: %(default)g)")
     parser.add_argument("--window", type=number(int, 1), default=64, help="steps of the average (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""Export a trained model to a file: ``python -m stvit_video.export --checkpoint RUN --format F --output FILE``.
+"""Export a trained model to a file: ``python -m stvit_video.export --checkpoint RUN --format F [--output FILE]``.
 
 The file is opened again and its logits are compared with the model's, on random clips and on those of ``--clip``.
 Where they differ by more than ``--limit``, no file is left.
@@ -22,11 +22,7 @@ SUFFIXES = {"torch-export": ".pt2", "onnx": ".onnx", "safetensors": ".safetensor
 
 def build_parser() -> Parser:
     """Return the parser of this command's options."""
-    parser = Parser(
-        "export",
-        "--checkpoint RUN --format FORMAT [--output FILE]",
-        "Write a trained model to a file, and compare what the file computes with the model.",
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     formats = "torch-export, onnx: graphs; safetensors: complete for this package; state-dict: weights alone"
     add("--checkpoint", required=True, metavar="RUN", help="folder of a trained run, or a .safetensors")

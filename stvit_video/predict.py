@@ -38,8 +38,7 @@ def __getattr__(name: str) -> Any:
 
 def build_parser() -> Parser:
     """Return the parser of this command's options."""
-    about = "Predict the classes of videos. Exit codes: 0 all were scored, 1 some cannot be read, 2 wrong use."
-    parser = Parser("predict", "VIDEO... --checkpoint RUN", about)
+    parser = Parser(__doc__)
     add = parser.add_argument
     video = "file, folder (searched recursively), pattern ('clips/*.mp4'), camera number, stream address or pipe"
     add("videos", nargs="+", metavar="VIDEO", help=video)

@@ -17,7 +17,7 @@ from stvit_video.common.errors import UsageError
 
 def report(arguments: Sequence[str] | None) -> int:
     """Parse the arguments, write the page and print its headline; return the exit code. Raises UsageError."""
-    parser = Parser("report", "RUN [RUN ...] [--output FILE.html]", "Report the results of runs on one page.")
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run that was tested")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="default: %(default)s")
     words = sys.argv[1:] if arguments is None else arguments

@@ -1,4 +1,4 @@
-"""The main command: ``python -m stvit_video.run --cfg FILE [KEY VALUE ...]``.
+"""Train and test video transformers: ``python -m stvit_video.run --cfg FILE [KEY VALUE ...]``.
 
 Exit codes: 0 done; 2 wrong use or configuration, said in one line on stderr; 75 stopped by a signal, with a checkpoint
 of the last step; 1 failure, or Ctrl-C where nothing is under way that could be continued so.
@@ -13,7 +13,7 @@ from stvit_video.common.cli import Parser, run_command
 
 def dispatch(arguments: Sequence[str] | None) -> int:
     """Parse, load the configuration, open the run on all its processes, and do what MODE names."""
-    parser = Parser("run", "--cfg FILE [KEY VALUE ...]", "Train and test video transformers.")
+    parser = Parser(__doc__)
     parser.add_argument("--cfg", metavar="FILE", help="configuration, for example configs/sample_stvit.yaml")
     parser.add_argument("--keys", action="store_true", help="list every configuration key with its default and exit")
     parser.add_argument("--cost", action="store_true", help="print the model's GFLOPs and memory, and exit")

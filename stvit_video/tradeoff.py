@@ -17,8 +17,7 @@ from stvit_video.common.errors import UsageError
 
 def build_parser() -> Parser:
     """Return the parser of the command line."""
-    about = "Train the rows of a plan, measure their speed, and set accuracy beside it."
-    parser = Parser("tradeoff", "--plan FILE [--output DIR] [KEY VALUE ...]", about)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--plan", type=Path, required=True, metavar="FILE", help="as configs/tradeoff/*.yaml")
     add("--output", type=Path, metavar="DIR", help="default: runs/tradeoff_<name of the plan>")

@@ -18,7 +18,7 @@ from stvit_video.common.hub import check_exists
 
 def visualize(arguments: Sequence[str] | None) -> int:
     """Parse the arguments, explain a clip and write the results; return the exit code. Raises UsageError."""
-    parser = Parser("visualize", "VIDEO --checkpoint RUN|FILE [--output FOLDER]", "Show what a model saw in a video.")
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("video", type=Path, metavar="VIDEO", help="a video, an image or a folder of images")
     add("--checkpoint", required=True, metavar="RUN|FILE", help="folder of a run, or a .safetensors of one")

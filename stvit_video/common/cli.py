@@ -13,18 +13,20 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL: the same command continues
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises UsageError with one line; ``form`` shows the expected arguments.
+    """An argument parser that raises UsageError with one line.
 
-    ``name`` is a module's, without that of the package, or a script's with its path.
+    ``about`` is the docstring of a command's module; what it puts in double backquotes first is the command's form.
     """
 
-    def __init__(self, name: str, form: str, description: str) -> None:
-        super().__init__(prog=f"python {name if '/' in name else f'-m stvit_video.{name}'}", description=description)
-        self.form = form
+    def __init__(self, about: str | None) -> None:
+        found = re.search("``(.+?)``", about or "", re.DOTALL)
+        form = " ".join(found[1].split()) if found else None  # python -OO leaves docstrings out
+        plain = argparse.RawDescriptionHelpFormatter
+        super().__init__(usage=form, description=(about or "").replace("``", ""), formatter_class=plain)
 
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (\S+): (?=\S+ is out of range)", r"\1 ", message)
-        raise UsageError(f"{message}; use: {self.prog} {self.form} (--help says more)")
+        raise UsageError(f"{message}; use: {self.usage or self.prog} (--help says more)")
 
 
 def number(kind: type[int] | type[float], least: float, most: float = inf) -> Callable[[str], float]:

@@ -1,11 +1,10 @@
-"""The sample sets: short H.264 videos of moving sprites, generated once, for users without data.
+"""Generate a sample set: ``python -m stvit_video.data.sample [--root FOLDER] [--set NAME] [--seed NUMBER]``.
 
-The videos of ``sample`` have two label sets: ``motion``, which no single frame shows, and ``shape``, that of the
+The sets are short H.264 videos of moving sprites, generated once, for users without data.
+
+Those of ``sample`` have two label sets: ``motion``, which no single frame shows, and ``shape``, that of the
 sprite. A folder of stills serves image models. ``sample_hard`` has one label set, ``motion_shape``: a large sprite
 among small ones that move differently, in front of a cluttered background, seen by a moving camera.
-
-    python -m stvit_video.data.sample --root data/sample
-    python -m stvit_video.data.sample --set sample_hard --root data/sample_hard
 """
 
 import json
@@ -177,8 +176,7 @@ def _check_root(root: Path, record: Path, spec: Spec) -> None:
 
 def generate(arguments: Sequence[str] | None) -> int:
     """Parse the arguments and generate the set."""
-    form = "[--root FOLDER] [--set NAME] [--seed NUMBER]"
-    parser = Parser("data.sample", form, "Generate a sample set of moving sprites.")
+    parser = Parser(__doc__)
     parser.add_argument("--root", help="folder to write to (default: data/NAME)")
     parser.add_argument("--set", default="sample", choices=SETS, help="which one (default: %(default)s)")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="same seed, same files (default: %(default)s)")

@@ -1,4 +1,8 @@
-"""The command ``python slurm/submit.py``."""
+"""Submit runs to SLURM, or act on submitted ones.
+
+``python slurm/submit.py --cfg FILE --nodes N --gpus-per-node G [--profile FILE] [--wait] [KEY VALUE ...]; or status,
+logs, cancel, resume RUN``
+"""
 
 import itertools
 import os
@@ -31,10 +35,6 @@ from stvit_video.slurm.jobs import (
 from stvit_video.slurm.request import JobRequest, read_profile
 
 VERBS = {"status": "say how it is", "logs": "print its log", "cancel": "end it", "resume": "submit it again"}
-FORM = (
-    "--cfg FILE --nodes N --gpus-per-node G [--profile FILE] [--wait] [KEY VALUE ...]; "
-    "or status, logs, cancel, resume RUN"
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,7 +74,7 @@ def submit_runs(arguments: Sequence[str] | None) -> int:
 
 def read_options(arguments: Sequence[str]) -> Namespace:
     """Parse the command line of a submission."""
-    parser = Parser("slurm/submit.py", FORM, f"Submit runs; or {', '.join(VERBS)} RUN.")
+    parser = Parser(__doc__)
     add, count, some = parser.add_argument, number(int, 1), number(int, 0)
     help_cfg = "configuration; several: an array"
     add("--cfg", nargs="+", action="extend", dest="files", metavar="FILE", help=help_cfg)
@@ -156,7 +156,7 @@ def wait(jobs: Sequence[ClusterJob], base: Path) -> int:
 def run_verb(arguments: Sequence[str] | None) -> int:
     """Apply one of VERBS to the jobs of a run folder."""
     verb, *rest = arguments or []
-    parser = Parser(f"slurm/submit.py {verb}", "RUN", VERBS[verb])
+    parser = Parser(f"``python slurm/submit.py {verb} RUN``: {VERBS[verb]}")
     parser.add_argument("run", type=Path, help="OUTPUT_DIR of a run, or of an array")
     if verb == "logs":
         parser.add_argument("--rank", type=int, default=0, help="of which task (default: %(default)s)")

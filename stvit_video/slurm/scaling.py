@@ -1,4 +1,4 @@
-"""What 1, 8, 64 and 512 GPUs mean for a run: ``python -m stvit_video.slurm.scaling --cfg FILE``.
+"""What 1, 8, 64 and 512 GPUs mean for a run: ``python -m stvit_video.slurm.scaling --cfg FILE [options]``.
 
 A calculation from the model's parameters and FLOPs; the speeds of the machine are options. Nothing is measured.
 """
@@ -64,7 +64,7 @@ def scale(
 
 def calculate(arguments: Sequence[str] | None) -> int:
     """Parse the options and print the table."""
-    parser = Parser("slurm.scaling", "--cfg FILE [options]", "Calculate how a run scales.")
+    parser = Parser(__doc__)
     parser.add_argument("--cfg", required=True, dest="path", metavar="FILE", help="configuration of the run")
     numbers = {
         "--videos": (number(int, 1), 240_000, "of the training list (default: Kinetics-400)"),
