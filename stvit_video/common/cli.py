@@ -57,6 +57,7 @@ def run_command(
     on stderr; ``again`` says what the same command does next time. Ctrl-C gives ``stopped_code`` and the line
     ``stopped``. Other errors are raised: they are bugs, so their traceback is kept, and the exit code is 1.
     """
+    goes_on = f"; {again}" if again else ""
     try:
         return command(arguments)
     except UsageError as error:
@@ -64,13 +65,12 @@ def run_command(
     except RunFailure as error:
         code, line = 1, f"error: {error}"
     except Stopped as error:
-        code, line = EXIT_STOPPED, f"{error}; {again}"
+        code, line = EXIT_STOPPED, f"{error}{goes_on}"
     except OSError as error:
         if error.errno not in FILESYSTEM_ERRORS:
             raise
-        remedies = ["free space, set its permissions or choose another folder", *([again] if again else [])]
         what = f"{error.filename or 'a file of the run'} cannot be written or read ({error.strerror})"
-        code, line = 2, f"error: {what}; {'; '.join(remedies)}."
+        code, line = 2, f"error: {what}; free space, set its permissions or choose another folder{goes_on}."
     except KeyboardInterrupt:
         code, line = stopped_code, f"\n{stopped}"
     print(line, file=sys.stderr)
