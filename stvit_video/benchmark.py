@@ -1,17 +1,18 @@
 """Speed on this machine: ``python -m stvit_video.benchmark model|train|e2e|loader|engine --cfg FILE [KEY VALUE ...]``.
 
 Every figure is the median of interleaved rounds beside a reference in the same run: ratios can be compared between
-machines, times cannot.
+machines, times cannot. DEVICE, PRECISION and COMPILE are keys, as for ``stvit_video.run``.
 """
 
 import argparse
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stvit_video.common.cli import Parser, run_command
+from stvit_video.common.cli import Parser, number, run_command
 from stvit_video.common.errors import UsageError
 from stvit_video.common.files import check_file, write_json
 
@@ -27,21 +28,17 @@ PEER = (
 
 def build_parser() -> Parser:
     """Return the parser of the command line."""
-    parser = Parser(
-        prog="python -m stvit_video.benchmark",
-        form="model|train|e2e|loader|engine --cfg FILE [KEY VALUE ...]",
-        description="Measure speed on this machine. DEVICE, PRECISION and COMPILE are keys, as for stvit_video.run.",
-    )
-    add = parser.add_argument
+    parser = Parser(__doc__)
+    add, count = parser.add_argument, number(int, 1)
     add("what", choices=("model", "train", "e2e", "loader", "engine"), help=WHAT)
     # One list for both keeps their order on the command line: ratios refer to the first one.
     both: dict[str, Any] = {"action": "append", "dest": "named", "metavar": "NAME"}
     add("--cfg", required=True, help="file; model and train take several", type=lambda word: ("cfg", word), **both)
     add("--peer", help=PEER, type=lambda word: ("peer", word), **both)
-    add("--steps", type=int, default=32, help="per round of engine (default: %(default)s)")
-    add("--clips", type=int, default=64, help="per round of loader and e2e; at least 8 batches (default: %(default)s)")
-    add("--rounds", type=int, default=5, help="rounds, after one to warm up (default: %(default)s)")
-    add("--largest-batch", type=int, default=64, help="largest batch of model and train (default: %(default)s)")
+    add("--steps", type=count, default=32, help="per round of engine (default: %(default)s)")
+    add("--clips", type=count, default=64, help="per round of loader and e2e, 8 batches or more (default: %(default)s)")
+    add("--rounds", type=count, default=5, help="rounds, after one to warm up (default: %(default)s)")
+    add("--largest-batch", type=count, default=64, help="largest batch of model and train (default: %(default)s)")
     results = "results.json of a run for each --cfg"
     add("--results", type=Path, action="append", default=[], metavar="FILE", help=results)
     add("--plot", type=Path, metavar="FILE.png", help="draw top-1, or GFLOPs, over clips per second")
@@ -51,10 +48,7 @@ def build_parser() -> Parser:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raise UsageError for numbers, files and combinations that cannot be used."""
-    for name in ("clips", "rounds", "steps", "largest_batch"):
-        if (number := getattr(options, name)) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {number}: give whole numbers from 1 on.")
+    """Raise UsageError for files and combinations that cannot be used."""
     check_file("--output", options.output)
     check_file("--plot", options.plot, suffix=".png")
     options.cfgs, options.peers = ([word for kind, word in options.named if kind == which] for which in ("cfg", "peer"))
@@ -95,9 +89,7 @@ def benchmark(arguments: Sequence[str] | None) -> int:
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a benchmark from the command line; return the exit code."""
-    return run_command(benchmark, arguments)
+main = partial(run_command, benchmark)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from stvit_video.common.cli import Parser, run_command
+from stvit_video.common.cli import Parser, number, run_command
 from stvit_video.common.errors import UsageError
 from stvit_video.common.files import prepare_folder, write_atomically
 from stvit_video.common.progress import Progress
@@ -23,19 +23,17 @@ from stvit_video.data.failures import Failure, failures_csv
 
 def build_parser() -> Parser:
     """Return the parser of this command's options."""
-    parser = Parser(
-        prog="python -m stvit_video.check_videos",
-        form="LIST --output DIR",
-        description="Find the videos that cannot be read.",
-    )
-    parser.add_argument("list", type=Path, metavar="LIST", help="lines `path label`, a Kinetics CSV or an SSv2 JSON")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="for clean.txt and failures.csv")
-    parser.add_argument("--root", type=Path, help="where relative paths start (default: the folder of LIST)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
-    parser.add_argument("--deadline", type=float, default=60.0, help="seconds a video may take (default: %(default)g)")
-    parser.add_argument("--decoder", default="auto", choices=("auto", *DECODERS), help="auto (default): each in turn")
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("list", type=Path, metavar="LIST", help="lines `path label`, a Kinetics CSV or an SSv2 JSON")
+    add("--output", type=Path, required=True, metavar="DIR", help="for clean.txt and failures.csv")
+    add("--root", type=Path, help="where relative paths start (default: the folder of LIST)")
+    workers, deadline, most = number(int, 1, 1_000), number(float, 0.1, 1_000_000), number(int, 1, 10_000)
+    add("--workers", type=workers, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    add("--deadline", type=deadline, default=60.0, help="seconds a video may take (default: %(default)g)")
+    add("--decoder", default="auto", choices=("auto", *DECODERS), help="auto (default): each in turn")
     frames = parser.add_mutually_exclusive_group()
-    frames.add_argument("--frames", type=int, default=16, help="frames to read, evenly spread (default: %(default)s)")
+    frames.add_argument("--frames", type=most, default=16, help="frames to read, evenly spread (default: %(default)s)")
     frames.add_argument("--all-frames", action="store_true", help="read every frame; give long ones a longer deadline")
     return parser
 
@@ -43,9 +41,6 @@ def build_parser() -> Parser:
 def check(arguments: Sequence[str] | None) -> int:
     """Parse the arguments, scan the list, write the results and print a summary. Raises UsageError."""
     options = build_parser().parse_args(arguments)
-    for name, low, high in (("workers", 1, 1_000), ("frames", 1, 10_000), ("deadline", 0.1, 1_000_000)):
-        if not low <= getattr(options, name) <= high:
-            raise UsageError(f"--{name} {getattr(options, name)} is out of range; give {low} to {high:,}.")
     decoders = find_decoders(options.decoder, "--decoder")
     root = options.list.parent if options.root is None else options.root
     if options.root is not None and not root.is_dir():
@@ -75,10 +70,8 @@ def check(arguments: Sequence[str] | None) -> int:
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Check a list from the command line; return the exit code."""
-    stopped = "stopped before the end: nothing was written; the same command starts again"
-    return run_command(check, arguments, stopped=stopped)
+STOPPED = "stopped before the end: nothing was written; the same command starts again"
+main = partial(run_command, check, stopped=STOPPED)
 
 
 if __name__ == "__main__":

@@ -6,25 +6,21 @@ accuracy, averaged over a window of steps, and in validation. In the first epoch
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from stvit_video.common.cli import Parser, run_command
-from stvit_video.common.errors import UsageError
+from stvit_video.common.cli import Parser, number, run_command
 from stvit_video.common.files import check_file
 
 
 def compare(arguments: Sequence[str] | None) -> int:
     """Parse the arguments, draw the chart and print the table; return the exit code."""
-    parser = Parser(
-        prog="python -m stvit_video.compare", form="RUN RUN ... [--target 90]", description="Compare learning curves."
-    )
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a training run")
     parser.add_argument("--target", type=float, default=90.0, help="top-1 in percent (default: %(default)g)")
-    parser.add_argument("--window", type=int, default=64, help="steps of the average (default: %(default)s)")
+    parser.add_argument("--window", type=number(int, 1), default=64, help="steps of the average (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("comparison.png"), help="default: %(default)s")
     options = parser.parse_args(arguments)
-    if options.window < 1:
-        raise UsageError(f"--window {options.window} averages over no step; give a whole number from 1 on.")
     check_file("--output", options.output, suffix=".png")
     from stvit_video.common.charts import plot_comparison
     from stvit_video.common.tables import format_table
@@ -43,9 +39,7 @@ def compare(arguments: Sequence[str] | None) -> int:
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare runs from the command line; return the exit code."""
-    return run_command(compare, arguments)
+main = partial(run_command, compare)
 
 
 if __name__ == "__main__":

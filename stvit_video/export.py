@@ -1,4 +1,4 @@
-"""Export a trained model to a file: ``python -m stvit_video.export --checkpoint RUN --format F --output FILE``.
+"""Export a trained model to a file: ``python -m stvit_video.export --checkpoint RUN --format F [--output FILE]``.
 
 The file is opened again and its logits are compared with the model's, on random clips and on those of ``--clip``.
 Where they differ by more than ``--limit``, no file is left.
@@ -9,23 +9,20 @@ Exit codes: 0 written, and equal within the limit; 1 not equal; 2 wrong use.
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from stvit_video.common.cli import Parser, run_command
 from stvit_video.common.errors import UsageError
 from stvit_video.common.files import prepare_folder
-from stvit_video.common.hub import check_exists, prepare_hub, push
+from stvit_video.common.hub import check_exists, open_hub, push
 
 SUFFIXES = {"torch-export": ".pt2", "onnx": ".onnx", "safetensors": ".safetensors", "state-dict": ".pth"}
 
 
 def build_parser() -> Parser:
     """Return the parser of this command's options."""
-    parser = Parser(
-        prog="python -m stvit_video.export",
-        form="--checkpoint RUN --format FORMAT [--output FILE]",
-        description="Write a trained model to a file, and compare what the file computes with the model.",
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     formats = "torch-export, onnx: graphs; safetensors: complete for this package; state-dict: weights alone"
     add("--checkpoint", required=True, metavar="RUN", help="folder of a trained run, or a .safetensors")
@@ -40,6 +37,7 @@ def build_parser() -> Parser:
 
 def export(arguments: Sequence[str] | None) -> int:
     """Parse the arguments, write the file and compare it; return the exit code. Raises UsageError."""
+    warnings.filterwarnings("ignore")  # of torch's converters, which need no action
     options = build_parser().parse_args(arguments)
     suffix = SUFFIXES[options.format]
     if options.output is not None and (options.output.suffix != suffix or options.output.is_dir()):
@@ -56,7 +54,8 @@ def export(arguments: Sequence[str] | None) -> int:
 
     check_packages(options.format)
     if options.push:
-        prepare_hub(options.push)
+        with open_hub(options.push):
+            pass  # checked before the work
     trained = open_checkpoint(options.checkpoint)
     weights = trained.weights
     name = weights.absolute().parent.name if weights.name == "model.safetensors" else weights.stem
@@ -72,10 +71,7 @@ def export(arguments: Sequence[str] | None) -> int:
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Export from the command line; return the exit code."""
-    warnings.filterwarnings("ignore")  # of torch's converters, which need no action
-    return run_command(export, arguments, stopped="stopped; nothing was written")
+main = partial(run_command, export, stopped="stopped; nothing was written")
 
 
 if __name__ == "__main__":

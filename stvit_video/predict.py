@@ -13,10 +13,11 @@ after the results so far are written (0 for a camera or stream, which Ctrl-C end
 import io
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stvit_video.common.cli import Parser, run_command
+from stvit_video.common.cli import Parser, number, run_command
 from stvit_video.common.errors import UsageError
 from stvit_video.common.hub import check_exists
 
@@ -37,26 +38,23 @@ def __getattr__(name: str) -> Any:
 
 def build_parser() -> Parser:
     """Return the parser of this command's options."""
-    parser = Parser(
-        prog="python -m stvit_video.predict",
-        form="VIDEO... --checkpoint RUN",
-        description="Predict the classes of videos. Exit codes: 0 all were scored, 1 some cannot be read, 2 wrong use.",
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     video = "file, folder (searched recursively), pattern ('clips/*.mp4'), camera number, stream address or pipe"
     add("videos", nargs="+", metavar="VIDEO", help=video)
     add("--checkpoint", required=True, metavar="RUN", help="folder of a trained run, or a .safetensors file of one")
-    add("--top", type=int, default=5, metavar="K", help="classes to print for each video (default: %(default)s)")
+    top, seconds, workers = number(int, 1, 1_000_000), number(float, 0.01, 1e9), number(int, 1, 1_000)
+    add("--top", type=top, default=5, metavar="K", help="classes to print for each video (default: %(default)s)")
     add("--output", type=Path, metavar="FILE", help="write all results to a .json or .csv file")
     add("--annotate", type=Path, metavar="FOLDER", help="write MP4 copies with the classes drawn on them")
     add = parser.add_argument_group("long videos").add_argument
     add("--window", type=float, metavar="SECONDS", help="score each window of this length like a separate video")
     add("--step", type=float, metavar="SECONDS", help="between the starts of windows (default: --window)")
-    add("--seconds", type=float, metavar="SECONDS", help="stop watching a camera or stream after this time")
+    add("--seconds", type=seconds, metavar="SECONDS", help="stop watching a camera or stream after this time")
     add = parser.add_argument_group("how videos are scored").add_argument
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto (default): a GPU if there is one")
     add("--precision", choices=("fp32", "tf32", "bf16", "fp16"), help="default: that of the run")
-    add("--workers", type=int, default=1, metavar="N", help="files decoded in parallel (default: %(default)s)")
+    add("--workers", type=workers, default=1, metavar="N", help="files decoded in parallel (default: %(default)s)")
     setting = "override a setting of the run's test, for example TEST.CLIPS=1 (keys: python -m stvit_video.run --keys)"
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=setting)
     return parser
@@ -64,13 +62,12 @@ def build_parser() -> Parser:
 
 def predict(arguments: Sequence[str] | None) -> int:
     """Parse the arguments, score the videos, print and write results; return the exit code. Raises UsageError."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # file names that the terminal cannot show are escaped
+            stream.reconfigure(errors="backslashreplace")
     options = build_parser().parse_args(arguments)
     from stvit_video.data.streams import check_seconds
 
-    for name, least, most in (("top", 1, 1_000_000), ("workers", 1, 1_000), ("seconds", 0.01, 1e9)):
-        value = getattr(options, name)
-        if value is not None and not least <= value <= most:
-            raise UsageError(f"--{name} {value} is out of range; give {least} to {most:,}.")
     try:
         check_seconds(options.window, options.step)
     except ValueError as error:
@@ -85,12 +82,7 @@ def predict(arguments: Sequence[str] | None) -> int:
     return predict_videos(options)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Predict from the command line; return the exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # file names that the terminal cannot show are escaped
-            stream.reconfigure(errors="backslashreplace")
-    return run_command(predict, arguments)
+main = partial(run_command, predict)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ codes: 0 done; 2 wrong use.
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from stvit_video.common.cli import Parser, run_command
@@ -16,11 +17,7 @@ from stvit_video.common.errors import UsageError
 
 def report(arguments: Sequence[str] | None) -> int:
     """Parse the arguments, write the page and print its headline; return the exit code. Raises UsageError."""
-    parser = Parser(
-        prog="python -m stvit_video.report",
-        form="RUN [RUN ...] [--output FILE.html]",
-        description="Report the results of runs on one page.",
-    )
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run that was tested")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="default: %(default)s")
     words = sys.argv[1:] if arguments is None else arguments
@@ -40,9 +37,7 @@ def report(arguments: Sequence[str] | None) -> int:
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Report on runs from the command line; return the exit code."""
-    return run_command(report, arguments, stopped="stopped before the end: nothing was written")
+main = partial(run_command, report, stopped="stopped before the end: nothing was written")
 
 
 if __name__ == "__main__":

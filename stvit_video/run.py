@@ -1,4 +1,4 @@
-"""The main command: ``python -m stvit_video.run --cfg FILE [KEY VALUE ...]``.
+"""Train and test video transformers: ``python -m stvit_video.run --cfg FILE [KEY VALUE ...]``.
 
 Exit codes: 0 done; 2 wrong use or configuration, said in one line on stderr; 75 stopped by a signal, with a checkpoint
 of the last step; 1 failure, or Ctrl-C where nothing is under way that could be continued so.
@@ -6,37 +6,14 @@ of the last step; 1 failure, or Ctrl-C where nothing is under way that could be 
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from stvit_video.common.cli import Parser, run_command
-from stvit_video.common.errors import RunFailure, Stopped
-from stvit_video.runtime.stopping import EXIT_STOPPED
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what the configuration asks for and return the exit code."""
-    try:
-        return run_command(
-            dispatch,
-            arguments,
-            stopped="stopped; the same command, without OVERWRITE, continues from the last checkpoint",
-            stopped_code=1,
-            again="the same command, without OVERWRITE, continues",
-        )
-    except Stopped as stopped:
-        print(f"{stopped}; all of it is kept, and the same command, without OVERWRITE, continues", file=sys.stderr)
-        return EXIT_STOPPED
-    except RunFailure as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
 
 
 def dispatch(arguments: Sequence[str] | None) -> int:
     """Parse, load the configuration, open the run on all its processes, and do what MODE names."""
-    parser = Parser(
-        prog="python -m stvit_video.run",
-        form="--cfg FILE [KEY VALUE ...]",
-        description="Train and test video transformers.",
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--cfg", metavar="FILE", help="configuration, for example configs/sample_stvit.yaml")
     parser.add_argument("--keys", action="store_true", help="list every configuration key with its default and exit")
     parser.add_argument("--cost", action="store_true", help="print the model's GFLOPs and memory, and exit")
@@ -73,6 +50,14 @@ def dispatch(arguments: Sequence[str] | None) -> int:
             command(run)
     return 0
 
+
+main = partial(
+    run_command,
+    dispatch,
+    stopped="stopped; the same command, without OVERWRITE, continues from the last checkpoint",
+    stopped_code=1,
+    again="the same command, without OVERWRITE, continues",
+)
 
 if __name__ == "__main__":
     sys.exit(main())

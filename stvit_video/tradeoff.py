@@ -7,10 +7,11 @@ where a run failed, which the table then says.
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from stvit_video.common.cli import Parser, run_command
-from stvit_video.common.errors import Stopped, UsageError
+from stvit_video.common.cli import Parser, number, run_command
+from stvit_video.common.errors import UsageError
 
 AGAIN = "the same command continues"
 NO_LIMIT = "365-00"  # days; runs on this machine have no time limit
@@ -18,37 +19,28 @@ NO_LIMIT = "365-00"  # days; runs on this machine have no time limit
 
 def tradeoff(arguments: Sequence[str] | None) -> int:
     """Parse the arguments and do what they ask for; return the exit code."""
-    parser = Parser(
-        prog="python -m stvit_video.tradeoff",
-        form="--plan FILE [--output DIR] [KEY VALUE ...]",
-        description="Train the rows of a plan, measure their speed, and set accuracy beside it.",
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--plan", type=Path, required=True, metavar="FILE", help="as configs/tradeoff/*.yaml")
     add("--output", type=Path, metavar="DIR", help="default: runs/tradeoff_<name of the plan>")
     add("--rows", nargs="+", default=["*"], metavar="PATTERN", help="train these rows only; the table has all")
-    add("--jobs", type=int, help="runs at a time; here they share the cores (default: 1; all of them with slurm)")
+    add("--jobs", type=number(int, 1), help="runs at a time; here they share cores (default: 1; all with slurm)")
     add("--cluster", default="local", choices=("local", "slurm"), help="where to train (default: %(default)s)")
     add("--profile", type=Path, metavar="FILE", help="what the cluster needs: slurm/profiles/NAME.yaml")
-    add("--gpus-per-node", type=int, metavar="G", help="GPUs of each run (default: 1 unless DEVICE is cpu)")
+    add("--gpus-per-node", type=number(int, 0), metavar="G", help="GPUs of each run (default: 1 unless DEVICE is cpu)")
     about = "points of top-1 below the dense baseline that a preset may lose (default: %(default)g)"
-    add("--within", type=float, default=0.5, metavar="POINTS", help=about)
+    add("--within", type=number(float, 0), default=0.5, metavar="POINTS", help=about)
     add("--list", action="store_true", help="print rows, costs and runs left; train nothing, and exit")
     add("--no-train", action="store_true", help="only draw table and plot from what is there")
     add("--measure", action="store_true", help="measure speeds again, also where all are known")
-    add("--rounds", type=int, default=5, help="of measuring speed; 0: do not measure (default: %(default)s)")
-    add("--largest-batch", type=int, default=64, help="to measure with (default: %(default)s)")
+    add("--rounds", type=number(int, 0), default=5, help="of measuring speed; 0: do not measure (default: %(default)s)")
+    add("--largest-batch", type=number(int, 1), default=64, help="to measure with (default: %(default)s)")
     add("overrides", nargs="*", metavar="KEY VALUE", help="for all rows, as for stvit_video.run")
     options = parser.parse_intermixed_args(arguments)
-    for name, least in (("jobs", 1), ("rounds", 0), ("largest_batch", 1), ("within", 0), ("gpus_per_node", 0)):
-        value = getattr(options, name)
-        if value is not None and not least <= value < float("inf"):
-            raise UsageError(f"--{name.replace('_', '-')} {value} is out of range; give a number from {least} on.")
     if options.measure and not options.rounds:
         raise UsageError("--measure with --rounds 0, which does not measure; leave one of them out.")
     if options.profile and options.cluster == "local":
         raise UsageError("--profile is for --cluster slurm; leave it out.")
-    from stvit_video.runtime.stopping import EXIT_STOPPED
     from stvit_video.slurm.request import JobRequest, check_cluster, read_profile
     from stvit_video.sweeps.plan import open_plan
     from stvit_video.sweeps.sweep import build_sweep, list_rows
@@ -62,17 +54,10 @@ def tradeoff(arguments: Sequence[str] | None) -> int:
     options.jobs = options.jobs or (1 if local else sys.maxsize)
     options.profile = read_profile(options.profile, time=NO_LIMIT if local else None)
     check_cluster(options.cluster, 1, JobRequest(options.profile, 1, 0, 1, 1, "stvit-tradeoff"))
-    try:
-        return build_sweep(plan, output, options)
-    except Stopped as stopped:
-        print(f"{stopped}; {AGAIN}", file=sys.stderr)
-        return EXIT_STOPPED
+    return build_sweep(plan, output, options)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Make the table from the command line; return the exit code."""
-    return run_command(tradeoff, arguments, stopped=f"stopped; {AGAIN}", again=AGAIN)
-
+main = partial(run_command, tradeoff, stopped=f"stopped; {AGAIN}", again=AGAIN)
 
 if __name__ == "__main__":
     sys.exit(main())

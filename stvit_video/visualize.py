@@ -8,30 +8,25 @@ clip is shown: the middle one, or the one from ``--start`` seconds on. Exit code
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from stvit_video.common.cli import Parser, run_command
+from stvit_video.common.cli import Parser, number, run_command
 from stvit_video.common.errors import UsageError
 from stvit_video.common.hub import check_exists
 
 
 def visualize(arguments: Sequence[str] | None) -> int:
     """Parse the arguments, explain a clip and write the results; return the exit code. Raises UsageError."""
-    parser = Parser(
-        prog="python -m stvit_video.visualize",
-        form="VIDEO --checkpoint RUN|FILE [--output FOLDER]",
-        description="Show what a model saw in a video.",
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("video", type=Path, metavar="VIDEO", help="a video, an image or a folder of images")
     add("--checkpoint", required=True, metavar="RUN|FILE", help="folder of a run, or a .safetensors of one")
     add("--output", type=Path, metavar="FOLDER", help="default: visualize/NAME OF THE VIDEO")
-    add("--start", type=float, metavar="SECONDS", help="where the clip starts (default: in the middle)")
+    add("--start", type=number(float, 0), metavar="SECONDS", help="where the clip starts (default: in the middle)")
     add("--class", dest="label", metavar="NAME", help="class to explain (default: the most likely one)")
     words = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(words)
-    if options.start is not None and not 0 <= options.start < float("inf"):
-        raise UsageError(f"--start {options.start:g} is not a time in a video; give seconds from 0 on.")
     if not options.video.exists():
         raise UsageError(f"VIDEO {options.video} does not exist; give a video, an image or a folder of images.")
     check_exists(options.checkpoint)
@@ -43,9 +38,7 @@ def visualize(arguments: Sequence[str] | None) -> int:
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Visualize a video from the command line; return the exit code."""
-    return run_command(visualize, arguments, stopped="stopped before the end")
+main = partial(run_command, visualize, stopped="stopped before the end")
 
 
 if __name__ == "__main__":

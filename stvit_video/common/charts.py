@@ -49,11 +49,8 @@ def run_style(index: int) -> dict[str, Any]:
 
 def points_by_epoch(rows: Iterable[Mapping[str, Any]], value: str) -> dict[str, Points]:
     """Return the (epoch, value) points of each split, from rows of ``metrics.jsonl``."""
-    found: dict[str, list[tuple[float, float]]] = {split: [] for split in SPLIT_STYLES}
-    for row in rows:
-        if row["split"] in found and value in row:
-            found[row["split"]].append((row["epoch"], row[value]))
-    return dict(found)
+    found = [row for row in rows if value in row]
+    return {split: [(row["epoch"], row[value]) for row in found if row["split"] == split] for split in SPLIT_STYLES}
 
 
 @matplotlib.rc_context(STYLE)
@@ -123,8 +120,7 @@ def _split_legend() -> list[Line2D]:
 def thin_out(points: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return x and y of points (N, 2), averaged over consecutive points where there are more than MAX_POINTS."""
     parts = np.array_split(points, min(MAX_POINTS, len(points)))
-    x, y = np.array([part.mean(axis=0) for part in parts]).T
-    return x, y
+    return tuple(np.array([part.mean(axis=0) for part in parts]).T)
 
 
 @matplotlib.rc_context(PLAIN_TEXT)
@@ -143,15 +139,14 @@ def png_of_confusion(counts: ArrayLike, classes: Sequence[str]) -> bytes:
     image = axes.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     bar = figure.colorbar(image, ax=axes, label="share of the label's videos", shrink=0.8)
     bar.set_ticks([0, 0.1**0.5, 0.5**0.5, 1], labels=["0", "0.1", "0.5", "1"])
-    axes.set(xlabel="predicted", ylabel="label")
+    unit = "" if named else " (index of the class)"
+    axes.set(xlabel=f"predicted{unit}", ylabel=f"label{unit}")
     if named:
         axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
         axes.set_yticks(range(len(classes)), classes)
         for row, column in zip(*np.nonzero(counts), strict=True):
             colour = "white" if shares[row, column] > 0.3 else "black"
             axes.text(column, row, str(int(counts[row, column])), ha="center", va="center", color=colour, fontsize=8)
-    else:
-        axes.set(xlabel="predicted (index of the class)", ylabel="label (index of the class)")
     return _image(figure, "png", bbox_inches="tight", pad_inches=0.1)
 
 

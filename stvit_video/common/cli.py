@@ -1,27 +1,51 @@
 """The argument parser and the exit codes of all commands."""
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import NoReturn
 
-from stvit_video.common.errors import FILESYSTEM_ERRORS, UsageError
+from stvit_video.common.errors import FILESYSTEM_ERRORS, RunFailure, Stopped, UsageError
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL: the same command continues
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises UsageError with one line; ``form`` shows the expected arguments."""
+    """An argument parser that raises UsageError with one line.
 
-    def __init__(self, *, prog: str, form: str, description: str) -> None:
-        super().__init__(prog=prog, description=description)
-        self.form = form
+    ``about`` is the docstring of a command's module; what it puts in double backquotes first is the command's form.
+    """
+
+    def __init__(self, about: str | None) -> None:
+        found = re.search("``(.+?)``", about or "", re.DOTALL)
+        form = " ".join(found[1].split()) if found else None  # python -OO leaves docstrings out
+        plain = argparse.RawDescriptionHelpFormatter
+        super().__init__(usage=form, description=(about or "").replace("``", ""), formatter_class=plain)
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; use: {self.prog} {self.form} (--help says more)")
+        message = re.sub(r"^argument (\S+): (?=\S+ is out of range)", r"\1 ", message)
+        raise UsageError(f"{message}; use: {self.usage or self.prog} (--help says more)")
+
+
+def number(kind: type[int] | type[float], least: float, most: float = inf) -> Callable[[str], float]:
+    """Return the ``type`` of an option that takes numbers from ``least`` to ``most``; none takes infinity."""
+
+    def convert(text: str) -> float:
+        value = kind(text)
+        if not least <= value <= most or value == inf:
+            allowed = f"a number from {least} on" if most == inf else f"{least} to {most:,}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range; give {allowed}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse names it where the text is no such number
+    return convert
 
 
 def run_command(
     command: Callable[[Sequence[str] | None], int],
-    arguments: Sequence[str] | None,
+    arguments: Sequence[str] | None = None,
     *,
     stopped: str = "stopped",
     stopped_code: int = 130,
@@ -29,25 +53,25 @@ def run_command(
 ) -> int:
     """Call ``command``, which parses and runs its arguments, and return its exit code.
 
-    UsageError and FILESYSTEM_ERRORS give exit code 2 and one line on stderr; for the latter, ``again`` says what the
-    same command does next time. Ctrl-C gives ``stopped_code`` and the line ``stopped``. Other errors are raised: they
-    are bugs, so their traceback is kept, and the exit code is 1.
+    UsageError and FILESYSTEM_ERRORS give exit code 2, RunFailure gives 1, and Stopped EXIT_STOPPED, each with one line
+    on stderr; ``again`` says what the same command does next time. Ctrl-C gives ``stopped_code`` and the line
+    ``stopped``. Other errors are raised: they are bugs, so their traceback is kept, and the exit code is 1.
     """
+    goes_on = f"; {again}" if again else ""
     try:
         return command(arguments)
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        code, line = 2, f"error: {error}"
+    except RunFailure as error:
+        code, line = 1, f"error: {error}"
+    except Stopped as error:
+        code, line = EXIT_STOPPED, f"{error}{goes_on}"
     except OSError as error:
         if error.errno not in FILESYSTEM_ERRORS:
             raise
-        remedies = ["free space, set its permissions or choose another folder", *([again] if again else [])]
-        print(
-            f"error: {error.filename or 'a file of the run'} cannot be written or read ({error.strerror}); "
-            f"{'; '.join(remedies)}.",
-            file=sys.stderr,
-        )
-        return 2
+        what = f"{error.filename or 'a file of the run'} cannot be written or read ({error.strerror})"
+        code, line = 2, f"error: {what}; free space, set its permissions or choose another folder{goes_on}."
     except KeyboardInterrupt:
-        print(f"\n{stopped}", file=sys.stderr)
-        return stopped_code
+        code, line = stopped_code, f"\n{stopped}"
+    print(line, file=sys.stderr)
+    return code

@@ -26,7 +26,8 @@ class Stopped(Exception):
     """A run was stopped by a signal; ``reached`` says how far it got, and all of that is saved."""
 
     def __init__(self, received: str | None, reached: str) -> None:
-        super().__init__(f"stopped by {received or 'a signal to another process'} after {reached}")
+        by = received or "a signal to another process"
+        super().__init__(f"stopped by {by} after {reached}; all of it is kept")
 
 
 def first_line(error: BaseException) -> str:

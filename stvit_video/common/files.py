@@ -4,7 +4,8 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from stvit_video.common.errors import UsageError
@@ -30,6 +31,17 @@ def wait_for_lock(take: Callable[[], None], patience: float, note: Callable[[], 
             print(note(), flush=True)
         told = True
         time.sleep(POLL_S)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Provide a temporary path, and rename it to ``path`` at the end: a file is complete or not there."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -71,8 +83,6 @@ def check_file(option: str, path: Path | None, suffix: str = "") -> None:
     """Raise UsageError where the file of an option, if given, cannot be written: before the work that makes it."""
     if path is None:
         return
-    if not path.parent.is_dir():
-        raise UsageError(f"{option} {path}: {path.parent} is not a folder; make it first.")
     if path.is_dir():
         raise UsageError(f"{option} {path} is a folder; name a file in it.")
     if path.suffix != (suffix or path.suffix):

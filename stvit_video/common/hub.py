@@ -2,37 +2,33 @@
 
 import importlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from stvit_video.common.errors import UsageError, first_line
 
-SCHEME = "hf://"
-
-
-def is_hub_address(name: str) -> bool:
-    """Return whether a checkpoint is given as ``hf://OWNER/NAME`` or ``hf://OWNER/NAME/FILE``."""
-    return name.startswith(SCHEME)
+SCHEME = "hf://"  # a checkpoint there is hf://OWNER/NAME or hf://OWNER/NAME/FILE
+DEFAULT = "model.safetensors"
 
 
 def check_exists(checkpoint: str) -> None:
     """Raise UsageError where a checkpoint is not a file, a folder or on the hub, before torch is imported."""
-    if not is_hub_address(checkpoint) and not Path(checkpoint).exists():
+    if not checkpoint.startswith(SCHEME) and not Path(checkpoint).exists():
         raise UsageError(f"Checkpoint {checkpoint} does not exist; give the folder of a run or a .safetensors file.")
 
 
-def pull(address: str) -> Path:
-    """Download the file of ``hf://OWNER/NAME[/FILE]``, by default model.safetensors, once; return its path.
+def pull(checkpoint: str) -> Path:
+    """Return the path of a checkpoint; of the hub, a file, by default model.safetensors, is downloaded once.
 
     Raises UsageError where the package is missing or the file cannot be downloaded.
     """
-    owner, _, rest = address.removeprefix(SCHEME).partition("/")
-    name, _, file = rest.partition("/")
-    hub, errors = prepare_hub(f"{owner}/{name}")
-    try:
-        return Path(hub.hf_hub_download(f"{owner}/{name}", file or "model.safetensors"))
-    except errors as error:
-        raise UsageError(f"Checkpoint {address} cannot be fetched ({first_line(error)}).") from error
+    if not checkpoint.startswith(SCHEME):
+        return Path(checkpoint)
+    owner, name, file = (*checkpoint.removeprefix(SCHEME).split("/", 2), "", "")[:3]
+    with open_hub(f"{owner}/{name}", f"Checkpoint {checkpoint} cannot be fetched") as hub:
+        return Path(hub.hf_hub_download(f"{owner}/{name}", file or DEFAULT))
 
 
 def push(path: Path, repository: str) -> str:
@@ -40,18 +36,16 @@ def push(path: Path, repository: str) -> str:
 
     A ``.safetensors`` is named model.safetensors, the default of ``pull``. Raises UsageError as ``pull`` does.
     """
-    hub, errors = prepare_hub(repository)
-    name = "model.safetensors" if path.suffix == ".safetensors" else path.name
-    try:
+    name = DEFAULT if path.suffix == ".safetensors" else path.name
+    with open_hub(repository, f"--push {repository} failed; the file is kept at {path}") as hub:
         hub.create_repo(repository, private=True, exist_ok=True)
         hub.upload_file(path_or_fileobj=str(path), path_in_repo=name, repo_id=repository)
-    except errors as error:
-        raise UsageError(f"--push {repository} failed ({first_line(error)}); the file is kept at {path}.") from error
-    return f"{SCHEME}{repository}" if name == "model.safetensors" else f"{SCHEME}{repository}/{name}"
+    return f"{SCHEME}{repository}" if name == DEFAULT else f"{SCHEME}{repository}/{name}"
 
 
-def prepare_hub(repository: str) -> tuple[Any, tuple[type[Exception], ...]]:
-    """Return the package, and the errors that it raises for names, permissions and connections.
+@contextmanager
+def open_hub(repository: str, failure: str = "") -> Iterator[Any]:
+    """Provide the package; its errors become UsageErrors that begin with ``failure``.
 
     Raises UsageError where it is missing, or ``repository`` is not of the form OWNER/NAME.
     """
@@ -63,7 +57,9 @@ def prepare_hub(repository: str) -> tuple[Any, tuple[type[Exception], ...]]:
     try:
         hub: Any = importlib.import_module("huggingface_hub")
     except ImportError as error:
-        raise UsageError(
-            "The Hugging Face hub needs a package that is missing; pip install huggingface_hub."
-        ) from error
-    return hub, (hub.errors.HfHubHTTPError, hub.errors.LocalEntryNotFoundError, hub.errors.HFValidationError, OSError)
+        raise UsageError("The Hugging Face hub needs a package; pip install huggingface_hub.") from error
+    errors = hub.errors  # of names, permissions and connections
+    try:
+        yield hub
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
+        raise UsageError(f"{failure} ({first_line(error)}).") from error

@@ -3,6 +3,7 @@
 import shutil
 import sys
 import time
+from contextlib import AbstractContextManager
 
 from tqdm import tqdm
 
@@ -10,26 +11,17 @@ PLAIN_LINE_SECONDS = 10.0
 WIDE = 100  # terminal columns needed for a bar beside the figures
 
 
-class Progress:
+class Progress(AbstractContextManager["Progress"]):
     """A progress bar on a terminal; elsewhere a line every PLAIN_LINE_SECONDS. Silent unless ``enabled``."""
 
     def __init__(self, title: str, total: int, done: int = 0, *, enabled: bool = True) -> None:
         self.title, self.total, self.done, self.first = title, total, done, done
         self.started = self.last_line = time.monotonic()
-        on_terminal = sys.stderr.isatty()
+        on_terminal, narrow = sys.stderr.isatty(), shutil.get_terminal_size().columns < WIDE
         self.plain = enabled and not on_terminal
-        narrow = shutil.get_terminal_size().columns < WIDE
-        self.bar = tqdm(
-            total=total,
-            desc=title,
-            initial=done,
-            disable=not (enabled and on_terminal),
-            leave=True,
-            bar_format="{desc} {percentage:.0f} %, {remaining} left{postfix}" if narrow else None,
-        )
-
-    def __enter__(self) -> "Progress":
-        return self
+        form = "{desc} {percentage:.0f} %, {remaining} left{postfix}" if narrow else None
+        off = not (enabled and on_terminal)
+        self.bar = tqdm(total=total, desc=title, initial=done, disable=off, bar_format=form)
 
     def __exit__(self, *error: object) -> None:
         self.bar.close()
@@ -56,6 +48,4 @@ class Progress:
 
 def clock(seconds: float) -> str:
     """Return seconds as h:mm:ss, or m:ss below an hour."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    return tqdm.format_interval(round(seconds)).removeprefix("0")

@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fvcore.common.config import CfgNode
-
 from stvit_video.common.errors import UsageError, nearest
 from stvit_video.models.arguments import CONFIGURED
 
 
 @dataclass(frozen=True)
 class Key:
-    """One configuration key; ``kind`` is the type where the default is None, which means "not set"."""
+    """One configuration key; a default of None means "not set".
+
+    ``kind`` is the type of the value, or of a list's elements, where the default does not show it.
+    """
 
     name: str
     default: Any
@@ -24,74 +25,58 @@ class Key:
     high: float | None = None
     kind: type | None = None
     length: int | None = None
-    element: type = int  # of a list whose default is empty or not set
+
+    @property
+    def is_list(self) -> bool:
+        return self.length is not None or isinstance(self.default, list)
 
     @property
     def type(self) -> type:
-        return self.kind or type(self.default)
+        return self.kind or type(self.default[0] if self.is_list else self.default)
 
+    def read(self, value: Any, origin: str) -> Any:
+        """Return ``value`` in the key's type: an integer serves as a float, a number as a string, nothing else.
 
-def coerce(key: Key, value: Any, origin: str) -> Any:
-    """Return ``value`` in the key's type; an integer serves as a float, a number as a string, nothing else."""
-    if value in (None, "None") and key.default is None:  # YAML's null is Python's None to those who type it
-        return None
-    if key.type is list and isinstance(value, tuple | list):
-        kind = type(key.default[0]) if key.default else key.element
-        elements = [_convert(element, kind) for element in value]
-        for element in elements:
-            if type(element) is not kind:
-                raise UsageError(
-                    f"{key.name} in {origin} holds {element!r}; it takes {kind.__name__} values ({key.about})."
-                )
-        return elements
-    value = _convert(value, key.type)
-    if type(value) is not key.type:
-        raise UsageError(
-            f"{key.name} in {origin} is {value!r}, a {type(value).__name__}; it takes a {key.type.__name__} "
-            f"({key.about}), for example {key.default!r}."
-        )
-    return value
+        Raises UsageError, with what is allowed, for a value that the key does not take.
+        """
+        if value in (None, "None") and self.default is None:  # YAML's null is Python's None to those who type it
+            return None
+        several = isinstance(value, tuple | list)
+        values = [_convert(one, self.type) for one in (value if several else [value])]
+        if several != self.is_list or any(type(one) is not self.type for one in values):
+            takes = f"{self.type.__name__} values" if self.is_list else f"a {self.type.__name__}"
+            raise UsageError(
+                f"{self.name} in {origin} is {value!r}, a {type(value).__name__}; it takes {takes} ({self.about}), for "
+                f"example {self.default!r}."
+            )
+        if self.length is not None and len(values) != self.length:
+            raise UsageError(f"{self.name} has {len(values)} values; it takes {self.length} ({self.about}).")
+        for one in values:
+            if self.choices and one not in self.choices:
+                allowed = ", ".join(choice or "''" for choice in self.choices)
+                raise UsageError(f"{self.name} is {one!r}; allowed: {allowed}.{nearest(one, self.choices)}")
+            low, high = -math.inf if self.low is None else self.low, math.inf if self.high is None else self.high
+            if isinstance(one, int | float) and not (low <= one <= high and math.isfinite(one)):
+                bounds = f"at least {low}" if self.high is None else f"{low} to {high}"
+                raise UsageError(f"{self.name} is {one}; allowed: {bounds} ({self.about}).")
+        return values if several else values[0]
 
 
 def _convert(value: Any, kind: type) -> Any:
     """Return a single value as ``kind`` where it may serve as that, else unchanged."""
-    if kind is str and value is None:
-        return ""
-    if kind is str and type(value) in (int, float):
-        return str(value)  # a folder or list may be named by digits
+    if kind is str and (value is None or type(value) in (int, float)):
+        return "" if value is None else str(value)  # a folder or list may be named by digits
     if kind is float and type(value) in (int, str):
         with contextlib.suppress(ValueError):  # YAML reads 1e-3, without a point, as a string
             return float(value)
     return value
 
 
-def check_value(key: Key, value: Any) -> None:
-    """Raise UsageError, with the reason, for a value that the key does not take; not set is always allowed."""
-    if value is None:
-        return
-    if key.choices and value not in key.choices:
-        allowed = ", ".join(choice or "''" for choice in key.choices)
-        raise UsageError(f"{key.name} is {value!r}; allowed: {allowed}.{nearest(str(value), list(key.choices))}")
-    values = value if isinstance(value, list) else [value]
-    if key.length is not None and len(values) != key.length:
-        raise UsageError(f"{key.name} has {len(values)} values; it takes {key.length} ({key.about}).")
-    low, high = -math.inf if key.low is None else key.low, math.inf if key.high is None else key.high
-    for number in values:
-        if isinstance(number, int | float) and not (low <= number <= high and math.isfinite(number)):
-            bounds = f"at least {low}" if key.high is None else f"{low} to {high}"
-            raise UsageError(f"{key.name} is {number}; allowed: {bounds} ({key.about}).")
-
-
-# Declared in ``stvit_video.models.arguments``.
-MODEL_KEYS = [
+MODEL_KEYS = [  # declared in ``stvit_video.models.arguments``
     Key(
         f"MODEL.{name.upper()}",
         rule.default if rule.key == "default" else None,
-        rule.about,
-        rule.choices,
-        rule.low,
-        rule.high,
-        kind=rule.kind if rule.lengths == (1,) else list,
+        *(rule.about, rule.choices, rule.low, rule.high, rule.kind),
         length=None if rule.lengths == (1,) else rule.lengths[0],
     )
     for name, rule in CONFIGURED.items()
@@ -102,9 +87,7 @@ KEYS = (
     Key("OVERWRITE", False, "replace the results, and for MODE train the checkpoints, that OUTPUT_DIR already holds"),
     Key("SEED", 0, "fixes initial weights, sample order and augmentation", low=0),
     Key("DEVICE", "auto", "auto takes a GPU where there is one", ("auto", "cpu", "cuda")),
-    Key(
-        "PRECISION", "fp32", "bf16, fp16: autocast over fp32 weights; tf32: GPU only", ("fp32", "tf32", "bf16", "fp16")
-    ),
+    Key("PRECISION", "fp32", "bf16, fp16: autocast of fp32 weights; tf32: GPU", ("fp32", "tf32", "bf16", "fp16")),
     Key("COMPILE", "none", "torch.compile: each block, the whole model, or nothing", ("none", "blocks", "model")),
     # --- model
     Key("MODEL.NAME", "stvit_vit_small_patch16", "see stvit_video.models.list_models(); auto: that of MODEL.INIT"),
@@ -121,9 +104,7 @@ KEYS = (
     Key("DATA.TRAIN_LIST", "train.csv", "lines `path label`, class folders, Kinetics CSV or SSv2 JSON; from DATA.ROOT"),
     Key("DATA.VAL_LIST", "val.csv", "same, scored while training; empty: no validation"),
     Key("DATA.TEST_LIST", "test.csv", "same, for the final multi-view test"),
-    Key(
-        "DATA.SPLIT", None, "train, val, test percent where one list is all three", kind=list, length=3, low=0, high=100
-    ),
+    Key("DATA.SPLIT", None, "train, val, test percent where one list is all", kind=int, length=3, low=0, high=100),
     Key("DATA.CLASSES", "", "file: one class name a line in the order of the labels, or JSON {name: label}"),
     Key("DATA.GENERATE", "", "write this generated set to DATA.ROOT first", ("", "sample", "sample_hard")),
     Key("DATA.GENERATE_CLIPS", [3072, 256, 512], "training, validation and test videos to generate", length=3, low=8),
@@ -167,7 +148,7 @@ KEYS = (
     Key("TRAIN.MIX_PROBABILITY", 1.0, "share of the batches that are mixed", low=0, high=1),
     Key("TRAIN.MIX_SWITCH", 0.5, "share of CutMix among them where MixUp is used too", low=0, high=1),
     Key("TRAIN.EMA", 0.0, "decay of the average of weights that is tested; 0.9999 is usual, 0: none", low=0, high=1),
-    Key("TRAIN.FREEZE", [], "weights not trained, as patterns of names: [patch_embed.*, blocks.0.*]", element=str),
+    Key("TRAIN.FREEZE", [], "weights not trained, as patterns of names: [patch_embed.*, blocks.0.*]", kind=str),
     Key("TRAIN.MAX_BAD_STEPS", 10, "steps that may be skipped because the loss or a gradient is not finite", low=0),
     Key("TRAIN.VAL_EVERY", 1, "epochs between validations", low=1),
     Key("OPTIM.LR", 1e-3, "AdamW's peak learning rate at TRAIN.BATCH_SIZE", low=0),
@@ -204,18 +185,10 @@ def describe_keys() -> str:
     return "\n".join(f"{key.name:28} {key.default!r:24} {key.about}" for key in KEYS)
 
 
-def value_of(cfg: CfgNode, name: str) -> Any:
-    """Return the value of a key by its full name, such as DATA.FRAMES."""
-    for part in name.split("."):
-        cfg = cfg[part]
-    return cfg
-
-
 def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested sections as one mapping of full names, such as DATA.FRAMES."""
     flat: dict[str, Any] = {}
     for name, value in content.items():
-        full = f"{prefix}{name}"
         nested = isinstance(value, Mapping) and value  # an empty mapping is a value: no key takes one
-        flat |= flatten(value, f"{full}.") if nested else {full: value}
+        flat |= flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
     return flat

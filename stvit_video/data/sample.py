@@ -1,19 +1,17 @@
-"""The sample sets: short H.264 videos of moving sprites, generated once, for users without data.
+"""Generate a sample set: ``python -m stvit_video.data.sample [--root FOLDER] [--set NAME] [--seed NUMBER]``.
 
-The videos of ``sample`` have two label sets: ``motion``, which no single frame shows, and ``shape``, that of the
+The sets are short H.264 videos of moving sprites, generated once, for users without data.
+
+Those of ``sample`` have two label sets: ``motion``, which no single frame shows, and ``shape``, that of the
 sprite. A folder of stills serves image models. ``sample_hard`` has one label set, ``motion_shape``: a large sprite
 among small ones that move differently, in front of a cluttered background, seen by a moving camera.
-
-    python -m stvit_video.data.sample --root data/sample
-    python -m stvit_video.data.sample --set sample_hard --root data/sample_hard
 """
 
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import partial
@@ -23,8 +21,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from stvit_video.common.cli import Parser, run_command
+from stvit_video.common.cli import Parser, number, run_command
 from stvit_video.common.errors import UsageError
+from stvit_video.common.files import whole_file
 from stvit_video.common.progress import Progress
 from stvit_video.data import sprites
 from stvit_video.data.sprites import MOTIONS, SHAPES
@@ -58,22 +57,11 @@ def video_labels(index: int) -> tuple[str, str]:
     return MOTIONS[index % len(MOTIONS)], SHAPES[index // len(MOTIONS) % len(SHAPES)]
 
 
-@contextmanager
-def _whole_file(path: Path) -> Iterator[Path]:
-    """Provide a temporary path, and rename it to ``path`` at the end: a file is complete or not there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_video(path: Path, frames: sprites.Image, rate: int | Fraction = RATE) -> None:
     """Write frames (N, H, W, 3) as H.264, complete or not at all."""
     import av
 
-    with _whole_file(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+    with whole_file(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         # One thread and no lookahead make the bytes depend on the frames alone. With macroblock trees, x264 gave about
         # one file in a hundred different content for the same frames.
         options = {"crf": "20", "preset": "veryfast", "x264-params": "mbtree=0:rc-lookahead=0:sync-lookahead=0"}
@@ -89,7 +77,7 @@ def write_still(path: Path, image: sprites.Image) -> None:
     """Write one frame (H, W, 3) as PNG, complete or not at all."""
     from PIL import Image as PillowImage
 
-    with _whole_file(path) as temporary:
+    with whole_file(path) as temporary:
         PillowImage.fromarray(image).save(temporary, format="PNG")
 
 
@@ -188,18 +176,12 @@ def _check_root(root: Path, record: Path, spec: Spec) -> None:
 
 def generate(arguments: Sequence[str] | None) -> int:
     """Parse the arguments and generate the set."""
-    parser = Parser(
-        prog="python -m stvit_video.data.sample",
-        form="[--root FOLDER] [--set NAME] [--seed NUMBER]",
-        description="Generate a sample set of moving sprites.",
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--root", help="folder to write to (default: data/NAME)")
     parser.add_argument("--set", default="sample", choices=SETS, help="which one (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same files (default: %(default)s)")
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="same seed, same files (default: %(default)s)")
     options = parser.parse_args(arguments)
     root = options.root or f"data/{options.set}"
-    if options.seed < 0:
-        raise UsageError(f"--seed {options.seed} is negative; give a whole number from 0.")
     try:
         prepare(root, Spec(SETS[options.set], seed=options.seed, name=options.set))
     except OSError as error:
@@ -207,9 +189,7 @@ def generate(arguments: Sequence[str] | None) -> int:
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Generate the set from the command line; return the exit code."""
-    return run_command(generate, arguments, stopped="stopped; the same command continues")
+main = partial(run_command, generate, stopped="stopped; the same command continues")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from av.video.frame import VideoFrame
 from PIL import Image, ImageDraw, ImageFont
 
 from stvit_video.common.errors import FILESYSTEM_ERRORS
+from stvit_video.common.files import whole_file
 from stvit_video.data.decode.types import DecodeError, reason
 from stvit_video.inference.predictor import Prediction
 
@@ -27,20 +28,16 @@ def annotate(prediction: Prediction, output: Path) -> None:
     The copy has no sound. Raises DecodeError where the video cannot be read, and OSError where the copy cannot be
     written; no file is left then.
     """
-    temporary = output.with_name(f".{output.name}.tmp.mp4")
     try:
         with av.open(os.path.abspath(prediction.path), metadata_errors="ignore") as source:
             if not source.streams.video:
                 raise DecodeError(prediction.path, "has no video stream", "pyav")
-            with av.open(str(temporary), "w") as target:
+            with whole_file(output) as temporary, av.open(str(temporary), "w") as target:
                 _copy(source, target, prediction)
-        os.replace(temporary, output)
     except ERRORS as error:
         if isinstance(error, OSError) and error.errno in FILESYSTEM_ERRORS:  # of the copy: the video was read before
             raise OSError(error.errno, error.strerror, str(output)) from error
         raise DecodeError(prediction.path, f"cannot be annotated ({reason(error)})", "pyav") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _copy(source: av.container.InputContainer, target: av.container.OutputContainer, prediction: Prediction) -> None:

@@ -9,7 +9,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from stvit_video.common.errors import UsageError, nearest
-from stvit_video.common.hub import check_exists, is_hub_address, pull
+from stvit_video.common.hub import check_exists, pull
 from stvit_video.config.clip_settings import SETTABLE_KEYS, config_beside, view_settings
 from stvit_video.config.load import default_config, load_config, override, parse_overrides
 from stvit_video.data.clips.sampling import Sampling
@@ -52,7 +52,7 @@ def open_checkpoint(path: str | Path, overrides: Sequence[str] = ()) -> Trained:
     file; else defaults apply and ``note`` says so. ``overrides`` are ``KEY=VALUE`` words for SETTABLE_KEYS. Raises
     UsageError where there are no weights, or they do not say which model they are of.
     """
-    weights, note = pull(str(path)) if is_hub_address(str(path)) else Path(path), ""
+    weights, note = pull(str(path)), ""
     if not weights.is_file():
         check_exists(str(path))
         folder = RunFolder(weights)
@@ -101,23 +101,20 @@ def _open_config(
     the ``views`` in the weights file, ``overrides``.
     """
     beside, note = config_beside(weights), ""
-    cfg = load_config(beside).clone() if beside.is_file() else default_config()
+    cfg = load_config(beside) if beside.is_file() else default_config()
     if not views and not beside.is_file():
         note = (
             f"Nothing says how {weights} takes clips (no config.yaml beside it), so the defaults do: "
             f"{cfg.DATA.SAMPLING} sampling, stride {cfg.DATA.STRIDE}, ImageNet's mean and deviation."
         )
-    cfg.defrost()
     size = arguments["image_size"]
     if not isinstance(size, int):
         if size[0] != size[1]:
             raise UsageError(f"Checkpoint {weights} takes frames of {size[0]}x{size[1]}; give one of square frames.")
         size = size[0]
+    own = {"DATA.FRAMES": arguments["num_frames"], "DATA.SIZE": size, "DATA.ROOT": cfg.DATA.ROOT or "."}
     if size != cfg.DATA.SIZE:  # of the defaults, or of a config.yaml that belongs to another run
-        cfg.TEST.SHORT_SIDE = size
-        cfg.DATA.SHORT_SIDE = [size, max(size, cfg.DATA.SHORT_SIDE[1])]
-    cfg.DATA.FRAMES, cfg.DATA.SIZE = arguments["num_frames"], size
-    cfg.DATA.ROOT = cfg.DATA.ROOT or "."  # not used, but it must not be empty
+        own |= {"TEST.SHORT_SIDE": size, "DATA.SHORT_SIDE": [size, max(size, cfg.DATA.SHORT_SIDE[1])]}
     chosen = list(parse_overrides(overrides))
     for key, _ in chosen:
         if key not in SETTABLE_KEYS:
@@ -125,4 +122,4 @@ def _open_config(
                 f"{key} cannot be set for a trained model; allowed: {', '.join(SETTABLE_KEYS)}."
                 f"{nearest(key, SETTABLE_KEYS)}"
             )
-    return override(override(cfg, views.items(), str(weights)), chosen, "--set"), note
+    return override(override(cfg, {**own, **views}.items(), str(weights)), chosen, "--set"), note

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import SafetensorError
 
 from stvit_video.common.errors import UsageError, first_line
 from stvit_video.data.failures import Failure, read_ledger
@@ -121,12 +120,7 @@ def read_run(path: Path, name: str | None = None) -> RunRecord:
     run.environment = _read_mapping(path / "environment.json", json.loads)
     run.metrics = [row for row in read_metrics(path / "metrics.jsonl") if {"split", "epoch", "step"} <= row.keys()]
     run.failures = read_ledger(path / "failures.csv")
-    try:  # there are none after MODE test
-        metadata = read_metadata(folder.weights) if folder.weights.is_file() else {}
-    except SafetensorError as error:
-        raise UsageError(
-            f"{folder.weights} is not complete ({error}); restore it, or delete it and test again."
-        ) from error
+    metadata = read_metadata(folder.weights) if folder.weights.is_file() else {}  # there are none after MODE test
     run.predictions = _read_predictions(path / "predictions.csv", metadata.get("classes") or [])
     run.classes = _read_classes(path / "per_class.csv", run.predictions)
     run.tokens = count_tokens(metadata)

@@ -12,7 +12,6 @@ from types import FrameType
 from stvit_video.common.errors import RunFailure
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-EXIT_STOPPED = 75  # EX_TEMPFAIL: the same command continues
 ECHO_S = 1.0  # within which a repeated signal is taken for the same one, sent by scheduler and launcher
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 

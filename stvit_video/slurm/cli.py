@@ -1,4 +1,8 @@
-"""The command ``python slurm/submit.py``."""
+"""Submit runs to SLURM, or act on submitted ones.
+
+``python slurm/submit.py --cfg FILE --nodes N --gpus-per-node G [--profile FILE] [--wait] [KEY VALUE ...]; or status,
+logs, cancel, resume RUN``
+"""
 
 import itertools
 import os
@@ -12,7 +16,7 @@ from pathlib import Path
 
 from fvcore.common.config import CfgNode
 
-from stvit_video.common.cli import Parser, run_command
+from stvit_video.common.cli import Parser, number, run_command
 from stvit_video.common.errors import UsageError, nearest
 from stvit_video.common.files import write_json
 from stvit_video.config.load import load_config, override
@@ -20,10 +24,6 @@ from stvit_video.slurm.jobs import ClusterJob, describe_status, find_jobs, follo
 from stvit_video.slurm.request import JobRequest, open_job_folders, read_profile, resume, submit
 
 VERBS = {"status": "say how it is", "logs": "print its log", "cancel": "end it", "resume": "submit it again"}
-FORM = (
-    "--cfg FILE --nodes N --gpus-per-node G [--profile FILE] [--wait] [KEY VALUE ...]; "
-    "or status, logs, cancel, resume RUN"
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,21 +66,22 @@ def submit_runs(arguments: Sequence[str] | None) -> int:
 
 def read_options(arguments: Sequence[str]) -> Namespace:
     """Parse the command line of a submission."""
-    parser = Parser(prog="python slurm/submit.py", form=FORM, description=f"Submit runs; or {', '.join(VERBS)} RUN.")
-    parser.add_argument("--cfg", nargs="+", action="extend", dest="files", metavar="FILE", help="several: an array")
-    parser.add_argument("--nodes", type=int, default=1, help="machines (default: %(default)s)")
-    parser.add_argument("--gpus-per-node", type=int, metavar="G", help="GPUs of each, one process per GPU; 0: none")
-    parser.add_argument("--tasks-per-node", type=int, metavar="T", help="processes per machine where there are no GPUs")
-    parser.add_argument("--cpus-per-task", type=int, metavar="C", help="default: the profile's, else DATA.WORKERS + 1")
-    parser.add_argument("--profile", metavar="FILE", help="what the site needs: slurm/profiles/NAME.yaml")
-    parser.add_argument("--partition", metavar="NAME", help="instead of the profile's")
-    parser.add_argument("--time", metavar="TIME", help="instead of the profile's: minutes, H:MM:SS or D-HH")
-    parser.add_argument("--array", metavar="GRID", help="'OPTIM.LR=1e-3,3e-4 SEED=0,1': a run each, as one array")
-    parser.add_argument("--cluster", default="slurm", choices=("slurm", "local", "debug"), help="local, debug: here")
-    parser.add_argument("--copy-source", action="store_true", help="run from a copy of the package as it is now")
-    parser.add_argument("--wait", action="store_true", help="follow the jobs; Ctrl-C leaves them running")
-    parser.add_argument("--dry-run", action="store_true", help="print the script and what it takes; submit nothing")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY VALUE", help="last one wins")
+    parser = Parser(__doc__)
+    add, count, some = parser.add_argument, number(int, 1), number(int, 0)
+    add("--cfg", nargs="+", action="extend", dest="files", metavar="FILE", help="several: an array")
+    add("--nodes", type=count, default=1, help="machines (default: %(default)s)")
+    add("--gpus-per-node", type=some, metavar="G", help="GPUs of each, one process per GPU; 0: none")
+    add("--tasks-per-node", type=some, metavar="T", help="processes per machine where there are no GPUs")
+    add("--cpus-per-task", type=count, metavar="C", help="default: the profile's, else DATA.WORKERS + 1")
+    add("--profile", metavar="FILE", help="what the site needs: slurm/profiles/NAME.yaml")
+    add("--partition", metavar="NAME", help="instead of the profile's")
+    add("--time", metavar="TIME", help="instead of the profile's: minutes, H:MM:SS or D-HH")
+    add("--array", metavar="GRID", help="'OPTIM.LR=1e-3,3e-4 SEED=0,1': a run each, as one array")
+    add("--cluster", default="slurm", choices=("slurm", "local", "debug"), help="local, debug: here")
+    add("--copy-source", action="store_true", help="run from a copy of the package as it is now")
+    add("--wait", action="store_true", help="follow the jobs; Ctrl-C leaves them running")
+    add("--dry-run", action="store_true", help="print the script and what it takes; submit nothing")
+    add("overrides", nargs="*", default=[], metavar="KEY VALUE", help="last one wins")
     options = parser.parse_intermixed_args(arguments)
     if not options.files:
         meant = nearest(arguments[0], list(VERBS)) if arguments else ""
@@ -89,10 +90,6 @@ def read_options(arguments: Sequence[str]) -> Namespace:
     files = [options.files[0], *itertools.takewhile(lambda word: word.endswith((".yaml", ".yml")), options.files[1:])]
     options.overrides = [*options.files[len(files) :], *options.overrides]
     options.files = files
-    for name in ("nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task"):
-        value = getattr(options, name)
-        if value is not None and value < (name == "nodes" or name.endswith("task")):
-            parser.error(f"--{name.replace('_', '-')} {value} is too small")
     return options
 
 
@@ -137,16 +134,14 @@ def report(jobs: Sequence[ClusterJob], base: Path, wait: bool) -> int:
 def run_verb(arguments: Sequence[str] | None) -> int:
     """Apply one of VERBS to the jobs of a run folder."""
     verb, *rest = arguments or []
-    parser = Parser(prog=f"python slurm/submit.py {verb}", form="RUN", description=VERBS[verb])
+    parser = Parser(f"``python slurm/submit.py {verb} RUN``: {VERBS[verb]}")
     parser.add_argument("run", type=Path, help="OUTPUT_DIR of a run, or of an array")
     if verb == "logs":
         parser.add_argument("--rank", type=int, default=0, help="of which task (default: %(default)s)")
-        parser.add_argument("--lines", type=int, default=40, help="how many (default: %(default)s)")
+        parser.add_argument("--lines", type=number(int, 1), default=40, help="how many (default: %(default)s)")
     if verb == "resume":
         parser.add_argument("--wait", action="store_true", help="follow the jobs")
     options = parser.parse_args(rest)
-    if verb == "logs" and options.lines < 1:
-        parser.error(f"--lines {options.lines} shows none; give a whole number from 1 on")
     base = options.run.absolute()
     jobs = find_jobs(base)
     if verb == "resume":

@@ -1,12 +1,13 @@
-"""What 1, 8, 64 and 512 GPUs mean for a run: ``python -m stvit_video.slurm.scaling --cfg FILE``.
+"""What 1, 8, 64 and 512 GPUs mean for a run: ``python -m stvit_video.slurm.scaling --cfg FILE [options]``.
 
 A calculation from the model's parameters and FLOPs; the speeds of the machine are options. Nothing is measured.
 """
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
-from stvit_video.common.cli import Parser, run_command
+from stvit_video.common.cli import Parser, number, run_command
 from stvit_video.common.tables import format_table
 
 GPUS = (1, 8, 64, 512)
@@ -58,33 +59,21 @@ def scale(
     return dict(zip(COLUMNS, values, strict=True))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; return the exit code."""
-    return run_command(calculate, arguments)
-
-
 def calculate(arguments: Sequence[str] | None) -> int:
     """Parse the options and print the table."""
-    parser = Parser(
-        prog="python -m stvit_video.slurm.scaling",
-        form="--cfg FILE [options]",
-        description="Calculate how a run scales.",
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--cfg", required=True, dest="path", metavar="FILE", help="configuration of the run")
     numbers = {
-        "--videos": (int, 240_000, "of the training list (default: Kinetics-400)"),
-        "--clips-a-gpu": (int, 8, "batch of each GPU (default: %(default)s)"),
-        "--gpu-tflops": (float, 100, "that it sustains (assumed: %(default)s)"),
-        "--core-clips": (float, 10, "clips/s a CPU core decodes (default: %(default)s)"),
-        "--network-gb": (float, 20, "GB/s of a GPU's network (assumed: %(default)s)"),
+        "--videos": (number(int, 1), 240_000, "of the training list (default: Kinetics-400)"),
+        "--clips-a-gpu": (number(int, 1), 8, "batch of each GPU (default: %(default)s)"),
+        "--gpu-tflops": (number(float, 0.001), 100, "that it sustains (assumed: %(default)s)"),
+        "--core-clips": (number(float, 0.001), 10, "clips/s a CPU core decodes (default: %(default)s)"),
+        "--network-gb": (number(float, 0.001), 20, "GB/s of a GPU's network (assumed: %(default)s)"),
     }
     for option, (kind, default, text) in numbers.items():
         parser.add_argument(option, type=kind, default=default, help=text)
     given = vars(parser.parse_args(arguments))
     path = given.pop("path")
-    for option, value in zip(numbers, given.values(), strict=True):
-        if value <= 0:
-            parser.error(f"{option} {value} has to be above 0")
     from stvit_video.config.load import load_config
     from stvit_video.models.cost import count_gflops, count_parameters
     from stvit_video.models.zoo import build_model
@@ -106,6 +95,8 @@ def calculate(arguments: Sequence[str] | None) -> int:
     print(format_table(list(COLUMNS), rows, style="github"))
     return 0
 
+
+main = partial(run_command, calculate)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,9 +17,9 @@ from typing import NoReturn
 import submitit
 import yaml
 
+from stvit_video.common.cli import EXIT_STOPPED
 from stvit_video.common.files import write_json
 from stvit_video.runtime.launchers import host_name
-from stvit_video.runtime.stopping import EXIT_STOPPED
 from stvit_video.slurm.jobs import ClusterJob, read_json, run_client
 
 POLL_S = 0.2

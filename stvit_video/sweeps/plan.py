@@ -26,7 +26,7 @@ from fvcore.common.config import CfgNode
 
 from stvit_video.common.errors import UsageError, nearest
 from stvit_video.config.load import load_config, parse_overrides
-from stvit_video.config.schema import flatten, value_of
+from stvit_video.config.schema import flatten
 
 NEEDED_KEYS = ("cfg", "seeds", "twin", "rows")
 PLAN_KEYS = [*NEEDED_KEYS, "start"]
@@ -189,7 +189,7 @@ def _build_checks(plan: Plan) -> None:
             known = f"name some of {', '.join(presets) or 'none: add one'}.{nearest(str(wrong[0]), presets)}"
             raise UsageError(f"row {row.name} is a {row.kind} of {wrong[0]!r}, which is no row that is judged; {known}")
         for key in COMMON_KEYS:
-            value, expected = value_of(row.cfg, key), value_of(plan.twin.cfg, key)
+            value, expected = (flatten(cfg)[key] for cfg in (row.cfg, plan.twin.cfg))
             if value != expected:
                 raise UsageError(
                     f"row {row.name} has {key} {value!r} and {plan.twin.name} {expected!r}; give all rows the same."

@@ -28,7 +28,7 @@ from stvit_video.common.errors import Stopped, UsageError
 from stvit_video.common.files import wait_for_lock, write_json
 from stvit_video.common.tables import format_table
 from stvit_video.config.load import override
-from stvit_video.config.schema import flatten, value_of
+from stvit_video.config.schema import flatten
 from stvit_video.data.lists.videos import build_lists
 from stvit_video.models.cost import measure_cost
 from stvit_video.runs.environment import environment
@@ -42,8 +42,6 @@ from stvit_video.sweeps.plan import Plan, SweepRow
 from stvit_video.sweeps.table import write_table
 
 LOCK_S = 10.0  # a command that was killed just now may need a moment to end
-SPEED_KEYS = {"model": "MODEL", "frames": "DATA.FRAMES", "size": "DATA.SIZE"}
-SPEED_KEYS |= {key: key for key in ("DEVICE", "PRECISION", "COMPILE")}
 POLL_S = {"local": 0.5, "slurm": 5.0}
 
 
@@ -297,7 +295,11 @@ def build_table(plan: Plan, runs: Sequence[SweepRun], output: Path, within: floa
 
 def _build_settings(plan: Plan) -> dict[str, Any]:
     """Return what the speed of each row depends on."""
-    return {row.name: {name: value_of(row.cfg, key) for name, key in SPEED_KEYS.items()} for row in plan.rows}
+    conditions = {key: plan.twin.cfg[key] for key in ("DEVICE", "PRECISION", "COMPILE")}  # the same for all
+    return {
+        row.name: {"model": row.cfg.MODEL, "frames": row.cfg.DATA.FRAMES, "size": row.cfg.DATA.SIZE, **conditions}
+        for row in plan.rows
+    }
 
 
 def build_known_speeds(plan: Plan, output: Path) -> str:

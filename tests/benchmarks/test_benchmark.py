@@ -86,7 +86,7 @@ def test_advice_names_the_bottleneck_and_the_remedy(times: tuple[float, ...], sa
     [
         (["loader"], "arguments are required: --cfg"),
         (["speed", "--cfg", "x.yaml"], "invalid choice: 'speed'"),
-        (["loader", "--cfg", "CFG", "--rounds", "0"], "give whole numbers from 1 on"),
+        (["loader", "--cfg", "CFG", "--rounds", "0"], "--rounds 0 is out of range; give a number from 1 on"),
         (["loader", "--cfg", "CFG", "--output", "/nowhere/x.json"], "/nowhere is not a folder"),
         (["loader", "--cfg", "CFG", "--output", "/tmp"], "--output /tmp is a folder; name a file in it"),
         (["loader", "--cfg", "CFG", "DATA.ROOT", "/nowhere", "DATA.GENERATE", ""], "needs files that are missing"),

@@ -221,7 +221,7 @@ def test_picture_and_table_of_speeds(tmp_path: Path) -> None:
         (["model", "--cfg", SAMPLE, "--peer", "timm:resnet50"], "no such ViT"),
         (["model", "--cfg", SAMPLE, "--peer", "pytorchvideo:slow_r50"], "choose one of mvit_base_16x4"),
         (["model", "--cfg", SAMPLE, "--peer", "stvit_video:stvit_swin_tiny:quick"], "paper, fast, balanced"),
-        (["model", "--cfg", SAMPLE, "--rounds", "0"], "give whole numbers from 1 on"),
+        (["model", "--cfg", SAMPLE, "--rounds", "0"], "--rounds 0 is out of range; give a number from 1 on"),
         (["model", "--cfg", SAMPLE, "--plot", "/nowhere/x.png"], "/nowhere is not a folder"),
         (["model", "--cfg", SAMPLE, "--plot", "x.txt"], "is no .png file"),
         (["train", "--cfg", SAMPLE, "--results", "/nowhere.json"], "holds no top1"),

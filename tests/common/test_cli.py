@@ -2,13 +2,14 @@
 
 import errno
 import os
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-from stvit_video.common.cli import run_command
-from stvit_video.common.errors import FILESYSTEM_ERRORS, UsageError
+from stvit_video.common.cli import EXIT_STOPPED, Parser, number, run_command
+from stvit_video.common.errors import FILESYSTEM_ERRORS, RunFailure, Stopped, UsageError
 
 
 def raising(error: BaseException) -> Callable[[Sequence[str] | None], int]:
@@ -71,3 +72,29 @@ def test_ctrl_c_prints_the_given_line(capsys: pytest.CaptureFixture[str]) -> Non
     assert run_command(raising(KeyboardInterrupt()), None) == 130
     assert run_command(raising(KeyboardInterrupt()), None, stopped="gone", stopped_code=1) == 1
     assert capsys.readouterr() == ("", "\nstopped\n\ngone\n")
+
+
+def test_stopped_and_failed_runs_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(raising(Stopped("SIGTERM", "step 3")), None, again="it goes on") == EXIT_STOPPED
+    assert run_command(raising(RunFailure("rank 1 is missing")), None) == 1
+    said = "stopped by SIGTERM after step 3; all of it is kept; it goes on\nerror: rank 1 is missing\n"
+    assert capsys.readouterr() == ("", said)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--steps", "0"], "--steps 0 is out of range; give 1 to 1,000; use: python -m a.b FILE (--help says more)"),
+        (["--share", "inf"], "--share inf is out of range; give a number from 0 on; use:"),
+        (["--share", "nan"], "--share nan is out of range"),
+        (["--steps", "1.5"], "invalid int value: '1.5'"),
+    ],
+)
+def test_options_take_numbers_in_their_range(words: list[str], says: str) -> None:
+    parser = Parser("Do it: ``python -m a.b FILE``.\n\nThe rest is help.")
+    parser.add_argument("--steps", type=number(int, 1, 1_000))
+    parser.add_argument("--share", type=number(float, 0))
+    assert parser.parse_args(["--steps", "1000", "--share", "0.5"]) == Namespace(steps=1000, share=0.5)
+    with pytest.raises(UsageError) as error:
+        parser.parse_args(words)
+    assert says in str(error.value)

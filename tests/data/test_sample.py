@@ -152,7 +152,7 @@ def test_motions_change_the_named_quantity() -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--seed", "-1"], "--seed -1 is negative; give a whole number from 0."),
+        (["--seed", "-1"], "--seed -1 is out of range; give a number from 0 on"),
         (["--seed", "x"], "invalid int value: 'x'; use: python -m stvit_video.data.sample [--root FOLDER]"),
         (["--root", "file"], "file exists but holds no sample set"),
         (["--root", "file/set"], "file/set cannot be written (Not a directory)"),

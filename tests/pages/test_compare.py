@@ -65,7 +65,7 @@ def test_rows_and_windows_that_cannot_be_averaged(tmp_path: Path, capsys: pytest
     words = [run, "--output", str(tmp_path / "x.png")]
     assert compare.main(words) == 0
     assert compare.main([*words, "--window", "0"]) == 2
-    assert "--window 0 averages over no step; give a whole number from 1 on" in capsys.readouterr().err
+    assert "--window 0 is out of range; give a number from 1 on" in capsys.readouterr().err
     (tmp_path / "run" / "metrics.jsonl").write_text('{"epoch": 3}\n')
     assert compare.main(words) == 2
     assert "no metrics.jsonl with training rows" in capsys.readouterr().err

@@ -106,8 +106,8 @@ def test_wrong_profile_is_one_line(tmp_path: Path, content: str, message: str) -
     [
         ([], "--gpus-per-node is missing"),
         (["--gpus-per-node", "0"], "sbatch is not on the PATH"),
-        (["--gpus-per-node", "-1"], "--gpus-per-node -1 is too small"),
-        (["--nodes", "0", "--gpus-per-node", "1"], "--nodes 0 is too small"),
+        (["--gpus-per-node", "-1"], "--gpus-per-node -1 is out of range; give a number from 0 on"),
+        (["--nodes", "0", "--gpus-per-node", "1"], "--nodes 0 is out of range; give a number from 1 on"),
         (["--gpus-per-node", "2", "--tasks-per-node", "3"], "each GPU has one process"),
         (["--gpus-per-node", "0", "--profile", "nowhere.yaml"], "Profile nowhere.yaml cannot be read"),
         (["--gpus-per-node", "0", "--array", "SEED"], "'SEED' is not KEY=VALUE,VALUE"),
@@ -133,7 +133,7 @@ def test_unknown_verb_and_wrong_number_are_one_line(tmp_path: Path, capsys: pyte
     assert main(["statsu", str(tmp_path)]) == 2
     assert "--cfg FILE is missing, or did you mean status?" in capsys.readouterr().err
     assert main(["logs", str(tmp_path), "--lines", "0"]) == 2
-    assert "--lines 0 shows none; give a whole number from 1 on" in capsys.readouterr().err
+    assert "--lines 0 is out of range; give a number from 1 on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", ["status", "logs", "cancel", "resume"])

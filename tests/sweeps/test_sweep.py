@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from stvit_video import run, tradeoff
-from stvit_video.runtime.stopping import EXIT_STOPPED
+from stvit_video.common.cli import EXIT_STOPPED
 from stvit_video.slurm.jobs import ENDED, ClusterJob, read_job
 from stvit_video.sweeps import sweep
 from tests.sweeps.plans import ROWS, stub_jobs, write_plan
@@ -60,7 +60,7 @@ def trained(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=300)
     assert process.returncode == EXIT_STOPPED, (out, err)
-    assert err == "stopped by SIGTERM after 0 of 3 runs; the same command continues\n"
+    assert err == "stopped by SIGTERM after 0 of 3 runs; all of it is kept; the same command continues\n"
     job = read_job(output / "start" / "seed3")
     assert job is not None
     assert job.state()[0] in ENDED

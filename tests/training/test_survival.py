@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from stvit_video import run
+from stvit_video.common.cli import EXIT_STOPPED
 from stvit_video.runs.checkpoint import list_checkpoints
 from stvit_video.runs.log import read_metrics
-from stvit_video.runtime.stopping import EXIT_STOPPED
 from tests.conftest import REPOSITORY, small_arguments
 
 # Dropout, augmentation, mixing and workers: all that is random, and all that could be out of step.

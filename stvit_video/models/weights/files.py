@@ -89,10 +89,16 @@ def check_tensors(content: object, name: str) -> StateDict:
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """Return the ``metadata`` of a ``.safetensors`` without its tensors; empty for other files."""
-    if Path(path).suffix != ".safetensors":
-        return {}
-    with safe_open(path, "pt") as file:
-        return _parse_metadata(file.metadata() or {})
+    return _read_safetensors(Path(path), tensors=False)[1] if Path(path).suffix == ".safetensors" else {}
+
+
+def _read_safetensors(path: Path, *, tensors: bool) -> tuple[StateDict, dict[str, Any]]:
+    try:
+        with safe_open(path, "pt") as file:
+            content = {name: file.get_tensor(name) for name in (file.keys() if tensors else ())}
+            return content, _parse_metadata(file.metadata() or {})
+    except SafetensorError as error:
+        raise UsageError(f"Checkpoint {path} is not a complete safetensors file ({error}); fetch it again.") from error
 
 
 def _parse_metadata(header: dict[str, str]) -> dict[str, Any]:
@@ -113,14 +119,7 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
         if b"\0" not in start and start.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(signature):
             raise UsageError(f"Checkpoint {path} is {what}.")
     if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, "pt") as tensors:
-                content = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-                return content, _parse_metadata(tensors.metadata() or {})
-        except SafetensorError as error:
-            raise UsageError(
-                f"Checkpoint {path} is not a complete safetensors file ({error}); fetch it again."
-            ) from error
+        return _read_safetensors(path, tensors=True)
     if path.suffix in (".pt2", ".onnx"):
         raise UsageError(
             f"Checkpoint {path} is an exported graph, which runs without this package; give the run's folder, or a "
