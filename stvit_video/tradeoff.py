@@ -50,9 +50,8 @@ def tradeoff(arguments: Sequence[str] | None) -> int:
     if options.list:
         list_rows(plan, output, options.rows)
         return 0
-    local = options.cluster == "local"
-    options.jobs = options.jobs or (1 if local else sys.maxsize)
-    options.profile = read_profile(options.profile, time=NO_LIMIT if local else None)
+    options.jobs = options.jobs or (1 if options.cluster == "local" else sys.maxsize)
+    options.profile = read_profile(options.profile, time=NO_LIMIT if options.cluster == "local" else None)
     check_cluster(options.cluster, 1, JobRequest(options.profile, 1, 0, 1, 1, "stvit-tradeoff"))
     return build_sweep(plan, output, options)
 

@@ -1,17 +1,15 @@
 """The plan of a table of accuracy beside speed: rows that differ from one configuration, each trained with some seeds.
 
-    cfg: ../sample_hard.yaml       # relative to the plan's folder
-    seeds: [0, 1]
-    twin: full                     # the dense baseline, which all other rows are compared with
-    start: {TRAIN.EPOCHS: 10}      # optional: a run that is trained first, whose weights all rows start from (needs a
-                                   # configuration with MODEL.INIT_DEPTH null, as sample_hard_finetune.yaml)
-    rows:
-      full: {MODEL.NAME: vit_hard_patch8}
-      paper: {MODEL.PRESET: paper}                                  # neither of the kinds below: gets a verdict
-      paper-fewer-frames: {DATA.FRAMES: 4, control_of: paper}       # paper should be above it; [paper, fast]: both
-      paper-tome: {MODEL.REDUCER: tome, neighbour_of: paper}        # another method, shown beside paper
-
-The whole plan is checked before anything is trained.
+cfg: ../sample_hard.yaml       # relative to the plan's folder
+seeds: [0, 1]
+twin: full                     # the dense baseline, which all other rows are compared with
+start: {TRAIN.EPOCHS: 10}      # optional: a run that is trained first, whose weights all rows start from (needs a
+                               # configuration with MODEL.INIT_DEPTH null, as sample_hard_finetune.yaml)
+rows:
+  full: {MODEL.NAME: vit_hard_patch8}
+  paper: {MODEL.PRESET: paper}                                  # neither of the kinds below: gets a verdict
+  paper-fewer-frames: {DATA.FRAMES: 4, control_of: paper}       # paper should be above it; [paper, fast]: both
+  paper-tome: {MODEL.REDUCER: tome, neighbour_of: paper}        # another method, shown beside paper
 """
 
 import re
@@ -92,10 +90,7 @@ class Plan:
 
 
 def open_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
-    """Read and check a plan; ``overrides`` are KEY VALUE words that hold for every row.
-
-    Raises UsageError for whatever could stop a row later, naming the row.
-    """
+    """Read and check a plan, ``overrides`` being for all rows; UsageError, naming the row, for what could stop it."""
     try:
         content = _read(path)
         file, twin, names = path.parent / str(content["cfg"]), content["twin"], list(content["rows"])
@@ -104,8 +99,7 @@ def open_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
             raise UsageError(f"twin {twin!r} is no row; name one of {known}.{nearest(str(twin), names)}")
         load_config(file, overrides)  # a wrong word for all rows is not blamed on the first row
         build = partial(_build_row, file, overrides, content["seeds"])
-        kinds = {name: "twin" if name == twin else "preset" for name in names}
-        rows = [build(name, content["rows"][name] or {}, kind) for name, kind in kinds.items()]
+        rows = [build(name, row or {}, "twin" if name == twin else "preset") for name, row in content["rows"].items()]
         start = build("start", content["start"], "start") if "start" in content else None
         plan = Plan(rows, rows[names.index(twin)], start)
         _build_checks(plan)

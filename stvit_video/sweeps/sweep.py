@@ -62,8 +62,7 @@ def choose_rows(plan: Plan, patterns: Sequence[str]) -> list[SweepRow]:
     for pattern in patterns:
         if not any(fnmatchcase(row.name, pattern) for row in plan.rows):
             names = ", ".join(row.name for row in plan.rows)
-            remedy = "Give one, or '*'; KEY VALUE words stand before --rows."
-            raise UsageError(f"--rows {pattern} matches no row of the plan; those are {names}. {remedy}")
+            raise UsageError(f"--rows {pattern} matches no row: {names}. Give one, and KEY VALUE words before --rows.")
     return [row for row in plan.rows if any(fnmatchcase(row.name, pattern) for pattern in patterns)]
 
 
@@ -83,10 +82,7 @@ def build_timed(row: SweepRow) -> TimedModel:
 
 
 def build_runs(plan: Plan, output: Path) -> list[SweepRun]:
-    """Return the start's run, if there is one, with the first seed, and then the rows' runs, seed after seed.
-
-    Raises UsageError where a folder holds a run of other settings.
-    """
+    """Return the start's run, if any, then those of the rows, seed by seed; UsageError where a folder holds another."""
     init: dict[str, str] = {}
     seeds, runs = list(plan.twin.top1), []
     starts = [(plan.start, seeds[0])] if plan.start else []
@@ -119,8 +115,7 @@ def check_recorded(run: SweepRun) -> None:
 def choose_runs(runs: Sequence[SweepRun], rows: Sequence[SweepRow]) -> list[SweepRun]:
     """Return the runs of ``rows``, after the start where they wait for it; UsageError where its weights are gone."""
     start, chosen = runs[0], [run for run in runs if run.row in rows]
-    wait = not all(run.folder.has_progress() for run in chosen)
-    if start.row.kind != "start" or start.folder.is_finished() or not wait:
+    if start.row.kind != "start" or start.folder.is_finished() or all(run.folder.has_progress() for run in chosen):
         return chosen
     if begun := [run.folder.path.parent for run in runs[1:] if run.folder.has_progress()]:
         folders = ", ".join(map(str, dict.fromkeys([start.folder.path, *begun])))
@@ -284,13 +279,13 @@ def build_table(plan: Plan, runs: Sequence[SweepRun], output: Path, within: floa
             row = run.row  # a run's own count: its data, and so its classes, may be gone
             row.parameters, row.gflops = int(results["parameters"]), float(results["gflops"])
             row.top1[run.seed], row.coverage[run.seed] = float(results["top1"]), float(results["coverage"])
-    note, start = "", runs[0]
+    notes, start = [], runs[0]
     if plan.start and plan.start.failures:
-        note = f"failed: {start.name}, from which all rows start: {start.row.failures[start.seed]}"
+        notes = [f"failed: {start.name}, from which all rows start: {start.row.failures[start.seed]}"]
     elif plan.start and plan.start.mean is not None:
         reached = f"{start.cfg.MODEL.NAME} ({plan.start.mean:.2f} % top-1)"
-        note = f"every row starts from the weights of {start.name}, a {reached}"
-    return write_table(plan, output, within, note, build_known_speeds(plan, output))
+        notes = [f"every row starts from the weights of {start.name}, a {reached}"]
+    return write_table(plan, output, within, notes, build_known_speeds(plan, output))
 
 
 def _build_settings(plan: Plan) -> dict[str, Any]:

@@ -18,16 +18,14 @@ STYLES: dict[str, dict[str, Any]] = {  # of the picture, by kind of row
 
 
 def compare(row: SweepRow, other: SweepRow) -> tuple[float | None, str]:
-    """Return by how many points a row is above another, over the seeds that both have; None without any.
-
-    Return also the doubt, if any: the seeds of one of the two differ by as much as the rows do, given several of both.
-    """
+    """Return by how many points a row is above another over the seeds that both have, None without any; and a doubt."""
     found = [(one, other.top1.get(seed)) for seed, one in row.top1.items()]
     pairs = [(one, two) for one, two in found if one is not None and two is not None]
     if not pairs:
         return None, ""
     by = round(sum(one - two for one, two in pairs) / len(pairs), 9) + 0.0  # no rounding noise, no -0.0
     spreads = [max(values) - min(values) for values in zip(*pairs, strict=True)]
+    # The doubt: several seeds of one of the two differ by as much as the rows do.
     return by, "less than the spread" if len(pairs) > 1 and abs(by) <= max(spreads) else ""
 
 
@@ -80,13 +78,10 @@ def columns(row: SweepRow, twin: SweepRow) -> list[tuple[str, str, str, Any]]:
     ]
 
 
-def write_table(plan: Plan, output: Path, within: float, start: str = "", machine: str = "") -> str:
-    """Write tradeoff.json, .csv, .md and .png; return the table in Markdown, with verdicts and notes below it.
-
-    Presets may be ``within`` points below the baseline. ``start`` says which weights all rows were trained from.
-    """
+def write_table(plan: Plan, output: Path, within: float, notes: Sequence[str] = (), machine: str = "") -> str:
+    """Write tradeoff.json, .csv, .md and .png; return the table in Markdown, with verdicts and notes below it."""
     records: list[dict[str, Any]] = []
-    lines, notes = [], [start] if start else []
+    lines, notes = [], list(notes)
     for row in plan.rows:
         found = columns(row, plan.twin)
         records.append({key: value for key, _, _, value in found})
