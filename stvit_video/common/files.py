@@ -83,6 +83,8 @@ def check_file(option: str, path: Path | None, suffix: str = "") -> None:
     """Raise UsageError where the file of an option, if given, cannot be written: before the work that makes it."""
     if path is None:
         return
+    if not path.parent.is_dir():
+        raise UsageError(f"{option} {path}: {path.parent} is not a folder; make it first.")
     if path.is_dir():
         raise UsageError(f"{option} {path} is a folder; name a file in it.")
     if path.suffix != (suffix or path.suffix):
