@@ -22,7 +22,7 @@ import torch
 from fvcore.common.config import CfgNode
 from submitit.helpers import environment_variables
 
-from stvit_video.benchmarks.models import CLASSES, TimedModel, build_speeds, build_timed_model
+from stvit_video.benchmarks.models import CLASSES, TimedModel, build_speeds
 from stvit_video.benchmarks.rounds import COMPILED
 from stvit_video.common.errors import Stopped, UsageError
 from stvit_video.common.files import wait_for_lock, write_json
@@ -31,6 +31,7 @@ from stvit_video.config.load import override
 from stvit_video.config.schema import flatten
 from stvit_video.data.lists.videos import build_lists
 from stvit_video.models.cost import measure_cost
+from stvit_video.models.zoo import build_model
 from stvit_video.runs.environment import environment
 from stvit_video.runs.folder import RunFolder, build_run_folder, describe_changes
 from stvit_video.runs.preflight import open_lists
@@ -72,13 +73,13 @@ def build_timed(row: SweepRow) -> TimedModel:
     with suppress(UsageError):  # there may be no data yet
         row.classes = len(build_lists(row.cfg).classes)
     try:
-        timed = build_timed_model(row.cfg, row.name, row.classes)
+        model = build_model(row.cfg, row.classes or CLASSES)
     except UsageError as error:
         raise UsageError(f"Row {row.name}: {error}") from error
-    cost = measure_cost(timed.model, timed.input_size)
-    image_tokens, reduced = timed.model.token_counts()  # type: ignore[operator]
+    cost = measure_cost(model, (row.cfg.DATA.FRAMES, row.cfg.DATA.SIZE, row.cfg.DATA.SIZE))
+    image_tokens, reduced = model.token_counts()  # type: ignore[operator]
     row.parameters, row.gflops, row.tokens = cost.parameters, cost.gflops, reduced or image_tokens
-    return timed
+    return TimedModel(row.name, model, cost.input_size)
 
 
 def build_runs(plan: Plan, output: Path) -> list[SweepRun]:
