@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from stvit_video.benchmarks.models import CLASSES, build_speeds, build_timed_model
+from stvit_video.benchmarks.models import CLASSES, TimedModel, build_speeds
 from stvit_video.benchmarks.rounds import COMPILED
 from stvit_video.common.errors import UsageError
 from stvit_video.common.files import write_json
 from stvit_video.common.tables import format_table
 from stvit_video.config.schema import value_of
+from stvit_video.models.zoo import build_model
 from stvit_video.runs.environment import environment
 from stvit_video.runs.preflight import open_lists
 from stvit_video.runtime.world import World
@@ -225,8 +226,10 @@ def build_known_speeds(plan: Plan, output: Path) -> dict[str, Any] | None:
 
 def build_row_speeds(plan: Plan, output: Path, options: SweepOptions) -> None:
     """Measure all rows in interleaved rounds, the baseline first and under its conditions, and write speed.json."""
-    rows = sorted(plan.rows, key=lambda row: row.kind != "twin")
-    models = [build_timed_model(row.cfg, row.name, build_class_count(row)) for row in rows]
+    models = []
+    for row in sorted(plan.rows, key=lambda row: row.kind != "twin"):
+        size = (row.cfg.DATA.FRAMES, row.cfg.DATA.SIZE, row.cfg.DATA.SIZE)
+        models.append(TimedModel(row.name, build_model(row.cfg, build_class_count(row) or CLASSES), size))
     rounds, largest = options.rounds, options.largest_batch
     figures = build_speeds(plan.baseline.cfg, models, training=False, rounds=rounds, largest_batch=largest)
     machine = environment()

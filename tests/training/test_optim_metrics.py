@@ -9,7 +9,7 @@ from stvit_video.common.errors import UsageError
 from stvit_video.config import load_config
 from stvit_video.data.failures import Failure
 from stvit_video.evaluation.evaluate import _join
-from stvit_video.evaluation.metrics import Predictions, correct_at
+from stvit_video.evaluation.scores import Predictions, correct_at
 from stvit_video.models import create_model
 from stvit_video.training.optim import average_weights, build_optimizer, build_scheduler, freeze, warmed_decay
 from tests.conftest import REPOSITORY
