@@ -223,8 +223,8 @@ def build_end_to_end_figures(cfg: CfgNode, clips: int, rounds: int) -> Figures:
         batches = 1 + max(MIN_BATCHES, -(-clips // (size * views)))  # the first one is not timed
         loaders = [build_loader(run, workers, training, batches) for workers in WORKERS]
         if len(loaders[0]) <= MIN_BATCHES:
-            what = f"{len(loaders[0])} of {1 + MIN_BATCHES} batches"
-            raise UsageError(f"The list gives {what} that are needed; lower {stage}.BATCH_SIZE {size}.")
+            given = f"{len(loaders[0])} of {1 + MIN_BATCHES} batches"
+            raise UsageError(f"The list gives {given} that are needed; lower {stage}.BATCH_SIZE {size}.")
         model.train(training)
         measured = run_rounds([partial(run_through, loader, work) for loader in loaders], rounds)
         for workers, found in zip(WORKERS, measured, strict=True):

@@ -23,12 +23,6 @@ from stvit_video.runs.checkpoint import DAMAGED, pack, read_checked
 ScoredBatch = tuple[Tensor, Tensor, Tensor]
 
 
-def correct_at(scores: Tensor, labels: Tensor, k: int) -> int:
-    """Return how many labels (N,) are among the ``k`` best scores (N, classes); k is cut to the class count."""
-    best = scores.topk(min(k, scores.shape[1]), dim=1).indices
-    return int((best == labels[:, None]).any(dim=1).sum())
-
-
 @dataclass
 class Predictions:
     """Scores (N, classes), averaged over each video's views, and labels (N,), in list order.
@@ -44,8 +38,9 @@ class Predictions:
     kept: int = 0  # videos whose scores are from an earlier, interrupted test
 
     def top(self, k: int) -> float:
-        """Return top-k accuracy over the scored videos, in percent."""
-        return 100 * correct_at(self.scores, self.labels, k) / max(1, len(self.labels))
+        """Return top-k accuracy over the scored videos, in percent; k is cut to the class count."""
+        best = self.scores.topk(min(k, self.scores.shape[1]), dim=1).indices
+        return 100 * int((best == self.labels[:, None]).any(dim=1).sum()) / max(1, len(self.labels))
 
     @property
     def coverage(self) -> float:
