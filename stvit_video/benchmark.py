@@ -4,7 +4,6 @@ Every figure is the median of interleaved rounds beside a reference in the same 
 machines, times cannot. DEVICE, PRECISION and COMPILE are keys, as for ``stvit_video.run``.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -33,8 +32,8 @@ def build_parser() -> Parser:
     add("what", choices=("model", "train", "e2e", "loader", "engine"), help=WHAT)
     # One list for both keeps their order on the command line: ratios refer to the first one.
     both: dict[str, Any] = {"action": "append", "dest": "named", "metavar": "NAME"}
-    add("--cfg", required=True, help="file; model and train take several", type=lambda word: ("cfg", word), **both)
-    add("--peer", help=PEER, type=lambda word: ("peer", word), **both)
+    add("--cfg", required=True, help="file; model and train take several", type=Path, **both)
+    add("--peer", help=PEER, **both)
     add("--steps", type=count, default=32, help="per round of engine (default: %(default)s)")
     add("--clips", type=count, default=64, help="per round of loader and e2e, 8 batches or more (default: %(default)s)")
     add("--rounds", type=count, default=5, help="rounds, after one to warm up (default: %(default)s)")
@@ -47,42 +46,33 @@ def build_parser() -> Parser:
     return parser
 
 
-def check_options(options: argparse.Namespace) -> None:
-    """Raise UsageError for files and combinations that cannot be used."""
+def benchmark(arguments: Sequence[str] | None) -> int:
+    """Parse the arguments, run what they name and write the figures where they say. Raises UsageError."""
+    options = build_parser().parse_intermixed_args(arguments)
     check_file("--output", options.output)
     check_file("--plot", options.plot, suffix=".png")
-    options.cfgs, options.peers = ([word for kind, word in options.named if kind == which] for which in ("cfg", "peer"))
-    single = options.what not in ("model", "train")
-    if single and (len(options.cfgs) > 1 or options.plot or options.results):
-        raise UsageError(f"{options.what} takes one --cfg, and no --plot or --results; model and train do.")
-    if single and any(options.what != "loader" or peer != "pytorchvideo" for peer in options.peers):
-        raise UsageError(
-            f"--peer {options.peers[0]} of {options.what}; loader takes pytorchvideo, model and train LIBRARY:MODEL."
-        )
-
-
-def benchmark(arguments: Sequence[str] | None) -> int:
-    """Parse the arguments, run what they name and write the figures where they say."""
-    options = build_parser().parse_intermixed_args(arguments)
-    check_options(options)
-    from stvit_video.benchmarks.end_to_end import build_end_to_end_figures
-    from stvit_video.benchmarks.engine import build_engine_figures
-    from stvit_video.benchmarks.loader import build_loader_figures
+    cfgs = [path for path in options.named if isinstance(path, Path)]
+    peers = [name for name in options.named if not isinstance(name, Path)]
+    what, rounds, side_by_side = options.what, options.rounds, options.what in ("model", "train")
+    if not side_by_side and (len(cfgs) > 1 or options.plot or options.results):
+        raise UsageError(f"{what} takes one --cfg, and no --plot or --results; model and train do.")
+    if not side_by_side and any(what != "loader" or peer != "pytorchvideo" for peer in peers):
+        raise UsageError(f"--peer {peers[0]} of {what}; loader takes pytorchvideo, model and train LIBRARY:MODEL.")
     from stvit_video.benchmarks.models import build_model_figures
+    from stvit_video.benchmarks.pipeline import build_end_to_end_figures, build_engine_figures, build_loader_figures
     from stvit_video.config.load import load_config
     from stvit_video.runs.environment import environment
 
-    if options.what in ("model", "train"):
-        how = {name: getattr(options, name) for name in ("rounds", "largest_batch", "results", "plot")}
-        figures = build_model_figures(options.named, options.overrides, training=options.what == "train", **how)
+    cfg = load_config(cfgs[0], options.overrides)
+    if what == "loader":
+        figures = build_loader_figures(cfg, options.clips, rounds, peers)
+    elif what == "engine":
+        figures = build_engine_figures(cfg, options.steps, rounds)
+    elif what == "e2e":
+        figures = build_end_to_end_figures(cfg, options.clips, rounds)
     else:
-        cfg = load_config(options.cfgs[0], options.overrides)
-        if options.what == "loader":
-            figures = build_loader_figures(cfg, options.clips, options.rounds, options.peers)
-        elif options.what == "engine":
-            figures = build_engine_figures(cfg, options.steps, options.rounds)
-        else:
-            figures = build_end_to_end_figures(cfg, options.clips, options.rounds)
+        how = {"training": what == "train", "rounds": rounds, "largest_batch": options.largest_batch}
+        figures = build_model_figures(options.named, options.overrides, options.results, options.plot, **how)
     if options.output:
         started = time.strftime("%Y-%m-%dT%H:%M:%S")
         write_json(options.output, {"started": started, **figures, "environment": environment()})

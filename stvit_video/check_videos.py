@@ -13,16 +13,12 @@ from pathlib import Path
 
 from stvit_video.common.cli import Parser, number, run_command
 from stvit_video.common.errors import UsageError
-from stvit_video.common.files import prepare_folder, write_atomically
-from stvit_video.common.progress import Progress
 from stvit_video.data.clips.sampling import ClipSampler, read_every_frame
 from stvit_video.data.decode.frames import DECODERS, find_decoders
-from stvit_video.data.decode.types import DecodeError
-from stvit_video.data.failures import Failure, failures_csv
 
 
-def build_parser() -> Parser:
-    """Return the parser of this command's options."""
+def check(arguments: Sequence[str] | None) -> int:
+    """Parse the arguments, scan the list, write the results and print a summary. Raises UsageError."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("list", type=Path, metavar="LIST", help="lines `path label`, a Kinetics CSV or an SSv2 JSON")
@@ -32,41 +28,20 @@ def build_parser() -> Parser:
     add("--workers", type=workers, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
     add("--deadline", type=deadline, default=60.0, help="seconds a video may take (default: %(default)g)")
     add("--decoder", default="auto", choices=("auto", *DECODERS), help="auto (default): each in turn")
-    frames = parser.add_mutually_exclusive_group()
-    frames.add_argument("--frames", type=most, default=16, help="frames to read, evenly spread (default: %(default)s)")
-    frames.add_argument("--all-frames", action="store_true", help="read every frame; give long ones a longer deadline")
-    return parser
-
-
-def check(arguments: Sequence[str] | None) -> int:
-    """Parse the arguments, scan the list, write the results and print a summary. Raises UsageError."""
-    options = build_parser().parse_args(arguments)
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--frames", type=most, default=16, help="frames to read, evenly spread (default: %(default)s)")
+    add("--all-frames", action="store_true", help="read every frame; give long ones a longer deadline")
+    options = parser.parse_args(arguments)
     decoders = find_decoders(options.decoder, "--decoder")
     root = options.list.parent if options.root is None else options.root
     if options.root is not None and not root.is_dir():
         raise UsageError(f"--root {root} is not a folder; give the one where the paths of {options.list} start.")
-    from stvit_video.data.scan import clean_list, read_listing, scan, summarise
+    from stvit_video.data.scan import check_list
 
-    listing = read_listing(options.list, root)
-    clean = options.output / "clean.txt"
-    if clean.exists() and clean.samefile(options.list):
-        raise UsageError(f"--output {options.output} would replace the list itself; give another folder.")
-    prepare_folder(options.output)  # before a scan that may take hours
     # Clips of one frame, from the first to the last.
     spread = partial(ClipSampler("dense", 1).even_clips, clips=options.frames)
     choice = read_every_frame if options.all_frames else spread
-    errors: dict[str, DecodeError] = {}
-    paths = list(dict.fromkeys(video.path for video in listing.videos))
-    with Progress("check", len(paths)) as progress:
-        for found in scan(paths, options.workers, choice, decoders, options.deadline):
-            if found is not None:
-                errors[found.path] = found
-            progress.advance(f"{len(errors):,} cannot be read")
-    # Failures first, so that what clean.txt leaves out is always listed.
-    failures = failures_csv(Failure.of(error, "check") for error in errors.values())
-    write_atomically(options.output / "failures.csv", failures)
-    write_atomically(clean, clean_list(listing, errors))
-    print(summarise(listing, errors, options.output))
+    check_list(options.list, root, options.output, options.workers, choice, decoders, options.deadline)
     return 0
 
 

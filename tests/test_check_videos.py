@@ -222,10 +222,10 @@ def test_ctrl_c_ends_at_once_and_writes_nothing(root: Path, stub: Path, tmp_path
 
 
 def test_other_errors_are_not_counted_as_damage(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: Decoding, request: object) -> None:
+    def fail(self: Decoding, requests: object) -> None:
         raise RuntimeError("no process can be started")
 
-    monkeypatch.setattr(Decoding, "read", fail)
+    monkeypatch.setattr(Decoding, "read_all", fail)
     (root / "list.txt").write_text("good.mp4 0\n")
     with pytest.raises(RuntimeError, match="no process can be started"):
         check_videos.main([str(root / "list.txt"), "--output", str(tmp_path / "out")])

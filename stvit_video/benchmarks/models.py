@@ -1,7 +1,4 @@
-"""How fast models run, ours and other libraries': latency, throughput, memory and share of a matrix product's rate.
-
-Nothing is downloaded: speed does not depend on the weights.
-"""
+"""How fast models run, ours and other libraries'. Nothing is downloaded: speed does not depend on the weights."""
 
 import ctypes
 import importlib
@@ -12,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torchvision
@@ -34,7 +32,6 @@ from stvit_video.runtime.world import pick_device
 CLASSES = 400  # of peers, and of configurations without MODEL.NUM_CLASSES
 MIN_ROUND_S = 0.5  # of calls at batch 1: short calls are timed often
 GAIN = 1.05  # by which twice the batch must be faster to be chosen
-STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 VIDEO = ("swin3d_", "mvit_")  # torchvision's video transformers
 MVIT_SIZE = (16, 224, 224)  # the published MViT models take no other
 # The models of each library that are compared.
@@ -47,17 +44,14 @@ LIBRARIES: dict[str, Callable[[], list[str]]] = {
 
 
 class TimedModel:
-    """A model of clips (B, 3, *input_size). Called with a batch size, it returns the seconds of one pass.
-
-    That is a forward pass or a training step, as ``prepare`` was told.
-    """
+    """A model of clips (B, 3, *input_size). Prepared and called with a batch size, it returns the seconds of a pass."""
 
     def __init__(self, name: str, model: nn.Module, input_size: Grid) -> None:
         self.name, self.model, self.input_size = name, model, input_size
         self.optimizer: torch.optim.Optimizer | None = None
 
     def prepare(self, device: torch.device, precision: str, compiled: str, training: bool) -> None:
-        """Put the model on ``device``; ``compiled`` is as COMPILE. Inference is in ``precision`` altogether."""
+        """Put the model on ``device``, for passes of inference, in ``precision`` altogether, or of training."""
         self.precision, self.wait = precision, torch.cuda.synchronize if device.type == "cuda" else lambda: None
         kind = torch.float32 if training else HALF.get(precision, torch.float32)  # training keeps float32 weights
         self.model.to(device, kind).train(training)
@@ -106,17 +100,10 @@ class FramesAsBatch(nn.Sequential):
         return logits.unflatten(0, (-1, x.shape[2])).mean(dim=1)
 
 
-def build_timed_model(cfg: CfgNode, name: str, num_classes: int | None) -> TimedModel:
-    """Return a configured model, of CLASSES classes where their number is not known."""
-    size = (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE)
-    return TimedModel(name, build_model(cfg, num_classes or CLASSES), size)
-
-
 def build_peer(name: str, size: Grid) -> TimedModel:
-    """Return a peer such as "torchvision:swin3d_t", "timm:vit_small_patch16_224" or "stvit_video:swin_tiny".
+    """Return a peer such as "torchvision:swin3d_t" or "stvit_video:stvit_swin_tiny:fast", where a preset follows.
 
-    A preset may follow: "stvit_video:stvit_swin_tiny:fast". Clips are of ``size``, unless the model is made for one
-    size. Raises UsageError for names that the library lacks.
+    Clips are of ``size``, unless the model is made for one size. Raises UsageError for names that the library lacks.
     """
     library, _, model = name.partition(":")
     if library not in LIBRARIES or not model:
@@ -124,10 +111,9 @@ def build_peer(name: str, size: Grid) -> TimedModel:
             f"--peer {name}: the library is one of {', '.join(LIBRARIES)}; write LIBRARY:MODEL, as "
             f"torchvision:swin3d_t.{nearest(library, LIBRARIES)}"
         )
-    preset = ""
     if library == "stvit_video":
-        model, colon, preset = model.partition(":")
-        if colon and not preset:
+        model, *preset = model.split(":", 1)
+        if preset == [""]:
             raise UsageError(f"--peer {name} ends in a colon; name a preset behind it, or leave it out.")
     try:
         known = LIBRARIES[library]()
@@ -137,7 +123,7 @@ def build_peer(name: str, size: Grid) -> TimedModel:
         listed = ", ".join(known) if library != "timm" else "timm.list_models('vit_*'); timm has no such ViT"
         raise UsageError(f"--peer {name}: choose one of {listed}.{nearest(model, known)}")
     if library == "stvit_video":
-        chosen = {"preset": preset} if preset else {}
+        chosen = {"preset": preset[0]} if preset else {}
         built = create_model(model, num_frames=size[0], image_size=size[1:], num_classes=CLASSES, **chosen)
         return TimedModel(name.partition(":")[2], built, size)
     if library == "timm":
@@ -171,10 +157,7 @@ def best_batch(run: Callable[[int], float], largest: int) -> int:
 
 
 def peak_memory(run: Callable[[int], float], batch: int, device: torch.device) -> float | None:
-    """Return the peak memory (1e9 bytes) of a pass beyond what was in use before it, on the GPU or in the process.
-
-    None for a CPU on other systems than Linux.
-    """
+    """Return the memory (1e9 bytes) that a pass needs beyond what is in use before; None for a CPU without Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
@@ -182,7 +165,7 @@ def peak_memory(run: Callable[[int], float], batch: int, device: torch.device) -
         return (torch.cuda.max_memory_allocated() - held) / 1e9
     try:
         ctypes.CDLL(None).malloc_trim(0)  # memory that earlier passes freed would count as in use
-        RESET.write_text("5")  # resets VmHWM
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         before = _resident("VmRSS")
         run(batch)
         return max(0.0, _resident("VmHWM") - before)
@@ -191,7 +174,7 @@ def peak_memory(run: Callable[[int], float], batch: int, device: torch.device) -
 
 
 def _resident(name: str) -> float:
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name))
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024 / 1e9
 
 
@@ -239,17 +222,11 @@ def describe_speeds(figures: Figures) -> str:
     columns = ("", "clip", "GFLOPs", "p50 ms", "p95 ms", "batch", "clips/s", "min to max", "share", "GB", "ratio")
     cells, uncounted = [], []
     for row in figures["models"]:
-        speed = row["batch"], f"{row['clips_per_second']:.2f}", min_to_max(row["rates"], digits=2)
+        size, spread = "x".join(map(str, row["input_size"])), min_to_max(row["rates"], digits=2)
+        cost = [f"{row[key]:.1f}" for key in ("gflops", "p50_ms", "p95_ms")]
         memory = "-" if row["memory"] is None else f"{row['memory']:.2f}"
-        cells.append((
-            row["name"],
-            "x".join(map(str, row["input_size"])),
-            *(f"{row[key]:.1f}" for key in ("gflops", "p50_ms", "p95_ms")),
-            *speed,
-            f"{row['share']:.2f}",
-            memory,
-            f"{row['ratio']:.2f}",
-        ))  # fmt: skip
+        rate, share, ratio = (f"{row[key]:.2f}" for key in ("clips_per_second", "share", "ratio"))
+        cells.append((row["name"], size, *cost, row["batch"], rate, spread, share, memory, ratio))
         left = ", ".join(f"{name.removeprefix('aten::')} {n}" for name, n in sorted(row["unsupported"].items()))
         uncounted.append(f"not counted by fvcore in {row['name']}: {left or 'nothing'}")
     what = "training steps" if figures["training"] else "inference"
@@ -260,46 +237,35 @@ def describe_speeds(figures: Figures) -> str:
 
 
 def build_model_figures(
-    words: Sequence[tuple[str, str]],
-    overrides: Sequence[str],
-    *,
-    training: bool,
-    rounds: int,
-    largest_batch: int,
-    results: Sequence[Path] = (),
-    plot: Path | None = None,
+    named: Sequence[Path | str], overrides: Sequence[str], results: Sequence[Path], plot: Path | None, **how: Any
 ) -> Figures:
-    """Measure configurations and peers side by side, print the table, draw the picture, and return the figures.
+    """Measure configurations, which are paths, and peers side by side; draw the picture, and return the figures.
 
-    ``words`` are ("cfg", file) and ("peer", "library:model"). Peers take clips of the first configuration's size.
+    Peers take clips of the first configuration's size, and all are measured under its conditions and ``how``: the
+    options of ``build_speeds``.
     """
-    cfgs = [load_config(value, overrides) for kind, value in words if kind == "cfg"]
+    cfgs = {place: load_config(path, overrides) for place, path in enumerate(named) if isinstance(path, Path)}
     if results and len(results) != len(cfgs):
-        raise UsageError(
-            f"--results was given {len(results)} times and --cfg {len(cfgs)} times; give one for each --cfg."
-        )
-    first, accuracies, waiting = cfgs[0], iter([read_accuracy(path) for path in results]), iter(cfgs)
-    models, found, same = [], [], Counter[str]()
-    for kind, value in words:
-        if kind == "cfg":
-            cfg = next(waiting)
-            timed = build_timed_model(cfg, Path(value).stem, cfg.MODEL.NUM_CLASSES)
+        raise UsageError(f"--results was given {len(results)} times; give one for each --cfg, {len(cfgs)} in all.")
+    accuracies = dict(zip(cfgs, map(read_accuracy, results), strict=False))
+    models, same, first = [], Counter[str](), next(iter(cfgs.values()))
+    for place, name in enumerate(named):
+        cfg = cfgs.get(place, first)
+        size = (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE)
+        if isinstance(name, Path):
+            timed = TimedModel(name.stem, build_model(cfg, cfg.MODEL.NUM_CLASSES or CLASSES), size)
         else:
-            timed = build_peer(value, (first.DATA.FRAMES, first.DATA.SIZE, first.DATA.SIZE))
+            timed = build_peer(name, size)
         if first.COMPILE == "blocks" and not hasattr(timed.model, "transformer_blocks"):
-            raise UsageError(
-                f"COMPILE blocks, but the blocks of {timed.name} are not known here; use COMPILE model, or compare "
-                f"models of this package."
-            )
+            raise UsageError(f"COMPILE blocks, but the blocks of {timed.name} are not known here; use COMPILE model.")
         same[timed.name] += 1
-        if same[timed.name] > 1:
-            timed.name += f" #{same[timed.name]}"
+        timed.name += f" #{same[timed.name]}" if same[timed.name] > 1 else ""
         models.append(timed)
-        found.append(next(accuracies, None) if kind == "cfg" else None)
-    figures = build_speeds(first, models, training=training, rounds=rounds, largest_batch=largest_batch)
+    figures = build_speeds(first, models, **how)
+    top1 = [accuracies.get(place) for place in range(len(models))]
     if plot:
-        plot_speeds(figures["models"], found, plot)
-    return {**figures, "top1": found}
+        plot_speeds(figures["models"], top1, plot)
+    return {**figures, "top1": top1}
 
 
 def read_accuracy(path: Path) -> float:
@@ -307,9 +273,8 @@ def read_accuracy(path: Path) -> float:
     try:
         return float(json.loads(path.read_text())["top1"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"--results {path} holds no top1 ({type(error).__name__}); give the results.json of a run for each --cfg."
-        ) from error
+        given = f"--results {path} holds no top1 ({type(error).__name__})"
+        raise UsageError(f"{given}; give the results.json of a run for each --cfg.") from error
 
 
 def plot_speeds(rows: Sequence[Figures], accuracies: Sequence[float | None], path: Path) -> None:

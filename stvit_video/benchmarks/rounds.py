@@ -1,4 +1,4 @@
-"""What all benchmarks share: how they open a configuration, the training step that they time, interleaved rounds."""
+"""What all benchmarks share: the training step that they time, interleaved rounds, and the table of their medians."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -6,62 +6,32 @@ from statistics import median
 from typing import Any
 
 import torch.nn.functional as F
-from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 from stvit_video.common.tables import format_table
-from stvit_video.config.load import override
-from stvit_video.data.loader import build_test_loader, build_train_loader
-from stvit_video.runs.preflight import OpenRun, open_run
 from stvit_video.runtime.precision import autocast
-from stvit_video.runtime.world import World, pick_device
 
-PLAIN_TRAINING = {"TRAIN.ACCUMULATE": 1, "TRAIN.MIXUP": 0.0, "TRAIN.CUTMIX": 0.0}  # as ``train_step``
 COMPILED = {"none": "eager", "blocks": "blocks compiled", "model": "compiled"}  # COMPILE in words
 Figures = dict[str, Any]  # what was measured, as a benchmark's --output holds it
 
 
-def open_benchmark(cfg: CfgNode, changes: Mapping[str, Any], device: str) -> OpenRun:
-    """Open a training run with ``changes`` to its configuration, of this process alone on ``device``.
-
-    The data are generated where the configuration says so. Raises UsageError for files that are missing.
-    """
-    cfg = override(cfg, {"MODE": "train", **changes}.items(), "a benchmark")
-    run = open_run(cfg, World(0, 1, pick_device(device, 0, 1)), "measure")
-    assert run is not None, "nothing is finished where OUTPUT_DIR is not read"
-    return run
-
-
-def build_loader(run: OpenRun, workers: int, training: bool) -> DataLoader:
-    """Return the loader of training clips, or of test videos, with that many workers."""
-    cfg = override(run.cfg, [("DATA.WORKERS", workers)], "a benchmark")
-    if training:
-        return build_train_loader(cfg, run.world, run.videos["train"])
-    return build_test_loader(cfg, run.world, run.videos["test"], clips=cfg.TEST.CLIPS, crops=cfg.TEST.CROPS)
-
-
 def train_step(
-    model: nn.Module,
-    optimizer: Optimizer,
-    clips: Tensor,
-    labels: Tensor,
-    precision: str,
-    *,
-    label_smoothing: float = 0.0,
-    clip_grad: float = 0.0,
+    model: nn.Module, optimizer: Optimizer, clips: Tensor, labels: Tensor, precision: str, clip: float = 0, **loss: Any
 ) -> Tensor:
-    """Take a training step on clips (B, 3, T, H, W) with nothing else around it, and return its loss."""
+    """Take a bare training step on clips (B, 3, T, H, W), and return its loss.
+
+    ``clip`` is the largest norm of the gradients, 0 for any; ``loss`` are options of cross_entropy.
+    """
     with autocast(clips.device, precision):
         logits = model(clips)
-    loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
-    loss.backward()
-    if clip_grad:
-        nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+    value = F.cross_entropy(logits.float(), labels, **loss)
+    value.backward()
+    if clip:
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss.detach()
+    return value.detach()
 
 
 def timed(work: Callable[[], Iterable[Any]], count: Callable[[Any], int]) -> Callable[[], float]:

@@ -1,6 +1,7 @@
 """Multi-view testing: each video scored once, or listed as failed, for any number of processes."""
 
 import itertools
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +17,7 @@ from stvit_video.common.files import write_atomically, write_json
 from stvit_video.common.progress import Progress
 from stvit_video.data.failures import Failure, check_failures
 from stvit_video.data.loader import build_test_loader
-from stvit_video.evaluation.metrics import Predictions
-from stvit_video.evaluation.score_cache import PartialScores, ScoredBatch, fingerprint, weights_hash
-from stvit_video.runs.folder import RunFolder
+from stvit_video.evaluation.scores import PartialScores, Predictions, ScoredBatch, fingerprint, weights_hash
 from stvit_video.runs.log import describe_results
 from stvit_video.runs.preflight import OpenRun
 from stvit_video.runtime.parallel import compile_model
@@ -119,10 +118,8 @@ def _join(shards: list[tuple[list[ScoredBatch], list[Failure]]], total: int) -> 
 class Tester:
     """The multi-view test of a run: every view of every video of the test list, and the files that it writes."""
 
+    run: OpenRun
     loader: DataLoader
-    world: World
-    folder: RunFolder
-    classes: list[str]
     about: dict[str, Any]  # what results.json says of the run
     precision: str
     max_failures: float  # share of the list
@@ -133,18 +130,17 @@ class Tester:
         An interrupted test continues. ``earlier`` are failures of training. Raises Stopped after a signal to stop, when
         the scores so far are written.
         """
-        started, folder, dataset = time.monotonic(), self.folder, self.loader.dataset
-        key = fingerprint(model, weights_hash(model.state_dict()), dataset, self.precision, 0)  # type: ignore[arg-type]
-        batches: Any = self.loader.batch_sampler
-        partial = PartialScores(folder.partial_scores, f"{key} in batches of {batches.batch}", self.world.rank)
-        options: dict[str, Any] = {"partial": partial, "signals": signals}
+        started, world, folder, classes = time.monotonic(), self.run.world, self.run.folder, self.run.classes
+        loader: Any = self.loader
+        key = fingerprint(model, weights_hash(model.state_dict()), loader.dataset, self.precision, 0)
+        key = f"{key} in batches of {loader.batch_sampler.batch}"
+        partial = PartialScores(folder.partial_scores, key, world.rank)
+        how: dict[str, Any] = {"title": "test", "partial": partial, "signals": signals}
         try:
-            predictions = describe_videos(
-                class_probabilities(model), self.loader, self.world, self.precision, "test", **options
-            )
+            predictions = describe_videos(class_probabilities(model), loader, world, self.precision, **how)
         except NothingReadError as error:
             failed = earlier + error.failures
-            on_main(self.world, lambda: folder.write_failures(failed))
+            on_main(world, lambda: folder.write_failures(failed))
             raise
         views, scored = self.about["views"]["clips"] * self.about["views"]["crops"], len(predictions.labels)
         fresh = scored - predictions.kept  # scored by this start, not by an earlier one
@@ -162,16 +158,16 @@ class Tester:
         def write() -> dict[str, Any]:
             folder.write_failures(earlier + predictions.failures)
             check_failures(len(predictions.failures), predictions.total, self.max_failures, "test")
-            paths = [video.path for video in dataset.videos]  # type: ignore[attr-defined]
-            folder.write_table("per_class.csv", predictions.per_class(self.classes))
-            folder.write_table("predictions.csv", predictions.rows(paths, self.classes))
+            paths = [video.path for video in loader.dataset.videos]
+            folder.write_table("per_class.csv", predictions.per_class(classes))
+            folder.write_table("predictions.csv", predictions.rows(paths, classes))
             write_json(folder.results, results)
-            write_atomically(folder.path / "confusion.png", png_of_confusion(predictions.confusion(), self.classes))
-            partial.clear()
+            write_atomically(folder.path / "confusion.png", png_of_confusion(predictions.confusion(), classes))
+            shutil.rmtree(folder.partial_scores, ignore_errors=True)
             print(f"{describe_results(results)}\nresults in {folder.results}", flush=True)
             return results
 
-        return on_main(self.world, write)
+        return on_main(world, write)
 
 
 def build_tester(run: OpenRun) -> Tester:
@@ -187,7 +183,7 @@ def build_tester(run: OpenRun) -> Tester:
         "processes": run.world.size,
     }
     loader = build_test_loader(cfg, run.world, run.videos["test"], **views)
-    return Tester(loader, run.world, run.folder, run.classes, about, cfg.PRECISION, cfg.DATA.MAX_FAILURES)
+    return Tester(run, loader, about, cfg.PRECISION, cfg.DATA.MAX_FAILURES)
 
 
 def build_tested_model(run: OpenRun) -> nn.Module:

@@ -91,7 +91,7 @@ class Training:
         values = {"loss": predictions.loss, "top1": predictions.top(1), "top5": predictions.top(5)}
         if values["top1"] > trainer.best:
             trainer.best = values["top1"]
-            classes = self.tester.classes
+            classes = self.tester.run.classes
             on_main(world, lambda: save_weights(self.folder.best_weights, model, classes, self.views))
         return values
 

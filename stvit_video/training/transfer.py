@@ -25,8 +25,7 @@ from stvit_video.config.load import override
 from stvit_video.data.failures import check_failures
 from stvit_video.data.loader import build_test_loader, build_train_loader
 from stvit_video.evaluation.evaluate import describe_videos
-from stvit_video.evaluation.metrics import Predictions
-from stvit_video.evaluation.score_cache import fingerprint, read_features, weights_hash, write_features
+from stvit_video.evaluation.scores import Predictions, fingerprint, read_features, weights_hash, write_features
 from stvit_video.models import load_pretrained
 from stvit_video.models.weights.files import Checkpoint
 from stvit_video.models.zoo import build_model

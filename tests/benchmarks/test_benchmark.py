@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stvit_video import benchmark
-from stvit_video.benchmarks.loader import advise
+from stvit_video.benchmarks.pipeline import advise
 from stvit_video.benchmarks.rounds import measure_steps
 from tests.conftest import REPOSITORY
 

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from stvit_video import benchmark
-from stvit_video.benchmarks import end_to_end
-from stvit_video.benchmarks.end_to_end import run_through
+from stvit_video.benchmarks import pipeline
 from stvit_video.benchmarks.models import (
     FramesAsBatch,
     TimedModel,
@@ -20,6 +19,7 @@ from stvit_video.benchmarks.models import (
     peak_memory,
     plot_speeds,
 )
+from stvit_video.benchmarks.pipeline import run_through
 from stvit_video.common.errors import UsageError
 from stvit_video.config import load_config
 from stvit_video.models.cost import count_operations
@@ -162,7 +162,7 @@ def test_end_to_end(
     small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled: list[str] = []  # what that does is tested elsewhere
-    monkeypatch.setattr(end_to_end, "compile_model", lambda model, extent: compiled.append(extent))
+    monkeypatch.setattr(pipeline, "compile_model", lambda model, extent: compiled.append(extent))
     output = tmp_path / "flow.json"
     words = f"DATA.ROOT {small_set} TRAIN.BATCH_SIZE 2 TEST.BATCH_SIZE 1 TEST.CLIPS 1 --clips 8 --rounds 1"
     how = ["DEVICE", "cpu", "COMPILE", "blocks"]

@@ -17,7 +17,7 @@ import torch
 from stvit_video import run
 from stvit_video.common.cli import EXIT_STOPPED
 from stvit_video.evaluation import evaluate
-from stvit_video.evaluation.score_cache import PartialScores
+from stvit_video.evaluation.scores import PartialScores
 from stvit_video.runs.log import read_metrics
 from tests.conftest import Killed
 

@@ -9,7 +9,7 @@ from stvit_video.common.errors import UsageError
 from stvit_video.config import load_config
 from stvit_video.data.failures import Failure
 from stvit_video.evaluation.evaluate import _join
-from stvit_video.evaluation.metrics import Predictions, correct_at
+from stvit_video.evaluation.scores import Predictions
 from stvit_video.models import create_model
 from stvit_video.training.optim import average_weights, build_optimizer, build_scheduler, freeze, warmed_decay
 from tests.conftest import REPOSITORY
@@ -134,9 +134,9 @@ def test_the_average_follows_its_closed_form() -> None:
 def test_top_k_and_confusion() -> None:
     scores = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.1, 0.2, 0.7], [0.5, 0.4, 0.1]])
     labels = torch.tensor([0, 2, 2, 1])
-    assert [correct_at(scores, labels, k) for k in (1, 2, 3, 5)] == [2, 4, 4, 4]
     predictions = Predictions(scores, labels, torch.arange(4), total=5, failures=[])
-    assert (predictions.top(1), predictions.top(5), predictions.coverage) == (50.0, 100.0, 0.8)
+    assert [predictions.top(k) for k in (1, 2, 3, 5)] == [50, 100, 100, 100]
+    assert predictions.coverage == 0.8
     assert predictions.confusion().tolist() == [[1, 0, 0], [1, 0, 0], [0, 1, 1]]
     assert predictions.loss == pytest.approx(-sum(map(math.log, (0.6, 0.3, 0.7, 0.4))) / 4)
 

@@ -21,8 +21,7 @@ from stvit_video.config import load_config
 from stvit_video.data.failures import Failure
 from stvit_video.data.lists.videos import build_lists
 from stvit_video.data.loader import build_test_loader
-from stvit_video.evaluation.metrics import Predictions
-from stvit_video.evaluation.score_cache import fingerprint, read_features, write_features
+from stvit_video.evaluation.scores import Predictions, fingerprint, read_features, write_features
 from stvit_video.models import create_model
 from stvit_video.models.weights.files import read_checkpoint
 from stvit_video.runs.folder import RunFolder

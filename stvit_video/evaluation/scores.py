@@ -1,15 +1,15 @@
-"""Caches of scores: of an interrupted test, so that the same command continues, and of the features of whole lists."""
+"""Scores of videos: the accuracy that follows, and caches of an interrupted test and of the features of a list."""
 
 import hashlib
 import json
-import shutil
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stvit_video import __version__
@@ -17,11 +17,63 @@ from stvit_video.common.errors import first_line
 from stvit_video.common.files import write_atomically
 from stvit_video.data.dataset import TestDataset
 from stvit_video.data.failures import Failure
-from stvit_video.evaluation.metrics import Predictions
 from stvit_video.runs.checkpoint import DAMAGED, pack, read_checked
 
 # Of a batch: list positions (videos,), labels (videos,), scores (videos, columns).
 ScoredBatch = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass
+class Predictions:
+    """Scores (N, classes), averaged over each video's views, and labels (N,), in list order.
+
+    The scores are class probabilities, or, where a backbone is described, features (N, C).
+    """
+
+    scores: Tensor
+    labels: Tensor
+    indices: Tensor
+    total: int  # videos in the list
+    failures: list[Failure] = field(default_factory=list)
+    kept: int = 0  # videos whose scores are from an earlier, interrupted test
+
+    def top(self, k: int) -> float:
+        """Return top-k accuracy over the scored videos, in percent; k is cut to the class count."""
+        best = self.scores.topk(min(k, self.scores.shape[1]), dim=1).indices
+        return 100 * int((best == self.labels[:, None]).any(dim=1).sum()) / max(1, len(self.labels))
+
+    @property
+    def coverage(self) -> float:
+        """Return the share of the list's videos that were scored."""
+        return len(self.labels) / self.total
+
+    @property
+    def loss(self) -> float:
+        """Return the mean negative log-likelihood of the labels."""
+        return float(F.nll_loss(self.scores.double().clamp_min(1e-12).log(), self.labels))
+
+    def per_class(self, classes: list[str]) -> list[dict[str, object]]:
+        """Return a row per class: its scored videos, how many of them are correct, and top-1 in percent."""
+        counts = self.confusion()
+        return [
+            {"class": name, "videos": videos, "correct": right, "top1": 100 * right / videos if videos else None}
+            for name, videos, right in zip(classes, counts.sum(dim=1).tolist(), counts.diag().tolist(), strict=True)
+        ]
+
+    def rows(self, paths: list[str], classes: list[str]) -> list[dict[str, object]]:
+        """Return a row per scored video, in list order: its class, the predicted class, and both probabilities."""
+        best, predicted = self.scores.max(dim=1)
+        own = self.scores.gather(1, self.labels[:, None])[:, 0]
+        columns = zip(*(x.tolist() for x in (self.indices, self.labels, predicted, best, own)), strict=True)
+        names = ("path", "label", "predicted", "probability", "label_probability")
+        rows = [(paths[i], classes[j], classes[k], round(p, 6), round(q, 6)) for i, j, k, p, q in columns]
+        return [dict(zip(names, row, strict=True)) for row in rows]
+
+    def confusion(self) -> Tensor:
+        """Return counts (classes, classes): rows are labels, columns predictions."""
+        classes = self.scores.shape[1]
+        cells = self.labels * classes + self.scores.argmax(dim=1)
+        return torch.bincount(cells, minlength=classes**2).reshape(classes, classes)
 
 
 class PartialScores:
@@ -61,10 +113,6 @@ class PartialScores:
             packed = pack({"key": self.key, "rows": self.waiting})
             write_atomically(self.folder / f"{time.time_ns()}_{self.rank}.pt", packed)
         self.waiting, self.written = [], time.monotonic()
-
-    def clear(self) -> None:
-        """Delete the folder: the test is complete."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def write_features(path: Path, key: str, described: Predictions) -> None:
