@@ -127,13 +127,13 @@ def create_model(
         _check_overrides(name, prefix, overrides)
         preset = family.presets.get(overrides.get("preset", IMPLIED_ARGUMENTS["preset"]), {})
         settings = {**family.sizes[name.removeprefix(f"{prefix}_")], **family.shared, **preset, **overrides}
-        share = settings.pop("base_share", None)
-        if share is not None and "base_depth" not in settings:
-            depth = settings["depth"] if "depth" in settings else settings["depths"][SEMANTIC_STAGE]
-            settings["base_depth"] = max(1, int(depth * share))
-        model = family.constructor(
-            *(kind(**{key: settings[key] for key in read_rules(kind) if key in settings}) for kind in family.arguments)
-        )
+        arguments: list[Arguments] = []
+        for kind in family.arguments:  # the network's come first: the default base_depth is a share of its depth
+            if arguments and "base_share" in settings and "base_depth" not in settings:
+                depth = settings["depth"] if "depth" in settings else settings["depths"][SEMANTIC_STAGE]
+                settings["base_depth"] = max(1, int(depth * settings["base_share"]))
+            arguments.append(kind(**{key: settings[key] for key in read_rules(kind) if key in settings}))
+        model = family.constructor(*arguments)
     except ValueError as error:
         raise UsageError(f"{name}: {error}") from error
     model.name, model.arguments = name, overrides  # type: ignore[assignment]
