@@ -116,8 +116,6 @@ def load_pretrained(
     if left_out:
         what = "of the classifier" if depth is None else f"above depth {depth}"
         report.notes.append(f"{len(left_out)} keys {what} left out, as asked: they start anew")
-    counted = {key: value.numel() for key, value in target.items() if value.is_floating_point() and key in wanted}
-    report.coverage = sum(counted.get(key, 0) for key in fitted) / max(1, sum(counted.values()))
     _check(report, min_coverage)
     if motion > 0 and image:
         for key in [key for key in report.keys["inflated"] if fitted[key].ndim == 5]:
@@ -139,9 +137,9 @@ def find_kernel(state: StateDict) -> Tensor | None:
 def _fit_all(
     source: StateDict, state: StateDict, model: nn.Module, report: LoadReport, wanted: set[str], image: bool
 ) -> StateDict:
-    """Return the tensors that fit the model, and report the status of each key; the unused ones stay in ``state``."""
-    positions, fitted = adapt_positions(state, model, report, image), {}
-    for name, value in model.state_dict().items():
+    """Return the tensors that fit, and report the status of each key and the coverage; ``state`` keeps unused ones."""
+    target, positions, fitted = model.state_dict(), adapt_positions(state, model, report, image), {}
+    for name, value in target.items():
         status = positions.get(name, "new")
         if name in state:
             tensor, own_status = fit(name, state.pop(name), value, model, image)
@@ -154,6 +152,8 @@ def _fit_all(
     for name in [*sorted(state), *report.dropped]:
         tensor = state.get(name, source.get(name))
         report.add("unused", name, 0 if tensor is None else tensor.numel())
+    counted = {key: value.numel() for key, value in target.items() if value.is_floating_point() and key in wanted}
+    report.coverage = sum(counted.get(key, 0) for key in fitted) / max(1, sum(counted.values()))
     return fitted
 
 
