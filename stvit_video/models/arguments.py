@@ -9,7 +9,7 @@ overrides of ``create_model``, and the MODEL section of the configuration. Nothi
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral, Real
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 Grid = tuple[int, int, int]  # along time, height, width
 PerStage = tuple[int, int, int, int]
@@ -25,7 +25,7 @@ def argument(about: str, default: Any = MISSING, **limits: Any) -> Any:
     ``key`` makes it a key of the MODEL section: "unset" by default, which keeps the variant's value, or "default",
     which has the argument's own default.
     """
-    return field(default=default, metadata={"about": about, "low": None, "high": None, "key": None, **limits})
+    return field(default=default, metadata={"about": about, **limits})
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,18 @@ class Rule:
     """What an argument takes, as its declaration says."""
 
     name: str
+    default: Any  # None: the argument may be None
     kind: type  # int, float, bool or str
     lengths: tuple[int, ...]  # 1: a single value; others: a sequence of that length
-    optional: bool
     choices: tuple[str, ...]
-    default: Any
     about: str
-    low: float | None
-    high: float | None
-    key: Literal["unset", "default"] | None
+    low: float | None = None
+    high: float | None = None
+    key: Literal["unset", "default"] | None = None
 
     def check(self, value: Any) -> Any:
         """Return ``value`` as plain numbers, sequences as tuples; raise ValueError where it is not allowed."""
-        if value is None and self.optional:
+        if value is None and self.default is None:
             return None
         if self.choices:
             if value not in self.choices:
@@ -58,10 +57,10 @@ class Rule:
         return self.kind(value) if single else tuple(map(self.kind, values))
 
     def _fits(self, value: Any) -> bool:
-        if self.kind is bool:
-            return isinstance(value, bool)
-        number = isinstance(value, Integral if self.kind is int else Real) and not isinstance(value, bool)
-        return number and (self.low is None or self.low <= value) and (self.high is None or value <= self.high)
+        allowed: Any = {bool: bool, int: Integral, float: Real}[self.kind]
+        if isinstance(value, bool) != (self.kind is bool) or not isinstance(value, allowed):
+            return False
+        return (self.low is None or self.low <= value) and (self.high is None or value <= self.high)
 
     def _describe(self) -> str:
         if self.kind is bool:
@@ -69,7 +68,7 @@ class Rule:
         what = "whole number" if self.kind is int else "number"
         forms = " or ".join(f"a {what}" if length == 1 else f"{length} {what}s" for length in self.lengths)
         bounds = f"from {self.low:g}" + (" on" if self.high is None else f" to {self.high:g}")
-        return f"{forms} {bounds}" + (", or None" if self.optional else "")
+        return f"{forms} {bounds}" + (", or None" if self.default is None else "")
 
 
 def read_rules(arguments: type) -> dict[str, Rule]:
@@ -77,17 +76,12 @@ def read_rules(arguments: type) -> dict[str, Rule]:
     rules = {}
     for declared in fields(arguments):
         hint: Any = declared.type
-        forms = [hint] if get_origin(hint) not in (Union, UnionType) else list(get_args(hint))
-        optional = NoneType in forms
-        forms = [form for form in forms if form is not NoneType]
-        choices = get_args(forms[0]) if get_origin(forms[0]) is Literal else ()
-        elements = [get_args(form) or (form,) for form in forms]  # of a tuple its elements' types
-        kind = str if choices else elements[0][0]
-        metadata = dict(declared.metadata)
-        if kind is int and metadata["low"] is None:
-            metadata["low"] = 1
-        lengths = (1,) if choices else tuple(map(len, elements))
-        rules[declared.name] = Rule(declared.name, kind, lengths, optional, choices, declared.default, **metadata)
+        choices = get_args(hint) if get_origin(hint) is Literal else ()
+        forms = [form for form in get_args(hint) if form is not NoneType] if isinstance(hint, UnionType) else [hint]
+        elements = [(str,)] if choices else [get_args(form) or (form,) for form in forms]  # of a tuple those it holds
+        kind, lengths = elements[0][0], tuple(map(len, elements))
+        limits = {"low": 1 if kind is int else None, **declared.metadata}
+        rules[declared.name] = Rule(declared.name, declared.default, kind, lengths, choices, **limits)
     return rules
 
 

@@ -8,6 +8,7 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 from fvcore.nn.jit_handles import get_shape
 from torch import Tensor, nn
+from torch.func import functional_call
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,8 @@ def count_training_memory(model: nn.Module, input_size: tuple[int, int, int], pr
     state take another 16 bytes per parameter. A GPU needs somewhat more: temporary buffers are not counted.
     """
     was_training, device = model.training, next(model.parameters()).device
-    statistics = {
-        name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name or "tracked" in name
-    }
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # training mode changes batch norms'
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *buffers.values())}
     saved: dict[int, Tensor] = {}  # kept alive, so that addresses are unique
 
     def keep(tensor: Tensor) -> Tensor:
@@ -75,8 +74,7 @@ def count_training_memory(model: nn.Module, input_size: tuple[int, int, int], pr
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision in ("bf16", "fp16")),  # both have 2 bytes
     ):
-        logits = model.train()(clip)
+        logits = functional_call(model.train(), buffers, (clip,))
     model.train(was_training)
-    model.load_state_dict(statistics, strict=False)  # training mode has changed those of batch norms
     del logits
     return sum(t.untyped_storage().nbytes() for address, t in saved.items() if address not in own) / 1e9

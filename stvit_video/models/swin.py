@@ -1,7 +1,6 @@
-"""Swin transformer for images and video, plain or with semantic tokens (STViT-Swin, STViT-R-Swin).
+"""Swin and Video Swin, plain or with semantic tokens (STViT-Swin, STViT-R-Swin); an image is a clip of one frame.
 
-One class for all: sizes are (T, H, W) and an image is a clip of one frame. With ``num_frames=1`` it is Swin, otherwise
-Video Swin. Sources: Liu et al. (arXiv 2103.14030, 2106.13230); Chang et al. (STViT, arXiv 2303.08685).
+Sources: Liu et al. (arXiv 2103.14030, 2106.13230); Chang et al. (STViT, arXiv 2303.08685).
 
 Legend: B clips, input (B, 3, T, H, W); tokens (B, t, h, w, C) until the last norm, then (B, N, C), s semantic tokens
 (B, M, C). Parameter names are those of the published Swin checkpoints.
@@ -10,28 +9,19 @@ Legend: B clips, input (B, 3, T, H, W); tokens (B, t, h, w, C) until the last no
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models.swin_transformer import PatchMerging
 
 from stvit_video.models.arguments import Grid, SwinArguments, SwinSemanticArguments
-from stvit_video.models.grids import count_windows, window_partition, window_reverse
-from stvit_video.models.layers import (
-    Block,
-    BlockRunner,
-    Intermediates,
-    Network,
-    PatchEmbed,
-    check_clip,
-    init_linear,
-    note,
-)
-from stvit_video.models.reducers import Reduced, Reducer, create_reducer
-from stvit_video.models.reducers.semantic import CENTRES, check_depths, check_frames, windowed_regions
-from stvit_video.models.windows import WindowAttention, WindowBlock
+from stvit_video.models.layers import Block, BlockRunner, Intermediates, Network, PatchEmbed, init_linear, note
+from stvit_video.models.reducers import Reducer, create_reducer
+from stvit_video.models.reducers.semantic import CENTRES, check_depths, check_frames, default_regions
+from stvit_video.models.windows import WindowAttention, WindowBlock, count_windows, window_partition, window_reverse
 
 EPS = 1e-5  # of all layer norms, as published
 SEMANTIC_STAGE = 2  # the third of four, where the paper generates its tokens
@@ -45,8 +35,7 @@ class PatchStem(PatchEmbed):
         self.norm = nn.LayerNorm(dim, eps=EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        grid = [size // step for size, step in zip(x.shape[2:], self.patch, strict=True)]
-        return self.norm(super().forward(x)).reshape(x.shape[0], *grid, -1)
+        return self.norm(super().forward(x))
 
 
 class ConvStem(nn.Module):
@@ -64,54 +53,38 @@ class ConvStem(nn.Module):
         return self.proj(x).permute(0, 2, 3, 4, 1)
 
 
-class PatchMerging(nn.Module):
-    """Concatenate 2 x 2 neighbours and project: (B, T, H, W, C) to (B, T, H/2, W/2, 2C); odd maps are padded."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
-        self.norm = nn.LayerNorm(4 * dim, eps=EPS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        H, W = x.shape[2:4]
-        if H % 2 or W % 2:
-            x = F.pad(x, (0, 0, 0, W % 2, 0, H % 2))
-        x = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (B, T, H/2, 2, W/2, 2, C)
-        return self.reduction(self.norm(x.permute(0, 1, 2, 4, 5, 3, 6).flatten(4)))
-
-
-@dataclass(frozen=True)
-class BlockMaker:
-    """Makes the blocks of a stage, which have all this in common."""
-
-    dim: int
-    num_heads: int
-    mlp_ratio: float
-    grid: Grid
-    window: Grid
-    window_frames: int  # of the window, at most; see WindowAttention
-    layer_scale: float | None  # of blocks without windows
-
-    def block(self, drop_path: float, windowed: bool, shifted: bool) -> Block:
-        """Return a block that attends inside windows, or to all tokens that it is given, or to a context."""
-        if not windowed:
-            return Block(self.dim, self.num_heads, self.mlp_ratio, drop_path, EPS, self.layer_scale)
-        attention = WindowAttention(self.dim, self.num_heads, self.grid, self.window, self.window_frames, shifted)
-        return WindowBlock(self.dim, self.num_heads, self.mlp_ratio, drop_path, EPS, attention=attention)
-
-
 class Stage(BlockRunner):
-    """Blocks on one grid: windows, every second one shifted, or (``windowed`` False) all tokens of the clip."""
+    """Blocks on one grid: windows, every second one shifted, or, with ``semantic``, all tokens of the clip."""
 
     regions: Grid | None = None  # the grid of semantic tokens, if the stage generates them
 
-    def __init__(self, make: BlockMaker, drop_path: Sequence[float], windowed: bool = True) -> None:
+    def __init__(self, network: SwinArguments, index: int, grid: Grid, semantic: SwinSemanticArguments | None) -> None:
         super().__init__()
-        self.grid = self.out_grid = make.grid
-        self.windowed = windowed
-        self.blocks = nn.ModuleList(make.block(rate, windowed, i % 2 == 1) for i, rate in enumerate(drop_path))
+        self.grid = self.out_grid = grid
+        self.sizes, self.mlp_ratio = (network.dim * 2**index, network.num_heads[index]), network.mlp_ratio
+        # An image model's bias tables have one entry in time, which makes them Swin's.
+        self.window = (1 if network.num_frames == 1 else network.window[0], *network.window[1:])
+        self.window_frames = (network.window_frames or 4 * network.window[:1])[index]
+        self.windowed, self.layer_scale = semantic is None, None if semantic is None else semantic.layer_scale
+        self.blocks = nn.ModuleList()
         self.generators: Sequence[Reducer] | nn.ModuleList = ()
+        rates = torch.linspace(0, network.drop_path, sum(network.depths)).tolist()
+        before = sum(network.depths[:index])
+        self.build(rates[before : before + network.depths[index]], semantic)
         self.downsample: PatchMerging | None = None  # set by the network
+
+    def build(self, drop_path: list[float], semantic: Any) -> None:
+        """Make the blocks."""
+        for i, rate in enumerate(drop_path):
+            self.add_block(rate, self.windowed, i % 2 == 1)
+
+    def add_block(self, drop_path: float, windowed: bool, shifted: bool) -> None:
+        """Add a block that attends inside windows, or to all tokens that it is given, or to a context."""
+        if windowed:
+            attention = WindowAttention(*self.sizes, self.grid, self.window, self.window_frames, shifted)
+            self.blocks.append(WindowBlock(*self.sizes, self.mlp_ratio, drop_path, EPS, attention=attention))
+        else:
+            self.blocks.append(Block(*self.sizes, self.mlp_ratio, drop_path, EPS, self.layer_scale))
 
     def forward(self, x: Tensor, return_assignment: bool = False) -> tuple[Tensor, Tensor | None]:
         """Map (B, T, H, W, C) to the same shape; the assignment is None."""
@@ -134,36 +107,33 @@ class SemanticStage(Stage):
 
     regions: Grid
 
-    def __init__(self, make: BlockMaker, drop_path: Sequence[float], settings: SwinSemanticArguments) -> None:
-        super().__init__(make, ())
-        depth, units, self.recover = len(drop_path), settings.units, settings.recover
+    def build(self, drop_path: list[float], semantic: SwinSemanticArguments) -> None:
+        """Make the blocks and the generators."""
+        depth, units, self.recover = len(drop_path), semantic.units, semantic.recover
         if depth % units:
             allowed = [count for count in range(1, depth + 1) if depth % count == 0]
             raise ValueError(f"units {units} does not divide the {depth} blocks of stage 3; allowed: {allowed}.")
         if units > 1 and not self.recover:
             raise ValueError(f"units {units} without recovery; several units need recover=True (stvit_r models).")
-        self.unit_depth, self.base_depth, self.stgm_depth = depth // units, settings.base_depth, settings.stgm_depth
+        self.unit_depth, self.base_depth, self.stgm_depth = depth // units, semantic.base_depth, semantic.stgm_depth
         check_depths(self.unit_depth, self.base_depth, self.stgm_depth, self.recover)
-        even = settings.pooling == "mask" or settings.offsets
-        self.regions = settings.regions or windowed_regions(make.grid, make.window, settings.frames_per_centre, even)
+        even = semantic.pooling == "mask" or semantic.offsets
+        self.regions = semantic.regions or default_regions(self.grid, semantic.frames_per_centre, self.window, even)
         if self.recover:  # the image tokens of a frame attend to the semantic tokens of their own group of frames
-            check_frames(make.grid[0], self.regions[0])
-        self.out_grid = make.grid if self.recover else self.regions
+            check_frames(self.grid[0], self.regions[0])
+        self.out_grid = self.grid if self.recover else self.regions
         # Token windows are (t, 3, 3), where t is the largest divisor of the regions' frames up to the window's.
-        frames = max(size for size in range(1, make.window[0] + 1) if self.regions[0] % size == 0)
+        frames = max(size for size in range(1, self.window[0] + 1) if self.regions[0] % size == 0)
         rows, columns = (CENTRES if side % CENTRES == 0 else side for side in self.regions[1:])
         self.token_window = (frames, rows, columns)
         for i, rate in enumerate(drop_path):
             place = i % self.unit_depth
-            self.blocks.append(make.block(rate, place < self.base_depth, place % 2 == 1 and not self.recover))
+            self.add_block(rate, place < self.base_depth, place % 2 == 1 and not self.recover)
         self.generators = nn.ModuleList()
         for unit in range(units):
             # One set of global centres per stage, as in the released code.
-            stgm = replace(settings, global_centres=settings.global_centres and unit == 0)
-            generator = create_reducer(
-                settings.reducer, make.dim, make.num_heads, make.grid, self.regions, stgm=stgm, window=make.window
-            )
-            self.generators.append(generator)
+            settings = replace(semantic, global_centres=semantic.global_centres and unit == 0)
+            self.generators.append(create_reducer(settings, *self.sizes, self.grid, self.regions, self.window))
 
     def forward(self, x: Tensor, return_assignment: bool = False) -> tuple[Tensor, Tensor | None]:
         """Map (B, T, H, W, C) to the grid that leaves the stage, and the last unit's assignment if requested."""
@@ -174,7 +144,7 @@ class SemanticStage(Stage):
             for block in blocks[: self.base_depth]:
                 x = self.run(block, x)
             generating = list(blocks[self.base_depth : first_token_block])
-            reduced: Reduced = generator(x.reshape(B, -1, C), generating, return_assignment=return_assignment)
+            reduced = generator(x.reshape(B, -1, C), generating, return_assignment=return_assignment)
             s, assignment = reduced.tokens, reduced.assignment
             for i, block in enumerate(blocks[first_token_block:last]):
                 if i % 2 == 0:
@@ -209,25 +179,13 @@ class SwinTransformer(Network):
         self.input_size = network.input_size
         self.patch: Grid = (network.tubelet_frames, network.patch_size, network.patch_size)
         self.depths = network.depths
-        # An image model's bias tables have one entry in time, which makes them Swin's.
-        window = (1 if network.num_frames == 1 else network.window[0], *network.window[1:])
-        window_frames = network.window_frames or (network.window[0],) * len(self.depths)
-        grid = count_windows(self.input_size, self.patch)
-        layer_scale = None if semantic is None else semantic.layer_scale
-
-        dim = network.dim
+        grid, dim = count_windows(self.input_size, self.patch), network.dim
         self.patch_embed = (PatchStem if network.stem == "patch" else ConvStem)(dim, self.patch)
-        rates = torch.linspace(0, network.drop_path, sum(self.depths)).tolist()
         self.layers = nn.ModuleList()
-        for i, (depth, heads) in enumerate(zip(self.depths, network.num_heads, strict=True)):
-            make = BlockMaker(dim, heads, network.mlp_ratio, grid, window, window_frames[i], layer_scale)
-            own, rates = rates[:depth], rates[depth:]
-            if semantic is not None and i == SEMANTIC_STAGE:
-                stage: Stage = SemanticStage(make, own, semantic)
-            elif semantic is not None and i > SEMANTIC_STAGE and not semantic.recover:
-                stage = Stage(make, own, windowed=False)
-            else:
-                stage = Stage(make, own)
+        for i in range(len(self.depths)):
+            kind = SemanticStage if semantic is not None and i == SEMANTIC_STAGE else Stage
+            reduced = semantic is not None and i > SEMANTIC_STAGE and not semantic.recover
+            stage = kind(network, i, grid, semantic if reduced or i == SEMANTIC_STAGE else None)
             self.layers.append(stage)
             if i + 1 < len(self.depths):
                 stage.downsample = PatchMerging(dim)
@@ -237,7 +195,7 @@ class SwinTransformer(Network):
             init_linear(module, None if network.init == "xavier" and module is not self.head.proj else 0.02)
         for stage in self.layers:
             for generator in stage.generators:
-                generator.reset_parameters()  # type: ignore[operator]
+                generator.reset_parameters()
 
     def forward_features(self, x: Tensor, intermediates: Intermediates | None = None) -> Tensor:
         """Map a clip (B, 3, T, H, W) to normalised tokens (B, N, C) of the last stage, image or semantic ones.
@@ -245,7 +203,7 @@ class SwinTransformer(Network):
         Intermediates: "embed", "stage1" to "stage4" (before merging: the dense maps that detection and segmentation
         heads take), "merged1" to "merged3", and "final".
         """
-        check_clip(x, self.input_size)
+        self.check_clip(x)
         # Padded to a multiple of the patches: zeros in space, as published; the last frame repeated in time.
         frames, rows, columns = (-size % step for size, step in zip(self.input_size, self.patch, strict=True))
         if rows or columns:

@@ -1,6 +1,5 @@
-"""Vision transformer for images and video, with or without semantic tokens.
+"""Vision transformer for clips, with or without semantic tokens; an image is a clip of one frame.
 
-One class for both: sizes are (T, H, W) and an image is a clip of one frame.
 Sources: Dosovitskiy et al. (ViT, arXiv 2010.11929) without class token; Chang et al. (STViT, arXiv 2303.08685);
 tubelets as in Arnab et al. (ViViT, arXiv 2103.15691).
 
@@ -14,28 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from stvit_video.models.arguments import SemanticArguments, ViTArguments
-from stvit_video.models.grids import token_grid
-from stvit_video.models.layers import (
-    Block,
-    Intermediates,
-    Network,
-    PatchEmbed,
-    check_clip,
-    init_linear,
-    note,
-)
+from stvit_video.models.layers import Block, Intermediates, Network, PatchEmbed, init_linear, note
 from stvit_video.models.reducers import Reducer, create_reducer, key_bias, mean_token
 from stvit_video.models.reducers.semantic import check_depths, default_regions
+from stvit_video.models.windows import count_windows
 
 
 class VisionTransformer(Network):
     """ViT whose deep layers may run on a few semantic tokens in place of the image tokens.
 
     With ``semantic`` the first ``base_depth`` blocks see all image tokens, the next ``stgm_depth`` blocks generate the
-    semantic tokens, and the rest of ``depth`` runs on those alone. Without, every block sees all tokens.
-    ``base_attention`` is "frame" (the image model's own computation, frame by frame) or "joint" (over the clip).
-    ``positions`` are learned separately for a frame and for time ("frame"), or for each position of the clip ("clip",
-    as in VideoMAE). Raises ValueError on sizes that do not fit.
+    semantic tokens, and the rest of ``depth`` runs on those alone. ``base_attention`` is "frame" (the image model's own
+    computation) or "joint" (over the clip). ``positions`` are learned separately for a frame and for time ("frame"), or
+    for each position of the clip ("clip", as in VideoMAE). Raises ValueError on sizes that do not fit.
     """
 
     undecayed = ("pos_embed", "time_embed", "global_centres")
@@ -44,7 +34,10 @@ class VisionTransformer(Network):
         super().__init__()
         patch = (network.tubelet_frames, network.patch_size, network.patch_size)
         self.input_size = network.input_size
-        self.grid = t, h, w = token_grid(self.input_size, patch)
+        for size, step, axis in zip(self.input_size, patch, ("num_frames", "image height", "image width"), strict=True):
+            if size % step:
+                raise ValueError(f"{axis} {size} is not a positive multiple of the patch's {step}; choose one that is.")
+        self.grid = t, h, w = count_windows(self.input_size, patch)
         dim, heads = network.dim, network.num_heads
         self.depth = self.base_depth = network.depth
         self.stgm_depth = 0
@@ -59,34 +52,30 @@ class VisionTransformer(Network):
             for rate in torch.linspace(0, network.drop_path, self.depth).tolist()
         )
         self.add_head(dim, 1e-6, network)
-        self._reducer_name = "reducer"
+        # Checkpoints have the semantic token generator's weights under a name of its own.
+        self._reducer_name = "stgm" if semantic is not None and semantic.reducer == "stgm" else "reducer"
         if semantic is not None:
             check_depths(self.depth, semantic.base_depth, semantic.stgm_depth)
             self.base_depth, self.stgm_depth = semantic.base_depth, semantic.stgm_depth
             regions = semantic.regions or default_regions(self.grid, semantic.frames_per_centre)
-            reducer = create_reducer(semantic.reducer, dim, heads, self.grid, regions, stgm=semantic)
+            reducer = create_reducer(semantic, dim, heads, self.grid, regions)
             self.regions = reducer.regions
-            # Checkpoints have the semantic token generator's weights under a name of its own.
-            self._reducer_name = "stgm" if semantic.reducer == "stgm" else "reducer"
             self.add_module(self._reducer_name, reducer)
-        self._init_weights()
-
-    @property
-    def token_reducer(self) -> Reducer | None:
-        """What leaves few tokens; None in a dense baseline."""
-        return self._modules.get(self._reducer_name)  # type: ignore[return-value]
-
-    def _init_weights(self) -> None:
         self.apply(init_linear)
         nn.init.trunc_normal_(self.head.proj.weight, std=0.02)  # all classes about equally likely at the start
         # Learned positions start as sines, so that they differ at once: this saves epochs when training from scratch.
         with torch.no_grad():
-            sines = sine_positions(self.grid[1:], self.pos_embed.shape[-1])
+            sines = sine_positions((h, w), dim)
             self.pos_embed.copy_(sines.repeat(1, self.pos_embed.shape[1] // sines.shape[1], 1))
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
         nn.init.zeros_(self.patch_embed.proj.bias)  # type: ignore[arg-type]
         if self.token_reducer is not None:
             self.token_reducer.reset_parameters()
+
+    @property
+    def token_reducer(self) -> Reducer | None:
+        """What leaves few tokens; None in a dense baseline."""
+        return self._modules.get(self._reducer_name)  # type: ignore[return-value]
 
     def forward_features(self, x: Tensor, intermediates: Intermediates | None = None) -> Tensor:
         """Map a clip (B, 3, T, H, W) to normalised tokens: (B, M, C) semantic ones, (B, N, C) in a dense baseline.
@@ -94,8 +83,8 @@ class VisionTransformer(Network):
         With ``fc_norm`` it is one token (B, 1, C), the normalised mean; with a reducer whose tokens have weights it is
         one token too, the weighted mean of the normalised tokens.
         """
-        check_clip(x, self.input_size)
-        x = self.patch_embed(x)
+        self.check_clip(x)
+        x = self.patch_embed(x).flatten(1, 3)
         B, N, C = x.shape
         if self.positions == "clip":
             x = x + self.pos_embed
@@ -152,10 +141,7 @@ class VisionTransformer(Network):
 
 
 def sine_positions(grid: tuple[int, int], dim: int) -> Tensor:
-    """Return sine and cosine position embeddings (1, h*w, dim): one half by column, the other by row.
-
-    As in the Transformer, extended to two axes; channels beyond a multiple of 4 are 0.
-    """
+    """Return sine and cosine embeddings (1, h*w, dim), half by column, half by row; channels beyond 4n are 0."""
     rates = 10000.0 ** -(torch.arange(dim // 4) / max(1, dim // 4))
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     angles = [position.reshape(-1, 1) * rates for position in (columns, rows)]

@@ -15,7 +15,7 @@ from torch import nn
 from stvit_video.common.errors import UsageError, nearest
 from stvit_video.models.arguments import (
     CONFIGURED,
-    NetworkArguments,
+    Arguments,
     SemanticArguments,
     STGMArguments,
     SwinArguments,
@@ -55,14 +55,7 @@ SWIN_SIZES: dict[str, Settings] = {
 # As the released code: adaptive max pooling, no global centres.
 SWIN_SEMANTIC: Settings = {"pooling": "max", "global_centres": False}
 # What the released STViT-R checkpoints were trained with.
-RELEASED_R: Settings = {
-    **SWIN_SEMANTIC,
-    "recover": True,
-    "units": 3,
-    "stem": "conv",
-    "first_residual": False,
-    "layer_scale": 1e-5,
-}
+RELEASED_R: Settings = dict(SWIN_SEMANTIC, recover=True, units=3, stem="conv", first_residual=False, layer_scale=1e-5)
 
 # base_share: the part of the depth (in Swin, of stage 3) that runs on all image tokens before the semantic ones.
 # window_frames: with Swin's 8-frame windows a video model at the image model's depth saves less than published (-21 %
@@ -87,25 +80,23 @@ R_PRESETS: dict[str, Settings] = {
 
 @dataclass(frozen=True)
 class Family:
-    """Models that differ in size only; ``semantic`` is None for a dense baseline, which has no presets."""
+    """Models that differ in size only; those with semantic tokens have presets and the arguments of two classes."""
 
-    constructor: Callable[[Any, Any], nn.Module]
-    network: type[NetworkArguments]
+    constructor: Callable[..., nn.Module]
     sizes: dict[str, Settings]
-    semantic: type[SemanticArguments] | None = None
+    arguments: tuple[type[Arguments], ...]
     presets: dict[str, Settings] = field(default_factory=dict)
     shared: Settings = field(default_factory=dict)  # where the family differs from the arguments' defaults
 
 
-VIT = (VisionTransformer, ViTArguments, VIT_SIZES)
-SWIN = (SwinTransformer, SwinArguments, SWIN_SIZES)
 R_SIZES = {size: SWIN_SIZES[size] for size in ("small", "base")}
+SWIN_ARGUMENTS = (SwinArguments, SwinSemanticArguments)
 FAMILIES = {
-    "vit": Family(*VIT, shared={"base_attention": "joint"}),
-    "stvit_vit": Family(*VIT, SemanticArguments, VIT_PRESETS),
-    "swin": Family(*SWIN),
-    "stvit_swin": Family(*SWIN, SwinSemanticArguments, SWIN_PRESETS, SWIN_SEMANTIC),
-    "stvit_r_swin": Family(*SWIN[:2], R_SIZES, SwinSemanticArguments, R_PRESETS, RELEASED_R),
+    "vit": Family(VisionTransformer, VIT_SIZES, (ViTArguments,), shared={"base_attention": "joint"}),
+    "stvit_vit": Family(VisionTransformer, VIT_SIZES, (ViTArguments, SemanticArguments), VIT_PRESETS),
+    "swin": Family(SwinTransformer, SWIN_SIZES, (SwinArguments,)),
+    "stvit_swin": Family(SwinTransformer, SWIN_SIZES, SWIN_ARGUMENTS, SWIN_PRESETS, SWIN_SEMANTIC),
+    "stvit_r_swin": Family(SwinTransformer, R_SIZES, SWIN_ARGUMENTS, R_PRESETS, RELEASED_R),
 }
 # The value of these arguments in models and checkpoints that do not name them.
 IMPLIED_ARGUMENTS = {name: read_rules(SemanticArguments)[name].default for name in ("preset", "reducer")}
@@ -129,51 +120,42 @@ def create_model(
     names = list_models()
     if name not in names:
         raise UsageError(f"Model {name!r} is unknown; choose one of {', '.join(names)}.{nearest(str(name), names)}")
-    arguments = {"num_frames": num_frames, "image_size": image_size, "num_classes": num_classes, **overrides}
+    prefix = max((prefix for prefix in FAMILIES if name.startswith(f"{prefix}_")), key=len)
+    family = FAMILIES[prefix]
+    overrides = {"num_frames": num_frames, "image_size": image_size, "num_classes": num_classes, **overrides}
     try:
-        family, network, semantic = _resolve(name, arguments)
-        model = family.constructor(network, semantic)
+        _check_overrides(name, prefix, overrides)
+        preset = family.presets.get(overrides.get("preset", IMPLIED_ARGUMENTS["preset"]), {})
+        settings = {**family.sizes[name.removeprefix(f"{prefix}_")], **family.shared, **preset, **overrides}
+        arguments: list[Arguments] = []
+        for kind in family.arguments:  # the network's come first: the default base_depth is a share of its depth
+            if arguments and "base_share" in settings and "base_depth" not in settings:
+                depth = settings["depth"] if "depth" in settings else settings["depths"][SEMANTIC_STAGE]
+                settings["base_depth"] = max(1, int(depth * settings["base_share"]))
+            arguments.append(kind(**{key: settings[key] for key in read_rules(kind) if key in settings}))
+        model = family.constructor(*arguments)
     except ValueError as error:
         raise UsageError(f"{name}: {error}") from error
-    model.name, model.arguments = name, arguments  # type: ignore[assignment]
+    model.name, model.arguments = name, overrides  # type: ignore[assignment]
     return model
 
 
-def _resolve(name: str, overrides: Settings) -> tuple[Family, NetworkArguments, SemanticArguments | None]:
-    """Return a model's family and arguments: overrides before the preset's, those before the family's and the size's.
-
-    Raises ValueError for arguments that the model does not have or that cannot go together.
-    """
-    prefix = max((prefix for prefix in FAMILIES if name.startswith(f"{prefix}_")), key=len)
-    family = FAMILIES[prefix]
-    known = list(read_rules(family.network)) + (list(read_rules(family.semantic)) if family.semantic else [])
+def _check_overrides(name: str, prefix: str, overrides: Settings) -> None:
+    """Raise ValueError for arguments that the models of a family do not have or that cannot go together."""
+    family, sibling = FAMILIES[prefix], FAMILIES.get(f"stvit_{prefix}")  # which a dense baseline has
+    known = [key for kind in family.arguments for key in read_rules(kind)]
     unknown = [key for key in overrides if key not in known]
-    if unknown and family.semantic is None:
-        semantic_keys = read_rules(FAMILIES[f"stvit_{prefix}"].semantic or SemanticArguments)
-        foreign = [key for key in unknown if key in semantic_keys]
-        if foreign:
-            raise ValueError(f"it has no semantic tokens, so {', '.join(foreign)} cannot apply; use stvit_{name}.")
+    foreign = [key for key in unknown if sibling and key in read_rules(sibling.arguments[1])]
+    if foreign:
+        raise ValueError(f"it has no semantic tokens, so {', '.join(foreign)} cannot apply; use stvit_{name}.")
     if unknown:
         raise ValueError(f"it takes no argument {unknown[0]!r}; known: {', '.join(known)}.{nearest(unknown[0], known)}")
-    settings = {**family.sizes[name.removeprefix(f"{prefix}_")], **family.shared}
     preset, reducer = (overrides.get(key, default) for key, default in IMPLIED_ARGUMENTS.items())
-    if family.semantic is not None:
-        if preset not in list(family.presets):
-            raise ValueError(f"preset {preset!r} is unknown; choose one of {', '.join(family.presets)}.")
-        settings |= family.presets[preset]
+    if family.presets and preset not in list(family.presets):
+        raise ValueError(f"preset {preset!r} is unknown; choose one of {', '.join(family.presets)}.")
     foreign = [key for key in read_rules(STGMArguments) if key in overrides]
     if foreign and reducer != IMPLIED_ARGUMENTS["reducer"]:
         raise ValueError(f"reducer {reducer!r} has no {', '.join(foreign)}, which reducer 'stgm' has; leave them out.")
-    share = settings.pop("base_share", None)
-    settings |= overrides
-    network = family.network(**{key: settings[key] for key in read_rules(family.network) if key in settings})
-    if family.semantic is None:
-        return family, network, None
-    if share is not None and "base_depth" not in overrides:
-        depth = settings["depth"] if "depth" in settings else settings["depths"][SEMANTIC_STAGE]
-        settings["base_depth"] = max(1, int(depth * share))
-    semantic = family.semantic(**{key: settings[key] for key in read_rules(family.semantic) if key in settings})
-    return family, network, semantic
 
 
 def build_model(cfg: CfgNode, num_classes: int) -> nn.Module:
@@ -183,7 +165,6 @@ def build_model(cfg: CfgNode, num_classes: int) -> nn.Module:
             f"MODEL.NAME auto takes the network from MODEL.INIT {cfg.MODEL.INIT}, which is no file; give one."
         )
     chosen = {name: cfg.MODEL[name.upper()] for name in CONFIGURED if cfg.MODEL[name.upper()] is not None}
-    chosen = {name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()}
     sizes = {"num_frames": cfg.DATA.FRAMES, "image_size": cfg.DATA.SIZE, "num_classes": num_classes}
     model = create_model(cfg.MODEL.NAME, **sizes, **chosen)
     model.set_grad_checkpointing(cfg.MODEL.GRAD_CHECKPOINTING)  # type: ignore[operator]

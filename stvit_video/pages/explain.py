@@ -63,32 +63,20 @@ class Explanation:
         return None if self.assignment is None else self.assignment.argmax(axis=0)
 
 
-class Traced(Intermediates):
-    """Intermediates that also keep the tensors of the graph itself, for their gradients."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.graph: dict[str, Tensor] = {}
-
-    def note(self, stage: str, x: Tensor, grid: Any) -> None:
-        super().note(stage, x, grid)
-        self.graph[stage] = x
-
-
 def explain(model: nn.Module, clip: Tensor, target: int | None = None) -> Explanation:
     """Run one clip (3, T, H, W) through a model of this package and return what it did.
 
     ``target`` is the class to explain, by default the most likely one.
     """
     model.eval()
-    seen = Traced()
+    seen = Intermediates()
     with torch.enable_grad(), _record_attention(model) as weights:
         tokens = model.forward_features(clip.unsqueeze(0), seen)  # type: ignore[operator]
         logits = model.head(tokens)[0].float()  # type: ignore[operator]
     target = int(logits.argmax()) if target is None else target
     stage = last_image_stage(seen)
     grid = seen.grids[stage]
-    cam = grad_cam(logits[target], seen.graph[stage]).reshape(grid)
+    cam = grad_cam(logits[target], seen.tensors[stage]).reshape(grid)
     generators = [module for module in model.modules() if isinstance(module, SemanticTokenGenerator)]
     with torch.no_grad():
         found = Explanation(_array(logits.softmax(dim=0)), target, _stages(model, seen), _array(cam))
@@ -153,7 +141,7 @@ def trajectories(assignment: Array, regions: Grid) -> Array:
     return places.transpose(1, 0, 2)
 
 
-def _stages(model: nn.Module, seen: Traced) -> list[tuple[str, Grid]]:
+def _stages(model: nn.Module, seen: Intermediates) -> list[tuple[str, Grid]]:
     """Return the token grids in order, and those of the semantic tokens inside a stage that recovers image tokens."""
     stages = []
     inner = {f"stage{i}": m for i, m in enumerate(getattr(model, "layers", ()), 1) if isinstance(m, SemanticStage)}
@@ -181,7 +169,7 @@ def _record_attention(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         def hook(block: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Any]) -> None:
             if not named and len(inputs) in counts:
                 with torch.no_grad():
-                    recorded[name] = block.attention_weights(*inputs).float()  # type: ignore[operator]
+                    recorded[name] = block.attention_probs(*inputs)[0].mean(dim=1)  # type: ignore[operator]
 
         return hook
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from stvit_video.models import create_model, load_pretrained
+from stvit_video.models.arguments import SemanticArguments
 from stvit_video.models.cost import count_gflops
 from stvit_video.models.reducers import GRID_REDUCERS, create_reducer
 from stvit_video.models.swin import SemanticStage
@@ -114,7 +115,7 @@ def test_random_keeps_one_token_of_each_region_and_may_keep_any(grid: tuple, reg
         set(numbers[t[0] : t[1], h[0] : h[1], w[0] : w[1]].flatten().tolist()) for t, h, w in itertools.product(*cells)
     ]
     assert sum(map(len, members)) == numbers.numel()
-    reducer = create_reducer("random", 1, 1, grid, regions, window=(1, 2, 2))
+    reducer = create_reducer(SemanticArguments(reducer="random"), 1, 1, grid, regions, window=(1, 2, 2))
     x = numbers.reshape(1, -1, 1).expand(400, -1, -1).float()  # tokens that carry their number
     drawn = reducer.train()(x, [Idle()]).tokens.squeeze(-1).long().T
     for own, region in zip(drawn, members, strict=True):
@@ -122,4 +123,6 @@ def test_random_keeps_one_token_of_each_region_and_may_keep_any(grid: tuple, reg
     kept = reducer.eval()(x, [Idle()], return_assignment=True)
     assert (kept.tokens == kept.tokens[:1]).all()
     assert torch.equal((kept.assignment @ x), kept.tokens)
-    assert torch.equal(reducer.kept, create_reducer("random", 1, 1, grid, regions, window=(1, 2, 2)).kept)
+    assert torch.equal(
+        reducer.kept, create_reducer(SemanticArguments(reducer="random"), 1, 1, grid, regions, window=(1, 2, 2)).kept
+    )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stvit_video.common.errors import UsageError
 from stvit_video.models import create_model, load_pretrained
-from stvit_video.models.weights.layouts import from_swin, from_timm_vit, from_videomae, interleaved_sines, recognise
+from stvit_video.models.weights.layouts import from_swin, from_vit, interleaved_sines, recognise
 from stvit_video.models.weights.load import resample_bias, split_positions
 from tests.models.weights import perturb
 
@@ -106,7 +106,7 @@ def test_larger_windows_take_an_image_checkpoint() -> None:
 
 def test_deit_distillation_and_layer_scale() -> None:
     state = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=10).state_dict()
-    converted = from_timm_vit(state)
+    converted = from_vit(state)
     assert set(converted.dropped) == {"cls_token", "dist_token", "head_dist.weight", "head_dist.bias"}
     assert torch.equal(converted.state["pos_embed"], state["pos_embed"][:, 2:])
 
@@ -184,7 +184,7 @@ def test_pre_trained_videomae_gives_its_encoder() -> None:
         if not name.startswith("head.")
     }
     decoder = {"mask_token": torch.zeros(1, 1, 96), "decoder.head.weight": torch.zeros(9, 9)}
-    converted = from_videomae({**encoder, **decoder})
+    converted = from_vit({**encoder, **decoder})
     assert set(converted.dropped) == set(decoder)
     assert torch.equal(converted.state["norm.weight"], oracle.fc_norm.weight)
     model = create_model("stvit_vit_tiny_patch16", num_frames=8, image_size=112, num_classes=7, depth=8)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from stvit_video.common.errors import UsageError
 from stvit_video.config.schema import BY_NAME
 from stvit_video.models import create_model, load_pretrained
+from stvit_video.models.arguments import SemanticArguments
 from stvit_video.models.cost import count_gflops, count_training_memory
 from stvit_video.models.reducers import REDUCERS, create_reducer
 from stvit_video.models.reducers.comparison import match, merge, sample, significance
@@ -265,7 +266,7 @@ def test_merging_keeps_sizes_and_means(left: int) -> None:
             return x
 
     x = torch.randn(3, TOKENS, 8)
-    reducer = create_reducer("tome", 8, 1, (1, 1, TOKENS), (1, 1, left))
+    reducer = create_reducer(SemanticArguments(reducer="tome"), 8, 1, (1, 1, TOKENS), (1, 1, left))
     reduced = reducer(x, [Idle(), Idle()], return_assignment=True)
     assert reduced.tokens.shape == (3, left, 8)
     assert (reduced.weights >= 1).all()
@@ -279,7 +280,7 @@ def test_matching_joins_the_most_similar_pairs_of_the_two_sets() -> None:
     keys = torch.tensor([[[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9], [-1.0, 0.0], [0.5, -0.9]]])
     groups = match(keys, 2)  # 0 to 1 and 2 to 3; 4 has nothing like it
     assert groups.tolist() == [[0, 0, 1, 1, 2, 3]]
-    (merged,), sizes = merge([keys], torch.tensor([[3.0, 1, 1, 1, 1, 1]]), groups, 4)
+    merged, sizes = merge(keys, torch.tensor([[3.0, 1, 1, 1, 1, 1]]), groups, 4)
     assert sizes.tolist() == [[4, 2, 1, 1]]
     torch.testing.assert_close(merged[0, 0], torch.tensor([0.975, 0.025]))
 
@@ -303,8 +304,9 @@ def test_merged_tokens_count_by_their_size_in_attention() -> None:
     whole = block(x[:, [0, 0, 0, 1, 2]])[:, [0, 3, 4]]
     assert (block(x, None, key_bias(torch.tensor([[3.0, 1, 1]]))) - whole).abs().max() < 1e-5
     assert (block(x) - whole).abs().max() > 1e-3
-    weights = block.attention_weights(x, None, key_bias(torch.tensor([[3.0, 1, 1]])))
-    torch.testing.assert_close(weights[..., 0], block.attention_weights(x[:, [0, 0, 0, 1, 2]])[:, [0, 3, 4], :3].sum(2))
+    weights, _ = block.attention_probs(x, None, key_bias(torch.tensor([[3.0, 1, 1]])))
+    repeated, _ = block.attention_probs(x[:, [0, 0, 0, 1, 2]])
+    torch.testing.assert_close(weights[..., 0], repeated[:, :, [0, 3, 4], :3].sum(3))
 
 
 @pytest.mark.parametrize("reducer", LEARNED)
@@ -400,7 +402,7 @@ def test_adaptive_sampling_attends_to_all_image_tokens_and_drops_repeats() -> No
     received = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(dim=2).mean(dim=1)
     scores = (received * v.norm(dim=2)).sum(dim=0)
     torch.testing.assert_close(significance(first, x)[0], scores / scores.sum())
-    reducer = create_reducer("ats", 48, 3, GRID, (4, 5, 4))  # 80 of 100: some are met twice
+    reducer = create_reducer(SemanticArguments(reducer="ats"), 48, 3, GRID, (4, 5, 4))  # 80 of 100: some are met twice
     reduced = reducer(x, [first, second], return_assignment=True)
     alive = reduced.weights[0] > 0
     assert 0 < alive.sum() < 80

@@ -80,8 +80,10 @@ def test_plain_pooling_equals_torch(kind: str, oracle: type) -> None:
 
 @pytest.mark.parametrize("kind", ["mask", "max", "mean"])
 def test_offsets_start_as_the_intra_window_form(kind: str) -> None:
-    with_offsets = SemanticPooling(DIM, (2, 14, 14), (2, 4, 4), kind, offsets=True)
-    with_offsets.reset_offsets()
+    settings = STGMArguments(pooling=kind, offsets=True)  # type: ignore[arg-type]
+    generator = SemanticTokenGenerator(DIM, (2, 14, 14), (2, 4, 4), settings)
+    generator.reset_parameters()
+    with_offsets = generator.pooling
     without = SemanticPooling(DIM, (2, 14, 14), (2, 4, 4), kind)
     without.load_state_dict(with_offsets.state_dict(), strict=False)
     x = torch.randn(2, 2 * 196, DIM)

@@ -5,7 +5,6 @@ Legend: B clips, N image tokens, M remaining tokens, C channels, h heads; n toke
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +16,10 @@ from stvit_video.models.reducers.interface import Blocks, Past, Reduced, Reducer
 RATIO_WEIGHT = 2.0  # weight of the loss on the share of kept tokens, as in DynamicViT
 
 
-def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:
-    """Return the tokens (B, M, C) at ``indices`` (B, M) of x (B, N, C)."""
-    return x.gather(1, indices.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
-
 def keep_tokens(x: Tensor, indices: Tensor, blocks: Blocks, return_assignment: bool) -> Reduced:
     """Return the tokens of x (B, N, C) at ``indices`` (B, M) after ``blocks``: no others take part."""
     assignment = F.one_hot(indices, x.shape[1]).float() if return_assignment else None
-    return Reduced(run(blocks, gather_tokens(x, indices)), assignment)
+    return Reduced(run(blocks, x.take_along_dim(indices.unsqueeze(-1), dim=1)), assignment)
 
 
 def top_indices(scores: Tensor, count: int) -> Tensor:
@@ -34,15 +28,12 @@ def top_indices(scores: Tensor, count: int) -> Tensor:
 
 
 class RandomTokens(Reducer):
-    """Image tokens sampled at random: the control that any other choice has to beat.
-
-    Another choice for each clip in training, one fixed choice in evaluation.
-    """
+    """Image tokens at random, the control: another choice for each clip in training, a fixed one in evaluation."""
 
     kept: Tensor  # (M,), the choice in evaluation
 
     def __init__(self, grid: Grid, regions: Grid) -> None:
-        super().__init__(math.prod(regions))
+        super().__init__(grid, regions)
         order = torch.randperm(math.prod(grid), generator=torch.Generator().manual_seed(0), device="cpu")
         self.register_buffer("kept", order[: self.count].sort().values, persistent=False)
 
@@ -58,12 +49,12 @@ class RandomTokens(Reducer):
 class RandomOfRegions(RandomTokens):
     """One random image token of each region, for backbones that need a grid."""
 
+    on_grid = True
     starts: Tensor
     sizes: Tensor
 
     def __init__(self, grid: Grid, regions: Grid) -> None:
         super().__init__(grid, regions)
-        self.grid, self.regions = grid, regions
         # Where regions do not divide an axis, some are one token longer.
         cuts = [torch.arange(count + 1) * length // count for length, count in zip(grid, regions, strict=True)]
         self.register_buffer("starts", torch.cartesian_prod(*(cut[:-1] for cut in cuts)), persistent=False)  # (M, 3)
@@ -82,11 +73,8 @@ class RandomOfRegions(RandomTokens):
 class MeanTokens(Reducer):
     """Means of the image tokens over regions, which overlap where they do not divide the grid (adaptive pooling)."""
 
+    on_grid = True
     regions: Grid
-
-    def __init__(self, grid: Grid, regions: Grid) -> None:
-        super().__init__(math.prod(regions), regions)
-        self.grid = grid
 
     def forward(self, x: Tensor, blocks: Blocks, past: Past = (), return_assignment: bool = False) -> Reduced:
         B, N, _ = x.shape
@@ -100,21 +88,19 @@ class MeanTokens(Reducer):
 class AdaptiveSampling(Reducer):
     """Image tokens sampled by their significance: the attention they receive times the norm of their values.
 
-    Source: Fayyaz et al. (ATS, arXiv 2111.15667). The significances of a clip are normalised to a distribution, and a
-    token is sampled where the cumulative sum passes M evenly spaced levels. In the first block the sampled tokens
-    attend to all image tokens. A token that is sampled several times is kept once and the repeats get weight 0, so
-    that shapes are fixed.
+    Source: Fayyaz et al. (ATS, arXiv 2111.15667). A token is sampled where the cumulative sum of the significances
+    passes M evenly spaced levels. In the first block the sampled tokens attend to all image tokens. Tokens that are
+    sampled again get weight 0, so that shapes are fixed.
 
-    Differences from the paper: there is no class token, so the attention received is the mean over all queries, and
-    heads are summed; a level selects the token whose share contains it, where the paper interpolates; one block
-    samples, where the paper samples in many. Repeats still cost time: the paper's variable number of tokens needs
-    batches of one. The significance needs the whole attention map (h N^2 numbers per clip), without fused attention.
+    Differences from the paper: without a class token, the attention received is the mean over all queries, and heads
+    are summed; a level selects the token whose share contains it, where the paper interpolates; one block samples,
+    not many. Repeats still cost time, and the significance needs the whole attention map (h N^2 numbers per clip).
     """
 
     def forward(self, x: Tensor, blocks: Blocks, past: Past = (), return_assignment: bool = False) -> Reduced:
         """Map (B, N, C) to (B, M, C), with weights 1 and 0."""
         chosen, weights = sample(significance(blocks[0], x), self.count)
-        tokens = blocks[0](gather_tokens(x, chosen), context=x)
+        tokens = blocks[0](x.take_along_dim(chosen.unsqueeze(-1), dim=1), context=x)
         tokens = run(blocks[1:], tokens, weights)
         assignment = F.one_hot(chosen, x.shape[1]) * weights.unsqueeze(-1) if return_assignment else None
         return Reduced(tokens, assignment, weights)
@@ -128,9 +114,9 @@ def significance(block: nn.Module, x: Tensor) -> Tensor:
 
 
 def sample(distribution: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the indices (B, count) of tokens at evenly spaced levels of the cumulative sum, and weights (B, count).
+    """Return the ascending indices (B, count) at evenly spaced levels of the cumulative sum, and their weights.
 
-    Indices ascend. The weight of a repeated index is 0, other weights are 1.
+    The weight (B, count) of a repeated index is 0, other weights are 1.
     """
     cumulative = distribution.cumsum(dim=1)
     levels = (torch.arange(count, device=cumulative.device) + 0.5) / count * cumulative[:, -1:]
@@ -144,21 +130,15 @@ class MergedTokens(Reducer):
 
     Source: Bolya et al. (ToMe, arXiv 2210.09461). Tokens are split alternately into two sets; each token of the first
     is paired with the token of the second whose key (mean over heads) is most similar. The most similar pairs are
-    averaged, weighted by the number of image tokens that each stands for. The logarithm of that number is added to the
-    attention logits.
+    averaged, weighted by the number of image tokens that each stands for, whose logarithm is added to the logits.
 
-    Differences from the paper: it removes a few tokens in every block of the network, here each of the reducer's
-    blocks removes the same number. One matching removes at most half of the tokens; a block that has to remove more
-    matches the merged keys again. Tokens keep their order.
+    Differences from the paper: the tokens go in the reducer's blocks alone, the same number in each. One matching
+    removes at most half of them, so a block may match the merged keys again. Tokens keep their order.
     """
-
-    def __init__(self, total: int, count: int) -> None:
-        super().__init__(count)
-        self.total = total  # image tokens: a constant, so that exported graphs have no data-dependent loop
 
     def forward(self, x: Tensor, blocks: Blocks, past: Past = (), return_assignment: bool = False) -> Reduced:
         """Map (B, N, C) to (B, M, C); weights are the numbers of image tokens that were merged."""
-        B, N = x.shape[0], self.total
+        B, N = x.shape[0], math.prod(self.grid)  # N is a constant, so exported graphs have no data-dependent loop
         sizes = torch.ones(B, N, device=x.device)
         owner = torch.arange(N, device=x.device).expand(B, -1)  # the remaining token that each image token went into
         left = N
@@ -168,7 +148,8 @@ class MergedTokens(Reducer):
             while left > target:
                 remove = min(left - target, left // 2)
                 groups, left = match(keys, remove), left - remove
-                (x, keys), sizes = merge((x, keys), sizes, groups, left)
+                x, _ = merge(x, sizes, groups, left)
+                keys, sizes = merge(keys, sizes, groups, left)
                 owner = groups.gather(1, owner)
             x = block.mlp_residual(x)  # type: ignore[operator]
         assignment = None
@@ -180,8 +161,7 @@ class MergedTokens(Reducer):
 def match(keys: Tensor, remove: int) -> Tensor:
     """Return the group (B, n) of each token, from 0 to n - remove - 1, for keys (B, n, d).
 
-    ``remove`` is at most half of n. A group is one token of the second set with any number of the first, or a single
-    token of the first.
+    ``remove`` is at most half of n. A group has at most one token of the second set.
     """
     keys = F.normalize(keys.float(), dim=-1)
     similarity, partner = (keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)).max(dim=2)
@@ -192,15 +172,17 @@ def match(keys: Tensor, remove: int) -> Tensor:
     return groups.scatter(1, indices, groups.gather(1, 2 * partner.gather(1, leaving) + 1))
 
 
-def merge(tensors: Sequence[Tensor], sizes: Tensor, groups: Tensor, count: int) -> tuple[list[Tensor], Tensor]:
-    """Return the means (B, count, d) of tensors (B, n, d) over groups, weighted by sizes (B, n), and their sizes."""
+def merge(x: Tensor, sizes: Tensor, groups: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the means (B, count, d) of x (B, n, d) over groups, weighted by sizes (B, n), and the groups' sizes."""
     total = sizes.new_zeros(sizes.shape[0], count).scatter_add(1, groups, sizes)
     shares = (sizes / total.gather(1, groups)).unsqueeze(-1)
-    means = []
-    for x in tensors:
-        empty = shares.new_zeros(x.shape[0], count, x.shape[2])
-        means.append(empty.scatter_add(1, groups.unsqueeze(-1).expand_as(x), x * shares).to(x.dtype))
-    return means, total
+    empty = shares.new_zeros(x.shape[0], count, x.shape[2])
+    return empty.scatter_add(1, groups.unsqueeze(-1).expand_as(x), x * shares).to(x.dtype), total
+
+
+def features(inputs: int, outputs: int) -> nn.Sequential:
+    """Return layers that map (..., inputs) to (..., outputs)."""
+    return nn.Sequential(nn.LayerNorm(inputs), nn.Linear(inputs, outputs), nn.GELU())
 
 
 class LearnedPruning(Reducer):
@@ -208,9 +190,19 @@ class LearnedPruning(Reducer):
 
     In training each token is kept or dropped at random (straight-through Gumbel-softmax). Dropped tokens stay in the
     tensor, but are not attended to and do not count in the mean; a loss pulls the share of kept tokens in each clip to
-    M / N. Training therefore costs more than without reduction, also because the gradient of the decisions excludes
-    fused attention on a CPU. In evaluation only the M most relevant tokens are kept.
+    M / N. Training therefore costs more than without reduction. In evaluation only the M most relevant are kept.
     """
+
+    def __init__(self, grid: Grid, regions: Grid, dim: int, num_heads: int) -> None:
+        super().__init__(grid, regions)
+        self.embed = features(dim, dim)
+        width = dim
+        if self.past:  # three statistics of the attention of each head, and their change
+            self.observe = features(6 * num_heads, dim)
+            width = 2 * dim
+        half, quarter = max(1, width // 2), max(1, width // 4)
+        layers = (nn.Linear(width, half), nn.GELU(), nn.Linear(half, quarter), nn.GELU(), nn.Linear(quarter, 2))
+        self.decide = nn.Sequential(*layers)
 
     @abstractmethod
     def score(self, x: Tensor, past: Past) -> Tensor:
@@ -236,14 +228,8 @@ class DynamicPruning(LearnedPruning):
     """Relevance from a token's own features and from the mean of all tokens.
 
     Source: Rao et al. (DynamicViT, arXiv 2106.02034). Differences from the paper: it prunes once, not three times, and
-    has no distillation losses, which need a trained teacher. A dropped token does not attend to itself, which has no
-    effect on the kept ones.
+    has no distillation losses, which need a trained teacher.
     """
-
-    def __init__(self, dim: int, count: int) -> None:
-        super().__init__(count)
-        self.embed = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU())
-        self.decide = decision_layers(dim)
 
     def score(self, x: Tensor, past: Past) -> Tensor:
         own, shared = self.embed(x).tensor_split(2, dim=-1)
@@ -253,21 +239,13 @@ class DynamicPruning(LearnedPruning):
 class AttentionDynamics(LearnedPruning):
     """Relevance from a token's features, its attention statistics, and their change between two blocks.
 
-    Source: Schlesinger et al. (SPOT, arXiv 2511.10488), which combines token embeddings, statistics of the attention
-    maps per head, and their change over the layers. The exact form is our reading. The statistics of the last two
-    blocks before the reducer are the mean and deviation of the attention that a token receives and the deviation of
-    what it gives (whose mean is constant without a class token). With a single block before the reducer the change is
-    zero. Gradients do not flow through the statistics; tokens are pruned once.
+    Source: Schlesinger et al. (SPOT, arXiv 2511.10488); the exact form is our reading. The statistics of the last two
+    blocks before the reducer are, for each head, the mean and deviation of the attention that a token receives and the
+    deviation of what it gives. With a single block before the reducer the change is zero. Gradients do not flow
+    through the statistics; tokens are pruned once.
     """
 
     past = 2
-
-    def __init__(self, dim: int, num_heads: int, count: int) -> None:
-        super().__init__(count)
-        self.embed = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU())
-        statistics = 2 * 3 * num_heads
-        self.observe = nn.Sequential(nn.LayerNorm(statistics), nn.Linear(statistics, dim), nn.GELU())
-        self.decide = decision_layers(2 * dim)
 
     def score(self, x: Tensor, past: Past) -> Tensor:
         now, before = attention_statistics(*past[-1], x.shape), attention_statistics(*past[0], x.shape)
@@ -276,16 +254,7 @@ class AttentionDynamics(LearnedPruning):
 
 
 def attention_statistics(block: nn.Module, x: Tensor, shape: torch.Size) -> Tensor:
-    """Return statistics (B, N, 3 h) of a block's attention for each token; 1 is the mean attention received.
-
-    ``x`` is the block's input, ``shape`` (B, N, C) that of whole clips: x may be their frames.
-    """
+    """Return statistics (B, N, 3 h) of a block's attention to its input x, clips of ``shape`` (B, N, C) or frames."""
     shares = block.attention_probs(x)[0].detach() * x.shape[1]  # type: ignore[operator]  # (B', h, n queries, n keys)
     parts = (shares.mean(dim=2), shares.std(dim=2, correction=0), shares.std(dim=3, correction=0))  # (B', h, n) each
     return torch.cat(parts, dim=1).transpose(1, 2).reshape(shape[0], shape[1], -1)
-
-
-def decision_layers(dim: int) -> nn.Sequential:
-    """Return the layers that map features (..., dim) to the logits (..., 2) of keeping and dropping."""
-    half, quarter = max(1, dim // 2), max(1, dim // 4)
-    return nn.Sequential(nn.Linear(dim, half), nn.GELU(), nn.Linear(half, quarter), nn.GELU(), nn.Linear(quarter, 2))

@@ -3,6 +3,7 @@
 Legend: B clips, N image tokens, M tokens that are left, C channels.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,16 +32,21 @@ class Reduced:
 
 
 class Reducer(nn.Module, ABC):
-    """Base of the reducers, which leave ``count`` tokens and run the backbone's next blocks while doing so.
+    """Base of the reducers, which leave a token for each region and run the backbone's next blocks while doing so.
 
-    ``regions`` is the grid (t, h, w) of the remaining tokens, None where they have none.
+    Raises ValueError where there are more regions than tokens along an axis.
     """
 
+    on_grid = False  # whether the remaining tokens lie on the grid of regions
     past = 0  # blocks before its own whose inputs the reducer reads
 
-    def __init__(self, count: int, regions: Grid | None = None) -> None:
+    def __init__(self, grid: Grid, regions: Grid) -> None:
         super().__init__()
-        self.count, self.regions = count, regions
+        for length, count, axis in zip(grid, regions, ("time", "height", "width"), strict=True):
+            if not 1 <= count <= length:
+                raise ValueError(f"{count} regions over {length} tokens of {axis}; allowed: 1 to {length}.")
+        self.grid, self.count = grid, math.prod(regions)
+        self.regions = regions if self.on_grid else None
         self._loss: Tensor | None = None
 
     @abstractmethod

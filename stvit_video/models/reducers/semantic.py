@@ -2,9 +2,8 @@
 
 Source: Chang et al., "Making Vision Transformers Efficient from A Token Sparsification View", CVPR 2023
 (arXiv 2303.08685), with the sizes of the released code where the paper gives none. The paper pools in space; pooling
-over time is this project's extension.
+over time is this project's extension. No backbone is known here: its blocks are passed in.
 
-This module depends on no backbone: its blocks are passed in.
 Legend: B clips, (T, H, W) grid of image tokens, N = T*H*W, (t, h, w) grid of centres, M = t*h*w, C channels, P
 positions of a window. A "group" is the T/t frames that share their centres: in windows, generation and recovery happen
 inside groups, so that their cost per frame is that of an image.
@@ -19,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stvit_video.models.arguments import Grid, PoolingKind, STGMArguments
-from stvit_video.models.grids import count_windows, window_partition, window_reverse
 from stvit_video.models.reducers.interface import Blocks, Past, Reduced, Reducer, adaptive_pool
+from stvit_video.models.windows import count_windows, window_partition, window_reverse
 
 CENTRES = 3  # along each side of a window, the paper's choice for 7 x 7 windows
 KEY_MARGIN = 3  # the first generator block in windows reads larger ones by this: 10 for 7, as in the released code
@@ -29,20 +28,18 @@ PADDED_LOGIT = -100.0
 
 
 def split_axis(length: int, count: int, axis: str) -> tuple[int, int, int]:
-    """Cut an axis of ``length`` tokens into ``count`` equal regions; return (region size, padding before, after).
+    """Cut an axis into ``count`` equal regions; return (region size, padding before, after), of 14 and 4 (4, 1, 1).
 
-    A 14-row map and 4 regions give (4, 1, 1), the paper's example.
     Raises ValueError where a region would consist of padding only.
     """
-    size = math.ceil(length / count)
-    padding = size * count - length
-    before, after = padding // 2, padding - padding // 2
-    if after >= size:
+    allowed, size = allowed_counts(length), math.ceil(length / count)
+    if count not in allowed:
         raise ValueError(
-            f"{count} regions over {length} tokens of {axis} leave some empty; allowed for this {axis}: "
-            f"{allowed_counts(length)}. Change regions or the input size."
+            f"{count} regions over {length} tokens of {axis} leave some empty; allowed for this {axis}: {allowed}. "
+            f"Change regions or the input size."
         )
-    return size, before, after
+    padding = size * count - length
+    return size, padding // 2, padding - padding // 2
 
 
 def allowed_counts(length: int) -> list[int]:
@@ -51,11 +48,17 @@ def allowed_counts(length: int) -> list[int]:
     return [count for count, size in sizes if (size * count - length + 1) // 2 < size]
 
 
-def default_regions(grid: Grid, frames_per_centre: int = 1) -> Grid:
-    """Return 4 x 4 centres, fewer on small maps, for every ``frames_per_centre`` frames (or the divisor they allow)."""
-    t, h, w = grid
-    rows, columns = (max(count for count in allowed_counts(length) if count <= 4) for length in (h, w))
-    return (t // math.gcd(t, frames_per_centre), rows, columns)
+def default_regions(grid: Grid, frames_per_centre: int = 1, window: Grid | None = None, even: bool = True) -> Grid:
+    """Return 4 x 4 centres, or 3 x 3 in each window, for ``frames_per_centre`` frames (or the divisor they allow).
+
+    Small maps have fewer. ``even`` selects counts that cut the map into equal regions, as the learned mask needs them.
+    """
+    sides = []
+    for axis in (1, 2):
+        windows, most = (1, 4) if window is None else (math.ceil(grid[axis] / window[axis]), CENTRES)
+        counts = [windows * n for n in range(1, most + 1) if windows * n <= grid[axis]]
+        sides.append(max(count for count in counts if not even or count in allowed_counts(grid[axis])))
+    return (grid[0] // math.gcd(grid[0], frames_per_centre), sides[0], sides[1])
 
 
 def check_frames(frames: int, regions: int) -> None:
@@ -65,13 +68,6 @@ def check_frames(frames: int, regions: int) -> None:
         raise ValueError(f"{regions} regions do not divide the {frames} token frames of the clip; allowed: {allowed}.")
 
 
-def check_regions(grid: Grid, regions: Grid) -> None:
-    """Raise ValueError where there are more regions than tokens along an axis."""
-    for length, count, axis in zip(grid, regions, ("time", "height", "width"), strict=True):
-        if not 1 <= count <= length:
-            raise ValueError(f"{count} regions over {length} tokens of {axis}; allowed: 1 to {length}.")
-
-
 class SemanticPooling(nn.Module):
     """Initial cluster centres: one per region of the token grid (paper's Eqs. 4 and 5).
 
@@ -79,15 +75,13 @@ class SemanticPooling(nn.Module):
     inside the region weights its tokens (the paper's intra-window form). ``max`` and ``mean``: adaptive pooling, as in
     the released code.
 
-    ``offsets`` is the inter-window form. Its details were not published; our reading follows deformable attention:
-    each centre predicts a displacement of at most one region and pools from the displaced region by bilinear
-    sampling. Displacements start at zero, where the form equals the intra-window one.
+    ``offsets`` is the inter-window form, in our reading (as deformable attention): each centre predicts a displacement
+    of at most one region, at first none, and pools from the displaced region by bilinear sampling.
     """
 
     def __init__(self, dim: int, grid: Grid, regions: Grid, kind: PoolingKind = "mask", offsets: bool = False) -> None:
         super().__init__()
         check_frames(grid[0], regions[0])
-        check_regions(grid, regions)
         self.grid, self.regions, self.kind = grid, regions, kind
         if kind == "mask" or offsets:  # adaptive pooling has its own, overlapping regions
             self.rows = split_axis(grid[1], regions[1], "height")
@@ -99,12 +93,6 @@ class SemanticPooling(nn.Module):
             self.mask_proj = nn.Linear(dim, 1, bias=False)
         self.offset_norm: Any = nn.LayerNorm(dim, eps=1e-6) if offsets else None
         self.offset_proj: Any = nn.Linear(dim, 2) if offsets else None
-
-    def reset_offsets(self) -> None:
-        """Start with no displacement, so that switching offsets on does not change a pretrained model."""
-        if self.offset_proj is not None:
-            nn.init.zeros_(self.offset_proj.weight)
-            nn.init.zeros_(self.offset_proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map image tokens (B, N, C) to centres (B, M, C)."""
@@ -163,42 +151,48 @@ class SemanticTokenGenerator(Reducer):
     frames then attends exactly as the image does.
     """
 
+    on_grid = True
+
     def __init__(self, dim: int, grid: Grid, regions: Grid, settings: STGMArguments) -> None:
-        super().__init__(math.prod(regions), regions)
+        super().__init__(grid, regions)
         self.pooling = SemanticPooling(dim, grid, regions, settings.pooling, settings.offsets)
         self.first_residual = settings.first_residual
         self.global_centres = nn.Parameter(torch.zeros(1, self.count, dim)) if settings.global_centres else None
 
     def reset_parameters(self) -> None:
-        self.pooling.reset_offsets()
+        if self.pooling.offset_proj is not None:  # zero at first: offsets do not change a pretrained model
+            for parameter in self.pooling.offset_proj.parameters():
+                nn.init.zeros_(parameter)
         if self.global_centres is not None:
             nn.init.normal_(self.global_centres, std=0.02)
 
     def forward(self, x: Tensor, blocks: Blocks, past: Past = (), return_assignment: bool = False) -> Reduced:
         """Map image tokens (B, N, C) to semantic tokens (B, M, C).
 
-        The assignment says how much each semantic token draws from each image token in the last block; its rows sum
-        to at most 1, the rest being drawn from the semantic tokens themselves.
+        The assignment is that of the last block; its rows sum to at most 1, the rest is drawn from semantic tokens.
         """
         s, assignment = self.pooling(x), None
         for i, block in enumerate(blocks):
             query = s if i == 0 or self.global_centres is None else s + self.global_centres
             if return_assignment and i + 1 == len(blocks):
                 assignment = self.assign(block, query, s, x)
-            s = self.attend(i, block, query, s, x)
+            queries, context, bias = self.context(i, query, s, x)
+            out = block(queries, context=context, key_bias=bias, residual=i > 0 or self.first_residual)
+            s = self.reverse(i, out, len(x))
         return Reduced(s, assignment)
 
-    def attend(self, layer: int, block: nn.Module, query: Tensor, s: Tensor, x: Tensor) -> Tensor:
-        """Return the semantic tokens (B, M, C) after the generator's ``layer``-th block, counted from 0."""
-        if layer == 0:
-            return block(query, context=x, residual=self.first_residual)
-        context, key_bias = self.join(s, x)
-        return block(query, context=context, key_bias=key_bias)
+    def context(self, layer: int, query: Tensor, s: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return queries, context and the bias of its keys for the ``layer``-th block, counted from 0."""
+        return (query, x, None) if layer == 0 else (query, *self.join(s, x))
+
+    def reverse(self, layer: int, queries: Tensor, B: int) -> Tensor:
+        """Return queries in the order of ``context`` as semantic tokens (B, M, C)."""
+        return queries
 
     def assign(self, block: nn.Module, query: Tensor, s: Tensor, x: Tensor) -> Tensor:
         """Return how much the queries of the last block draw from each image token, (B, M, N)."""
-        weights = block.attention_weights(query, *self.join(s, x))  # type: ignore[operator]
-        return weights[..., s.shape[1] :]
+        weights, _ = block.attention_probs(query, *self.join(s, x))  # type: ignore[operator]
+        return weights.mean(dim=1)[..., s.shape[1] :]
 
     def join(self, s: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the context [S; X] (B, M + N, C) and the bias of its keys (M + N,), None where no frames merged."""
@@ -214,31 +208,15 @@ def check_depths(depth: int, base_depth: int, stgm_depth: int, recover: bool = F
     """Raise ValueError unless base, STGM and, if there is one, the recovery block fit into ``depth`` blocks."""
     most = depth - stgm_depth - recover
     if base_depth > most:
-        raise ValueError(
-            f"base_depth {base_depth} with stgm_depth {stgm_depth} in {depth} blocks"
-            f"{', the last being the recovery' if recover else ''}; "
-            + (f"allowed: 1 to {most}." if most >= 1 else "that is too short: take more blocks, or fewer units.")
-        )
-
-
-def windowed_regions(grid: Grid, window: Grid, frames_per_centre: int, even: bool) -> Grid:
-    """Return the default grid of centres: 3 x 3 per window, fewer on small maps, every ``frames_per_centre`` frames.
-
-    ``even`` selects counts that cut the map into equal regions, as the learned mask needs them.
-    """
-    sides = []
-    for length, size in zip(grid[1:], window[1:], strict=True):
-        windows = math.ceil(length / size)
-        counts = [windows * n for n in range(1, CENTRES + 1) if windows * n <= length]
-        sides.append(max(count for count in counts if not even or count in allowed_counts(length)))
-    return (grid[0] // math.gcd(grid[0], frames_per_centre), sides[0], sides[1])
+        last = ", the last being the recovery" if recover else ""
+        allowed = f"allowed: 1 to {most}." if most >= 1 else "that is too short: take more blocks, or fewer units."
+        raise ValueError(f"base_depth {base_depth} with stgm_depth {stgm_depth} in {depth} blocks{last}; {allowed}")
 
 
 def read_index(grid: Grid, counts: Sequence[int], sides: Sequence[int]) -> Tensor:
     """Return the indices (windows, P) that each window reads in a flattened group of tokens (t, h, w).
 
-    Windows of the given sides are centred on equal parts of the map, ``counts`` along height and width. Those that
-    would cross an end are moved inside, so that no position is padding.
+    Windows of the given sides are centred on ``counts`` equal parts of the map; those that cross an end move inside.
     """
     axes = []
     for length, count, side in zip(grid[1:], counts, sides, strict=True):
@@ -255,9 +233,8 @@ class WindowedTokenGenerator(SemanticTokenGenerator):
     """STGM inside windows: the centres of a window read the image tokens around it and the centres themselves.
 
     The context of all blocks, the first included, is [S; X], as in the released code. The first block reads a margin
-    around each window, deeper ones twice the window, which is the whole 14 x 14 map of a 224-pixel image. If this
-    covers the whole map, all its centres form one query. Raises ValueError where ``regions`` do not give every window
-    the same number of centres.
+    around each window, deeper ones twice the window; where this covers the whole map, all its centres form one query.
+    Raises ValueError where ``regions`` do not give every window the same number of centres.
     """
 
     regions: Grid
@@ -267,10 +244,8 @@ class WindowedTokenGenerator(SemanticTokenGenerator):
         counts = count_windows(grid, window)[1:]
         for count, number, axis in zip(regions[1:], counts, ("height", "width"), strict=True):
             if count % number:
-                allowed = [n * number for n in range(1, CENTRES + 1)]
-                raise ValueError(
-                    f"{count} regions over the {number} windows of {axis}; allowed: multiples such as {allowed}."
-                )
+                allowed = f"multiples such as {[n * number for n in range(1, CENTRES + 1)]}"
+                raise ValueError(f"{count} regions over the {number} windows of {axis}; allowed: {allowed}.")
         self.query_windows: list[Grid] = []  # the centres (1, h, w) of a window in the first block and in deeper ones
         group = (grid[0] // regions[0], *grid[1:])
         for layer, sides in enumerate(([size + KEY_MARGIN for size in window[1:]], [2 * size for size in window[1:]])):
@@ -283,10 +258,10 @@ class WindowedTokenGenerator(SemanticTokenGenerator):
             centre_index = read_index((1, *regions[1:]), windows, centres)
             self.register_buffer(f"centre_index_{layer}", centre_index, persistent=False)
 
-    def _context(self, layer: int, query: Tensor, s: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def context(self, layer: int, query: Tensor, s: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return, by window, queries (B*G*windows, P, C), their context [S; X] and the bias of its keys."""
         G, h, w = self.regions
-        B, _, C = x.shape
+        layer, (B, _, C) = min(layer, 1), x.shape
         query = window_partition(query.reshape(B * G, 1, h, w, C), self.query_windows[layer]).flatten(0, 3)
         s, x = (
             tokens.reshape(B * G, -1, C)[:, self.get_buffer(f"{name}_index_{layer}")].flatten(0, 1)
@@ -294,23 +269,18 @@ class WindowedTokenGenerator(SemanticTokenGenerator):
         )
         return query, *self.join(s, x)
 
-    def _reverse(self, layer: int, windows: Tensor, B: int) -> Tensor:
-        """Return windows (B*G*windows, P, C) as centres (B, M, C)."""
-        nt, nh, nw = count_windows((1, *self.regions[1:]), self.query_windows[layer])
-        windows = windows.reshape(-1, nt, nh, nw, *windows.shape[1:])
-        return window_reverse(windows, self.query_windows[layer]).reshape(B, -1, windows.shape[-1])
-
-    def attend(self, layer: int, block: nn.Module, query: Tensor, s: Tensor, x: Tensor) -> Tensor:
-        windows, context, bias = self._context(min(layer, 1), query, s, x)
-        out = block(windows, context=context, key_bias=bias, residual=layer > 0 or self.first_residual)
-        return self._reverse(min(layer, 1), out, query.shape[0])
+    def reverse(self, layer: int, queries: Tensor, B: int) -> Tensor:
+        window = self.query_windows[min(layer, 1)]
+        nt, nh, nw = count_windows((1, *self.regions[1:]), window)
+        windows = queries.reshape(-1, nt, nh, nw, *queries.shape[1:])
+        return window_reverse(windows, window).reshape(B, -1, windows.shape[-1])
 
     def assign(self, block: nn.Module, query: Tensor, s: Tensor, x: Tensor) -> Tensor:
-        weights = block.attention_weights(*self._context(1, query, s, x))  # type: ignore[operator]
+        weights, _ = block.attention_probs(*self.context(1, query, s, x))  # type: ignore[operator]
         B, group_tokens = query.shape[0], x.shape[1] // self.regions[0]
         index = self.get_buffer("image_index_1").repeat(B * self.regions[0], 1).unsqueeze(1)
-        weights = weights[..., -index.shape[-1] :]
+        weights = weights.mean(dim=1)[..., -index.shape[-1] :]
         full = weights.new_zeros(*weights.shape[:2], group_tokens)
-        weights = self._reverse(1, full.scatter(2, index.expand_as(weights), weights), B)
+        weights = self.reverse(1, full.scatter(2, index.expand_as(weights), weights), B)
         weights = weights.reshape(B, self.regions[0], -1, group_tokens)
         return torch.stack([torch.block_diag(*clip) for clip in weights])  # tokens of other groups are not read

@@ -6,8 +6,6 @@ import json
 import pickle
 import re
 import struct
-import tarfile
-import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,11 +59,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     try:
         content, metadata = _read(path)
     except OSError as error:
+        what = f"cannot be read ({error.strerror}); check the file and its rights."
         if error.errno == errno.EINVAL:  # torch seeks past the end of a file that was cut short
-            raise UsageError(f"Checkpoint {path} is damaged or cut short; fetch it again.") from error
-        raise UsageError(
-            f"Checkpoint {path} cannot be read ({error.strerror}); check the file and its rights."
-        ) from error
+            what = "is damaged or cut short; fetch it again."
+        raise UsageError(f"Checkpoint {path} {what}") from error
     while isinstance(content, dict):
         inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), None)
         if inner is None:
@@ -121,10 +118,7 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
     if path.suffix == ".safetensors":
         return _read_safetensors(path, tensors=True)
     if path.suffix in (".pt2", ".onnx"):
-        raise UsageError(
-            f"Checkpoint {path} is an exported graph, which runs without this package; give the run's folder, or a "
-            f".safetensors of it."
-        )
+        raise UsageError(f"Checkpoint {path} is an exported graph; give the run's folder, or a .safetensors of it.")
     try:
         with torch.serialization.safe_globals(CONTAINERS):
             return torch.load(path, map_location="cpu", weights_only=True), {}
@@ -135,18 +129,10 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
             what = f"needs code to load, which is refused ({', '.join(refused)}); save its state dict alone."
         raise UsageError(f"Checkpoint {path} {what}") from error
     except DAMAGE as error:
-        if tarfile.is_tarfile(path) or _is_torchscript(path):
-            raise UsageError(
-                f"Checkpoint {path} is a TorchScript or tar archive, which may hold code; save its state dict alone."
-            ) from error
-        raise UsageError(f"Checkpoint {path} is damaged or cut short ({first_line(error)}); fetch it again.") from error
-
-
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("constants.pkl") for name in archive.namelist())
+        what = f"is damaged or cut short ({first_line(error)}); fetch it again."
+        if "weights_only" in str(error):  # torch refuses such archives by this name
+            what = "is a TorchScript or tar archive, which may hold code; save its state dict alone."
+        raise UsageError(f"Checkpoint {path} {what}") from error
 
 
 def pack_weights(model: nn.Module, classes: list[str], views: dict[str, Any] | None = None) -> bytes:

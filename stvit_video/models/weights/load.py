@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from stvit_video.common.errors import UsageError, first_line
 from stvit_video.models.layers import Grid
 from stvit_video.models.weights.files import DAMAGE, Checkpoint, StateDict, check_tensors, read_checkpoint
-from stvit_video.models.weights.layouts import LAYOUTS, Converted, recognise
+from stvit_video.models.weights.layouts import LAYOUTS, VIDEOMAE_GRID, recognise
 
 STATUSES = ("loaded", "inflated", "interpolated", "new", "unused", "wrong shape")
 Fitted = tuple[Tensor | None, str]  # the tensor, None if it cannot be fitted, and its status
@@ -49,8 +49,7 @@ class LoadReport:
         ]
         for status in STATUSES:
             names = self.keys[status]
-            shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-            shown = "" if status == "loaded" else shown
+            shown = "" if status == "loaded" else _shorten(names, 4)
             lines.append(f"  {status:12} {len(names):5} {self.weights[status]:12,}  {shown}".rstrip())
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
@@ -81,18 +80,18 @@ def load_pretrained(
 
     ``new_head`` leaves out the classifier: the model keeps its own. ``depth`` takes only weights up to that block (see
     ``layer_id``). With ``motion`` above 0, kernels inflated from an image distinguish frames from the first step (see
-    ``add_motion``). Raises UsageError when a file cannot be read, its layout is not known, or less
-    than ``min_coverage`` of the weights asked for fit; the model is then as it was.
+    ``add_motion``). Raises UsageError when a file cannot be read, its layout is not known, or less than
+    ``min_coverage`` of the weights asked for fit; the model is then as it was.
     """
     checkpoint = read_checkpoint(source) if isinstance(source, str | Path) else source
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint("state dict", check_tensors(checkpoint, "state dict"), {})
-    name, state = checkpoint.path, dict(checkpoint.tensors)
-    recognised = recognise(state)
+    name, tensors = checkpoint.path, checkpoint.tensors
+    recognised = recognise(tensors)
     if recognised is None:
         raise UsageError(
-            f"{name}: the layout of its {len(state)} keys ({', '.join(sorted(state)[:3])} ...) is not known; allowed: "
-            f"{', '.join(layout for layout, _, _ in LAYOUTS)}. Check that the file belongs to such a model."
+            f"{name}: the layout of its {len(tensors)} keys ({', '.join(sorted(tensors)[:3])} ...) is not known; "
+            f"allowed: {', '.join(layout for layout, *_ in LAYOUTS)}. Check that the file belongs to such a model."
         )
     layout, convert = recognised
     report, target = LoadReport(name, layout), model.state_dict()
@@ -102,23 +101,23 @@ def load_pretrained(
     if depth is not None:
         wanted = {key for key in wanted if model.layer_id(key) <= depth}  # type: ignore[operator]
     try:
-        converted = convert(state)
-        for key, value in converted.state.items():
-            if key.startswith("patch_embed.proj") and value.ndim == 4:
-                converted.state[key] = value.unsqueeze(2)  # the kernel of an image: a tubelet of one frame
-        from_image = is_image_state(converted.state)
-        adapt_positions(converted, model, report.arguments)
-        fitted = _fit_all(state, converted, model, report, wanted, from_image)
+        converted = convert(tensors)
+        state, report.notes, report.dropped = converted.state, converted.notes, converted.dropped
+        left_out = [state.pop(key) for key in target.keys() - wanted if key in state]
+        kernel = find_kernel(state)
+        image = kernel is None or kernel.shape[2] == 1
+        fitted = _fit_all(tensors, state, model, report, wanted, image)
     except DAMAGE as error:
         raise UsageError(
             f"{name} looks like a {layout} checkpoint, but its tensors do not fit together ({first_line(error)}); "
             f"fetch it again."
         ) from error
-    _add_notes(report, converted, model, depth)
-    counted = {key: value.numel() for key, value in target.items() if value.is_floating_point() and key in wanted}
-    report.coverage = sum(counted.get(key, 0) for key in fitted) / max(1, sum(counted.values()))
+    _add_notes(report, state, model, "fc_norm.weight" in tensors)
+    if left_out:
+        what = "of the classifier" if depth is None else f"above depth {depth}"
+        report.notes.append(f"{len(left_out)} keys {what} left out, as asked: they start anew")
     _check(report, min_coverage)
-    if motion > 0 and from_image:
+    if motion > 0 and image:
         for key in [key for key in report.keys["inflated"] if fitted[key].ndim == 5]:
             fitted[key] = add_motion(fitted[key], motion)
             report.notes.append(f"{key}: random differences between frames added, {motion:g} times its own spread")
@@ -126,131 +125,75 @@ def load_pretrained(
     return report
 
 
+def find_kernel(state: StateDict) -> Tensor | None:
+    """Return the first kernel of the embedding (C, 3, t, h, w); an image's gets a tubelet of one frame, in place."""
+    names = [name for name in state if name.startswith("patch_embed.proj") and state[name].ndim in (4, 5)]
+    for name in names:
+        if state[name].ndim == 4:
+            state[name] = state[name].unsqueeze(2)
+    return state[names[0]] if names else None
+
+
 def _fit_all(
-    source: StateDict, converted: Converted, model: nn.Module, report: LoadReport, wanted: set[str], from_image: bool
+    source: StateDict, state: StateDict, model: nn.Module, report: LoadReport, wanted: set[str], image: bool
 ) -> StateDict:
-    """Return the tensors that fit the model, and report the status of each key."""
-    report.notes, report.dropped = converted.notes, converted.dropped
-    state, fitted = converted.state, {}
-    for name, value in model.state_dict().items():
-        tensor, status = None, "new"
-        if name not in wanted:
-            converted.left_out += [name] if state.pop(name, None) is not None else []
-        elif name in state:
-            tensor, status = fit(name, state.pop(name), value, model, from_image)
-            status = converted.changed.get(name, status) if status == "loaded" else status
-        elif name in converted.changed:
-            status = converted.changed[name]
-        elif name.endswith("num_batches_tracked"):
+    """Return the tensors that fit, and report the status of each key and the coverage; ``state`` keeps unused ones."""
+    target, positions, fitted = model.state_dict(), adapt_positions(state, model, report, image), {}
+    for name, value in target.items():
+        status = positions.get(name, "new")
+        if name in state:
+            tensor, own_status = fit(name, state.pop(name), value, model, image)
+            status = positions.get(name, "loaded") if own_status == "loaded" else own_status
+            if tensor is not None:
+                fitted[name] = tensor
+        elif name.endswith("num_batches_tracked") and name in wanted:
             continue  # a counter that is not used
         report.add(status, name, value.numel())
-        if tensor is not None:
-            fitted[name] = tensor
     for name in [*sorted(state), *report.dropped]:
         tensor = state.get(name, source.get(name))
         report.add("unused", name, 0 if tensor is None else tensor.numel())
+    counted = {key: value.numel() for key, value in target.items() if value.is_floating_point() and key in wanted}
+    report.coverage = sum(counted.get(key, 0) for key in fitted) / max(1, sum(counted.values()))
     return fitted
 
 
-def _add_notes(report: LoadReport, converted: Converted, model: nn.Module, depth: int | None) -> None:
-    """Add notes on what the table of keys alone does not show."""
-    unused = sorted(converted.state)
-    biases = [name for name in unused if name.endswith("relative_position_bias_table")]
-    if biases and report.layout != "timm ViT":
-        report.notes.append(f"{len(biases)} position bias tables unused: semantic tokens have no position bias")
-    others = [name for name in unused if name not in biases and not name.startswith("head.")]
-    if others:
-        report.notes.append(
-            f"{len(others)} keys have no place in this model, so its outputs will differ from the source's: "
-            f"{_shorten(others, 3)}"
-        )
-    if converted.left_out:
-        what = "of the classifier" if depth is None else f"above depth {depth}"
-        report.notes.append(f"{len(converted.left_out)} keys {what} left out, as asked: they start anew")
-    if report.keys["wrong shape"]:
-        report.notes.append(f"of another shape, so they start anew: {_shorten(report.keys['wrong shape'], 3)}")
-    known = report.arguments.get("fc_norm", converted.fc_norm)
-    if known is not None and hasattr(model, "fc_norm") and known != model.fc_norm:
-        where = "after" if known else "before"
-        report.notes.append(
-            f"its last norm comes {where} the mean over tokens, unlike the model's: build it with fc_norm={known} for "
-            f"equal outputs"
-        )
-
-
-def _check(report: LoadReport, min_coverage: float) -> None:
-    """Raise UsageError where too little of the model is covered, or the classifier has other classes."""
-    if report.coverage < min_coverage:
-        raise UsageError(
-            f"{report.source} ({report.layout} layout): only {100 * report.coverage:.1f} % of the model's weights "
-            f"found, {100 * min_coverage:.0f} % required (MODEL.INIT_MIN_COVERAGE). Not covered: "
-            f"{_shorten(report.keys['new'] + report.keys['wrong shape'], 20)}. "
-            f"Unused: {_shorten(report.keys['unused'], 10) or 'none'}. "
-            f"Check that the file belongs to this architecture."
-        )
-    heads = [name for name in report.keys["wrong shape"] if name.startswith("head.")]
-    if heads:
-        raise UsageError(
-            f"{report.source}: its classifier ({', '.join(heads)}) has another class count than the model. "
-            f"Set MODEL.NEW_HEAD True (new_head=True) to train a new one, or build the model with its class count."
-        )
-
-
-def _shorten(names: list[str], count: int) -> str:
-    return ", ".join(names[:count]) + (" ..." if len(names) > count else "")
-
-
-def find_kernel(state: dict[str, Tensor]) -> Tensor | None:
-    """Return the first kernel of the embedding (C, 3, t, h, w), which distinguishes image from video models."""
-    names = ("patch_embed.proj.weight", "patch_embed.proj.0.c.weight")
-    kernels = [state[name] for name in names if name in state and state[name].ndim == 5]
-    return kernels[0] if kernels else None
-
-
-def is_image_state(state: dict[str, Tensor]) -> bool:
-    """Return whether a converted state dict is that of an image model."""
-    kernel = find_kernel(state)
-    return kernel is None or kernel.shape[2] == 1
-
-
-def adapt_positions(converted: Converted, model: nn.Module, source: dict[str, Any]) -> None:
-    """Convert position embeddings to the model's grid and kind; ``source`` are the source's arguments, if known."""
-    kind, state = getattr(model, "positions", None), converted.state
-    if kind is None or "pos_embed" not in state or state["pos_embed"].ndim != 3:
-        return
+def adapt_positions(state: StateDict, model: nn.Module, report: LoadReport, image: bool) -> dict[str, str]:
+    """Convert position embeddings to the model's grid and kind, in place; return the status of those that change."""
+    kind, given = getattr(model, "positions", None), state.get("pos_embed")
+    if kind is None or given is None or given.ndim != 3:
+        return {}
     target: Grid = model.grid  # type: ignore[assignment]
-    grid = _position_grid(converted, source, target)
-    given = state.pop("pos_embed")
+    grid = _position_grid(state, report, target, image)
+    del state["pos_embed"]
     if grid is None or given.shape[1] != math.prod(grid):
-        converted.changed["pos_embed"] = "wrong shape"
-        return
-    status = "loaded" if grid == target else "interpolated"
-    if grid != target and grid[0] == 1 and grid[1:] == target[1:]:  # those of an image of this size
-        status = "inflated" if kind == "clip" else "loaded"
-    converted.changed["pos_embed"] = status
+        return {"pos_embed": "wrong shape"}
+    changed = {"pos_embed": "loaded" if grid == target else "interpolated"}
+    if grid != target and grid == (1, *target[1:]):  # those of an image of this size
+        changed["pos_embed"] = "inflated" if kind == "clip" else "loaded"
     if kind == "clip":  # one position for each token of a clip; else one in a frame and one in time
         times = state.pop("time_embed", None)
         if grid[0] == 1 and times is not None:
             given = (given.unsqueeze(1) + times.unsqueeze(2)).flatten(1, 2)
             grid = (times.shape[1], grid[1], grid[2])
-        state["pos_embed"] = resample(given, grid, target)
-        return
-    if grid[0] > 1:
-        given, state["time_embed"] = split_positions(given, grid)
-        converted.changed["time_embed"] = "interpolated"
-        converted.notes.append("positions of a clip split into space and time; positions='clip' keeps them as is")
-    state["pos_embed"] = resample(given, (1, grid[1], grid[2]), (1, target[1], target[2]))
+    else:
+        if grid[0] > 1:
+            given, state["time_embed"] = split_positions(given, grid)
+            changed["time_embed"] = "interpolated"
+            report.notes.append("positions of a clip split into space and time; positions='clip' keeps them as is")
+        grid, target = (1, grid[1], grid[2]), (1, target[1], target[2])
+    state["pos_embed"] = resample(given, grid, target)
+    return changed
 
 
-def _position_grid(converted: Converted, source: dict[str, Any], target: Grid) -> Grid | None:
+def _position_grid(state: StateDict, report: LoadReport, target: Grid, image: bool) -> Grid | None:
     """Return the grid of the source's positions, None if unknown."""
-    if converted.position_grid is not None:
-        return converted.position_grid
-    count, kernel = converted.state["pos_embed"].shape[1], find_kernel(converted.state)
-    one_frame = "time_embed" in converted.state or is_image_state(converted.state)
-    frames, size = source.get("num_frames"), source.get("image_size")
-    sides = [size, size] if isinstance(size, int) else size
-    if kernel is not None and isinstance(frames, int) and isinstance(sides, list) and len(sides) == 2:
+    count, kernel = state["pos_embed"].shape[1], find_kernel(state)
+    if report.layout == "VideoMAE" and count == math.prod(VIDEOMAE_GRID):
+        return VIDEOMAE_GRID
+    one_frame = image or "time_embed" in state
+    if kernel is not None and "num_frames" in report.arguments:
+        frames, size = report.arguments["num_frames"], report.arguments["image_size"]
+        sides = [size, size] if isinstance(size, int) else size
         t, h, w = (length // step for length, step in zip((frames, *sides), kernel.shape[2:], strict=True))
         return (1 if one_frame else t, h, w)
     frames, rest = divmod(count, target[1] * target[2])
@@ -267,28 +210,68 @@ def split_positions(positions: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     return space.unsqueeze(0), (frames.mean(dim=1) - space.mean(dim=0)).unsqueeze(0)
 
 
-def fit(name: str, value: Tensor, target: Tensor, model: nn.Module, from_image: bool) -> Fitted:
+def fit(name: str, value: Tensor, target: Tensor, model: nn.Module, image: bool) -> Fitted:
     """Return ``value`` in the shape of ``target`` and its status; None and "wrong shape" if it cannot be fitted."""
     root, _, leaf = name.rpartition(".")
     fitted: Tensor | None = value
     status = "loaded"
     if leaf == "global_centres" and value.ndim == 3:
-        regions = model.get_submodule(root).regions
-        fitted, status = tile_centres(value, regions, from_image)  # type: ignore[arg-type]
-    elif value.shape != target.shape:
-        if root.startswith("patch_embed.proj") and value.ndim == target.ndim == 5:
-            # The response to equal frames stays the same.
-            length, status = target.shape[2], "inflated"
-            fitted = value.sum(dim=2, keepdim=True).expand(-1, -1, length, -1, -1) / length
-        elif name == "time_embed" and value.ndim == 3:
-            fitted = resample_time(value, target.shape[1])
-            status = "inflated" if value.shape[1] == 1 else "interpolated"
-        elif leaf == "relative_position_bias_table" and value.ndim == 2:
-            shape = model.get_submodule(root).table_shape
-            fitted, status = resample_bias(value, shape, from_image)  # type: ignore[arg-type]
+        regions: Grid = model.get_submodule(root).regions  # type: ignore[assignment]
+        fitted, status = tile_centres(value, regions, image)
+    elif value.shape == target.shape:
+        pass
+    elif root.startswith("patch_embed.proj") and value.ndim == target.ndim == 5:
+        # The response to equal frames stays the same.
+        length, status = target.shape[2], "inflated"
+        fitted = value.sum(dim=2, keepdim=True).expand(-1, -1, length, -1, -1) / length
+    elif name == "time_embed" and value.ndim == 3:
+        fitted = resample(value, (value.shape[1], 1, 1), (target.shape[1], 1, 1))
+        status = "inflated" if value.shape[1] == 1 else "interpolated"
+    elif leaf == "relative_position_bias_table" and value.ndim == 2:
+        shape: Grid = model.get_submodule(root).table_shape  # type: ignore[assignment]
+        fitted, status = resample_bias(value, shape, image)
     if fitted is None or fitted.shape != target.shape:
         return None, "wrong shape"
     return fitted.to(target.dtype), status
+
+
+def _add_notes(report: LoadReport, state: StateDict, model: nn.Module, fc_norm: bool) -> None:
+    """Add notes on what the table of keys does not show: on the unused keys in ``state``, and the place of the norm."""
+    biases = [name for name in sorted(state) if name.endswith("relative_position_bias_table")]
+    if biases and report.layout != "timm ViT":
+        report.notes.append(f"{len(biases)} position bias tables unused: semantic tokens have no position bias")
+    others = [name for name in sorted(state) if name not in biases and not name.startswith("head.")]
+    if others:
+        shown = f"{len(others)} keys have no place in this model ({_shorten(others, 3)})"
+        report.notes.append(f"{shown}, so its outputs will differ from the source's")
+    if report.keys["wrong shape"]:
+        report.notes.append(f"of another shape, so they start anew: {_shorten(report.keys['wrong shape'], 3)}")
+    known = report.arguments.get("fc_norm", None if report.layout == "stvit_video" else fc_norm)
+    if known is not None and hasattr(model, "fc_norm") and known != model.fc_norm:
+        where = "after" if known else "before"
+        report.notes.append(f"its last norm comes {where} the mean over tokens: fc_norm={known} gives equal outputs")
+
+
+def _check(report: LoadReport, min_coverage: float) -> None:
+    """Raise UsageError where too little of the model is covered, or the classifier has other classes."""
+    keys = report.keys
+    if report.coverage < min_coverage:
+        raise UsageError(
+            f"{report.source} ({report.layout} layout): only {100 * report.coverage:.1f} % of the model's weights "
+            f"found, {100 * min_coverage:.0f} % required (MODEL.INIT_MIN_COVERAGE). Not covered: "
+            f"{_shorten(keys['new'] + keys['wrong shape'], 20)}. Unused: {_shorten(keys['unused'], 10) or 'none'}. "
+            f"Check that the file belongs to this architecture."
+        )
+    heads = [name for name in keys["wrong shape"] if name.startswith("head.")]
+    if heads:
+        raise UsageError(
+            f"{report.source}: its classifier ({', '.join(heads)}) has another class count than the model. "
+            f"Set MODEL.NEW_HEAD True (new_head=True) to train a new one, or build the model with its class count."
+        )
+
+
+def _shorten(names: list[str], count: int) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 def add_motion(kernel: Tensor, amount: float) -> Tensor:
@@ -301,26 +284,14 @@ def add_motion(kernel: Tensor, amount: float) -> Tensor:
     return kernel + amount * kernel.std() * (noise - noise.mean(dim=2, keepdim=True))
 
 
-def resample_time(embedding: Tensor, length: int) -> Tensor:
-    """Interpolate an embedding (n, t, C) linearly to another number of frames."""
-    if embedding.shape[1] == 1:
-        return embedding.expand(-1, length, -1)
-    if embedding.shape[1] == length:
-        return embedding
-    stretched = F.interpolate(embedding.float().transpose(1, 2), size=length, mode="linear", align_corners=True)
-    return stretched.transpose(1, 2)
-
-
 def resample(embedding: Tensor, grid: Grid, target: Grid) -> Tensor:
     """Resize an embedding (1, t*h*w, C) to another grid: bicubic with antialiasing in space, then linear in time."""
-    if grid == target:
-        return embedding
-    frames = embedding.reshape(grid[0], grid[1] * grid[2], -1)
+    maps = embedding.float().reshape(*grid, -1).permute(0, 3, 1, 2)  # (t, C, h, w)
     if grid[1:] != target[1:]:
-        maps = frames.float().unflatten(1, grid[1:]).permute(0, 3, 1, 2)
-        maps = F.interpolate(maps, size=target[1:], mode="bicubic", antialias=True, align_corners=False)
-        frames = maps.flatten(2).transpose(1, 2)
-    return resample_time(frames.transpose(0, 1), target[0]).transpose(0, 1).reshape(1, math.prod(target), -1)
+        maps = F.interpolate(maps, size=target[1:], mode="bicubic", antialias=True)
+    places = maps.flatten(2).permute(2, 1, 0)  # (h*w, C, t)
+    places = F.interpolate(places, size=target[0], mode="linear", align_corners=True)  # a single frame is repeated
+    return places.permute(2, 0, 1).reshape(1, math.prod(target), -1)
 
 
 def resample_bias(table: Tensor, shape: Grid, image: bool) -> Fitted:
@@ -341,8 +312,7 @@ def resample_bias(table: Tensor, shape: Grid, image: bool) -> Fitted:
             return None, "wrong shape"
     maps = table.reshape(frames, rows, columns, heads)
     if (rows, columns) != shape[1:]:
-        planes = maps.float().permute(0, 3, 1, 2)
-        maps = F.interpolate(planes, size=shape[1:], mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
+        maps = F.interpolate(maps.float().permute(0, 3, 1, 2), size=shape[1:], mode="bicubic").permute(0, 2, 3, 1)
     offsets = torch.arange(shape[0]) - shape[0] // 2 + frames // 2
     inflated = frames == 1 and (rows, columns) == shape[1:]
     return maps[offsets.clamp(0, frames - 1)].reshape(-1, heads), "inflated" if inflated else "interpolated"
