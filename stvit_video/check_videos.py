@@ -58,7 +58,7 @@ def check(arguments: Sequence[str] | None) -> int:
         raise UsageError(f"--output {options.output} would replace the list itself; give another folder.")
     prepare_folder(options.output)  # before a scan that may take hours
     # Clips of one frame, from the first to the last.
-    spread = partial(ClipSampler("dense", 1).even_clips, clips=options.frames)
+    spread = partial(ClipSampler("dense", 1), clips=options.frames)
     choice = read_every_frame if options.all_frames else spread
     errors: dict[str, DecodeError] = {}
     paths = list(dict.fromkeys(video.path for video in listing.videos))

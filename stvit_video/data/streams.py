@@ -152,7 +152,7 @@ def clips_of_spans(video: Timeline, sampler: Sampling, clips: int, spans: Sequen
     for first, stop in np.searchsorted(times, edges):
         first = min(int(first), video.length - 1)
         section = times[first : max(first + 1, int(stop))]
-        chosen.append(first + sampler.even_clips(KnownTimes(section - section[0]), clips))
+        chosen.append(first + sampler(KnownTimes(section - section[0]), clips))
     return np.concatenate(chosen)
 
 

@@ -18,7 +18,7 @@ from tests.conftest import copy_packets, numbered_frames
 from tests.data.choices import Frozen
 
 DEADLINE_S = 20.0
-SPREAD = partial(ClipSampler("dense", 1).even_clips, clips=16)  # 16 frames, the first and the last among them
+SPREAD = partial(ClipSampler("dense", 1), clips=16)  # 16 frames, the first and the last among them
 SOURCES = [
     ("h264.mp4", "libx264", {"g": "12"}),
     ("hevc.mp4", "libx265", {"x265-params": "log-level=none"}),
