@@ -178,9 +178,9 @@ def test_opening_thousands_of_files_leaks_no_memory(
     assert read(200) == fail
     child = decoding._child
     assert child is not None
-    before = resident(os.getpid()), resident(child._process.pid)
+    before = resident(os.getpid()), resident(child.process.pid)
     assert read(2000) == 10 * fail
     assert decoding._child is child  # it did not crash
-    grown = resident(os.getpid()) - before[0], resident(child._process.pid) - before[1]
+    grown = resident(os.getpid()) - before[0], resident(child.process.pid) - before[1]
     assert grown[0] < 16
     assert grown[1] < 50

@@ -12,7 +12,7 @@ import pytest
 
 from stvit_video.data.clips.sampling import ClipSampler
 from stvit_video.data.decode import readers
-from stvit_video.data.decode.frames import DECODERS, FrameRequest, ReaderCache, find_decoders, open_video, read_file
+from stvit_video.data.decode.frames import DECODERS, FrameRequest, find_decoders, open_video, read_file
 from stvit_video.data.decode.types import DecodeError, Frames
 from tests.conftest import numbered_frames, read_number
 from tests.data.choices import Frozen
@@ -50,7 +50,7 @@ def test_a_file_read_in_pieces_is_opened_once(
 ) -> None:
     """Reading goes on where it was, also where frames are counted from the start: a long video costs one pass."""
     paths = [str(write_clip(numbered_frames(200), name=f"{i}/{name}", codec=codec)) for i in range(2)]
-    opened, open_av, cache = [], readers._open_av, ReaderCache()
+    opened, open_av, cache = [], readers._open_av, {}
     monkeypatch.setattr(readers, "_open_av", lambda path: opened.append(path) or open_av(path))
 
     def numbers(path: str, first: int, more: bool) -> list[int]:
