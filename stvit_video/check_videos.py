@@ -39,7 +39,7 @@ def check(arguments: Sequence[str] | None) -> int:
     from stvit_video.data.scan import check_list
 
     # Clips of one frame, from the first to the last.
-    spread = partial(ClipSampler("dense", 1).even_clips, clips=options.frames)
+    spread = partial(ClipSampler("dense", 1), clips=options.frames)
     choice = read_every_frame if options.all_frames else spread
     check_list(options.list, root, options.output, options.workers, choice, decoders, options.deadline)
     return 0

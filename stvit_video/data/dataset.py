@@ -1,13 +1,11 @@
-"""Map-style datasets: from a sampler's key to a decoded and transformed sample, and to a batch.
+"""A map-style data set: from a sampler's key to a decoded and transformed sample, and to a batch.
 
-No random state is global: each training sample draws from a generator seeded by (seed, epoch, index), so it is the
-same in whichever worker or process it is loaded.
+Each training sample draws from a generator seeded by (seed, epoch, index): it is the same in any worker or process.
 """
 
-from abc import abstractmethod
-from dataclasses import KW_ONLY, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -15,11 +13,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from stvit_video.data.clips.sampling import Sampling
-from stvit_video.data.clips.transforms import TestTransform, TrainTransform
+from stvit_video.data.clips.transforms import Seed, TestViews, TrainViews
 from stvit_video.data.decode.frames import Decoding, FrameRequest
-from stvit_video.data.decode.types import Choice, DecodeError, Frames
+from stvit_video.data.decode.types import Choice, DecodeError
 from stvit_video.data.failures import Failure
 from stvit_video.data.lists.annotations import Video
+
+MAX_TRIES = 10
 
 
 @dataclass(frozen=True)
@@ -28,65 +28,6 @@ class SampleKey:
 
     epoch: int
     index: int
-
-
-Key = TypeVar("Key")
-Seed = tuple[int, ...]
-
-
-# Frames become views in two halves: ``prepare`` runs in the loader's workers, ``finish`` on the model's device, since
-# uint8 pixels take a quarter of the space of floats on the way. ``seed`` determines what is random.
-
-
-@dataclass(frozen=True)
-class TrainViews:
-    """Random crops of ``count`` clips."""
-
-    transform: TrainTransform
-    count: int
-    frames: int  # per clip
-    late: bool = False  # crop and augment on the model's device too, so that workers only decode
-
-    def prepare(self, frames: Frames, seed: Seed) -> Tensor:
-        """Map decoded frames (N, H, W, 3) to uint8 pixels (n, h, w, 3)."""
-        pixels = torch.from_numpy(frames)
-        return pixels if self.late else self._crop(pixels, seed)
-
-    def finish(self, pixels: Tensor, seed: Seed, out: Tensor) -> None:
-        """Write normalised float views (count, 3, frames, size, size) of ``pixels`` to ``out``, on the same device."""
-        rng = np.random.default_rng((*seed, 2))
-        crops = self._crop(pixels, seed) if self.late else pixels
-        for crop, view in zip(crops.chunk(self.count), out, strict=True):
-            self.transform.finish(crop, rng, view)
-
-    def _crop(self, pixels: Tensor, seed: Seed) -> Tensor:
-        rng = np.random.default_rng((*seed, 1))
-        return torch.cat([self.transform.crop(clip, rng) for clip in pixels.chunk(self.count)])
-
-
-@dataclass(frozen=True)
-class TestViews:
-    """The crops of each of ``clips`` clips. Nothing is random."""
-
-    __test__ = False
-
-    transform: TestTransform
-    clips: int
-    frames: int  # per clip
-
-    @property
-    def count(self) -> int:
-        return self.clips * self.transform.crops
-
-    def prepare(self, frames: Frames, seed: Seed) -> Tensor:
-        return self.transform.resize(frames)
-
-    def finish(self, pixels: Tensor, seed: Seed, out: Tensor) -> None:
-        for clip, views in zip(pixels.chunk(self.clips), out.chunk(self.clips), strict=True):
-            self.transform.finish(clip, views)
-
-
-Views = TrainViews | TestViews
 
 
 @dataclass
@@ -109,30 +50,27 @@ class Batch:
     seeds: list[Seed]
     labels: Tensor
     indices: Tensor
-    views: Views
+    views: TrainViews | TestViews
     failures: list[Failure]
     missing: int = 0  # samples without pixels
 
     def make_clips(self) -> Tensor:
-        """Crop, augment and normalise to views (videos * views, 3, T, H, W), on the device of the pixels.
-
-        This is computed at each call: call it once per step.
-        """
-        size = self.views.transform.size
-        shape = (len(self.shapes), self.views.count, 3, self.views.frames, size, size)
+        """Compute the views (videos * views, 3, T, H, W), on the device of the pixels; call it once per step."""
+        views = self.views
+        shape = (len(self.shapes), views.clips * views.crops, 3, views.frames, views.size, views.size)
         if self.pixels.device.type == "cpu":  # NumPy asks for huge pages: the first write takes a third of the time
             clips = torch.from_numpy(np.empty(shape, np.float32))
         else:
             clips = torch.empty(shape, device=self.pixels.device)
         videos = self.pixels.split([shape.numel() for shape in self.shapes])
         for pixels, stored, seed, out in zip(videos, self.shapes, self.seeds, clips, strict=True):
-            self.views.finish(pixels.view(stored), seed, out)
+            views.finish(pixels.view(stored), seed, out)
         return clips.flatten(0, 1)
 
     @property
     def clip_labels(self) -> Tensor:
         """The label of each clip (videos * views,)."""
-        return self.labels.repeat_interleave(self.views.count)
+        return self.labels.repeat_interleave(self.views.clips * self.views.crops)
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch with its pixels and labels on another device."""
@@ -144,7 +82,7 @@ class Batch:
         return replace(self, pixels=self.pixels.pin_memory(), labels=self.labels.pin_memory())
 
 
-def collate(samples: list[Sample], views: Views) -> Batch:
+def collate(samples: list[Sample], views: TrainViews | TestViews) -> Batch:
     """Return a batch of samples; those that cannot be read leave only their failures."""
     read = [(sample, sample.pixels) for sample in samples if sample.pixels is not None]
     flat = [pixels.reshape(-1) for _, pixels in read]
@@ -160,25 +98,40 @@ def collate(samples: list[Sample], views: Views) -> Batch:
     )
 
 
-@dataclass(eq=False, repr=False)
-class VideoDataset(Dataset[Sample], Generic[Key]):
-    """The videos of a list as samples. One that cannot be read gives a sample without pixels and its failure."""
+@dataclass(eq=False, repr=False, kw_only=True)
+class VideoDataset(Dataset[Sample]):
+    """All views of each video of a list. A key is a SampleKey in training, a video's index in a test.
+
+    A video that cannot be read gives a sample without pixels and its failure. In training it is replaced by the next
+    one of the list, up to MAX_TRIES in a row: then the list or its root is wrong, which the trainer reports.
+    """
 
     videos: list[Video]
-    _: KW_ONLY
     sampler: Sampling
-    views: Views
+    views: TrainViews | TestViews
     decoding: Decoding
     stage: str  # that of the failures
+    seed: int = 0  # of training
 
     def __len__(self) -> int:
         return len(self.videos)
 
-    def __getitem__(self, key: Key) -> Sample:
+    def __getitem__(self, key: SampleKey | int) -> Sample:
         return self.__getitems__([key])[0]
 
-    def __getitems__(self, keys: list[Key]) -> list[Sample]:
-        """Return a batch's samples; a video is decoded while the one before is transformed."""
+    def __getitems__(self, keys: Sequence[SampleKey | int]) -> list[Sample]:
+        """Return a batch's samples. Replacements are read last, when the decoder has no other requests."""
+        samples = self._read(keys)
+        for i, key in enumerate(keys):
+            for attempt in range(1, MAX_TRIES):
+                if isinstance(key, int) or samples[i].pixels is not None:
+                    break
+                (sample,) = self._read([replace(key, index=(key.index + attempt) % len(self.videos))])
+                samples[i] = replace(sample, failures=samples[i].failures + sample.failures)
+        return samples
+
+    def _read(self, keys: Sequence[SampleKey | int]) -> list[Sample]:
+        """Return the samples of the keys; a video is decoded while the one before is transformed."""
         samples = []
         for key, frames in zip(keys, self.decoding.read_all(map(self.request, keys)), strict=True):
             index, seed, _ = self._plan(key)
@@ -189,55 +142,14 @@ class VideoDataset(Dataset[Sample], Generic[Key]):
                 samples.append(Sample(self.views.prepare(frames, seed), label, index, seed, []))
         return samples
 
-    def request(self, key: Key) -> FrameRequest:
+    def request(self, key: SampleKey | int) -> FrameRequest:
         """Return which frames to decode for ``key``."""
         index, _, choice = self._plan(key)
         return self.decoding.request(self.videos[index].path, choice)
 
-    @abstractmethod
-    def _plan(self, key: Key) -> tuple[int, Seed, Choice]:
+    def _plan(self, key: SampleKey | int) -> tuple[int, Seed, Choice]:
         """Return the index of a key's video, the seed of its sample, and the choice of its frames."""
-
-
-@dataclass(eq=False, repr=False)
-class TrainDataset(VideoDataset[SampleKey]):
-    """Random clips of each video. One that cannot be read is reported and replaced by the next in the list.
-
-    After ``MAX_TRIES`` in a row the sample has no pixels: the list or its root is wrong, which the trainer reports.
-    """
-
-    MAX_TRIES = 10
-
-    _: KW_ONLY
-    views: TrainViews
-    stage: str = "train"
-    seed: int
-
-    def __getitems__(self, keys: list[SampleKey]) -> list[Sample]:
-        """Return a batch's samples. Replacements are read last, when the decoder has no other requests."""
-        samples = super().__getitems__(keys)
-        for i, key in enumerate(keys):
-            for attempt in range(1, self.MAX_TRIES):
-                if samples[i].pixels is not None:
-                    break
-                following = replace(key, index=(key.index + attempt) % len(self.videos))
-                (sample,) = super().__getitems__([following])
-                samples[i] = replace(sample, failures=samples[i].failures + sample.failures)
-        return samples
-
-    def _plan(self, key: SampleKey) -> tuple[int, Seed, Choice]:
+        if isinstance(key, int):
+            return key, (), partial(self.sampler, clips=self.views.clips)
         seed = (self.seed, key.epoch, key.index)
-        return key.index, seed, partial(self.sampler.random_clips, clips=self.views.count, seed=(*seed, 0))
-
-
-@dataclass(eq=False, repr=False)
-class TestDataset(VideoDataset[int]):
-    """Each video's views, clips x crops, from one pass of the decoder. None is replaced."""
-
-    __test__ = False
-
-    _: KW_ONLY
-    views: TestViews
-
-    def _plan(self, key: int) -> tuple[int, Seed, Choice]:
-        return key, (), partial(self.sampler.even_clips, clips=self.views.clips)
+        return key.index, seed, partial(self.sampler, clips=self.views.clips, seed=(*seed, 0))

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Sampler
 from stvit_video.common.errors import UsageError
 from stvit_video.data.clips.from_pytorchvideo import SecondsSampler
 from stvit_video.data.clips.sampling import ClipSampler, Sampling
-from stvit_video.data.clips.transforms import Augment, Mix, Normalise, TestTransform, TrainTransform
-from stvit_video.data.dataset import SampleKey, TestDataset, TestViews, TrainDataset, TrainViews, collate
+from stvit_video.data.clips.transforms import Augment, Mix, Normalise, TestViews, TrainViews
+from stvit_video.data.dataset import SampleKey, VideoDataset, collate
 from stvit_video.data.decode.frames import Decoding, find_decoders
 from stvit_video.data.lists.annotations import Video
 from stvit_video.runtime.stopping import ignore_stop_signals
@@ -31,8 +31,8 @@ class EpochSampler(Sampler[list[SampleKey]]):
     """
 
     def __init__(self, length: int, step_size: int, accumulate: int, rank: int, world: int, seed: int) -> None:
-        self.length, self.step_size, self.accumulate = length, step_size, accumulate
-        self.rank, self.world, self.seed = rank, world, seed
+        self.length, self.step_size, self.batch = length, step_size, step_size // accumulate
+        self.accumulate, self.rank, self.world, self.seed = accumulate, rank, world, seed
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
@@ -41,9 +41,8 @@ class EpochSampler(Sampler[list[SampleKey]]):
     def __iter__(self) -> Iterator[list[SampleKey]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.length, generator=generator).tolist()
-        size = self.step_size // self.accumulate
         for i in range(self.start, len(self)):
-            batch = order[i * size : (i + 1) * size]
+            batch = order[i * self.batch : (i + 1) * self.batch]
             yield [SampleKey(self.epoch, index) for index in batch[self.rank :: self.world]]
 
     def state_dict(self) -> dict[str, int]:
@@ -90,24 +89,23 @@ def build_train_loader(cfg: CfgNode, world: World, videos: list[Video]) -> DataL
         raise UsageError(
             f"TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE} exceeds the {len(videos)} videos of the training list; lower it."
         )
-    area = tuple(cfg.DATA.CROP_AREA) if cfg.DATA.CROP == "random_resized" else None
-    transform = TrainTransform(
+    views = TrainViews(
+        clips=repeats,
+        frames=cfg.DATA.FRAMES,
         size=cfg.DATA.SIZE,
         normalise=Normalise(tuple(cfg.DATA.MEAN), tuple(cfg.DATA.STD)),
         short_side=tuple(cfg.DATA.SHORT_SIDE),
-        area=area,
+        area=tuple(cfg.DATA.CROP_AREA) if cfg.DATA.CROP == "random_resized" else None,
         ratio=tuple(cfg.DATA.CROP_RATIO),
         flip=cfg.DATA.FLIP,
         augment=Augment(
             cfg.DATA.RAND_AUGMENT_LAYERS, cfg.DATA.RAND_AUGMENT_MAGNITUDE, cfg.DATA.COLOR_JITTER, cfg.DATA.ERASE
         ),
+        late=cfg.DATA.TRANSFORM_ON == "device",
     )
-    dataset = TrainDataset(
-        videos,
-        sampler=build_sampler(cfg),
-        views=TrainViews(transform, repeats, cfg.DATA.FRAMES, late=cfg.DATA.TRANSFORM_ON == "device"),
-        decoding=build_decoding(cfg, cfg.DATA.SHORT_SIDE[1]),
-        seed=cfg.SEED,
+    decoding = build_decoding(cfg, cfg.DATA.SHORT_SIDE[1])
+    dataset = VideoDataset(
+        videos=videos, sampler=build_sampler(cfg), views=views, decoding=decoding, stage="train", seed=cfg.SEED
     )
     sampler = EpochSampler(len(videos), videos_per_step, cfg.TRAIN.ACCUMULATE, world.rank, world.size, cfg.SEED)
     return _build_loader(cfg, world, dataset, sampler)
@@ -137,13 +135,8 @@ def build_test_loader(
     cfg: CfgNode, world: World, videos: list[Video], split: str = "test", *, clips: int = 1, crops: int = 1
 ) -> DataLoader:
     """Return a loader of ``clips`` x ``crops`` views of each of the videos of ``split``."""
-    dataset = TestDataset(
-        videos,
-        sampler=build_sampler(cfg),
-        views=build_test_views(cfg, clips, crops),
-        decoding=build_decoding(cfg, cfg.TEST.SHORT_SIDE),
-        stage=split,
-    )
+    views, decoding = build_test_views(cfg, clips, crops), build_decoding(cfg, cfg.TEST.SHORT_SIDE)
+    dataset = VideoDataset(videos=videos, sampler=build_sampler(cfg), views=views, decoding=decoding, stage=split)
     # As many views a batch as in the test, whatever the number of views a video.
     batch = max(1, cfg.TEST.BATCH_SIZE * cfg.TEST.CLIPS * cfg.TEST.CROPS // (clips * crops))
     return _build_loader(cfg, world, dataset, ShardedBatches(len(videos), batch, world.rank, world.size))
@@ -152,15 +145,19 @@ def build_test_loader(
 def shorten(loader: DataLoader, batches: int) -> None:
     """Let a loader end after so many batches, so that its workers load no more."""
     sampler: Any = loader.batch_sampler
-    size = sampler.step_size // sampler.accumulate if isinstance(sampler, EpochSampler) else sampler.batch
-    sampler.length = min(sampler.length, batches * size)
+    sampler.length = min(sampler.length, batches * sampler.batch)
 
 
 def build_test_views(cfg: CfgNode, clips: int, crops: int) -> TestViews:
     """Return how frames become the ``clips`` x ``crops`` views that a video is scored by."""
-    normalise = Normalise(tuple(cfg.DATA.MEAN), tuple(cfg.DATA.STD))
-    transform = TestTransform(cfg.DATA.SIZE, normalise, cfg.TEST.SHORT_SIDE, crops)
-    return TestViews(transform, clips, cfg.DATA.FRAMES)
+    return TestViews(
+        clips=clips,
+        crops=crops,
+        frames=cfg.DATA.FRAMES,
+        size=cfg.DATA.SIZE,
+        normalise=Normalise(tuple(cfg.DATA.MEAN), tuple(cfg.DATA.STD)),
+        short_side=cfg.TEST.SHORT_SIDE,
+    )
 
 
 def build_sampler(cfg: CfgNode) -> Sampling:
@@ -175,7 +172,7 @@ def build_decoding(cfg: CfgNode, short_side: int) -> Decoding:
     return Decoding(find_decoders(cfg.DATA.DECODER, "DATA.DECODER"), cfg.DATA.DEADLINE_S, short_side)
 
 
-def _build_loader(cfg: CfgNode, world: World, dataset: TrainDataset | TestDataset, sampler: Sampler) -> DataLoader:
+def _build_loader(cfg: CfgNode, world: World, dataset: VideoDataset, sampler: Sampler) -> DataLoader:
     workers = cfg.DATA.WORKERS
     if workers > 0:
         atexit.register(_kill_workers)
@@ -195,10 +192,7 @@ def _start_worker(worker: int) -> None:
 
 
 def _kill_workers() -> None:
-    """Kill the workers that are left when this process ends, as after an exception that still refers to the loader.
-
-    multiprocessing sends them SIGTERM, which they ignore, and would wait for them forever.
-    """
+    """Kill workers left at the end of this process: they ignore SIGTERM, and multiprocessing would wait forever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises where a worker is killed
     for process in multiprocessing.active_children():
         if process.daemon:

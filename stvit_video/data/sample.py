@@ -1,16 +1,15 @@
 """Generate a sample set: ``python -m stvit_video.data.sample [--root FOLDER] [--set NAME] [--seed NUMBER]``.
 
-The sets are short H.264 videos of moving sprites, generated once, for users without data.
+Sets are short H.264 videos of moving sprites, generated once, for users without data.
 
-Those of ``sample`` have two label sets: ``motion``, which no single frame shows, and ``shape``, that of the
-sprite. A folder of stills serves image models. ``sample_hard`` has one label set, ``motion_shape``: a large sprite
-among small ones that move differently, in front of a cluttered background, seen by a moving camera.
+The videos of ``sample`` have two label sets: ``motion``, which no single frame shows, and ``shape``, that of the
+sprite. A folder of stills serves image models. ``sample_hard`` has one label set, ``motion_shape``, see ``sprites``.
 """
 
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -19,19 +18,21 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+from PIL import Image
 
 from stvit_video.common.cli import Parser, number, run_command
 from stvit_video.common.errors import UsageError
-from stvit_video.common.files import whole_file
+from stvit_video.common.files import whole_file, write_atomically
 from stvit_video.common.progress import Progress
 from stvit_video.data import sprites
 from stvit_video.data.sprites import MOTIONS, SHAPES
 
 SETS = {"sample": (3072, 256, 512), "sample_hard": (3072, 64, 2048)}  # videos per split
+LABELS = {  # of each set: the names of the classes, and how many consecutive videos are of one
+    "sample": {"motion": (MOTIONS, 1), "shape": (SHAPES, len(MOTIONS))},
+    "sample_hard": {"motion_shape": (sprites.CLASSES, 1)},
+}
 SPLITS = ("train", "val", "test")
-RATE = 10  # frames per second
-VERSION = 1  # increase it with every change of what is drawn
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,8 @@ class Spec:
     clips: tuple[int, int, int] = SETS["sample"]
     stills: tuple[int, int] = (4096, 512)  # to train and test on; only of "sample"
     seed: int = 0
-    version: int = VERSION
+    version: int = 1  # increase it with every change of what is drawn
     name: str = "sample"
-
-
-def sprite_mask(split: str, index: int, seed: int = 0) -> NDArray[np.bool_]:
-    """Return the mask (FRAMES, SIDE, SIDE) of the sprite in the ``index``-th video of ``split``."""
-    rng = np.random.default_rng([seed, SPLITS.index(split), index])
-    motion, shape = video_labels(index)
-    return sprites.sprite_cover(shape, sprites.trajectory(motion, rng)) > 0.5
 
 
 def video_labels(index: int) -> tuple[str, str]:
@@ -57,8 +51,8 @@ def video_labels(index: int) -> tuple[str, str]:
     return MOTIONS[index % len(MOTIONS)], SHAPES[index // len(MOTIONS) % len(SHAPES)]
 
 
-def write_video(path: Path, frames: sprites.Image, rate: int | Fraction = RATE) -> None:
-    """Write frames (N, H, W, 3) as H.264, complete or not at all."""
+def write_video(path: Path, frames: sprites.Image, rate: int | Fraction = 10) -> None:
+    """Write frames (N, H, W, 3) as H.264, complete or not at all, ``rate`` a second."""
     import av
 
     with whole_file(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
@@ -71,14 +65,6 @@ def write_video(path: Path, frames: sprites.Image, rate: int | Fraction = RATE) 
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
-
-
-def write_still(path: Path, image: sprites.Image) -> None:
-    """Write one frame (H, W, 3) as PNG, complete or not at all."""
-    from PIL import Image as PillowImage
-
-    with whole_file(path) as temporary:
-        PillowImage.fromarray(image).save(temporary, format="PNG")
 
 
 # A file of a set is named by its kind and an index. Kinds 0 to 2 are videos of a split, 3 and 4 stills to train and to
@@ -97,42 +83,36 @@ def _write_file(root: Path, spec: Spec, file: tuple[int, int]) -> None:
     path, rng = _path_of(root, kind, index), np.random.default_rng([spec.seed, kind, index])
     motion, shape = video_labels(index)
     if spec.name == "sample_hard":
-        write_video(path, sprites.draw_hard(sprites.hard_class(index), rng))
+        write_video(path, sprites.draw_hard(sprites.CLASSES[index % len(sprites.CLASSES)], rng))
     elif kind < len(SPLITS):
         write_video(path, sprites.draw(shape, sprites.trajectory(motion, rng), rng))
     else:
-        write_still(path, sprites.draw(SHAPES[index % len(SHAPES)], sprites.trajectory(motion, rng, frames=1), rng)[0])
-
-
-def write_lists(root: Path, spec: Spec) -> None:
-    """Write ``LABELS/SPLIT.csv`` (lines `path label`) and ``LABELS/classes.txt`` for each label set."""
-    # Of each label set, the class names, and a function from a video's index to its class.
-    sets: dict[str, tuple[Sequence[str], Callable[[int], str]]] = {
-        "motion": (MOTIONS, lambda index: video_labels(index)[0]),
-        "shape": (SHAPES, lambda index: video_labels(index)[1]),
-    }
-    if spec.name == "sample_hard":
-        sets = {"motion_shape": (sprites.CLASSES, sprites.hard_class)}
-    for labels, (names, class_of) in sets.items():
-        folder = root / labels
-        folder.mkdir(exist_ok=True)
-        (folder / "classes.txt").write_text("\n".join(names) + "\n")
-        for split, count in zip(SPLITS, spec.clips, strict=True):
-            rows = [f"videos/{split}_{i:05d}.mp4 {names.index(class_of(i))}\n" for i in range(count)]
-            (folder / f"{split}.csv").write_text("".join(rows))
+        (still,) = sprites.draw(SHAPES[index % len(SHAPES)], sprites.trajectory(motion, rng, frames=1), rng)
+        with whole_file(path) as temporary:
+            Image.fromarray(still).save(temporary, format="PNG")
 
 
 def prepare(root: str | Path, spec: Spec | None = None, *, workers: int | None = None, progress: bool = True) -> None:
-    """Generate what is missing of the set in ``root``. Raises UsageError where ``root`` holds something else."""
+    """Generate what is missing of the set in ``root``, with ``LABELS/SPLIT.csv`` (lines `path label`) and class names.
+
+    Raises UsageError where ``root`` holds something else.
+    """
     root, spec = Path(root), spec or Spec()
-    record = root / "sample.json"
-    _check_root(root, record, spec)
+    record, content = root / "sample.json", json.dumps(asdict(spec))
+    if record.is_file():
+        found = {"name": "sample", **json.loads(record.read_text())}  # records of older versions name no set
+        if found != json.loads(content):
+            raise UsageError(
+                f"{root} holds the sample set {found}; asked for {content}. Delete it or give another DATA.ROOT."
+            )
+    elif root.is_file() or (root.is_dir() and any(root.iterdir())):
+        raise UsageError(f"{root} exists but holds no sample set; give another DATA.ROOT or an empty folder.")
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{root} cannot be written ({error.strerror}); give another DATA.ROOT.") from error
     if not record.exists():
-        record.write_text(json.dumps(asdict(spec)))
+        write_atomically(record, content.encode())
     counts = (*spec.clips, *(spec.stills if spec.name == "sample" else ()))
     paths = {(kind, i): _path_of(root, kind, i) for kind, count in enumerate(counts) for i in range(count)}
     todo = [file for file, path in paths.items() if not path.is_file() or path.stat().st_size == 0]
@@ -148,30 +128,19 @@ def prepare(root: str | Path, spec: Spec | None = None, *, workers: int | None =
     ):
         for _ in pool.map(partial(_write_file, root, spec), todo, chunksize=16):
             bar.advance()
-    write_lists(root, spec)
+    for labels, (names, repeats) in LABELS[spec.name].items():
+        folder = root / labels
+        folder.mkdir(exist_ok=True)
+        (folder / "classes.txt").write_text("\n".join(names) + "\n")
+        for split, count in zip(SPLITS, spec.clips, strict=True):
+            rows = [f"videos/{split}_{i:05d}.mp4 {i // repeats % len(names)}\n" for i in range(count)]
+            (folder / f"{split}.csv").write_text("".join(rows))
     (root / "complete").touch()
 
 
 def is_complete(root: str | Path) -> bool:
     """Say whether ``root`` holds a whole generated set."""
     return (Path(root) / "complete").exists()
-
-
-def _check_root(root: Path, record: Path, spec: Spec) -> None:
-    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
-        return
-    if not record.is_file():
-        raise UsageError(f"{root} exists but holds no sample set; give another DATA.ROOT or an empty folder.")
-    try:
-        found = {"name": "sample", **json.loads(record.read_text())}  # records of older versions name no set
-    except json.JSONDecodeError:
-        record.unlink()  # incomplete: it is written first, so there are no other files yet
-        return
-    if found != json.loads(json.dumps(asdict(spec))):
-        raise UsageError(
-            f"{root} holds the sample set {found}; asked for {asdict(spec)}. "
-            f"Delete the folder or give another DATA.ROOT."
-        )
 
 
 def generate(arguments: Sequence[str] | None) -> int:

@@ -4,21 +4,35 @@ No single frame shows the motion of a sprite. Position, angle and log-size are p
 edge enters at the other; one that outgrows its range starts again small) and start uniformly at random. So each of them
 has the same distribution in every frame, for all motions.
 
-The harder set tells methods that save computation apart. One large sprite moves left, right, up or down over a
-cluttered background; small sprites of all shapes move in random directions among the clutter; the camera pans. The
-class is the shape of the large sprite and its motion relative to the background.
+The harder set tells methods that save computation apart. Its class is the shape of one large sprite and its motion
+relative to a cluttered background, among which small sprites of all shapes move in random directions; the camera pans.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+Float = NDArray[np.float64]
+Image = NDArray[np.uint8]
+
 MOTIONS = ("left", "right", "up", "down", "clockwise", "counter-clockwise", "growing", "shrinking")
-SHAPES = ("disc", "square", "triangle", "star", "ring", "cross", "bar", "half-disc")
 SIDE, FRAMES = 64, 20  # pixels, frames per video
 MIN_RADIUS, MAX_RADIUS = 12.0, 27.0  # pixels
+# About the distance of (u, v), which is r from the centre, to the edge of a shape of radius 1; negative outside.
+INSIDE: dict[str, Callable[[Float, Float, Float], Float]] = {
+    "disc": lambda u, v, r: 0.9 - r,
+    "square": lambda u, v, r: 0.75 - np.maximum(abs(u), abs(v)),
+    "triangle": lambda u, v, r: np.minimum(0.5 - v, np.minimum(0.5 + v / 2 - u * 0.866, 0.5 + v / 2 + u * 0.866)),
+    "star": lambda u, v, r: 0.65 + 0.35 * np.cos(5 * np.arctan2(v, u)) - r,
+    "ring": lambda u, v, r: 0.25 - abs(r - 0.7),
+    "cross": lambda u, v, r: np.minimum(0.3 - np.minimum(abs(u), abs(v)), 0.95 - np.maximum(abs(u), abs(v))),
+    "bar": lambda u, v, r: np.minimum(0.95 - abs(u), 0.45 - abs(v)),
+    "half-disc": lambda u, v, r: np.minimum(0.95 - r, v + 0.3),
+}
+SHAPES = tuple(INSIDE)
 
 # Of the harder set.
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -27,9 +41,6 @@ CLASSES = tuple(f"{motion} {shape}" for shape in OUTLINES for motion in MOVES)
 CLUTTER, DISTRACTORS = 14, 3  # still pieces, small moving sprites
 TILT = 0.2  # largest rotation of a sprite, in radians
 PAN = 0.35  # largest camera movement along an axis over the whole video; 1 is the picture's side
-
-Float = NDArray[np.float64]
-Image = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -57,16 +68,6 @@ def trajectory(motion: str, rng: np.random.Generator, frames: int = FRAMES) -> S
     return State(circle[0] * SIDE, circle[1] * SIDE, circle[2] * 2 * math.pi, radius)
 
 
-@dataclass(frozen=True)
-class Texture:
-    """Bent spokes in two alternating colours (3,)."""
-
-    light: Float
-    dark: Float
-    spokes: int
-    bend: float
-
-
 def draw(shape: str, state: State, rng: np.random.Generator) -> Image:
     """Draw a sprite of random colours and texture on a random plain background: (frames, SIDE, SIDE, 3)."""
     colours = random_colours(rng)
@@ -74,8 +75,7 @@ def draw(shape: str, state: State, rng: np.random.Generator) -> Image:
     place = np.linspace(-1, 1, SIDE)
     background = centre + place[:, None, None] * slope[0] + place[None, :, None] * slope[1]  # a smooth gradient
     frames = np.broadcast_to(background, (len(state.x), SIDE, SIDE, 3)).copy()
-    texture = Texture(*colours, spokes=int(rng.integers(2, 5)), bend=rng.uniform(-1, 1))
-    paint(frames, shape, state, texture)
+    paint(frames, shape, state, *colours, spokes=int(rng.integers(2, 5)), bend=rng.uniform(-1, 1))
     return np.clip(frames, 0, 255).astype(np.uint8)
 
 
@@ -85,62 +85,22 @@ def random_colours(rng: np.random.Generator) -> tuple[Float, Float]:
     return (light, dark) if rng.random() < 0.5 else (dark, light)
 
 
-def paint(frames: Float, shape: str, state: State, texture: Texture) -> None:
-    """Paint a sprite over ``frames`` (frames, SIDE, SIDE, 3), in place."""
-    for i, frame in enumerate(frames):
-        u, v, cover = _project(shape, state, i)
-        r = np.hypot(u, v)
-        pattern = np.sin(texture.spokes * (np.arctan2(v, u) + texture.bend * r)) * r  # turns and grows with the sprite
-        mix = np.clip(pattern * 4 + 0.5, 0, 1)[..., None]
-        cover = cover[..., None]
-        sprite = mix * texture.light + (1 - mix) * texture.dark
-        frame[:] = cover * sprite + (1 - cover) * frame
-
-
-def sprite_cover(shape: str, state: State) -> Float:
-    """Return the share of each pixel that a sprite covers, with antialiased edges: (frames, SIDE, SIDE)."""
-    return np.stack([_project(shape, state, i)[2] for i in range(len(state.x))])
-
-
-def _project(shape: str, state: State, i: int) -> tuple[Float, Float, Float]:
-    """Return the coordinates u, v of frame ``i``'s pixels on the sprite, whose radius there is 1, and its cover.
-
-    Each is (SIDE, SIDE); the cover is the share of a pixel that the sprite covers, with antialiased edges.
-    """
+def paint(
+    frames: Float, shape: str, state: State, light: Float, dark: Float, spokes: int = 0, bend: float = 0.0
+) -> None:
+    """Paint a sprite with bent spokes in two colours (3,) over ``frames`` (frames, SIDE, SIDE, 3), in place."""
     pixels = np.arange(SIDE) + 0.5
-    dx = (pixels[None, :] - state.x[i] + SIDE / 2) % SIDE - SIDE / 2  # a sprite that leaves enters at the other edge
-    dy = (pixels[:, None] - state.y[i] + SIDE / 2) % SIDE - SIDE / 2
-    cos, sin = math.cos(state.angle[i]), math.sin(state.angle[i])
-    u, v = (cos * dx + sin * dy) / state.radius[i], (cos * dy - sin * dx) / state.radius[i]
-    return u, v, np.clip(_inside(shape, u, v) * state.radius[i] + 0.5, 0, 1)
-
-
-def _inside(shape: str, u: Float, v: Float) -> Float:
-    """Return about the distance of (u, v) to the edge of a shape of radius 1; negative outside."""
-    r = np.hypot(u, v)
-    match shape:
-        case "disc":
-            return 0.9 - r
-        case "square":
-            return 0.75 - np.maximum(abs(u), abs(v))
-        case "triangle":
-            return np.minimum(0.5 - v, np.minimum(0.5 + v / 2 - u * 0.866, 0.5 + v / 2 + u * 0.866))
-        case "star":
-            return 0.65 + 0.35 * np.cos(5 * np.arctan2(v, u)) - r
-        case "ring":
-            return 0.25 - abs(r - 0.7)
-        case "cross":
-            narrow, wide = np.minimum(abs(u), abs(v)), np.maximum(abs(u), abs(v))
-            return np.minimum(0.3 - narrow, 0.95 - wide)
-        case "bar":
-            return np.minimum(0.95 - abs(u), 0.45 - abs(v))
-        case _:
-            return np.minimum(0.95 - r, v + 0.3)
-
-
-def hard_class(index: int) -> str:
-    """Return the class of the ``index``-th video of a split of the harder set, which cycles through all 16."""
-    return CLASSES[index % len(CLASSES)]
+    for i, frame in enumerate(frames):
+        # A sprite that leaves at one edge enters at the other.
+        dx = (pixels[None, :] - state.x[i] + SIDE / 2) % SIDE - SIDE / 2
+        dy = (pixels[:, None] - state.y[i] + SIDE / 2) % SIDE - SIDE / 2
+        cos, sin, radius = math.cos(state.angle[i]), math.sin(state.angle[i]), state.radius[i]
+        u, v = (cos * dx + sin * dy) / radius, (cos * dy - sin * dx) / radius  # on the sprite, whose radius is 1
+        r = np.hypot(u, v)
+        pattern = np.sin(spokes * (np.arctan2(v, u) + bend * r)) * r  # turns and grows with the sprite
+        mix = np.clip(pattern * 4 + 0.5, 0, 1)[..., None]
+        cover = np.clip(INSIDE[shape](u, v, r) * radius + 0.5, 0, 1)[..., None]  # with antialiased edges
+        frame[:] = cover * (mix * light + (1 - mix) * dark) + (1 - cover) * frame
 
 
 def draw_hard(label: str, rng: np.random.Generator) -> Image:
@@ -163,7 +123,7 @@ def _add_sprite(frames: Float, shape: str, velocity: Float, radius: float, rng: 
     angle, colours = np.full(FRAMES, rng.uniform(-TILT, TILT)), sorted(random_colours(rng), key=np.sum)
     for colour, share in zip(colours, (1.2, 0.85), strict=True):  # a light body with a dark rim, unlike clutter
         state = State(centres[:, 0], centres[:, 1], angle, np.full(FRAMES, share * radius))
-        paint(frames, shape, state, Texture(colour, colour, spokes=0, bend=0.0))
+        paint(frames, shape, state, colour, colour)
 
 
 def _clutter(rng: np.random.Generator, camera: Float) -> Float:
@@ -173,6 +133,6 @@ def _clutter(rng: np.random.Generator, camera: Float) -> Float:
         colour = rng.uniform(75, 180, size=3)
         place, angle, radius = rng.uniform(0, SIDE, size=(2, 1)), rng.uniform(0, 2 * math.pi, size=1), rng.uniform(3, 9)
         piece = State(place[0], place[1], angle, np.array([radius]))
-        paint(ground, str(rng.choice(SHAPES)), piece, Texture(colour, colour, spokes=0, bend=0.0))
+        paint(ground, str(rng.choice(SHAPES)), piece, colour, colour)
     shifts = np.rint(np.arange(FRAMES)[:, None] * camera * SIDE / FRAMES).astype(int)  # whole pixels
     return np.stack([np.roll(ground[0], (y, x), axis=(0, 1)) for x, y in shifts])

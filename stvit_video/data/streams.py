@@ -8,9 +8,8 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import av
 import numpy as np
@@ -48,52 +47,44 @@ def find_sources(names: Sequence[str], images: bool = False) -> tuple[list[str],
     for what it matches. Any other name is returned as it is: reading it fails later, with an error of its own.
     Raises UsageError for a folder or pattern without files, and for a stream beside other names.
     """
-    live = [name for name in names if is_live(name)]
-    if live:
+    live = next(filter(is_live, names), None)
+    if live is not None:
         if len(names) > 1:
-            raise UsageError(f"{live[0]} is a camera or stream, which does not end; give it alone.")
-        return [], live[0]
+            raise UsageError(f"{live} is a camera or stream, which does not end; give it alone.")
+        return [], live
+    suffixes = MEDIA_SUFFIXES if images else VIDEO_SUFFIXES
     found: list[str] = []
     for name in names:
         is_pattern = not os.path.lexists(name) and glob.has_magic(name)
         matching = sorted(glob.glob(name, recursive=True), key=natural_order) if is_pattern else [name]
-        inside = [file for match in matching for file in _in_folder(match, images)]
+        inside = [file for match in matching for file in _in_folder(match, suffixes)]
         if not inside and is_pattern:
             raise UsageError(f"Nothing matches {name}; give a pattern that does, or a file or folder.")
         if not inside:
-            suffixes = ", ".join(MEDIA_SUFFIXES if images else VIDEO_SUFFIXES)
-            raise UsageError(f"Folder {name} holds no videos; give one with files ending in {suffixes}.")
+            raise UsageError(f"Folder {name} holds no videos; give one with files ending in {', '.join(suffixes)}.")
         found += inside
     return list(dict.fromkeys(found)), None
 
 
-def _in_folder(folder: str, images: bool) -> list[str]:
-    """Return the videos in a folder and below; what is no folder is returned as it is."""
+def _in_folder(folder: str, suffixes: tuple[str, ...]) -> list[str]:
+    """Return the files with these endings in a folder and below; what is no folder is returned as it is."""
     if not os.path.isdir(folder):
         return [folder]
-    suffixes = MEDIA_SUFFIXES if images else VIDEO_SUFFIXES
     found = []
     for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            os.path.join(parent, name) for name in files if name.lower().endswith(suffixes) and not name.startswith(".")
-        ]
-    if found:
-        return sorted(found, key=natural_order)
-    if not images and any(name.lower().endswith(IMAGE_SUFFIXES) for name in os.listdir(folder)):
+        folders[:] = [name for name in folders if name[0] != "."]
+        found += [os.path.join(parent, name) for name in files if name.lower().endswith(suffixes) and name[0] != "."]
+    if not found and any(name.lower().endswith(IMAGE_SUFFIXES) and name[0] != "." for name in os.listdir(folder)):
         return [folder]  # a video that was cut into its frames
-    return []
+    return sorted(found, key=natural_order)
 
 
 def is_live(name: str) -> bool:
     """Say whether a command's argument is a camera's number, a stream's address, a device or a pipe."""
-    if "://" in name or (name.isascii() and name.isdigit() and not os.path.exists(name)):
-        return True
-    try:
-        mode = os.stat(name).st_mode
-    except (OSError, ValueError):
-        return False
-    return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)
+    exists = os.path.exists(name)
+    mode = os.stat(name).st_mode if exists else 0
+    is_number = name.isascii() and name.isdigit() and not exists
+    return "://" in name or is_number or stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)
 
 
 def check_seconds(window: float | None, step: float | None) -> None:
@@ -105,8 +96,7 @@ def check_seconds(window: float | None, step: float | None) -> None:
         raise ValueError(f"step {step:g} without a window; give the length of a window in seconds too.")
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """A window of a video: from ``start`` to before ``end``, in seconds after its first frame."""
 
     start: float
@@ -129,30 +119,21 @@ def spans_of(times: Times, window: float, step: float) -> list[Span]:
     return spans
 
 
-@dataclass(frozen=True)
 class KnownTimes:
-    """A timeline of known times, in seconds after the first."""
+    """A ``Timeline`` of known times (length,), in seconds after the first."""
 
-    shown: Times
-
-    @property
-    def length(self) -> int:
-        return len(self.shown)
-
-    def times(self) -> Times:
-        """Return the times (length,)."""
-        return self.shown
+    def __init__(self, times: Times) -> None:
+        self.length, self.times = len(times), lambda: times
 
 
 def clips_of_spans(video: Timeline, sampler: Sampling, clips: int, spans: Sequence[Span]) -> Indices:
     """Return the indices (spans * clips * frames,) of test clips of each window, as if it were a file of its own."""
     times = video.times()
-    edges = np.array([(span.start, span.end) for span in spans]) - TOLERANCE_S
     chosen: list[Indices] = []
-    for first, stop in np.searchsorted(times, edges):
+    for first, stop in np.searchsorted(times, np.array(spans) - TOLERANCE_S):
         first = min(int(first), video.length - 1)
         section = times[first : max(first + 1, int(stop))]
-        chosen.append(first + sampler.even_clips(KnownTimes(section - section[0]), clips))
+        chosen.append(first + sampler(KnownTimes(section - section[0]), clips))
     return np.concatenate(chosen)
 
 
@@ -231,29 +212,19 @@ def read_ahead(
     results: list[queue.Queue[Piece | BaseException | None]] = [queue.Queue(AHEAD) for _ in paths]
     closed = threading.Event()
 
-    def put(i: int, item: Piece | BaseException | None) -> bool:
-        """Put a result where the caller takes it; return False once the iterator is closed."""
-        while not closed.is_set():
-            try:
-                results[i].put(item, timeout=0.2)
-                return True
-            except queue.Full:
-                continue
-        return False
-
     def work() -> None:
         read: Callable[[str], Iterator[Piece]] | None = None
-        while (i := todo.get()) is not None:
+        while (i := todo.get()) is not None and not closed.is_set():
             end: BaseException | None = None
             try:
                 read = read or start()
                 for piece in read(paths[i]):
-                    if not put(i, piece):
+                    results[i].put(piece)
+                    if closed.is_set():
                         return
             except BaseException as error:  # raised below, where the caller is
                 end = error
-            if not put(i, end):
-                return
+            results[i].put(end)
 
     # Daemons: a thread that waits for a slow file, up to its deadline, does not delay Ctrl-C.
     threads = [threading.Thread(target=work, daemon=True) for _ in range(min(workers, len(paths)))]
@@ -273,6 +244,9 @@ def read_ahead(
                 todo.put(i + ahead)
     finally:
         closed.set()
+        for result in results:  # a thread that waits for a place in a queue goes on, and sees that it is over
+            while not result.empty():
+                result.get_nowait()
         for _ in threads:
             todo.put(None)
         for thread in threads:  # a thread still in native code at the end would abort the process

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from stvit_video import __version__
 from stvit_video.common.errors import first_line
 from stvit_video.common.files import write_atomically
-from stvit_video.data.dataset import TestDataset
+from stvit_video.data.dataset import VideoDataset
 from stvit_video.data.failures import Failure
 from stvit_video.runs.checkpoint import DAMAGED, pack, read_checked
 
@@ -159,7 +159,7 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(model: nn.Module, weights: str, dataset: TestDataset, precision: str, seed: int) -> str:
+def fingerprint(model: nn.Module, weights: str, dataset: VideoDataset, precision: str, seed: int) -> str:
     """Return a hash of what features depend on: network, ``weights``, list, views, clips and arithmetic.
 
     Of the video files themselves, only names and labels count.

@@ -13,7 +13,7 @@ from stvit_video.common.hub import check_exists, pull
 from stvit_video.config.clip_settings import SETTABLE_KEYS, config_beside, view_settings
 from stvit_video.config.load import default_config, load_config, override, parse_overrides
 from stvit_video.data.clips.sampling import Sampling
-from stvit_video.data.dataset import TestViews
+from stvit_video.data.clips.transforms import TestViews
 from stvit_video.data.decode.frames import Decoding
 from stvit_video.data.loader import build_decoding, build_sampler, build_test_views
 from stvit_video.models import create_model, load_pretrained

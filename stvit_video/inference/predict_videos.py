@@ -57,7 +57,7 @@ def predict_videos(options: argparse.Namespace) -> int:
 def describe_predictor(trained: Trained, predictor: Predictor) -> str:
     """Return lines on the model, how it takes videos, and what is assumed."""
     settings, views = trained.input.settings, predictor.views
-    side = views.transform.size
+    side = views.size
     rate = f" at {settings['DATA.FPS']:g} frames per second" if settings["DATA.FPS"] else ""
     step = {
         "dense": f"stride {settings['DATA.STRIDE']}{rate}",
@@ -66,7 +66,7 @@ def describe_predictor(trained: Trained, predictor: Predictor) -> str:
     }[settings["DATA.SAMPLING"]]
     lines = [
         f"{trained.model.name}, {len(trained.classes)} classes, from {trained.weights}",
-        f"{views.frames} frames of {side}x{side} ({step}), {views.clips} x {views.transform.crops} views per video, "
+        f"{views.frames} frames of {side}x{side} ({step}), {views.clips} x {views.crops} views per video, "
         f"on {predictor.device.type}, {predictor.precision}",
     ]
     return "\n".join(lines + ([f"note: {trained.note}"] if trained.note else []))

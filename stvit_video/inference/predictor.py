@@ -179,7 +179,7 @@ class Predictor:
 
     def _read_whole(self, decoding: Decoding, path: str) -> Iterator[_Piece]:
         started = time.perf_counter()
-        choice = partial(self.input.sampler.even_clips, clips=self.views.clips)
+        choice = partial(self.input.sampler, clips=self.views.clips)
         frames = decoding.read(decoding.request(path, choice))
         yield self._prepare(frames, None, started)
 
@@ -198,14 +198,14 @@ class Predictor:
                 started = time.perf_counter()
 
     def _read_live(self, window: float, step: float, address: str) -> Iterator[_Piece]:
-        choice = partial(self.input.sampler.even_clips, clips=self.views.clips)
-        for span, times, shown in read_windows(address, window, step, self.views.transform.short_side):
+        choice = partial(self.input.sampler, clips=self.views.clips)
+        for span, times, shown in read_windows(address, window, step, self.views.short_side):
             started, indices = time.perf_counter(), choice(times)
             yield self._prepare(np.stack([shown[i] for i in indices]), span, started, indices)
 
     def _prepare(self, frames: Frames, span: Span | None, started: float, indices: Indices | None = None) -> _Piece:
         """Return the clips in ``frames`` (clips * frames, H, W, 3), whose ``indices`` show which frames repeat."""
-        pixels = self.views.prepare(frames, ())
+        pixels = self.views.prepare(frames)
         repeats = indices is not None and bool((np.diff(indices.reshape(-1, self.views.frames)) == 0).any())
         return _Piece(pixels, span, time.perf_counter() - started, repeats)
 
@@ -217,7 +217,7 @@ class Predictor:
         clips = self._batch([piece.pixels for _, piece in waiting])
         with torch.no_grad(), autocast(self.device, self.precision):
             views = self.model(clips).float().softmax(dim=1)
-        rows = views.unflatten(0, (-1, self.views.count)).mean(dim=1).cpu()
+        rows = views.unflatten(0, (-1, self.views.clips * self.views.crops)).mean(dim=1).cpu()
         seconds = (time.perf_counter() - started) / len(waiting)
         for scores in rows:
             i, piece = waiting.popleft()

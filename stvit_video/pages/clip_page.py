@@ -15,6 +15,7 @@ from torch import Tensor
 from stvit_video.common.errors import UsageError, nearest
 from stvit_video.common.files import prepare_folder, write_atomically
 from stvit_video.data.clips.sampling import ClipSampler
+from stvit_video.data.dataset import Sample, collate
 from stvit_video.data.decode.frames import open_video
 from stvit_video.data.decode.types import DecodeError, Frames, Indices, Times
 from stvit_video.data.streams import KnownTimes
@@ -62,7 +63,7 @@ def read_clip(video_input: VideoInput, path: Path, start: float | None = None) -
     Raises UsageError where the video cannot be read or ends before ``start``.
     """
     sampler = video_input.sampler
-    choice = partial(sampler.even_clips, clips=1)
+    choice = partial(sampler, clips=1)
     if start is not None:
         if not isinstance(sampler, ClipSampler) or sampler.kind != "dense":
             raise UsageError(
@@ -82,9 +83,9 @@ def read_clip(video_input: VideoInput, path: Path, start: float | None = None) -
         raise UsageError(f"VIDEO {path} {error.message}; give a video, an image or a folder of images.") from error
     if start is not None and times is not None and start > times[-1]:
         raise UsageError(f"--start {start:g} is after the end of {path}, at {times[-1]:.2f} s; give less.")
-    transform = replace(video_input.views.transform, crops=1)
-    view = transform(frames)[0]
-    mean, std = torch.tensor(transform.normalise.mean), torch.tensor(transform.normalise.std)
+    views = replace(video_input.views, clips=1, crops=1)
+    (view,) = collate([Sample(views.prepare(frames), -1, 0, (), [])], views).make_clips()
+    mean, std = torch.tensor(views.normalise.mean), torch.tensor(views.normalise.std)
     pixels = ((view.permute(1, 2, 3, 0) * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
     return Clip(view, pixels.numpy(), indices, None if times is None else times[indices], timeline.length)
 

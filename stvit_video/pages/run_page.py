@@ -212,7 +212,7 @@ def _confusion(run: RunRecord) -> dict[str, Any] | None:
 def _mistake_rows(run: RunRecord, mistakes: Sequence[ScoredVideo]) -> list[dict[str, Any]]:
     """Return each mistake with three frames of its video, or the reason why there are none."""
     decoding = Decoding(find_decoders("auto"), DEADLINE_S, THUMBNAIL)
-    choice = partial(ClipSampler("uniform", 3).even_clips, clips=1)
+    choice = partial(ClipSampler("uniform", 3), clips=1)
     rows = []
     for mistake in mistakes:
         frames, reason = [], ""

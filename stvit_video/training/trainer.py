@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from stvit_video.common.errors import UsageError
 from stvit_video.common.progress import Progress
 from stvit_video.data.clips.transforms import Mix
-from stvit_video.data.dataset import Batch, TrainDataset
+from stvit_video.data.dataset import MAX_TRIES, Batch
 from stvit_video.data.failures import Failure, check_failures
 from stvit_video.data.loader import build_mix, build_train_loader
 from stvit_video.runs.log import MetricsLog
@@ -215,7 +215,7 @@ class Trainer:
         if batch.missing:
             first = batch.failures[0]
             raise UsageError(
-                f"{TrainDataset.MAX_TRIES} training videos in a row could not be read, the first {first.path}: "
+                f"{MAX_TRIES} training videos in a row could not be read, the first {first.path}: "
                 f"{first.message}. Check DATA.ROOT and DATA.TRAIN_LIST."
             )
         return batch.to(self.world.device)

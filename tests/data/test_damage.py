@@ -18,7 +18,7 @@ from tests.conftest import copy_packets, numbered_frames
 from tests.data.choices import Frozen
 
 DEADLINE_S = 20.0
-SPREAD = partial(ClipSampler("dense", 1).even_clips, clips=16)  # 16 frames, the first and the last among them
+SPREAD = partial(ClipSampler("dense", 1), clips=16)  # 16 frames, the first and the last among them
 SOURCES = [
     ("h264.mp4", "libx264", {"g": "12"}),
     ("hevc.mp4", "libx265", {"x265-params": "log-level=none"}),
@@ -178,9 +178,9 @@ def test_opening_thousands_of_files_leaks_no_memory(
     assert read(200) == fail
     child = decoding._child
     assert child is not None
-    before = resident(os.getpid()), resident(child._process.pid)
+    before = resident(os.getpid()), resident(child.process.pid)
     assert read(2000) == 10 * fail
     assert decoding._child is child  # it did not crash
-    grown = resident(os.getpid()) - before[0], resident(child._process.pid) - before[1]
+    grown = resident(os.getpid()) - before[0], resident(child.process.pid) - before[1]
     assert grown[0] < 16
     assert grown[1] < 50

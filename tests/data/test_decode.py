@@ -12,7 +12,7 @@ import pytest
 
 from stvit_video.data.clips.sampling import ClipSampler
 from stvit_video.data.decode import readers
-from stvit_video.data.decode.frames import DECODERS, FrameRequest, ReaderCache, find_decoders, open_video, read_file
+from stvit_video.data.decode.frames import DECODERS, FrameRequest, find_decoders, open_video, read_file
 from stvit_video.data.decode.types import DecodeError, Frames
 from tests.conftest import numbered_frames, read_number
 from tests.data.choices import Frozen
@@ -50,7 +50,7 @@ def test_a_file_read_in_pieces_is_opened_once(
 ) -> None:
     """Reading goes on where it was, also where frames are counted from the start: a long video costs one pass."""
     paths = [str(write_clip(numbered_frames(200), name=f"{i}/{name}", codec=codec)) for i in range(2)]
-    opened, open_av, cache = [], readers._open_av, ReaderCache()
+    opened, open_av, cache = [], readers._open_av, {}
     monkeypatch.setattr(readers, "_open_av", lambda path: opened.append(path) or open_av(path))
 
     def numbers(path: str, first: int, more: bool) -> list[int]:
@@ -157,12 +157,12 @@ def test_a_variable_frame_rate_is_sampled_by_time(tmp_path: Path, decoder: str) 
     reader = open_video(str(path), decoder=decoder)
     np.testing.assert_allclose(reader.times(), stamps / 1000, atol=1e-4)
     clip = ClipSampler("dense", 6, 5, rate=10)  # a frame each half second: 2.5 s of the 2.975
-    frames = read_file(FrameRequest(str(path), partial(clip.even_clips, clips=1), None, (decoder,)))
+    frames = read_file(FrameRequest(str(path), partial(clip, clips=1), None, (decoder,)))
     moments = (2975 - 2500) / 2 + 500 * np.arange(6)
     expected = [int(np.searchsorted(stamps, moment, side="right")) - 1 for moment in moments]
     assert [read_number(frame) for frame in frames] == expected
     by_number = ClipSampler("dense", 6, 5)
-    frames = read_file(FrameRequest(str(path), partial(by_number.even_clips, clips=1), None, (decoder,)))
+    frames = read_file(FrameRequest(str(path), partial(by_number, clips=1), None, (decoder,)))
     assert [read_number(frame) for frame in frames] == [17, 22, 27, 32, 37, 42]
 
 

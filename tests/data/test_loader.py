@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 
 from stvit_video.common.errors import UsageError
 from stvit_video.data.clips.sampling import ClipSampler
-from stvit_video.data.clips.transforms import Normalise, TestTransform, TrainTransform
-from stvit_video.data.dataset import SampleKey, TestDataset, TestViews, TrainDataset, TrainViews, collate
+from stvit_video.data.clips.transforms import Normalise, TestViews, TrainViews
+from stvit_video.data.dataset import SampleKey, VideoDataset, collate
 from stvit_video.data.decode.frames import Decoding
 from stvit_video.data.failures import read_ledger
 from stvit_video.data.lists.annotations import Video
@@ -90,10 +90,10 @@ def test_the_first_batch_is_the_same_for_any_number_of_workers(small_set: Path) 
 
 def test_views_are_clips_times_crops(write_clip: Callable[..., Path]) -> None:
     path = write_clip(numbered_frames(61, 48, 96)[:, :, :96])
-    dataset = TestDataset(
-        [Video(str(path), 3)],
+    dataset = VideoDataset(
+        videos=[Video(str(path), 3)],
         sampler=ClipSampler("dense", 4, 5),
-        views=TestViews(TestTransform(48, PLAIN, 48, crops=3), 3, 4),
+        views=TestViews(clips=3, crops=3, frames=4, size=48, normalise=PLAIN, short_side=48),
         decoding=Decoding(("decord",), 60, 48),
         stage="test",
     )
@@ -181,11 +181,11 @@ def test_testing_replaces_no_video(damaged_set: Path) -> None:
 
 
 def test_training_gives_up_after_max_tries(tmp_path: Path) -> None:
-    transform = TrainTransform(32, PLAIN, (32, 32), None, (1, 1), False)
     videos = [Video(str(tmp_path / f"{i}.mp4"), 0) for i in range(30)]
     sampler = ClipSampler("dense", 2)
-    decoding, views = Decoding(("decord",), 60), TrainViews(transform, 1, 2)
-    dataset = TrainDataset(videos, sampler=sampler, views=views, decoding=decoding, seed=0)
+    decoding = Decoding(("decord",), 60)
+    views = TrainViews(clips=1, frames=2, size=32, normalise=PLAIN, short_side=(32, 32))
+    dataset = VideoDataset(videos=videos, sampler=sampler, views=views, decoding=decoding, stage="train")
     batch = collate([dataset[SampleKey(0, 0)]], views)
     assert batch.missing == 1
     assert [failure.path for failure in batch.failures] == [video.path for video in videos[:10]]

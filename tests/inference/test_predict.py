@@ -377,7 +377,7 @@ def test_file_without_settings_says_what_is_assumed(run_folder: Path, tmp_path: 
     lone.write_bytes((run_folder / "model.safetensors").read_bytes())
     trained = open_checkpoint(lone)
     views = trained.input.views
-    assert (views.frames, views.transform.size, views.transform.short_side) == (8, 64, 64)
+    assert (views.frames, views.size, views.short_side) == (8, 64, 64)
     assert "the defaults do: dense sampling, stride 4" in trained.note
     assert open_checkpoint(lone, ["DATA.STRIDE=2"]).input.settings["DATA.STRIDE"] == 2
     assert open_checkpoint(run_folder).note == ""

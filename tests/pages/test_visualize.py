@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from stvit_video import run
-from stvit_video.data import sample
+from stvit_video.data import sample, sprites
 from stvit_video.data.decode.frames import FrameRequest, read_file
 from stvit_video.data.decode.types import Reader
 from stvit_video.inference.load import open_checkpoint
@@ -124,6 +124,15 @@ def test_untrained_model_does_not_follow_the_disc(disc: Path, tmp_path: Path) ->
         assert (weight * share[moment]).sum() / weight.sum() < 2 * share[moment].mean()
 
 
+def sprite_mask(split: str, index: int) -> np.ndarray:
+    """Return the mask (frames, H, W) of the sprite in a video of the sample set, drawn again in white on black."""
+    rng = np.random.default_rng([0, sample.SPLITS.index(split), index])
+    motion, shape = sample.video_labels(index)
+    frames, white = np.zeros((sprites.FRAMES, sprites.SIDE, sprites.SIDE, 3)), np.ones(3)
+    sprites.paint(frames, shape, sprites.trajectory(motion, rng), white, white)
+    return frames[..., 0] > 0.5
+
+
 @pytest.mark.slow
 def test_a_trained_model_draws_on_the_sprite(tmp_path: Path) -> None:
     """After two epochs of the README's first command, tokens draw from the sprite and predictions are mostly right."""
@@ -134,7 +143,7 @@ def test_a_trained_model_draws_on_the_sprite(tmp_path: Path) -> None:
     shares, chances = [], []
     for i in range(64):
         seen, indices = explained(tmp_path / "run", tmp_path / "data" / "videos" / f"test_{i:05d}.mp4")
-        cover = token_masks(sample.sprite_mask("test", i)[indices], (4, 8, 8))
+        cover = token_masks(sprite_mask("test", i)[indices], (4, 8, 8))
         shares.append((seen.drawn * cover).sum() / seen.drawn.sum())
         chances.append(cover.mean())
     assert np.mean(np.array(shares) > chances) > 0.9
@@ -155,7 +164,7 @@ def test_sprite_mask_is_where_the_sprite_is(small_set: Path) -> None:
         path = str(small_set / "videos" / f"test_{index:05d}.mp4")
         frames = read_file(FrameRequest(path, all_frames)).astype(float)
         seen = np.abs(frames - np.median(frames, axis=0)).max(axis=-1) > 30
-        mask = sample.sprite_mask("test", index)
+        mask = sprite_mask("test", index)
         assert mask.shape == seen.shape
         assert (mask & seen).sum() / (mask | seen).sum() > 0.8
 
@@ -282,7 +291,7 @@ def test_videos_are_opened_in_the_decoding_process_only(
 
 def test_folder_of_images_has_no_times(known_run: Path, tmp_path: Path) -> None:
     for i in range(FRAMES):
-        sample.write_still(tmp_path / f"{i}.png", disc_frames()[i])
+        Image.fromarray(disc_frames()[i]).save(tmp_path / f"{i}.png")
     clip = read_clip(open_checkpoint(known_run).input, tmp_path)
     assert (clip.times, clip.length, clip.indices.tolist()) == (None, FRAMES, list(range(0, 15, 2)))
     assert clip.labels[1] == "no. 3"
@@ -307,8 +316,8 @@ def test_mistakes_are_refused_in_one_line(
     torch.save(colour_model().state_dict(), tmp_path / "weights.pth")
     (tmp_path / "empty run").mkdir()
     (tmp_path / "images").mkdir()
-    sample.write_still(tmp_path / "images" / "1.png", disc_frames()[0])
-    sample.write_still(tmp_path / "images" / "2.png", disc_frames()[1])
+    Image.fromarray(disc_frames()[0]).save(tmp_path / "images" / "1.png")
+    Image.fromarray(disc_frames()[1]).save(tmp_path / "images" / "2.png")
     run_folder, video = ["--checkpoint", str(known_run)], str(disc)
     cases = [
         ([str(tmp_path / "none.mp4"), *run_folder], "does not exist"),

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stvit_video import run
-from stvit_video.data.clips.transforms import Normalise, TrainTransform
-from stvit_video.data.dataset import Batch, Sample, TrainViews, collate
+from stvit_video.data.clips.transforms import Normalise, TrainViews
+from stvit_video.data.dataset import Batch, Sample, collate
 from stvit_video.data.lists.annotations import Video
 from stvit_video.runs.log import read_metrics
 from stvit_video.runtime.stopping import Diverged
@@ -41,8 +41,7 @@ class Fragile(nn.Module):
 
 def batches(*values: int) -> list[Batch]:
     """Batches of one black clip and one of each given brightness; video i of the list has brightness i."""
-    plain = TrainTransform(8, Normalise((0, 0, 0), (1, 1, 1)), (8, 8), None, (1, 1), False)
-    views = TrainViews(plain, 1, 2)
+    views = TrainViews(clips=1, frames=2, size=8, normalise=Normalise((0, 0, 0), (1, 1, 1)), short_side=(8, 8))
 
     def sample(value: int) -> Sample:
         return Sample(torch.full((2, 8, 8, 3), value, dtype=torch.uint8), 0, value, (0,), [])

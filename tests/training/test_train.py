@@ -15,8 +15,8 @@ from torch import nn
 from stvit_video import run
 from stvit_video.common.progress import Progress
 from stvit_video.config import load_config
-from stvit_video.data.clips.transforms import Augment, Mix, Normalise, TrainTransform
-from stvit_video.data.dataset import Sample, TrainViews, collate
+from stvit_video.data.clips.transforms import Augment, Mix, Normalise, TrainViews
+from stvit_video.data.dataset import Sample, collate
 from stvit_video.models.zoo import build_model
 from stvit_video.runs.log import MetricsLog, read_metrics
 from stvit_video.runs.preflight import open_run
@@ -98,8 +98,8 @@ def test_augmentation_is_as_configured_and_off_by_default(small_run: Callable[..
         return build_trainer(open_run(cfg, WORLD, "measure"))
 
     plain, trainer = build(), build(*AUGMENTED, "DATA.RAND_AUGMENT_MAGNITUDE", "7", "TRAIN.MIX_SWITCH", "0.3")
-    assert (plain.loader.dataset.views.transform.augment, plain.settings.mix) == (Augment(), None)
-    assert trainer.loader.dataset.views.transform.augment == Augment(layers=2, magnitude=7, jitter=0.4, erase=0.5)
+    assert (plain.loader.dataset.views.augment, plain.settings.mix) == (Augment(), None)
+    assert trainer.loader.dataset.views.augment == Augment(layers=2, magnitude=7, jitter=0.4, erase=0.5)
     mix = trainer.settings.mix
     assert [transform.alpha for transform in mix.transforms] == [0.8, 1.0]
     assert (mix.probability, mix.switch, mix.num_classes) == (0.8, 0.3, 8)
@@ -124,8 +124,7 @@ def test_a_mixed_batch_has_a_weighted_loss_and_counts_the_larger_label() -> None
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     mix = Mix(mixup=1.0, cutmix=1.0, probability=1.0, switch=0.5, num_classes=2)
     trainer = plain_trainer(model, optimizer, scheduler, mix=mix)
-    plain = TrainTransform(8, Normalise((0, 0, 0), (1, 1, 1)), (8, 8), None, (1, 1), False)
-    views = TrainViews(plain, 1, 2)
+    views = TrainViews(clips=1, frames=2, size=8, normalise=Normalise((0, 0, 0), (1, 1, 1)), short_side=(8, 8))
     pixels = [torch.full((2, 8, 8, 3), 255 * label, dtype=torch.uint8) for label in range(2)]
     batches = itertools.repeat(collate([Sample(pixels[label], label, label, (0,), []) for label in range(2)], views))
     for _ in range(12):
@@ -156,8 +155,7 @@ def test_an_auxiliary_loss_is_trained_and_not_logged(precision: str) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.125)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     trainer = plain_trainer(model, optimizer, scheduler, accumulate=2, precision=precision)
-    plain = TrainTransform(8, Normalise((0, 0, 0), (1, 1, 1)), (8, 8), None, (1, 1), False)
-    views = TrainViews(plain, 1, 2)
+    views = TrainViews(clips=1, frames=2, size=8, normalise=Normalise((0, 0, 0), (1, 1, 1)), short_side=(8, 8))
     pixels = torch.full((2, 8, 8, 3), 255, dtype=torch.uint8)
     batches = itertools.repeat(collate([Sample(pixels, label, label, (0,), []) for label in range(2)], views))
     loss, _, count = trainer.take_step(batches).tolist()

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from pytorchvideo.data.clip_sampling import ConstantClipsPerVideoSampler, RandomClipSampler
 
-from stvit_video.data.clips.sampling import TOLERANCE_S, Sampling
-from stvit_video.data.decode.types import Indices, Timeline, Times
+from stvit_video.data.clips.sampling import TOLERANCE_S
+from stvit_video.data.decode.types import Indices, Timeline
 from stvit_video.data.lists.annotations import Video
 
 
@@ -24,8 +24,7 @@ def videos_of(dataset: Any) -> list[Video]:
     """
     pairs = getattr(dataset, "_labeled_videos", dataset)
     videos = []
-    for i in range(len(pairs)):
-        path, info = pairs[i]
+    for path, info in (pairs[i] for i in range(len(pairs))):
         label = (info or {}).get("label", -1)
         if not isinstance(label, int) or label < 0:
             raise ValueError(f"{path} has the label {label!r}; give each video a whole number from 0 on as its label.")
@@ -34,41 +33,30 @@ def videos_of(dataset: Any) -> list[Video]:
 
 
 @dataclass(frozen=True)
-class SecondsSampler(Sampling):
-    """Chooses clips of a duration, ``frames`` evenly spaced in each, as PyTorchVideo's samplers place them.
+class SecondsSampler:
+    """A ``Sampling`` of clips of a duration, placed as by PyTorchVideo's Random- and ConstantClipsPerVideoSampler.
 
-    Training uses its ``RandomClipSampler``, testing its ``ConstantClipsPerVideoSampler``.
+    The frames of a clip are evenly spaced, as by its UniformTemporalSubsample.
     """
 
     frames: int
     seconds: float
 
-    def random(self, video: Timeline, rng: np.random.Generator) -> Indices:
-        times, state = video.times(), random.getstate()
-        random.seed(int(rng.integers(2**63)))  # PyTorchVideo draws from Python's generator
+    def __call__(self, video: Timeline, clips: int, seed: tuple[int, ...] | None = None) -> Indices:
+        times, seconds = video.times(), Fraction(self.seconds)
+        last_frame = times[-1] - times[-2] if len(times) > 1 else 0.0  # assumed to last as long as the one before
+        duration = Fraction(float(times[-1] + last_frame)).limit_denominator(10**6)
+        sampler = ConstantClipsPerVideoSampler(seconds, clips) if seed is None else RandomClipSampler(seconds)
+        rng, state = np.random.default_rng(seed), random.getstate()  # PyTorchVideo draws from Python's generator
+        chosen, end = [], Fraction(0)
         try:
-            clip = RandomClipSampler(Fraction(self.seconds))(0, _duration(times), {})
+            for _ in range(clips):
+                random.seed(int(rng.integers(2**63)))
+                start, end = sampler(end, duration, {})[:2]
+                edges = np.array([float(start), float(start) + self.seconds]) - TOLERANCE_S
+                first, stop = np.searchsorted(times, edges).tolist()
+                first = min(first, len(times) - 1)
+                chosen.append(np.linspace(first, max(first, stop - 1), self.frames).astype(np.int64))
         finally:
             random.setstate(state)
-        return self._spread(times, clip.clip_start_sec)
-
-    def even(self, video: Timeline, clips: int) -> list[Indices]:
-        times, sampler = video.times(), ConstantClipsPerVideoSampler(Fraction(self.seconds), clips)
-        chosen, last = [], Fraction(0)
-        for _ in range(clips):
-            info = sampler(last, _duration(times), {})
-            last = info.clip_end_sec
-            chosen.append(self._spread(times, info.clip_start_sec))
-        return chosen
-
-    def _spread(self, times: Times, start: Fraction) -> Indices:
-        """Return ``frames`` indices from ``start`` on, spaced as by PyTorchVideo's UniformTemporalSubsample."""
-        first, end = np.searchsorted(times, [float(start) - TOLERANCE_S, float(start) + self.seconds - TOLERANCE_S])
-        first = min(int(first), len(times) - 1)
-        return np.linspace(first, max(first, end - 1), self.frames).astype(np.int64)
-
-
-def _duration(times: Times) -> Fraction:
-    """Return the duration of a video; its last frame is assumed to last as long as the one before."""
-    step = times[-1] - times[-2] if len(times) > 1 else 0.0
-    return Fraction(float(times[-1] + step)).limit_denominator(10**6)
+        return np.concatenate(chosen)

@@ -1,13 +1,16 @@
 """Frames to clips: uint8 (T, H, W, 3) from the decoder to normalised float (3, T, S, S) for the model.
 
-A crop of a resized frame is computed as the resize of a crop, which processes fewer pixels. Frames stay uint8 until the
-end.
+This happens in two halves: ``prepare`` runs in the loader's workers, ``finish`` on the model's device, since uint8
+pixels take a quarter of the space of floats on the way. A seed determines what is random. A crop of a resized frame is
+computed as the resize of a crop, which processes fewer pixels.
 """
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import product
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -17,6 +20,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from stvit_video.data.decode.types import Frames
+
+Seed = tuple[int, ...]
 
 
 @contextmanager
@@ -64,46 +69,56 @@ class Normalise:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def __call__(self, pixels: Tensor, out: Tensor | None = None) -> Tensor:
-        """Map uint8 (T, H, W, 3) to float32 (3, T, H, W), written to ``out`` where that is given."""
+    def __call__(self, pixels: Tensor, out: Tensor) -> Tensor:
+        """Map uint8 (T, H, W, 3) to float32 (3, T, H, W), written to ``out``."""
         mean = torch.tensor(self.mean, device=pixels.device).view(3, 1, 1, 1) * 255
         std = torch.tensor(self.std, device=pixels.device).view(3, 1, 1, 1) * 255
-        if out is None:
-            out = torch.empty(3, *pixels.shape[:3], device=pixels.device)
         return out.copy_(pixels.permute(3, 0, 1, 2)).sub_(mean).div_(std)
 
 
-@dataclass(frozen=True)
-class TrainTransform:
-    """Random crop, optional mirroring and augmentation, each the same for all frames of a clip."""
+@dataclass(frozen=True, kw_only=True)
+class TrainViews:
+    """Random crops of ``clips`` clips, with optional mirroring and augmentation, each the same in a clip's frames."""
 
+    clips: int
+    crops: ClassVar[int] = 1  # of each clip
+    frames: int  # per clip
     size: int  # of the crop's sides
     normalise: Normalise
     short_side: tuple[int, int]  # without ``area``: resize the short side to a random length in this range, then crop
-    area: tuple[float, float] | None  # else stretch a random share of the frame's area in this range to the crop
-    ratio: tuple[float, float]  # with ``area``: of width to height
-    flip: bool  # mirror a clip with probability 0.5
-    augment: Augment = field(default_factory=Augment)
+    area: tuple[float, float] | None = None  # else stretch a random share of the frame's area in this range to the crop
+    ratio: tuple[float, float] = (1.0, 1.0)  # with ``area``: of width to height
+    flip: bool = False  # mirror a clip with probability 0.5
+    augment: Augment = Augment()
+    late: bool = False  # crop and augment on the model's device too, so that workers only decode
 
-    def crop(self, frames: Frames | Tensor, rng: np.random.Generator) -> Tensor:
-        """Map frames (T, H, W, 3), an array or a tensor, to uint8 (T, size, size, 3) on the same device."""
-        clip = torch.as_tensor(frames).permute(0, 3, 1, 2)  # (T, 3, H, W)
+    def prepare(self, frames: Frames, seed: Seed) -> Tensor:
+        """Map decoded frames (N, H, W, 3) to uint8 pixels (n, h, w, 3)."""
+        pixels = torch.from_numpy(frames)
+        return pixels if self.late else self._crop_all(pixels, seed)
+
+    def finish(self, pixels: Tensor, seed: Seed, out: Tensor) -> None:
+        """Write normalised float views (clips * crops, 3, frames, size, size) to ``out``, where the pixels are."""
+        rng = np.random.default_rng((*seed, 2))
+        crops = self._crop_all(pixels, seed) if self.late else pixels
+        for crop, view in zip(crops.chunk(self.clips), out, strict=True):
+            self.augment.cover(self.normalise(crop, view), rng)
+
+    def _crop_all(self, pixels: Tensor, seed: Seed) -> Tensor:
+        rng = np.random.default_rng((*seed, 1))
+        return torch.cat([self.crop(clip, rng) for clip in pixels.chunk(self.clips)])
+
+    def crop(self, frames: Tensor, rng: np.random.Generator) -> Tensor:
+        """Map one clip's frames (T, H, W, 3) to uint8 (T, size, size, 3)."""
+        clip = frames.permute(0, 3, 1, 2)  # (T, 3, H, W)
         height, width = clip.shape[-2:]
-        top, left, crop_height, crop_width = self._box(height, width, rng)
-        clip = F.resized_crop(clip, top, left, crop_height, crop_width, [self.size, self.size], antialias=True)
+        clip = F.resized_crop(clip, *self._box(height, width, rng), [self.size, self.size], antialias=True)
         if self.flip and rng.random() < 0.5:
             clip = F.horizontal_flip(clip)
         return self.augment.distort(clip, rng).permute(0, 2, 3, 1)
 
-    def finish(self, pixels: Tensor, rng: np.random.Generator, out: Tensor | None = None) -> Tensor:
-        """Map a crop (T, size, size, 3) to a clip (3, T, size, size)."""
-        return self.augment.cover(self.normalise(pixels, out), rng)
-
-    def __call__(self, frames: Frames | Tensor, rng: np.random.Generator) -> Tensor:
-        """Map frames (T, H, W, 3), an array or a tensor, to a clip (3, T, size, size) on the same device."""
-        return self.finish(self.crop(frames, rng), rng)
-
     def _box(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+        """Draw the top, left, height and width of a crop."""
         if self.area is None:
             side = int(rng.integers(self.short_side[0], self.short_side[1] + 1))
             crop = max(1, round(self.size * min(height, width) / side))  # the square in pixels of the frame
@@ -118,38 +133,34 @@ class TrainTransform:
         return (height - square) // 2, (width - square) // 2, square, square
 
 
-@dataclass(frozen=True)
-class TestTransform:
-    """Resize the short side, then crop."""
+@dataclass(frozen=True, kw_only=True)
+class TestViews:
+    """The crops of each of ``clips`` clips, whose short side is resized. Nothing is random."""
 
     __test__ = False  # pytest would take it for a test case
 
+    clips: int
+    crops: int  # 1, in the centre, or 3 along the longer side
+    frames: int  # per clip
     size: int  # of the crops' sides
     normalise: Normalise
     short_side: int
-    crops: int  # 1, in the centre, or 3 along the longer side
 
-    def resize(self, frames: Frames | Tensor) -> Tensor:
-        """Map frames (T, H, W, 3) to uint8 (T, h, w, 3) of the size from which crops are taken."""
-        clip = torch.as_tensor(frames).permute(0, 3, 1, 2)  # (T, 3, H, W)
+    def prepare(self, frames: Frames, seed: Seed = ()) -> Tensor:
+        """Map decoded frames (N, H, W, 3) to uint8 (N, h, w, 3) of the size from which crops are taken."""
+        clip = torch.from_numpy(frames).permute(0, 3, 1, 2)  # (N, 3, H, W)
         scale = self.short_side / min(clip.shape[-2:])
         size = [max(self.size, round(side * scale)) for side in clip.shape[-2:]]
         return F.resize(clip, size, antialias=True).permute(0, 2, 3, 1)
 
-    def finish(self, pixels: Tensor, out: Tensor | None = None) -> Tensor:
-        """Map resized frames (T, h, w, 3) to views (crops, 3, T, size, size)."""
-        if out is None:
-            out = torch.empty(self.crops, 3, len(pixels), self.size, self.size, device=pixels.device)
+    def finish(self, pixels: Tensor, seed: Seed, out: Tensor) -> None:
+        """Write normalised float views (clips * crops, 3, frames, size, size) to ``out``, where the pixels are."""
         rows, columns = pixels.shape[1] - self.size, pixels.shape[2] - self.size  # how far a crop can move
-        for share, view in zip((0.5,) if self.crops == 1 else (0.0, 0.5, 1.0), out, strict=True):
+        shares = (0.5,) if self.crops == 1 else (0.0, 0.5, 1.0)
+        for (clip, share), view in zip(product(pixels.chunk(self.clips), shares), out, strict=True):
             top = round(rows * (share if rows > columns else 0.5))
             left = round(columns * (0.5 if rows > columns else share))
-            self.normalise(pixels[:, top : top + self.size, left : left + self.size], view)
-        return out
-
-    def __call__(self, frames: Frames | Tensor) -> Tensor:
-        """Map frames (T, H, W, 3) to views (crops, 3, T, size, size)."""
-        return self.finish(self.resize(frames))
+            self.normalise(clip[:, top : top + self.size, left : left + self.size], view)
 
 
 @dataclass(kw_only=True)

@@ -3,9 +3,8 @@
 ``Decoding`` starts a child that runs ``serve``, sends it requests over a socket and copies frames out of memory that
 both share. A child that does not answer in time is killed and replaced; some endless loops of decord end no other way.
 
-The child calls ``read_file`` for each ``FrameRequest``. That opens the file (``open_video``, or the ``ReaderCache``),
-calls the request's choice with the open ``Reader`` to get frame indices, and has the reader (``readers.py``) decode
-those; where one decoder fails, it tries the next.
+The child calls ``read_file`` for each ``FrameRequest``. That opens the file, calls the request's choice with the open
+``Reader`` to get frame indices, and has the reader decode those; where one decoder fails, it tries the next.
 """
 
 import contextlib
@@ -19,10 +18,10 @@ import sys
 import tempfile
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import IO, Any
 
 import decord
 import numpy as np
@@ -30,7 +29,7 @@ from numpy.typing import NDArray
 
 from stvit_video.common.errors import UsageError
 from stvit_video.data.decode.readers import AvReader, DecordReader, ImageReader, TorchCodecReader
-from stvit_video.data.decode.types import IMAGE_SUFFIXES, Choice, DecodeError, Frames, Reader, Times
+from stvit_video.data.decode.types import IMAGE_SUFFIXES, Choice, DecodeError, Reader, Times
 from stvit_video.runtime.stopping import end_with_parent, ignore_stop_signals
 
 IN_FLIGHT = 2  # requests sent to the child at once; each has a slot of the shared memory
@@ -50,15 +49,12 @@ def find_decoders(name: str, option: str = "decoder") -> tuple[str, ...]:
     Raises UsageError, naming the ``option``, for one that is unknown or not installed.
     """
     installed = tuple(key for key in DECODERS if key != "torchcodec" or importlib.util.find_spec("torchcodec"))
-    if name == "auto":
-        return installed
-    if name not in DECODERS:
-        raise UsageError(f"{option}: decoder {name!r} is unknown; choose auto, {', '.join(DECODERS)}.")
-    if name not in installed:
-        raise UsageError(
-            f"{option}: decoder {name!r} is not installed; pip install {name}, or choose auto, {', '.join(installed)}."
-        )
-    return (name,)
+    if name != "auto" and name not in installed:
+        known = name in DECODERS
+        problem = f"is not installed; pip install {name}, or" if known else "is unknown;"
+        choices = ", ".join(installed if known else DECODERS)
+        raise UsageError(f"{option}: decoder {name!r} {problem} choose auto, {choices}.")
+    return installed if name == "auto" else (name,)
 
 
 def open_video(path: str, short_side: int | None = None, decoder: str = "decord") -> Reader:
@@ -86,49 +82,23 @@ class FrameRequest:
     decoders: tuple[str, ...] = ("pyav", "decord")  # in the order in which they are tried
     keep_open: bool = False  # more requests for this file follow
 
-    def answer(self, reader: Reader) -> NDArray[Any]:
-        """Return the chosen frames (N, H, W, 3) in the order of the choice, or the times (length,) in seconds."""
-        if self.choice is None:
-            return reader.times()
-        indices = self.choice(reader)
-        ascending, positions = np.unique(indices, return_inverse=True)  # readers accept no other order or repetitions
-        decoded = reader.frames(ascending)
-        return decoded if np.array_equal(ascending, indices) else decoded[positions]
 
-
-class ReaderCache:
-    """Keeps a file open from one request to the next, since opening a long video takes a pass through all of it."""
-
-    def __init__(self) -> None:
-        self._key: tuple[str, int | None, str] | None = None
-        self._reader: Reader | None = None
-
-    def open(self, request: FrameRequest, decoder: str) -> Reader:
-        """Return a reader of the request's file: the open one where it fits, else another."""
-        key = (request.path, request.short_side, decoder)
-        if self._reader is None or self._key != key:
-            self.close()
-            self._key, self._reader = key, open_video(*key)
-        return self._reader
-
-    def close(self) -> None:
-        """Close the open reader, if there is one."""
-        reader, self._reader = self._reader, None
-        if reader is not None:
-            reader.close()
-
-
-def read_file(request: FrameRequest, cache: ReaderCache | None = None) -> NDArray[Any]:
-    """Return the answer to a request. Raises DecodeError with what each decoder reported.
+def read_file(request: FrameRequest, opened: dict[Any, Reader] | None = None) -> NDArray[Any]:
+    """Return the chosen frames (N, H, W, 3) in the order of the choice, or the times (length,) in seconds.
 
     Decoders are tried in turn. Each makes its own choice, since they may not agree on how long a damaged file is.
+    ``opened`` keeps a file open from one request to the next, since opening a long video takes a pass through all of
+    it. Raises DecodeError with what each decoder reported.
     """
-    cache = cache or ReaderCache()
+    opened = {} if opened is None else opened
     errors: list[DecodeError] = []
     for decoder in request.decoders:
-        keep_open = False
+        key, keep_open = (request.path, request.short_side, decoder), False
         try:
-            answer = request.answer(cache.open(request, decoder))
+            if key not in opened:
+                _close(opened)
+                opened[key] = open_video(*key)
+            answer = _answer(opened[key], request.choice)
             keep_open = request.keep_open
             return answer
         except DecodeError as error:
@@ -137,28 +107,39 @@ def read_file(request: FrameRequest, cache: ReaderCache | None = None) -> NDArra
                 break
         finally:  # after any other error too, such as a lack of memory
             if not keep_open:
-                cache.close()
+                _close(opened)
     messages = list(dict.fromkeys(error.message for error in errors))
     message = messages[0] if len(messages) == 1 else "; ".join(f"{e.decoder}: {e.message}" for e in errors)
     raise DecodeError(request.path, message, "+".join(dict.fromkeys(error.decoder for error in errors)))
 
 
+def _answer(reader: Reader, choice: Choice | None) -> NDArray[Any]:
+    if choice is None:
+        return reader.times()
+    indices = choice(reader)
+    ascending, positions = np.unique(indices, return_inverse=True)  # readers accept no other order or repetitions
+    decoded = reader.frames(ascending)
+    return decoded if np.array_equal(ascending, indices) else decoded[positions]
+
+
+def _close(opened: dict[Any, Reader]) -> None:
+    while opened:
+        opened.popitem()[1].close()
+
+
+@dataclass(eq=False, repr=False)
 class Decoding:
     """Reads frames in a child process, which starts with the first request. Not to be shared between threads.
 
     After a fork, and in a loader's workers, each process starts its own child.
     """
 
-    def __init__(
-        self,
-        decoders: tuple[str, ...],  # in the order in which they are tried
-        deadline_s: float,  # for each request; a child that takes longer is killed
-        short_side: int | None = None,  # see ``open_video``
-    ) -> None:
-        self.decoders, self.deadline_s, self.short_side = decoders, deadline_s, short_side
-        self._child: _Child | None = None
-        self._waiting: deque[FrameRequest] = deque()  # sent to the child, and not answered yet
-        self._stuck: set[str] = set()  # paths that took longer than the deadline; they are not tried again
+    decoders: tuple[str, ...]  # in the order in which they are tried
+    deadline_s: float  # for each request; a child that takes longer is killed
+    short_side: int | None = None  # see ``open_video``
+    _child: "_Child | None" = field(default=None, init=False)
+    _waiting: deque[FrameRequest] = field(default_factory=deque, init=False)  # sent to the child, not answered yet
+    _stuck: set[str] = field(default_factory=set, init=False)  # paths that took too long; they are not tried again
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_child": None, "_waiting": deque()}
@@ -196,63 +177,66 @@ class Decoding:
                 yield self._receive()
         except BaseException:  # the caller has given up, and answers may be left in the socket
             self._waiting.clear()
-            self._stop_child()
+            if self._child is not None:
+                self._child.stop()
+            self._child = None
             raise
 
     def _send(self, request: FrameRequest) -> None:
         if request.path in self._stuck:
             return
-        if self._child is None or self._child.parent != os.getpid():
-            self._child = _Child()
-        try:
-            self._child.connection.send(request)
-        except OSError:  # the child is dead; if it had other requests, ``_receive`` finds out at the first of them
-            if not self._waiting:
-                self._child = _Child()
-                self._child.connection.send(request)
+        child = self._child
+        if child is None or child.parent != os.getpid() or not (self._waiting or child.process.poll() is None):
+            child = self._child = _Child()
+        with contextlib.suppress(OSError):  # the child has died with a request before this: ``_receive`` finds out
+            child.connection.send(request)
 
     def _receive(self) -> NDArray[Any] | DecodeError:
         """Return the answer to the first request; where it ended the child, send the others again."""
-        request = self._waiting.popleft()
+        request, child = self._waiting.popleft(), self._child
         if request.path in self._stuck:
             return DecodeError(request.path, f"took more than {self.deadline_s:g} s before and is not tried again")
-        assert self._child is not None
+        assert child is not None
         try:
-            if self._child.connection.poll(self.deadline_s):
-                answer = self._child.connection.recv()
-                return answer if isinstance(answer, DecodeError | np.ndarray) else self._child.read_slot(*answer)
+            if child.connection.poll(self.deadline_s):
+                answer = child.connection.recv()
+                if isinstance(answer, DecodeError):
+                    return answer
+                slot, shape, dtype = answer
+                array = np.empty(shape, dtype)
+                left = array.reshape(-1).view(np.uint8).data
+                while left:
+                    left = left[os.preadv(child.slots[slot].fileno(), [left], array.nbytes - len(left)) :]
+                return array
             message = f"took more than {self.deadline_s:g} s (DATA.DEADLINE_S); its decoder was stopped"
             self._stuck.add(request.path)
         except (EOFError, OSError):
-            message = f"made its decoder crash ({self._child.exit_status()})"
-        self._stop_child()
+            message = f"made its decoder crash ({child.exit_status()})"
+        child.stop()
+        self._child = None
         for other in self._waiting:
             self._send(other)
         return DecodeError(request.path, message, "+".join(request.decoders))
 
-    def _stop_child(self) -> None:
-        if self._child is not None:
-            self._child.stop()
-            self._child = None
-
 
 class _Child:
-    """The child process: the parent's end of the socket, and the memory to which the child writes frames."""
+    """The child process: the parent's end of the socket, and files in memory to which the child writes arrays."""
 
     def __init__(self) -> None:
         self.parent = os.getpid()
         ours, theirs = socket.socketpair()
-        self._memory = tuple(_memory_file() for _ in range(IN_FLIGHT))
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import serve; serve({theirs.fileno()}, {self._memory})"],
-            pass_fds=(theirs.fileno(), *self._memory),
+        self.slots = [_memory_file() for _ in range(IN_FLIGHT)]
+        fds = (theirs.fileno(), *(slot.fileno() for slot in self.slots))
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", f"from {__name__} import serve; serve{fds}"],
+            pass_fds=fds,
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C in a terminal reaches the parent only, with which the child ends
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
         theirs.close()
         self.connection = Connection(ours.detach())
-        self._finalizer = weakref.finalize(self, _end, self._process, self._memory, self.parent)
+        self.stop = weakref.finalize(self, _end, self.process, self.connection, self.parent)
         try:
             ready = self.connection.poll(START_S) and self.connection.recv()
         except (EOFError, OSError):
@@ -260,70 +244,53 @@ class _Child:
         if not ready:
             raise RuntimeError(f"The decoding process did not start within {START_S:g} s ({self.exit_status()}).")
 
-    def read_slot(self, slot: int, shape: tuple[int, ...]) -> Frames:
-        """Return a copy of the frames of ``shape`` in a slot of the shared memory."""
-        frames = np.empty(shape, np.uint8)
-        left = frames.reshape(-1).data
-        while left:
-            left = left[os.preadv(self._memory[slot], [left], frames.nbytes - len(left)) :]
-        return frames
-
     def exit_status(self) -> str:
         """Say how the child ended."""
         try:
-            code = self._process.wait(timeout=5)
+            code = self.process.wait(timeout=5)
         except subprocess.TimeoutExpired:
             return "no answer"
         return f"signal {-code}" if code < 0 else f"exit code {code}"
 
-    def stop(self) -> None:
-        """Kill the child."""
-        self.connection.close()
-        self._finalizer()
+
+def _memory_file() -> IO[bytes]:
+    """Return a file in memory, where the system has them; it vanishes when the last process closes it."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("frames"), "r+b", 0)
+    return tempfile.TemporaryFile(buffering=0)
 
 
-def _end(process: subprocess.Popen, memory: Iterable[int], parent: int) -> None:
+def _end(process: subprocess.Popen, connection: Connection, parent: int) -> None:
+    """Kill the child."""
     if os.getpid() != parent:  # a fork inherits the finalizer but not the child
         return
+    connection.close()
     process.kill()
     with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel, for example on a dead network disk
         process.wait(timeout=1)
-    for descriptor in memory:
-        os.close(descriptor)
 
 
-def _memory_file() -> int:
-    """Return a descriptor of a file in memory, which vanishes when the last process closes it."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("frames")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
-
-
-def serve(socket_fd: int, memory_fds: Sequence[int]) -> None:
+def serve(socket_fd: int, *memory_fds: int) -> None:
     """Answer requests until the parent closes the socket: the main function of the child process."""
     end_with_parent(signal.SIGKILL)  # a hanging decoder would never see the closed socket
     ignore_stop_signals()
     decord.logging.set_level(decord.logging.QUIET)  # it raises what it would print about a damaged file
     connection = Connection(socket_fd)
     connection.send(True)
-    cache = ReaderCache()
-    for slot in itertools.cycle(range(len(memory_fds))):
+    opened: dict[Any, Reader] = {}
+    for slot, fd in itertools.cycle(enumerate(memory_fds)):
         try:
             request = connection.recv()
         except EOFError:
             return
         try:
-            answer = read_file(request, cache)
+            answer = np.ascontiguousarray(read_file(request, opened))
         except DecodeError as error:
             connection.send(error)
         except MemoryError:
             connection.send(DecodeError(request.path, "does not fit into memory", "+".join(request.decoders)))
         else:
-            if request.choice is None:
-                connection.send(answer)  # times: small enough for the socket
-                continue
-            left = np.ascontiguousarray(answer).reshape(-1).data
+            left = answer.reshape(-1).view(np.uint8).data
             while left:  # a call writes 2 GB at most
-                left = left[os.pwrite(memory_fds[slot], left, answer.nbytes - len(left)) :]
-            connection.send((slot, answer.shape))
+                left = left[os.pwrite(fd, left, answer.nbytes - len(left)) :]
+            connection.send((slot, answer.shape, answer.dtype.str))

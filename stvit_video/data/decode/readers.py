@@ -90,15 +90,16 @@ class AvReader:
                 self._reopen()
                 self._numbered = enumerate(self._container.decode(self._stream))
             numbered, self._numbered = self._numbered, None  # after an error, decoding starts again
-            frames = self._stack(self._select(numbered, {index: index for index in indices.tolist()}))
+            frames = self._stack(self._find(numbered, index, index) for index in indices.tolist())
             self._numbered, self._next = numbered, int(indices[-1]) + 1
             return frames
         positions = {self._stamps[index]: index for index in indices.tolist()}
         try:
-            return self._stack(self._seek_and_select(positions))
+            return self._stack(self._seek_and_find(positions))
         except DecodeError:  # not always damage: after a seek into a gradual refresh, the decoder withholds frames
             self._reopen()
-            return self._stack(self._select(self._decode(positions), positions))
+            decoded = self._decode(positions)
+            return self._stack(self._find(decoded, stamp, index) for stamp, index in positions.items())
 
     def _stack(self, frames: Iterator[VideoFrame]) -> Frames:
         arrays = []
@@ -117,19 +118,17 @@ class AvReader:
         self._container.close()
         self._container, self._stream = _open_av(self.path)
 
-    def _seek_and_select(self, positions: Positions) -> Iterator[VideoFrame]:
-        """Yield the requested frames, in groups within which decoding on is cheaper than seeking to a key frame."""
-        groups: list[tuple[int, Positions]] = []  # each with where to seek first
+    def _seek_and_find(self, positions: Positions) -> Iterator[VideoFrame]:
+        """Yield the requested frames, over a short distance by decoding on instead of seeking to a key frame."""
+        decoded: Decoded | None = None
         last_stamp = last_index = 0
         for stamp, index in positions.items():
             key = self._keys[max(0, bisect.bisect_right(self._keys, stamp) - 1)]
-            if not groups or (key > last_stamp and index - last_index > SEEK_DISTANCE):
-                groups.append((min(key, stamp), {}))
-            groups[-1][1][stamp] = index
+            if decoded is None or (key > last_stamp and index - last_index > SEEK_DISTANCE):
+                self._container.seek(min(key, stamp), stream=self._stream)
+                decoded = self._decode(positions)
             last_stamp, last_index = stamp, index
-        for key, group in groups:
-            self._container.seek(key, stream=self._stream)
-            yield from self._select(self._decode(group), group)
+            yield self._find(decoded, stamp, index)
 
     def _decode(self, positions: Positions) -> Decoded:
         """Yield frames with their times from here on, without those that are neither requested nor referenced."""
@@ -140,15 +139,14 @@ class AvReader:
             for frame in packet.decode():
                 yield frame.pts, frame
 
-    def _select(self, decoded: Decoded, positions: Positions) -> Iterator[VideoFrame]:
-        """Yield the requested ones of the decoded frames."""
-        for position, index in positions.items():
-            found = next((pair for pair in decoded if pair[0] is not None and pair[0] >= position), None)
-            if found is None:
-                raise DecodeError(self.path, f"frame {index} is missing: the file ends before", "pyav")
-            if found[0] != position or found[1].is_corrupt:
-                raise DecodeError(self.path, f"frame {index} is damaged", "pyav")
-            yield found[1]
+    def _find(self, decoded: Decoded, position: int, index: int) -> VideoFrame:
+        """Return the frame ``index``, at a position which ``decoded`` has not passed."""
+        found, frame = next((pair for pair in decoded if pair[0] is not None and pair[0] >= position), (None, None))
+        if frame is None:
+            raise DecodeError(self.path, f"frame {index} is missing: the file ends before", "pyav")
+        if found != position or frame.is_corrupt:
+            raise DecodeError(self.path, f"frame {index} is damaged", "pyav")
+        return frame
 
     def close(self) -> None:
         self._container.close()
@@ -184,10 +182,7 @@ def to_numpy(batch: Any) -> Frames:
 
 
 class TorchCodecReader:
-    """Reads a video file with TorchCodec, where it and FFmpeg are installed. Raises DecodeError.
-
-    Frames keep the file's size; ``short_side`` is left to the transforms.
-    """
+    """Reads a video file with TorchCodec, if installed, and leaves resizing to the transforms. Raises DecodeError."""
 
     def __init__(self, path: str, short_side: int | None = None) -> None:
         from torchcodec.decoders import VideoDecoder  # optional, and it imports torch
@@ -219,13 +214,11 @@ class ImageReader:
     def __init__(self, path: str, short_side: int | None = None) -> None:
         self.path, self.paths, self.short_side = path, [path], short_side
         if os.path.isdir(path):
-            try:
+            with decode_errors(path, "cannot be listed", "pillow", (OSError,)):
                 names = [name for name in os.listdir(path) if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != "."]
-            except OSError as error:
-                raise DecodeError(path, f"cannot be listed ({error.strerror})", "pillow") from error
-            if not names:
-                raise DecodeError(path, "is a folder without images", "pillow")
             self.paths = [os.path.join(path, name) for name in sorted(names, key=natural_order)]
+        if not self.paths:
+            raise DecodeError(path, "is a folder without images", "pillow")
         self._first = read_image(self.paths[0], short_side)
         self.length = len(self.paths)
 
@@ -268,9 +261,8 @@ def _probe(path: str, decoder: str, short_side: int | None = None) -> tuple[int,
     Raises DecodeError where decord and TorchCodec would return other frames than the requested ones.
     """
     container, stream = _open_av(path)
-    with container:
-        with decode_errors(path, NOT_OPENED, "pyav", AV_ERRORS):
-            problem = _why_inexact(container, stream)
+    with container, decode_errors(path, NOT_OPENED, "pyav", AV_ERRORS):
+        problem = _why_inexact(container, stream)
         size = reduced_size((stream.codec_context.width, stream.codec_context.height), short_side)
     if problem:
         raise DecodeError(path, f"{problem}, where {decoder} finds wrong frames; DATA.DECODER auto reads it", decoder)

@@ -47,9 +47,7 @@ def decode_errors(path: str, message: str, decoder: str, kinds: tuple[type[Excep
 class Timeline(Protocol):
     """The number of frames of a video and their times, which is all that a sampler needs."""
 
-    @property
-    def length(self) -> int:
-        """Number of frames that can be read; what the file announces is not trusted."""
+    length: int  # frames that can be read; what the file announces is not trusted
 
     def times(self) -> Times:
         """Return the times (length,) at which frames are shown, in seconds after the first. Raises DecodeError."""
@@ -69,10 +67,7 @@ Choice = Callable[[Reader], Indices]  # which frames to read, in any order; call
 
 
 def reduced_size(size: tuple[int, int], short_side: int | None) -> tuple[int, int] | None:
-    """Return the (width, height) with that short side, or None where reducing a frame early does not save time.
-
-    A decoder's resize costs more than that of the transforms, which follows in any case.
-    """
+    """Return the (width, height) with that short side, or None where the transforms' own resize alone is faster."""
     if short_side is None or min(size) <= WORTH_REDUCING * short_side:
         return None
     scale = short_side / min(size)

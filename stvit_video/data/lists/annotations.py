@@ -15,11 +15,10 @@ from stvit_video.common.errors import UsageError, nearest
 from stvit_video.data.decode.types import MEDIA_SUFFIXES, VIDEO_SUFFIXES
 
 MAX_LABEL = 999_999  # more classes than any data set has: a larger number is an id or a time, read as a label
-MAX_LOOKS = 512  # files to look at where a list is checked
+MAX_LOOKS = 512  # files to look at where a list is checked: a wrong root shows within seconds on any storage
 LIST_FORM = "a text file with lines `path label`, a Kinetics CSV or a Something-Something JSON"
 CLASS_FORM = "one class name a line, in the order of the labels"
 KINETICS_COLUMNS = ("label", "youtube_id", "time_start", "time_end")
-YOUTUBE_ID = re.compile(r"[\w-]+")
 
 
 @dataclass(frozen=True, slots=True)  # lists have hundreds of thousands
@@ -35,10 +34,7 @@ class Video:
 
 
 def read_lines(path: str | Path, what: str, form: str) -> list[str]:
-    """Return the lines of a text file, with their ends.
-
-    Raises UsageError, saying ``what`` the file should be and in which ``form``, where it is missing or not UTF-8 text.
-    """
+    """Return a text file's lines, with their ends; UsageError, naming ``what`` it is and the ``form`` to give."""
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"{what} {path} is not a file; give {form}.")
@@ -66,15 +62,11 @@ def _parse_line(line: str, place: str, root: Path) -> Video:
     name, label = line[: max(cut, 0)].rstrip(" ,\t"), line[cut + 1 :]
     name, label = (text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text for text in (name, label))
     if not name or not re.fullmatch(r"[+-]?[0-9]+", label):
-        raise UsageError(
-            f"{place}: {line[:120]!r} has no label; write the path, a space, comma or tab, and the label as a whole "
-            f"number."
-        )
+        raise UsageError(f"{place}: {line[:120]!r} has no label; write path, space, comma or tab, and a whole number.")
     number = int(label) if len(label) < 20 else MAX_LABEL + 1  # Python refuses numbers of many thousand digits
-    if number < 0:
-        raise UsageError(f"{place}: label {label} is negative; labels count from 0.")
-    if number > MAX_LABEL:
-        raise UsageError(f"{place}: label {label[:20]} is above {MAX_LABEL:,}; give class numbers, counted from 0.")
+    if not 0 <= number <= MAX_LABEL:
+        problem = "is negative" if number < 0 else f"is above {MAX_LABEL:,}"
+        raise UsageError(f"{place}: label {label[:20]} {problem}; give class numbers, counted from 0.")
     return Video(str(root / name), number)
 
 
@@ -91,19 +83,13 @@ def read_folder(path: str | Path, classes: Sequence[str] | None = None) -> list[
     """Read class folders of images and videos, their sub-folders included, sorted by path.
 
     A label is the folder's place in ``classes``, or else among the folders' sorted names; a class may have no files
-    and no folder. Hidden files and files that are neither image nor video by their ending are skipped. Raises
-    UsageError where a folder is not in ``classes``, or where there are no class folders or no images and videos at all.
+    and no folder. Hidden and other files are skipped. Raises UsageError where a folder is not in ``classes``, or where
+    there are no class folders or no images and videos at all.
     """
-    path = Path(path)
-    folders = class_folders(path)
-    names = folders if classes is None else list(classes)
-    for folder in folders:
-        if folder not in names:
-            raise UsageError(
-                f"Folder {path / folder} is of none of the {len(names)} classes ({names[0]} to {names[-1]}); "
-                f"rename it or correct DATA.CLASSES.{nearest(folder, names)}"
-            )
-    labels = {name: names.index(name) for name in folders}
+    path, folders = Path(path), class_folders(path)
+    names = folders if classes is None else classes
+    of_none = f"is of none of the {len(names)} classes ({names[0]} to {names[-1]}); rename it or correct DATA.CLASSES."
+    labels = {name: _label_of(name, names, f"Folder {path / name} {of_none}") for name in folders}
 
     def is_shown(name: str) -> bool:
         return f"{os.sep}." not in name.removeprefix(str(path)) and is_media(name)
@@ -117,6 +103,13 @@ def read_folder(path: str | Path, classes: Sequence[str] | None = None) -> list[
     return [Video(name, label) for name, label in found]
 
 
+def _label_of(name: str, classes: Sequence[str], refusal: str) -> int:
+    """Return the place of a class; UsageError with the ``refusal`` and the nearest name where there is none."""
+    if name not in classes:
+        raise UsageError(refusal + nearest(name, classes))
+    return classes.index(name)
+
+
 def is_media(name: str | Path) -> bool:
     """Return whether a file is an image or a video by its ending."""
     return str(name).lower().endswith(MEDIA_SUFFIXES)
@@ -124,15 +117,12 @@ def is_media(name: str | Path) -> bool:
 
 def read_file(path: str | Path, classes: Sequence[str]) -> list[Video]:
     """Return one image or video as a list, labelled by the folder it lies in; UsageError where that is no class."""
-    path = Path(path)
-    folder = path.absolute().parent.name
-    if folder not in classes:
-        raise UsageError(
-            f"{path} is one file without a label: its folder {folder!r} is none of the {len(classes)} class names; "
-            f"put it into the folder of its class, or give a text file with the line `path label`."
-            f"{nearest(folder, list(classes))}"
-        )
-    return [Video(str(path), list(classes).index(folder))]
+    folder = Path(path).absolute().parent.name
+    refusal = (
+        f"{path} is one file without a label: its folder {folder!r} is none of the {len(classes)} class names; put it "
+        f"into the folder of its class, or give a text file with the line `path label`."
+    )
+    return [Video(str(path), _label_of(folder, classes, refusal))]
 
 
 def read_classes(path: str | Path) -> list[str]:
@@ -159,24 +149,20 @@ def read_classes(path: str | Path) -> list[str]:
 
 
 class Entry(NamedTuple):
-    """A video of a catalogue: its class, and the names without ending that it may have, the likeliest first."""
+    """A video of a catalogue: its class, the names without ending that it may have, and where it is expected."""
 
     label: str
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # the likeliest first
+    path: str  # from the root
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """A list that names classes and videos, but not where the videos are.
+    """A list that names classes and videos, but not where the videos are."""
 
-    ``clip_folder`` matches the names of folders with the frames of one clip. They are not searched: they hold millions
-    of pictures. ``expected`` is where a video that is nowhere would have been, from its ``label`` and ``name``.
-    """
-
-    source: str
+    source: str | Path
     entries: list[Entry]
-    clip_folder: re.Pattern[str]
-    expected: str
+    clip_folder: re.Pattern[str]  # names of folders with the millions of frames of clips, which are not searched
 
     def classes(self) -> list[str]:
         """Return the sorted names of all classes that occur."""
@@ -192,10 +178,9 @@ def read_catalogue(path: str | Path) -> Catalogue | None:
     first = next((line for line in lines if line.strip()), "")
     # A bracket alone does not make it JSON: a path may begin with one.
     if str(path).lower().endswith(".json") or re.match(r"\s*\[\s*(\{|$)", first):
-        return Catalogue(str(path), _read_something("".join(lines), path), re.compile("[0-9]+"), "{name}.webm")
+        return Catalogue(path, _read_something("".join(lines), path), re.compile("[0-9]+"))
     if not {"youtube_id", "time_start", "time_end"}.isdisjoint(re.split(r"[\s,;\"]+", first.lower())):
-        clip_folder = re.compile(".+_[0-9]{6}_[0-9]{6}")
-        return Catalogue(str(path), _read_kinetics(lines, path), clip_folder, "{label}/{name}.mp4")
+        return Catalogue(path, _read_kinetics(lines, path), re.compile(".+_[0-9]{6}_[0-9]{6}"))
     return None
 
 
@@ -207,20 +192,15 @@ def find_videos(
     ``clips`` is what ``find_clips`` found under ``root``. A video whose file is not there is kept, marked as missing,
     with the path where it is expected. Raises UsageError where a class is not in ``classes``.
     """
-    labels: dict[str, int] = {}
-    for name in catalogue.classes():
-        if name in classes:
-            labels[name] = classes.index(name)
-        else:
-            raise UsageError(
-                f"List {catalogue.source}: label {name!r} is none of the {len(classes)} classes ({classes[0]} to "
-                f"{classes[-1]}); correct it, or give all names in DATA.CLASSES.{nearest(name, list(classes))}"
-            )
+    of_none = f"is none of the {len(classes)} classes ({classes[0]} to {classes[-1]}); correct it or DATA.CLASSES."
+    labels = {
+        name: _label_of(name, classes, f"List {catalogue.source}: label {name!r} {of_none}")
+        for name in catalogue.classes()
+    }
     videos = []
     for entry in catalogue.entries:
         path = next((clips[name] for name in entry.names if name in clips), None)
-        expected = catalogue.expected.format(label=entry.label.replace("/", "_"), name=entry.names[0])
-        videos.append(Video(path or os.path.join(root, expected), labels[entry.label], missing=path is None))
+        videos.append(Video(path or os.path.join(root, entry.path), labels[entry.label], missing=path is None))
     return videos
 
 
@@ -234,11 +214,10 @@ def find_clips(root: str | Path, clip_folder: re.Pattern[str]) -> dict[str, str]
     seen: set[tuple[int, int]] = set()
     for place, folders, files in os.walk(root, followlinks=True):
         status = os.stat(place)
-        identity = (status.st_dev, status.st_ino)
-        if identity in seen:  # links that lead back up would have no end
+        if (status.st_dev, status.st_ino) in seen:  # links that lead back up would have no end
             folders.clear()
             continue
-        seen.add(identity)
+        seen.add((status.st_dev, status.st_ino))
         for name in sorted(files):
             stem, ending = os.path.splitext(name)
             if ending.lower() in VIDEO_SUFFIXES:
@@ -251,46 +230,32 @@ def find_clips(root: str | Path, clip_folder: re.Pattern[str]) -> dict[str, str]
 
 def _read_kinetics(lines: list[str], path: str | Path) -> list[Entry]:
     reader = csv.reader(lines, skipinitialspace=True, strict=True)
-    rows: list[tuple[int, list[str]]] = []  # number of the line, fields; without blank ones
     try:
-        for row in reader:
-            fields = [field.strip() for field in row]
-            if any(fields):
-                rows.append((reader.line_num, fields))
+        rows = [(reader.line_num, [field.strip() for field in row]) for row in reader]
     except csv.Error as error:
-        raise UsageError(
-            f"List {path}, line {reader.line_num}: damaged CSV ({error}); correct its quotation marks."
-        ) from error
+        raise UsageError(f"List {path}, line {reader.line_num}: damaged CSV ({error}); correct its quotes.") from error
+    rows = [(number, row) for number, row in rows if any(row)]  # without blank lines
     header = [name.lower() for name in rows[0][1]]
     absent = [name for name in KINETICS_COLUMNS if name not in header]
     if absent == ["label"]:
-        raise UsageError(
-            f"List {path} has no column label: test lists are published without; give one with labels, as the "
-            f"validation list."
-        )
+        raise UsageError(f"List {path} has no column label: test lists are published without; give one with it.")
     if absent:
         raise UsageError(
-            f"List {path} looks like a Kinetics CSV but has no column {', '.join(absent)}; its first line must hold "
+            f"List {path}, a Kinetics CSV, has no column {', '.join(absent)}; its first line must hold "
             f"{','.join(KINETICS_COLUMNS)}, separated by commas. Correct it, or give lines `path label`."
         )
     entries = []
     for number, row in rows[1:]:
+        place = f"List {path}, line {number}"
         if len(row) != len(header):
-            raise UsageError(
-                f"List {path}, line {number} has {len(row)} fields, not {len(header)} as the header; put a label that "
-                f"holds a comma in quotation marks."
-            )
+            raise UsageError(f"{place} has {len(row)} fields, not {len(header)} as the header; quote commas in labels.")
         label, name, start, end = (row[header.index(column)] for column in KINETICS_COLUMNS)
-        if not label or not YOUTUBE_ID.fullmatch(name):
-            raise UsageError(
-                f"List {path}, line {number}: label {label!r}, youtube_id {name!r}; give a class, and letters, digits, "
-                f"- or _."
-            )
+        if not label or not re.fullmatch(r"[\w-]+", name):
+            raise UsageError(f"{place}: label {label!r}, youtube_id {name!r}; give a class, and letters, digits, -, _.")
         if not (start.isdecimal() and end.isdecimal() and max(len(start), len(end)) <= 6):
-            raise UsageError(
-                f"List {path}, line {number}: times {start!r} and {end!r}; give whole seconds, as in 12 and 22."
-            )
-        entries.append(Entry(label, (f"{name}_{start:0>6}_{end:0>6}", name)))
+            raise UsageError(f"{place}: times {start!r} and {end!r}; give whole seconds, as in 12 and 22.")
+        clip = f"{name}_{start:0>6}_{end:0>6}"
+        entries.append(Entry(label, (clip, name), f"{label.replace('/', '_')}/{clip}.mp4"))
     if not entries:
         raise UsageError(f"List {path} has no rows below its header; give at least one video.")
     return entries
@@ -303,25 +268,21 @@ def _read_something(text: str, path: str | Path) -> list[Entry]:
         raise UsageError(f"List {path} is not JSON ({error}); give a whole file, as it is published.") from error
     if not isinstance(content, list) or not content:
         raise UsageError(
-            f"List {path} is not a JSON list of videos; give one such as something-something-v2-train.json. The file "
-            f"with the names of the classes goes to DATA.CLASSES."
+            f"List {path} is not a JSON list of videos; give one: the file with the names of the classes goes to "
+            f"DATA.CLASSES."
         )
     entries = []
     for number, item in enumerate(content, start=1):
         place, name = f"List {path}, entry {number}", item.get("id") if isinstance(item, dict) else None
         if type(name) not in (str, int) or not str(name):
-            raise UsageError(
-                f'{place} has no id; give {{"id": "1", "template": "Holding [something]"}} for each video.'
-            )
+            raise UsageError(f'{place} has no id; give {{"id": "1", "template": "Holding [something]"}} for each.')
+        place = f"{place} (id {name})"
         if "template" not in item:
-            raise UsageError(
-                f"{place} (id {name}) has no template: test lists are published without labels; give one with them, as "
-                f"the validation list."
-            )
+            raise UsageError(f"{place} has no template: test lists are published without labels; give one with it.")
         template = item["template"]
         if not isinstance(template, str) or not template.strip():
-            raise UsageError(f"{place} (id {name}): template {template!r} is not text; give the name of a class.")
-        entries.append(Entry(template.replace("[", "").replace("]", "").strip(), (str(name),)))
+            raise UsageError(f"{place}: template {template!r} is not text; give the name of a class.")
+        entries.append(Entry(template.replace("[", "").replace("]", "").strip(), (str(name),), f"{name}.webm"))
     return entries
 
 
@@ -350,27 +311,21 @@ def summarise_videos(videos: list[Video], split: str) -> str:
     """Return a line for the user: how many videos ``split`` has, and how many of them are missing."""
     missing, known = find_missing(videos)
     line = f"{split}: {len(videos):,} videos"
-    if not missing:
-        return line
-    count = f"{len(missing):,}{'' if known == len(videos) else f' of {known:,} looked at'}"
-    return (
-        f"{line}, {count} ({100 * len(missing) / known:.1f} %) missing, the first {missing[0]}; they count as failures "
-        f"and are listed in failures.csv"
-    )
+    if missing:
+        looked_at = "" if known == len(videos) else f" of {known:,} looked at"
+        line += f", {len(missing):,}{looked_at} ({100 * len(missing) / known:.1f} %) missing, the first {missing[0]}; "
+        line += "they count as failures and are listed in failures.csv"
+    return line
 
 
 def find_missing(videos: list[Video]) -> tuple[list[str], int]:
     """Return the paths that are missing, and of how many files this is known.
 
-    It is known of all where searching for the files left some unfound. Else evenly spread ones are looked at, about
-    ``MAX_LOOKS``: a wrong root shows within seconds on any storage.
+    It is known of all where a search left some unfound. Else about MAX_LOOKS evenly spread ones are looked at.
     """
     unfound = [video.path for video in videos if video.missing]
     if unfound:
         return unfound, len(videos)
-    looked_at = videos[:: max(1, len(videos) // MAX_LOOKS)]
-    missing = []
-    for path in (video.path for video in looked_at):
-        if not os.path.isfile(path) and not (os.path.isdir(path) and any(Path(path).iterdir())):  # a folder of frames
-            missing.append(path)
-    return missing, len(looked_at)
+    looked_at = [video.path for video in videos[:: max(1, len(videos) // MAX_LOOKS)]]
+    found = {path for path in looked_at if os.path.isfile(path) or (os.path.isdir(path) and os.listdir(path))}
+    return [path for path in looked_at if path not in found], len(looked_at)

@@ -4,7 +4,9 @@ import hashlib
 import os
 import unicodedata
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import accumulate
 from pathlib import Path
 
 from fvcore.common.config import CfgNode
@@ -28,6 +30,7 @@ from stvit_video.data.lists.annotations import (
 SPLITS = ("train", "val", "test")
 
 
+@dataclass(eq=False, kw_only=True)
 class ListReader:
     """Reads the lists of the splits train, val and test, and remembers what it has read.
 
@@ -35,20 +38,15 @@ class ListReader:
     JSON, or else lines ``path label``.
     """
 
-    def __init__(
-        self,
-        root: str | Path,
-        lists: Mapping[str, str],
-        *,
-        class_file: str = "",  # file of class names, from root; empty: the lists name the classes, or are of numbers
-        num_classes: int | None = None,  # of numbered labels; None: as many as the largest label asks for
-        shares: Sequence[int] | None = None,  # percent of one list that serves as all splits
-        max_failures: float = 0.0,  # share of a list's files that may be missing
-    ) -> None:
-        self.root, self.lists, self.class_file = Path(root), lists, class_file
-        self.num_classes, self.shares, self.max_failures = num_classes, shares, max_failures
-        self._catalogue = cache(read_catalogue)
-        self._find_clips = cache(find_clips)
+    root: Path
+    lists: Mapping[str, str]
+    class_file: str = ""  # file of class names, from root; empty: the lists name the classes, or are of numbers
+    num_classes: int | None = None  # of numbered labels; None: as many as the largest label asks for
+    shares: Sequence[int] | None = None  # percent of one list that serves as all splits
+    max_failures: float = 0.0  # share of a list's files that may be missing
+
+    def __post_init__(self) -> None:
+        self._catalogue, self._find_clips = cache(read_catalogue), cache(find_clips)
         self._lists: dict[Path, list[Video]] = {}
 
     def source(self, split: str) -> Path:
@@ -60,10 +58,7 @@ class ListReader:
 
         Raises UsageError where the list is of no known form, a label is out of range, or too many files are missing.
         """
-        source = self.source(split)
-        if source not in self._lists:
-            self._lists[source] = self._read(split)
-        videos = self._lists[source]
+        source, videos = self.source(split), self._read_once(split)
         if self.shares is not None:
             found = [entry.name for entry in source.iterdir() if entry.is_dir()] if source.is_dir() else []
             if set(found) & {"train", "training"} and set(found) & {"val", "valid", "validation", "test"}:
@@ -81,38 +76,46 @@ class ListReader:
 
         They are those of the training list, or of the test list where there is no training list.
         """
-        names, source = self._named_classes, self.source(self._naming_split)
+        names = self._named_classes
         if names is None:
-            count = self.num_classes
-            if count is None:
-                self._lists.setdefault(source, self._read(self._naming_split))
-                count = max(video.label for video in self._lists[source]) + 1
+            count = self.num_classes or max(video.label for video in self._read_once(self._naming_split)) + 1
             return [str(label) for label in range(count)]
         if self.num_classes not in (None, len(names)):
-            origin = "DATA.CLASSES" if self.class_file else str(source)
-            raise UsageError(
-                f"MODEL.NUM_CLASSES is {self.num_classes} but {origin} names {len(names)}; unset the first."
-            )
+            origin = "DATA.CLASSES" if self.class_file else self.source(self._naming_split)
+            raise UsageError(f"MODEL.NUM_CLASSES {self.num_classes}: {origin} names {len(names)}; unset the first.")
         return names
+
+    def _read_once(self, split: str) -> list[Video]:
+        """Return all videos of the list of ``split``, which may be that of other splits too."""
+        source = self.source(split)
+        if source not in self._lists:
+            self._lists[source] = self._read(split)
+        return self._lists[source]
 
     def _read(self, split: str) -> list[Video]:
         """Return all videos of the list of ``split``; relative paths start from root."""
-        source = self.source(split)
-        if source.is_dir() and self.lists[split]:
-            return read_folder(source, self._class_names(split))
-        if not source.is_file():
+        source, is_folder = self.source(split), self.lists[split] and self.source(split).is_dir()
+        if not is_folder and not source.is_file():
             raise UsageError(
                 f"DATA.{split.upper()}_LIST: {source} is missing; put lines `path label` there, or set DATA.ROOT and "
                 f"DATA.{split.upper()}_LIST. To run without any data: --cfg configs/sample_stvit.yaml"
             )
-        if is_media(source):
-            return read_file(source, self._named_classes or [])
-        catalogue = self._catalogue(source)
+        names = self._named_classes or []
+        if not is_folder and is_media(source):
+            return read_file(source, names)
+        catalogue = None if is_folder else self._catalogue(source)
+        if not names and (is_folder or catalogue):
+            raise UsageError(
+                f"DATA.{split.upper()}_LIST {source} gives its classes by name, but the labels of "
+                f"{self.source(self._naming_split)} have no names; give DATA.CLASSES, the names in their order."
+            )
+        if is_folder:
+            return read_folder(source, names)
         if catalogue is None:
             videos = read_list(source, self.root)
         else:
             clips = self._find_clips(self.root, catalogue.clip_folder)
-            videos = find_videos(catalogue, self.root, self._class_names(split), clips)
+            videos = find_videos(catalogue, self.root, names, clips)
         check_files(videos, self.max_failures, source, self.root)
         return videos
 
@@ -131,21 +134,12 @@ class ListReader:
         catalogue = self._catalogue(source) if source.is_file() and not is_media(source) else None
         return catalogue.classes() if catalogue else None
 
-    def _class_names(self, split: str) -> list[str]:
-        """Return the names that the classes of ``split`` take their labels from: the same for every list."""
-        if self._named_classes is None:
-            raise UsageError(
-                f"DATA.{split.upper()}_LIST {self.source(split)} gives its classes by name, but the labels of "
-                f"{self.source(self._naming_split)} have no names; give DATA.CLASSES, the names in their order."
-            )
-        return self._named_classes
-
 
 def build_lists(cfg: CfgNode) -> ListReader:
     """Return the reader of the configured lists."""
     return ListReader(
-        cfg.DATA.ROOT,
-        {split: cfg.DATA[f"{split.upper()}_LIST"] for split in SPLITS},
+        root=Path(cfg.DATA.ROOT),
+        lists={split: cfg.DATA[f"{split.upper()}_LIST"] for split in SPLITS},
         class_file=cfg.DATA.CLASSES,
         num_classes=cfg.MODEL.NUM_CLASSES,
         shares=cfg.DATA.SPLIT,
@@ -160,15 +154,20 @@ def take_part(videos: Sequence[Video], part: int, shares: Sequence[int], root: s
     same on every machine and for every seed. A share above 0 gets at least one video of each class. Raises UsageError
     for a class with too few.
     """
+
+    def sort_key(video: Video) -> bytes:
+        name = unicodedata.normalize("NFC", os.path.relpath(video.path, root))
+        return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+
     classes: dict[int, list[Video]] = {}
     for video in videos:
         classes.setdefault(video.label, []).append(video)
     taken: set[str] = set()
     for members in classes.values():
-        ordered = sorted(members, key=lambda video: _sort_key(video.path, root))
+        ordered = sorted(members, key=sort_key)
         sizes = [max(1, round(len(members) * share / 100)) if share else 0 for share in shares[1:]]
         sizes.insert(0, max(0, len(members) - sum(sizes)))
-        edges = [min(len(members), sum(sizes[:i])) for i in range(len(sizes) + 1)]  # where each part begins and ends
+        edges = [min(len(members), edge) for edge in accumulate(sizes, initial=0)]  # where each part begins and ends
         if any(stop == start for share, start, stop in zip(shares, edges, edges[1:], strict=False) if share):
             folder = Path(members[0].path).parent
             raise UsageError(
@@ -177,9 +176,3 @@ def take_part(videos: Sequence[Video], part: int, shares: Sequence[int], root: s
             )
         taken.update(video.path for video in ordered[edges[part] : edges[part + 1]])
     return [video for video in videos if video.path in taken]
-
-
-def _sort_key(path: str, root: str | Path) -> bytes:
-    """Return a sort key that depends on the file's name below ``root`` alone, in any Unicode normal form."""
-    name = unicodedata.normalize("NFC", os.path.relpath(path, root)).encode("utf-8", "surrogateescape")
-    return hashlib.sha256(name).digest()
