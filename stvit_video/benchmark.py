@@ -76,7 +76,7 @@ def benchmark(arguments: Sequence[str] | None) -> int:
     from stvit_video.benchmarks.loader import build_loader_figures
     from stvit_video.benchmarks.models import build_model_figures
     from stvit_video.config.load import load_config
-    from stvit_video.runs.environment import environment
+    from stvit_video.runs.folder import environment
 
     if options.what in ("model", "train"):
         how = {name: getattr(options, name) for name in ("rounds", "largest_batch", "results", "plot")}

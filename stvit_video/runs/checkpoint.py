@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from stvit_video.common.errors import UsageError, first_line
 from stvit_video.common.files import write_atomically
 from stvit_video.models.weights.files import DAMAGE
 
-REQUIRED = (
+REQUIRED = {
     "model", "optimizer", "average", "averaged", "scheduler", "scaler", "epoch", "step", "bad_steps", "best", "setup",
-)  # fmt: skip
+}  # fmt: skip
 DAMAGED = (pickle.UnpicklingError, *DAMAGE)  # what reading a damaged file raises
 CHECKSUM_BYTES = hashlib.sha256().digest_size
 
@@ -41,12 +43,11 @@ def read_checked(path: Path) -> Any:
 
 def save_checkpoint(folder: Path, content: dict[str, Any], keep: int) -> Path:
     """Write a training state as ``step_N.pt`` and delete all but the ``keep`` newest."""
-    assert all(name in content for name in REQUIRED), f"a checkpoint needs {REQUIRED}"
-    packed = pack(content)
+    assert content.keys() >= REQUIRED, f"a checkpoint needs {REQUIRED}"
     path = folder / f"step_{content['step']:08d}.pt"
     if path.is_dir():  # made by something else: kept, under another name
         path.rename(path.with_name(f".{path.name}.{time.time_ns()}"))
-    write_atomically(path, packed)
+    write_atomically(path, pack(content))
     # Checkpoints of later steps could not be read: the run continued from an earlier one.
     earlier = [other for other in list_checkpoints(folder) if step_of(other) <= content["step"]]
     for old in (*earlier[keep:], *folder.glob(".step_*.pt.tmp")):  # the latter are left by killed writes
@@ -74,7 +75,7 @@ def load_newest(folder: Path) -> dict[str, Any] | None:
     for path in found:
         try:
             content = read_checked(path)
-            if isinstance(content, dict) and all(name in content for name in REQUIRED):
+            if isinstance(content, dict) and content.keys() >= REQUIRED:
                 return content
             problem = "is not a training state"
         except IsADirectoryError:
@@ -118,21 +119,12 @@ class CheckpointWriter:
         """Begin to write a copy of a training state. Raises OSError where the one before could not be written."""
         self.wait()
         self.last, self.owed = time.monotonic(), False
-        self.pending = self.pool.submit(save_checkpoint, self.folder, _copy_to_cpu(content), self.keep)
+        # In CPU memory, where training does not change it.
+        copy = tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), content)
+        self.pending = self.pool.submit(save_checkpoint, self.folder, copy, self.keep)
 
     def wait(self) -> None:
         """Return once nothing is being written. Raises OSError where it could not be."""
-        if self.pending is not None:
-            pending, self.pending = self.pending, None
+        pending, self.pending = self.pending, None
+        if pending is not None:
             pending.result()
-
-
-def _copy_to_cpu(content: Any) -> Any:
-    """Return a copy of a state in CPU memory, which training does not change."""
-    if isinstance(content, torch.Tensor):
-        return content.detach().to("cpu", copy=True)
-    if isinstance(content, dict):
-        return {key: _copy_to_cpu(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return type(content)(_copy_to_cpu(value) for value in content)
-    return content

@@ -1,7 +1,7 @@
 """The log of a run: ``metrics.jsonl``, TensorBoard, and optionally Weights & Biases."""
 
+import contextlib
 import hashlib
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ import yaml
 from fvcore.common.config import CfgNode
 from torch.utils.tensorboard import SummaryWriter
 
-from stvit_video.common.errors import UsageError
 from stvit_video.common.files import write_atomically
 
 
@@ -46,19 +45,8 @@ class MetricsLog:
             self.run.finish()
 
 
-def check_wandb(project: str) -> None:
-    """Raise UsageError where LOG.WANDB names a ``project`` of Weights & Biases, which is not installed."""
-    try:
-        if project:
-            importlib.import_module("wandb")
-    except ImportError as error:
-        raise UsageError(
-            f"LOG.WANDB {project}: Weights & Biases is not installed; pip install wandb, or LOG.WANDB ''."
-        ) from error
-
-
 def build_log(cfg: CfgNode, folder: Path, step: int) -> MetricsLog:
-    """Return the log of a run that continues at ``step``; call ``check_wandb`` before."""
+    """Return the log of a run that continues at ``step``, also in the project of Weights & Biases that cfg names."""
     if not cfg.LOG.WANDB:
         return MetricsLog(folder, step)
     import wandb
@@ -72,14 +60,10 @@ def build_log(cfg: CfgNode, folder: Path, step: int) -> MetricsLog:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a ``metrics.jsonl``, without a last line that is incomplete."""
-    if not path.is_file():
-        return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        for line in path.read_text(encoding="utf-8").splitlines():
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
     return rows
 
 

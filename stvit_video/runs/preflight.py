@@ -1,5 +1,6 @@
 """Opening a run: what it needs is read once, checked before anything is written, and handed on as plain values."""
 
+import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from stvit_video.models.weights.files import Checkpoint, read_checkpoint
 from stvit_video.models.zoo import build_model
 from stvit_video.runs.checkpoint import load_newest
 from stvit_video.runs.folder import RunFolder, build_run_folder
-from stvit_video.runs.log import check_wandb, describe_results
+from stvit_video.runs.log import describe_results
 from stvit_video.runs.weights import build_weights
 from stvit_video.runtime.world import World, gather_objects, on_main
 
@@ -73,7 +74,8 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
     folder, state = build_run_folder(cfg), None
     if purpose != "measure":
         on_main(world, folder.check)
-        check_wandb(cfg.LOG.WANDB)
+        if cfg.LOG.WANDB and importlib.util.find_spec("wandb") is None:
+            raise UsageError(f"LOG.WANDB {cfg.LOG.WANDB}: wandb is not installed; pip install wandb, or LOG.WANDB ''.")
     if purpose == "run" and cfg.MODE == "train":
         if on_main(world, folder.is_finished) and not cfg.OVERWRITE:
             if world.is_main:
@@ -132,26 +134,23 @@ def open_lists(cfg: CfgNode, world: World, *, needs_weights: bool) -> tuple[list
 
 def check_inputs(mode: str, lists: ListReader, splits: list[str], weights: str) -> None:
     """Raise UsageError, naming all of them at once, where files are missing that a run of ``mode`` needs."""
-    missing, advice = [], []
+    advice: dict[str, str] = {}  # by what is missing
     for split in splits:
-        name = lists.lists[split]
-        if (split != "val" or name) and not (name and lists.source(split).exists()):
-            missing.append(f"DATA.{split.upper()}_LIST {lists.source(split) if name else repr('')}")
-    if missing:
-        advice.append(
-            f"a list holds lines `path label`, paths starting from DATA.ROOT {lists.root}, or is a Kinetics CSV, a "
-            f"Something-Something JSON, or a folder CLASS/FILE"
-        )
+        name, source = lists.lists[split], lists.source(split)
+        if (split != "val" or name) and not (name and source.exists()):
+            advice[f"DATA.{split.upper()}_LIST {source if name else repr('')}"] = (
+                f"a list holds lines `path label`, paths starting from DATA.ROOT {lists.root}, or is a Kinetics CSV, a "
+                f"Something-Something JSON, or a folder CLASS/FILE"
+            )
     if lists.class_file and not (lists.root / lists.class_file).is_file():
-        missing.append(f"DATA.CLASSES {lists.root / lists.class_file}")
-        advice.append("DATA.CLASSES holds one class name a line, or is '' for numbers")
+        missing = f"DATA.CLASSES {lists.root / lists.class_file}"
+        advice[missing] = "DATA.CLASSES holds one class name a line, or is '' for numbers"
     if weights and not Path(weights).is_file():
-        missing.append(f"MODEL.INIT {weights}")
-        advice.append(WEIGHTS_ADVICE)
-    if missing:
+        advice[f"MODEL.INIT {weights}"] = WEIGHTS_ADVICE
+    if advice:
         raise UsageError(
-            f"MODE {mode} needs files that are missing: {', '.join(missing)}. Put them there or set these keys: "
-            f"{'; '.join(advice)}. Without a download this runs now: "
+            f"MODE {mode} needs files that are missing: {', '.join(advice)}. Put them there or set these keys: "
+            f"{'; '.join(dict.fromkeys(advice.values()))}. Without a download this runs now: "
             f"python -m stvit_video.run --cfg configs/sample_stvit.yaml"
         )
 

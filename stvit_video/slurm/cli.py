@@ -53,7 +53,7 @@ def submit_runs(arguments: Sequence[str] | None) -> int:
         print(request.sbatch_text(logs, len(configs)))
         print("\n".join(["runs:", *(f"  {cfg.OUTPUT_DIR}" for cfg in configs), request.describe(len(configs))]))
         return 0
-    from stvit_video.runs.environment import environment
+    from stvit_video.runs.folder import environment
 
     git = environment()["git"]
     about = {"command": sys.orig_argv, "submitted": time.time(), "host": socket.gethostname(), "git": git}

@@ -17,7 +17,7 @@ from stvit_video.common.files import write_json
 from stvit_video.common.tables import format_table
 from stvit_video.config.schema import value_of
 from stvit_video.models.zoo import build_model
-from stvit_video.runs.environment import environment
+from stvit_video.runs.folder import environment
 from stvit_video.runs.preflight import open_lists
 from stvit_video.runtime.world import World
 from stvit_video.sweeps.plan import COMMON_KEYS, Plan, PlanRow, RowCost, build_class_count, build_row_cost

@@ -1,11 +1,15 @@
-"""Training: the loop, its checkpoints, and the test at the end."""
+"""Training: the loop, its checkpoints, the test at the end, and the rehearsal of all of it."""
 
 import itertools
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from stvit_video.common.charts import plot_curves
@@ -14,12 +18,20 @@ from stvit_video.common.progress import Progress
 from stvit_video.config.clip_settings import view_settings
 from stvit_video.data.failures import check_failures, merge, read_ledger
 from stvit_video.data.loader import build_test_loader
-from stvit_video.evaluation.evaluate import Tester, build_tester, class_probabilities, describe_videos
+from stvit_video.evaluation.evaluate import (
+    Tester,
+    build_tested_model,
+    build_tester,
+    class_probabilities,
+    describe_videos,
+)
 from stvit_video.runs.checkpoint import CheckpointWriter
 from stvit_video.runs.folder import RunFolder
 from stvit_video.runs.log import MetricsLog, build_log, read_metrics
 from stvit_video.runs.preflight import OpenRun
 from stvit_video.runs.weights import save_weights
+from stvit_video.runtime.clock import PARTS, peak_memory
+from stvit_video.runtime.precision import autocast
 from stvit_video.runtime.stopping import StopSignals
 from stvit_video.runtime.world import any_of, gather_objects, on_main
 from stvit_video.training.trainer import Trainer, build_trainer
@@ -42,21 +54,19 @@ class Training:
         ``log`` is rank 0's. Raises Stopped, with a checkpoint of the very step, after a signal to stop.
         """
         trainer, world = self.trainer, self.trainer.world
-
-        def after_step() -> None:
-            stop = any_of(world, signals.received is not None)
-            if stop or trainer.steps_left == 0 or any_of(world, world.is_main and writer.is_due(trainer.step)):
-                self.write_failures()
-                state = trainer.state()
-                on_main(world, lambda: writer.save(state))
-            if stop:
-                on_main(world, writer.wait)  # launchers end all processes when one leaves: first the disk
-                raise Stopped(signals.received, f"step {trainer.step}")
-
         with Progress("train", trainer.total_steps, trainer.step, enabled=world.is_main) as progress:
             while trainer.epoch < trainer.epochs:
                 try:
-                    trainer.train_epoch(progress, log, after_step)
+                    for _ in trainer.train_epoch(progress, log):
+                        stop = any_of(world, signals.received is not None)
+                        due = any_of(world, world.is_main and writer.is_due(trainer.step))
+                        if stop or due or trainer.steps_left == 0:
+                            self.write_failures()
+                            state = trainer.state()
+                            on_main(world, partial(writer.save, state))
+                        if stop:
+                            on_main(world, writer.wait)  # launchers end all processes when one leaves: first the disk
+                            raise Stopped(signals.received, f"step {trainer.step}")
                 except UsageError:  # too many videos failed: failures.csv lists those that this process knows of
                     if world.is_main:
                         self.folder.write_failures(trainer.failures)
@@ -67,8 +77,8 @@ class Training:
                     values = self.validate(self.val_loader, signals)
                     if log is not None:
                         log.write(trainer.step, trainer.step / trainer.steps_per_epoch, "val", values)
-                    epoch, loss, top1 = trainer.epoch + 1, values["loss"], values["top1"]
-                    progress.note(f"epoch {epoch}: validation loss {loss:.3f}, top-1 {top1:.1f} %")
+                    figures = f"validation loss {values['loss']:.3f}, top-1 {values['top1']:.1f} %"
+                    progress.note(f"epoch {trainer.epoch + 1}: {figures}")
                 trainer.epoch += 1
                 self.write_failures()
                 for stage, loader in (("train", trainer.loader), ("val", self.val_loader)):
@@ -109,9 +119,8 @@ class Training:
         if not world.is_main:
             return
         print(f"continuing at step {trainer.step} in epoch {trainer.epoch + 1}", flush=True)
-        changed = [f"{name} {old} (now {trainer.setup[name]})" for name, old in state["setup"].items()
-                   if old != trainer.setup[name]]  # fmt: skip
-        if changed:
+        before_and_now = [(name, old, trainer.setup[name]) for name, old in state["setup"].items()]
+        if changed := [f"{name} {old} (now {new})" for name, old, new in before_and_now if old != new]:
             print(
                 f"note: the run was with {', '.join(changed)}: its steps see the same videos, but sums are rounded "
                 f"differently, so weights will not be equal bit for bit",
@@ -156,8 +165,57 @@ def train(run: OpenRun) -> None:
 @contextmanager
 def open_records(run: OpenRun, step: int) -> Iterator[tuple[MetricsLog | None, CheckpointWriter]]:
     """Yield the log of a run that is at ``step`` (rank 0 only) and the writer of its checkpoints."""
-    cfg, checkpoints = run.cfg.CHECKPOINT, run.folder.checkpoints
+    keys, checkpoints = run.cfg.CHECKPOINT, run.folder.checkpoints
     log = build_log(run.cfg, run.folder.path, step) if run.world.is_main else None
-    writer = CheckpointWriter(checkpoints, cfg.KEEP, cfg.EVERY_STEPS, cfg.EVERY_MINUTES)
+    writer = CheckpointWriter(checkpoints, keys.KEEP, keys.EVERY_STEPS, keys.EVERY_MINUTES)
     with closing(log) if log is not None else nullcontext(), writer:
         yield log, writer
+
+
+def dry_run(run: OpenRun) -> None:
+    """Print the configuration, shapes, cost, times and memory of one training step and one test batch; write nothing.
+
+    The data that DATA.GENERATE names are generated if they are not there. Raises UsageError where the real run would.
+    """
+    world, lines = run.world, []
+    if world.is_main:
+        print(f"configuration, resolved:\n{run.folder.config_text}{run.summary}")
+    if run.folder.settings["MODE"] == "train":
+        trainer = build_trainer(run)
+        lines.append(rehearse_step(trainer))
+        model = trainer.model_to_test()
+    else:
+        model = build_tested_model(run)
+    tester, started = build_tester(run), time.monotonic()
+    batch = next(iter(tester.loader), None)
+    waited = time.monotonic() - started
+    text = "none for this process" if batch is None else "no video of the first could be read"
+    if batch is not None and len(batch.labels):
+        clips = batch.to(world.device).make_clips()
+        with torch.no_grad(), autocast(world.device, tester.precision):
+            text = describe_shapes(clips, model.eval()(clips))
+    lines.append(f"test batch: {text}; {waited:.2f} s to load")
+    if world.is_main:
+        print("\n".join(lines))
+        print(f"peak memory {peak_memory(world.device):.2f} GB. Nothing was written to {run.folder.path}.", flush=True)
+
+
+def rehearse_step(trainer: Trainer) -> str:
+    """Take one training step, the first and therefore a slow one, and return a line on it."""
+    seen: list[str] = []
+    hook = trainer.wrapped.register_forward_hook(
+        lambda module, clips, logits: seen.append(describe_shapes(clips[0], logits))
+    )
+    trainer.wrapped.train()
+    trainer.clock.lap()
+    loss, _, count = trainer.take_step(iter(trainer.loader)).tolist()
+    hook.remove()
+    lap = trainer.clock.lap()
+    parts = ", ".join(f"{part} {lap[part]:.2f} s" for part in PARTS)
+    batches = f"{trainer.settings.accumulate} x " if trainer.settings.accumulate > 1 else ""
+    outcome = f"loss {loss / count:.3f}" if count else "skipped: its loss or gradients are not finite"
+    return f"first training step: {batches}{seen[0]}, {outcome}; {parts}"
+
+
+def describe_shapes(clips: Tensor, logits: Tensor) -> str:
+    return f"clips {tuple(clips.shape)} -> logits {tuple(logits.shape)}"

@@ -3,7 +3,7 @@
 import copy
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,8 +132,8 @@ class Trainer:
         self.eval_model.load_state_dict(parallel.model_state_dict(model))
         return self.eval_model.to(self.world.device)
 
-    def train_epoch(self, progress: Progress, log: MetricsLog | None, after_step: Callable[[], None]) -> None:
-        """Take the steps of the present epoch that are left, and call ``after_step`` after each.
+    def train_epoch(self, progress: Progress, log: MetricsLog | None) -> Iterator[None]:
+        """Take the steps of the present epoch that are left, and yield after each.
 
         Augmentation, mixing and dropout depend on seed, epoch or step, and rank alone, so an interrupted epoch
         continues bit for bit.
@@ -141,39 +141,38 @@ class Trainer:
         if self.steps_left == 0:
             return  # the run was stopped between the last step and validation
         done = self.step - self.epoch * self.steps_per_epoch
-        self.loader.batch_sampler.load_state_dict(  # type: ignore[union-attr]
-            {"epoch": self.epoch, "start": done * self.settings.accumulate}
-        )
+        position = {"epoch": self.epoch, "start": done * self.settings.accumulate}
+        self.loader.batch_sampler.load_state_dict(position)  # type: ignore[union-attr]
         self.wrapped.train()
         if self.eval_model is not None:
             self.eval_model.cpu()  # training needs the room
         self.failed = set()
-        batches, sums, text, steps = iter(self.loader), self._zeros(), "", 0
+        batches, text, logged = iter(self.loader), "", self.step
+        sums = torch.zeros(3, device=self.world.device)
         self.clock.lap()
-        last = done + self.steps_left
-        for i in range(done + 1, last + 1):
+        for i in range(done + 1, done + self.steps_left + 1):
             seed = self._seed(self.step)  # of every generator that a network may draw from
             torch.manual_seed(seed)  # also those of the GPUs
             np.random.seed(seed)
             random.seed(seed)
             skipped = self.bad_steps
-            sums, steps = sums + self.take_step(batches), steps + 1
+            sums = sums + self.take_step(batches)
             if self.bad_steps > skipped:
                 progress.note(f"step {self.step} skipped: its loss or gradients are not finite")
-            if i % LOG_EVERY == 0 or i == last:
-                values = self._averages(sums, steps)
+            if i % LOG_EVERY == 0 or self.steps_left == 0:
+                values = self._averages(sums, self.step - logged)
                 if log is not None:
                     log.write(self.step, self.step / self.steps_per_epoch, "train", values)
-                text, sums, steps = describe_step(self.epoch + 1, values), self._zeros(), 0
+                text, sums, logged = describe_step(self.epoch + 1, values), torch.zeros_like(sums), self.step
             progress.advance(text)
-            after_step()
+            yield
 
     def take_step(self, batches: Iterator[Batch]) -> Tensor:
         """Take one optimiser step on ``accumulate`` batches; return the sums of loss and hits, and the clip count.
 
         The returned loss is the classifier's; a reducer's auxiliary loss is added for the gradients only.
         """
-        sums, seen = self._zeros(), []
+        sums, seen = torch.zeros(3, device=self.world.device), []
         for i in range(self.settings.accumulate):
             with self.clock.part("data"):
                 batch = self._next(batches)
@@ -188,7 +187,9 @@ class Trainer:
                     with autocast(self.world.device, self.settings.precision):
                         logits = self.wrapped(clips)
                     loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.settings.label_smoothing)
-                    total = loss + auxiliary_loss(self.model)
+                    # Of a model of this package, such as a learned reducer's.
+                    auxiliary = getattr(self.model, "auxiliary_loss", lambda: None)()
+                    total = loss if auxiliary is None else loss + auxiliary
                 with self.clock.part("backward"):
                     # A loss that is not finite makes all gradients NaN: every process sees it in their sum, and all
                     # skip the step together, without another exchange.
@@ -202,10 +203,10 @@ class Trainer:
             finite = self._update_weights()
         self.scheduler.step()
         self.step += 1
-        if not finite:
-            self._skip(seen)
-            return self._zeros()
-        return sums
+        if finite:
+            return sums
+        self._skip(seen)
+        return torch.zeros_like(sums)
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
         """Return the next batch on the device, its failures noted."""
@@ -261,9 +262,6 @@ class Trainer:
         """Return a seed that depends on the run's seed, the rank and ``of`` alone."""
         return int(np.random.SeedSequence([self.settings.seed, *of, self.world.rank]).generate_state(1)[0])
 
-    def _zeros(self) -> Tensor:
-        return torch.zeros(3, device=self.world.device)
-
     def _averages(self, sums: Tensor, steps: int) -> dict[str, float]:
         """Return the figures of the last ``steps`` steps, over all processes; times are of this one."""
         failed = torch.tensor([len(self.failed)], dtype=sums.dtype, device=sums.device)
@@ -283,13 +281,6 @@ class Trainer:
             "memory_gb": peak_memory(self.world.device),
             "bad_steps": self.bad_steps,
         }
-
-
-def auxiliary_loss(model: nn.Module) -> Tensor | float:
-    """Return what a model of this package adds to the loss of its last forward pass, such as a learned reducer's."""
-    ask = getattr(model, "auxiliary_loss", None)
-    loss = None if ask is None else ask()
-    return 0.0 if loss is None else loss
 
 
 def describe_step(epoch: int, values: dict[str, float]) -> str:

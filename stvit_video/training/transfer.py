@@ -6,8 +6,7 @@ Where the checkpoint's classes are the data's, its own image classifier is score
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,14 +29,14 @@ from stvit_video.evaluation.score_cache import fingerprint, read_features, weigh
 from stvit_video.models import load_pretrained
 from stvit_video.models.weights.files import Checkpoint
 from stvit_video.models.zoo import build_model
-from stvit_video.runs.folder import RunFolder, build_run_folder
+from stvit_video.runs.folder import build_run_folder
 from stvit_video.runs.preflight import OpenRun, open_run
 from stvit_video.runs.weights import check_all_loaded
-from stvit_video.runtime.world import World, on_main
+from stvit_video.runtime.world import on_main
 from stvit_video.training.loop import train
 
 FINETUNE = "finetune"  # folder of the training run inside OUTPUT_DIR
-ScoreRow = dict[str, Any]  # method, weights, top1, top5, coverage
+ScoreRow = dict[str, Any]  # method, weights, top1 and top5 in percent, coverage as a share
 
 
 def nearest_neighbours(train: Predictions, features: Tensor, classes: int, k: int, temperature: float) -> Tensor:
@@ -73,19 +72,6 @@ def linear_probe(train: Predictions, features: Tensor, classes: int, weight_deca
         return layer((features - mean) / std)
 
 
-@dataclass(frozen=True)
-class Describer:
-    """A frozen network and the map from it and clips (B, 3, T, H, W) to a row of features or probabilities each.
-
-    ``kind`` is its name in files; ``weights`` identifies its weights: a hash, or how they were drawn.
-    """
-
-    kind: str
-    network: nn.Module
-    weights: str
-    describe: Callable[[nn.Module, Tensor], Tensor]
-
-
 def pooled_features(model: nn.Module, clips: Tensor) -> Tensor:
     """Return the mean (B, C) of the tokens of clips (B, 3, T, H, W) that would enter the classifier."""
     return model.forward_features(clips).mean(dim=1)  # type: ignore[operator]
@@ -98,134 +84,130 @@ def frame_probabilities(image_model: nn.Module, clips: Tensor) -> Tensor:
     return probabilities.unflatten(0, (len(clips), -1)).mean(dim=1)
 
 
-@dataclass(frozen=True)
-class Transfer:
-    """What MODE transfer scores, and how."""
-
-    folder: RunFolder
-    num_classes: int
-    describers: list[Describer]
-    loaders: dict[str, DataLoader]  # by split: train, test
-    no_image_head: str  # why the checkpoint's own classifier is not scored; empty where it is
-    neighbours: int
-    temperature: float
-    weight_decay: float  # of the linear probe
-    precision: str
-    seed: int
-    max_failures: float
-
-    def describe(self, world: World) -> dict[str, Predictions]:
-        """Return the features or probabilities of both lists, by split and describer: from a cached file, or computed.
-
-        A cached file is used only where the fingerprint of everything that it depends on agrees; a line says which.
-        """
-        described = {}
-        for describer in self.describers:
-            network = describer.network
-            for split, loader in self.loaders.items():
-                if (describer.kind, split) == ("head", "train"):
-                    continue  # the image head is not fitted to anything
-                path = self.folder.path / "features" / f"{split}_{describer.kind}.safetensors"
-                key = fingerprint(network, describer.weights, loader.dataset, self.precision, self.seed)  # type: ignore[arg-type]
-                found, said = on_main(world, partial(read_features, path, key))
-                if said and world.is_main:
-                    print(said, flush=True)
-                if found is None:
-                    network.to(world.device).eval()
-                    describe, title = partial(describer.describe, network), f"{split} list, {describer.kind}"
-                    found = describe_videos(describe, loader, world, self.precision, title)
-                    network.cpu()
-                    on_main(world, partial(write_features, path, key, found))
-                described[f"{split}_{describer.kind}"] = found
-        return described
-
-    def score(self, described: dict[str, Predictions]) -> list[ScoreRow]:
-        """Score the test list in every way that ``described`` allows; write ``failures.csv`` first.
-
-        Raises UsageError where too many videos failed.
-        """
-        self.folder.write_failures(failure for part in described.values() for failure in part.failures)
-        for what, split in (("training", "train"), ("test", "test")):
-            part = described[f"{split}_init"]
-            check_failures(len(part.failures), part.total, self.max_failures, what)
-        rows = []
-        if "test_head" in described:
-            rows.append(make_row("image head, averaged over frames", "checkpoint", described["test_head"]))
-        for kind, weights, prefix in (("init", "checkpoint", ""), ("random", "random", "random weights, ")):
-            if f"test_{kind}" not in described:
-                continue
-            train, test = described[f"train_{kind}"], described[f"test_{kind}"]
-            k = min(self.neighbours, len(train.labels))
-            votes = nearest_neighbours(train, test.scores, self.num_classes, k, self.temperature)
-            logits = linear_probe(train, test.scores, self.num_classes, self.weight_decay)
-            for method, scores in (
-                (f"{prefix}k-nearest neighbours (k {k}, temperature {self.temperature:g})", votes),
-                (f"{prefix}linear probe (weight decay {self.weight_decay:g})", logits),
-            ):
-                rows.append(make_row(method, weights, replace(test, scores=scores)))
-        return rows
-
-
 def transfer(run: OpenRun) -> None:
     """Run MODE transfer: describe both lists with the weights of MODEL.INIT, score the test list, fine-tune last."""
-    world, folder = run.world, run.folder
-    task, tuning = build_transfer(run), build_finetuning(run)  # what is wrong is found before the folder is touched
+    world, folder, chance = run.world, run.folder, 100 / len(run.classes)
+    # What is wrong is found before the folder is touched.
+    networks, no_image_head = build_networks(run)
+    loaders, tuning = build_loaders(run), build_finetuning(run)
     run.claim()
     if world.is_main:
-        reason = task.no_image_head
-        print(f"no image head: {reason}" if reason else f"image head: the {task.num_classes} classes agree", flush=True)
-    described = task.describe(world)
-    rows = on_main(world, lambda: task.score(described))
-    content = {
-        "checkpoint": folder.settings["MODEL"]["INIT"],
-        "model": folder.settings["MODEL"]["NAME"],
-        "chance": 100 / task.num_classes,
-        "image_head": task.no_image_head or None,
-        "complete": tuning is None,
-        "rows": rows,
-    }
-    on_main(world, lambda: write_transfer(folder, content))
+        agree = f"image head: the {len(run.classes)} classes agree"
+        print(f"no image head: {no_image_head}" if no_image_head else agree, flush=True)
+    described = build_features(run, networks, loaders)
+    rows = on_main(world, lambda: build_rows(run, described))
+
+    def write(rows: list[ScoreRow], complete: bool) -> None:
+        """Print the table, and write it as ``transfer.json`` and ``transfer.png``."""
+        plot_transfer(rows, chance, folder.path / "transfer.png")
+        content = {
+            "checkpoint": folder.settings["MODEL"]["INIT"],
+            "model": folder.settings["MODEL"]["NAME"],
+            "chance": chance,
+            "image_head": no_image_head or None,
+            "complete": complete,
+            "rows": rows,
+        }
+        write_json(folder.transfer, content)
+        headings = [f"method (chance {chance:.3g} %)", "top-1 %", "top-5 %", "coverage %"]
+        cells = [
+            (row["method"], f"{row['top1']:.2f}", f"{row['top5']:.2f}", f"{100 * row['coverage']:.1f}") for row in rows
+        ]
+        print(f"{format_table(headings, cells)}\nresults in {folder.transfer}", flush=True)
+
+    on_main(world, lambda: write(rows, tuning is None))
     if tuning is None:
         return
     tuned = open_run(tuning, world, opened=run)
     if tuned is not None:  # else it is finished already
         train(tuned)
     results = on_main(world, lambda: json.loads((folder.path / FINETUNE / "results.json").read_text()))
-    row = {"method": f"fine-tuned ({tuning.TRAIN.EPOCHS} epochs)", "weights": "fine-tuned"}
-    row |= {name: results[name] for name in ("top1", "top5", "coverage")}
-    content |= {"complete": True, "rows": [*rows, row]}
-    on_main(world, lambda: write_transfer(folder, content))
+    figures = {name: results[name] for name in ("top1", "top5", "coverage")}
+    tuned_row = {"method": f"fine-tuned ({tuning.TRAIN.EPOCHS} epochs)", "weights": "fine-tuned", **figures}
+    on_main(world, lambda: write([*rows, tuned_row], True))
 
 
-def build_transfer(run: OpenRun) -> Transfer:
-    """Return the scoring of a run's checkpoint, with loaders of its lists."""
-    cfg, checkpoint = run.cfg, run.checkpoint
-    assert checkpoint is not None, "MODE transfer opens MODEL.INIT"
-    image_model, reason = build_image_model(cfg, checkpoint, run.classes)
-    weights = weights_hash(checkpoint.tensors)
-    describers = [Describer("init", run.model, weights, pooled_features)]
+def build_networks(run: OpenRun) -> tuple[dict[str, nn.Module], str]:
+    """Return the networks that describe videos, and why ``head`` is not among them; empty where it is.
+
+    ``init`` is the run's model, ``head`` the image model that the checkpoint holds, ``random`` an untrained ``init``.
+    """
+    assert run.checkpoint is not None, "MODE transfer opens MODEL.INIT"
+    image_model, reason = build_image_model(run.cfg, run.checkpoint, run.classes)
+    networks = {"init": run.model}
     if image_model is not None:
-        describers.append(Describer("head", image_model, weights, frame_probabilities))
-    if cfg.TRANSFER.RANDOM_BASELINE:
-        torch.manual_seed(cfg.SEED)
-        network = build_model(cfg, len(run.classes))
-        describers.append(Describer("random", network, "random", pooled_features))
-    views = {"clips": cfg.TEST.CLIPS, "crops": cfg.TEST.CROPS}
-    return Transfer(
-        folder=run.folder,
-        num_classes=len(run.classes),
-        describers=describers,
-        loaders={
-            split: build_test_loader(cfg, run.world, run.videos[split], split, **views) for split in ("train", "test")
-        },
-        no_image_head=reason,
-        neighbours=cfg.TRANSFER.NEIGHBOURS,
-        temperature=cfg.TRANSFER.TEMPERATURE,
-        weight_decay=cfg.TRANSFER.WEIGHT_DECAY,
-        precision=cfg.PRECISION,
-        seed=cfg.SEED,
-        max_failures=cfg.DATA.MAX_FAILURES,
-    )
+        networks["head"] = image_model
+    if run.cfg.TRANSFER.RANDOM_BASELINE:
+        torch.manual_seed(run.cfg.SEED)
+        networks["random"] = build_model(run.cfg, len(run.classes))
+    return networks, reason
+
+
+def build_loaders(run: OpenRun) -> dict[str, DataLoader]:
+    """Return the loaders of the training and test list, each with the views of the test."""
+    views = {"clips": run.cfg.TEST.CLIPS, "crops": run.cfg.TEST.CROPS}
+    splits = ("train", "test")
+    return {split: build_test_loader(run.cfg, run.world, run.videos[split], split, **views) for split in splits}
+
+
+def build_features(
+    run: OpenRun, networks: dict[str, nn.Module], loaders: dict[str, DataLoader]
+) -> dict[str, Predictions]:
+    """Return the features or probabilities of both lists, by split and network: from a cached file, or computed.
+
+    A cached file is used only where the fingerprint of everything that it depends on agrees; a line says which.
+    """
+    cfg, world, described = run.cfg, run.world, {}
+    loaded = weights_hash(run.checkpoint.tensors)  # type: ignore[union-attr]
+    for kind, network in networks.items():
+        for split, loader in loaders.items():
+            if (kind, split) == ("head", "train"):
+                continue  # the image head is not fitted to anything
+            path = run.folder.path / "features" / f"{split}_{kind}.safetensors"
+            weights = "random" if kind == "random" else loaded
+            key = fingerprint(network, weights, loader.dataset, cfg.PRECISION, cfg.SEED)  # type: ignore[arg-type]
+            found, said = on_main(world, partial(read_features, path, key))
+            if said and world.is_main:
+                print(said, flush=True)
+            if found is None:
+                network.to(world.device).eval()
+                describe = partial(frame_probabilities if kind == "head" else pooled_features, network)
+                found = describe_videos(describe, loader, world, cfg.PRECISION, f"{split} list, {kind}")
+                network.cpu()
+                on_main(world, partial(write_features, path, key, found))
+            described[f"{split}_{kind}"] = found
+    return described
+
+
+def build_rows(run: OpenRun, described: dict[str, Predictions]) -> list[ScoreRow]:
+    """Return the scores of the test list in every way that ``described`` allows; write ``failures.csv`` first.
+
+    Raises UsageError where too many videos failed.
+    """
+    cfg, classes = run.cfg, len(run.classes)
+    run.folder.write_failures(failure for part in described.values() for failure in part.failures)
+    for what, split in (("training", "train"), ("test", "test")):
+        part = described[f"{split}_init"]
+        check_failures(len(part.failures), part.total, cfg.DATA.MAX_FAILURES, what)
+    rows: list[ScoreRow] = []
+
+    def add(method: str, weights: str, scored: Predictions) -> None:
+        figures = {"top1": scored.top(1), "top5": scored.top(5), "coverage": scored.coverage}
+        rows.append({"method": method, "weights": weights, **figures})
+
+    if "test_head" in described:
+        add("image head, averaged over frames", "checkpoint", described["test_head"])
+    temperature, decay = cfg.TRANSFER.TEMPERATURE, cfg.TRANSFER.WEIGHT_DECAY
+    for kind, weights, prefix in (("init", "checkpoint", ""), ("random", "random", "random weights, ")):
+        if f"test_{kind}" in described:
+            train, test = described[f"train_{kind}"], described[f"test_{kind}"]
+            k = min(cfg.TRANSFER.NEIGHBOURS, len(train.labels))
+            votes = nearest_neighbours(train, test.scores, classes, k, temperature)
+            method = f"{prefix}k-nearest neighbours (k {k}, temperature {temperature:g})"
+            add(method, weights, replace(test, scores=votes))
+            logits = linear_probe(train, test.scores, classes, decay)
+            add(f"{prefix}linear probe (weight decay {decay:g})", weights, replace(test, scores=logits))
+    return rows
 
 
 def build_image_model(cfg: CfgNode, checkpoint: Checkpoint, classes: list[str]) -> tuple[nn.Module | None, str]:
@@ -254,12 +236,6 @@ def build_image_model(cfg: CfgNode, checkpoint: Checkpoint, classes: list[str]) 
     return model, ""
 
 
-def make_row(method: str, weights: str, scored: Predictions) -> ScoreRow:
-    """Return a row of the table: percentages, but for ``coverage``, which is a share."""
-    figures = {"top1": scored.top(1), "top5": scored.top(5), "coverage": scored.coverage}
-    return {"method": method, "weights": weights, **figures}
-
-
 def build_finetuning(run: OpenRun) -> CfgNode | None:
     """Return the configuration of MODE train in OUTPUT_DIR/finetune; None where TRANSFER.FINETUNE is not set.
 
@@ -273,19 +249,3 @@ def build_finetuning(run: OpenRun) -> CfgNode | None:
     on_main(run.world, build_run_folder(cfg).check)
     build_train_loader(cfg, run.world, run.videos["train"])
     return cfg
-
-
-def write_transfer(folder: RunFolder, content: dict[str, Any]) -> None:
-    """Print the table, and write it as ``transfer.json`` and ``transfer.png``."""
-    rows, chance = content["rows"], content["chance"]
-    plot_transfer(rows, chance, folder.path / "transfer.png")
-    write_json(folder.transfer, content)
-    print(f"{describe_rows(rows, chance)}\nresults in {folder.transfer}", flush=True)
-
-
-def describe_rows(rows: list[ScoreRow], chance: float) -> str:
-    """Return the rows as an aligned table; ``chance`` in percent."""
-    cells = [
-        [row["method"], f"{row['top1']:.2f}", f"{row['top5']:.2f}", f"{100 * row['coverage']:.1f}"] for row in rows
-    ]
-    return format_table([f"method (chance {chance:.3g} %)", "top-1 %", "top-5 %", "coverage %"], cells)

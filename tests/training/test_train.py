@@ -29,7 +29,8 @@ WORLD = World(0, 1, torch.device("cpu"))
 def weights_after_an_epoch(arguments: list[str]) -> dict[str, torch.Tensor]:
     cfg = load_config(arguments[1], arguments[2:])
     trainer = build_trainer(open_run(cfg, WORLD, "measure"))
-    trainer.train_epoch(Progress("", trainer.steps_per_epoch, enabled=False), None, lambda: None)
+    for _ in trainer.train_epoch(Progress("", trainer.steps_per_epoch, enabled=False), None):
+        pass
     return trainer.model.state_dict()
 
 
