@@ -18,8 +18,10 @@ from stvit_video.data.dataset import Batch
 from stvit_video.runs.checkpoint import CheckpointWriter
 from stvit_video.runs.folder import RunFolder
 from stvit_video.runs.log import MetricsLog
+from stvit_video.runs.preflight import OpenRun
 from stvit_video.runtime.stopping import StopSignals
-from stvit_video.training.loop import Training, build_training
+from stvit_video.training.loop import run_epochs
+from stvit_video.training.trainer import Trainer, build_trainer
 
 # One epoch, and only what the bare loop does too.
 CHANGES = {**PLAIN_TRAINING, "TRAIN.EPOCHS": 1, "TRAIN.EMA": 0.0, "LOG.WANDB": ""}
@@ -35,9 +37,8 @@ class HeldBatches(list[Batch]):
         self.dataset = dataset
 
 
-def engine_loop(training: Training, keep: int) -> Iterator[int]:
+def engine_loop(opened: OpenRun, trainer: Trainer, keep: int) -> Iterator[int]:
     """Train an epoch as a run does: logs, guards, stop signals and the checkpoint at its end included."""
-    trainer = training.trainer
     trainer.epoch = trainer.step = 0
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         run = RunFolder(Path(folder))
@@ -48,7 +49,7 @@ def engine_loop(training: Training, keep: int) -> Iterator[int]:
                 contextlib.closing(MetricsLog(run.path, 0)) as log,
                 CheckpointWriter(run.checkpoints, keep, 0, 0) as writer,
             ):
-                replace(training, folder=run).run_epochs(log, writer, signals)
+                run_epochs(replace(opened, folder=run), trainer, log, writer, signals)
         except Stopped as stopped:  # there is nothing to continue
             raise KeyboardInterrupt from stopped
     yield trainer.step
@@ -58,8 +59,8 @@ def build_engine_timers(cfg: CfgNode, steps: int) -> dict[str, Timer]:
     """Return timers of a step of the bare loop, which comes first, and of the engine."""
     run = open_benchmark(cfg, {**CHANGES, "TRAIN.MAX_STEPS": steps}, cfg.DEVICE)
     run.videos.pop("val", None)  # no validation after the epoch
-    training = build_training(run)
-    trainer, settings = training.trainer, training.trainer.settings
+    trainer = build_trainer(run)
+    settings = trainer.settings
     if settings.clip_grad <= 0 or trainer.scaler.is_enabled():
         raise UsageError("The engine is timed with OPTIM.CLIP_GRAD above 0 and PRECISION fp32, tf32 or bf16; set them.")
     batches = HeldBatches(islice(trainer.loader, steps), trainer.loader.dataset)
@@ -77,7 +78,7 @@ def build_engine_timers(cfg: CfgNode, steps: int) -> dict[str, Timer]:
 
     return {
         "bare loop": timed(bare_loop, len(batches)),
-        "engine": timed(lambda: engine_loop(training, cfg.CHECKPOINT.KEEP), len(batches)),
+        "engine": timed(lambda: engine_loop(run, trainer, cfg.CHECKPOINT.KEEP), len(batches)),
     }
 
 

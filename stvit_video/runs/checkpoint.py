@@ -1,21 +1,26 @@
-"""Checkpoints to resume training from, each written completely or not at all."""
+"""Checkpoints to resume training from, and files of weights, each written completely or not at all."""
 
 import hashlib
 import io
+import json
 import pickle
 import time
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from stvit_video.common.errors import UsageError, first_line
 from stvit_video.common.files import write_atomically
-from stvit_video.models.weights.files import DAMAGE
+from stvit_video.config.clip_settings import NOT_ADOPTED
+from stvit_video.models import LoadReport
+from stvit_video.models.weights.files import DAMAGE, pack_weights
+from stvit_video.models.zoo import IMPLIED_ARGUMENTS
 
 REQUIRED = {
     "model", "optimizer", "average", "averaged", "scheduler", "scaler", "epoch", "step", "bad_steps", "best", "setup",
@@ -67,10 +72,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def load_newest(folder: Path) -> dict[str, Any] | None:
-    """Return the newest training state that is whole, warning about any that is not; None where there is no file.
-
-    Raises UsageError where there are files and none can be used, OSError where the disk does not give them.
-    """
+    """Return the newest training state that is whole; None where there is no file, UsageError where none is whole."""
     found = list_checkpoints(folder)
     for path in found:
         try:
@@ -91,7 +93,7 @@ def load_newest(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-class CheckpointWriter:
+class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
     """Decides when a checkpoint is due, and writes it in a thread: training only waits for a copy of the state."""
 
     def __init__(self, folder: Path, keep: int, every_steps: int, every_minutes: float) -> None:
@@ -100,9 +102,6 @@ class CheckpointWriter:
         self.last, self.owed = time.monotonic(), False
         self.pool = ThreadPoolExecutor(max_workers=1)
         self.pending: Future[Path] | None = None
-
-    def __enter__(self) -> "CheckpointWriter":
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self.pool.shutdown()  # finishes a write that has begun, also where training failed
@@ -128,3 +127,27 @@ class CheckpointWriter:
         pending, self.pending = self.pending, None
         if pending is not None:
             pending.result()
+
+
+def save_weights(path: Path, model: nn.Module, classes: list[str], views: dict[str, Any] | None = None) -> None:
+    """Write a ``.safetensors`` with all that building and using the model again takes; see ``pack_weights``."""
+    write_atomically(path, pack_weights(model, classes, views))
+
+
+def check_all_loaded(report: LoadReport, model: nn.Module) -> None:
+    """Raise UsageError unless the checkpoint holds all of this network's weights: others would be tested as random.
+
+    Only the time embedding, which starts at zero, may be new: so an image model is tested on video.
+    """
+    strange = [f"{key} ({status})" for status in ("new", "wrong shape", "unused") for key in report.keys[status]]
+    strange = [key for key in strange if key != "time_embed (new)"]
+    if strange:
+        raise UsageError(
+            f"{report.source} is not a whole checkpoint of {model.name}: {', '.join(strange[:8])}"
+            f"{' ...' if len(strange) > 8 else ''}. Give the MODEL settings that it was trained with."
+        )
+    given, built = report.arguments, dict(model.arguments, name=model.name)  # type: ignore[arg-type]
+    for key in sorted(given.keys() | built.keys()) if given else ():
+        old, new = (arguments.get(key, IMPLIED_ARGUMENTS.get(key)) for arguments in (given, built))
+        if key not in NOT_ADOPTED and json.dumps(old) != json.dumps(new):
+            raise UsageError(f"{report.source} was trained with {key} {old!r}, not {new!r}; set MODEL to match it.")

@@ -112,36 +112,27 @@ class RunFolder:
         """Make the folder this run's, clearing what it replaces; ``check`` comes first."""
         self.check()
         mode, overwrite = self.settings["MODE"], self.settings["OVERWRITE"]
-        try:
-            if overwrite or not self.has_progress():
-                for name in RESULT_FILES[mode] + (TRAINING_FILES if mode == "train" else ()):
-                    (self.path / name).unlink(missing_ok=True)
-                if mode == "train":
-                    shutil.rmtree(self.checkpoints, ignore_errors=True)
-                    for events in self.path.glob("events.out.tfevents.*"):
-                        events.unlink()
-            if overwrite and mode == "test":
-                shutil.rmtree(self.partial_scores, ignore_errors=True)
-            self.path.mkdir(parents=True, exist_ok=True)
-            # A repeated test or transfer records its new settings, but never replaces those of a training run.
-            owner = (self.recorded_config() or {}).get("MODE")
-            renewed = mode != "train" and owner == mode
-            if renewed or not (self.path / "config.yaml").exists():  # first of all files: it marks the folder
-                write_atomically(self.path / "config.yaml", self.config_text.encode())
-            if renewed or not (self.path / "environment.json").exists():
-                write_json(self.path / "environment.json", environment())
-            self.checkpoints.mkdir(exist_ok=True)
-        except OSError as error:
-            raise UsageError(
-                f"OUTPUT_DIR {self.path} cannot be written ({error.strerror}); give a folder that can, with space left."
-            ) from error
+        if overwrite or not self.has_progress():
+            for name in RESULT_FILES[mode] + (TRAINING_FILES if mode == "train" else ()):
+                (self.path / name).unlink(missing_ok=True)
+            if mode == "train":
+                shutil.rmtree(self.checkpoints, ignore_errors=True)
+                for events in self.path.glob("events.out.tfevents.*"):
+                    events.unlink()
+        if overwrite and mode == "test":
+            shutil.rmtree(self.partial_scores, ignore_errors=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        # A repeated test or transfer records its new settings, but never replaces those of a training run.
+        renewed = mode != "train" and (self.recorded_config() or {}).get("MODE") == mode
+        if renewed or not (self.path / "config.yaml").exists():  # first of all files: it marks the folder
+            write_atomically(self.path / "config.yaml", self.config_text.encode())
+        if renewed or not (self.path / "environment.json").exists():
+            write_json(self.path / "environment.json", environment())
+        self.checkpoints.mkdir(exist_ok=True)
 
     def lock(self) -> None:
-        """Keep other processes from training in this folder until this one ends; wait LOCK_S seconds for another.
-
-        Nothing is locked in a folder that does not belong to a run yet, or on a file system without locks.
-        """
-        if self._lock is not None or self.recorded_config() is None:
+        """Keep other processes from training here until this one ends; wait LOCK_S seconds for another one's end."""
+        if self._lock is not None or self.recorded_config() is None:  # a folder that is not a run's is not locked
             return
         # A lock of the process, not of the open file, which the loader's workers would inherit.
         file = open(self.path / ".lock", "a+")  # noqa: SIM115 (kept open)

@@ -1,13 +1,10 @@
 """The log of a run: ``metrics.jsonl``, TensorBoard, and optionally Weights & Biases."""
 
 import contextlib
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-from fvcore.common.config import CfgNode
 from torch.utils.tensorboard import SummaryWriter
 
 from stvit_video.common.files import write_atomically
@@ -17,12 +14,9 @@ class MetricsLog:
     """Writes rows to ``metrics.jsonl``, one per line, to TensorBoard, and to a ``run`` of Weights & Biases."""
 
     def __init__(self, folder: Path, step: int, run: Any = None) -> None:
-        """Open the log of a run that continues at ``step``, and drop the rows after it, whose work was lost.
-
-        A validation at ``step`` is dropped too: it follows the checkpoint and is repeated.
-        """
-        self.run = run
-        path = folder / "metrics.jsonl"
+        """Open the log of a run that continues at ``step``, and drop the rows after it, whose work was lost."""
+        self.run, path = run, folder / "metrics.jsonl"
+        # A validation at ``step`` is dropped too: it follows the checkpoint and is repeated.
         kept = [row for row in read_metrics(path) if row["step"] < step + (row["split"] == "train")]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
@@ -43,19 +37,6 @@ class MetricsLog:
         self.board.close()
         if self.run is not None:
             self.run.finish()
-
-
-def build_log(cfg: CfgNode, folder: Path, step: int) -> MetricsLog:
-    """Return the log of a run that continues at ``step``, also in the project of Weights & Biases that cfg names."""
-    if not cfg.LOG.WANDB:
-        return MetricsLog(folder, step)
-    import wandb
-
-    # A folder is always the same run there, also after an interruption.
-    identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    settings = yaml.safe_load(cfg.dump())
-    run = wandb.init(project=cfg.LOG.WANDB, name=folder.name, id=identity, resume="allow", dir=folder, config=settings)
-    return MetricsLog(folder, step, run)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -14,10 +14,7 @@ from stvit_video.common.errors import UsageError
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Exclude the parameters whose names match a pattern (``blocks.0.*``) from training.
-
-    Raises UsageError for a pattern that no name matches, and where nothing is left to train.
-    """
+    """Freeze the parameters whose names match a pattern (``blocks.0.*``). Raises UsageError where one matches none."""
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
@@ -64,14 +61,11 @@ def build_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer, steps_per_ep
 
 
 def average_weights(model: nn.Module, decay: float) -> AveragedModel:
-    """Return an average that begins with the model's weights; ``update_parameters`` adds those of a step.
-
-    The decay is small at first, so that the initial weights soon lose their influence, as in TensorFlow's
-    ExponentialMovingAverage.
-    """
+    """Return an average that begins with the model's weights; ``update_parameters`` adds those of a step."""
 
     @torch.no_grad()
     def update(averages: list[Tensor], weights: list[Tensor], updates: Tensor | int) -> None:
+        # Small at first, as in TensorFlow's ExponentialMovingAverage: the initial weights soon lose their influence.
         warmed = min(decay, (1 + int(updates)) / (10 + int(updates)))
         torch._foreach_lerp_(averages, weights, 1 - warmed)
 

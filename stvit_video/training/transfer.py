@@ -1,8 +1,8 @@
 """How well an image checkpoint transfers to videos before fine-tuning, beside the same network with random weights.
 
-The checkpoint is loaded into the video model and frozen. The features of each training and test video, the mean of the
-tokens before the classifier, are computed once; the test list is scored by nearest neighbours and by a linear probe.
-Where the checkpoint's classes are the data's, its own image classifier is scored too. Fine-tuning comes last.
+The features of each training and test video, the mean of the tokens before the classifier, are computed once; the test
+list is scored by nearest neighbours and by a linear probe, and by the checkpoint's own image classifier where its
+classes are the data's. Fine-tuning comes last.
 """
 
 import json
@@ -29,9 +29,9 @@ from stvit_video.evaluation.score_cache import fingerprint, read_features, weigh
 from stvit_video.models import load_pretrained
 from stvit_video.models.weights.files import Checkpoint
 from stvit_video.models.zoo import build_model
+from stvit_video.runs.checkpoint import check_all_loaded
 from stvit_video.runs.folder import build_run_folder
 from stvit_video.runs.preflight import OpenRun, open_run
-from stvit_video.runs.weights import check_all_loaded
 from stvit_video.runtime.world import on_main
 from stvit_video.training.loop import train
 
@@ -40,15 +40,13 @@ ScoreRow = dict[str, Any]  # method, weights, top1 and top5 in percent, coverage
 
 
 def nearest_neighbours(train: Predictions, features: Tensor, classes: int, k: int, temperature: float) -> Tensor:
-    """Return class scores (N, classes) of features (N, C): votes of the ``k`` nearest training videos by cosine.
-
-    A vote weighs exp(similarity / temperature), as in Wu et al. (arXiv 1805.01978).
-    """
+    """Return class scores (N, classes) of features (N, C): votes of the ``k`` nearest training videos by cosine."""
     known = F.normalize(train.scores, dim=1).T
     votes = torch.zeros(len(features), classes)
     for part, scores in zip(F.normalize(features, dim=1).split(1024), votes.split(1024), strict=True):
         nearest, places = (part @ known).topk(min(k, known.shape[1]), dim=1)
-        weights = ((nearest - nearest[:, :1]) / temperature).exp()  # relative to the best: no overflow
+        # exp(similarity / temperature) as in Wu et al. (arXiv 1805.01978), relative to the best: no overflow.
+        weights = ((nearest - nearest[:, :1]) / temperature).exp()
         scores.scatter_add_(1, train.labels[places], weights)
     return votes
 
@@ -56,20 +54,18 @@ def nearest_neighbours(train: Predictions, features: Tensor, classes: int, k: in
 def linear_probe(train: Predictions, features: Tensor, classes: int, weight_decay: float) -> Tensor:
     """Return logits (N, classes) of a linear classifier fitted to the training features, standardised, by L-BFGS."""
     mean, std = train.scores.mean(dim=0), train.scores.std(dim=0).clamp_min(1e-6)
-    inputs, layer = (train.scores - mean) / std, torch.nn.Linear(train.scores.shape[1], classes)
-    torch.nn.init.zeros_(layer.weight)
-    torch.nn.init.zeros_(layer.bias)
-    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+    inputs, weight = (train.scores - mean) / std, torch.zeros(classes, train.scores.shape[1], requires_grad=True)
+    bias = torch.zeros(classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = F.cross_entropy(layer(inputs), train.labels) + weight_decay * layer.weight.square().sum()
+        value = F.cross_entropy(F.linear(inputs, weight, bias), train.labels) + weight_decay * weight.square().sum()
         value.backward()
         return value
 
     optimizer.step(loss)
-    with torch.no_grad():
-        return layer((features - mean) / std)
+    return F.linear((features - mean) / std, weight, bias).detach()
 
 
 def pooled_features(model: nn.Module, clips: Tensor) -> Tensor:
@@ -87,13 +83,12 @@ def frame_probabilities(image_model: nn.Module, clips: Tensor) -> Tensor:
 def transfer(run: OpenRun) -> None:
     """Run MODE transfer: describe both lists with the weights of MODEL.INIT, score the test list, fine-tune last."""
     world, folder, chance = run.world, run.folder, 100 / len(run.classes)
-    # What is wrong is found before the folder is touched.
-    networks, no_image_head = build_networks(run)
-    loaders, tuning = build_loaders(run), build_finetuning(run)
+    networks, loaders, no_head = build_parts(run)
+    tuning = build_finetuning(run)  # what is wrong is found before the folder is touched
     run.claim()
     if world.is_main:
         agree = f"image head: the {len(run.classes)} classes agree"
-        print(f"no image head: {no_image_head}" if no_image_head else agree, flush=True)
+        print(f"no image head: {no_head}" if no_head else agree, flush=True)
     described = build_features(run, networks, loaders)
     rows = on_main(world, lambda: build_rows(run, described))
 
@@ -104,7 +99,7 @@ def transfer(run: OpenRun) -> None:
             "checkpoint": folder.settings["MODEL"]["INIT"],
             "model": folder.settings["MODEL"]["NAME"],
             "chance": chance,
-            "image_head": no_image_head or None,
+            "image_head": no_head or None,
             "complete": complete,
             "rows": rows,
         }
@@ -127,36 +122,29 @@ def transfer(run: OpenRun) -> None:
     on_main(world, lambda: write([*rows, tuned_row], True))
 
 
-def build_networks(run: OpenRun) -> tuple[dict[str, nn.Module], str]:
-    """Return the networks that describe videos, and why ``head`` is not among them; empty where it is.
+def build_parts(run: OpenRun) -> tuple[dict[str, nn.Module], dict[str, DataLoader], str]:
+    """Return the networks that describe videos, loaders of both lists, and why ``head`` is no such network, or "".
 
     ``init`` is the run's model, ``head`` the image model that the checkpoint holds, ``random`` an untrained ``init``.
     """
+    cfg, views = run.cfg, {"clips": run.cfg.TEST.CLIPS, "crops": run.cfg.TEST.CROPS}
     assert run.checkpoint is not None, "MODE transfer opens MODEL.INIT"
-    image_model, reason = build_image_model(run.cfg, run.checkpoint, run.classes)
+    image_model, reason = build_image_model(cfg, run.checkpoint, run.classes)
     networks = {"init": run.model}
     if image_model is not None:
         networks["head"] = image_model
-    if run.cfg.TRANSFER.RANDOM_BASELINE:
-        torch.manual_seed(run.cfg.SEED)
-        networks["random"] = build_model(run.cfg, len(run.classes))
-    return networks, reason
-
-
-def build_loaders(run: OpenRun) -> dict[str, DataLoader]:
-    """Return the loaders of the training and test list, each with the views of the test."""
-    views = {"clips": run.cfg.TEST.CLIPS, "crops": run.cfg.TEST.CROPS}
+    if cfg.TRANSFER.RANDOM_BASELINE:
+        torch.manual_seed(cfg.SEED)
+        networks["random"] = build_model(cfg, len(run.classes))
     splits = ("train", "test")
-    return {split: build_test_loader(run.cfg, run.world, run.videos[split], split, **views) for split in splits}
+    loaders = {split: build_test_loader(cfg, run.world, run.videos[split], split, **views) for split in splits}
+    return networks, loaders, reason
 
 
 def build_features(
     run: OpenRun, networks: dict[str, nn.Module], loaders: dict[str, DataLoader]
 ) -> dict[str, Predictions]:
-    """Return the features or probabilities of both lists, by split and network: from a cached file, or computed.
-
-    A cached file is used only where the fingerprint of everything that it depends on agrees; a line says which.
-    """
+    """Return features or probabilities by list and network, from a file where its fingerprint is the same."""
     cfg, world, described = run.cfg, run.world, {}
     loaded = weights_hash(run.checkpoint.tensors)  # type: ignore[union-attr]
     for kind, network in networks.items():
@@ -180,10 +168,7 @@ def build_features(
 
 
 def build_rows(run: OpenRun, described: dict[str, Predictions]) -> list[ScoreRow]:
-    """Return the scores of the test list in every way that ``described`` allows; write ``failures.csv`` first.
-
-    Raises UsageError where too many videos failed.
-    """
+    """Return the scores of the test list, ``failures.csv`` being written. Raises UsageError where too many failed."""
     cfg, classes = run.cfg, len(run.classes)
     run.folder.write_failures(failure for part in described.values() for failure in part.failures)
     for what, split in (("training", "train"), ("test", "test")):
@@ -211,10 +196,7 @@ def build_rows(run: OpenRun, described: dict[str, Predictions]) -> list[ScoreRow
 
 
 def build_image_model(cfg: CfgNode, checkpoint: Checkpoint, classes: list[str]) -> tuple[nn.Module | None, str]:
-    """Return the image model that a checkpoint holds, with its own classifier; or None, and the reason in one line.
-
-    It applies where the file says that it is of one frame, and of exactly these classes in this order.
-    """
+    """Return the image model of a checkpoint of one frame and exactly these classes; or None, and why not."""
     path, metadata = checkpoint.path, checkpoint.metadata
     frames, own = metadata.get("arguments", {}).get("num_frames"), metadata.get("classes")
     if not isinstance(own, list):
@@ -237,15 +219,13 @@ def build_image_model(cfg: CfgNode, checkpoint: Checkpoint, classes: list[str]) 
 
 
 def build_finetuning(run: OpenRun) -> CfgNode | None:
-    """Return the configuration of MODE train in OUTPUT_DIR/finetune; None where TRANSFER.FINETUNE is not set.
-
-    Raises UsageError where that run could not start: it comes last, perhaps hours later.
-    """
+    """Return the configuration of MODE train in OUTPUT_DIR/finetune; None where TRANSFER.FINETUNE is not set."""
     if not run.cfg.TRANSFER.FINETUNE:
         return None
     output = str(run.folder.path / FINETUNE)
     changes = [("MODE", "train"), ("OUTPUT_DIR", output), ("MODEL.NEW_HEAD", True)]
     cfg = override(run.cfg, changes, "MODE transfer")
+    # That run comes last, perhaps hours later: what would stop it is refused now.
     on_main(run.world, build_run_folder(cfg).check)
     build_train_loader(cfg, run.world, run.videos["train"])
     return cfg

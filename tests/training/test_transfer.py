@@ -26,9 +26,9 @@ from stvit_video.evaluation.metrics import Predictions
 from stvit_video.evaluation.score_cache import fingerprint, read_features, write_features
 from stvit_video.models import create_model
 from stvit_video.models.weights.files import read_checkpoint
+from stvit_video.runs.checkpoint import save_weights
 from stvit_video.runs.folder import RunFolder
 from stvit_video.runs.log import read_metrics
-from stvit_video.runs.weights import save_weights
 from stvit_video.runtime.world import World
 from stvit_video.training import transfer as transfer_module
 from stvit_video.training.transfer import (
