@@ -17,12 +17,7 @@ from stvit_video.common.charts import plot_curves
 from stvit_video.common.errors import Stopped, UsageError
 from stvit_video.common.progress import Progress
 from stvit_video.data.failures import check_failures, merge, read_ledger
-from stvit_video.evaluation.evaluate import (
-    build_tested_model,
-    build_tester,
-    class_probabilities,
-    describe_videos,
-)
+from stvit_video.evaluation.evaluate import build_tested_model, build_tester, class_probabilities, describe_videos
 from stvit_video.runs.checkpoint import CheckpointWriter, save_weights
 from stvit_video.runs.log import MetricsLog, read_metrics
 from stvit_video.runs.preflight import OpenRun

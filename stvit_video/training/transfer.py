@@ -54,8 +54,8 @@ def nearest_neighbours(train: Predictions, features: Tensor, classes: int, k: in
 def linear_probe(train: Predictions, features: Tensor, classes: int, weight_decay: float) -> Tensor:
     """Return logits (N, classes) of a linear classifier fitted to the training features, standardised, by L-BFGS."""
     mean, std = train.scores.mean(dim=0), train.scores.std(dim=0).clamp_min(1e-6)
-    inputs, weight = (train.scores - mean) / std, torch.zeros(classes, train.scores.shape[1], requires_grad=True)
-    bias = torch.zeros(classes, requires_grad=True)
+    inputs, bias = (train.scores - mean) / std, torch.zeros(classes, requires_grad=True)
+    weight = torch.zeros(classes, inputs.shape[1], requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
@@ -144,7 +144,7 @@ def build_parts(run: OpenRun) -> tuple[dict[str, nn.Module], dict[str, DataLoade
 def build_features(
     run: OpenRun, networks: dict[str, nn.Module], loaders: dict[str, DataLoader]
 ) -> dict[str, Predictions]:
-    """Return features or probabilities by list and network, from a file where its fingerprint is the same."""
+    """Return features or probabilities by list and network: from a file of the same fingerprint, or else computed."""
     cfg, world, described = run.cfg, run.world, {}
     loaded = weights_hash(run.checkpoint.tensors)  # type: ignore[union-attr]
     for kind, network in networks.items():
