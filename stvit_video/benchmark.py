@@ -61,7 +61,7 @@ def benchmark(arguments: Sequence[str] | None) -> int:
     from stvit_video.benchmarks.models import build_model_figures
     from stvit_video.benchmarks.pipeline import build_end_to_end_figures, build_engine_figures, build_loader_figures
     from stvit_video.config.load import load_config
-    from stvit_video.runs.environment import environment
+    from stvit_video.runs.folder import environment
 
     cfg = load_config(cfgs[0], options.overrides)
     if what == "loader":

@@ -39,8 +39,7 @@ def dispatch(arguments: Sequence[str] | None) -> int:
     from stvit_video.evaluation.evaluate import test
     from stvit_video.runs.preflight import open_run
     from stvit_video.runtime.world import join_world
-    from stvit_video.training.dry_run import dry_run
-    from stvit_video.training.loop import train
+    from stvit_video.training.loop import dry_run, train
     from stvit_video.training.transfer import transfer
 
     with join_world(cfg.DEVICE, cfg.PARALLEL.TIMEOUT_S) as world:

@@ -20,7 +20,7 @@ from stvit_video.inference.load import open_checkpoint
 from stvit_video.models import create_model, load_pretrained
 from stvit_video.models.zoo import build_model
 from stvit_video.predict import Predictor
-from stvit_video.runs.weights import check_all_loaded, save_weights
+from stvit_video.runs.checkpoint import check_all_loaded, save_weights
 from tests.conftest import REPOSITORY, data_config
 
 CONFIG = REPOSITORY / "configs" / "finetune.yaml"

@@ -36,7 +36,8 @@ from stvit_video.runtime.parallel import compile_model
 from stvit_video.runtime.precision import autocast, set_precision
 from stvit_video.runtime.stopping import StopSignals
 from stvit_video.runtime.world import World, pick_device
-from stvit_video.training.loop import build_training, open_records
+from stvit_video.training.loop import open_records, run_epochs
+from stvit_video.training.trainer import build_trainer
 
 BATCH = 8  # videos of the loader: with fewer batches the first, which nothing overlaps with, would count too much
 WORKERS = (1, 2, 4)  # from files to logits
@@ -250,8 +251,8 @@ def build_engine_figures(cfg: CfgNode, steps: int, rounds: int) -> Figures:
     changes = {**PLAIN_TRAINING, **ONE_EPOCH, **NO_CHECKPOINTS, "TRAIN.MAX_STEPS": steps}
     run = open_benchmark(cfg, changes, cfg.DEVICE)
     run.videos.pop("val", None)  # no validation after the epoch
-    training = build_training(run)
-    trainer, settings = training.trainer, training.trainer.settings
+    trainer = build_trainer(run)
+    settings = trainer.settings
     if settings.clip_grad <= 0 or trainer.scaler.is_enabled():
         raise UsageError("The engine is timed with OPTIM.CLIP_GRAD above 0 and PRECISION fp32, tf32 or bf16; set them.")
     batches = HeldBatches(islice(trainer.loader, steps))
@@ -273,11 +274,11 @@ def build_engine_figures(cfg: CfgNode, steps: int, rounds: int) -> Figures:
         """Train an epoch as a run does: logs, guards, stop signals and the checkpoint at its end included."""
         trainer.epoch = trainer.step = 0
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            run.folder = training.folder = RunFolder(folder)
+            run.folder = RunFolder(folder)
             run.folder.checkpoints.mkdir()
             try:
                 with StopSignals(launched=False) as signals, open_records(run, 0) as (log, writer):
-                    training.run_epochs(log, writer, signals)
+                    run_epochs(run, trainer, log, writer, signals)
             except Stopped as stopped:  # there is nothing to continue
                 raise KeyboardInterrupt from stopped
         yield trainer.step

@@ -22,7 +22,7 @@ from stvit_video.data.decode.types import DecodeError
 from stvit_video.inference.load import Trained, open_checkpoint
 from stvit_video.inference.predictor import Predictor
 from stvit_video.models import create_model
-from stvit_video.runs.weights import save_weights
+from stvit_video.runs.checkpoint import save_weights
 
 Forward = Callable[[Tensor], Tensor]  # clips (B, 3, T, H, W) to logits (B, classes)
 NOTE = "stvit_video.json"  # inside a torch.export archive

@@ -18,8 +18,8 @@ from stvit_video.data.decode.frames import Decoding
 from stvit_video.data.loader import build_decoding, build_sampler, build_test_views
 from stvit_video.models import create_model, load_pretrained
 from stvit_video.models.weights.files import read_checkpoint
+from stvit_video.runs.checkpoint import check_all_loaded
 from stvit_video.runs.folder import RunFolder
-from stvit_video.runs.weights import check_all_loaded
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,30 @@
-"""Checkpoints to resume training from, each written completely or not at all."""
+"""Checkpoints to resume training from, and files of weights, each written completely or not at all."""
 
 import hashlib
 import io
+import json
 import pickle
 import time
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from stvit_video.common.errors import UsageError, first_line
 from stvit_video.common.files import write_atomically
-from stvit_video.models.weights.files import DAMAGE
+from stvit_video.config.clip_settings import NOT_ADOPTED
+from stvit_video.models import LoadReport
+from stvit_video.models.weights.files import DAMAGE, pack_weights
+from stvit_video.models.zoo import IMPLIED_ARGUMENTS
 
-REQUIRED = (
+REQUIRED = {
     "model", "optimizer", "average", "averaged", "scheduler", "scaler", "epoch", "step", "bad_steps", "best", "setup",
-)  # fmt: skip
+}  # fmt: skip
 DAMAGED = (pickle.UnpicklingError, *DAMAGE)  # what reading a damaged file raises
 CHECKSUM_BYTES = hashlib.sha256().digest_size
 
@@ -41,12 +48,11 @@ def read_checked(path: Path) -> Any:
 
 def save_checkpoint(folder: Path, content: dict[str, Any], keep: int) -> Path:
     """Write a training state as ``step_N.pt`` and delete all but the ``keep`` newest."""
-    assert all(name in content for name in REQUIRED), f"a checkpoint needs {REQUIRED}"
-    packed = pack(content)
+    assert content.keys() >= REQUIRED, f"a checkpoint needs {REQUIRED}"
     path = folder / f"step_{content['step']:08d}.pt"
     if path.is_dir():  # made by something else: kept, under another name
         path.rename(path.with_name(f".{path.name}.{time.time_ns()}"))
-    write_atomically(path, packed)
+    write_atomically(path, pack(content))
     # Checkpoints of later steps could not be read: the run continued from an earlier one.
     earlier = [other for other in list_checkpoints(folder) if step_of(other) <= content["step"]]
     for old in (*earlier[keep:], *folder.glob(".step_*.pt.tmp")):  # the latter are left by killed writes
@@ -66,15 +72,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def load_newest(folder: Path) -> dict[str, Any] | None:
-    """Return the newest training state that is whole, warning about any that is not; None where there is no file.
-
-    Raises UsageError where there are files and none can be used, OSError where the disk does not give them.
-    """
+    """Return the newest training state that is whole; None where there is no file, UsageError where none is whole."""
     found = list_checkpoints(folder)
     for path in found:
         try:
             content = read_checked(path)
-            if isinstance(content, dict) and all(name in content for name in REQUIRED):
+            if isinstance(content, dict) and content.keys() >= REQUIRED:
                 return content
             problem = "is not a training state"
         except IsADirectoryError:
@@ -90,7 +93,7 @@ def load_newest(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-class CheckpointWriter:
+class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
     """Decides when a checkpoint is due, and writes it in a thread: training only waits for a copy of the state."""
 
     def __init__(self, folder: Path, keep: int, every_steps: int, every_minutes: float) -> None:
@@ -99,9 +102,6 @@ class CheckpointWriter:
         self.last, self.owed = time.monotonic(), False
         self.pool = ThreadPoolExecutor(max_workers=1)
         self.pending: Future[Path] | None = None
-
-    def __enter__(self) -> "CheckpointWriter":
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self.pool.shutdown()  # finishes a write that has begun, also where training failed
@@ -118,21 +118,36 @@ class CheckpointWriter:
         """Begin to write a copy of a training state. Raises OSError where the one before could not be written."""
         self.wait()
         self.last, self.owed = time.monotonic(), False
-        self.pending = self.pool.submit(save_checkpoint, self.folder, _copy_to_cpu(content), self.keep)
+        # In CPU memory, where training does not change it.
+        copy = tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), content)
+        self.pending = self.pool.submit(save_checkpoint, self.folder, copy, self.keep)
 
     def wait(self) -> None:
         """Return once nothing is being written. Raises OSError where it could not be."""
-        if self.pending is not None:
-            pending, self.pending = self.pending, None
+        pending, self.pending = self.pending, None
+        if pending is not None:
             pending.result()
 
 
-def _copy_to_cpu(content: Any) -> Any:
-    """Return a copy of a state in CPU memory, which training does not change."""
-    if isinstance(content, torch.Tensor):
-        return content.detach().to("cpu", copy=True)
-    if isinstance(content, dict):
-        return {key: _copy_to_cpu(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return type(content)(_copy_to_cpu(value) for value in content)
-    return content
+def save_weights(path: Path, model: nn.Module, classes: list[str], views: dict[str, Any] | None = None) -> None:
+    """Write a ``.safetensors`` with all that building and using the model again takes; see ``pack_weights``."""
+    write_atomically(path, pack_weights(model, classes, views))
+
+
+def check_all_loaded(report: LoadReport, model: nn.Module) -> None:
+    """Raise UsageError unless the checkpoint holds all of this network's weights: others would be tested as random.
+
+    Only the time embedding, which starts at zero, may be new: so an image model is tested on video.
+    """
+    strange = [f"{key} ({status})" for status in ("new", "wrong shape", "unused") for key in report.keys[status]]
+    strange = [key for key in strange if key != "time_embed (new)"]
+    if strange:
+        raise UsageError(
+            f"{report.source} is not a whole checkpoint of {model.name}: {', '.join(strange[:8])}"
+            f"{' ...' if len(strange) > 8 else ''}. Give the MODEL settings that it was trained with."
+        )
+    given, built = report.arguments, dict(model.arguments, name=model.name)  # type: ignore[arg-type]
+    for key in sorted(given.keys() | built.keys()) if given else ():
+        old, new = (arguments.get(key, IMPLIED_ARGUMENTS.get(key)) for arguments in (given, built))
+        if key not in NOT_ADOPTED and json.dumps(old) != json.dumps(new):
+            raise UsageError(f"{report.source} was trained with {key} {old!r}, not {new!r}; set MODEL to match it.")

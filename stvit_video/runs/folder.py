@@ -1,14 +1,20 @@
 """The folder of a run: whose it is, what it holds, and what may be written to it."""
 
+import contextlib
 import fcntl
 import json
 import os
+import platform
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Iterable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 import yaml
 from fvcore.common.config import CfgNode
 
@@ -18,7 +24,6 @@ from stvit_video.common.tables import to_csv
 from stvit_video.config.schema import flatten
 from stvit_video.data.failures import Failure, failures_csv
 from stvit_video.runs.checkpoint import list_checkpoints
-from stvit_video.runs.environment import environment
 
 # Keys that may change between a run and its continuation: they do not change which videos a step sees, and its result
 # at most by rounding (Trainer.setup).
@@ -42,16 +47,15 @@ RESULT_FILES = {
 TRAINING_FILES = (
     "metrics.jsonl", "curves.png", "model.safetensors", "load_report.json", "config.yaml", "environment.json",
 )  # fmt: skip
+PACKAGES = ("torch", "torchvision", "pytorchvideo", "decord", "decord2", "av", "fvcore", "numpy", "submitit")
 LOCK_S = 30  # longer than the processes of a killed start need to end
 
 
 class RunFolder:
-    """Paths inside OUTPUT_DIR, and the rules for using it. Raises UsageError where the folder cannot be used.
-
-    ``settings`` is the resolved configuration of the run that wants to write here, empty for one that only reads.
-    """
+    """Paths inside OUTPUT_DIR, and the rules for using it. Raises UsageError where the folder cannot be used."""
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any] | None = None) -> None:
+        """``settings`` is the resolved configuration of a run that wants to write here; None to read only."""
         self.path, self.settings = Path(path), settings or {}
         self.checkpoints = self.path / "checkpoints"
         self.results = self.path / "results.json"
@@ -81,75 +85,54 @@ class RunFolder:
 
     def check(self) -> None:
         """Make sure that the run may write here; nothing is changed."""
-        mode = self.settings["MODE"]
-        if self.path.exists() and not self.path.is_dir():
-            raise UsageError(f"OUTPUT_DIR {self.path} is a file; give a folder.")
-        if not self.path.is_dir() or all(path.name == ".config.yaml.tmp" for path in self.path.iterdir()):
+        path, mode, recorded = self.path, self.settings["MODE"], self.recorded_config()
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"OUTPUT_DIR {path} is a file; give a folder.")
+        if recorded is None and path.is_dir() and any(file.name != ".config.yaml.tmp" for file in path.iterdir()):
+            raise UsageError(f"OUTPUT_DIR {path} holds files that are not a run's; give an empty or new folder.")
+        if recorded is None or self.settings["OVERWRITE"] or not self.has_progress():
             return
-        recorded = self.recorded_config()
-        if recorded is None:
-            raise UsageError(f"OUTPUT_DIR {self.path} holds files that are not a run's; give an empty or new folder.")
-        if self.settings["OVERWRITE"] or not self.has_progress():
-            return
+        problem, remedy = "", ""
         if mode == "train":
             if changed := describe_changes(recorded, self.settings):
-                raise UsageError(
-                    f"OUTPUT_DIR {self.path} holds a run with other settings: {changed}. "
-                    f"Give another OUTPUT_DIR, or OVERWRITE True to replace that run."
-                )
-            if self.settings["TRAIN"]["RESUME"] == "never" and list_checkpoints(self.checkpoints):
-                raise UsageError(
-                    f"{self.checkpoints} holds checkpoints and TRAIN.RESUME is never; set it to auto to continue, "
-                    f"OVERWRITE True to start again, or give another OUTPUT_DIR."
-                )
-            if self.results.exists() and not self.weights.exists():
-                raise UsageError(
-                    f"{self.results} is of a test, not of a training run; give another OUTPUT_DIR, or OVERWRITE True."
-                )
-            return
-        results = [name for name in RESULT_FILES[mode] if (self.path / name).exists()]
-        if results and (mode == "transfer" or self.results.exists()):
-            init = self.settings["MODEL"]["INIT"] or self.weights
-            raise UsageError(
-                f"OUTPUT_DIR {self.path} holds results ({', '.join(results)}); "
-                f"give another one (and MODEL.INIT {init}), or OVERWRITE True."
-            )
+                problem = f"a run with other settings: {changed}"
+            elif self.settings["TRAIN"]["RESUME"] == "never" and list_checkpoints(self.checkpoints):
+                problem, remedy = "checkpoints, and TRAIN.RESUME is never", "set that to auto to continue, "
+            elif self.results.exists() and not self.weights.exists():
+                problem = "results of a test, not of a training run"
+        else:
+            results = [name for name in RESULT_FILES[mode] if (path / name).exists()]
+            if results and (mode == "transfer" or self.results.exists()):
+                problem = f"results ({', '.join(results)})"
+                remedy = f"set MODEL.INIT {self.settings['MODEL']['INIT'] or self.weights} and "
+        if problem:
+            raise UsageError(f"OUTPUT_DIR {path} holds {problem}; {remedy}give another OUTPUT_DIR, or OVERWRITE True.")
 
     def claim(self) -> None:
         """Make the folder this run's, clearing what it replaces; ``check`` comes first."""
         self.check()
         mode, overwrite = self.settings["MODE"], self.settings["OVERWRITE"]
-        try:
-            if overwrite or not self.has_progress():
-                for name in RESULT_FILES[mode] + (TRAINING_FILES if mode == "train" else ()):
-                    (self.path / name).unlink(missing_ok=True)
-                if mode == "train":
-                    shutil.rmtree(self.checkpoints, ignore_errors=True)
-                    for events in self.path.glob("events.out.tfevents.*"):
-                        events.unlink()
-            if overwrite and mode == "test":
-                shutil.rmtree(self.partial_scores, ignore_errors=True)
-            self.path.mkdir(parents=True, exist_ok=True)
-            # A repeated test or transfer records its new settings, but never replaces those of a training run.
-            owner = (self.recorded_config() or {}).get("MODE")
-            renewed = mode != "train" and owner == mode
-            if renewed or not (self.path / "config.yaml").exists():  # first of all files: it marks the folder
-                write_atomically(self.path / "config.yaml", self.config_text.encode())
-            if renewed or not (self.path / "environment.json").exists():
-                write_json(self.path / "environment.json", environment())
-            self.checkpoints.mkdir(exist_ok=True)
-        except OSError as error:
-            raise UsageError(
-                f"OUTPUT_DIR {self.path} cannot be written ({error.strerror}); give a folder that can, with space left."
-            ) from error
+        if overwrite or not self.has_progress():
+            for name in RESULT_FILES[mode] + (TRAINING_FILES if mode == "train" else ()):
+                (self.path / name).unlink(missing_ok=True)
+            if mode == "train":
+                shutil.rmtree(self.checkpoints, ignore_errors=True)
+                for events in self.path.glob("events.out.tfevents.*"):
+                    events.unlink()
+        if overwrite and mode == "test":
+            shutil.rmtree(self.partial_scores, ignore_errors=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        # A repeated test or transfer records its new settings, but never replaces those of a training run.
+        renewed = mode != "train" and (self.recorded_config() or {}).get("MODE") == mode
+        if renewed or not (self.path / "config.yaml").exists():  # first of all files: it marks the folder
+            write_atomically(self.path / "config.yaml", self.config_text.encode())
+        if renewed or not (self.path / "environment.json").exists():
+            write_json(self.path / "environment.json", environment())
+        self.checkpoints.mkdir(exist_ok=True)
 
     def lock(self) -> None:
-        """Keep other processes from training in this folder until this one ends; wait LOCK_S seconds for another.
-
-        The processes of a killed start need a moment to end, and may be writing a checkpoint. Nothing is locked in a
-        folder that does not belong to a run yet, or on a file system without locks.
-        """
-        if self._lock is not None or self.recorded_config() is None:
+        """Keep other processes from training here until this one ends; wait LOCK_S seconds for another one's end."""
+        if self._lock is not None or self.recorded_config() is None:  # a folder that is not a run's is not locked
             return
         # A lock of the process, not of the open file, which the loader's workers would inherit.
         file = open(self.path / ".lock", "a+")  # noqa: SIM115 (kept open)
@@ -190,6 +173,29 @@ class RunFolder:
     def write_failures(self, failures: Iterable[Failure]) -> None:
         """Write ``failures.csv``, each video once a stage; a header alone where none failed."""
         write_atomically(self.path / "failures.csv", failures_csv(failures))
+
+
+def environment() -> dict[str, Any]:
+    """Return what figures were measured in: the command, versions of packages, the machine, the state of the source."""
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    git = None  # where this package does not run from a checkout
+    options: dict[str, Any] = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "timeout": 10}
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, **options).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain"], **options).stdout.splitlines()
+        git = {"commit": commit, "changed_files": len(changed)}
+    return {
+        "command": [sys.executable, *sys.orig_argv[1:]],
+        "python": platform.python_version(),
+        "packages": versions,
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "git": git,
+    }
 
 
 def build_run_folder(cfg: CfgNode) -> RunFolder:

@@ -1,16 +1,12 @@
 """The log of a run: ``metrics.jsonl``, TensorBoard, and optionally Weights & Biases."""
 
-import hashlib
-import importlib
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-from fvcore.common.config import CfgNode
 from torch.utils.tensorboard import SummaryWriter
 
-from stvit_video.common.errors import UsageError
 from stvit_video.common.files import write_atomically
 
 
@@ -18,12 +14,9 @@ class MetricsLog:
     """Writes rows to ``metrics.jsonl``, one per line, to TensorBoard, and to a ``run`` of Weights & Biases."""
 
     def __init__(self, folder: Path, step: int, run: Any = None) -> None:
-        """Open the log of a run that continues at ``step``, and drop the rows after it, whose work was lost.
-
-        A validation at ``step`` is dropped too: it follows the checkpoint and is repeated.
-        """
-        self.run = run
-        path = folder / "metrics.jsonl"
+        """Open the log of a run that continues at ``step``, and drop the rows after it, whose work was lost."""
+        self.run, path = run, folder / "metrics.jsonl"
+        # A validation at ``step`` is dropped too: it follows the checkpoint and is repeated.
         kept = [row for row in read_metrics(path) if row["step"] < step + (row["split"] == "train")]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
@@ -46,40 +39,12 @@ class MetricsLog:
             self.run.finish()
 
 
-def check_wandb(project: str) -> None:
-    """Raise UsageError where LOG.WANDB names a ``project`` of Weights & Biases, which is not installed."""
-    try:
-        if project:
-            importlib.import_module("wandb")
-    except ImportError as error:
-        raise UsageError(
-            f"LOG.WANDB {project}: Weights & Biases is not installed; pip install wandb, or LOG.WANDB ''."
-        ) from error
-
-
-def build_log(cfg: CfgNode, folder: Path, step: int) -> MetricsLog:
-    """Return the log of a run that continues at ``step``; call ``check_wandb`` before."""
-    if not cfg.LOG.WANDB:
-        return MetricsLog(folder, step)
-    import wandb
-
-    # A folder is always the same run there, also after an interruption.
-    identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    settings = yaml.safe_load(cfg.dump())
-    run = wandb.init(project=cfg.LOG.WANDB, name=folder.name, id=identity, resume="allow", dir=folder, config=settings)
-    return MetricsLog(folder, step, run)
-
-
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a ``metrics.jsonl``, without a last line that is incomplete."""
-    if not path.is_file():
-        return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        for line in path.read_text(encoding="utf-8").splitlines():
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
     return rows
 
 

@@ -1,5 +1,6 @@
 """Opening a run: what it needs is read once, checked before anything is written, and handed on as plain values."""
 
+import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +12,17 @@ from torch import nn
 
 from stvit_video.common.errors import RunFailure, UsageError
 from stvit_video.common.files import write_atomically
+from stvit_video.config.clip_settings import view_settings
 from stvit_video.data import sample
 from stvit_video.data.lists.annotations import Video, summarise_videos
-from stvit_video.data.lists.videos import ListReader, build_lists
-from stvit_video.models import LoadReport
+from stvit_video.data.lists.videos import build_lists
+from stvit_video.models import LoadReport, load_pretrained
 from stvit_video.models.cost import Cost, count_training_memory, measure_cost
 from stvit_video.models.weights.files import Checkpoint, read_checkpoint
 from stvit_video.models.zoo import build_model
-from stvit_video.runs.checkpoint import load_newest
+from stvit_video.runs.checkpoint import check_all_loaded, load_newest
 from stvit_video.runs.folder import RunFolder, build_run_folder
-from stvit_video.runs.log import check_wandb, describe_results
-from stvit_video.runs.weights import build_weights
+from stvit_video.runs.log import describe_results
 from stvit_video.runtime.world import World, gather_objects, on_main
 
 KINETICS_CLASSES = 400  # what --cost assumes where there is no data; the classifier's share of the cost is small
@@ -34,16 +35,14 @@ Purpose = Literal["run", "rehearse", "measure"]
 
 @dataclass
 class OpenRun:
-    """A run whose inputs are read and checked; nothing in its folder has been changed yet.
+    """A run whose inputs are read and checked; nothing in its folder has been changed yet."""
 
-    ``cfg`` is there for the functions that build parts of the run; all else is a plain value.
-    """
-
-    cfg: CfgNode
+    cfg: CfgNode  # for the functions that build parts of the run; all else is a plain value
     world: World
     folder: RunFolder
     classes: list[str]
     videos: dict[str, list[Video]]  # by split
+    views: dict[str, Any]  # how videos become clips, to be saved beside weights
     model: nn.Module  # on the CPU, with its weights
     cost: Cost
     summary: str  # lines for the user: the model, where it runs, the lists
@@ -53,12 +52,14 @@ class OpenRun:
 
     def claim(self, *, keep_report: bool = True) -> None:
         """Make the folder this run's, and say what it is; from here on files are written."""
-        on_main(self.world, self.folder.claim)
-        report = self.report.to_json().encode() if self.report is not None and keep_report else None
-        if report is not None:
-            on_main(self.world, lambda: write_atomically(self.folder.path / "load_report.json", report))
-        if self.world.is_main:
+
+        def claim() -> None:
+            self.folder.claim()
+            if self.report is not None and keep_report:
+                write_atomically(self.folder.path / "load_report.json", self.report.to_json().encode())
             print("\n".join(filter(None, [str(self.report or ""), self.summary])), flush=True)
+
+        on_main(self.world, claim)
 
 
 def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: OpenRun | None = None) -> OpenRun | None:
@@ -73,7 +74,8 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
     folder, state = build_run_folder(cfg), None
     if purpose != "measure":
         on_main(world, folder.check)
-        check_wandb(cfg.LOG.WANDB)
+        if cfg.LOG.WANDB and importlib.util.find_spec("wandb") is None:
+            raise UsageError(f"LOG.WANDB {cfg.LOG.WANDB}: wandb is not installed; pip install wandb, or LOG.WANDB ''.")
     if purpose == "run" and cfg.MODE == "train":
         if on_main(world, folder.is_finished) and not cfg.OVERWRITE:
             if world.is_main:
@@ -94,9 +96,7 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
     if needs_weights and cfg.MODE == "test" and not source:
         source = str(folder.weights)
         if not folder.weights.is_file():
-            raise UsageError(
-                f"MODE test: {source} is missing; give MODEL.INIT FILE, or the OUTPUT_DIR of a finished run."
-            )
+            raise UsageError(f"MODE test: {source} is missing; give MODEL.INIT FILE or a finished run's OUTPUT_DIR.")
     classes, videos = (opened.classes, opened.videos) if opened else open_lists(cfg, world, needs_weights=needs_weights)
     torch.manual_seed(cfg.SEED)  # for weights that no file holds
     model = build_model(cfg, len(classes))
@@ -104,19 +104,38 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
     report = build_weights(cfg, model, checkpoint, classes) if source and checkpoint else None
     cost = measure_cost(model, (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE))
     summary = _build_summary(cfg, world, cost, len(classes), videos)
-    kept = checkpoint if cfg.MODE == "transfer" else None
-    return OpenRun(cfg, world, folder, classes, videos, model, cost, summary, kept, report, state)
+    checkpoint = checkpoint if cfg.MODE == "transfer" else None
+    return OpenRun(
+        cfg, world, folder, classes, videos, view_settings(cfg), model, cost, summary, checkpoint, report, state
+    )
+
+
+def build_weights(cfg: CfgNode, model: nn.Module, checkpoint: Checkpoint, classes: list[str]) -> LoadReport:
+    """Load a checkpoint into the model as MODE asks. Raises UsageError where it is not of this model or its classes."""
+    if cfg.MODE == "test":
+        report = load_pretrained(model, checkpoint, min_coverage=0.9)
+        check_all_loaded(report, model)
+        return report
+    least = cfg.MODEL.INIT_MIN_COVERAGE
+    if cfg.MODE == "transfer":  # its classifier is not used
+        return load_pretrained(model, checkpoint, min_coverage=least, new_head=True)
+    known = checkpoint.metadata.get("classes")
+    if known not in (None, classes) and not cfg.MODEL.NEW_HEAD and cfg.MODEL.INIT_DEPTH is None:
+        raise UsageError(
+            f"{cfg.MODEL.INIT}: its classifier is for other classes ({', '.join(map(str, known[:4]))} ...) than the "
+            f"data's ({', '.join(classes[:4])} ...). Set MODEL.NEW_HEAD True to train a new one."
+        )
+    options = {"new_head": cfg.MODEL.NEW_HEAD, "motion": cfg.MODEL.INIT_MOTION, "depth": cfg.MODEL.INIT_DEPTH}
+    return load_pretrained(model, checkpoint, min_coverage=least, **options)
 
 
 def open_lists(cfg: CfgNode, world: World, *, needs_weights: bool) -> tuple[list[str], dict[str, list[Video]]]:
-    """Return the class names, and the videos of each split that MODE uses: read by rank 0, sent to the others.
-
-    The set that DATA.GENERATE names is generated first.
-    """
+    """Return the class names and the videos of each split that MODE uses; generate the set of DATA.GENERATE first."""
     lists, weights = build_lists(cfg), cfg.MODEL.INIT if needs_weights else ""
     trains = cfg.MODE == "train" or (cfg.MODE == "transfer" and cfg.TRANSFER.FINETUNE)
     splits = ["train", "val", "test"] if trains else ["test"] if cfg.MODE == "test" else ["train", "test"]
 
+    # By rank 0, and sent to the others.
     def read() -> tuple[list[str], dict[str, list[Video]]]:
         if cfg.DATA.GENERATE:  # takes minutes: first what can be wrong before
             if not sample.is_complete(cfg.DATA.ROOT):
@@ -124,36 +143,28 @@ def open_lists(cfg: CfgNode, world: World, *, needs_weights: bool) -> tuple[list
             if weights and not Path(weights).is_file():
                 raise UsageError(f"MODEL.INIT {weights} is missing; {WEIGHTS_ADVICE}.")
             sample.prepare(cfg.DATA.ROOT, sample.Spec(clips=tuple(cfg.DATA.GENERATE_CLIPS), name=cfg.DATA.GENERATE))
-        check_inputs(cfg.MODE, lists, splits, weights)
+        advice: dict[str, str] = {}  # by what is missing: all of it is named at once
+        for split in splits:
+            name, file = lists.lists[split], lists.source(split)
+            if (split != "val" or name) and not (name and file.exists()):
+                advice[f"DATA.{split.upper()}_LIST {file if name else repr('')}"] = (
+                    f"a list holds lines `path label`, paths starting from DATA.ROOT {lists.root}, or is a Kinetics "
+                    f"CSV, a Something-Something JSON, or a folder CLASS/FILE"
+                )
+        if lists.class_file and not (lists.root / lists.class_file).is_file():
+            missing = f"DATA.CLASSES {lists.root / lists.class_file}"
+            advice[missing] = "DATA.CLASSES holds one class name a line, or is '' for numbers"
+        if weights and not Path(weights).is_file():
+            advice[f"MODEL.INIT {weights}"] = WEIGHTS_ADVICE
+        if advice:
+            raise UsageError(
+                f"MODE {cfg.MODE} needs files that are missing: {', '.join(advice)}. Put them there or set these keys: "
+                f"{'; '.join(dict.fromkeys(advice.values()))}. Without a download this runs now: "
+                f"python -m stvit_video.run --cfg configs/sample_stvit.yaml"
+            )
         return lists.classes, {split: lists.videos(split) for split in splits if lists.lists[split]}
 
     return on_main(world, read)
-
-
-def check_inputs(mode: str, lists: ListReader, splits: list[str], weights: str) -> None:
-    """Raise UsageError, naming all of them at once, where files are missing that a run of ``mode`` needs."""
-    missing, advice = [], []
-    for split in splits:
-        name = lists.lists[split]
-        if (split != "val" or name) and not (name and lists.source(split).exists()):
-            missing.append(f"DATA.{split.upper()}_LIST {lists.source(split) if name else repr('')}")
-    if missing:
-        advice.append(
-            f"a list holds lines `path label`, paths starting from DATA.ROOT {lists.root}, or is a Kinetics CSV, a "
-            f"Something-Something JSON, or a folder CLASS/FILE"
-        )
-    if lists.class_file and not (lists.root / lists.class_file).is_file():
-        missing.append(f"DATA.CLASSES {lists.root / lists.class_file}")
-        advice.append("DATA.CLASSES holds one class name a line, or is '' for numbers")
-    if weights and not Path(weights).is_file():
-        missing.append(f"MODEL.INIT {weights}")
-        advice.append(WEIGHTS_ADVICE)
-    if missing:
-        raise UsageError(
-            f"MODE {mode} needs files that are missing: {', '.join(missing)}. Put them there or set these keys: "
-            f"{'; '.join(advice)}. Without a download this runs now: "
-            f"python -m stvit_video.run --cfg configs/sample_stvit.yaml"
-        )
 
 
 def build_cost_report(cfg: CfgNode) -> str:
@@ -181,11 +192,8 @@ def _build_summary(cfg: CfgNode, world: World, cost: Cost, num_classes: int, vid
         return ""
     sharded = ", weights sharded (fsdp)" if world.size > 1 and cfg.PARALLEL.STRATEGY == "fsdp" else ""
     compiled = f", compiled ({cfg.COMPILE})" if cfg.COMPILE != "none" else ""
-    lines = [
-        _build_model_line(cfg, cost, num_classes),
-        f"{world.size} process(es) on {world.device.type}, {cfg.PRECISION}{sharded}{compiled}, output in "
-        f"{cfg.OUTPUT_DIR}",
-    ]
+    place = f"{world.size} process(es) on {world.device.type}, {cfg.PRECISION}{sharded}{compiled}"
+    lines = [_build_model_line(cfg, cost, num_classes), f"{place}, output in {cfg.OUTPUT_DIR}"]
     if cfg.DATA.SPLIT is not None:
         lines.append(
             f"DATA.SPLIT: {' / '.join(map(str, cfg.DATA.SPLIT))} % of each class for training / validation / test, "

@@ -212,7 +212,7 @@ def submit(
 
     The record tells ``about`` the submission: by default the command, its time, its host and the commit.
     """
-    from stvit_video.runs.environment import environment
+    from stvit_video.runs.folder import environment
 
     if about is None:
         about = {"command": sys.orig_argv, "submitted": time.time(), "host": socket.gethostname()}

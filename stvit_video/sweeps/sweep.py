@@ -32,8 +32,7 @@ from stvit_video.config.schema import flatten
 from stvit_video.data.lists.videos import build_lists
 from stvit_video.models.cost import measure_cost
 from stvit_video.models.zoo import build_model
-from stvit_video.runs.environment import environment
-from stvit_video.runs.folder import RunFolder, build_run_folder, describe_changes
+from stvit_video.runs.folder import RunFolder, build_run_folder, describe_changes, environment
 from stvit_video.runs.preflight import open_lists
 from stvit_video.runtime.stopping import StopSignals
 from stvit_video.runtime.world import World

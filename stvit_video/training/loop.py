@@ -1,117 +1,102 @@
-"""Training: the loop, its checkpoints, and the test at the end."""
+"""Training: the loop, its checkpoints, the test at the end, and the rehearsal of all of it."""
 
+import hashlib
 import itertools
+import math
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from stvit_video.common.charts import plot_curves
 from stvit_video.common.errors import Stopped, UsageError
 from stvit_video.common.progress import Progress
-from stvit_video.config.clip_settings import view_settings
 from stvit_video.data.failures import check_failures, merge, read_ledger
-from stvit_video.data.loader import build_test_loader
-from stvit_video.evaluation.evaluate import Tester, build_tester, class_probabilities, describe_videos
-from stvit_video.runs.checkpoint import CheckpointWriter
-from stvit_video.runs.folder import RunFolder
-from stvit_video.runs.log import MetricsLog, build_log, read_metrics
+from stvit_video.evaluation.evaluate import build_tested_model, build_tester, class_probabilities, describe_videos
+from stvit_video.runs.checkpoint import CheckpointWriter, save_weights
+from stvit_video.runs.log import MetricsLog, read_metrics
 from stvit_video.runs.preflight import OpenRun
-from stvit_video.runs.weights import save_weights
+from stvit_video.runtime.clock import PARTS, peak_memory
+from stvit_video.runtime.precision import autocast
 from stvit_video.runtime.stopping import StopSignals
 from stvit_video.runtime.world import any_of, gather_objects, on_main
 from stvit_video.training.trainer import Trainer, build_trainer
 
 
-@dataclass
-class Training:
-    """A training run: its trainer, what it is validated and tested with, and the folder that all is written to."""
+def run_epochs(
+    run: OpenRun, trainer: Trainer, log: MetricsLog | None, writer: CheckpointWriter, signals: StopSignals
+) -> None:
+    """Take the steps that are left, validate after epochs, and write checkpoints when they are due.
 
-    trainer: Trainer
-    tester: Tester
-    folder: RunFolder
-    val_loader: DataLoader | None
-    val_every: int  # epochs
-    views: dict[str, Any]  # how videos become clips, to be saved beside weights
+    ``log`` is rank 0's. Raises Stopped, with a checkpoint of the very step, after a signal to stop.
+    """
+    world, epochs = run.world, math.ceil(trainer.total_steps / trainer.steps_per_epoch)  # the last may be cut short
+    with Progress("train", trainer.total_steps, trainer.step, enabled=world.is_main) as progress:
+        while trainer.epoch < epochs:
+            try:
+                for _ in trainer.train_epoch(progress, log):
+                    stop = any_of(world, signals.received is not None)
+                    due = any_of(world, world.is_main and writer.is_due(trainer.step))
+                    if stop or due or trainer.steps_left == 0:
+                        write_failures(run, trainer)
+                        state = trainer.state()
+                        on_main(world, partial(writer.save, state))
+                    if stop:
+                        on_main(world, writer.wait)  # launchers end all processes when one leaves: first the disk
+                        raise Stopped(signals.received, f"step {trainer.step}")
+            except UsageError:  # too many videos failed: failures.csv lists those that this process knows of
+                if world.is_main:
+                    run.folder.write_failures(trainer.failures)
+                raise
+            on_main(world, writer.wait)  # before validation forks its workers
+            epoch = trainer.epoch + 1
+            if trainer.val_loader is not None and (epoch == epochs or epoch % trainer.settings.val_every == 0):
+                values = validate(run, trainer, trainer.val_loader, signals)
+                if log is not None:
+                    log.write(trainer.step, trainer.step / trainer.steps_per_epoch, "val", values)
+                progress.note(f"epoch {epoch}: validation loss {values['loss']:.3f}, top-1 {values['top1']:.1f} %")
+            trainer.epoch = epoch
+            write_failures(run, trainer)
+            for stage, loader in (("train", trainer.loader), ("val", trainer.val_loader)):
+                failed = len({failure.path for failure in trainer.failures if failure.stage == stage})
+                total = len(loader.dataset) if loader else 0  # type: ignore[arg-type]
+                check_failures(failed, total, trainer.settings.max_failures, stage)
 
-    def run_epochs(self, log: MetricsLog | None, writer: CheckpointWriter, signals: StopSignals) -> None:
-        """Take the steps that are left, validate after epochs, and write checkpoints when they are due.
 
-        ``log`` is rank 0's. Raises Stopped, with a checkpoint of the very step, after a signal to stop.
-        """
-        trainer, world = self.trainer, self.trainer.world
+def validate(run: OpenRun, trainer: Trainer, loader: DataLoader, signals: StopSignals) -> dict[str, float]:
+    """Score the validation list with one view a video; keep the best weights. Raises Stopped after a signal to stop."""
+    model, precision = trainer.model_to_test(), trainer.settings.precision
+    try:
+        predictions = describe_videos(class_probabilities(model), loader, run.world, precision, signals=signals)
+    except Stopped:  # the scores so far are not kept: one view a video is quickly scored again
+        raise Stopped(signals.received, f"step {trainer.step}") from None
+    trainer.failures += predictions.failures
+    values = {"loss": predictions.loss, "top1": predictions.top(1), "top5": predictions.top(5)}
+    if values["top1"] > trainer.best:
+        trainer.best = values["top1"]
+        on_main(run.world, lambda: save_weights(run.folder.best_weights, model, run.classes, run.views))
+    return values
 
-        def after_step() -> None:
-            stop = any_of(world, signals.received is not None)
-            if stop or trainer.steps_left == 0 or any_of(world, world.is_main and writer.is_due(trainer.step)):
-                self.write_failures()
-                state = trainer.state()
-                on_main(world, lambda: writer.save(state))
-            if stop:
-                on_main(world, writer.wait)  # launchers end all processes when one leaves: first the disk
-                raise Stopped(signals.received, f"step {trainer.step}")
 
-        with Progress("train", trainer.total_steps, trainer.step, enabled=world.is_main) as progress:
-            while trainer.epoch < trainer.epochs:
-                try:
-                    trainer.train_epoch(progress, log, after_step)
-                except UsageError:  # too many videos failed: failures.csv lists those that this process knows of
-                    if world.is_main:
-                        self.folder.write_failures(trainer.failures)
-                    raise
-                on_main(world, writer.wait)  # before validation forks its workers
-                last = trainer.epoch + 1 == trainer.epochs
-                if self.val_loader is not None and (last or (trainer.epoch + 1) % self.val_every == 0):
-                    values = self.validate(self.val_loader, signals)
-                    if log is not None:
-                        log.write(trainer.step, trainer.step / trainer.steps_per_epoch, "val", values)
-                    epoch, loss, top1 = trainer.epoch + 1, values["loss"], values["top1"]
-                    progress.note(f"epoch {epoch}: validation loss {loss:.3f}, top-1 {top1:.1f} %")
-                trainer.epoch += 1
-                self.write_failures()
-                for stage, loader in (("train", trainer.loader), ("val", self.val_loader)):
-                    failed = len({failure.path for failure in trainer.failures if failure.stage == stage})
-                    total = len(loader.dataset) if loader else 0  # type: ignore[arg-type]
-                    check_failures(failed, total, trainer.settings.max_failures, stage)
+def write_failures(run: OpenRun, trainer: Trainer) -> None:
+    """Write the list of the videos that failed on any process."""
+    trainer.failures = merge(itertools.chain.from_iterable(gather_objects(run.world, trainer.failures)))
+    on_main(run.world, lambda: run.folder.write_failures(trainer.failures))
 
-    def validate(self, loader: DataLoader, signals: StopSignals) -> dict[str, float]:
-        """Score the validation list with one view a video; keep the weights where they are the best so far.
 
-        Raises Stopped after a signal to stop; the checkpoint of the last step is written by then.
-        """
-        trainer, world, model = self.trainer, self.trainer.world, self.trainer.model_to_test()
-        describe, precision = class_probabilities(model), trainer.settings.precision
-        try:
-            predictions = describe_videos(describe, loader, world, precision, signals=signals)
-        except Stopped:  # the scores so far are not kept: one view a video is quickly scored again
-            raise Stopped(signals.received, f"step {trainer.step}") from None
-        trainer.failures += predictions.failures
-        values = {"loss": predictions.loss, "top1": predictions.top(1), "top5": predictions.top(5)}
-        if values["top1"] > trainer.best:
-            trainer.best = values["top1"]
-            classes = self.tester.run.classes
-            on_main(world, lambda: save_weights(self.folder.best_weights, model, classes, self.views))
-        return values
-
-    def write_failures(self) -> None:
-        """Write the list of the videos that failed on any process."""
-        trainer, world = self.trainer, self.trainer.world
-        trainer.failures = merge(itertools.chain.from_iterable(gather_objects(world, trainer.failures)))
-        on_main(world, lambda: self.folder.write_failures(trainer.failures))
-
-    def resume(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint, and say where."""
-        trainer, world = self.trainer, self.trainer.world
-        trainer.restore(state)
-        trainer.failures = on_main(world, lambda: read_ledger(self.folder.path / "failures.csv"))
-        if not world.is_main:
-            return
+def resume(run: OpenRun, trainer: Trainer, state: dict[str, Any]) -> None:
+    """Continue from a checkpoint, and say where."""
+    trainer.restore(state)
+    trainer.failures = on_main(run.world, lambda: read_ledger(run.folder.path / "failures.csv"))
+    if run.world.is_main:
         print(f"continuing at step {trainer.step} in epoch {trainer.epoch + 1}", flush=True)
-        changed = [f"{name} {old} (now {trainer.setup[name]})" for name, old in state["setup"].items()
-                   if old != trainer.setup[name]]  # fmt: skip
-        if changed:
+        before_and_now = [(name, old, trainer.setup[name]) for name, old in state["setup"].items()]
+        if changed := [f"{name} {old} (now {new})" for name, old, new in before_and_now if old != new]:
             print(
                 f"note: the run was with {', '.join(changed)}: its steps see the same videos, but sums are rounded "
                 f"differently, so weights will not be equal bit for bit",
@@ -119,45 +104,89 @@ class Training:
             )
 
 
-def build_training(run: OpenRun) -> Training:
-    """Return what MODE train works with. Raises UsageError for all that can be wrong with its settings."""
-    cfg = run.cfg
-    return Training(
-        trainer=build_trainer(run),
-        tester=build_tester(run),
-        folder=run.folder,
-        val_loader=build_test_loader(cfg, run.world, run.videos["val"], "val") if "val" in run.videos else None,
-        val_every=cfg.TRAIN.VAL_EVERY,
-        views=view_settings(cfg),
-    )
-
-
 def train(run: OpenRun) -> None:
     """Run MODE train: from the start or the newest checkpoint, then test."""
-    world, training = run.world, build_training(run)  # what is wrong is found before the folder is touched
+    world, folder = run.world, run.folder
+    trainer, tester = build_trainer(run), build_tester(run)  # what is wrong is found before the folder is touched
     run.claim()
-    on_main(world, run.folder.lock)  # of a new folder; an old one is locked already
+    on_main(world, folder.lock)  # of a new folder; an old one is locked already
     if run.state is not None:
-        training.resume(run.state)
+        resume(run, trainer, run.state)
         run.state = None  # frees as much memory as the weights and the optimiser take
     with StopSignals(world.launched) as signals:
-        with open_records(run, training.trainer.step) as (log, writer):
-            training.run_epochs(log, writer, signals)
-        model, folder = training.trainer.model_to_test(), run.folder
+        with open_records(run, trainer.step) as (log, writer):
+            run_epochs(run, trainer, log, writer, signals)
+        model = trainer.model_to_test()
 
         def finish() -> None:
-            save_weights(folder.weights, model, run.classes, training.views)
+            save_weights(folder.weights, model, run.classes, run.views)
             plot_curves(read_metrics(folder.path / "metrics.jsonl"), folder.path / "curves.png")
 
         on_main(world, finish)
-        training.tester.test(model, training.trainer.failures, signals)
+        tester.test(model, trainer.failures, signals)
 
 
 @contextmanager
 def open_records(run: OpenRun, step: int) -> Iterator[tuple[MetricsLog | None, CheckpointWriter]]:
     """Yield the log of a run that is at ``step`` (rank 0 only) and the writer of its checkpoints."""
-    cfg, checkpoints = run.cfg.CHECKPOINT, run.folder.checkpoints
-    log = build_log(run.cfg, run.folder.path, step) if run.world.is_main else None
-    writer = CheckpointWriter(checkpoints, cfg.KEEP, cfg.EVERY_STEPS, cfg.EVERY_MINUTES)
+    cfg, folder, log = run.cfg, run.folder, None
+    if run.world.is_main:
+        board = None
+        if cfg.LOG.WANDB:
+            import wandb
+
+            # A folder is always the same run there, also after an interruption.
+            identity = hashlib.sha256(str(folder.path.resolve()).encode()).hexdigest()[:16]
+            options = {"id": identity, "resume": "allow", "dir": folder.path, "config": folder.settings}
+            board = wandb.init(project=cfg.LOG.WANDB, name=folder.path.name, **options)
+        log = MetricsLog(folder.path, step, board)
+    keys = cfg.CHECKPOINT
+    writer = CheckpointWriter(folder.checkpoints, keys.KEEP, keys.EVERY_STEPS, keys.EVERY_MINUTES)
     with closing(log) if log is not None else nullcontext(), writer:
         yield log, writer
+
+
+def dry_run(run: OpenRun) -> None:
+    """Print the configuration, shapes, cost, times and memory of one training step and one test batch; begin no run."""
+    world, lines = run.world, []
+    if world.is_main:
+        print(f"configuration, resolved:\n{run.folder.config_text}{run.summary}")
+    if run.folder.settings["MODE"] == "train":
+        trainer = build_trainer(run)
+        lines.append(rehearse_step(trainer))
+        model = trainer.model_to_test()
+    else:
+        model = build_tested_model(run)
+    tester, started = build_tester(run), time.monotonic()
+    batch = next(iter(tester.loader), None)
+    waited = time.monotonic() - started
+    text = "none for this process" if batch is None else "no video of the first could be read"
+    if batch is not None and len(batch.labels):
+        clips = batch.to(world.device).make_clips()
+        with torch.no_grad(), autocast(world.device, tester.precision):
+            text = describe_shapes(clips, model.eval()(clips))
+    lines.append(f"test batch: {text}; {waited:.2f} s to load")
+    if world.is_main:
+        print("\n".join(lines))
+        print(f"peak memory {peak_memory(world.device):.2f} GB. Nothing was written to {run.folder.path}.", flush=True)
+
+
+def rehearse_step(trainer: Trainer) -> str:
+    """Take one training step, the first and therefore a slow one, and return a line on it."""
+    seen: list[str] = []
+    hook = trainer.wrapped.register_forward_hook(
+        lambda module, clips, logits: seen.append(describe_shapes(clips[0], logits))
+    )
+    trainer.wrapped.train()
+    trainer.clock.lap()
+    loss, _, count = trainer.take_step(iter(trainer.loader)).tolist()
+    hook.remove()
+    lap = trainer.clock.lap()
+    parts = ", ".join(f"{part} {lap[part]:.2f} s" for part in PARTS)
+    batches = f"{trainer.settings.accumulate} x " if trainer.settings.accumulate > 1 else ""
+    outcome = f"loss {loss / count:.3f}" if count else "skipped: its loss or gradients are not finite"
+    return f"first training step: {batches}{seen[0]}, {outcome}; {parts}"
+
+
+def describe_shapes(clips: Tensor, logits: Tensor) -> str:
+    return f"clips {tuple(clips.shape)} -> logits {tuple(logits.shape)}"

@@ -3,7 +3,7 @@
 import copy
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from stvit_video.common.progress import Progress
 from stvit_video.data.clips.transforms import Mix
 from stvit_video.data.dataset import MAX_TRIES, Batch
 from stvit_video.data.failures import Failure, check_failures
-from stvit_video.data.loader import build_mix, build_train_loader
+from stvit_video.data.loader import build_mix, build_test_loader, build_train_loader
 from stvit_video.runs.log import MetricsLog
 from stvit_video.runs.preflight import OpenRun
 from stvit_video.runtime import parallel
@@ -36,8 +36,8 @@ COUNTERS = ("epoch", "step", "bad_steps", "best")  # of a trainer, in its checkp
 
 
 @dataclass(frozen=True)
-class StepSettings:
-    """How a step is taken."""
+class TrainSettings:
+    """How steps are taken."""
 
     precision: str
     accumulate: int  # batches a step and process
@@ -47,28 +47,26 @@ class StepSettings:
     max_bad_steps: int  # steps that may be skipped because loss or gradients are not finite
     peak_clips_per_second: float  # if a training step were nothing but one matrix product, over all processes
     seed: int
+    val_every: int = 1  # epochs between validations
     mix: Mix | None = None
 
 
 @dataclass(eq=False)
 class Trainer:
-    """The state of a training run, and one epoch of it at a time.
+    """The state of a training run, and one epoch of it at a time."""
 
-    ``wrapped`` is what gradients are computed with: ``model`` itself, sharded in place (FSDP) or not, or ``model``
-    inside DDP.
-    """
-
-    model: nn.Module
-    wrapped: nn.Module
+    model: nn.Module  # perhaps sharded in place (FSDP)
+    wrapped: nn.Module  # what gradients are computed with: ``model``, or ``model`` inside DDP
     optimizer: torch.optim.Optimizer
     scheduler: LambdaLR
     loader: DataLoader
     world: World
-    settings: StepSettings
+    settings: TrainSettings
     total_steps: int
     setup: dict[str, Any]  # what may change between a run and its continuation, and changes rounding
     ema_model: AveragedModel | None = None  # follows the weights of ``model``
     eval_model: nn.Module | None = None  # an unsharded copy, to test a sharded model with
+    val_loader: DataLoader | None = None
     epoch: int = 0  # finished epochs
     step: int = 0  # steps taken
     bad_steps: int = 0  # those of them that were skipped
@@ -85,21 +83,13 @@ class Trainer:
         return len(self.loader) // self.settings.accumulate
 
     @property
-    def epochs(self) -> int:
-        """Epochs that training has, the last of them perhaps cut short."""
-        return -(-self.total_steps // self.steps_per_epoch)
-
-    @property
     def steps_left(self) -> int:
         """Steps of the present epoch that are not yet taken."""
         return min((self.epoch + 1) * self.steps_per_epoch, self.total_steps) - self.step
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint holds. A collective call: every process must make it; rank 0 gets the whole state.
-
-        There is no random state: each step seeds the generators. The order of the videos follows from seed and epoch,
-        the position in it from the step.
-        """
+        """Return what a checkpoint holds; rank 0 gets the whole state. Collective: all processes have to call it."""
+        # No random state: each step seeds the generators, and the order of the videos follows from seed and epoch.
         return {
             **parallel.full_state_dict(self.model, self.optimizer),
             "average": None if self.ema_model is None else parallel.model_state_dict(self.ema_model.module),
@@ -132,51 +122,60 @@ class Trainer:
         self.eval_model.load_state_dict(parallel.model_state_dict(model))
         return self.eval_model.to(self.world.device)
 
-    def train_epoch(self, progress: Progress, log: MetricsLog | None, after_step: Callable[[], None]) -> None:
-        """Take the steps of the present epoch that are left, and call ``after_step`` after each.
-
-        Augmentation, mixing and dropout depend on seed, epoch or step, and rank alone, so an interrupted epoch
-        continues bit for bit.
-        """
+    def train_epoch(self, progress: Progress, log: MetricsLog | None) -> Iterator[None]:
+        """Take the steps of the present epoch that are left, and yield after each."""
         if self.steps_left == 0:
             return  # the run was stopped between the last step and validation
         done = self.step - self.epoch * self.steps_per_epoch
-        self.loader.batch_sampler.load_state_dict(  # type: ignore[union-attr]
-            {"epoch": self.epoch, "start": done * self.settings.accumulate}
-        )
+        position = {"epoch": self.epoch, "start": done * self.settings.accumulate}
+        self.loader.batch_sampler.load_state_dict(position)  # type: ignore[union-attr]
         self.wrapped.train()
         if self.eval_model is not None:
             self.eval_model.cpu()  # training needs the room
         self.failed = set()
-        batches, sums, text, steps = iter(self.loader), self._zeros(), "", 0
+        batches, text, logged = iter(self.loader), "", self.step
+        sums = torch.zeros(3, device=self.world.device)
         self.clock.lap()
-        last = done + self.steps_left
-        for i in range(done + 1, last + 1):
-            seed = self._seed(self.step)  # of every generator that a network may draw from
+        for i in range(done + 1, done + self.steps_left + 1):
+            # Of every generator that a network may draw from, so that an interrupted epoch continues bit for bit.
+            seed = self._seed(self.step)
             torch.manual_seed(seed)  # also those of the GPUs
             np.random.seed(seed)
             random.seed(seed)
             skipped = self.bad_steps
-            sums, steps = sums + self.take_step(batches), steps + 1
+            sums = sums + self.take_step(batches)
             if self.bad_steps > skipped:
                 progress.note(f"step {self.step} skipped: its loss or gradients are not finite")
-            if i % LOG_EVERY == 0 or i == last:
-                values = self._averages(sums, steps)
+            if i % LOG_EVERY == 0 or self.steps_left == 0:
+                values = self._averages(sums, self.step - logged)
                 if log is not None:
                     log.write(self.step, self.step / self.steps_per_epoch, "train", values)
-                text, sums, steps = describe_step(self.epoch + 1, values), self._zeros(), 0
+                sums, logged = torch.zeros_like(sums), self.step
+                text = f"epoch {self.epoch + 1}  all steps skipped"
+                if "loss" in values:
+                    text = (
+                        f"epoch {self.epoch + 1}  loss {values['loss']:.3f}  top1 {values['top1']:.1f} %  "
+                        f"{values['clips_per_second']:.0f} clips/s  data {100 * values['data_share']:.0f} %  "
+                        f"mfu {100 * values['mfu']:.0f} %"
+                    )
             progress.advance(text)
-            after_step()
+            yield
 
     def take_step(self, batches: Iterator[Batch]) -> Tensor:
-        """Take one optimiser step on ``accumulate`` batches; return the sums of loss and hits, and the clip count.
-
-        The returned loss is the classifier's; a reducer's auxiliary loss is added for the gradients only.
-        """
-        sums, seen = self._zeros(), []
+        """Take one optimiser step on ``accumulate`` batches; return the sums of loss and hits, and the clip count."""
+        sums, seen = torch.zeros(3, device=self.world.device), []
         for i in range(self.settings.accumulate):
             with self.clock.part("data"):
-                batch = self._next(batches)
+                batch = next(batches)
+                self.failures += batch.failures
+                self.failed.update(failure.path for failure in batch.failures)
+                if batch.missing:
+                    first = batch.failures[0]
+                    raise UsageError(
+                        f"{MAX_TRIES} training videos in a row could not be read, the first {first.path}: "
+                        f"{first.message}. Check DATA.ROOT and DATA.TRAIN_LIST."
+                    )
+                batch = batch.to(self.world.device)
                 clips, labels = batch.make_clips(), batch.clip_labels
             # Processes exchange gradients once a step, with its last batch.
             with parallel.gradient_sync(self.wrapped, i + 1 == self.settings.accumulate):
@@ -188,7 +187,9 @@ class Trainer:
                     with autocast(self.world.device, self.settings.precision):
                         logits = self.wrapped(clips)
                     loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.settings.label_smoothing)
-                    total = loss + auxiliary_loss(self.model)
+                    # A learned reducer's: added for the gradients, not in the logged loss.
+                    auxiliary = getattr(self.model, "auxiliary_loss", lambda: None)()
+                    total = loss if auxiliary is None else loss + auxiliary
                 with self.clock.part("backward"):
                     # A loss that is not finite makes all gradients NaN: every process sees it in their sum, and all
                     # skip the step together, without another exchange.
@@ -202,23 +203,10 @@ class Trainer:
             finite = self._update_weights()
         self.scheduler.step()
         self.step += 1
-        if not finite:
-            self._skip(seen)
-            return self._zeros()
-        return sums
-
-    def _next(self, batches: Iterator[Batch]) -> Batch:
-        """Return the next batch on the device, its failures noted."""
-        batch = next(batches)
-        self.failures += batch.failures
-        self.failed.update(failure.path for failure in batch.failures)
-        if batch.missing:
-            first = batch.failures[0]
-            raise UsageError(
-                f"{MAX_TRIES} training videos in a row could not be read, the first {first.path}: "
-                f"{first.message}. Check DATA.ROOT and DATA.TRAIN_LIST."
-            )
-        return batch.to(self.world.device)
+        if finite:
+            return sums
+        self._skip(seen)
+        return torch.zeros_like(sums)
 
     def _update_weights(self) -> bool:
         """Clip the gradients and step; where they are not finite, on every process, leave the weights as they are."""
@@ -261,9 +249,6 @@ class Trainer:
         """Return a seed that depends on the run's seed, the rank and ``of`` alone."""
         return int(np.random.SeedSequence([self.settings.seed, *of, self.world.rank]).generate_state(1)[0])
 
-    def _zeros(self) -> Tensor:
-        return torch.zeros(3, device=self.world.device)
-
     def _averages(self, sums: Tensor, steps: int) -> dict[str, float]:
         """Return the figures of the last ``steps`` steps, over all processes; times are of this one."""
         failed = torch.tensor([len(self.failed)], dtype=sums.dtype, device=sums.device)
@@ -285,29 +270,12 @@ class Trainer:
         }
 
 
-def auxiliary_loss(model: nn.Module) -> Tensor | float:
-    """Return what a model of this package adds to the loss of its last forward pass, such as a learned reducer's."""
-    ask = getattr(model, "auxiliary_loss", None)
-    loss = None if ask is None else ask()
-    return 0.0 if loss is None else loss
-
-
-def describe_step(epoch: int, values: dict[str, float]) -> str:
-    """Return the figures of a progress line."""
-    if "loss" not in values:
-        return f"epoch {epoch}  all steps skipped"
-    return (
-        f"epoch {epoch}  loss {values['loss']:.3f}  top1 {values['top1']:.1f} %  "
-        f"{values['clips_per_second']:.0f} clips/s  data {100 * values['data_share']:.0f} %  "
-        f"mfu {100 * values['mfu']:.0f} %"
-    )
-
-
 def build_trainer(run: OpenRun) -> Trainer:
     """Return a trainer at step 0 of the run's model: on the device, frozen, compiled, sharded or replicated."""
     cfg, world = run.cfg, run.world
     set_precision(world.device, cfg.PRECISION)
     loader = build_train_loader(cfg, world, run.videos["train"])
+    val_loader = build_test_loader(cfg, world, run.videos["val"], "val") if "val" in run.videos else None
     model, sharded = run.model, world.size > 1 and cfg.PARALLEL.STRATEGY == "fsdp"
     eval_model = copy.deepcopy(model) if sharded else None
     model.to(world.device)
@@ -323,7 +291,7 @@ def build_trainer(run: OpenRun) -> Trainer:
     total = min(cfg.TRAIN.EPOCHS * steps_per_epoch, cfg.TRAIN.MAX_STEPS or sys.maxsize)
     optimizer = build_optimizer(cfg, model)
     rate = sum_over_world(world, torch.tensor([matrix_rate(world.device, cfg.PRECISION)], device=world.device))
-    settings = StepSettings(
+    settings = TrainSettings(
         precision=cfg.PRECISION,
         accumulate=cfg.TRAIN.ACCUMULATE,
         clip_grad=cfg.OPTIM.CLIP_GRAD,
@@ -332,14 +300,12 @@ def build_trainer(run: OpenRun) -> Trainer:
         max_bad_steps=cfg.TRAIN.MAX_BAD_STEPS,
         peak_clips_per_second=float(rate) / (3 * run.cost.gflops),  # the backward pass costs twice the forward pass
         seed=cfg.SEED,
+        val_every=cfg.TRAIN.VAL_EVERY,
         mix=build_mix(cfg, world, len(run.classes)),
     )
-    setup = {
-        "processes": world.size,
-        "strategy": cfg.PARALLEL.STRATEGY,
-        "accumulation": cfg.TRAIN.ACCUMULATE,
-        "compile": cfg.COMPILE,
-        "device": world.device.type,
-    }
+    setup = {"processes": world.size, "strategy": cfg.PARALLEL.STRATEGY, "accumulation": cfg.TRAIN.ACCUMULATE}
+    setup |= {"compile": cfg.COMPILE, "device": world.device.type}
     scheduler = build_scheduler(cfg, optimizer, steps_per_epoch, total)
-    return Trainer(model, wrapped, optimizer, scheduler, loader, world, settings, total, setup, ema_model, eval_model)
+    return Trainer(
+        model, wrapped, optimizer, scheduler, loader, world, settings, total, setup, ema_model, eval_model, val_loader
+    )

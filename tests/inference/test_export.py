@@ -17,7 +17,7 @@ from stvit_video.inference import formats as exporters
 from stvit_video.inference.load import Trained, build_input, open_checkpoint
 from stvit_video.models import create_model, list_models
 from stvit_video.predict import Predictor
-from stvit_video.runs.weights import save_weights
+from stvit_video.runs.checkpoint import save_weights
 from tests.conftest import REPOSITORY, data_config
 
 SWIN = {"dim": 8, "num_heads": (1, 1, 2, 2), "image_size": 64}

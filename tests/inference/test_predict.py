@@ -31,7 +31,7 @@ from stvit_video.inference import annotate as annotate_module
 from stvit_video.inference import predict_videos
 from stvit_video.inference.load import open_checkpoint
 from stvit_video.models.zoo import build_model
-from stvit_video.runs.weights import save_weights
+from stvit_video.runs.checkpoint import save_weights
 from stvit_video.runtime.world import World
 from tests.conftest import REPOSITORY, data_config
 from tests.data.test_foreign_videos import CLIPS, FOLDER, SPEC

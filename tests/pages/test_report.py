@@ -21,7 +21,7 @@ from stvit_video.data.sample import video_labels
 from stvit_video.data.sprites import MOTIONS
 from stvit_video.models import create_model
 from stvit_video.report import main
-from stvit_video.runs.record import count_tokens, read_run
+from stvit_video.runs.record import RunRecord, count_tokens
 from tests.conftest import REPOSITORY
 from tests.pages.browser import assert_self_contained, dump, probed
 
@@ -263,7 +263,7 @@ def test_confusion_of_many_classes_is_a_picture(trained: Path, tmp_path: Path) -
 
 def test_the_interval_is_wilsons(trained: Path) -> None:
     stats = pytest.importorskip("scipy.stats")
-    record = read_run(trained)
+    record = RunRecord(trained)
     for correct, videos in ((0, 16), (5, 16), (16, 16), (995, 1000)):
         record.results.update(top1=100 * correct / videos, scored=videos)
         expected = stats.binomtest(correct, videos).proportion_ci(method="wilson")

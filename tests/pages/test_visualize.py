@@ -24,7 +24,7 @@ from stvit_video.pages.clip_page import read_clip
 from stvit_video.pages.explain import Explanation, explain, trajectories
 from stvit_video.pages.html import printable
 from stvit_video.predict import Predictor
-from stvit_video.runs.weights import save_weights
+from stvit_video.runs.checkpoint import save_weights
 from stvit_video.visualize import main
 from tests.conftest import REPOSITORY
 from tests.pages.browser import assert_self_contained, dump, probed, screenshot

@@ -1,6 +1,7 @@
 """Around training: interrupted tests that continue, result tables, dry runs, other logs, early ends."""
 
 import csv
+import importlib.machinery
 import json
 import math
 import os
@@ -224,6 +225,7 @@ def test_weights_and_biases_gets_the_same_rows_or_is_reported_missing(
     begun: list[dict] = []
     board = types.SimpleNamespace(log=lambda values, step: logged.append((values, step)), finish=lambda: None)
     fake = types.ModuleType("wandb")
+    fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     fake.init = lambda **settings: begun.append(settings) or board  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", fake)
     assert run.main(small_run("LOG.WANDB", "project", "TRAIN.MAX_STEPS", "2")) == 0

@@ -21,7 +21,7 @@ from stvit_video.models.zoo import build_model
 from stvit_video.runs.log import MetricsLog, read_metrics
 from stvit_video.runs.preflight import open_run
 from stvit_video.runtime.world import World
-from stvit_video.training.trainer import StepSettings, Trainer, build_trainer
+from stvit_video.training.trainer import Trainer, TrainSettings, build_trainer
 
 WORLD = World(0, 1, torch.device("cpu"))
 
@@ -29,7 +29,8 @@ WORLD = World(0, 1, torch.device("cpu"))
 def weights_after_an_epoch(arguments: list[str]) -> dict[str, torch.Tensor]:
     cfg = load_config(arguments[1], arguments[2:])
     trainer = build_trainer(open_run(cfg, WORLD, "measure"))
-    trainer.train_epoch(Progress("", trainer.steps_per_epoch, enabled=False), None, lambda: None)
+    for _ in trainer.train_epoch(Progress("", trainer.steps_per_epoch, enabled=False), None):
+        pass
     return trainer.model.state_dict()
 
 
@@ -46,7 +47,7 @@ def test_accumulated_batches_equal_one_large_batch(small_run: Callable[..., list
 def plain_trainer(model: nn.Module, optimizer: Any, scheduler: Any, loader: Any = None, **settings: Any) -> Trainer:
     """Return a trainer of any module with every optional part switched off."""
     off = {"precision": "fp32", "accumulate": 1, "clip_grad": 0.0, "label_smoothing": 0.0, "max_failures": 0.1}
-    steps = StepSettings(**{**off, "max_bad_steps": 0, "peak_clips_per_second": 1.0, "seed": 0, **settings})
+    steps = TrainSettings(**{**off, "max_bad_steps": 0, "peak_clips_per_second": 1.0, "seed": 0, **settings})
     return Trainer(model, model, optimizer, scheduler, loader, WORLD, steps, total_steps=12, setup={})
 
 

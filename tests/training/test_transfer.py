@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,15 +25,14 @@ from stvit_video.data.loader import build_test_loader
 from stvit_video.evaluation.scores import Predictions, fingerprint, read_features, write_features
 from stvit_video.models import create_model
 from stvit_video.models.weights.files import read_checkpoint
+from stvit_video.runs.checkpoint import save_weights
 from stvit_video.runs.folder import RunFolder
 from stvit_video.runs.log import read_metrics
-from stvit_video.runs.weights import save_weights
 from stvit_video.runtime.world import World
 from stvit_video.training import transfer as transfer_module
 from stvit_video.training.transfer import (
-    Transfer,
     build_image_model,
-    describe_rows,
+    build_rows,
     frame_probabilities,
     linear_probe,
     nearest_neighbours,
@@ -89,14 +89,10 @@ def test_frames_are_classified_alone_and_averaged() -> None:
 
 def test_top_5_of_three_classes_is_100_percent(tmp_path: Path) -> None:
     parts = {name: described(torch.randn(6, 4), torch.arange(6) % 3) for name in ("train_init", "test_init")}
-    scoring = {"neighbours": 20, "temperature": 0.07, "weight_decay": 1e-3, "max_failures": 0.1}
-    task = Transfer(RunFolder(tmp_path), 3, [], {}, "", precision="fp32", seed=0, **scoring)
-    rows = task.score(parts)
+    cfg = load_config(REPOSITORY / "configs" / "sample_transfer.yaml", ["MODEL.INIT", "image.pth"])
+    rows = build_rows(SimpleNamespace(cfg=cfg, folder=RunFolder(tmp_path), classes=["a", "b", "c"]), parts)
     assert [row["top5"] for row in rows] == [100, 100]
     assert rows[0]["method"] == "k-nearest neighbours (k 6, temperature 0.07)"  # not the 20 that were asked for
-    lines = describe_rows(rows, 100 / 3).splitlines()
-    assert "chance 33.3 %" in lines[0]
-    assert len({len(line) for line in lines}) == 1
 
 
 def test_the_chart_is_1000_pixels_wide_and_cuts_nothing_off(tmp_path: Path) -> None:
@@ -136,6 +132,8 @@ def test_the_mode_scores_an_image_checkpoint_and_names_what_it_used(
     assert all(row["coverage"] == 1 and 0 <= row["top1"] <= row["top5"] <= 100 for row in content["rows"])
     said = capsys.readouterr().out
     assert "k 3, temperature 0.07" in said
+    table = said[said.index("method (chance 12.5 %)") :].splitlines()
+    assert len({len(line) for line in table[:5]}) == 1
     assert f"no image head: {tmp_path}/image.pth carries no class names\n" in said
     assert content["image_head"] == f"{tmp_path}/image.pth carries no class names"
     assert content["complete"] is True
