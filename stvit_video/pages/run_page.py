@@ -27,11 +27,6 @@ MAX_FAILURES = 20
 THUMBNAIL = 112  # pixels of a frame's shorter side
 DEADLINE_S = 20.0
 NONE = "–"
-# Figures of which one run can have the best, and how it is found.
-BEST: dict[str, Callable[[Iterable[Any]], Any]] = {
-    **dict.fromkeys(("top-1 (%)", "top-5 (%)"), max),
-    **dict.fromkeys(("GFLOPs per clip", "GFLOPs per video", "parameters (M)"), min),
-}
 
 
 def run_page(runs: Sequence[RunRecord], command: str) -> str:
@@ -130,37 +125,38 @@ def _figure_rows(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     """Return a table row for each figure: its name, and each run's (value, whether it is the best)."""
     columns = [_figures(run) for run in runs]
     rows = []
-    for name, (_, form) in columns[0].items():
+    for name, (_, form, choose) in columns[0].items():
         values = [column[name][0] for column in columns]
         cells = [NONE if value is None else format(value, form) for value in values]
         best = None
-        if name in BEST and None not in values and len(set(cells)) > 1:  # as they are shown: rounded
-            best = cells[values.index(BEST[name](values))]
+        if choose is not None and None not in values and len(set(cells)) > 1:  # as they are shown: rounded
+            best = cells[values.index(choose(values))]
         if set(cells) != {NONE}:
             rows.append({"name": name, "cells": [(cell, cell == best) for cell in cells]})
     return rows
 
 
-def _figures(run: RunRecord) -> dict[str, tuple[Any, str]]:
-    """Return a run's figures and their formats, by name; None where the run does not say."""
+def _figures(run: RunRecord) -> dict[str, tuple[Any, str, Callable[[Iterable[Any]], Any] | None]]:
+    """Return a run's figures by name: the value or None, its format, and how the best value of all runs is found."""
     results, interval = run.results, run.interval()
+    tokens = [f"{count:,}" for count in run.tokens or () if count is not None]
     training = [row for row in run.metrics if row["split"] == "train"]
     speeds = [row["clips_per_second"] for row in training if "clips_per_second" in row]
     waits = [row["data_share"] for row in training if "data_share" in row]
     return {
-        "network": (results.get("model"), ""),
-        "top-1 (%)": (results.get("top1"), ".1f"),
-        "95 % interval of top-1": (interval and "{:.1f} to {:.1f}".format(*interval), ""),
-        "top-5 (%)": (results.get("top5"), ".1f"),
-        "videos scored": (f"{results.get('scored', NONE)} of {results.get('videos', NONE)}", ""),
-        "GFLOPs per clip": (results.get("gflops"), ".3g"),
-        "views per video": (run.views, ""),
-        "GFLOPs per video": (run.cost, ".3g"),
-        "parameters (M)": (results.get("parameters") and results["parameters"] / 1e6, ".2f"),
-        "tokens per clip": (run.tokens and " → ".join(f"{count:,}" for count in run.tokens if count is not None), ""),
-        "clips per second, testing": (results.get("clips_per_second"), ".1f"),
-        "clips per second, training": (median(speeds) if speeds else None, ".1f"),
-        "waiting for data (%)": (100 * median(waits) if waits else None, ".1f"),
+        "network": (results.get("model"), "", None),
+        "top-1 (%)": (results.get("top1"), ".1f", max),
+        "95 % interval of top-1": (interval and "{:.1f} to {:.1f}".format(*interval), "", None),
+        "top-5 (%)": (results.get("top5"), ".1f", max),
+        "videos scored": (f"{results.get('scored', NONE)} of {results.get('videos', NONE)}", "", None),
+        "GFLOPs per clip": (results.get("gflops"), ".3g", min),
+        "views per video": (run.views, "", None),
+        "GFLOPs per video": (run.cost, ".3g", min),
+        "parameters (M)": (results.get("parameters") and results["parameters"] / 1e6, ".2f", min),
+        "tokens per clip": (" → ".join(tokens) or None, "", None),
+        "clips per second, testing": (results.get("clips_per_second"), ".1f", None),
+        "clips per second, training": (median(speeds) if speeds else None, ".1f", None),
+        "waiting for data (%)": (100 * median(waits) if waits else None, ".1f", None),
     }
 
 
@@ -191,11 +187,8 @@ def _mistake_rows(run: RunRecord, mistakes: Sequence[ScoredVideo]) -> list[dict[
     choice = partial(ClipSampler("uniform", 3).even_clips, clips=1)
     rows = []
     for mistake in mistakes:
-        frames, reason = [], ""
-        video = run.find_video(mistake.path)
-        if video is None:
-            reason = "The video is not where it was when it was tested."
-        else:
+        video, frames, reason = run.find_video(mistake.path), [], "The video is not where it was when it was tested."
+        if video is not None:
             try:
                 found = decoding.read(decoding.request(str(video), choice))
                 frames = [picture_uri(np.asarray(resize(Image.fromarray(frame), THUMBNAIL))) for frame in found]
