@@ -117,10 +117,9 @@ def describe_result(result: Prediction, top: int) -> str:
 
 def describe_windows(result: Prediction, windows: Sequence[Window], top: int) -> str:
     """Return a line for consecutive windows: start, end (m:ss.s, or h:mm:ss.s), and the classes of their mean."""
-    first, last = windows[0].span, windows[-1].span
-    assert first is not None
-    assert last is not None
-    start, end = (f"{clock(t // 10)}.{t % 10}" for t in (round(10 * first.start), round(10 * last.end)))
+    spans = [window.span for window in windows if window.span is not None]
+    tenths = round(10 * spans[0].start), round(10 * spans[-1].end)
+    start, end = (f"{clock(t // 10)}.{t % 10}" for t in tenths)
     together = replace(result, windows=list(windows), error=None)
     return f"  {start:>9} to {end:>9}  {describe_top(together.top(top))}"
 

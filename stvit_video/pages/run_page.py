@@ -78,15 +78,14 @@ def run_page(runs: Sequence[RunRecord], command: str) -> str:
 
 def headline(runs: Sequence[RunRecord]) -> str:
     """Return the main result in one sentence."""
-    ranked = sorted(runs, key=lambda run: -run.top1)
-    best = ranked[0]
+    best, *others = sorted(runs, key=lambda run: -run.top1)
     right = f"{best.top1:.1f} % of {best.results.get('scored') or 'the'} test videos right"
-    if len(runs) == 1:
+    if not others:
         return right + (f", at {best.cost:.3g} GFLOPs per video." if best.cost else ".")
     if len({(run.results.get("videos"), run.test_list) for run in runs}) > 1:
         each = (f"{run.name} {run.top1:.1f} %" for run in runs)
         return f"Tested on different videos, so not to be ranked: {', '.join(each)}."
-    second = ranked[1]
+    second = others[0]
     difference = f"{best.top1 - second.top1:.1f}"
     if difference == "0.0":
         words = f"{best.name} and {second.name} are level: {right}"
