@@ -6,6 +6,7 @@ Where they differ by more than ``--limit``, no file is left.
 Exit codes: 0 written, and equal within the limit; 1 not equal; 2 wrong use.
 """
 
+import importlib.util
 import sys
 import warnings
 from collections.abc import Sequence
@@ -20,8 +21,8 @@ from stvit_video.common.hub import check_exists, open_hub, push
 SUFFIXES = {"torch-export": ".pt2", "onnx": ".onnx", "safetensors": ".safetensors", "state-dict": ".pth"}
 
 
-def build_parser() -> Parser:
-    """Return the parser of this command's options."""
+def export(arguments: Sequence[str] | None) -> int:
+    """Parse the arguments, write the file and compare it; return the exit code. Raises UsageError."""
     parser = Parser(__doc__)
     add = parser.add_argument
     formats = "torch-export, onnx: graphs; safetensors: complete for this package; state-dict: weights alone"
@@ -32,13 +33,8 @@ def build_parser() -> Parser:
     add("--clip", metavar="VIDEO", help="compare on this video too, besides random clips")
     add("--limit", type=float, default=1e-4, help="largest allowed difference of a logit (default: %(default)g)")
     add("--push", metavar="OWNER/NAME", help="then upload the file to the Hugging Face hub")
-    return parser
-
-
-def export(arguments: Sequence[str] | None) -> int:
-    """Parse the arguments, write the file and compare it; return the exit code. Raises UsageError."""
     warnings.filterwarnings("ignore")  # of torch's converters, which need no action
-    options = build_parser().parse_args(arguments)
+    options = parser.parse_args(arguments)
     suffix = SUFFIXES[options.format]
     if options.output is not None and (options.output.suffix != suffix or options.output.is_dir()):
         raise UsageError(f"--output {options.output}: give a file ending in {suffix} for --format {options.format}.")
@@ -49,10 +45,12 @@ def export(arguments: Sequence[str] | None) -> int:
         raise UsageError(f"--batch {options.batch} is out of range; give any, or 1 to 4,096.")
     check_exists(options.checkpoint)
     batch = None if options.batch == "any" else int(options.batch)
-    from stvit_video.inference.formats import check_packages, export_model
+    from stvit_video.inference.formats import ONNX_PACKAGES, export_model
     from stvit_video.inference.load import open_checkpoint
 
-    check_packages(options.format)
+    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    if options.format == "onnx" and missing:
+        raise UsageError(f"--format onnx needs {', '.join(missing)}; pip install {' '.join(missing)}.")
     if options.push:
         with open_hub(options.push):
             pass  # checked before the work
@@ -64,8 +62,7 @@ def export(arguments: Sequence[str] | None) -> int:
         raise UsageError(f"--output {output} would replace the checkpoint itself; give another file.")
     prepare_folder(output.parent)
     print(f"{trained.model.name}, {len(trained.classes)} classes, from {weights}", flush=True)
-    if not export_model(trained, output, options.format, batch, options.limit, options.clip):
-        return 1
+    export_model(trained, output, options.format, batch, options.limit, options.clip)
     if options.push:
         print(f"uploaded: {push(output, options.push)}")
     return 0

@@ -36,8 +36,8 @@ def __getattr__(name: str) -> Any:
     return getattr(predictor, name)
 
 
-def build_parser() -> Parser:
-    """Return the parser of this command's options."""
+def predict(arguments: Sequence[str] | None) -> int:
+    """Parse the arguments, score the videos, print and write results; return the exit code. Raises UsageError."""
     parser = Parser(__doc__)
     add = parser.add_argument
     video = "file, folder (searched recursively), pattern ('clips/*.mp4'), camera number, stream address or pipe"
@@ -57,15 +57,10 @@ def build_parser() -> Parser:
     add("--workers", type=workers, default=1, metavar="N", help="files decoded in parallel (default: %(default)s)")
     setting = "override a setting of the run's test, for example TEST.CLIPS=1 (keys: python -m stvit_video.run --keys)"
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=setting)
-    return parser
-
-
-def predict(arguments: Sequence[str] | None) -> int:
-    """Parse the arguments, score the videos, print and write results; return the exit code. Raises UsageError."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # file names that the terminal cannot show are escaped
             stream.reconfigure(errors="backslashreplace")
-    options = build_parser().parse_args(arguments)
+    options = parser.parse_args(arguments)
     from stvit_video.data.streams import check_seconds
 
     try:

@@ -3,10 +3,7 @@
 Graphs carry what their user needs to feed them, as JSON under "stvit_video": see ``describe``.
 """
 
-import importlib.util
 import json
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stvit_video.common.errors import UsageError
+from stvit_video.common.errors import RunFailure, UsageError
+from stvit_video.common.files import whole_file
 from stvit_video.data.decode.types import DecodeError
-from stvit_video.inference.load import Trained, open_checkpoint
+from stvit_video.inference.load import Trained
 from stvit_video.inference.predictor import Predictor
 from stvit_video.models import create_model
+from stvit_video.models.weights.files import read_checkpoint
 from stvit_video.runs.checkpoint import save_weights
 
 Forward = Callable[[Tensor], Tensor]  # clips (B, 3, T, H, W) to logits (B, classes)
@@ -56,10 +55,7 @@ def save_program(trained: Trained, program: torch.export.ExportedProgram, path: 
 
 
 def save_onnx(trained: Trained, program: torch.export.ExportedProgram, path: Path, optimize: bool = True) -> None:
-    """Write a graph as an ONNX file with the input ``clips`` and the output ``logits``.
-
-    Without ``optimize`` this takes half the time; runtimes do the same optimisation when they load the file.
-    """
+    """Write a graph as an ONNX file from ``clips`` to ``logits``; without ``optimize``, in half the time."""
     # ONNX has no adaptive pooling in 3-D. Fused attention is decomposed, as converters disagree on its layout.
     table = torch.export.default_decompositions()
     table[torch.ops.aten.adaptive_max_pool3d.default] = lambda x, size: (_pool(x, size, Tensor.amax), None)
@@ -99,24 +95,21 @@ def open_onnx(trained: Trained, path: Path) -> Forward:
     return lambda clips: torch.from_numpy(session.run(["logits"], {"clips": clips.numpy()})[0])
 
 
-def open_safetensors(trained: Trained, path: Path) -> Forward:
-    with tempfile.TemporaryDirectory() as folder:  # no config.yaml beside it: the file alone must be enough
-        alone = Path(folder) / "model.safetensors"
-        alone.symlink_to(path.resolve())
-        return open_checkpoint(alone).model
-
-
-def open_state_dict(trained: Trained, path: Path) -> Forward:
-    model: nn.Module = create_model(str(trained.model.name), **trained.model.arguments)  # type: ignore[arg-type]
-    model.load_state_dict(torch.load(path, weights_only=True))
+def open_weights(trained: Trained, path: Path) -> Forward:
+    """Load weights into a new network: that which a ``.safetensors`` names itself, or else one like the model's."""
+    checkpoint = read_checkpoint(path)
+    saved: dict[str, Any] = {"name": trained.model.name, "arguments": trained.model.arguments}
+    saved = checkpoint.metadata if path.suffix == ".safetensors" else saved
+    model = create_model(saved["name"], **saved["arguments"])
+    model.load_state_dict(checkpoint.tensors)
     return model.eval()
 
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """How a model is written for batches of any size or of ``batch`` clips, and how the file is run."""
+    """How a model is written and run."""
 
-    write: Callable[[Trained, Path, int | None], None]
+    write: Callable[[Trained, Path, int | None], None]  # for batches of that many clips, or of any size
     open: Callable[[Trained, Path], Forward]
 
 
@@ -127,73 +120,55 @@ FORMATS = {
     ),
     "onnx": ExportFormat(lambda t, path, batch: save_onnx(t, trace(t, batch), path), open_onnx),
     "safetensors": ExportFormat(  # with model, classes and views: complete for --checkpoint
-        lambda t, path, _: save_weights(path, t.model, t.classes, t.input.settings), open_safetensors
+        lambda t, path, _: save_weights(path, t.model, t.classes, t.input.settings), open_weights
     ),
-    "state-dict": ExportFormat(lambda t, path, _: torch.save(t.model.state_dict(), path), open_state_dict),
+    "state-dict": ExportFormat(lambda t, path, _: torch.save(t.model.state_dict(), path), open_weights),
 }
-
-
-def check_packages(name: str) -> None:
-    """Raise UsageError where a format needs packages that are not installed."""
-    missing = [package for package in ONNX_PACKAGES if importlib.util.find_spec(package) is None]
-    if name == "onnx" and missing:
-        raise UsageError(f"--format onnx needs {', '.join(missing)}; pip install {' '.join(missing)}.")
 
 
 def export_model(
     trained: Trained, output: Path, format_name: str, batch: int | None, limit: float, video: str | None
-) -> bool:
+) -> None:
     """Write a model to ``output`` and compare the file's logits with the model's; print both.
 
-    They are compared on random clips and on the views of ``video``. Returns False, and leaves no file, where they
-    differ by more than ``limit``. Raises UsageError where the video cannot be read.
+    They are compared on random clips and on the views of ``video``. Raises UsageError where that cannot be read, and
+    RunFailure where logits differ by more than ``limit``: no file is left then.
     """
-    clips: list[tuple[str, Tensor]] = []
+    generator, shape = torch.Generator().manual_seed(0), (3, *trained.model.input_size)  # type: ignore[misc]
+    counts = TRIED_BATCHES if batch is None else (batch,)
+    clips = [("random clips", torch.randn(count, *shape, generator=generator)) for count in counts]
     if video is not None:
         try:
             clips.append((video, Predictor(trained, device="cpu", precision="fp32").clips(video)))
         except DecodeError as error:
             raise UsageError(f"--clip {error}; give a video that can be read.") from error
-    temporary = output.with_name(f".{output.stem}.tmp{output.suffix}")
     started = time.perf_counter()
-    try:
+    with whole_file(output) as temporary:
         FORMATS[format_name].write(trained, temporary, batch)
         size, seconds = temporary.stat().st_size / 1e6, time.perf_counter() - started
         batches = "any batch" if batch is None else f"batches of {batch}"
         print(f"{format_name}: {size:.1f} MB in {seconds:.1f} s, for {batches}")
         worst = compare(trained, FORMATS[format_name].open(trained, temporary), batch, clips)
         if not worst <= limit:  # also NaN
-            print(f"error: differs by {worst:.1e}, above --limit {limit:g}; no file is left.", file=sys.stderr)
-            return False
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
+            raise RunFailure(f"differs by {worst:.1e}, above --limit {limit:g}; no file is left.")
     print(f"equal within {limit:g}: {output}", flush=True)
-    return True
 
 
+@torch.no_grad()
 def compare(trained: Trained, forward: Forward, batch: int | None, clips: Sequence[tuple[str, Tensor]]) -> float:
     """Print the largest difference of logits for each batch, and return the largest of all, or NaN."""
-    generator = torch.Generator().manual_seed(0)
-    size: Any = trained.model.input_size
-    counts = TRIED_BATCHES if batch is None else (batch,)
-    sources = [("random clips", torch.randn(count, 3, *size, generator=generator)) for count in counts]
-    worst = 0.0
-    for name, given in [*sources, *clips]:
+    differences = []
+    for name, given in clips:
         if batch is not None:  # fill the last batch up with the first clips
             given = given[torch.arange(-(-len(given) // batch) * batch) % len(given)]
         for part in given.split(batch or len(given)):
-            with torch.no_grad():
-                expected, found = trained.model(part), forward(part)
+            expected, found = trained.model(part), forward(part)
             if found.shape != expected.shape:
                 raise RuntimeError(f"the file gives {tuple(found.shape)} for {tuple(expected.shape)}")
-            difference = float((found - expected).abs().max())
+            differences.append((found - expected).abs().max())
             print(
-                f"  {name}, batch {len(part)}: differs by {difference:.1e} at most, "
+                f"  {name}, batch {len(part)}: differs by {differences[-1]:.1e} at most, "
                 f"logits from {expected.min():.2f} to {expected.max():.2f}",
                 flush=True,
             )
-            if difference != difference:
-                return difference
-            worst = max(worst, difference)
-    return worst
+    return float(torch.stack(differences).max())

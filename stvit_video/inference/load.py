@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from fvcore.common.config import CfgNode
 from torch import nn
 
@@ -58,19 +59,13 @@ def open_checkpoint(path: str | Path, overrides: Sequence[str] = ()) -> Trained:
         folder = RunFolder(weights)
         weights = folder.weights if folder.weights.is_file() else folder.best_weights
         if not weights.is_file():
-            raise UsageError(
-                f"Checkpoint {path} holds no {folder.weights.name}; give the folder of a run that was trained, or a "
-                f".safetensors file."
-            )
+            raise UsageError(f"Checkpoint {path} holds no {folder.weights.name}; give a trained run or a .safetensors.")
         if weights == folder.best_weights:
             note = f"The run {path} is not finished: these are its best weights so far."
     checkpoint = read_checkpoint(weights)
     metadata = checkpoint.metadata
     if not metadata:
-        raise UsageError(
-            f"Checkpoint {weights} does not say which model it is of; give the folder of a finished run, or a "
-            f".safetensors that a run or stvit_video.export wrote."
-        )
+        raise UsageError(f"Checkpoint {weights} does not say which model it is of; give a finished run or an export.")
     arguments = metadata["arguments"]
     model = create_model(metadata["name"], **arguments)
     check_all_loaded(load_pretrained(model, checkpoint, min_coverage=0.9), model)
@@ -107,11 +102,9 @@ def _open_config(
             f"Nothing says how {weights} takes clips (no config.yaml beside it), so the defaults do: "
             f"{cfg.DATA.SAMPLING} sampling, stride {cfg.DATA.STRIDE}, ImageNet's mean and deviation."
         )
-    size = arguments["image_size"]
-    if not isinstance(size, int):
-        if size[0] != size[1]:
-            raise UsageError(f"Checkpoint {weights} takes frames of {size[0]}x{size[1]}; give one of square frames.")
-        size = size[0]
+    size, width = np.broadcast_to(arguments["image_size"], 2).tolist()
+    if size != width:
+        raise UsageError(f"Checkpoint {weights} takes frames of {size}x{width}; give one of square frames.")
     own = {"DATA.FRAMES": arguments["num_frames"], "DATA.SIZE": size, "DATA.ROOT": cfg.DATA.ROOT or "."}
     if size != cfg.DATA.SIZE:  # of the defaults, or of a config.yaml that belongs to another run
         own |= {"TEST.SHORT_SIDE": size, "DATA.SHORT_SIDE": [size, max(size, cfg.DATA.SHORT_SIDE[1])]}

@@ -1,11 +1,11 @@
 """The work of ``stvit_video.predict``: score videos or a stream, print each result, and write JSON or CSV."""
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from stvit_video.common.progress import Progress, clock
 from stvit_video.common.tables import to_csv
 from stvit_video.data.decode.types import DecodeError
 from stvit_video.data.streams import find_sources
+from stvit_video.inference.annotate import Copies
 from stvit_video.inference.load import Trained, open_checkpoint
 from stvit_video.inference.predictor import Prediction, Predictor, Window
 
@@ -27,9 +28,7 @@ def predict_videos(options: argparse.Namespace) -> int:
     trained = open_checkpoint(options.checkpoint, options.overrides)
     paths, live = find_sources(options.videos, images=trained.input.views.frames == 1)
     if live is None and options.seconds is not None:
-        raise UsageError(
-            f"--seconds {options.seconds:g} ends a camera or stream; files end by themselves: leave it out."
-        )
+        raise UsageError(f"--seconds {options.seconds:g} ends a camera or stream, which no file is; leave it out.")
     if live is not None and options.annotate is not None:
         raise UsageError(f"--annotate copies files, and {live} is a camera or stream; leave it out.")
     for folder in filter(None, (options.annotate, options.output and options.output.parent)):
@@ -57,71 +56,34 @@ def predict_videos(options: argparse.Namespace) -> int:
 def describe_predictor(trained: Trained, predictor: Predictor) -> str:
     """Return lines on the model, how it takes videos, and what is assumed."""
     settings, views = trained.input.settings, predictor.views
-    side = views.size
+    size, crops = views.size, views.crops
     rate = f" at {settings['DATA.FPS']:g} frames per second" if settings["DATA.FPS"] else ""
     step = {
         "dense": f"stride {settings['DATA.STRIDE']}{rate}",
         "seconds": f"over {settings['DATA.CLIP_SECONDS']:g} s",
         "uniform": "spread over the video",
     }[settings["DATA.SAMPLING"]]
-    lines = [
-        f"{trained.model.name}, {len(trained.classes)} classes, from {trained.weights}",
-        f"{views.frames} frames of {side}x{side} ({step}), {views.clips} x {views.crops} views per video, "
-        f"on {predictor.device.type}, {predictor.precision}",
-    ]
-    return "\n".join(lines + ([f"note: {trained.note}"] if trained.note else []))
-
-
-@dataclass
-class Copies:
-    """Annotated copies in ``folder``; none are made where that is None."""
-
-    folder: Path | None
-    names: set[str] = field(default_factory=set)
-    missing: int = 0
-    seconds: float = 0.0
-
-    def add(self, result: Prediction) -> str:
-        """Write the annotated copy of a video under a name that no other copy has; return a line that says so."""
-        from stvit_video.inference.annotate import annotate  # imports matplotlib, which is slow to start
-
-        assert self.folder is not None
-        stem, number, started = Path(result.path).stem, 1, time.perf_counter()
-        while (name := stem if number == 1 else f"{stem}-{number}") in self.names:
-            number += 1
-        self.names.add(name)
-        output = self.folder / f"{name}.mp4"
-        if output.exists() and os.path.samefile(output, result.path):
-            raise UsageError(f"--annotate {self.folder} would replace {result.path} itself; give another folder.")
-        try:
-            annotate(result, output)
-        except DecodeError as error:
-            self.missing += 1
-            return f"no annotated copy: {error.message}"
-        finally:
-            self.seconds += time.perf_counter() - started
-        return f"annotated copy: {output}"
+    note = f"\nnote: {trained.note}" if trained.note else ""
+    return (
+        f"{trained.model.name}, {len(trained.classes)} classes, from {trained.weights}\n"
+        f"{views.frames} frames of {size}x{size} ({step}), {views.clips} x {crops} views per video, "
+        f"on {predictor.device.type}, {predictor.precision}{note}"
+    )
 
 
 def score(
-    predictor: Predictor,
-    paths: Sequence[str],
-    options: argparse.Namespace,
-    results: list[Prediction],
-    copies: Copies,
+    predictor: Predictor, paths: Sequence[str], options: argparse.Namespace, results: list[Prediction], copies: Copies
 ) -> None:
     """Score files in order: print each result, append it to ``results`` and annotate a copy where asked to."""
     on_terminal = sys.stderr.isatty() and len(paths) > 1  # elsewhere the results themselves show the progress
     with Progress("predict", len(paths), enabled=on_terminal) as progress:
+        say = progress.note if on_terminal else partial(print, flush=True)
         for result in predictor.predict(paths, window=options.window, step=options.step):
             results.append(result)
             text = describe_result(result, options.top)
-            if copies.folder is not None and result.error is None:
+            if options.annotate is not None and result.error is None:
                 text += f"\n  {copies.add(result)}"
-            if on_terminal:
-                progress.note(text)
-            else:
-                print(text, flush=True)
+            say(text)
             progress.advance()
 
 
@@ -154,18 +116,12 @@ def describe_result(result: Prediction, top: int) -> str:
 
 
 def describe_windows(result: Prediction, windows: Sequence[Window], top: int) -> str:
-    """Return a line for consecutive windows: start, end, and the classes of their mean."""
-    first, last = windows[0].span, windows[-1].span
-    assert first is not None
-    assert last is not None
+    """Return a line for consecutive windows: start, end (m:ss.s, or h:mm:ss.s), and the classes of their mean."""
+    spans = [window.span for window in windows if window.span is not None]
+    tenths = round(10 * spans[0].start), round(10 * spans[-1].end)
+    start, end = (f"{clock(t // 10)}.{t % 10}" for t in tenths)
     together = replace(result, windows=list(windows), error=None)
-    return f"  {moment(first.start):>9} to {moment(last.end):>9}  {describe_top(together.top(top))}"
-
-
-def moment(seconds: float) -> str:
-    """Return a time in a video as m:ss.s, or h:mm:ss.s from an hour on."""
-    tenths = round(10 * seconds)
-    return f"{clock(tenths // 10)}.{tenths % 10}"
+    return f"  {start:>9} to {end:>9}  {describe_top(together.top(top))}"
 
 
 def describe_top(top: Sequence[tuple[str, float]]) -> str:
@@ -211,21 +167,17 @@ def write_results(results: Sequence[Prediction], path: Path, top: int) -> None:
 
 def to_json(result: Prediction, top: int) -> dict[str, Any]:
     """Return a video's object: path, most likely classes, seconds, error or None, and its timeline if it has one."""
-    found: dict[str, Any] = {
+
+    def named(window: Window | None = None) -> list[dict[str, Any]]:
+        return [{"class": name, "score": score} for name, score in result.top(top, window)]
+
+    found = {
         "path": result.path,
-        "top": _named(result.top(top)),
+        "top": named(),
         "seconds": round(result.decode_s + result.model_s, 6),
         "decode_seconds": round(result.decode_s, 6),
         "model_seconds": round(result.model_s, 6),
         "error": result.error,
     }
-    timeline = [
-        {"start": window.span.start, "end": window.span.end, "top": _named(result.top(top, window))}
-        for window in result.windows
-        if window.span is not None
-    ]
+    timeline = [{**vars(window.span), "top": named(window)} for window in result.windows if window.span is not None]
     return {**found, "timeline": timeline} if timeline else found
-
-
-def _named(top: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
-    return [{"class": name, "score": score} for name, score in top]

@@ -1,11 +1,11 @@
 """Class scores of a trained model for video files and live streams."""
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,14 +73,10 @@ class Prediction:
         return [(self.classes[i], value) for i, value in zip(classes.tolist(), values.tolist(), strict=True)]
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """The prepared pixels of one video or window, before the network."""
-
-    pixels: Tensor  # (n, h, w, 3)
-    span: Span | None
-    seconds: float  # of reading
-    repeats: bool
+# The prepared pixels (n, h, w, 3) of a video or window, and its ``Window``, which takes ``scores`` and ``model_s``.
+Piece = tuple[Tensor, Callable[..., Window]]
+Start = Callable[[], Callable[[str], Iterator[Piece]]]  # makes a thread's reader
+End = DecodeError | None  # of a video: why it could not be read to its end, or None
 
 
 class Predictor:
@@ -108,17 +104,9 @@ class Predictor:
         set_precision(self.device, self.precision)
 
     @classmethod
-    def load(
-        cls,
-        checkpoint: str | Path,
-        *,
-        overrides: Sequence[str] = (),
-        device: str = "auto",
-        precision: str | None = None,
-        workers: int = 1,
-    ) -> "Predictor":
-        """Return the predictor of a checkpoint, which is named as for ``open_checkpoint``."""
-        return cls(open_checkpoint(checkpoint, overrides), device=device, precision=precision, workers=workers)
+    def load(cls, checkpoint: str | Path, *, overrides: Sequence[str] = (), **settings: Any) -> "Predictor":
+        """Return the predictor of a checkpoint, named as for ``open_checkpoint``; ``settings`` as above."""
+        return cls(open_checkpoint(checkpoint, overrides), **settings)
 
     def __call__(self, path: str | Path) -> Prediction:
         """Score one video. Raises DecodeError where it cannot be read."""
@@ -136,25 +124,15 @@ class Predictor:
         is scored like a separate video; a window starts every ``step`` seconds (default: ``window``).
         """
         check_seconds(window, step)
-        names = [str(path) for path in paths]
-        results = [Prediction(name, self.classes) for name in names]
-        waiting: deque[tuple[int, _Piece]] = deque()
-        yielded = read = 0  # videos already yielded, and videos read to their end
-        for i, item in read_ahead(names, lambda: self._reader(window, step), self.workers):
-            if isinstance(item, _Piece):
-                waiting.append((i, item))
-                if len(waiting) < self.input.batch_size:
-                    continue
-                self._score_all(waiting, results)
+        names, batch_size = [str(path) for path in paths], self.input.batch_size
+        windows: list[Window] = []
+        reader = partial(self._read, window, step or window)
+        for i, item in self._score_all(names, lambda: partial(reader, self.input.start_decoding()), batch_size):
+            if isinstance(item, Window):
+                windows.append(item)
             else:
-                read = i + 1
-                if item is not None:
-                    results[i].error = item.message
-            while yielded < read and all(index != yielded for index, _ in waiting):
-                yield results[yielded]
-                yielded += 1
-        self._score_all(waiting, results)
-        yield from results[yielded:]
+                yield Prediction(names[i], self.classes, windows, None if item is None else item.message)
+                windows = []
 
     def watch(self, address: str, *, window: float, step: float | None = None) -> Iterator[Window]:
         """Score a camera, stream or pipe, and yield each window of ``window`` seconds as soon as it is over.
@@ -162,71 +140,68 @@ class Predictor:
         Ends with the stream, or when the caller closes the iterator. Raises DecodeError.
         """
         check_seconds(window, step)
-        result = Prediction(address, self.classes)
-        for _, item in read_ahead([address], lambda: partial(self._read_live, window, step or window), 1):
+        for _, item in self._score_all([address], lambda: partial(self._read_live, window, step or window), 1):
             if isinstance(item, DecodeError):
                 raise item
             if item is not None:
-                self._score_all(deque([(0, item)]), [result])
-                yield result.windows.pop()
+                yield item
 
-    def _reader(self, window: float | None, step: float | None) -> Callable[[str], Iterator[_Piece]]:
-        """Return the function that a reading thread calls for each file."""
-        decoding = self.input.start_decoding()
+    def _read(self, window: float | None, step: float | None, decoding: Decoding, path: str) -> Iterator[Piece]:
+        """Read a file whole, or window by window."""
+        started, clips = time.perf_counter(), self.views.clips
         if window is None:
-            return partial(self._read_whole, decoding)
-        return partial(self._read_spans, decoding, window, step or window)
-
-    def _read_whole(self, decoding: Decoding, path: str) -> Iterator[_Piece]:
-        started = time.perf_counter()
-        choice = partial(self.input.sampler, clips=self.views.clips)
-        frames = decoding.read(decoding.request(path, choice))
-        yield self._prepare(frames, None, started)
-
-    def _read_spans(self, decoding: Decoding, window: float, step: float, path: str) -> Iterator[_Piece]:
-        started = time.perf_counter()
+            frames = decoding.read(decoding.request(path, partial(self.input.sampler, clips=clips)))
+            yield self._prepare(frames, None, started)
+            return
         times = decoding.read_times(path)
-        spans = spans_of(times, window, step)
-        together = max(1, PIECE_FRAMES // (self.views.clips * self.views.frames))
+        spans = spans_of(times, window, step or window)
+        together = max(1, PIECE_FRAMES // (clips * self.views.frames))
         for first in range(0, len(spans), together):
             part = tuple(spans[first : first + together])
-            choice = partial(clips_of_spans, sampler=self.input.sampler, clips=self.views.clips, spans=part)
+            choice = partial(clips_of_spans, sampler=self.input.sampler, clips=clips, spans=part)
             frames = decoding.read(decoding.request(path, choice, keep_open=first + together < len(spans)))
             chosen = np.split(choice(KnownTimes(times)), len(part))
-            for span, clips, indices in zip(part, np.split(frames, len(part)), chosen, strict=True):
-                yield self._prepare(clips, span, started, indices)
+            for span, shown, indices in zip(part, np.split(frames, len(part)), chosen, strict=True):
+                yield self._prepare(shown, span, started, indices)
                 started = time.perf_counter()
 
-    def _read_live(self, window: float, step: float, address: str) -> Iterator[_Piece]:
+    def _read_live(self, window: float, step: float, address: str) -> Iterator[Piece]:
         choice = partial(self.input.sampler, clips=self.views.clips)
         for span, times, shown in read_windows(address, window, step, self.views.short_side):
             started, indices = time.perf_counter(), choice(times)
             yield self._prepare(np.stack([shown[i] for i in indices]), span, started, indices)
 
-    def _prepare(self, frames: Frames, span: Span | None, started: float, indices: Indices | None = None) -> _Piece:
+    def _prepare(self, frames: Frames, span: Span | None, started: float, indices: Indices | None = None) -> Piece:
         """Return the clips in ``frames`` (clips * frames, H, W, 3), whose ``indices`` show which frames repeat."""
         pixels = self.views.prepare(frames)
         repeats = indices is not None and bool((np.diff(indices.reshape(-1, self.views.frames)) == 0).any())
-        return _Piece(pixels, span, time.perf_counter() - started, repeats)
+        return pixels, partial(Window, span=span, decode_s=time.perf_counter() - started, repeats=repeats)
 
-    def _score_all(self, waiting: deque[tuple[int, _Piece]], results: list[Prediction]) -> None:
-        """Score the ``waiting`` pieces as one batch and add a window to the prediction of each one's video."""
-        if not waiting:
-            return
+    def _score_all(self, names: Sequence[str], start: Start, batch_size: int) -> Iterator[tuple[int, Window | End]]:
+        """Read and score videos in order: yield (index, window), and at the end of each (index, error or None)."""
+        waiting: list[tuple[int, Piece | End]] = []
+        for i, item in read_ahead(names, start, self.workers):
+            waiting.append((i, item))
+            if sum(isinstance(entry, tuple) for _, entry in waiting) in (0, batch_size):
+                yield from self._score(waiting)
+                waiting = []
+        yield from self._score(waiting)
+
+    def _score(self, waiting: Sequence[tuple[int, Piece | End]]) -> Iterator[tuple[int, Window | End]]:
         started = time.perf_counter()
-        clips = self._batch([piece.pixels for _, piece in waiting])
-        with torch.no_grad(), autocast(self.device, self.precision):
-            views = self.model(clips).float().softmax(dim=1)
-        rows = views.unflatten(0, (-1, self.views.clips * self.views.crops)).mean(dim=1).cpu()
-        seconds = (time.perf_counter() - started) / len(waiting)
-        for scores in rows:
-            i, piece = waiting.popleft()
-            results[i].windows.append(Window(scores, piece.span, piece.seconds, seconds, piece.repeats))
+        pixels = [item[0] for _, item in waiting if isinstance(item, tuple)]
+        if pixels:
+            with torch.no_grad(), autocast(self.device, self.precision):
+                views = self.model(self._batch(pixels)).float().softmax(dim=1)
+            rows = iter(views.unflatten(0, (-1, self.views.clips * self.views.crops)).mean(dim=1).cpu())
+            seconds = (time.perf_counter() - started) / len(pixels)
+        for i, item in waiting:
+            yield i, item[1](next(rows), model_s=seconds) if isinstance(item, tuple) else item
 
     def clips(self, path: str | Path) -> Tensor:
         """Return the network's input for one video: its views (V, 3, T, S, S). Raises DecodeError."""
-        (piece,) = self._read_whole(self.input.start_decoding(), str(path))
-        return self._batch([piece.pixels])
+        ((pixels, _),) = self._read(None, None, self.input.start_decoding(), str(path))
+        return self._batch([pixels])
 
     def _batch(self, videos: Sequence[Tensor]) -> Tensor:
         samples = [Sample(pixels, -1, i, (), []) for i, pixels in enumerate(videos)]

@@ -20,11 +20,9 @@ from stvit_video.data.decode.frames import open_video
 from stvit_video.data.decode.types import DecodeError, Frames, Indices, Times
 from stvit_video.data.streams import KnownTimes
 from stvit_video.inference.load import VideoInput, open_checkpoint
-from stvit_video.models.layers import Grid
 from stvit_video.pages import overlays
 from stvit_video.pages.explain import Explanation, explain
 from stvit_video.pages.html import data_uri, picture_uri, printable, render
-from stvit_video.pages.overlays import Layer
 
 FILES = ("report.html", "overlays.png", "overlays.mp4")
 TOP_CLASSES = 5
@@ -66,9 +64,7 @@ def read_clip(video_input: VideoInput, path: Path, start: float | None = None) -
     choice = partial(sampler, clips=1)
     if start is not None:
         if not isinstance(sampler, ClipSampler) or sampler.kind != "dense":
-            raise UsageError(
-                f"--start {start:g} does not apply: clips of this model span the video (DATA.SAMPLING); leave it out."
-            )
+            raise UsageError(f"--start {start:g}: this model's clips span the video (DATA.SAMPLING); leave it out.")
         choice = partial(sampler.starting_at, seconds=start)
     decoding = video_input.start_decoding()
     try:
@@ -96,54 +92,45 @@ def write_clip_page(
     """Explain a clip of a video and write FILES into ``output``; return lines for the user. Raises UsageError."""
     trained = open_checkpoint(checkpoint)
     classes = trained.classes
-    target = find_class(class_name, classes)
+    target = None if class_name is None else find_class(class_name, classes)
     clip = read_clip(trained.input, video, start)
     for name in FILES:
         if (output / name).exists() and (output / name).samefile(video):
             raise UsageError(f"--output {output} would replace VIDEO {video} itself; give another folder.")
     prepare_folder(output)
     explanation = explain(trained.model, clip.tensor, target)
-    label, regions = classes[explanation.target], explanation.regions
-    layers, frames = overlays.build_layers(explanation, label), overlays.enlarge(clip.frames)
-    painted = [overlays.paint(layer, frames, regions) for layer in layers]
+    label = classes[explanation.target]
+    layers = overlays.build_layers(explanation, overlays.enlarge(clip.frames), label)
     order = np.argsort(-explanation.probabilities)[:TOP_CLASSES]
     scores = [{"name": classes[i], "percent": f"{100 * explanation.probabilities[i]:.1f}"} for i in order]
     answer = f"{scores[0]['name']}, {scores[0]['percent']} %"
     title = f"{trained.model.name} in {video.name}: {answer}"
-    write_atomically(output / "overlays.png", overlays.draw_overview(layers, painted, regions, title, clip.labels))
+    write_atomically(output / "overlays.png", overlays.draw_overview(layers, title, clip.labels))
     movie = None
-    if len(frames) > 1:
-        overlays.write_panels(output / "overlays.mp4", layers, painted, clip.seconds_per_frame)
+    if len(clip.frames) > 1:
+        overlays.write_panels(output / "overlays.mp4", layers, clip.seconds_per_frame)
         movie = data_uri((output / "overlays.mp4").read_bytes(), "video/mp4")
     page = render(
         "visualize.html",
         video=video.name,
-        model=str(trained.model.name),
-        weights=str(trained.weights),
+        trained=trained,
         command=command,
-        note=trained.note,
         scores=scores,
         explained=label,
-        facts=_facts(explanation, clip),
-        stages=_stages(explanation),
-        semantic=explanation.assignment is not None,
-        absent=explanation.absent,
-        last_frame=len(frames) - 1,
+        explanation=explanation,
+        clip=clip,
         movie=movie,
-        data=_script_data(explanation, layers, painted, clip, label),
+        data=_script_data(explanation, layers, clip, label),
     )
     write_atomically(output / "report.html", page.encode())
-    notes = [trained.note] if trained.note else []
-    lines = [f"{video}: {answer}", *notes, *explanation.absent, f"open {output / 'report.html'}"]
-    return printable("\n".join(lines))  # names of files need not be UTF-8
+    lines = [f"{video}: {answer}", trained.note, *explanation.absent, f"open {output / 'report.html'}"]
+    return printable("\n".join(filter(None, lines)))  # names of files need not be UTF-8
 
 
-def find_class(name: str | None, classes: Sequence[str]) -> int | None:
+def find_class(name: str, classes: Sequence[str]) -> int:
     """Return the index of a class given by name or index. Raises UsageError for an unknown one."""
-    if name is None:
-        return None
     if name in classes:
-        return list(classes).index(name)
+        return classes.index(name)
     if name.isdecimal() and int(name) < len(classes):
         return int(name)
     shown = ", ".join(classes[:8]) + (" ..." if len(classes) > 8 else "")
@@ -153,43 +140,13 @@ def find_class(name: str | None, classes: Sequence[str]) -> int | None:
     )
 
 
-def _facts(explanation: Explanation, clip: Clip) -> dict[str, str]:
-    if explanation.regions is not None and explanation.assignment is not None:
-        semantic, image = int(np.prod(explanation.regions)), int(np.prod(explanation.assignment.shape[1:]))
-        headline = f"{image} image tokens become {semantic} semantic tokens"
-    else:
-        first, last = (int(np.prod(explanation.stages[i][1])) for i in (0, -1))
-        headline = f"No semantic tokens: {first} tokens at first, {last} at last"
-    frames = "1 frame" if len(clip.indices) == 1 else f"{len(clip.indices)} frames"
-    span = f"numbers {clip.indices[0] + 1} to {clip.indices[-1] + 1} of the {clip.length} in the file"
-    if clip.times is not None:
-        span += f", from {clip.times[0]:.2f} to {clip.times[-1]:.2f} s"
-    height, width = clip.frames.shape[1:3]
-    return {"headline": headline, "clip": f"The clip: {frames} of {width} x {height} pixels, {span}."}
-
-
-def _stages(explanation: Explanation) -> list[tuple[str, int, Grid, bool]]:
-    """Return the name, token count and grid of each stage, and whether its tokens are semantic ones."""
-    rows, semantic = [], False
-    for name, grid in explanation.stages:
-        if explanation.regions is not None and explanation.recovery is None:
-            semantic = semantic or grid == explanation.regions  # and in all later stages
-        rows.append((name, int(np.prod(grid)), grid, semantic or name.startswith("inside")))
-    return rows
-
-
-def _script_data(
-    explanation: Explanation, layers: Sequence[Layer], painted: Sequence[Frames], clip: Clip, label: str
-) -> dict[str, Any]:
+def _script_data(explanation: Explanation, layers: Sequence[overlays.Layer], clip: Clip, label: str) -> dict[str, Any]:
     """Return the data of the page's script."""
-    height, width = painted[0].shape[1:3]
-    regions = explanation.regions
+    height, width = layers[0].frames.shape[1:3]
     parts = []
-    for layer, frames in zip(layers, painted, strict=True):
-        part = dict(zip(("short", "title", "caption"), layer.texts, strict=True))
-        pictures, shown = [picture_uri(frame) for frame in frames], layer.kind in ("owner", "tracks")
-        scale = overlays.scale_of(layer)
-        parts.append({**part, "key": layer.key, "frames": pictures, "scale": scale, "regions": shown})
+    for layer in layers:
+        pictures, of_regions = [picture_uri(frame) for frame in layer.frames], layer.regions is not None
+        parts.append(vars(layer) | {"frames": pictures, "regions": of_regions})
     return {
         "layers": parts,
         "first": "owners" if explanation.assignment is not None else "gradcam",
@@ -197,35 +154,40 @@ def _script_data(
         "milliseconds": max(40, round(1000 * clip.seconds_per_frame)),
         "width": width,
         "height": height,
-        "regions": overlays.region_colours(regions).tolist() if regions else [[]],
-        "tokens": _tokens(explanation, painted[0], clip.labels, label),
+        "regions": overlays.region_colours(explanation.regions).tolist() if explanation.regions else [[]],
+        "tokens": _tokens(explanation, layers[0].frames, clip.labels, label),
     }
 
 
 def _tokens(explanation: Explanation, frames: Frames, labels: Sequence[str], label: str) -> dict[str, Any] | None:
-    """Return the maps of all semantic tokens, as indices into a colour ramp, and a sentence about each."""
+    """Return the maps of all semantic tokens, as indices into a colour ramp, and figures of each."""
     assignment, regions, owners = explanation.assignment, explanation.regions, explanation.owners
     if assignment is None or regions is None or owners is None:
         return None
-    reach = (assignment.sum(axis=(2, 3)) > 0).sum(axis=1) * assignment[0, 0].size  # in Swin, its own frames only
-    ratios = assignment * reach[:, None, None, None]
-    top = overlays.ratio_top(ratios)
-    levels = (overlays.ratio_share(ratios, top) * (LEVELS - 1)).round().astype(np.uint8)
+    (count, t), parts = assignment.shape[:2], explanation.contributions
+    slots, weights = np.arange(count) * regions[0] // count, assignment.sum(axis=(2, 3))  # (M,), (M, t)
+    own = np.arange(t) * regions[0] // t == slots[:, None]  # the frames that each token is pooled from
+    reach = (weights > 0).sum(axis=1) * assignment[0, 0].size  # in Swin, its own frames only
+    share, ticks = overlays.ratio_share(assignment * reach[:, None, None, None])
     colours, opacity = overlays.tint(np.linspace(0, 1, LEVELS))
-    t = assignment.shape[1]
     firsts = [-(-i * len(labels) // t) for i in range(t)]  # the first frame of each token frame
     return {
-        "count": len(assignment),
+        "count": count,
         "first": int(assignment.max(axis=(1, 2, 3)).argmax()),  # the most concentrated token
         "grid": assignment.shape[1:],
         "slots": _spans(labels, regions[0]),
         "moments": _spans(labels, t),
         "frames": [picture_uri(frame) for frame in overlays.fade(frames[firsts])],
-        "maps": base64.b64encode(levels.tobytes()).decode(),  # read by ``unpack`` in the script
+        # Read by ``unpack`` in the script.
+        "maps": base64.b64encode((share * (LEVELS - 1)).round().astype(np.uint8).tobytes()).decode(),
         "ramp": [[*map(int, rgb), round(float(alpha), 3)] for rgb, alpha in zip(colours, opacity, strict=True)],
         "owners": owners.reshape(-1).tolist(),
-        "words": [_describe_token(explanation, i, regions, labels, label) for i in range(len(assignment))],
-        "scale": overlays.scale_of(Layer("token", "ratio", ratios, top, "times the token's even share")),
+        # In percent: what each token draws from image tokens, and what of that from its own frames.
+        "drawn": (100 * weights.sum(axis=1)).round().astype(int).tolist(),
+        "own": (100 * (weights * own).sum(axis=1) / weights.sum(axis=1).clip(1e-12)).round().astype(int).tolist(),
+        "parts": parts.reshape(-1).tolist() if parts is not None and parts.size == count else None,
+        "explained": label,
+        "scale": overlays.colour_scale(ticks, "times the token's even share"),
     }
 
 
@@ -234,21 +196,3 @@ def _spans(labels: Sequence[str], count: int) -> list[str]:
     bounds = [-(-i * len(labels) // count) for i in range(count + 1)]
     pairs = [(labels[a], labels[max(a, b - 1)]) for a, b in pairwise(bounds)]
     return [first if first == last else f"{first.removesuffix(' s')} to {last}" for first, last in pairs]
-
-
-def _describe_token(explanation: Explanation, number: int, regions: Grid, labels: Sequence[str], label: str) -> str:
-    assert explanation.assignment is not None
-    slot, row, column = (int(i) for i in np.unravel_index(number, regions))
-    weights = explanation.assignment[number]
-    total = float(weights.sum())
-    frames = weights.sum(axis=(1, 2)) / max(total, 1e-12)
-    size = len(frames) // regions[0]
-    own_frames = frames[slot * size : (slot + 1) * size].sum()
-    words = (
-        f"Token {number + 1} of {len(explanation.assignment)} starts in row {row + 1}, column {column + 1} at "
-        f"{_spans(labels, regions[0])[slot]}. It draws {100 * total:.0f} % from image tokens and the rest from "
-        f"semantic tokens; of the former, {100 * own_frames:.0f} % is from its own frames"
-    )
-    if explanation.contributions is not None and explanation.contributions.size == len(explanation.assignment):
-        words += f". It adds {explanation.contributions.reshape(-1)[number]:+.3f} to the score of “{label}”"
-    return words + "."

@@ -5,15 +5,17 @@ Sources: the assignment of Chang et al. (STViT, arXiv 2303.08685); Grad-CAM of S
 Legend: clip (3, T, H, W); (t, h, w) a grid of image tokens, N = t*h*w of them; M semantic tokens on a grid of regions.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from stvit_video.models.layers import Block, Grid, Intermediates
 from stvit_video.models.reducers.semantic import SemanticTokenGenerator
@@ -36,10 +38,13 @@ class Explanation:
 
     probabilities: Array  # (classes,)
     target: int  # the explained class, for ``contributions`` and ``grad_cam``
-    stages: list[tuple[str, Grid]]  # the token grids, from the embedding to the last norm
     grad_cam: Array  # (t, h, w), from 0 to 1
+    # From the embedding to the last norm: the name of each stage, its tokens, their grid and whether they are semantic.
+    stages: list[dict[str, Any]] = field(default_factory=list)
     assignment: Array | None = None  # (M, t, h, w): weight of each image token in each semantic token
     regions: Grid | None = None  # the grid of semantic tokens, M in all
+    drawn: Array | None = None  # (t, h, w): total weight of each image token in all of them; 1 is an even share
+    owners: NDArray[np.int64] | None = None  # (t, h, w): the semantic token that draws most from each image token
     recovery: Array | None = None  # (t, h, w, M): weight of each semantic token in each recovered image token
     attention: Array | None = None  # on a token grid: attention received in the last block; 1 is an even share
     contributions: Array | None = None  # on the last token grid: the part of each token in the logit of ``target``
@@ -49,19 +54,6 @@ class Explanation:
         """The reason for each array that is None."""
         return [reason for name, reason in ABSENT.items() if getattr(self, name) is None]
 
-    @property
-    def drawn(self) -> Array | None:
-        """The total weight of each image token (t, h, w) in all semantic tokens; 1 is an even share."""
-        if self.assignment is None:
-            return None
-        total = self.assignment.sum(axis=0)
-        return total / total.mean()
-
-    @property
-    def owners(self) -> NDArray[np.int64] | None:
-        """The index of the semantic token (t, h, w) that draws most from each image token."""
-        return None if self.assignment is None else self.assignment.argmax(axis=0)
-
 
 def explain(model: nn.Module, clip: Tensor, target: int | None = None) -> Explanation:
     """Run one clip (3, T, H, W) through a model of this package and return what it did.
@@ -69,45 +61,46 @@ def explain(model: nn.Module, clip: Tensor, target: int | None = None) -> Explan
     ``target`` is the class to explain, by default the most likely one.
     """
     model.eval()
-    seen = Intermediates()
-    with torch.enable_grad(), _record_attention(model) as weights:
-        tokens = model.forward_features(clip.unsqueeze(0), seen)  # type: ignore[operator]
-        logits = model.head(tokens)[0].float()  # type: ignore[operator]
+    modules, seen = list(model.modules()), Intermediates()
+    generators = [module for module in modules if isinstance(module, SemanticTokenGenerator)]
+    last_block = [module for module in modules if isinstance(module, Block)][-1]
+    recovering = [module for module in modules if isinstance(module, SemanticStage) and module.recover]
+    attention: list[Tensor] = []  # (frames or 1, queries, keys), of the last block
+    recovery: list[Tensor] = []  # (groups of frames, queries, semantic tokens of the group), of each recovery
+    with torch.enable_grad(), ExitStack() as hooks:
+        if not isinstance(last_block, WindowBlock):
+            hooks.enter_context(_record_attention(last_block, attention, counts=(1, 3)))
+        if recovering:
+            hooks.enter_context(_record_attention(recovering[-1].blocks[-1], recovery, counts=(2,)))
+        logits = model.head(model.forward_features(clip.unsqueeze(0), seen))[0].float()  # type: ignore[operator]
     target = int(logits.argmax()) if target is None else target
-    stage = last_image_stage(seen)
-    grid = seen.grids[stage]
-    cam = grad_cam(logits[target], seen.tensors[stage]).reshape(grid)
-    generators = [module for module in model.modules() if isinstance(module, SemanticTokenGenerator)]
+    # Grad-CAM is computed at the last stage with image tokens.
+    stages = [name for name in seen.tokens if name not in ("semantic", "final")]
+    if seen.assignment is not None:
+        stages = [name for name in stages if seen.tokens[name].shape[1] == seen.assignment.shape[2]]
+    grid = seen.grids[stages[-1]]
+    cam = grad_cam(logits[target], seen.tensors[stages[-1]]).reshape(grid)
     with torch.no_grad():
-        found = Explanation(_array(logits.softmax(dim=0)), target, _stages(model, seen), _array(cam))
+        found = Explanation(_array(logits.softmax(dim=0)), target, _array(cam))
         if seen.assignment is not None and generators:
             found.assignment = _array(seen.assignment[0]).reshape(-1, *grid)
             found.regions = generators[-1].pooling.regions
-        if "recovery" in weights:
-            groups, queries, semantic = weights["recovery"].shape
-            full = weights["recovery"].new_zeros(groups, queries, groups, semantic)
-            # A group of image tokens attends to its own semantic tokens only.
-            full[torch.arange(groups), :, torch.arange(groups)] = weights["recovery"]
-            found.recovery = _array(full).reshape(*grid, groups * semantic)
-        if "attention" in weights:  # (frames or 1, queries, keys)
-            received = weights["attention"].mean(dim=1) * weights["attention"].shape[2]
+            found.owners, total = found.assignment.argmax(axis=0), found.assignment.sum(axis=0)
+            found.drawn = total / total.mean()
+        if recovery:  # a group of image tokens attends to its own semantic tokens only
+            found.recovery = _array(torch.block_diag(*recovery[-1])).reshape(*grid, -1)
+        if attention:
+            received = attention[-1].mean(dim=1) * attention[-1].shape[2]
             last = next(name for name, size in reversed(seen.grids.items()) if np.prod(size) == received.numel())
             found.attention = _array(_on_grid(received.flatten(), model, seen, last))
-        final = seen.tokens["final"][0].detach().float()  # (tokens, C)
+        final = seen.tokens["final"][0].float()  # (tokens, C)
         if len(final) > 1:
             # The head is a mean over tokens and a linear map, so these parts and the biases add up to the logit.
-            weight: Tensor = model.get_parameter("head.proj.weight").detach().float()
+            weight: Tensor = model.get_parameter("head.proj.weight").float()
             parts = final @ (weight[target] - weight.mean(dim=0)) / len(final)  # relative to the mean of all logits
             found.contributions = _array(_on_grid(parts, model, seen, "final"))
+    found.stages = _stages(model, seen, found)
     return found
-
-
-def last_image_stage(seen: Intermediates) -> str:
-    """Return the last stage with image tokens, at which Grad-CAM is computed."""
-    stages = [name for name in seen.tokens if name not in ("semantic", "final")]
-    if seen.assignment is None:
-        return stages[-1]
-    return [name for name in stages if seen.tokens[name].shape[1] == seen.assignment.shape[2]][-1]
 
 
 def grad_cam(logit: Tensor, features: Tensor) -> Tensor:
@@ -141,15 +134,16 @@ def trajectories(assignment: Array, regions: Grid) -> Array:
     return places.transpose(1, 0, 2)
 
 
-def _stages(model: nn.Module, seen: Intermediates) -> list[tuple[str, Grid]]:
-    """Return the token grids in order, and those of the semantic tokens inside a stage that recovers image tokens."""
-    stages = []
+def _stages(model: nn.Module, seen: Intermediates, found: Explanation) -> list[dict[str, Any]]:
+    """Return the stages in order, and the semantic tokens inside a stage that recovers image tokens."""
+    stages, semantic = [], False
     inner = {f"stage{i}": m for i, m in enumerate(getattr(model, "layers", ()), 1) if isinstance(m, SemanticStage)}
     for name, grid in seen.grids.items():
         if name in inner and inner[name].recover:
-            stages.append((f"inside {name}", inner[name].regions))
-        stages.append((name, grid))
-    return stages
+            stages.append((f"inside {name}", inner[name].regions, True))
+        semantic = semantic or (grid == found.regions and found.recovery is None)  # and all later stages
+        stages.append((name, grid, semantic))
+    return [{"name": name, "tokens": math.prod(grid), "grid": grid, "semantic": flag} for name, grid, flag in stages]
 
 
 def _on_grid(values: Tensor, model: nn.Module, seen: Intermediates, stage: str) -> Tensor:
@@ -160,31 +154,15 @@ def _on_grid(values: Tensor, model: nn.Module, seen: Intermediates, stage: str) 
     return (values @ (seen.assignment[0] > 0).to(values)).reshape(seen.grids["base"])
 
 
-@contextmanager
-def _record_attention(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Record attention weights: of the last block, if it attends to a whole clip or frame, and of the last recovery."""
-    recorded: dict[str, Tensor] = {}
+def _record_attention(block: nn.Module, recorded: list[Tensor], counts: Sequence[int]) -> RemovableHandle:
+    """Append the attention weights of a block to ``recorded`` whenever it is called with so many inputs."""
 
-    def keep(name: str, *counts: int) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Any]], None]:
-        def hook(block: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Any]) -> None:
-            if not named and len(inputs) in counts:
-                with torch.no_grad():
-                    recorded[name] = block.attention_probs(*inputs)[0].mean(dim=1)  # type: ignore[operator]
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Any]) -> None:
+        if not named and len(inputs) in counts:
+            with torch.no_grad():
+                recorded.append(block.attention_probs(*inputs)[0].mean(dim=1))  # type: ignore[operator]
 
-        return hook
-
-    last = [module for module in model.modules() if isinstance(module, Block)][-1]
-    recovering = [stage for stage in model.modules() if isinstance(stage, SemanticStage) and stage.recover]
-    hooks = []
-    if not isinstance(last, WindowBlock):
-        hooks.append(last.register_forward_pre_hook(keep("attention", 1, 3), with_kwargs=True))
-    if recovering:
-        hooks.append(recovering[-1].blocks[-1].register_forward_pre_hook(keep("recovery", 2), with_kwargs=True))
-    try:
-        yield recorded
-    finally:
-        for handle in hooks:
-            handle.remove()
+    return block.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _array(x: Tensor) -> Array:

@@ -2,20 +2,23 @@
 
 import base64
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from numpy.typing import NDArray
 from PIL import Image
 
 from stvit_video import __version__
 
+TEMPLATES = Path(__file__).with_name("templates")
+
 
 def render(template: str, **values: Any) -> str:
     """Return a page from ``templates/``; text in ``values`` is escaped, so a name cannot become a tag."""
     environment = Environment(
-        loader=PackageLoader("stvit_video.pages"),
+        loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

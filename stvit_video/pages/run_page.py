@@ -27,14 +27,6 @@ MAX_FAILURES = 20
 THUMBNAIL = 112  # pixels of a frame's shorter side
 DEADLINE_S = 20.0
 NONE = "–"
-# Figures of which one run can have the best: their name in results.json, and how the best is found.
-BEST: dict[str, tuple[str, Callable[[Iterable[Any]], Any]]] = {
-    "top-1 (%)": ("top1", max),
-    "top-5 (%)": ("top5", max),
-    "GFLOPs per clip": ("gflops", min),
-    "GFLOPs per video": ("gflops_per_video", min),
-    "parameters (M)": ("parameters", min),
-}
 
 
 def run_page(runs: Sequence[RunRecord], command: str) -> str:
@@ -68,24 +60,32 @@ def run_page(runs: Sequence[RunRecord], command: str) -> str:
         curves=curves,
         trade_off=trade_off,
         differences={key: row for key, row in values.items() if len(set(row)) > 1},
-        runs=[_run_section(run) for run in runs],
-        several=len(runs) > 1,
+        sections=[
+            {
+                "run": run,
+                "classes": sorted(run.classes, key=lambda one: (math.isnan(one.top1), one.top1, one.name)),
+                "confusion": _confusion(run),
+                "mistakes": _mistake_rows(run, run.mistakes()[:MAX_MISTAKES]),
+                "command": shlex.join(map(str, run.environment.get("command") or [])),
+            }
+            for run in runs
+        ],
         names=[run.name for run in runs],
+        max_failures=MAX_FAILURES,
         command=command,
     )
 
 
 def headline(runs: Sequence[RunRecord]) -> str:
     """Return the main result in one sentence."""
-    ranked = sorted(runs, key=lambda run: -run.top1)
-    best = ranked[0]
+    best, *others = sorted(runs, key=lambda run: -run.top1)
     right = f"{best.top1:.1f} % of {best.results.get('scored') or 'the'} test videos right"
-    if len(runs) == 1:
+    if not others:
         return right + (f", at {best.cost:.3g} GFLOPs per video." if best.cost else ".")
     if len({(run.results.get("videos"), run.test_list) for run in runs}) > 1:
         each = (f"{run.name} {run.top1:.1f} %" for run in runs)
         return f"Tested on different videos, so not to be ranked: {', '.join(each)}."
-    second = ranked[1]
+    second = others[0]
     difference = f"{best.top1 - second.top1:.1f}"
     if difference == "0.0":
         words = f"{best.name} and {second.name} are level: {right}"
@@ -104,14 +104,13 @@ def headline(runs: Sequence[RunRecord]) -> str:
 
 def find_warnings(runs: Sequence[RunRecord]) -> list[str]:
     """Return what a reader of the table must know: unequal tests, videos that were not read, missing figures."""
-    lines = []
-    if len({tuple(one.name for one in run.classes) for run in runs if run.classes}) > 1:
-        lines.append("The runs do not have the same classes: compare with care.")
-    if len({run.results.get("videos") for run in runs}) > 1:
-        counts = ", ".join(f"{run.name} {run.results.get('videos', '?')}" for run in runs)
-        lines.append(f"The runs were not tested on the same number of videos ({counts}): compare with care.")
-    if len({run.test_list for run in runs}) > 1:
-        lines.append("The runs were not tested on the same list (DATA.TEST_LIST): compare with care.")
+    counts = ", ".join(f"{run.name} {run.results.get('videos', '?')}" for run in runs)
+    differences = (
+        ("do not have the same classes", {tuple(one.name for one in run.classes) for run in runs if run.classes}),
+        (f"were not tested on the same number of videos ({counts})", {run.results.get("videos") for run in runs}),
+        ("were not tested on the same list (DATA.TEST_LIST)", {run.test_list for run in runs}),
+    )
+    lines = [f"The runs {what}: compare with care." for what, values in differences if len(values) > 1]
     lines += [
         f"{run.name}: {run.results['failed']} of {run.results.get('videos')} test videos could not be read and are not "
         f"in its figures."
@@ -125,66 +124,38 @@ def _figure_rows(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     """Return a table row for each figure: its name, and each run's (value, whether it is the best)."""
     columns = [_figures(run) for run in runs]
     rows = []
-    for name in columns[0]:
-        values = [column[name] for column in columns]
-        best = [False] * len(runs)
-        if name in BEST and len(set(values)) > 1:  # as they are shown: rounded
-            key, choose = BEST[name]
-            figures = [run.results.get(key) for run in runs]
-            if all(figure is not None for figure in figures):
-                best = [value == values[figures.index(choose(figures))] for value in values]
-        if any(value != NONE for value in values):
-            rows.append({"name": name, "cells": list(zip(values, best, strict=True))})
+    for name, (_, form, choose) in columns[0].items():
+        values = [column[name][0] for column in columns]
+        cells = [NONE if value is None else format(value, form) for value in values]
+        best = None
+        if choose is not None and None not in values and len(set(cells)) > 1:  # as they are shown: rounded
+            best = cells[values.index(choose(values))]
+        if set(cells) != {NONE}:
+            rows.append({"name": name, "cells": [(cell, cell == best) for cell in cells]})
     return rows
 
 
-def _figures(run: RunRecord) -> dict[str, str]:
-    """Return a run's figures as text, by name."""
-    results, interval, tokens = run.results, run.interval(), run.tokens
+def _figures(run: RunRecord) -> dict[str, tuple[Any, str, Callable[[Iterable[Any]], Any] | None]]:
+    """Return a run's figures by name: the value or None, its format, and how the best value of all runs is found."""
+    results, interval = run.results, run.interval()
+    tokens = [f"{count:,}" for count in run.tokens or () if count is not None]
     training = [row for row in run.metrics if row["split"] == "train"]
     speeds = [row["clips_per_second"] for row in training if "clips_per_second" in row]
     waits = [row["data_share"] for row in training if "data_share" in row]
     return {
-        "network": str(results.get("model", NONE)),
-        "top-1 (%)": _format(results.get("top1"), ".1f"),
-        "95 % interval of top-1": f"{interval[0]:.1f} to {interval[1]:.1f}" if interval else NONE,
-        "top-5 (%)": _format(results.get("top5"), ".1f"),
-        "videos scored": f"{results.get('scored', NONE)} of {results.get('videos', NONE)}",
-        "GFLOPs per clip": _format(results.get("gflops"), ".3g"),
-        "views per video": str(run.views),
-        "GFLOPs per video": _format(run.cost, ".3g"),
-        "parameters (M)": _format(results.get("parameters") and results["parameters"] / 1e6, ".2f"),
-        "tokens per clip": " → ".join(f"{count:,}" for count in tokens if count is not None) if tokens else NONE,
-        "clips per second, testing": _format(results.get("clips_per_second"), ".1f"),
-        "clips per second, training": _format(median(speeds) if speeds else None, ".1f"),
-        "waiting for data (%)": _format(100 * median(waits) if waits else None, ".1f"),
-    }
-
-
-def _format(value: float | None, form: str) -> str:
-    return NONE if value is None else format(value, form)
-
-
-def _run_section(run: RunRecord) -> dict[str, Any]:
-    """Return what the page shows of one run below the tables."""
-    mistakes = run.mistakes()
-    git = run.environment.get("git") or {}
-    return {
-        "name": run.name,
-        "folder": str(run.path),
-        "classes": sorted(run.classes, key=lambda one: (math.isnan(one.top1), one.top1, one.name)),
-        "confusion": _confusion(run),
-        "mistake_count": len(mistakes),
-        "prediction_count": len(run.predictions),
-        "mistakes": _mistake_rows(run, mistakes[:MAX_MISTAKES]),
-        "failures": run.failures[:MAX_FAILURES],
-        "failure_count": len(run.failures),
-        "command": shlex.join(map(str, run.environment.get("command") or [])),
-        "commit": (git.get("commit") or "")[:12],
-        "changed": git.get("changed_files"),
-        "machine": ", ".join(run.environment.get("gpus") or []) or f"{run.environment.get('cpus', '?')} CPU cores",
-        "torch": (run.environment.get("packages") or {}).get("torch", ""),
-        "precision": run.results.get("precision", NONE),
+        "network": (results.get("model"), "", None),
+        "top-1 (%)": (results.get("top1"), ".1f", max),
+        "95 % interval of top-1": (interval and "{:.1f} to {:.1f}".format(*interval), "", None),
+        "top-5 (%)": (results.get("top5"), ".1f", max),
+        "videos scored": (f"{results.get('scored', NONE)} of {results.get('videos', NONE)}", "", None),
+        "GFLOPs per clip": (results.get("gflops"), ".3g", min),
+        "views per video": (run.views, "", None),
+        "GFLOPs per video": (run.cost, ".3g", min),
+        "parameters (M)": (results.get("parameters") and results["parameters"] / 1e6, ".2f", min),
+        "tokens per clip": (" → ".join(tokens) or None, "", None),
+        "clips per second, testing": (results.get("clips_per_second"), ".1f", None),
+        "clips per second, training": (median(speeds) if speeds else None, ".1f", None),
+        "waiting for data (%)": (100 * median(waits) if waits else None, ".1f", None),
     }
 
 
@@ -201,9 +172,9 @@ def _confusion(run: RunRecord) -> dict[str, Any] | None:
     matrix = np.array([[counts[label, predicted] for predicted in names] for label in names])
     wrong = [(count, *pair) for pair, count in counts.items() if pair[0] != pair[1]]
     pairs = sorted(wrong, key=lambda row: (-row[0], row[1:]))[:MAX_CONFUSIONS]
-    names = [printable(name) for name in names]
     if len(names) > MAX_TABLE_CLASSES:
-        return {"pairs": pairs, "picture": data_uri(png_of_confusion(matrix, names), "image/png"), "names": None}
+        picture = png_of_confusion(matrix, list(map(printable, names)))
+        return {"pairs": pairs, "picture": data_uri(picture, "image/png"), "names": None}
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     rows = list(zip(names, matrix.tolist(), shares.round(3).tolist(), strict=True))
     return {"pairs": pairs, "names": names, "rows": rows}
@@ -215,11 +186,8 @@ def _mistake_rows(run: RunRecord, mistakes: Sequence[ScoredVideo]) -> list[dict[
     choice = partial(ClipSampler("uniform", 3), clips=1)
     rows = []
     for mistake in mistakes:
-        frames, reason = [], ""
-        video = run.find_video(mistake.path)
-        if video is None:
-            reason = "The video is not where it was when it was tested."
-        else:
+        video, frames, reason = run.find_video(mistake.path), [], "The video is not where it was when it was tested."
+        if video is not None:
             try:
                 found = decoding.read(decoding.request(str(video), choice))
                 frames = [picture_uri(np.asarray(resize(Image.fromarray(frame), THUMBNAIL))) for frame in found]

@@ -204,7 +204,7 @@ def test_a_file_that_differs_is_not_left(
         state = trained.model.state_dict()
         torch.save({**state, "head.proj.bias": state["head.proj.bias"] + wrong}, path)
 
-    form = SimpleNamespace(write=spoil, open=exporters.open_state_dict)
+    form = SimpleNamespace(write=spoil, open=exporters.open_weights)
     monkeypatch.setitem(exporters.FORMATS, "state-dict", form)
     output = tmp_path / "weights.pth"
     output.write_bytes(b"an earlier one")

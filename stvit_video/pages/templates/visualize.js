@@ -135,10 +135,19 @@ function buildInspector() {
     }
   }
 
+  function describe(number) {
+    const [slot, place] = [Math.floor(number / perSlot), number % perSlot], part = DATA.tokens.parts?.[number];
+    const adds = part === undefined ? "" : ". It adds " + (part < 0 ? "" : "+") + part.toFixed(3) + " to the score of \u201c" + DATA.tokens.explained + "\u201d";
+    return "Token " + (number + 1) + " of " + DATA.tokens.count + " starts in row " + (Math.floor(place / columns) + 1)
+      + ", column " + (place % columns + 1) + " at " + slots[slot] + ". It draws " + DATA.tokens.drawn[number]
+      + " % from image tokens and the rest from semantic tokens; of the former, " + DATA.tokens.own[number]
+      + " % is from its own frames" + adds + ".";
+  }
+
   function choose(number) {
     state.token = number;
     document.querySelectorAll(".slot button").forEach((button, i) => button.setAttribute("aria-pressed", i === number));
-    $("token").textContent = DATA.tokens.words[number];
+    $("token").textContent = describe(number);
     canvases.forEach((_, i) => draw(i));
     show();
   }
