@@ -28,7 +28,8 @@ PEER = (
 def build_parser() -> Parser:
     """Return the parser of the command line."""
     parser = Parser(__doc__)
-    add, count = parser.add_argument, number(int, 1)
+    add = parser.add_argument
+    count = number(int, 1)
     add("what", choices=("model", "train", "e2e", "loader", "engine"), help=WHAT)
     # One list for both keeps their order on the command line: ratios refer to the first one.
     both: dict[str, Any] = {"action": "append", "dest": "named", "metavar": "NAME"}

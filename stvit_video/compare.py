@@ -28,7 +28,8 @@ def compare(arguments: Sequence[str] | None) -> int:
 
     curves = {run: read_curves(Path(run), options.window) for run in options.runs}
     plot_comparison(curves, options.target, options.output)
-    rows, short = [], [run for run, splits in curves.items() if not splits["train"]]
+    rows = []
+    short = [run for run, splits in curves.items() if not splits["train"]]
     for run, splits in curves.items():
         cells = [first_step(splits[split], options.target) if splits[split] else "-" for split in ("train", "val")]
         rows.append([run, *("never" if cell is None else cell for cell in cells)])

@@ -43,7 +43,9 @@ def predict(arguments: Sequence[str] | None) -> int:
     video = "file, folder (searched recursively), pattern ('clips/*.mp4'), camera number, stream address or pipe"
     add("videos", nargs="+", metavar="VIDEO", help=video)
     add("--checkpoint", required=True, metavar="RUN", help="folder of a trained run, or a .safetensors file of one")
-    top, seconds, workers = number(int, 1, 1_000_000), number(float, 0.01, 1e9), number(int, 1, 1_000)
+    top = number(int, 1, 1_000_000)
+    seconds = number(float, 0.01, 1e9)
+    workers = number(int, 1, 1_000)
     add("--top", type=top, default=5, metavar="K", help="classes to print for each video (default: %(default)s)")
     add("--output", type=Path, metavar="FILE", help="write all results to a .json or .csv file")
     add("--annotate", type=Path, metavar="FOLDER", help="write MP4 copies with the classes drawn on them")

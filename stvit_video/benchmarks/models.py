@@ -52,7 +52,8 @@ class TimedModel:
 
     def prepare(self, device: torch.device, precision: str, compiled: str, training: bool) -> None:
         """Put the model on ``device``, for passes of inference, in ``precision`` altogether, or of training."""
-        self.precision, self.wait = precision, torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        self.precision = precision
+        self.wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
         kind = torch.float32 if training else HALF.get(precision, torch.float32)  # training keeps float32 weights
         self.model.to(device, kind).train(training)
         if training:
@@ -186,7 +187,9 @@ def build_speeds(
     Return these conditions, the rate of a matrix product (1e9 multiply-adds per second), and a row for each model. Each
     round runs all models in turn, and the matrix product. Raises UsageError for DEVICE cuda where there is none.
     """
-    device, precision, compiled = pick_device(cfg.DEVICE, 0, 1), cfg.PRECISION, cfg.COMPILE
+    device = pick_device(cfg.DEVICE, 0, 1)
+    precision = cfg.PRECISION
+    compiled = cfg.COMPILE
     set_precision(device, precision)
     rows: list[Figures] = []
     for timed in models:
@@ -205,7 +208,8 @@ def build_speeds(
     products, *measured = run_rounds(timers, rounds, uncounted=0)  # all are warm
     passes = 3 if training else 1  # by convention, backward costs two forward passes
     for row, found in zip(rows, measured, strict=True):
-        latencies, rates = [taken for calls, _ in found for taken in calls], [rate for _, rate in found]
+        latencies = [taken for calls, _ in found for taken in calls]
+        rates = [rate for _, rate in found]
         row |= {"latencies": latencies, "rates": rates, "clips_per_second": median(rates)}
         for quantile in (50, 95):
             row[f"p{quantile}_ms"] = sorted(latencies)[quantile * len(latencies) // 100]
@@ -222,7 +226,8 @@ def describe_speeds(figures: Figures) -> str:
     columns = ("", "clip", "GFLOPs", "p50 ms", "p95 ms", "batch", "clips/s", "min to max", "share", "GB", "ratio")
     cells, uncounted = [], []
     for row in figures["models"]:
-        size, spread = "x".join(map(str, row["input_size"])), min_to_max(row["rates"], digits=2)
+        size = "x".join(map(str, row["input_size"]))
+        spread = min_to_max(row["rates"], digits=2)
         cost = [f"{row[key]:.1f}" for key in ("gflops", "p50_ms", "p95_ms")]
         memory = "-" if row["memory"] is None else f"{row['memory']:.2f}"
         rate, share, ratio = (f"{row[key]:.2f}" for key in ("clips_per_second", "share", "ratio"))
@@ -248,7 +253,9 @@ def build_model_figures(
     if results and len(results) != len(cfgs):
         raise UsageError(f"--results was given {len(results)} times; give one for each --cfg, {len(cfgs)} in all.")
     accuracies = dict(zip(cfgs, map(read_accuracy, results), strict=False))
-    models, same, first = [], Counter[str](), next(iter(cfgs.values()))
+    models = []
+    same = Counter[str]()
+    first = next(iter(cfgs.values()))
     for place, name in enumerate(named):
         cfg = cfgs.get(place, first)
         size = (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE)
@@ -279,9 +286,11 @@ def read_accuracy(path: Path) -> float:
 
 def plot_speeds(rows: Sequence[Figures], accuracies: Sequence[float | None], path: Path) -> None:
     """Draw accuracy, of the models that have one, or else GFLOPs, over clips per second."""
-    known, points = any(accuracy is not None for accuracy in accuracies), []
+    known = any(accuracy is not None for accuracy in accuracies)
+    points = []
     for i, (row, accuracy) in enumerate(zip(rows, accuracies, strict=True)):
         if accuracy is not None or not known:
-            y, x_range = row["gflops"] if accuracy is None else accuracy, (min(row["rates"]), max(row["rates"]))
+            y = row["gflops"] if accuracy is None else accuracy
+            x_range = (min(row["rates"]), max(row["rates"]))
             points.append(Point(row["name"], row["clips_per_second"], y, x_range=x_range, colour=f"C{i % 10}"))
     plot_points(points, "clips per second", "top-1 (%)" if known else "GFLOPs per clip", path)

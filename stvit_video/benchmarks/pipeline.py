@@ -93,7 +93,8 @@ def build_timers(cfg: CfgNode, count: int, peers: Sequence[str], training: bool)
         raise UsageError("decord, which is the reference, can read none of the videos; give DATA.ROOT others.")
     decoding, views = Decoding(("pyav", "decord"), 600.0), dataset.views
     frames = read_file(next(iter(requests)))
-    sample, some = Sample(views.prepare(frames, (0, 0, 0)), 0, 0, (0, 0, 0), []), range(min(len(requests), 8))
+    sample = Sample(views.prepare(frames, (0, 0, 0)), 0, 0, (0, 0, 0), [])
+    some = range(min(len(requests), 8))
 
     def make_floats(batch: Batch) -> int:
         clips = batch.make_clips()
@@ -135,7 +136,8 @@ def _build_peer_loader(cfg: CfgNode, paths: list[str], clips: int) -> DataLoader
         *([v2.RandomHorizontalFlip()] if cfg.DATA.FLIP else []),
     ])  # fmt: skip
     labelled = [(path, {"label": 0}) for path in islice(cycle(paths), clips)]
-    chosen, transform = make_clip_sampler("random", seconds), ApplyTransformToKey("video", steps)
+    chosen = make_clip_sampler("random", seconds)
+    transform = ApplyTransformToKey("video", steps)
     dataset = LabeledVideoDataset(labelled, chosen, RandomSampler, transform, decode_audio=False, decoder="decord")
     return DataLoader(dataset, batch_size=BATCH, num_workers=1, persistent_workers=True)
 
@@ -198,7 +200,8 @@ def build_end_to_end_figures(cfg: CfgNode, clips: int, rounds: int) -> Figures:
     Compiling, as COMPILE says, and starting the workers fall in a first round that is not counted.
     """
     run = open_benchmark(cfg, PLAIN_TRAINING, cfg.DEVICE)
-    device, model = run.world.device, run.model.to(run.world.device)
+    device = run.world.device
+    model = run.model.to(run.world.device)
     set_precision(device, cfg.PRECISION)
     compile_model(model, cfg.COMPILE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
@@ -218,8 +221,10 @@ def build_end_to_end_figures(cfg: CfgNode, clips: int, rounds: int) -> Figures:
 
     flows, rows = [], []
     for what, work in (("inference", infer), ("training", train)):
-        training, stage = what == "training", "TRAIN" if what == "training" else "TEST"
-        size, views = cfg[stage].BATCH_SIZE, 1 if training else cfg.TEST.CLIPS * cfg.TEST.CROPS
+        training = what == "training"
+        stage = "TRAIN" if what == "training" else "TEST"
+        size = cfg[stage].BATCH_SIZE
+        views = 1 if training else cfg.TEST.CLIPS * cfg.TEST.CROPS
         batches = 1 + max(MIN_BATCHES, -(-clips // (size * views)))  # the first one is not timed
         loaders = [build_loader(run, workers, training, batches) for workers in WORKERS]
         if len(loaders[0]) <= MIN_BATCHES:
@@ -260,11 +265,14 @@ def build_engine_figures(cfg: CfgNode, steps: int, rounds: int) -> Figures:
     trainer.loader = batches  # type: ignore[assignment]
 
     def bare_loop() -> Iterator[int]:
-        model, optimizer, precision = trainer.wrapped.train(), trainer.optimizer, settings.precision
+        model = trainer.wrapped.train()
+        optimizer = trainer.optimizer
+        precision = settings.precision
         options = {"clip": settings.clip_grad, "label_smoothing": settings.label_smoothing}
         for batch in batches:
             batch = batch.to(trainer.world.device)
-            clips, labels = batch.make_clips(), batch.clip_labels
+            clips = batch.make_clips()
+            labels = batch.clip_labels
             loss = train_step(model, optimizer, clips, labels, precision, **options)
             trainer.scheduler.step()
             loss.item()

@@ -59,7 +59,8 @@ def measure_steps(title: str, item: str, timers: Mapping[str, Callable[[], float
     steps, rows = [], []
     measured = run_rounds(list(timers.values()), rounds)
     for name, seconds in zip(timers, measured, strict=True):
-        middle, milliseconds = median(seconds), [1000 * taken for taken in seconds]
+        middle = median(seconds)
+        milliseconds = [1000 * taken for taken in seconds]
         ratio = middle / median(measured[0])
         steps.append({"name": name, "milliseconds": milliseconds, "ratio": ratio})
         figures = f"{1000 * middle:.1f}", min_to_max(milliseconds), f"{1 / middle:.1f}", f"{ratio:.2f}"

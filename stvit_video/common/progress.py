@@ -17,7 +17,8 @@ class Progress(AbstractContextManager["Progress"]):
     def __init__(self, title: str, total: int, done: int = 0, *, enabled: bool = True) -> None:
         self.title, self.total, self.done, self.first = title, total, done, done
         self.started = self.last_line = time.monotonic()
-        on_terminal, narrow = sys.stderr.isatty(), shutil.get_terminal_size().columns < WIDE
+        on_terminal = sys.stderr.isatty()
+        narrow = shutil.get_terminal_size().columns < WIDE
         self.plain = enabled and not on_terminal
         form = "{desc} {percentage:.0f} %, {remaining} left{postfix}" if narrow else None
         off = not (enabled and on_terminal)

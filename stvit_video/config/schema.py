@@ -55,7 +55,8 @@ class Key:
             if self.choices and one not in self.choices:
                 allowed = ", ".join(choice or "''" for choice in self.choices)
                 raise UsageError(f"{self.name} is {one!r}; allowed: {allowed}.{nearest(one, self.choices)}")
-            low, high = -math.inf if self.low is None else self.low, math.inf if self.high is None else self.high
+            low = -math.inf if self.low is None else self.low
+            high = math.inf if self.high is None else self.high
             if isinstance(one, int | float) and not (low <= one <= high and math.isfinite(one)):
                 bounds = f"at least {low}" if self.high is None else f"{low} to {high}"
                 raise UsageError(f"{self.name} is {one}; allowed: {bounds} ({self.about}).")

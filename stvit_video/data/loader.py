@@ -135,7 +135,8 @@ def build_test_loader(
     cfg: CfgNode, world: World, videos: list[Video], split: str = "test", *, clips: int = 1, crops: int = 1
 ) -> DataLoader:
     """Return a loader of ``clips`` x ``crops`` views of each of the videos of ``split``."""
-    views, decoding = build_test_views(cfg, clips, crops), build_decoding(cfg, cfg.TEST.SHORT_SIDE)
+    views = build_test_views(cfg, clips, crops)
+    decoding = build_decoding(cfg, cfg.TEST.SHORT_SIDE)
     dataset = VideoDataset(videos=videos, sampler=build_sampler(cfg), views=views, decoding=decoding, stage=split)
     # As many views a batch as in the test, whatever the number of views a video.
     batch = max(1, cfg.TEST.BATCH_SIZE * cfg.TEST.CLIPS * cfg.TEST.CROPS // (clips * crops))

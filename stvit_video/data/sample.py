@@ -80,7 +80,8 @@ def _path_of(root: Path, kind: int, index: int) -> Path:
 
 def _write_file(root: Path, spec: Spec, file: tuple[int, int]) -> None:
     kind, index = file
-    path, rng = _path_of(root, kind, index), np.random.default_rng([spec.seed, kind, index])
+    path = _path_of(root, kind, index)
+    rng = np.random.default_rng([spec.seed, kind, index])
     motion, shape = video_labels(index)
     if spec.name == "sample_hard":
         write_video(path, sprites.draw_hard(sprites.CLASSES[index % len(sprites.CLASSES)], rng))
@@ -98,7 +99,8 @@ def prepare(root: str | Path, spec: Spec | None = None, *, workers: int | None =
     Raises UsageError where ``root`` holds something else.
     """
     root, spec = Path(root), spec or Spec()
-    record, content = root / "sample.json", json.dumps(asdict(spec))
+    record = root / "sample.json"
+    content = json.dumps(asdict(spec))
     if record.is_file():
         found = {"name": "sample", **json.loads(record.read_text())}  # records of older versions name no set
         if found != json.loads(content):

@@ -94,7 +94,9 @@ def paint(
         # A sprite that leaves at one edge enters at the other.
         dx = (pixels[None, :] - state.x[i] + SIDE / 2) % SIDE - SIDE / 2
         dy = (pixels[:, None] - state.y[i] + SIDE / 2) % SIDE - SIDE / 2
-        cos, sin, radius = math.cos(state.angle[i]), math.sin(state.angle[i]), state.radius[i]
+        cos = math.cos(state.angle[i])
+        sin = math.sin(state.angle[i])
+        radius = state.radius[i]
         u, v = (cos * dx + sin * dy) / radius, (cos * dy - sin * dx) / radius  # on the sprite, whose radius is 1
         r = np.hypot(u, v)
         pattern = np.sin(spokes * (np.arctan2(v, u) + bend * r)) * r  # turns and grows with the sprite

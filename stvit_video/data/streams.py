@@ -123,7 +123,8 @@ class KnownTimes:
     """A ``Timeline`` of known times (length,), in seconds after the first."""
 
     def __init__(self, times: Times) -> None:
-        self.length, self.times = len(times), lambda: times
+        self.length = len(times)
+        self.times = lambda: times
 
 
 def clips_of_spans(video: Timeline, sampler: Sampling, clips: int, spans: Sequence[Span]) -> Indices:
@@ -175,9 +176,11 @@ def read_windows(
 
 def _read(address: str) -> Iterator[tuple[float, VideoFrame]]:
     """Yield frames with their times in seconds after the first. Where the clock goes back, time goes on from there."""
-    location, form = address, "v4l2" if address.startswith("/dev/video") else None
+    location = address
+    form = "v4l2" if address.startswith("/dev/video") else None
     if address.isascii() and address.isdigit():
-        location, form = f"/dev/video{address}", "v4l2" if sys.platform == "linux" else None
+        location = f"/dev/video{address}"
+        form = "v4l2" if sys.platform == "linux" else None
         if not Path(location).exists():
             found = ", ".join(sorted(path.name[5:] for path in Path("/dev").glob("video*"))) or "none"
             raise DecodeError(address, f"is no camera here (cameras: {found})")

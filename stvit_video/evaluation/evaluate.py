@@ -130,7 +130,10 @@ class Tester:
         An interrupted test continues. ``earlier`` are failures of training. Raises Stopped after a signal to stop, when
         the scores so far are written.
         """
-        started, world, folder, classes = time.monotonic(), self.run.world, self.run.folder, self.run.classes
+        started = time.monotonic()
+        world = self.run.world
+        folder = self.run.folder
+        classes = self.run.classes
         loader: Any = self.loader
         key = fingerprint(model, weights_hash(model.state_dict()), loader.dataset, self.precision, 0)
         key = f"{key} in batches of {loader.batch_sampler.batch}"
@@ -142,7 +145,8 @@ class Tester:
             failed = earlier + error.failures
             on_main(world, lambda: folder.write_failures(failed))
             raise
-        views, scored = self.about["views"]["clips"] * self.about["views"]["crops"], len(predictions.labels)
+        views = self.about["views"]["clips"] * self.about["views"]["crops"]
+        scored = len(predictions.labels)
         fresh = scored - predictions.kept  # scored by this start, not by an earlier one
         results = {
             **self.about,
@@ -195,7 +199,8 @@ def build_tested_model(run: OpenRun) -> nn.Module:
 
 def test(run: OpenRun) -> None:
     """Run MODE test: score the weights of MODEL.INIT, or else those that OUTPUT_DIR holds."""
-    model, tester = build_tested_model(run), build_tester(run)
+    model = build_tested_model(run)
+    tester = build_tester(run)
     own = run.report is not None and run.report.source == str(run.folder.weights)  # whose report is there already
     run.claim(keep_report=not own)
     with StopSignals(run.world.launched) as signals:

@@ -112,7 +112,8 @@ class PartialScores:
             self.folder.mkdir(exist_ok=True)
             packed = pack({"key": self.key, "rows": self.waiting})
             write_atomically(self.folder / f"{time.time_ns()}_{self.rank}.pt", packed)
-        self.waiting, self.written = [], time.monotonic()
+        self.waiting = []
+        self.written = time.monotonic()
 
 
 def write_features(path: Path, key: str, described: Predictions) -> None:

@@ -41,7 +41,9 @@ class Copies:
         The copy has no sound, and a name that no other copy has. Returns a line that says where it is, or why there is
         none. Raises UsageError where it would replace the video, and OSError where the folder cannot be written to.
         """
-        stem, number, started = Path(prediction.path).stem, 1, time.perf_counter()
+        stem = Path(prediction.path).stem
+        number = 1
+        started = time.perf_counter()
         while (name := stem if number == 1 else f"{stem}-{number}") in self.names:
             number += 1
         self.names.add(name)
@@ -92,7 +94,8 @@ def _copy(source: av.container.InputContainer, target: av.container.OutputContai
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             stream.codec_context.time_base = Fraction(1, 90_000)  # resolves the times of a variable frame rate
         made = VideoFrame.from_image(image)
-        made.pts, made.time_base = round((moment - first) * 90_000), Fraction(1, 90_000)
+        made.pts = round((moment - first) * 90_000)
+        made.time_base = Fraction(1, 90_000)
         target.mux(stream.encode(made))
     if stream is not None:
         target.mux(stream.encode())

@@ -134,7 +134,8 @@ def export_model(
     They are compared on random clips and on the views of ``video``. Raises UsageError where that cannot be read, and
     RunFailure where logits differ by more than ``limit``: no file is left then.
     """
-    generator, shape = torch.Generator().manual_seed(0), (3, *trained.model.input_size)  # type: ignore[misc]
+    generator = torch.Generator().manual_seed(0)
+    shape = (3, *trained.model.input_size)  # type: ignore[misc]
     counts = TRIED_BATCHES if batch is None else (batch,)
     clips = [("random clips", torch.randn(count, *shape, generator=generator)) for count in counts]
     if video is not None:
@@ -145,7 +146,8 @@ def export_model(
     started = time.perf_counter()
     with whole_file(output) as temporary:
         FORMATS[format_name].write(trained, temporary, batch)
-        size, seconds = temporary.stat().st_size / 1e6, time.perf_counter() - started
+        size = temporary.stat().st_size / 1e6
+        seconds = time.perf_counter() - started
         batches = "any batch" if batch is None else f"batches of {batch}"
         print(f"{format_name}: {size:.1f} MB in {seconds:.1f} s, for {batches}")
         worst = compare(trained, FORMATS[format_name].open(trained, temporary), batch, clips)
@@ -162,7 +164,8 @@ def compare(trained: Trained, forward: Forward, batch: int | None, clips: Sequen
         if batch is not None:  # fill the last batch up with the first clips
             given = given[torch.arange(-(-len(given) // batch) * batch) % len(given)]
         for part in given.split(batch or len(given)):
-            expected, found = trained.model(part), forward(part)
+            expected = trained.model(part)
+            found = forward(part)
             if found.shape != expected.shape:
                 raise RuntimeError(f"the file gives {tuple(found.shape)} for {tuple(expected.shape)}")
             differences.append((found - expected).abs().max())

@@ -53,7 +53,8 @@ def open_checkpoint(path: str | Path, overrides: Sequence[str] = ()) -> Trained:
     file; else defaults apply and ``note`` says so. ``overrides`` are ``KEY=VALUE`` words for SETTABLE_KEYS. Raises
     UsageError where there are no weights, or they do not say which model they are of.
     """
-    weights, note = pull(str(path)), ""
+    weights = pull(str(path))
+    note = ""
     if not weights.is_file():
         check_exists(str(path))
         folder = RunFolder(weights)
@@ -95,7 +96,8 @@ def _open_config(
     Later sources override earlier ones: defaults, the config.yaml beside the weights, the model's own frames and size,
     the ``views`` in the weights file, ``overrides``.
     """
-    beside, note = config_beside(weights), ""
+    beside = config_beside(weights)
+    note = ""
     cfg = load_config(beside) if beside.is_file() else default_config()
     if not views and not beside.is_file():
         note = (

@@ -96,7 +96,8 @@ class Predictor:
         workers: int = 1,  # threads that read ahead while the network runs
     ) -> None:
         self.device = pick_device(device, 0, 1)
-        self.model, self.classes = trained.model.to(self.device).eval(), trained.classes
+        self.model = trained.model.to(self.device).eval()
+        self.classes = trained.classes
         self.input, self.views, self.workers = trained.input, trained.input.views, workers
         self.precision = precision or self.input.precision
         if precision is None and self.precision == "tf32" and self.device.type == "cpu":  # which has no TF32
@@ -124,7 +125,8 @@ class Predictor:
         is scored like a separate video; a window starts every ``step`` seconds (default: ``window``).
         """
         check_seconds(window, step)
-        names, batch_size = [str(path) for path in paths], self.input.batch_size
+        names = [str(path) for path in paths]
+        batch_size = self.input.batch_size
         windows: list[Window] = []
         reader = partial(self._read, window, step or window)
         for i, item in self._score_all(names, lambda: partial(reader, self.input.start_decoding()), batch_size):
@@ -148,7 +150,8 @@ class Predictor:
 
     def _read(self, window: float | None, step: float | None, decoding: Decoding, path: str) -> Iterator[Piece]:
         """Read a file whole, or window by window."""
-        started, clips = time.perf_counter(), self.views.clips
+        started = time.perf_counter()
+        clips = self.views.clips
         if window is None:
             frames = decoding.read(decoding.request(path, partial(self.input.sampler, clips=clips)))
             yield self._prepare(frames, None, started)
@@ -168,7 +171,8 @@ class Predictor:
     def _read_live(self, window: float, step: float, address: str) -> Iterator[Piece]:
         choice = partial(self.input.sampler, clips=self.views.clips)
         for span, times, shown in read_windows(address, window, step, self.views.short_side):
-            started, indices = time.perf_counter(), choice(times)
+            started = time.perf_counter()
+            indices = choice(times)
             yield self._prepare(np.stack([shown[i] for i in indices]), span, started, indices)
 
     def _prepare(self, frames: Frames, span: Span | None, started: float, indices: Indices | None = None) -> Piece:

@@ -79,7 +79,8 @@ def read_rules(arguments: type) -> dict[str, Rule]:
         choices = get_args(hint) if get_origin(hint) is Literal else ()
         forms = [form for form in get_args(hint) if form is not NoneType] if isinstance(hint, UnionType) else [hint]
         elements = [(str,)] if choices else [get_args(form) or (form,) for form in forms]  # of a tuple those it holds
-        kind, lengths = elements[0][0], tuple(map(len, elements))
+        kind = elements[0][0]
+        lengths = tuple(map(len, elements))
         limits = {"low": 1 if kind is int else None, **declared.metadata}
         rules[declared.name] = Rule(declared.name, declared.default, kind, lengths, choices, **limits)
     return rules

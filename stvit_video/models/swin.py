@@ -65,7 +65,8 @@ class Stage(BlockRunner):
         # An image model's bias tables have one entry in time, which makes them Swin's.
         self.window = (1 if network.num_frames == 1 else network.window[0], *network.window[1:])
         self.window_frames = (network.window_frames or 4 * network.window[:1])[index]
-        self.windowed, self.layer_scale = semantic is None, None if semantic is None else semantic.layer_scale
+        self.windowed = semantic is None
+        self.layer_scale = None if semantic is None else semantic.layer_scale
         self.blocks = nn.ModuleList()
         self.generators: Sequence[Reducer] | nn.ModuleList = ()
         rates = torch.linspace(0, network.drop_path, sum(network.depths)).tolist()
@@ -109,7 +110,9 @@ class SemanticStage(Stage):
 
     def build(self, drop_path: list[float], semantic: SwinSemanticArguments) -> None:
         """Make the blocks and the generators."""
-        depth, units, self.recover = len(drop_path), semantic.units, semantic.recover
+        depth = len(drop_path)
+        units = semantic.units
+        self.recover = semantic.recover
         if depth % units:
             allowed = [count for count in range(1, depth + 1) if depth % count == 0]
             raise ValueError(f"units {units} does not divide the {depth} blocks of stage 3; allowed: {allowed}.")
@@ -179,7 +182,8 @@ class SwinTransformer(Network):
         self.input_size = network.input_size
         self.patch: Grid = (network.tubelet_frames, network.patch_size, network.patch_size)
         self.depths = network.depths
-        grid, dim = count_windows(self.input_size, self.patch), network.dim
+        grid = count_windows(self.input_size, self.patch)
+        dim = network.dim
         self.patch_embed = (PatchStem if network.stem == "patch" else ConvStem)(dim, self.patch)
         self.layers = nn.ModuleList()
         for i in range(len(self.depths)):
@@ -189,7 +193,8 @@ class SwinTransformer(Network):
             self.layers.append(stage)
             if i + 1 < len(self.depths):
                 stage.downsample = PatchMerging(dim)
-                grid, dim = count_windows(stage.out_grid, (1, 2, 2)), 2 * dim
+                grid = count_windows(stage.out_grid, (1, 2, 2))
+                dim = 2 * dim
         self.add_head(dim, EPS, network)
         for module in self.modules():
             init_linear(module, None if network.init == "xavier" and module is not self.head.proj else 0.02)
@@ -233,7 +238,8 @@ class SwinTransformer(Network):
         if root != "layers":
             return sum(self.depths) + 1
         stage, part, *inner = rest.split(".")
-        own, before = self.layers[int(stage)], sum(self.depths[: int(stage)])
+        own = self.layers[int(stage)]
+        before = sum(self.depths[: int(stage)])
         if part == "downsample":
             return before + len(own.blocks)
         if isinstance(own, SemanticStage) and part == "generators":

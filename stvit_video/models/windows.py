@@ -73,7 +73,8 @@ class WindowAttention(Attention):
 
     def __init__(self, dim: int, num_heads: int, grid: Grid, window: Grid, window_frames: int, shifted: bool) -> None:
         super().__init__(dim, num_heads)
-        self.grid, self.window = grid, (min(window_frames, window[0], grid[0]), window[1], window[2])
+        self.grid = grid
+        self.window = (min(window_frames, window[0], grid[0]), window[1], window[2])
         # No shift along an axis with a single window, as in the published networks.
         self.shift = tuple(
             size // 2 if shifted and length > size else 0 for length, size in zip(grid, self.window, strict=True)
@@ -121,7 +122,8 @@ class WindowAttention(Attention):
 
     def _attend(self, qkv: Tensor) -> Tensor:
         """Map projected windows (B, nt, nh, nw, P, 3C) to (B, nt, nh, nw, P, C) with one fused call per mask."""
-        bias, parts = self.bias().to(qkv.dtype), []
+        bias = self.bias().to(qkv.dtype)
+        parts = []
         for i, region in enumerate(self.regions):
             *windows, P, width = qkv[region].shape
             q, k, v = qkv[region].reshape(-1, P, 3, self.num_heads, width // 3 // self.num_heads).permute(2, 0, 3, 1, 4)
@@ -172,7 +174,8 @@ class WindowBlock(Block):
         Shifted windows are not rolled and masked: a masked window consists of parts that do not see one another, so
         the parts are windows of their own, cut where they lie.
         """
-        out, attn = torch.empty_like(x), self.attn
+        out = torch.empty_like(x)
+        attn = self.attn
         bias = attn.bias().to(x.dtype).view(-1, *attn.window, *attn.window)
         for runs in product(*map(_equal_windows, attn.grid, attn.window, attn.shift)):
             window = t, h, w = runs[0][2], runs[1][2], runs[2][2]

@@ -142,7 +142,8 @@ def create_model(
 
 def _check_overrides(name: str, prefix: str, overrides: Settings) -> None:
     """Raise ValueError for arguments that the models of a family do not have or that cannot go together."""
-    family, sibling = FAMILIES[prefix], FAMILIES.get(f"stvit_{prefix}")  # which a dense baseline has
+    family = FAMILIES[prefix]
+    sibling = FAMILIES.get(f"stvit_{prefix}")  # which a dense baseline has
     known = [key for kind in family.arguments for key in read_rules(kind)]
     unknown = [key for key in overrides if key not in known]
     foreign = [key for key in unknown if sibling and key in read_rules(sibling.arguments[1])]

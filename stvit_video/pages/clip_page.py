@@ -81,7 +81,8 @@ def read_clip(video_input: VideoInput, path: Path, start: float | None = None) -
         raise UsageError(f"--start {start:g} is after the end of {path}, at {times[-1]:.2f} s; give less.")
     views = replace(video_input.views, clips=1, crops=1)
     (view,) = collate([Sample(views.prepare(frames), -1, 0, (), [])], views).make_clips()
-    mean, std = torch.tensor(views.normalise.mean), torch.tensor(views.normalise.std)
+    mean = torch.tensor(views.normalise.mean)
+    std = torch.tensor(views.normalise.std)
     pixels = ((view.permute(1, 2, 3, 0) * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
     return Clip(view, pixels.numpy(), indices, None if times is None else times[indices], timeline.length)
 
@@ -145,7 +146,8 @@ def _script_data(explanation: Explanation, layers: Sequence[overlays.Layer], cli
     height, width = layers[0].frames.shape[1:3]
     parts = []
     for layer in layers:
-        pictures, of_regions = [picture_uri(frame) for frame in layer.frames], layer.regions is not None
+        pictures = [picture_uri(frame) for frame in layer.frames]
+        of_regions = layer.regions is not None
         parts.append(vars(layer) | {"frames": pictures, "regions": of_regions})
     return {
         "layers": parts,
@@ -165,7 +167,8 @@ def _tokens(explanation: Explanation, frames: Frames, labels: Sequence[str], lab
     if assignment is None or regions is None or owners is None:
         return None
     (count, t), parts = assignment.shape[:2], explanation.contributions
-    slots, weights = np.arange(count) * regions[0] // count, assignment.sum(axis=(2, 3))  # (M,), (M, t)
+    slots = np.arange(count) * regions[0] // count  # (M,)
+    weights = assignment.sum(axis=(2, 3))  # (M, t)
     own = np.arange(t) * regions[0] // t == slots[:, None]  # the frames that each token is pooled from
     reach = (weights > 0).sum(axis=1) * assignment[0, 0].size  # in Swin, its own frames only
     share, ticks = overlays.ratio_share(assignment * reach[:, None, None, None])

@@ -61,7 +61,8 @@ def explain(model: nn.Module, clip: Tensor, target: int | None = None) -> Explan
     ``target`` is the class to explain, by default the most likely one.
     """
     model.eval()
-    modules, seen = list(model.modules()), Intermediates()
+    modules = list(model.modules())
+    seen = Intermediates()
     generators = [module for module in modules if isinstance(module, SemanticTokenGenerator)]
     last_block = [module for module in modules if isinstance(module, Block)][-1]
     recovering = [module for module in modules if isinstance(module, SemanticStage) and module.recover]

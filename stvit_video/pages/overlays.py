@@ -57,7 +57,8 @@ class Layer:
 def build_layers(found: Explanation, frames: Frames, label: str) -> list[Layer]:
     """Paint all that the explanation of a clip has over its enlarged frames; ``label`` is the explained class."""
     texts = yaml.safe_load((TEMPLATES / "layers.yaml").read_text("utf-8"))
-    grey, layers = fade(frames), []
+    grey = fade(frames)
+    layers = []
     colours = None if found.regions is None else region_colours(found.regions)
 
     def add(key: str, painted: Frames, ticks: Ticks = (), signed: bool = False, regions: bool = False) -> None:
@@ -74,7 +75,8 @@ def build_layers(found: Explanation, frames: Frames, label: str) -> list[Layer]:
         """Paint semantic tokens in the colours of their regions, where ``strength`` is above 1."""
         assert colours is not None
         share, _ = ratio_share(strength)
-        opacity, flat = np.where(share > 0, 0.4 + 0.5 * share, 0), colours.reshape(-1, 3)
+        opacity = np.where(share > 0, 0.4 + 0.5 * share, 0)
+        flat = colours.reshape(-1, 3)
         add(key, paint(grey, flat[owners % len(flat)], opacity, np.where(share > 0, owners, -1)), regions=True)
 
     add("video", frames)

@@ -186,7 +186,9 @@ def _mistake_rows(run: RunRecord, mistakes: Sequence[ScoredVideo]) -> list[dict[
     choice = partial(ClipSampler("uniform", 3), clips=1)
     rows = []
     for mistake in mistakes:
-        video, frames, reason = run.find_video(mistake.path), [], "The video is not where it was when it was tested."
+        video = run.find_video(mistake.path)
+        frames = []
+        reason = "The video is not where it was when it was tested."
         if video is not None:
             try:
                 found = decoding.read(decoding.request(str(video), choice))

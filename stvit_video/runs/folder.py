@@ -56,7 +56,8 @@ class RunFolder:
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any] | None = None) -> None:
         """``settings`` is the resolved configuration of a run that wants to write here; None to read only."""
-        self.path, self.settings = Path(path), settings or {}
+        self.path = Path(path)
+        self.settings = settings or {}
         self.checkpoints = self.path / "checkpoints"
         self.results = self.path / "results.json"
         self.transfer = self.path / "transfer.json"
@@ -85,7 +86,9 @@ class RunFolder:
 
     def check(self) -> None:
         """Make sure that the run may write here; nothing is changed."""
-        path, mode, recorded = self.path, self.settings["MODE"], self.recorded_config()
+        path = self.path
+        mode = self.settings["MODE"]
+        recorded = self.recorded_config()
         if path.exists() and not path.is_dir():
             raise UsageError(f"OUTPUT_DIR {path} is a file; give a folder.")
         if recorded is None and path.is_dir() and any(file.name != ".config.yaml.tmp" for file in path.iterdir()):
@@ -205,7 +208,8 @@ def build_run_folder(cfg: CfgNode) -> RunFolder:
 
 def describe_changes(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> str:
     """Return which settings differ that must not between a run and its continuation; "" for none."""
-    old, new = flatten(recorded), flatten(current)
+    old = flatten(recorded)
+    new = flatten(current)
     for key in PATH_KEYS:
         old, new = ({**values, key: os.path.abspath(values[key]) if values.get(key) else ""} for values in (old, new))
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and key not in FREE_KEYS]

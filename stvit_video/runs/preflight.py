@@ -71,7 +71,8 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
     """
     if cfg.MODE == "transfer" and not cfg.MODEL.INIT:
         raise UsageError("MODE transfer needs a checkpoint to evaluate; give MODEL.INIT FILE.")
-    folder, state = build_run_folder(cfg), None
+    folder = build_run_folder(cfg)
+    state = None
     if purpose != "measure":
         on_main(world, folder.check)
         if cfg.LOG.WANDB and importlib.util.find_spec("wandb") is None:
@@ -131,7 +132,8 @@ def build_weights(cfg: CfgNode, model: nn.Module, checkpoint: Checkpoint, classe
 
 def open_lists(cfg: CfgNode, world: World, *, needs_weights: bool) -> tuple[list[str], dict[str, list[Video]]]:
     """Return the class names and the videos of each split that MODE uses; generate the set of DATA.GENERATE first."""
-    lists, weights = build_lists(cfg), cfg.MODEL.INIT if needs_weights else ""
+    lists = build_lists(cfg)
+    weights = cfg.MODEL.INIT if needs_weights else ""
     trains = cfg.MODE == "train" or (cfg.MODE == "transfer" and cfg.TRANSFER.FINETUNE)
     splits = ["train", "val", "test"] if trains else ["test"] if cfg.MODE == "test" else ["train", "test"]
 
@@ -145,7 +147,8 @@ def open_lists(cfg: CfgNode, world: World, *, needs_weights: bool) -> tuple[list
             sample.prepare(cfg.DATA.ROOT, sample.Spec(clips=tuple(cfg.DATA.GENERATE_CLIPS), name=cfg.DATA.GENERATE))
         advice: dict[str, str] = {}  # by what is missing: all of it is named at once
         for split in splits:
-            name, file = lists.lists[split], lists.source(split)
+            name = lists.lists[split]
+            file = lists.source(split)
             if (split != "val" or name) and not (name and file.exists()):
                 advice[f"DATA.{split.upper()}_LIST {file if name else repr('')}"] = (
                     f"a list holds lines `path label`, paths starting from DATA.ROOT {lists.root}, or is a Kinetics "
@@ -170,7 +173,8 @@ def open_lists(cfg: CfgNode, world: World, *, needs_weights: bool) -> tuple[list
 def build_cost_report(cfg: CfgNode) -> str:
     """Return what the configured model costs to run and to train; without data, for Kinetics' 400 classes."""
     try:
-        classes, note = len(build_lists(cfg).classes), []
+        classes = len(build_lists(cfg).classes)
+        note = []
     except UsageError:
         classes = cfg.MODEL.NUM_CLASSES or KINETICS_CLASSES
         note = [f"no data found in {cfg.DATA.ROOT}: {classes} classes assumed"]

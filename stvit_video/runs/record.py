@@ -53,7 +53,8 @@ class RunRecord:
         if not folder.results.is_file():
             problem = "has no results.json" if path.is_dir() else "is not a folder"
             raise UsageError(f"RUN {path} {problem}; give the OUTPUT_DIR of a run that was tested.")
-        self.path, self.name = path, name or path.resolve().name
+        self.path = path
+        self.name = name or path.resolve().name
         self.results = _read_mapping(folder.results, json.loads)
         if not isinstance(self.results.get("top1"), int | float):
             raise UsageError(f"{folder.results} holds no top1; give the OUTPUT_DIR of a run that was tested.")
@@ -63,7 +64,8 @@ class RunRecord:
         self.views = int(views.get("clips", 1)) * int(views.get("crops", 1))
         self.config = _read_mapping(path / "config.yaml", yaml.safe_load)
         data = self.config.get("DATA") or {}
-        self.test_list, self.root = data.get("TEST_LIST"), Path(data.get("ROOT") or ".")
+        self.test_list = data.get("TEST_LIST")
+        self.root = Path(data.get("ROOT") or ".")
         self.environment = _read_mapping(path / "environment.json", json.loads)
         rows = read_metrics(path / "metrics.jsonl")
         self.metrics = [row for row in rows if {"split", "epoch", "step"} <= row.keys()]
@@ -168,7 +170,8 @@ def first_step(points: Points, target: float) -> int | None:
 
 def name_runs(paths: Sequence[Path]) -> list[str]:
     """Return a unique name for each folder, with parents where needed. Raises UsageError where one is given twice."""
-    parts, names = [path.resolve().parts for path in paths], []
+    parts = [path.resolve().parts for path in paths]
+    names = []
     for path, own in zip(paths, parts, strict=True):
         if parts.count(own) > 1:
             raise UsageError(f"RUN {path} is given twice; give each run once.")

@@ -46,10 +46,13 @@ def find_place() -> Place | None:
     if any(name in env for name in TORCHRUN_VARIABLES[: 4 if others else 6]):
         _check_complete(TORCHRUN_VARIABLES, "set all (torchrun does), or none for a single process.")
         rank, size, local_rank, local_size = (_integer(name) for name in TORCHRUN_VARIABLES[:4])
-        address, port = env["MASTER_ADDR"], _integer("MASTER_PORT")
+        address = env["MASTER_ADDR"]
+        port = _integer("MASTER_PORT")
         return Place("torchrun", rank, size, local_rank, local_size, host_name(), address=address, port=port)
     if env.get("SUBMITIT_EXECUTOR") == "local" and "SUBMITIT_LOCAL_GLOBALID" in env:
-        task, job, host = TorchDistributedEnvironment(), f"local.{env['SUBMITIT_LOCAL_JOB_ID']}", "localhost"
+        task = TorchDistributedEnvironment()
+        job = f"local.{env['SUBMITIT_LOCAL_JOB_ID']}"
+        host = "localhost"
         size = task.world_size
         return Place("submitit", task.rank, size, task.local_rank, size, host, (host,), (size,), job, host)
     return _find_slurm_task()
@@ -76,11 +79,14 @@ def _find_slurm_task() -> Place | None:
     counts = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or ""
     repeated = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)  # 4(x2),1 is 4, 4, 1
     tasks = tuple(int(number) for number, times in repeated for _ in range(int(times or 1)))
-    node, rank, local_rank = _integer("SLURM_NODEID", 0), _integer("SLURM_PROCID"), _integer("SLURM_LOCALID")
+    node = _integer("SLURM_NODEID", 0)
+    rank = _integer("SLURM_PROCID")
+    local_rank = _integer("SLURM_LOCALID")
     local_size = tasks[node] if node < len(tasks) else -(-size // len(hosts))
     job = ".".join(env.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
     cpus = _integer("SLURM_CPUS_PER_TASK", 0) or None
-    address, port = env.get("MASTER_ADDR") or hosts[0], _integer("MASTER_PORT", 0) or None
+    address = env.get("MASTER_ADDR") or hosts[0]
+    port = _integer("MASTER_PORT", 0) or None
     return Place("SLURM", rank, size, local_rank, local_size, host_name(), hosts, tasks, job, address, port, cpus)
 
 

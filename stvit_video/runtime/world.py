@@ -161,7 +161,8 @@ def connect(place: Place, timeout_s: int) -> Any:
             raise RunFailure(f"rank {place.rank}: no answer from {where} within {timeout_s} s") from error
     # Several jobs may share a machine: each tries ports of its own, and a key in the store tells the jobs apart.
     ports = [place.port] if place.port else random.Random(place.job).sample(range(20000, 32768), PORTS_TRIED)
-    who, listed = f"rank {place.rank} on {place.host}", ", ".join(map(str, ports))
+    who = f"rank {place.rank} on {place.host}"
+    listed = ", ".join(map(str, ports))
     if place.rank == 0:
         for port in ports:
             with suppress(OSError, dist.DistError):
@@ -171,7 +172,8 @@ def connect(place: Place, timeout_s: int) -> Any:
                 store.set(f"job {place.job}", "")
                 return store
         raise RunFailure(f"{who}: ports {listed} are all taken; set MASTER_PORT to a free one")
-    found, arrived = list[Any](), threading.Event()
+    found = list[Any]()
+    arrived = threading.Event()
 
     def look(port: int) -> None:
         while not arrived.is_set():
@@ -223,7 +225,8 @@ def wait_for_all_ranks(store: Any, place: Place, name: str, timeout_s: int) -> t
 
 def _collect(store: Any, place: Place, timeout_s: int) -> dict[int, dict[str, str]]:
     """Return the reports that arrive in time, by rank; print now and then which are missing."""
-    deadline, reports = time.monotonic() + timeout_s, dict[int, dict[str, str]]()
+    deadline = time.monotonic() + timeout_s
+    reports = dict[int, dict[str, str]]()
     while len(reports) < place.size and (left := deadline - time.monotonic()) > 0:
         missing = [rank for rank in range(place.size) if rank not in reports]
         with suppress(dist.DistError):
@@ -270,7 +273,8 @@ def _list_ranks(ranks: list[int]) -> str:
 
 def report_failure(store: Any, place: Place, error: Exception) -> None:
     """Print on which rank a run failed. The first rank that fails leaves its error in the store for the others."""
-    who, text = f"rank {place.rank} of {place.size} on {place.host}", f"{type(error).__name__}: {first_line(error)}"
+    who = f"rank {place.rank} of {place.size} on {place.host}"
+    text = f"{type(error).__name__}: {first_line(error)}"
     if not isinstance(error, dist.DistError) and "gloo" not in str(error):
         if not isinstance(error, UsageError):  # which the command prints as one line
             print(f"{who} failed: {text}", file=sys.stderr, flush=True)

@@ -37,7 +37,8 @@ def submit_runs(arguments: Sequence[str] | None) -> int:
     """Submit the runs of a command line."""
     options = read_options(arguments or [])
     configs, base = build_configs(options)
-    profile, logs = read_profile(options.profile, partition=options.partition, time=options.time), base / "slurm"
+    profile = read_profile(options.profile, partition=options.partition, time=options.time)
+    logs = base / "slurm"
     gpus, tasks = options.gpus_per_node, options.tasks_per_node
     if gpus is None:
         raise UsageError("--gpus-per-node is missing; give the GPUs of a machine, or 0 to run on its CPUs.")
@@ -67,7 +68,9 @@ def submit_runs(arguments: Sequence[str] | None) -> int:
 def read_options(arguments: Sequence[str]) -> Namespace:
     """Parse the command line of a submission."""
     parser = Parser(__doc__)
-    add, count, some = parser.add_argument, number(int, 1), number(int, 0)
+    add = parser.add_argument
+    count = number(int, 1)
+    some = number(int, 0)
     add("--cfg", nargs="+", action="extend", dest="files", metavar="FILE", help="several: an array")
     add("--nodes", type=count, default=1, help="machines (default: %(default)s)")
     add("--gpus-per-node", type=some, metavar="G", help="GPUs of each, one process per GPU; 0: none")

@@ -243,7 +243,8 @@ def describe_end(job: ClusterJob) -> str:
         return f"job {job.id} is done: {job.run}" + (f", top-1 {results['top1']:.2f} %" if "top1" in results else "")
     state = " ".join(job.state()).strip()
     reason = "is unknown to SLURM, and left no result" if state == GONE else f"ended without a result ({state})"
-    lines, first = [f"job {job.id} {reason}: {job.run}"], job.first_failure()
+    lines = [f"job {job.id} {reason}: {job.run}"]
+    first = job.first_failure()
     if first:
         lines.append(f"rank {first['rank']} on {first['host']} failed first, with exit code {first['code']}")
     log = job.log(first["rank"] if first else 0)
@@ -271,7 +272,8 @@ def summarise(jobs: Sequence[ClusterJob], to: Path) -> str:
     keys = [key for key in configs[0] if key != "OUTPUT_DIR" and len({str(c.get(key)) for c in configs}) > 1]
     rows = []
     for job, config in zip(jobs, configs, strict=True):
-        results, state = read_json(job.run / "results.json") or {}, "done" if job.is_done() else job.state()[0]
+        results = read_json(job.run / "results.json") or {}
+        state = "done" if job.is_done() else job.state()[0]
         accuracy = {name: f"{results[name]:.2f}" if name in results else "" for name in ("top1", "top5")}
         settings = {key: config.get(key, "") for key in keys}
         rows.append({"run": job.run.name, "job": job.id, "state": state, **settings, **accuracy})

@@ -217,7 +217,8 @@ def submit(
     if about is None:
         about = {"command": sys.orig_argv, "submitted": time.time(), "host": socket.gethostname()}
         about["git"] = environment()["git"]
-    executor, profile = request.executor(cluster, logs), request.profile
+    executor = request.executor(cluster, logs)
+    profile = request.profile
     limits = (profile.minutes, profile.warning_s, profile.max_timeouts)
     tasks = [Task(str(folder), uuid.uuid4().hex[:12], *limits) for folder in folders]
     with _outside_jobs(), ExitStack() as restore:

@@ -82,8 +82,10 @@ def calculate(arguments: Sequence[str] | None) -> int:
     cfg = load_config(path)
     model = build_model(cfg, cfg.MODEL.NUM_CLASSES or KINETICS_CLASSES)
     gflops = count_gflops(model, (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE))
-    parameters, tflops = count_parameters(model), given.pop("gpu_tflops")
-    speed, core = gpu_speed(gflops, tflops), given["core_clips"]
+    parameters = count_parameters(model)
+    tflops = given.pop("gpu_tflops")
+    speed = gpu_speed(gflops, tflops)
+    core = given["core_clips"]
     run = {"lr": cfg.OPTIM.LR, "base_batch": cfg.TRAIN.BATCH_SIZE, "epochs": cfg.TRAIN.EPOCHS, **given}
     table = [scale(gpus, parameters, speed, **run) for gpus in GPUS]
     print(

@@ -67,14 +67,16 @@ class Task:
 
     def __call__(self) -> None:
         """Train, and exit with a code that tells SLURM what to do: an error only where the job has to end."""
-        begun, signals = time.monotonic(), catch_signals()
+        begun = time.monotonic()
+        signals = catch_signals()
         self.begin(submitit.JobEnvironment(), signals, begun)
         if self.environment.cluster != "debug":
             # submitit would take a result that an earlier start left for the result of this one.
             self.environment.paths.result_pickle.unlink(missing_ok=True)
         if self.rank == 0:
             write_json(self.job.path / OWNER, self.owner)
-            hosts, step = list(self.environment.hostnames), self.job.newest_step()
+            hosts = list(self.environment.hostnames)
+            step = self.job.newest_step()
             self.job.add_event(self.start, "started", job=self.job.id, hosts=hosts, step=step)
             if self.job.cluster == "slurm" and shutil.which("scontrol") is None:
                 print(NO_SCONTROL, file=sys.stderr, flush=True)
@@ -98,7 +100,8 @@ class Task:
         self.environment, self.signals, self.begun = environment, signals, begun
         run = Path(self.run)
         self.job = ClusterJob(run, environment.cluster, environment.job_id, run / "slurm", self.submission)
-        self.rank, self.start = environment.global_rank, int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        self.rank = environment.global_rank
+        self.start = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         if environment.cluster != "slurm":
             self.start = len(self.job.events("started"))
         self.owner = {"submission": self.submission, "start": self.start}
@@ -107,7 +110,8 @@ class Task:
         """Run training in a process of its own, and return its exit code as a shell would."""
         command = [sys.executable, "-m", "stvit_video.run", "--cfg", str(self.job.path / "config.yaml")]
         child = subprocess.Popen(command, env={**os.environ, "PYTHONUNBUFFERED": "1"}, start_new_session=True)
-        passed_on, checked = False, time.monotonic()
+        passed_on = False
+        checked = time.monotonic()
         save_s = max(5, self.warning_s - REQUEUE_S)
         try:
             while child.poll() is None:
@@ -134,7 +138,8 @@ class Task:
 
     def requeue(self) -> None:
         """Have the job queued again, unless it is to end or has timed out too often."""
-        step, reason = self.job.newest_step(), self.stop_reason()
+        step = self.job.newest_step()
+        reason = self.stop_reason()
         self.job.add_event(self.start, "stopped", reason=reason, step=step)
         print(f"stopped at step {step}: {reason}", flush=True)
         if reason == TOLD_TO_END:

@@ -93,7 +93,9 @@ def open_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
     """Read and check a plan, ``overrides`` being for all rows; UsageError, naming the row, for what could stop it."""
     try:
         content = _read(path)
-        file, twin, names = path.parent / str(content["cfg"]), content["twin"], list(content["rows"])
+        file = path.parent / str(content["cfg"])
+        twin = content["twin"]
+        names = list(content["rows"])
         if twin not in names:
             known = ", ".join(names) or "none: add rows"
             raise UsageError(f"twin {twin!r} is no row; name one of {known}.{nearest(str(twin), names)}")
@@ -132,7 +134,9 @@ def _read(path: Path) -> dict[Any, Any]:
         raise UsageError(f"{unknown[0]} is no part of a plan; those are {known}.{nearest(unknown[0], PLAN_KEYS)}")
     if missing := [key for key in NEEDED_KEYS if key not in content]:
         raise UsageError(f"it has no {', '.join(missing)}; it needs {', '.join(NEEDED_KEYS)}. Add the rest.")
-    seeds, rows, start = content["seeds"], content["rows"], content.get("start", {})
+    seeds = content["seeds"]
+    rows = content["rows"]
+    start = content.get("start", {})
     whole = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
     if not whole or not seeds or len(set(seeds)) < len(seeds):
         raise UsageError(f"seeds is {seeds!r}; give different whole numbers from 0 on, as [0, 1].")
@@ -150,17 +154,20 @@ def _build_row(
     file: Path, overrides: Sequence[str], seeds: Sequence[int], name: str, content: dict[Any, Any], kind: str
 ) -> SweepRow:
     """Return a row, checked as a configuration is; a relation makes another ``kind`` of a preset."""
-    origin, relations = f"row {name} of the plan", [key for key in RELATIONS if key in content]
+    origin = f"row {name} of the plan"
+    relations = [key for key in RELATIONS if key in content]
     if len(relations) > 1 or (relations and kind != "preset"):
         which = f"is the {kind}" if kind != "preset" else "has control_of and neighbour_of"
         raise UsageError(f"row {name} {which}; a row is one of them or neither. Remove {relations[-1]}.")
     # Each entry by itself: a key may stand in its section and by its full name.
     sections = [flatten({key: value}) for key, value in content.items() if key not in RELATIONS]
     pairs = [pair for section in sections for pair in section.items()]
-    names, common = [key for key, _ in pairs], [key for key, _ in parse_overrides(overrides)]
+    names = [key for key, _ in pairs]
+    common = [key for key, _ in parse_overrides(overrides)]
     for key in [*common, *names]:
         if key in OWN_KEYS:
-            own, place = ", ".join(OWN_KEYS), origin if key in names else "the command line"
+            own = ", ".join(OWN_KEYS)
+            place = origin if key in names else "the command line"
             raise UsageError(f"{key} in {place}: the command sets {own}; leave it out, or use --output or seeds.")
         if names.count(key) > 1:
             raise UsageError(f"{key} stands twice in {origin}, in its section and by its full name; remove one.")
@@ -177,7 +184,8 @@ def _build_row(
 
 def _build_checks(plan: Plan) -> None:
     """Raise UsageError where rows could not be compared, are the same, or would not begin as the plan says."""
-    presets, start = [row.name for row in plan.rows if row.kind == "preset"], plan.start
+    presets = [row.name for row in plan.rows if row.kind == "preset"]
+    start = plan.start
     for i, row in enumerate(plan.rows):
         if row.kind in RELATIONS.values() and (wrong := [of for of in row.of or ["nothing"] if of not in presets]):
             known = f"name some of {', '.join(presets) or 'none: add one'}.{nearest(str(wrong[0]), presets)}"

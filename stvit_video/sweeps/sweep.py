@@ -84,7 +84,8 @@ def build_timed(row: SweepRow) -> TimedModel:
 def build_runs(plan: Plan, output: Path) -> list[SweepRun]:
     """Return the start's run, if any, then those of the rows, seed by seed; UsageError where a folder holds another."""
     init: dict[str, str] = {}
-    seeds, runs = list(plan.twin.top1), []
+    seeds = list(plan.twin.top1)
+    runs = []
     starts = [(plan.start, seeds[0])] if plan.start else []
     for row, seed in [*starts, *((row, seed) for seed in seeds for row in plan.rows)]:
         path = output / row.name / f"seed{seed}"
@@ -100,7 +101,9 @@ def build_runs(plan: Plan, output: Path) -> list[SweepRun]:
 
 def check_recorded(run: SweepRun) -> None:
     """Raise UsageError where the folder holds a run of other settings. Its start may have moved with it."""
-    recorded, settings, place = run.folder.recorded_config(), run.folder.settings, f"{run.folder.path} holds a run"
+    recorded = run.folder.recorded_config()
+    settings = run.folder.settings
+    place = f"{run.folder.path} holds a run"
     if recorded is None:
         remedy = "delete that folder, or give another --output"
         raise UsageError(f"Row {run.row.name}: {place} without a config.yaml that can be read; {remedy}.")
@@ -114,7 +117,8 @@ def check_recorded(run: SweepRun) -> None:
 
 def choose_runs(runs: Sequence[SweepRun], rows: Sequence[SweepRow]) -> list[SweepRun]:
     """Return the runs of ``rows``, after the start where they wait for it; UsageError where its weights are gone."""
-    start, chosen = runs[0], [run for run in runs if run.row in rows]
+    start = runs[0]
+    chosen = [run for run in runs if run.row in rows]
     if start.row.kind != "start" or start.folder.is_finished() or all(run.folder.has_progress() for run in chosen):
         return chosen
     if begun := [run.folder.path.parent for run in runs[1:] if run.folder.has_progress()]:
@@ -126,7 +130,9 @@ def choose_runs(runs: Sequence[SweepRun], rows: Sequence[SweepRow]) -> list[Swee
 
 def list_rows(plan: Plan, output: Path, patterns: Sequence[str]) -> None:
     """Print the rows that match, what they cost, and how many of their runs are done; nothing is written."""
-    chosen, runs, table = choose_rows(plan, patterns), build_runs(plan, output), []
+    chosen = choose_rows(plan, patterns)
+    runs = build_runs(plan, output)
+    table = []
     for row in plan.rows:
         build_timed(row)
     for row in chosen:
@@ -155,7 +161,8 @@ def build_sweep(plan: Plan, output: Path, options: Namespace) -> int:
             remedy = f"wait for it or end it (fuser {file.name} tells which), or give another folder"
             raise UsageError(f"--output {output} is in use by another tradeoff command; {remedy}.")
         runs = build_runs(plan, output)
-        to_train, rows = choose_runs(runs, chosen), dict.fromkeys(run.row for run in runs)
+        to_train = choose_runs(runs, chosen)
+        rows = dict.fromkeys(run.row for run in runs)
         for row in rows:
             build_timed(row)
         for row in dict.fromkeys(run.row for run in to_train):  # once, before several runs would generate the same data
@@ -190,7 +197,9 @@ def reading(path: Path) -> Iterator[Any]:
 
 def build_job(run: SweepRun, options: Namespace) -> ClusterJob:
     """Submit a run as a job, and link its log. On this machine, runs at the same time share the cores."""
-    gpus, profile, logs = options.gpus_per_node, options.profile, run.log.parents[1].absolute() / ".jobs"
+    gpus = options.gpus_per_node
+    profile = options.profile
+    logs = run.log.parents[1].absolute() / ".jobs"
     if gpus is None:
         gpus = int(run.cfg.DEVICE != "cpu" and (options.cluster == "slurm" or torch.cuda.is_available()))
     cpus = profile.cpus_per_task or run.cfg.DATA.WORKERS + 1
@@ -225,7 +234,10 @@ def train_all(runs: Sequence[SweepRun], options: Namespace, draw: Callable[[], o
     follows. After a signal the jobs are cancelled, which has them write checkpoints, and Stopped is raised.
     """
     waiting = [run for run in runs if not run.folder.is_finished()]
-    total, done, ended, begun = len(runs), len(runs) - len(waiting), 0, time.monotonic()
+    total = len(runs)
+    done = len(runs) - len(waiting)
+    ended = 0
+    begun = time.monotonic()
     print(f"{done} of {total} runs are finished", flush=True)
     active: dict[SweepRun, Follower] = {}
     started = dict.fromkeys(waiting, begun)
@@ -242,16 +254,20 @@ def train_all(runs: Sequence[SweepRun], options: Namespace, draw: Callable[[], o
                 while waiting and len(active) < options.jobs and not any(run.row.kind == "start" for run in active):
                     run = waiting.pop(0)
                     print(f"{run.name}: starts, output in {run.log}", flush=True)
-                    active[run], started[run] = Follower(build_job(run, options), silent=True), time.monotonic()
+                    active[run] = Follower(build_job(run, options), silent=True)
+                    started[run] = time.monotonic()
                 for follower in active.values():
                     follower.update()
                 for run in [run for run, follower in active.items() if follower.ended]:
-                    job, outcome = active.pop(run).job, ""
+                    job = active.pop(run).job
+                    outcome = ""
                     if not run.folder.is_finished():
                         run.row.failures[run.seed] = describe_failure(job)
                         outcome = f"failed: {run.row.failures[run.seed]}; log {run.log}"
                         waiting = [] if run.row.kind == "start" else waiting
-                    ended, done, left = ended + 1, done + (not outcome), len(waiting) + len(active)
+                    ended = ended + 1
+                    done = done + (not outcome)
+                    left = len(waiting) + len(active)
                     minutes = (time.monotonic() - begun) / ended * left / 60  # jobs at the same time are counted in
                     draw()
                     outcome = outcome or f"{run.row.top1[run.seed]:.2f} % top-1"
@@ -277,8 +293,10 @@ def build_table(plan: Plan, runs: Sequence[SweepRun], output: Path, within: floa
     for run in [run for run in runs if run.folder.is_finished()]:
         with reading(run.folder.results) as results:
             row = run.row  # a run's own count: its data, and so its classes, may be gone
-            row.parameters, row.gflops = int(results["parameters"]), float(results["gflops"])
-            row.top1[run.seed], row.coverage[run.seed] = float(results["top1"]), float(results["coverage"])
+            row.parameters = int(results["parameters"])
+            row.gflops = float(results["gflops"])
+            row.top1[run.seed] = float(results["top1"])
+            row.coverage[run.seed] = float(results["coverage"])
     notes, start = [], runs[0]
     if plan.start and plan.start.failures:
         notes = [f"failed: {start.name}, from which all rows start: {start.row.failures[start.seed]}"]
@@ -311,7 +329,8 @@ def build_speed_file(plan: Plan, output: Path, options: Namespace) -> None:
     """Measure all rows in interleaved rounds, the baseline first and under its conditions, and write speed.json."""
     models = [build_timed(row) for row in sorted(plan.rows, key=lambda row: row.kind != "twin")]
     how: dict[str, Any] = {"training": False, "rounds": options.rounds, "largest_batch": options.largest_batch}
-    figures, machine = build_speeds(plan.twin.cfg, models, **how), environment()
+    figures = build_speeds(plan.twin.cfg, models, **how)
+    machine = environment()
     where = ", ".join(machine["gpus"][:1]) if figures["device"] == "cuda" else f"{machine['cpus']} CPU cores"
     conditions = f"{figures['precision']}, {COMPILED[figures['compiled']]}, torch {machine['packages']['torch']}"
     rounds = f"median of {options.rounds} interleaved rounds at the best batch of each"

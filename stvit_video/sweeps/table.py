@@ -46,13 +46,15 @@ def verdicts(plan: Plan, within: float) -> list[str]:
             parts = [f"{where} {twin.name}, {reached} ({spread}; {twin.name}: {spread_of_twin})"]
         related: dict[str, list[str]] = {"above ": [], "NOT above ": [], "neighbours: ": [], unknown: []}
         for other in [other for other in plan.rows if row.name in other.of]:
-            name, (by, doubt) = other.name.removeprefix(f"{row.name}-"), compare(row, other)
+            name = other.name.removeprefix(f"{row.name}-")
+            (by, doubt) = compare(row, other)
             if by is None:
                 related[unknown].append(name)
                 continue
             title, figure = "neighbours: ", f"{0.0 - by:+.2f}"
             if other.kind == "control":
-                title, figure = "above " if by > 0 else "NOT above ", f"by {abs(by):.2f}"
+                title = "above " if by > 0 else "NOT above "
+                figure = f"by {abs(by):.2f}"
             related[title].append(f"{name} ({', '.join(filter(None, (figure, doubt, other.seeds)))})")
         parts += [title + ", ".join(names) for title, names in related.items() if names]
         sentences.append(f"{row.name}: {'; '.join(parts)}")
@@ -81,7 +83,8 @@ def columns(row: SweepRow, twin: SweepRow) -> list[tuple[str, str, str, Any]]:
 def write_table(plan: Plan, output: Path, within: float, notes: Sequence[str] = (), machine: str = "") -> str:
     """Write tradeoff.json, .csv, .md and .png; return the table in Markdown, with verdicts and notes below it."""
     records: list[dict[str, Any]] = []
-    lines, notes = [], list(notes)
+    lines = []
+    notes = list(notes)
     for row in plan.rows:
         found = columns(row, plan.twin)
         records.append({key: value for key, _, _, value in found})
@@ -93,7 +96,8 @@ def write_table(plan: Plan, output: Path, within: float, notes: Sequence[str] = 
             if share < 1:
                 read = f"top-1 of the {100 * share:.1f} % of the test videos that could be read"
                 notes.append(f"{row.name}, seed {seed}: {read}")
-    said, head = verdicts(plan, within), ["row", "kind", *(heading for _, heading, _, _ in found if heading)]
+    said = verdicts(plan, within)
+    head = ["row", "kind", *(heading for _, heading, _, _ in found if heading)]
     below = "".join(f"- {line}\n" for line in (*said, *notes, machine) if line)
     text = f"{format_table(head, lines, style='pipe', left=2)}\n\n{below}"
     rows = [{**record, "failures": row.failures} for record, row in zip(records, plan.rows, strict=True)]
@@ -111,7 +115,8 @@ def plot_tradeoff(rows: Sequence[SweepRow], path: Path) -> None:
     measured = all(row.rate is not None for row in known)
     points = []
     for row in known:
-        x, mean = row.rate if measured and row.rate else row.gflops, sum(row.found) / len(row.found)
+        x = row.rate if measured and row.rate else row.gflops
+        mean = sum(row.found) / len(row.found)
         points.append(Point(row.name, x, mean, y_range=(min(row.found), max(row.found)), **STYLES[row.kind]))
     if points:
         across = "clips per second" if measured else "GFLOPs per clip"

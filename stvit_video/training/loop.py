@@ -35,7 +35,8 @@ def run_epochs(
 
     ``log`` is rank 0's. Raises Stopped, with a checkpoint of the very step, after a signal to stop.
     """
-    world, epochs = run.world, math.ceil(trainer.total_steps / trainer.steps_per_epoch)  # the last may be cut short
+    world = run.world
+    epochs = math.ceil(trainer.total_steps / trainer.steps_per_epoch)  # the last may be cut short
     with Progress("train", trainer.total_steps, trainer.step, enabled=world.is_main) as progress:
         while trainer.epoch < epochs:
             try:
@@ -70,7 +71,8 @@ def run_epochs(
 
 def validate(run: OpenRun, trainer: Trainer, loader: DataLoader, signals: StopSignals) -> dict[str, float]:
     """Score the validation list with one view a video; keep the best weights. Raises Stopped after a signal to stop."""
-    model, precision = trainer.model_to_test(), trainer.settings.precision
+    model = trainer.model_to_test()
+    precision = trainer.settings.precision
     try:
         predictions = describe_videos(class_probabilities(model), loader, run.world, precision, signals=signals)
     except Stopped:  # the scores so far are not kept: one view a video is quickly scored again
@@ -107,7 +109,9 @@ def resume(run: OpenRun, trainer: Trainer, state: dict[str, Any]) -> None:
 def train(run: OpenRun) -> None:
     """Run MODE train: from the start or the newest checkpoint, then test."""
     world, folder = run.world, run.folder
-    trainer, tester = build_trainer(run), build_tester(run)  # what is wrong is found before the folder is touched
+    # What is wrong is found before the folder is touched.
+    trainer = build_trainer(run)
+    tester = build_tester(run)
     run.claim()
     on_main(world, folder.lock)  # of a new folder; an old one is locked already
     if run.state is not None:
@@ -157,7 +161,8 @@ def dry_run(run: OpenRun) -> None:
         model = trainer.model_to_test()
     else:
         model = build_tested_model(run)
-    tester, started = build_tester(run), time.monotonic()
+    tester = build_tester(run)
+    started = time.monotonic()
     batch = next(iter(tester.loader), None)
     waited = time.monotonic() - started
     text = "none for this process" if batch is None else "no video of the first could be read"

@@ -36,7 +36,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     Matrices decay; biases, norms and what the model exempts do not. The classifier (``head``) learns at OPTIM.LR, the
     backbone at BACKBONE_SCALE times that, and each layer below the last at LAYER_DECAY times the rate of the one above.
     """
-    optim, exempt, layer_id = cfg.OPTIM, model.no_weight_decay(), model.layer_id  # type: ignore[operator]
+    optim = cfg.OPTIM
+    exempt = model.no_weight_decay()  # type: ignore[operator]
+    layer_id = model.layer_id
     lr = optim.LR * (cfg.TRAIN.BATCH_SIZE / optim.LR_BATCH if optim.LR_BATCH else 1)
     top = layer_id("head.proj.weight")  # type: ignore[operator]
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -53,7 +55,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 def build_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer, steps_per_epoch: int, total: int) -> LambdaLR:
     """Return a schedule over ``total`` steps: linear warm-up from 0 over OPTIM.WARMUP_EPOCHS, then a cosine to 0."""
     warmup = min(cfg.OPTIM.WARMUP_EPOCHS * steps_per_epoch / total, 1.0)
-    line, cosine = LinearParamScheduler(0.0, 1.0), CosineParamScheduler(1.0, 0.0)
+    line = LinearParamScheduler(0.0, 1.0)
+    cosine = CosineParamScheduler(1.0, 0.0)
     both = CompositeParamScheduler([line, cosine], [warmup, 1 - warmup], ["rescaled", "rescaled"])
     multiplier = both if warmup < 1 else line
     # Half a step further, so that neither the first nor the last step has a rate of zero.

@@ -133,7 +133,9 @@ class Trainer:
         if self.eval_model is not None:
             self.eval_model.cpu()  # training needs the room
         self.failed = set()
-        batches, text, logged = iter(self.loader), "", self.step
+        batches = iter(self.loader)
+        text = ""
+        logged = self.step
         sums = torch.zeros(3, device=self.world.device)
         self.clock.lap()
         for i in range(done + 1, done + self.steps_left + 1):
@@ -150,7 +152,8 @@ class Trainer:
                 values = self._averages(sums, self.step - logged)
                 if log is not None:
                     log.write(self.step, self.step / self.steps_per_epoch, "train", values)
-                sums, logged = torch.zeros_like(sums), self.step
+                sums = torch.zeros_like(sums)
+                logged = self.step
                 text = f"epoch {self.epoch + 1}  all steps skipped"
                 if "loss" in values:
                     text = (
@@ -163,7 +166,8 @@ class Trainer:
 
     def take_step(self, batches: Iterator[Batch]) -> Tensor:
         """Take one optimiser step on ``accumulate`` batches; return the sums of loss and hits, and the clip count."""
-        sums, seen = torch.zeros(3, device=self.world.device), []
+        sums = torch.zeros(3, device=self.world.device)
+        seen = []
         for i in range(self.settings.accumulate):
             with self.clock.part("data"):
                 batch = next(batches)
@@ -176,7 +180,8 @@ class Trainer:
                         f"{first.message}. Check DATA.ROOT and DATA.TRAIN_LIST."
                     )
                 batch = batch.to(self.world.device)
-                clips, labels = batch.make_clips(), batch.clip_labels
+                clips = batch.make_clips()
+                labels = batch.clip_labels
             # Processes exchange gradients once a step, with its last batch.
             with parallel.gradient_sync(self.wrapped, i + 1 == self.settings.accumulate):
                 with self.clock.part("forward"):

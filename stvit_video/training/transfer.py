@@ -53,7 +53,8 @@ def nearest_neighbours(train: Predictions, features: Tensor, classes: int, k: in
 def linear_probe(train: Predictions, features: Tensor, classes: int, weight_decay: float) -> Tensor:
     """Return logits (N, classes) of a linear classifier fitted to the training features, standardised, by L-BFGS."""
     mean, std = train.scores.mean(dim=0), train.scores.std(dim=0).clamp_min(1e-6)
-    inputs, bias = (train.scores - mean) / std, torch.zeros(classes, requires_grad=True)
+    inputs = (train.scores - mean) / std
+    bias = torch.zeros(classes, requires_grad=True)
     weight = torch.zeros(classes, inputs.shape[1], requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
 
@@ -81,7 +82,9 @@ def frame_probabilities(image_model: nn.Module, clips: Tensor) -> Tensor:
 
 def transfer(run: OpenRun) -> None:
     """Run MODE transfer: describe both lists with the weights of MODEL.INIT, score the test list, fine-tune last."""
-    world, folder, chance = run.world, run.folder, 100 / len(run.classes)
+    world = run.world
+    folder = run.folder
+    chance = 100 / len(run.classes)
     networks, loaders, no_head = build_parts(run)
     tuning = build_finetuning(run)  # what is wrong is found before the folder is touched
     run.claim()
@@ -168,7 +171,8 @@ def build_features(
 
 def build_rows(run: OpenRun, described: dict[str, Predictions]) -> list[ScoreRow]:
     """Return the scores of the test list, ``failures.csv`` being written. Raises UsageError where too many failed."""
-    cfg, classes = run.cfg, len(run.classes)
+    cfg = run.cfg
+    classes = len(run.classes)
     run.folder.write_failures(failure for part in described.values() for failure in part.failures)
     for what, split in (("training", "train"), ("test", "test")):
         part = described[f"{split}_init"]

@@ -43,12 +43,15 @@ class SecondsSampler:
     seconds: float
 
     def __call__(self, video: Timeline, clips: int, seed: tuple[int, ...] | None = None) -> Indices:
-        times, seconds = video.times(), Fraction(self.seconds)
+        times = video.times()
+        seconds = Fraction(self.seconds)
         last_frame = times[-1] - times[-2] if len(times) > 1 else 0.0  # assumed to last as long as the one before
         duration = Fraction(float(times[-1] + last_frame)).limit_denominator(10**6)
         sampler = ConstantClipsPerVideoSampler(seconds, clips) if seed is None else RandomClipSampler(seconds)
-        rng, state = np.random.default_rng(seed), random.getstate()  # PyTorchVideo draws from Python's generator
-        chosen, end = [], Fraction(0)
+        rng = np.random.default_rng(seed)
+        state = random.getstate()  # PyTorchVideo draws from Python's generator
+        chosen = []
+        end = Fraction(0)
         try:
             for _ in range(clips):
                 random.seed(int(rng.integers(2**63)))

@@ -44,14 +44,16 @@ class ClipSampler:
         if self.kind == "uniform":
             # Segments are equal up to one frame; those of size 0, of a short video, stand for the frame at their start.
             ends = np.arange(self.frames + 1, dtype=np.int64) * video.length // self.frames
-            starts, sizes = ends[:-1], np.diff(ends)
+            starts = ends[:-1]
+            sizes = np.diff(ends)
             if rng is None:
                 offsets = [(2 * clip + 1) * sizes // (2 * clips) for clip in range(clips)]
             else:
                 offsets = [rng.integers(np.maximum(sizes, 1)) for _ in range(clips)]
             return np.concatenate([starts + offset for offset in offsets])
         # The last start from which a clip fits, 0 where none does: a frame's number, or seconds.
-        times, latest = None, float(max(0, video.length - ((self.frames - 1) * self.stride + 1)))
+        times = None
+        latest = float(max(0, video.length - ((self.frames - 1) * self.stride + 1)))
         if self.rate is not None:
             times = video.times()
             latest = max(0.0, times[-1] - (self.frames - 1) * (self.stride / self.rate))

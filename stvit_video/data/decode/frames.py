@@ -193,7 +193,8 @@ class Decoding:
 
     def _receive(self) -> NDArray[Any] | DecodeError:
         """Return the answer to the first request; where it ended the child, send the others again."""
-        request, child = self._waiting.popleft(), self._child
+        request = self._waiting.popleft()
+        child = self._child
         if request.path in self._stuck:
             return DecodeError(request.path, f"took more than {self.deadline_s:g} s before and is not tried again")
         assert child is not None

@@ -91,7 +91,8 @@ class AvReader:
                 self._numbered = enumerate(self._container.decode(self._stream))
             numbered, self._numbered = self._numbered, None  # after an error, decoding starts again
             frames = self._stack(self._find(numbered, index, index) for index in indices.tolist())
-            self._numbered, self._next = numbered, int(indices[-1]) + 1
+            self._numbered = numbered
+            self._next = int(indices[-1]) + 1
             return frames
         positions = {self._stamps[index]: index for index in indices.tolist()}
         try:

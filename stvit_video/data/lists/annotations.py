@@ -273,7 +273,8 @@ def _read_something(text: str, path: str | Path) -> list[Entry]:
         )
     entries = []
     for number, item in enumerate(content, start=1):
-        place, name = f"List {path}, entry {number}", item.get("id") if isinstance(item, dict) else None
+        place = f"List {path}, entry {number}"
+        name = item.get("id") if isinstance(item, dict) else None
         if type(name) not in (str, int) or not str(name):
             raise UsageError(f'{place} has no id; give {{"id": "1", "template": "Holding [something]"}} for each.')
         place = f"{place} (id {name})"

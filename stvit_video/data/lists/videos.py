@@ -46,7 +46,8 @@ class ListReader:
     max_failures: float = 0.0  # share of a list's files that may be missing
 
     def __post_init__(self) -> None:
-        self._catalogue, self._find_clips = cache(read_catalogue), cache(find_clips)
+        self._catalogue = cache(read_catalogue)
+        self._find_clips = cache(find_clips)
         self._lists: dict[Path, list[Video]] = {}
 
     def source(self, split: str) -> Path:
@@ -58,7 +59,8 @@ class ListReader:
 
         Raises UsageError where the list is of no known form, a label is out of range, or too many files are missing.
         """
-        source, videos = self.source(split), self._read_once(split)
+        source = self.source(split)
+        videos = self._read_once(split)
         if self.shares is not None:
             found = [entry.name for entry in source.iterdir() if entry.is_dir()] if source.is_dir() else []
             if set(found) & {"train", "training"} and set(found) & {"val", "valid", "validation", "test"}:
@@ -94,7 +96,8 @@ class ListReader:
 
     def _read(self, split: str) -> list[Video]:
         """Return all videos of the list of ``split``; relative paths start from root."""
-        source, is_folder = self.source(split), self.lists[split] and self.source(split).is_dir()
+        source = self.source(split)
+        is_folder = self.lists[split] and self.source(split).is_dir()
         if not is_folder and not source.is_file():
             raise UsageError(
                 f"DATA.{split.upper()}_LIST: {source} is missing; put lines `path label` there, or set DATA.ROOT and "

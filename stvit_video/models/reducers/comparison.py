@@ -138,7 +138,8 @@ class MergedTokens(Reducer):
 
     def forward(self, x: Tensor, blocks: Blocks, past: Past = (), return_assignment: bool = False) -> Reduced:
         """Map (B, N, C) to (B, M, C); weights are the numbers of image tokens that were merged."""
-        B, N = x.shape[0], math.prod(self.grid)  # N is a constant, so exported graphs have no data-dependent loop
+        B = x.shape[0]
+        N = math.prod(self.grid)  # a constant, so exported graphs have no data-dependent loop
         sizes = torch.ones(B, N, device=x.device)
         owner = torch.arange(N, device=x.device).expand(B, -1)  # the remaining token that each image token went into
         left = N
@@ -200,7 +201,8 @@ class LearnedPruning(Reducer):
         if self.past:  # three statistics of the attention of each head, and their change
             self.observe = features(6 * num_heads, dim)
             width = 2 * dim
-        half, quarter = max(1, width // 2), max(1, width // 4)
+        half = max(1, width // 2)
+        quarter = max(1, width // 4)
         layers = (nn.Linear(width, half), nn.GELU(), nn.Linear(half, quarter), nn.GELU(), nn.Linear(quarter, 2))
         self.decide = nn.Sequential(*layers)
 

@@ -45,7 +45,8 @@ class Reducer(nn.Module, ABC):
         for length, count, axis in zip(grid, regions, ("time", "height", "width"), strict=True):
             if not 1 <= count <= length:
                 raise ValueError(f"{count} regions over {length} tokens of {axis}; allowed: 1 to {length}.")
-        self.grid, self.count = grid, math.prod(regions)
+        self.grid = grid
+        self.count = math.prod(regions)
         self.regions = regions if self.on_grid else None
         self._loss: Tensor | None = None
 

@@ -32,7 +32,8 @@ def split_axis(length: int, count: int, axis: str) -> tuple[int, int, int]:
 
     Raises ValueError where a region would consist of padding only.
     """
-    allowed, size = allowed_counts(length), math.ceil(length / count)
+    allowed = allowed_counts(length)
+    size = math.ceil(length / count)
     if count not in allowed:
         raise ValueError(
             f"{count} regions over {length} tokens of {axis} leave some empty; allowed for this {axis}: {allowed}. "
@@ -220,7 +221,8 @@ def read_index(grid: Grid, counts: Sequence[int], sides: Sequence[int]) -> Tenso
     """
     axes = []
     for length, count, side in zip(grid[1:], counts, sides, strict=True):
-        size, part = min(side, length), length / count
+        size = min(side, length)
+        part = length / count
         starts = [min(max(0, math.floor(i * part - (size - part) / 2)), length - size) for i in range(count)]
         axes.append(torch.tensor(starts).unsqueeze(1) + torch.arange(size))  # (count, size)
     rows, columns = axes
@@ -261,7 +263,8 @@ class WindowedTokenGenerator(SemanticTokenGenerator):
     def context(self, layer: int, query: Tensor, s: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return, by window, queries (B*G*windows, P, C), their context [S; X] and the bias of its keys."""
         G, h, w = self.regions
-        layer, (B, _, C) = min(layer, 1), x.shape
+        layer = min(layer, 1)
+        (B, _, C) = x.shape
         query = window_partition(query.reshape(B * G, 1, h, w, C), self.query_windows[layer]).flatten(0, 3)
         s, x = (
             tokens.reshape(B * G, -1, C)[:, self.get_buffer(f"{name}_index_{layer}")].flatten(0, 1)

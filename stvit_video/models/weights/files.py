@@ -53,7 +53,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     Wrappers (``model``, ``state_dict``, ``module``) are opened and a ``module.`` prefix is stripped. Raises UsageError
     on a missing or unreadable file, or one that would have to run code to load.
     """
-    name, path = str(path), Path(path)
+    name = str(path)
+    path = Path(path)
     if not path.is_file():
         raise UsageError(f"Checkpoint {path} is not a file; give the path of a .safetensors or .pth file.")
     try:

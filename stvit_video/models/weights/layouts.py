@@ -56,7 +56,8 @@ def from_vit(source: StateDict) -> Converted:
         state["pos_embed"] = positions[:, prefix:]
     split = [name.removesuffix("q_bias") for name in state if name.endswith(".q_bias")]
     for layer in split:  # VideoMAE has no bias on keys
-        q, v = state.pop(f"{layer}q_bias"), state.pop(f"{layer}v_bias")
+        q = state.pop(f"{layer}q_bias")
+        v = state.pop(f"{layer}v_bias")
         state[f"{layer}qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
     if split and positions is None:
         state["pos_embed"] = interleaved_sines(math.prod(VIDEOMAE_GRID), state["patch_embed.proj.weight"].shape[0])

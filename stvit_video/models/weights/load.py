@@ -94,16 +94,17 @@ def load_pretrained(
             f"allowed: {', '.join(layout for layout, *_ in LAYOUTS)}. Check that the file belongs to such a model."
         )
     layout, convert = recognised
-    report, target = LoadReport(name, layout), model.state_dict()
+    report = LoadReport(name, layout)
     if checkpoint.metadata:
         report.arguments = {"name": checkpoint.metadata["name"], **checkpoint.metadata["arguments"]}
+    target = model.state_dict().keys()
     wanted = {key for key in target if not (new_head and key.startswith("head."))}
     if depth is not None:
         wanted = {key for key in wanted if model.layer_id(key) <= depth}  # type: ignore[operator]
     try:
         converted = convert(tensors)
         state, report.notes, report.dropped = converted.state, converted.notes, converted.dropped
-        left_out = [state.pop(key) for key in target.keys() - wanted if key in state]
+        left_out = [state.pop(key) for key in target - wanted if key in state]
         kernel = find_kernel(state)
         image = kernel is None or kernel.shape[2] == 1
         fitted = _fit_all(tensors, state, model, report, wanted, image)
@@ -138,7 +139,9 @@ def _fit_all(
     source: StateDict, state: StateDict, model: nn.Module, report: LoadReport, wanted: set[str], image: bool
 ) -> StateDict:
     """Return the tensors that fit, and report the status of each key and the coverage; ``state`` keeps unused ones."""
-    target, positions, fitted = model.state_dict(), adapt_positions(state, model, report, image), {}
+    target = model.state_dict()
+    positions = adapt_positions(state, model, report, image)
+    fitted = {}
     for name, value in target.items():
         status = positions.get(name, "new")
         if name in state:
@@ -159,7 +162,8 @@ def _fit_all(
 
 def adapt_positions(state: StateDict, model: nn.Module, report: LoadReport, image: bool) -> dict[str, str]:
     """Convert position embeddings to the model's grid and kind, in place; return the status of those that change."""
-    kind, given = getattr(model, "positions", None), state.get("pos_embed")
+    kind = getattr(model, "positions", None)
+    given = state.get("pos_embed")
     if kind is None or given is None or given.ndim != 3:
         return {}
     target: Grid = model.grid  # type: ignore[assignment]
@@ -187,7 +191,8 @@ def adapt_positions(state: StateDict, model: nn.Module, report: LoadReport, imag
 
 def _position_grid(state: StateDict, report: LoadReport, target: Grid, image: bool) -> Grid | None:
     """Return the grid of the source's positions, None if unknown."""
-    count, kernel = state["pos_embed"].shape[1], find_kernel(state)
+    count = state["pos_embed"].shape[1]
+    kernel = find_kernel(state)
     if report.layout == "VideoMAE" and count == math.prod(VIDEOMAE_GRID):
         return VIDEOMAE_GRID
     one_frame = image or "time_embed" in state
