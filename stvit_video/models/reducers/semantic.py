@@ -179,7 +179,7 @@ class SemanticTokenGenerator(Reducer):
                 assignment = self.assign(block, query, s, x)
             queries, context, bias = self.context(i, query, s, x)
             out = block(queries, context=context, key_bias=bias, residual=i > 0 or self.first_residual)
-            s = self.reverse(i, out, len(x))
+            s = self.reverse(i, out, x.shape[0])
         return Reduced(s, assignment)
 
     def context(self, layer: int, query: Tensor, s: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
