@@ -1,15 +1,17 @@
 """The plan of a table of accuracy beside speed: rows that differ from one configuration, each trained with some seeds.
 
-cfg: ../sample_hard.yaml       # relative to the plan's folder
-seeds: [0, 1]
-twin: full                     # the dense baseline, which all other rows are compared with
-start: {TRAIN.EPOCHS: 10}      # optional: a run that is trained first, whose weights all rows start from (needs a
-                               # configuration with MODEL.INIT_DEPTH null, as sample_hard_finetune.yaml)
-rows:
-  full: {MODEL.NAME: vit_hard_patch8}
-  paper: {MODEL.PRESET: paper}                                  # neither of the kinds below: gets a verdict
-  paper-fewer-frames: {DATA.FRAMES: 4, control_of: paper}       # paper should be above it; [paper, fast]: both
-  paper-tome: {MODEL.REDUCER: tome, neighbour_of: paper}        # another method, shown beside paper
+    cfg: ../sample_hard.yaml       # relative to the plan's folder
+    seeds: [0, 1]
+    twin: full                     # the dense baseline, which all other rows are compared with
+    start: {TRAIN.EPOCHS: 10}      # optional: a run that is trained first, whose weights all rows start from (needs a
+                                   # configuration with MODEL.INIT_DEPTH null, as sample_hard_finetune.yaml)
+    rows:
+      full: {MODEL.NAME: vit_hard_patch8}
+      paper: {MODEL.PRESET: paper}                                  # neither of the kinds below: gets a verdict
+      paper-fewer-frames: {DATA.FRAMES: 4, control_of: paper}       # paper should be above it; [paper, fast]: both
+      paper-tome: {MODEL.REDUCER: tome, neighbour_of: paper}        # another method, shown beside paper
+
+The whole plan is checked before anything is trained.
 """
 
 import re

@@ -47,7 +47,7 @@ def verdicts(plan: Plan, within: float) -> list[str]:
         related: dict[str, list[str]] = {"above ": [], "NOT above ": [], "neighbours: ": [], unknown: []}
         for other in [other for other in plan.rows if row.name in other.of]:
             name = other.name.removeprefix(f"{row.name}-")
-            (by, doubt) = compare(row, other)
+            by, doubt = compare(row, other)
             if by is None:
                 related[unknown].append(name)
                 continue

@@ -264,7 +264,7 @@ class WindowedTokenGenerator(SemanticTokenGenerator):
         """Return, by window, queries (B*G*windows, P, C), their context [S; X] and the bias of its keys."""
         G, h, w = self.regions
         layer = min(layer, 1)
-        (B, _, C) = x.shape
+        B, _, C = x.shape
         query = window_partition(query.reshape(B * G, 1, h, w, C), self.query_windows[layer]).flatten(0, 3)
         s, x = (
             tokens.reshape(B * G, -1, C)[:, self.get_buffer(f"{name}_index_{layer}")].flatten(0, 1)
