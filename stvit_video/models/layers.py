@@ -2,9 +2,6 @@
 
 Legend: B clips (or frames), N query tokens, K context tokens, C channels, h heads; clips (B, 3, T, H, W).
 The parameter names are those of timm's ViT, so that its checkpoints load without renaming.
-
-On a CPU without gradients blocks are computed in pieces whose activations stay in the cache (here and in windows.py).
-The results are those of the ordinary forward passes up to rounding, up to twice as fast, with less memory to allocate.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,10 +16,9 @@ from pytorchvideo.models.head import create_vit_basic_head
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from stvit_video.models import cpu_inference
 from stvit_video.models.arguments import Grid as Grid  # also for the rooms above
 from stvit_video.models.arguments import NetworkArguments
-
-PIECE = 2**23  # bytes of the widest activation of a piece: it then stays in the cache
 
 
 @dataclass
@@ -105,15 +101,6 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
-def in_pieces(module: nn.Module, x: Tensor) -> bool:
-    """Return whether ``module`` may be computed in pieces: not in training, compilation, export, or with hooks."""
-    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    if recorded or x.device.type != "cpu" or module.training or torch.is_grad_enabled():
-        return False
-    # PyTorch has no public way to ask for hooks.
-    return not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
-
-
 class Block(nn.Module):
     """Pre-norm transformer block with self-attention, or cross-attention to a context.
 
@@ -151,14 +138,8 @@ class Block(nn.Module):
         return self._add_mlp(x)
 
     def _add_mlp(self, x: Tensor) -> Tensor:
-        """Return x + MLP for tokens (..., C); in pieces it is modified in place: the caller must own ``x``."""
-        if not in_pieces(self, x):
-            return x + self.mlp_branch(x)
-        x = x.contiguous()
-        rows = PIECE // (self.mlp.fc1.out_features * x.element_size())
-        for piece in x.view(-1, x.shape[-1]).split(max(1, rows)):
-            piece += self.mlp_branch(piece)
-        return x
+        """Return x + MLP for tokens (..., C); may be modified in place: the caller must own ``x``."""
+        return cpu_inference.add_mlp(self, x) if cpu_inference.applies(self, x) else x + self.mlp_branch(x)
 
     def mlp_branch(self, x: Tensor) -> Tensor:
         """Return the MLP's update (..., C) of tokens (..., C)."""

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torchvision.models.swin_transformer import PatchMerging
 
 from stvit_video.models.arguments import Grid, SwinArguments, SwinSemanticArguments
+from stvit_video.models.grids import count_windows, window_partition, window_reverse
 from stvit_video.models.layers import Block, BlockRunner, Intermediates, Network, PatchEmbed, init_linear, note
 from stvit_video.models.reducers import Reducer, create_reducer
 from stvit_video.models.reducers.semantic import CENTRES, check_depths, check_frames, default_regions
-from stvit_video.models.windows import WindowAttention, WindowBlock, count_windows, window_partition, window_reverse
+from stvit_video.models.windows import WindowAttention, WindowBlock
 
 EPS = 1e-5  # of all layer norms, as published
 SEMANTIC_STAGE = 2  # the third of four, where the paper generates its tokens

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from stvit_video.models.arguments import SemanticArguments, ViTArguments
+from stvit_video.models.grids import count_windows
 from stvit_video.models.layers import Block, Intermediates, Network, PatchEmbed, init_linear, note
 from stvit_video.models.reducers import Reducer, create_reducer, key_bias, mean_token
 from stvit_video.models.reducers.semantic import check_depths, default_regions
-from stvit_video.models.windows import count_windows
 
 
 class VisionTransformer(Network):

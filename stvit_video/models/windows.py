@@ -11,42 +11,16 @@ window, C channels, k heads.
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
 from itertools import pairwise, product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stvit_video.models import layers
+from stvit_video.models import cpu_inference
 from stvit_video.models.arguments import Grid
-from stvit_video.models.layers import Attention, Block, in_pieces
-
-LOGITS = 2**18  # attention logits that are computed at a time where they are materialised
-
-
-def count_windows(grid: Grid, window: Grid) -> Grid:
-    """Return how many windows along each axis cover a grid."""
-    return (math.ceil(grid[0] / window[0]), math.ceil(grid[1] / window[1]), math.ceil(grid[2] / window[2]))
-
-
-def window_view(x: Tensor, window: Grid) -> Tensor:
-    """View (B, T, H, W, C), a multiple of the window, as (B, T/t, H/h, W/w, t, h, w, C)."""
-    t, h, w = window
-    return x.unflatten(3, (-1, w)).unflatten(2, (-1, h)).unflatten(1, (-1, t)).permute(0, 1, 3, 5, 2, 4, 6, 7)
-
-
-def window_partition(x: Tensor, window: Grid) -> Tensor:
-    """Cut (B, T, H, W, C), a multiple of the window, into (B, T/t, H/h, W/w, P, C)."""
-    return window_view(x, window).flatten(4, 6)
-
-
-def window_reverse(windows: Tensor, window: Grid) -> Tensor:
-    """Undo ``window_partition``: (B, T/t, H/h, W/w, P, C) to (B, T, H, W, C)."""
-    B, nt, nh, nw, _, C = windows.shape
-    t, h, w = window
-    x = windows.reshape(B, nt, nh, nw, t, h, w, C).permute(0, 1, 4, 2, 5, 3, 6, 7)
-    return x.reshape(B, nt * t, nh * h, nw * w, C)
+from stvit_video.models.grids import window_partition, window_reverse
+from stvit_video.models.layers import Attention, Block
 
 
 def axis_regions(length: int, window: int, shift: int, hide_padding: bool) -> list[tuple[slice, Tensor]]:
@@ -138,24 +112,6 @@ class WindowAttention(Attention):
                 parts = [torch.cat(parts[i : i + count], dim=axis) for i in range(0, len(parts), count)]
         return parts[0]
 
-    def attend_few(self, windows: Tensor, bias: Tensor) -> Tensor:
-        """Map windows (n, P, C), possibly smaller ones than the attention's own, to the same shape; bias (k, P, P)."""
-        n, P, C = windows.shape
-        heads = self.num_heads
-        q, k, v = self.qkv(windows).view(n, P, 3, heads, C // heads).permute(2, 0, 3, 1, 4)  # (n, k, P, C/k) each
-        if q.dtype == torch.float32:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(n, -1, -1, -1))
-        else:
-            # In half precision fused attention is no faster on a CPU than in float32; plain products in the cache are.
-            out = torch.empty(q.shape, dtype=q.dtype)
-            step = max(1, min(n, LOGITS // bias.numel()))  # windows whose logits stay in the cache
-            biases = bias.repeat(step, 1, 1)
-            for i in range(0, n, step):
-                queries, keys, values = (part[i : i + step].flatten(0, 1) for part in (q, k, v))  # (step*k, P, C/k)
-                logits = torch.baddbmm(biases[: len(queries)], queries, keys.mT, alpha=q.shape[-1] ** -0.5)
-                torch.bmm(logits.softmax(dim=-1), values, out=out[i : i + step].flatten(0, 1))
-        return self.proj(out.transpose(1, 2).reshape(n, P, C))
-
 
 class WindowBlock(Block):
     """Swin's block: its ``attention`` is a WindowAttention. Maps (B, T, H, W, C) to the same shape."""
@@ -163,43 +119,6 @@ class WindowBlock(Block):
     attn: WindowAttention
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        padded = any(length % size for length, size in zip(self.attn.grid[1:], self.attn.window[1:], strict=True))
-        if in_pieces(self, x) and not padded:  # padding in space takes part in the attention
-            return self._add_mlp(self._attend_in_pieces(x))
+        if cpu_inference.applies(self, x):
+            return cpu_inference.window_block(self, x)
         return self._add_mlp(x + self.drop_path(self.attn(self.norm1(x))))
-
-    def _attend_in_pieces(self, x: Tensor) -> Tensor:
-        """Return x + attention, computed for a few windows at a time.
-
-        Shifted windows are not rolled and masked: a masked window consists of parts that do not see one another, so
-        the parts are windows of their own, cut where they lie.
-        """
-        out = torch.empty_like(x)
-        attn = self.attn
-        bias = attn.bias().to(x.dtype).view(-1, *attn.window, *attn.window)
-        for runs in product(*map(_equal_windows, attn.grid, attn.window, attn.shift)):
-            window = t, h, w = runs[0][2], runs[1][2], runs[2][2]
-            positions = t * h * w
-            cropped = bias[:, :t, :h, :w, :t, :h, :w].reshape(-1, positions, positions)
-            for piece in _pieces(len(x), runs, positions * attn.qkv.out_features * x.element_size()):
-                windows = window_partition(x[piece], window).flatten(0, 3)
-                target = window_view(out[piece], window)
-                target.copy_((windows + attn.attend_few(self.norm1(windows), cropped)).view(target.shape))
-        return out
-
-
-def _equal_windows(length: int, window: int, shift: int) -> list[tuple[int, int, int]]:
-    """Return the windows of an axis as runs of equal ones; the ends of a shifted axis are shorter."""
-    full, rest = divmod(length - shift, window)
-    runs = [(0, 1, shift), (shift, full, window), (length - rest, 1, rest)]
-    return [(start, count, size) for start, count, size in runs if count and size]
-
-
-def _pieces(clips: int, runs: Sequence[tuple[int, int, int]], window_bytes: int) -> Iterator[tuple[slice, ...]]:
-    """Yield parts of a batch (B, T, H, W) that consist of whole windows, about PIECE bytes each if not the last."""
-    axes, total = [], window_bytes
-    for start, count, size in reversed([(0, clips, 1), *runs]):
-        step = max(1, min(count, layers.PIECE // total))
-        total *= step
-        axes.append([slice(start + i * size, start + min(i + step, count) * size) for i in range(0, count, step)])
-    return product(*reversed(axes))

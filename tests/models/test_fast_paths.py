@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from stvit_video.models import create_model, layers, windows
+from stvit_video.models import cpu_inference, create_model, windows
 from stvit_video.models.cost import count_gflops
 
 SHRUNK_VIT = {"dim": 48, "num_heads": 3, "depth": 6, "image_size": 64}
@@ -49,12 +49,12 @@ def draw_clip(model: torch.nn.Module, count: int = 2) -> torch.Tensor:
     return torch.randn(count, 3, *model.input_size)
 
 
-@pytest.mark.parametrize("piece", [layers.PIECE, 20000])
+@pytest.mark.parametrize("piece", [cpu_inference.PIECE, 20000])
 @pytest.mark.parametrize(("name", "frames", "settings"), VARIANTS)
 def test_pieces_equal_the_whole(
     name: str, frames: int, settings: dict, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layers, "PIECE", piece)
+    monkeypatch.setattr(cpu_inference, "PIECE", piece)
     model = build(name, frames, settings)
     clip = draw_clip(model)
     whole = model(clip).detach()  # with gradients every layer runs once, masks and all

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stvit_video.models.arguments import Grid, PoolingKind, STGMArguments
+from stvit_video.models.grids import count_windows, window_partition, window_reverse
 from stvit_video.models.reducers.interface import Blocks, Past, Reduced, Reducer, adaptive_pool
-from stvit_video.models.windows import count_windows, window_partition, window_reverse
 
 CENTRES = 3  # along each side of a window, the paper's choice for 7 x 7 windows
 KEY_MARGIN = 3  # the first generator block in windows reads larger ones by this: 10 for 7, as in the released code
