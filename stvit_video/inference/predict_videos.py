@@ -179,5 +179,5 @@ def to_json(result: Prediction, top: int) -> dict[str, Any]:
         "model_seconds": round(result.model_s, 6),
         "error": result.error,
     }
-    timeline = [{**vars(window.span), "top": named(window)} for window in result.windows if window.span is not None]
+    timeline = [{**window.span._asdict(), "top": named(window)} for window in result.windows if window.span is not None]
     return {**found, "timeline": timeline} if timeline else found

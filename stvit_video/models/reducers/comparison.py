@@ -16,10 +16,15 @@ from stvit_video.models.reducers.interface import Blocks, Past, Reduced, Reducer
 RATIO_WEIGHT = 2.0  # weight of the loss on the share of kept tokens, as in DynamicViT
 
 
+def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:
+    """Return the tokens (B, M, C) at ``indices`` (B, M) of x (B, N, C); ``take_along_dim`` would export one B alone."""
+    return x.gather(1, indices.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
 def keep_tokens(x: Tensor, indices: Tensor, blocks: Blocks, return_assignment: bool) -> Reduced:
     """Return the tokens of x (B, N, C) at ``indices`` (B, M) after ``blocks``: no others take part."""
     assignment = F.one_hot(indices, x.shape[1]).float() if return_assignment else None
-    return Reduced(run(blocks, x.take_along_dim(indices.unsqueeze(-1), dim=1)), assignment)
+    return Reduced(run(blocks, gather_tokens(x, indices)), assignment)
 
 
 def top_indices(scores: Tensor, count: int) -> Tensor:
@@ -100,7 +105,7 @@ class AdaptiveSampling(Reducer):
     def forward(self, x: Tensor, blocks: Blocks, past: Past = (), return_assignment: bool = False) -> Reduced:
         """Map (B, N, C) to (B, M, C), with weights 1 and 0."""
         chosen, weights = sample(significance(blocks[0], x), self.count)
-        tokens = blocks[0](x.take_along_dim(chosen.unsqueeze(-1), dim=1), context=x)
+        tokens = blocks[0](gather_tokens(x, chosen), context=x)
         tokens = run(blocks[1:], tokens, weights)
         assignment = F.one_hot(chosen, x.shape[1]) * weights.unsqueeze(-1) if return_assignment else None
         return Reduced(tokens, assignment, weights)
