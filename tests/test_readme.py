@@ -292,5 +292,5 @@ def test_python_of_torch_hub_runs(here: Path) -> None:
 def test_the_example_of_a_reducer_works_in_a_model(tmp_path: Path) -> None:
     found = run_python(REPOSITORY / "stvit_video" / "models" / "README.md", "FirstTokens", tmp_path)
     model = create_model("stvit_vit_tiny_patch16", num_frames=4, image_size=64, num_classes=3, reducer="random")
-    model.reducer = found["FirstTokens"](model.reducer.count)
+    model.reducer = found["FirstTokens"](model.reducer.grid, (2, 2, 2))
     assert model(torch.zeros(1, 3, 4, 64, 64)).shape == (1, 3)

@@ -87,8 +87,7 @@ def load_pretrained(
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint("state dict", check_tensors(checkpoint, "state dict"), {})
     name, tensors = checkpoint.path, checkpoint.tensors
-    recognised = recognise(tensors)
-    if recognised is None:
+    if (recognised := recognise(tensors)) is None:
         raise UsageError(
             f"{name}: the layout of its {len(tensors)} keys ({', '.join(sorted(tensors)[:3])} ...) is not known; "
             f"allowed: {', '.join(layout for layout, *_ in LAYOUTS)}. Check that the file belongs to such a model."
