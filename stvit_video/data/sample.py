@@ -102,12 +102,15 @@ def prepare(root: str | Path, spec: Spec | None = None, *, workers: int | None =
     record = root / "sample.json"
     content = json.dumps(asdict(spec))
     if record.is_file():
-        found = {"name": "sample", **json.loads(record.read_text())}  # records of older versions name no set
+        try:
+            found = {"name": "sample", **json.loads(record.read_text())}  # records of older versions name no set
+        except json.JSONDecodeError:  # older versions could be stopped while they wrote it
+            found = {}
         if found != json.loads(content):
             raise UsageError(
                 f"{root} holds the sample set {found}; asked for {content}. Delete it or give another DATA.ROOT."
             )
-    elif root.is_file() or (root.is_dir() and any(root.iterdir())):
+    elif root.is_file() or (root.is_dir() and any(path.suffix != ".tmp" for path in root.iterdir())):
         raise UsageError(f"{root} exists but holds no sample set; give another DATA.ROOT or an empty folder.")
     try:
         root.mkdir(parents=True, exist_ok=True)

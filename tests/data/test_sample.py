@@ -106,9 +106,10 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no sample set"):
         sample.prepare(tmp_path, SPEC)
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "sample.json").write_text(json.dumps({"seed": 3}))
-    with pytest.raises(UsageError, match="holds the sample set"):
-        sample.prepare(tmp_path / "other", SPEC)
+    for content in (json.dumps({"seed": 3}), '{"seed":'):
+        (tmp_path / "other" / "sample.json").write_text(content)
+        with pytest.raises(UsageError, match="holds the sample set"):
+            sample.prepare(tmp_path / "other", SPEC)
     with pytest.raises(UsageError, match="cannot be written"):
         sample.prepare(tmp_path / "holiday.mp4" / "set", SPEC)
 
