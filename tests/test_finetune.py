@@ -77,6 +77,20 @@ def test_a_new_users_first_attempt(
     assert 0 < moved < 0.1  # it went on from the checkpoint, gently
 
 
+def test_three_videos_per_class_are_enough(
+    my_videos: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in my_videos.iterdir():
+        for video in sorted(folder.iterdir())[3:]:
+            video.unlink()
+    words = ["DATA.ROOT", str(my_videos), "MODEL.INIT", str(checkpoint), "OUTPUT_DIR", str(tmp_path / "run")]
+    words += ["TRAIN.EPOCHS", "1", "DATA.WORKERS", "0"]
+    assert run.main(["--cfg", str(CONFIG), *words]) == 0
+    assert "TRAIN.BATCH_SIZE 8 is lowered to 2: there are no more training videos" in capsys.readouterr().out
+    assert run.main(["--cfg", str(CONFIG), *words]) == 0  # the same run: its settings are those that were given
+    assert "is finished" in capsys.readouterr().out
+
+
 def test_the_network_and_its_clips_are_the_checkpoints(checkpoint: Path, my_videos: Path) -> None:
     words = ["DATA.ROOT", str(my_videos), "MODEL.INIT", str(checkpoint)]
     cfg = load_config(CONFIG, words)

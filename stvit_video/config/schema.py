@@ -141,7 +141,12 @@ KEYS = (
     # --- optimisation
     Key("TRAIN.EPOCHS", 30, "passes over the training list", low=1),
     Key("TRAIN.MAX_STEPS", 0, "optimiser steps after which training ends before TRAIN.EPOCHS; 0: none", low=0),
-    Key("TRAIN.BATCH_SIZE", 64, "clips an optimiser step, over all processes and accumulated batches", low=1),
+    Key(
+        "TRAIN.BATCH_SIZE",
+        64,
+        "clips an optimiser step, over all processes; lowered for a shorter list",
+        low=1,
+    ),
     Key("TRAIN.ACCUMULATE", 1, "batches a process adds up before a step; raise when memory is short", low=1),
     Key("TRAIN.RESUME", "auto", "auto continues from the newest checkpoint; never stops instead", ("auto", "never")),
     Key("TRAIN.MIXUP", 0.0, "alpha of MixUp, clips blended in pairs; 0.8 is usual for a ViT, 0: none", low=0),

@@ -87,7 +87,8 @@ def build_train_loader(cfg: CfgNode, world: World, videos: list[Video]) -> DataL
     videos_per_step = cfg.TRAIN.BATCH_SIZE // repeats
     if len(videos) < videos_per_step:
         raise UsageError(
-            f"TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE} exceeds the {len(videos)} videos of the training list; lower it."
+            f"The training list has {len(videos)} videos for steps of {videos_per_step} on {world.size} processes x "
+            f"TRAIN.ACCUMULATE {cfg.TRAIN.ACCUMULATE}; add videos, or use fewer of both and a smaller TRAIN.BATCH_SIZE."
         )
     views = TrainViews(
         clips=repeats,

@@ -13,6 +13,7 @@ from torch import nn
 from stvit_video.common.errors import RunFailure, UsageError
 from stvit_video.common.files import write_atomically
 from stvit_video.config.clip_settings import view_settings
+from stvit_video.config.load import override
 from stvit_video.data import sample
 from stvit_video.data.lists.annotations import Video, summarise_videos
 from stvit_video.data.lists.videos import build_lists
@@ -99,16 +100,30 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
         if not folder.weights.is_file():
             raise UsageError(f"MODE test: {source} is missing; give MODEL.INIT FILE or a finished run's OUTPUT_DIR.")
     classes, videos = (opened.classes, opened.videos) if opened else open_lists(cfg, world, needs_weights=needs_weights)
+    asked = cfg.TRAIN.BATCH_SIZE
+    if purpose != "measure":
+        cfg = _build_filled_batch(cfg, world, len(videos.get("train", ())))
     torch.manual_seed(cfg.SEED)  # for weights that no file holds
     model = build_model(cfg, len(classes))
     checkpoint = opened.checkpoint if opened else read_checkpoint(source) if source else None
     report = build_weights(cfg, model, checkpoint, classes) if source and checkpoint else None
     cost = measure_cost(model, (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE))
     summary = _build_summary(cfg, world, cost, len(classes), videos)
+    if world.is_main and asked > cfg.TRAIN.BATCH_SIZE:
+        summary += f"\nTRAIN.BATCH_SIZE {asked} is lowered to {cfg.TRAIN.BATCH_SIZE}: there are no more training videos"
     checkpoint = checkpoint if cfg.MODE == "transfer" else None
     return OpenRun(
         cfg, world, folder, classes, videos, view_settings(cfg), model, cost, summary, checkpoint, report, state
     )
+
+
+def _build_filled_batch(cfg: CfgNode, world: World, videos: int) -> CfgNode:
+    """Return the configuration with the largest batch that a shorter training list fills."""
+    parts = world.size * cfg.TRAIN.ACCUMULATE
+    most = videos // parts * parts * cfg.DATA.REPEATS
+    if not 0 < most < cfg.TRAIN.BATCH_SIZE:
+        return cfg
+    return override(cfg, [("TRAIN.BATCH_SIZE", most)], "the training list")
 
 
 def build_weights(cfg: CfgNode, model: nn.Module, checkpoint: Checkpoint, classes: list[str]) -> LoadReport:

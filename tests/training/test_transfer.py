@@ -313,7 +313,8 @@ def test_fine_tuning_runs_last_and_resumes(
     torch.save(image_model(5).state_dict(), tmp_path / "image.pth")
     words = ["MODE", "transfer", "MODEL.INIT", str(tmp_path / "image.pth"), "TRANSFER.RANDOM_BASELINE", "False"]
     words += ["TRANSFER.FINETUNE", "True", "TRAIN.EPOCHS", "2", "DATA.VAL_LIST", ""]
-    assert "TRAIN.BATCH_SIZE 64 exceeds" in refused(small_run(*words, "TRAIN.BATCH_SIZE", "64"))
+    uneven = ["TRAIN.BATCH_SIZE", "9", "TRAIN.ACCUMULATE", "2"]
+    assert "TRAIN.BATCH_SIZE 9 does not divide" in refused(small_run(*words, *uneven))
     assert not (tmp_path / "run").exists()
     run_killed(small_run(*words), 5)
     before = json.loads((tmp_path / "run" / "transfer.json").read_text())
