@@ -16,7 +16,7 @@ PerStage = tuple[int, int, int, int]
 PoolingKind = Literal["mask", "max", "mean"]
 ReducerName = Literal["stgm", "random", "mean", "tome", "dynamicvit", "ats", "spot"]
 REDUCERS: tuple[str, ...] = get_args(ReducerName)
-GRID_REDUCERS = REDUCERS[:3]  # those that can leave one token for each region, as windows need it
+GRID_REDUCERS = ("stgm", "random", "mean")  # those that can leave one token for each region, as windows need it
 
 
 def argument(about: str, default: Any = MISSING, **limits: Any) -> Any:
