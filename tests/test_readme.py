@@ -141,7 +141,7 @@ def test_command_parses(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert not word.endswith(".yaml") or word in TO_BE_MADE or Path(word).is_file(), word
     if words[1:2] == ["slurm/submit.py"]:
         check_submission(words[2:], monkeypatch)
-    elif words[0] in PYTHON | {"torchrun"} and words[words.index("-m") + 1].startswith("stvit_video."):
+    elif words[0] in PYTHON | {".venv/bin/torchrun"} and words[words.index("-m") + 1].startswith("stvit_video."):
         place = words.index("-m") + 1
         check_command(words[place], words[place + 1 :], monkeypatch)
     else:
