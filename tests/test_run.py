@@ -268,7 +268,8 @@ def test_no_space_left_is_one_line(small_disk: Path, small_run: Arguments, refus
 
 def test_a_mistake_changes_no_folder(small_run: Arguments, refused: Refused, tmp_path: Path) -> None:
     """No new folder, so that the corrected command starts, and not the run that OVERWRITE would replace."""
-    for words in (["MODEL.NAME", "vit"], ["DATA.TEST_LIST", "absent.csv"], ["TRAIN.BATCH_SIZE", "64"]):
+    uneven = ["TRAIN.BATCH_SIZE", "9", "TRAIN.ACCUMULATE", "2"]
+    for words in (["MODEL.NAME", "vit"], ["DATA.TEST_LIST", "absent.csv"], uneven):
         refused(small_run(*words))
         assert not (tmp_path / "run").exists()
     assert run.main(small_run()) == 0

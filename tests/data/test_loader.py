@@ -195,7 +195,7 @@ def test_training_gives_up_after_max_tries(tmp_path: Path) -> None:
     ("overrides", "says"),
     [
         (["TRAIN.BATCH_SIZE", "7", "TRAIN.ACCUMULATE", "2"], "does not divide by 1 processes x TRAIN.ACCUMULATE 2"),
-        (["TRAIN.BATCH_SIZE", "64"], "exceeds the 32 videos"),
+        (["TRAIN.BATCH_SIZE", "64"], "The training list has 32 videos for steps of 64"),
         (["DATA.ROOT", "/nowhere"], "/nowhere/motion/train.csv is missing"),
     ],
 )
