@@ -154,7 +154,8 @@ def test_a_run_that_fails_ends_although_it_has_workers(small_set: Path, tmp_path
         [sys.executable, "-c", FAIL, *words], capture_output=True, text=True, timeout=120, cwd=REPOSITORY
     )
     assert ended.returncode == 1
-    assert ended.stderr.endswith("ArithmeticError: a mistake of ours\n")
+    # A worker that is killed while it waits for the main process may have begun a traceback of its own.
+    assert "\nArithmeticError: a mistake of ours\n" in ended.stderr
 
 
 def send(launched: bool, *signals: signal.Signals, pause: float = 0.0) -> tuple[int, str]:
