@@ -34,9 +34,12 @@ def wait_for_lock(take: Callable[[], None], patience: float, note: Callable[[], 
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Provide a temporary path, and rename it to ``path`` at the end: a file is complete or not there."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+def whole_file(path: Path, suffix: str = "") -> Iterator[Path]:
+    """Provide a temporary path, and rename it to ``path`` at the end: a file is complete or not there.
+
+    ``suffix`` ends the temporary name, for writers that take their format from it.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{suffix}")
     try:
         yield temporary
         os.replace(temporary, path)

@@ -53,7 +53,7 @@ class Copies:
         try:
             with (
                 av.open(os.path.abspath(prediction.path), metadata_errors="ignore") as source,
-                whole_file(output) as temporary,
+                whole_file(output, output.suffix) as temporary,
                 av.open(str(temporary), "w") as target,
             ):
                 _copy(source, target, prediction)

@@ -144,7 +144,7 @@ def export_model(
         except DecodeError as error:
             raise UsageError(f"--clip {error}; give a video that can be read.") from error
     started = time.perf_counter()
-    with whole_file(output) as temporary:
+    with whole_file(output, output.suffix) as temporary:
         FORMATS[format_name].write(trained, temporary, batch)
         size = temporary.stat().st_size / 1e6
         seconds = time.perf_counter() - started
