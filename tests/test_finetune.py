@@ -16,11 +16,14 @@ from stvit_video.config import load_config
 from stvit_video.config.clip_settings import view_settings
 from stvit_video.data.lists.annotations import Video
 from stvit_video.data.lists.videos import SPLITS, build_lists, take_part
+from stvit_video.data.loader import build_train_loader
 from stvit_video.inference.load import open_checkpoint
 from stvit_video.models import create_model, load_pretrained
 from stvit_video.models.zoo import build_model
 from stvit_video.predict import Predictor
 from stvit_video.runs.checkpoint import check_all_loaded, save_weights
+from stvit_video.runs.preflight import build_filled_batch
+from stvit_video.runtime.world import World
 from tests.conftest import REPOSITORY, data_config
 
 CONFIG = REPOSITORY / "configs" / "finetune.yaml"
@@ -143,6 +146,24 @@ def test_an_image_checkpoint_does_not_set_the_frames(tmp_path: Path, my_videos: 
     cfg = load_config(CONFIG, ["DATA.ROOT", str(my_videos), "MODEL.INIT", str(tmp_path / "image.safetensors")])
     assert (cfg.MODEL.NAME, cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.TEST.SHORT_SIDE) == ("vit_tiny_patch16", 16, 96, 96)
     assert cfg.DATA.SHORT_SIDE[0] == 96
+
+
+def test_a_network_that_no_key_describes_is_refused(tmp_path: Path, my_videos: Path) -> None:
+    model = create_model("vit_tiny_patch16", num_frames=4, image_size=32, num_classes=3, depth=2)
+    save_weights(tmp_path / "short.safetensors", model, [*"abc"])
+    with pytest.raises(UsageError, match="was built with depth=2, for which there is no key; use Python"):
+        load_config(CONFIG, ["DATA.ROOT", str(my_videos), "MODEL.INIT", str(tmp_path / "short.safetensors")])
+
+
+def test_a_run_that_continues_keeps_its_batch(small_set: Path) -> None:
+    cfg = data_config(small_set, "TRAIN.BATCH_SIZE", "64", "DATA.REPEATS", "2")
+    assert build_filled_batch(cfg, World(0, 1, torch.device("cpu")), 11).TRAIN.BATCH_SIZE == 22
+    two = World(0, 2, torch.device("cpu"))
+    assert build_filled_batch(cfg, two, 11).TRAIN.BATCH_SIZE == 20
+    kept = build_filled_batch(cfg, two, 11, kept=22)
+    assert kept.TRAIN.BATCH_SIZE == 22
+    with pytest.raises(UsageError, match=r"does not divide by 2 processes.*continue a run with as many as it had"):
+        build_train_loader(kept, two, [])
 
 
 def parts_of(videos: list[Video], shares: list[int], root: Path) -> list[list[Video]]:

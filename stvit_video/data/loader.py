@@ -82,7 +82,8 @@ def build_train_loader(cfg: CfgNode, world: World, videos: list[Video]) -> DataL
     if cfg.TRAIN.BATCH_SIZE % per_step:
         raise UsageError(
             f"TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE} does not divide by {world.size} processes x TRAIN.ACCUMULATE "
-            f"{cfg.TRAIN.ACCUMULATE} x DATA.REPEATS {repeats}; choose a multiple of {per_step}."
+            f"{cfg.TRAIN.ACCUMULATE} x DATA.REPEATS {repeats}; choose a multiple of {per_step}, or "
+            f"continue a run with as many as it had."
         )
     videos_per_step = cfg.TRAIN.BATCH_SIZE // repeats
     if len(videos) < videos_per_step:
@@ -121,7 +122,7 @@ def build_mix(cfg: CfgNode, world: World, num_classes: int) -> Mix | None:
         raise UsageError(
             f"TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE} over {world.size} processes x TRAIN.ACCUMULATE "
             f"{cfg.TRAIN.ACCUMULATE} x DATA.REPEATS {cfg.DATA.REPEATS} leaves no other video to mix with; raise it to "
-            f"{2 * parts}, or set TRAIN.MIXUP and TRAIN.CUTMIX to 0."
+            f"{2 * parts}, adding training videos if need be, or set TRAIN.MIXUP and TRAIN.CUTMIX to 0."
         )
     return Mix(
         mixup=cfg.TRAIN.MIXUP,

@@ -42,7 +42,7 @@ class MetricsLog:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a ``metrics.jsonl``, without a last line that is incomplete."""
     rows = []
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
         for line in path.read_text(encoding="utf-8").splitlines():
             rows.append(json.loads(line))
     return rows

@@ -26,7 +26,7 @@ from stvit_video.runs.folder import RunFolder, build_run_folder
 from stvit_video.runs.log import describe_results
 from stvit_video.runtime.world import World, gather_objects, on_main
 
-KINETICS_CLASSES = 400  # what --cost assumes where there is no data; the classifier's share of the cost is small
+KINETICS_CLASSES = 400  # assumed where there are no data to count; the classifier's share of the cost is small
 SOME_CLASSES = 2  # to see whether a network can be built, before its data are there to count
 WEIGHTS_ADVICE = "MODEL.INIT is a .pth or .safetensors file, such as a finished run leaves in its OUTPUT_DIR"
 # run: as MODE says. rehearse: the same, but nothing is written or continued. measure: OUTPUT_DIR and weights are not
@@ -101,8 +101,9 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
             raise UsageError(f"MODE test: {source} is missing; give MODEL.INIT FILE or a finished run's OUTPUT_DIR.")
     classes, videos = (opened.classes, opened.videos) if opened else open_lists(cfg, world, needs_weights=needs_weights)
     asked = cfg.TRAIN.BATCH_SIZE
-    if purpose != "measure":
-        cfg = _build_filled_batch(cfg, world, len(videos.get("train", ())))
+    if purpose != "measure" and cfg.MODE == "train":
+        kept = None if state is None else state["setup"].get("batch")  # its steps go on with the same videos
+        cfg = build_filled_batch(cfg, world, len(videos.get("train", ())), kept)
     torch.manual_seed(cfg.SEED)  # for weights that no file holds
     model = build_model(cfg, len(classes))
     checkpoint = opened.checkpoint if opened else read_checkpoint(source) if source else None
@@ -110,17 +111,21 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
     cost = measure_cost(model, (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE))
     summary = _build_summary(cfg, world, cost, len(classes), videos)
     if world.is_main and asked > cfg.TRAIN.BATCH_SIZE:
-        summary += f"\nTRAIN.BATCH_SIZE {asked} is lowered to {cfg.TRAIN.BATCH_SIZE}: there are no more training videos"
+        reason = "as the run began" if state is not None else "there are no more training videos"
+        summary += f"\nTRAIN.BATCH_SIZE {asked} is lowered to {cfg.TRAIN.BATCH_SIZE}: {reason}"
     checkpoint = checkpoint if cfg.MODE == "transfer" else None
     return OpenRun(
         cfg, world, folder, classes, videos, view_settings(cfg), model, cost, summary, checkpoint, report, state
     )
 
 
-def _build_filled_batch(cfg: CfgNode, world: World, videos: int) -> CfgNode:
-    """Return the configuration with the largest batch that a shorter training list fills."""
+def build_filled_batch(cfg: CfgNode, world: World, videos: int, kept: int | None = None) -> CfgNode:
+    """Return the configuration with the largest batch that a shorter training list fills.
+
+    ``kept`` is the batch of the run that is continued: it stays, also on another number of processes.
+    """
     parts = world.size * cfg.TRAIN.ACCUMULATE
-    most = videos // parts * parts * cfg.DATA.REPEATS
+    most = kept or videos // parts * parts * cfg.DATA.REPEATS
     if not 0 < most < cfg.TRAIN.BATCH_SIZE:
         return cfg
     return override(cfg, [("TRAIN.BATCH_SIZE", most)], "the training list")

@@ -157,8 +157,8 @@ def read_curves(folder: Path, window: int) -> dict[str, Points]:
         raise UsageError(f"{folder} has no metrics.jsonl with training rows; give the OUTPUT_DIR of a training run.")
     smoothed = []  # over the last ``window`` steps, from step ``window`` on
     for i, (step, _) in enumerate(points):
-        recent = [top1 for earlier, top1 in points[: i + 1] if earlier > step - window]
         if step >= window:
+            recent = [top1 for earlier, top1 in points[: i + 1] if earlier > step - window]
             smoothed.append((step, sum(recent) / len(recent)))
     return {"train": smoothed, "val": [(row["step"], row["top1"]) for row in rows if row["split"] == "val"]}
 

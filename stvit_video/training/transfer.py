@@ -30,7 +30,7 @@ from stvit_video.models.weights.files import Checkpoint
 from stvit_video.models.zoo import build_model
 from stvit_video.runs.checkpoint import check_all_loaded
 from stvit_video.runs.folder import build_run_folder
-from stvit_video.runs.preflight import OpenRun, open_run
+from stvit_video.runs.preflight import OpenRun, build_filled_batch, open_run
 from stvit_video.runtime.world import on_main
 from stvit_video.training.loop import train
 
@@ -230,5 +230,6 @@ def build_finetuning(run: OpenRun) -> CfgNode | None:
     cfg = override(run.cfg, changes, "MODE transfer")
     # That run comes last, perhaps hours later: what would stop it is refused now.
     on_main(run.world, build_run_folder(cfg).check)
-    build_train_loader(cfg, run.world, run.videos["train"])
+    videos = run.videos["train"]
+    build_train_loader(build_filled_batch(cfg, run.world, len(videos)), run.world, videos)
     return cfg

@@ -12,13 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stvit_video import run
-from stvit_video.data.clips.transforms import Normalise, TrainViews
-from stvit_video.data.dataset import Batch, Sample, collate
+from stvit_video.data.dataset import Batch, Sample
 from stvit_video.data.lists.annotations import Video
 from stvit_video.runs.log import read_metrics
 from stvit_video.runtime.stopping import Diverged
 from stvit_video.training.trainer import Trainer
-from tests.training.test_train import plain_trainer
+from tests.training.test_train import plain_batch, plain_trainer
 
 Arguments = Callable[..., list[str]]
 
@@ -41,12 +40,11 @@ class Fragile(nn.Module):
 
 def batches(*values: int) -> list[Batch]:
     """Batches of one black clip and one of each given brightness; video i of the list has brightness i."""
-    views = TrainViews(clips=1, frames=2, size=8, normalise=Normalise((0, 0, 0), (1, 1, 1)), short_side=(8, 8))
 
     def sample(value: int) -> Sample:
         return Sample(torch.full((2, 8, 8, 3), value, dtype=torch.uint8), 0, value, (0,), [])
 
-    return [collate([sample(0), sample(value)], views) for value in values]
+    return [plain_batch(sample(0), sample(value)) for value in values]
 
 
 def trainer_of(model: nn.Module, most: int, **settings: object) -> Trainer:

@@ -16,7 +16,7 @@ from stvit_video import run
 from stvit_video.common.progress import Progress
 from stvit_video.config import load_config
 from stvit_video.data.clips.transforms import Augment, Mix, Normalise, TrainViews
-from stvit_video.data.dataset import Sample, collate
+from stvit_video.data.dataset import Batch, Sample, collate
 from stvit_video.models.zoo import build_model
 from stvit_video.runs.log import MetricsLog, read_metrics
 from stvit_video.runs.preflight import open_run
@@ -49,6 +49,12 @@ def plain_trainer(model: nn.Module, optimizer: Any, scheduler: Any, loader: Any 
     off = {"precision": "fp32", "accumulate": 1, "clip_grad": 0.0, "label_smoothing": 0.0, "max_failures": 0.1}
     steps = TrainSettings(**{**off, "max_bad_steps": 0, "peak_clips_per_second": 1.0, "seed": 0, **settings})
     return Trainer(model, model, optimizer, scheduler, loader, WORLD, steps, total_steps=12, setup={})
+
+
+def plain_batch(*samples: Sample) -> Batch:
+    """Return a batch of samples whose pixels (2, 8, 8, 3) are already clips."""
+    views = TrainViews(clips=1, frames=2, size=8, normalise=Normalise((0, 0, 0), (1, 1, 1)), short_side=(8, 8))
+    return collate(list(samples), views)
 
 
 def initial_weights(arguments: list[str]) -> dict[str, torch.Tensor]:
@@ -125,9 +131,8 @@ def test_a_mixed_batch_has_a_weighted_loss_and_counts_the_larger_label() -> None
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     mix = Mix(mixup=1.0, cutmix=1.0, probability=1.0, switch=0.5, num_classes=2)
     trainer = plain_trainer(model, optimizer, scheduler, mix=mix)
-    views = TrainViews(clips=1, frames=2, size=8, normalise=Normalise((0, 0, 0), (1, 1, 1)), short_side=(8, 8))
     pixels = [torch.full((2, 8, 8, 3), 255 * label, dtype=torch.uint8) for label in range(2)]
-    batches = itertools.repeat(collate([Sample(pixels[label], label, label, (0,), []) for label in range(2)], views))
+    batches = itertools.repeat(plain_batch(*(Sample(pixels[label], label, label, (0,), []) for label in range(2))))
     for _ in range(12):
         loss, hits, count = trainer.take_step(batches).tolist()
         share = model.seen[-1]
@@ -156,9 +161,8 @@ def test_an_auxiliary_loss_is_trained_and_not_logged(precision: str) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.125)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     trainer = plain_trainer(model, optimizer, scheduler, accumulate=2, precision=precision)
-    views = TrainViews(clips=1, frames=2, size=8, normalise=Normalise((0, 0, 0), (1, 1, 1)), short_side=(8, 8))
     pixels = torch.full((2, 8, 8, 3), 255, dtype=torch.uint8)
-    batches = itertools.repeat(collate([Sample(pixels, label, label, (0,), []) for label in range(2)], views))
+    batches = itertools.repeat(plain_batch(*(Sample(pixels, label, label, (0,), []) for label in range(2))))
     loss, _, count = trainer.take_step(batches).tolist()
     assert loss / count == pytest.approx(math.log(2), rel=1e-3)
     assert model.other.item() == pytest.approx(3 - 0.125 * 2 * 3)  # of two accumulated batches: their mean
