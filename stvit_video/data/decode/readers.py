@@ -215,8 +215,10 @@ class ImageReader:
     def __init__(self, path: str, short_side: int | None = None) -> None:
         self.path, self.paths, self.short_side = path, [path], short_side
         if os.path.isdir(path):
-            with decode_errors(path, "cannot be listed", "pillow", (OSError,)):
+            try:
                 names = [name for name in os.listdir(path) if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != "."]
+            except OSError as error:
+                raise DecodeError(path, f"cannot be listed ({error.strerror})", "pillow") from error
             self.paths = [os.path.join(path, name) for name in sorted(names, key=natural_order)]
         if not self.paths:
             raise DecodeError(path, "is a folder without images", "pillow")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torchvision.datasets.folder import make_dataset
 
@@ -149,11 +149,10 @@ def read_classes(path: str | Path) -> list[str]:
 
 
 class Entry(NamedTuple):
-    """A video of a catalogue: its class, the names without ending that it may have, and where it is expected."""
+    """A video of a catalogue: its class, and the names without ending that it may have, the likeliest first."""
 
     label: str
-    names: tuple[str, ...]  # the likeliest first
-    path: str  # from the root
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -163,6 +162,7 @@ class Catalogue:
     source: str | Path
     entries: list[Entry]
     clip_folder: re.Pattern[str]  # names of folders with the millions of frames of clips, which are not searched
+    expected: str  # path, from the root, of a file that is not there: a form of label and name
 
     def classes(self) -> list[str]:
         """Return the sorted names of all classes that occur."""
@@ -178,9 +178,10 @@ def read_catalogue(path: str | Path) -> Catalogue | None:
     first = next((line for line in lines if line.strip()), "")
     # A bracket alone does not make it JSON: a path may begin with one.
     if str(path).lower().endswith(".json") or re.match(r"\s*\[\s*(\{|$)", first):
-        return Catalogue(path, _read_something("".join(lines), path), re.compile("[0-9]+"))
+        return Catalogue(path, _read_something("".join(lines), path), re.compile("[0-9]+"), "{name}.webm")
     if not {"youtube_id", "time_start", "time_end"}.isdisjoint(re.split(r"[\s,;\"]+", first.lower())):
-        return Catalogue(path, _read_kinetics(lines, path), re.compile(".+_[0-9]{6}_[0-9]{6}"))
+        entries = _read_kinetics(lines, path)
+        return Catalogue(path, entries, re.compile(".+_[0-9]{6}_[0-9]{6}"), "{label}/{name}.mp4")
     return None
 
 
@@ -200,7 +201,11 @@ def find_videos(
     videos = []
     for entry in catalogue.entries:
         path = next((clips[name] for name in entry.names if name in clips), None)
-        videos.append(Video(path or os.path.join(root, entry.path), labels[entry.label], missing=path is None))
+        if path is None:
+            expected = catalogue.expected.format(label=entry.label.replace("/", "_"), name=entry.names[0])
+            videos.append(Video(os.path.join(root, expected), labels[entry.label], missing=True))
+        else:
+            videos.append(Video(path, labels[entry.label]))
     return videos
 
 
@@ -229,13 +234,17 @@ def find_clips(root: str | Path, clip_folder: re.Pattern[str]) -> dict[str, str]
 
 
 def _read_kinetics(lines: list[str], path: str | Path) -> list[Entry]:
+    """Return the entries of a Kinetics CSV; its rows are read one by one, as there may be millions."""
     reader = csv.reader(lines, skipinitialspace=True, strict=True)
     try:
-        rows = [(reader.line_num, [field.strip() for field in row]) for row in reader]
+        return _parse_kinetics(reader, path)
     except csv.Error as error:
         raise UsageError(f"List {path}, line {reader.line_num}: damaged CSV ({error}); correct its quotes.") from error
-    rows = [(number, row) for number, row in rows if any(row)]  # without blank lines
-    header = [name.lower() for name in rows[0][1]]
+
+
+def _parse_kinetics(reader: Any, path: str | Path) -> list[Entry]:
+    rows = (row for row in ([field.strip() for field in fields] for fields in reader) if any(row))  # no blank lines
+    header = [name.lower() for name in next(rows)]
     absent = [name for name in KINETICS_COLUMNS if name not in header]
     if absent == ["label"]:
         raise UsageError(f"List {path} has no column label: test lists are published without; give one with it.")
@@ -244,18 +253,21 @@ def _read_kinetics(lines: list[str], path: str | Path) -> list[Entry]:
             f"List {path}, a Kinetics CSV, has no column {', '.join(absent)}; its first line must hold "
             f"{','.join(KINETICS_COLUMNS)}, separated by commas. Correct it, or give lines `path label`."
         )
+    columns = [header.index(name) for name in KINETICS_COLUMNS]
     entries = []
-    for number, row in rows[1:]:
-        place = f"List {path}, line {number}"
+    for row in rows:
+        problem = ""
         if len(row) != len(header):
-            raise UsageError(f"{place} has {len(row)} fields, not {len(header)} as the header; quote commas in labels.")
-        label, name, start, end = (row[header.index(column)] for column in KINETICS_COLUMNS)
-        if not label or not re.fullmatch(r"[\w-]+", name):
-            raise UsageError(f"{place}: label {label!r}, youtube_id {name!r}; give a class, and letters, digits, -, _.")
-        if not (start.isdecimal() and end.isdecimal() and max(len(start), len(end)) <= 6):
-            raise UsageError(f"{place}: times {start!r} and {end!r}; give whole seconds, as in 12 and 22.")
-        clip = f"{name}_{start:0>6}_{end:0>6}"
-        entries.append(Entry(label, (clip, name), f"{label.replace('/', '_')}/{clip}.mp4"))
+            problem = f" has {len(row)} fields, not {len(header)} as the header; quote commas in labels."
+        else:
+            label, name, start, end = (row[column] for column in columns)
+            if not label or not re.fullmatch(r"[\w-]+", name):
+                problem = f": label {label!r}, youtube_id {name!r}; give a class, and letters, digits, -, _."
+            elif not (start.isdecimal() and end.isdecimal() and max(len(start), len(end)) <= 6):
+                problem = f": times {start!r} and {end!r}; give whole seconds, as in 12 and 22."
+        if problem:
+            raise UsageError(f"List {path}, line {reader.line_num}{problem}")
+        entries.append(Entry(label, (f"{name}_{start:0>6}_{end:0>6}", name)))
     if not entries:
         raise UsageError(f"List {path} has no rows below its header; give at least one video.")
     return entries
@@ -273,17 +285,17 @@ def _read_something(text: str, path: str | Path) -> list[Entry]:
         )
     entries = []
     for number, item in enumerate(content, start=1):
-        place = f"List {path}, entry {number}"
         name = item.get("id") if isinstance(item, dict) else None
+        problem = ""
         if type(name) not in (str, int) or not str(name):
-            raise UsageError(f'{place} has no id; give {{"id": "1", "template": "Holding [something]"}} for each.')
-        place = f"{place} (id {name})"
-        if "template" not in item:
-            raise UsageError(f"{place} has no template: test lists are published without labels; give one with it.")
-        template = item["template"]
-        if not isinstance(template, str) or not template.strip():
-            raise UsageError(f"{place}: template {template!r} is not text; give the name of a class.")
-        entries.append(Entry(template.replace("[", "").replace("]", "").strip(), (str(name),), f"{name}.webm"))
+            problem = ' has no id; give {"id": "1", "template": "Holding [something]"} for each.'
+        elif "template" not in item:
+            problem = f" (id {name}) has no template: test lists are published without labels; give one with it."
+        elif not isinstance(item["template"], str) or not item["template"].strip():
+            problem = f" (id {name}): template {item['template']!r} is not text; give the name of a class."
+        if problem:
+            raise UsageError(f"List {path}, entry {number}{problem}")
+        entries.append(Entry(item["template"].replace("[", "").replace("]", "").strip(), (str(name),)))
     return entries
 
 
@@ -328,5 +340,12 @@ def find_missing(videos: list[Video]) -> tuple[list[str], int]:
     if unfound:
         return unfound, len(videos)
     looked_at = [video.path for video in videos[:: max(1, len(videos) // MAX_LOOKS)]]
-    found = {path for path in looked_at if os.path.isfile(path) or (os.path.isdir(path) and os.listdir(path))}
-    return [path for path in looked_at if path not in found], len(looked_at)
+    return [path for path in looked_at if not _is_there(path)], len(looked_at)
+
+
+def _is_there(path: str) -> bool:
+    """Say whether ``path`` is a file, or a folder of frames, which may be many, that is not empty."""
+    if not os.path.isdir(path):
+        return os.path.isfile(path)
+    with os.scandir(path) as entries:
+        return next(entries, None) is not None

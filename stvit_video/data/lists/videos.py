@@ -97,7 +97,7 @@ class ListReader:
     def _read(self, split: str) -> list[Video]:
         """Return all videos of the list of ``split``; relative paths start from root."""
         source = self.source(split)
-        is_folder = self.lists[split] and self.source(split).is_dir()
+        is_folder = self.lists[split] and source.is_dir()
         if not is_folder and not source.is_file():
             raise UsageError(
                 f"DATA.{split.upper()}_LIST: {source} is missing; put lines `path label` there, or set DATA.ROOT and "
