@@ -47,6 +47,11 @@ def test_base_files_are_inherited_from_their_own_folder(cfg_file: Path, tmp_path
     assert (cfg.DATA.ROOT, cfg.TRAIN.EPOCHS, cfg.OUTPUT_DIR) == ("videos", 7, "runs/child")
 
 
+def test_an_empty_section_changes_nothing(cfg_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text(f"_BASE_: {cfg_file}\nDATA: {{}}\n")
+    assert load_config(tmp_path / "empty.yaml").DATA == load_config(cfg_file).DATA
+
+
 def test_the_result_cannot_be_changed(cfg_file: Path) -> None:
     with pytest.raises(AttributeError):
         load_config(cfg_file).TRAIN.EPOCHS = 3
@@ -102,6 +107,7 @@ def test_mistakes_are_named_with_what_is_allowed(cfg_file: Path, words: list[str
         ("_BASE_: absent.yaml\n", "_BASE_ names"),
         ("DATA:\n  ROTO: x\n", "Did you mean DATA.ROOT?"),
         ("DATA: 3\n", "Key DATA in"),
+        ("MODE: {a: 1}\n", "MODE in"),
         ("_BASE_: .\n", "which is not a file"),
         ("DATA:\n  ROOT: {a: 1}\n", "DATA.ROOT"),
         ("MODEL:\n  NAME: !!python/object/apply:os.getcwd []\n", "is not a YAML mapping"),

@@ -7,7 +7,7 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from stvit_video.common.errors import UsageError
-from stvit_video.config.schema import flatten
+from stvit_video.config.schema import BY_NAME, flatten
 
 CLIP_KEYS = (
     "DATA.SAMPLING", "DATA.CLIP_SECONDS", "DATA.STRIDE", "DATA.FPS", "DATA.MEAN", "DATA.STD", "TEST.SHORT_SIDE",
@@ -57,13 +57,16 @@ def adopted_settings(init: str) -> dict[str, Any]:
     frames, size = arguments["num_frames"], arguments["image_size"]
     if not isinstance(size, int):
         raise UsageError(f"MODEL.INIT {init} takes frames of {size} pixels; give MODEL.NAME and DATA.SIZE, one number.")
+    own = {f"MODEL.{name.upper()}": value for name, value in arguments.items() if name not in NOT_ADOPTED}
+    if without := [f"{key[6:].lower()}={value!r}" for key, value in own.items() if key not in BY_NAME]:
+        raise UsageError(f"MODEL.INIT {init} was built with {without[0]}, for which there is no key; use Python.")
     try:
         beside = flatten(yaml.safe_load(config_beside(weights).read_text()))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
         beside = {}  # the weights were moved away from their run
     return {
         "MODEL.NAME": metadata["name"],
-        **{f"MODEL.{name.upper()}": value for name, value in arguments.items() if name not in NOT_ADOPTED},
+        **own,
         **{"DATA.SIZE": size, "DATA.SHORT_SIDE": [size, round(size * 8 / 7)], "TEST.SHORT_SIDE": size},
         **({"DATA.FRAMES": frames} if frames > 1 else {}),
         **{key: beside[key] for key in ADOPTED_KEYS if key in beside},

@@ -184,6 +184,7 @@ KEYS = (
     Key("PARALLEL.TIMEOUT_S", 1800, "seconds a process waits for the others before it gives up", low=1),
 )
 BY_NAME = {key.name: key for key in KEYS}
+SECTIONS = {key.name.rpartition(".")[0] for key in KEYS}
 
 
 def describe_keys() -> str:
@@ -195,6 +196,7 @@ def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested sections as one mapping of full names, such as DATA.FRAMES."""
     flat: dict[str, Any] = {}
     for name, value in content.items():
-        nested = isinstance(value, Mapping) and value  # an empty mapping is a value: no key takes one
-        flat |= flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+        full = f"{prefix}{name}"
+        nested = isinstance(value, Mapping) and full not in BY_NAME  # no key takes a mapping: it is refused as a value
+        flat |= flatten(value, f"{full}.") if nested and (value or full in SECTIONS) else {full: value}
     return flat
