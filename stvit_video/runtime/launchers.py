@@ -99,7 +99,7 @@ def _check_complete(names: tuple[str, ...], remedy: str, known: Collection[str] 
     given = [name for name in names if os.environ.get(name) or name in known]
     missing = [name for name in names if name not in given]
     if missing:
-        raise UsageError(f"{', '.join(given)} set but {', '.join(missing)} not; {remedy}")
+        raise UsageError(f"{', '.join(given) or 'empty variables are'} set but {', '.join(missing)} not; {remedy}")
 
 
 def _integer(name: str, default: int | None = None) -> int:

@@ -95,8 +95,9 @@ class ClusterJob:
         if self.cluster != "slurm":
             with suppress(OSError):
                 command = Path(f"/proc/{self.id}/cmdline").read_bytes()
-                # Empty for a moment after the start, and of a zombie: it has ended, but submit.py has not noticed yet.
-                is_starting = not command and "State:\tZ" not in Path(f"/proc/{self.id}/status").read_text()
+                # Empty for a moment after the start. So is that of a zombie, which has ended though submit.py has not
+                # noticed yet, and of a kernel thread, which may have got the number since: both are without memory.
+                is_starting = not command and "VmSize:" in Path(f"/proc/{self.id}/status").read_text()
                 if is_starting or b"submitit.local" in command:
                     return "RUNNING", ""
             return "COMPLETED" if self.is_done() else "FAILED", ""
@@ -199,7 +200,8 @@ class Follower:
             self.state_since = now if state != self.state else self.state_since
             self.state, self.detail = state, detail
             self.report(f"{state} {detail}".strip())
-        if now - self.last_progress >= PROGRESS_EVERY_S and (progress := describe_progress(self.job)) != self.progress:
+        is_due = not self.silent and now - self.last_progress >= PROGRESS_EVERY_S
+        if is_due and (progress := describe_progress(self.job)) != self.progress:
             self.progress, self.last_progress = progress, now
             self.report(progress)
         if state in ENDED:

@@ -150,8 +150,7 @@ def test_incompatible_processes_are_named(change: dict[str, str], verdict: str) 
 
 PROGRAM = """
 import os, sys, time
-from stvit_video.runtime.world import join_world
-from stvit_video.runtime.world import any_of, gather_objects
+from stvit_video.runtime.world import any_of, gather_objects, join_world
 with join_world("cpu", timeout_s=int(sys.argv[1])) as world:
     print(gather_objects(world, os.environ["SLURMD_NODENAME"]), flush=True)
     if sys.argv[2] == os.environ["SLURMD_NODENAME"]:

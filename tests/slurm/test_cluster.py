@@ -337,9 +337,8 @@ def test_array_of_four_runs_and_its_table(cluster: Cluster, small_set: Path, tmp
 PLACE = """
 import json, os, sys
 sys.path.insert(0, {repository!r})
-from stvit_video.runtime.world import join_world
 from stvit_video.runtime.launchers import find_place
-from stvit_video.runtime.world import gather_objects
+from stvit_video.runtime.world import gather_objects, join_world
 place = find_place()
 with join_world("cpu", 30) as world:
     seen = gather_objects(world, os.environ.get("SLURMD_NODENAME"))

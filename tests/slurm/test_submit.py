@@ -398,10 +398,11 @@ def test_cancel_ends_a_local_job(small_set: Path, tmp_path: Path, setup: str) ->
 
 
 def test_local_job_runs_from_its_start_until_it_is_a_zombie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both have an empty command line."""
+    """All have an empty command line; the last is a kernel thread, with the number of a job that is gone."""
     job = ClusterJob(tmp_path, "local", "7", tmp_path, "abc")
-    for letter, state in (("R", "RUNNING"), ("Z", "FAILED")):
-        (tmp_path / "status").write_text(f"Name:\tpython\nState:\t{letter} (text)\n")
+    memory = "VmPeak:\t  9 kB\nVmSize:\t  9 kB\n"
+    for letter, held, state in (("R", memory, "RUNNING"), ("Z", "", "FAILED"), ("I", "", "FAILED")):
+        (tmp_path / "status").write_text(f"Name:\tpython\nState:\t{letter} (text)\n{held}")
         (tmp_path / "cmdline").write_text("")
         monkeypatch.setattr("stvit_video.slurm.jobs.Path", lambda path: tmp_path / path.rpartition("/")[2])
         monkeypatch.setattr(ClusterJob, "is_done", lambda self: False)
