@@ -280,7 +280,7 @@ def test_matching_joins_the_most_similar_pairs_of_the_two_sets() -> None:
     keys = torch.tensor([[[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9], [-1.0, 0.0], [0.5, -0.9]]])
     groups = match(keys, 2)  # 0 to 1 and 2 to 3; 4 has nothing like it
     assert groups.tolist() == [[0, 0, 1, 1, 2, 3]]
-    merged, sizes = merge(keys, torch.tensor([[3.0, 1, 1, 1, 1, 1]]), groups, 4)
+    (merged,), sizes = merge([keys], torch.tensor([[3.0, 1, 1, 1, 1, 1]]), groups, 4)
     assert sizes.tolist() == [[4, 2, 1, 1]]
     torch.testing.assert_close(merged[0, 0], torch.tensor([0.975, 0.025]))
 

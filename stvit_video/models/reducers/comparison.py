@@ -5,6 +5,7 @@ Legend: B clips, N image tokens, M remaining tokens, C channels, h heads; n toke
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -154,8 +155,7 @@ class MergedTokens(Reducer):
             while left > target:
                 remove = min(left - target, left // 2)
                 groups, left = match(keys, remove), left - remove
-                x, _ = merge(x, sizes, groups, left)
-                keys, sizes = merge(keys, sizes, groups, left)
+                (x, keys), sizes = merge((x, keys), sizes, groups, left)
                 owner = groups.gather(1, owner)
             x = block.mlp_residual(x)  # type: ignore[operator]
         assignment = None
@@ -178,12 +178,15 @@ def match(keys: Tensor, remove: int) -> Tensor:
     return groups.scatter(1, indices, groups.gather(1, 2 * partner.gather(1, leaving) + 1))
 
 
-def merge(x: Tensor, sizes: Tensor, groups: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the means (B, count, d) of x (B, n, d) over groups, weighted by sizes (B, n), and the groups' sizes."""
+def merge(tensors: Sequence[Tensor], sizes: Tensor, groups: Tensor, count: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Return the means (B, count, d) of each (B, n, d) over groups, weighted by sizes (B, n), and the groups' sizes."""
     total = sizes.new_zeros(sizes.shape[0], count).scatter_add(1, groups, sizes)
     shares = (sizes / total.gather(1, groups)).unsqueeze(-1)
-    empty = shares.new_zeros(x.shape[0], count, x.shape[2])
-    return empty.scatter_add(1, groups.unsqueeze(-1).expand_as(x), x * shares).to(x.dtype), total
+    merged = []
+    for x in tensors:
+        empty = shares.new_zeros(x.shape[0], count, x.shape[2])
+        merged.append(empty.scatter_add(1, groups.unsqueeze(-1).expand_as(x), x * shares).to(x.dtype))
+    return tuple(merged), total
 
 
 def features(inputs: int, outputs: int) -> nn.Sequential:

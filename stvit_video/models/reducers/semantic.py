@@ -56,7 +56,7 @@ def default_regions(grid: Grid, frames_per_centre: int = 1, window: Grid | None 
     """
     sides = []
     for axis in (1, 2):
-        windows, most = (1, 4) if window is None else (math.ceil(grid[axis] / window[axis]), CENTRES)
+        windows, most = (1, 4) if window is None else (count_windows(grid, window)[axis], CENTRES)
         counts = [windows * n for n in range(1, most + 1) if windows * n <= grid[axis]]
         sides.append(max(count for count in counts if not even or count in allowed_counts(grid[axis])))
     return (grid[0] // math.gcd(grid[0], frames_per_centre), sides[0], sides[1])
@@ -266,10 +266,10 @@ class WindowedTokenGenerator(SemanticTokenGenerator):
         layer = min(layer, 1)
         B, _, C = x.shape
         query = window_partition(query.reshape(B * G, 1, h, w, C), self.query_windows[layer]).flatten(0, 3)
-        s, x = (
-            tokens.reshape(B * G, -1, C)[:, self.get_buffer(f"{name}_index_{layer}")].flatten(0, 1)
-            for name, tokens in (("centre", s), ("image", x))
-        )
+        s, x = s.reshape(B * G, -1, C), x.reshape(B * G, -1, C)
+        if self.query_windows[layer] != (1, h, w):  # else one window reads all, and nothing is copied
+            s = s[:, self.get_buffer(f"centre_index_{layer}")].flatten(0, 1)
+            x = x[:, self.get_buffer(f"image_index_{layer}")].flatten(0, 1)
         return query, *self.join(s, x)
 
     def reverse(self, layer: int, queries: Tensor, B: int) -> Tensor:
