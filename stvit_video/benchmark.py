@@ -64,16 +64,17 @@ def benchmark(arguments: Sequence[str] | None) -> int:
     from stvit_video.config.load import load_config
     from stvit_video.runs.folder import environment
 
-    cfg = load_config(cfgs[0], options.overrides)
-    if what == "loader":
-        figures = build_loader_figures(cfg, options.clips, rounds, peers)
-    elif what == "engine":
-        figures = build_engine_figures(cfg, options.steps, rounds)
-    elif what == "e2e":
-        figures = build_end_to_end_figures(cfg, options.clips, rounds)
-    else:
+    if side_by_side:
         how = {"training": what == "train", "rounds": rounds, "largest_batch": options.largest_batch}
         figures = build_model_figures(options.named, options.overrides, options.results, options.plot, **how)
+    else:
+        cfg = load_config(cfgs[0], options.overrides)
+        if what == "loader":
+            figures = build_loader_figures(cfg, options.clips, rounds, peers)
+        elif what == "engine":
+            figures = build_engine_figures(cfg, options.steps, rounds)
+        else:
+            figures = build_end_to_end_figures(cfg, options.clips, rounds)
     if options.output:
         started = time.strftime("%Y-%m-%dT%H:%M:%S")
         write_json(options.output, {"started": started, **figures, "environment": environment()})

@@ -41,6 +41,8 @@ def tradeoff(arguments: Sequence[str] | None) -> int:
         raise UsageError("--measure with --rounds 0, which does not measure; leave one of them out.")
     if options.profile and options.cluster == "local":
         raise UsageError("--profile is for --cluster slurm; leave it out.")
+    if options.output and options.output.is_file():
+        raise UsageError(f"--output {options.output} is a file; give a folder.")
     from stvit_video.slurm.request import JobRequest, check_cluster, read_profile
     from stvit_video.sweeps.plan import open_plan
     from stvit_video.sweeps.sweep import build_sweep, list_rows

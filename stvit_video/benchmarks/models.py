@@ -17,7 +17,7 @@ from fvcore.common.config import CfgNode
 from pytorchvideo.models import hub
 from torch import Tensor, nn
 
-from stvit_video.benchmarks.rounds import COMPILED, Figures, min_to_max, run_rounds, train_step
+from stvit_video.benchmarks.rounds import Figures, describe_conditions, min_to_max, run_rounds, train_step
 from stvit_video.common.charts import Point, plot_points
 from stvit_video.common.errors import UsageError, nearest
 from stvit_video.common.tables import format_table
@@ -25,11 +25,11 @@ from stvit_video.config.load import load_config
 from stvit_video.models.cost import count_operations, count_parameters
 from stvit_video.models.layers import Grid
 from stvit_video.models.zoo import build_model, create_model, list_models
+from stvit_video.runs.preflight import KINETICS_CLASSES
 from stvit_video.runtime.parallel import compile_model
 from stvit_video.runtime.precision import HALF, matrix_rate, set_precision
 from stvit_video.runtime.world import pick_device
 
-CLASSES = 400  # of peers, and of configurations without MODEL.NUM_CLASSES
 MIN_ROUND_S = 0.5  # of calls at batch 1: short calls are timed often
 GAIN = 1.05  # by which twice the batch must be faster to be chosen
 VIDEO = ("swin3d_", "mvit_")  # torchvision's video transformers
@@ -125,14 +125,14 @@ def build_peer(name: str, size: Grid) -> TimedModel:
         raise UsageError(f"--peer {name}: choose one of {listed}.{nearest(model, known)}")
     if library == "stvit_video":
         chosen = {"preset": preset[0]} if preset else {}
-        built = create_model(model, num_frames=size[0], image_size=size[1:], num_classes=CLASSES, **chosen)
+        built = create_model(model, num_frames=size[0], image_size=size[1:], num_classes=KINETICS_CLASSES, **chosen)
         return TimedModel(name.partition(":")[2], built, size)
     if library == "timm":
-        built = importlib.import_module("timm").create_model(model, num_classes=CLASSES, img_size=size[1:])
+        built = importlib.import_module("timm").create_model(model, num_classes=KINETICS_CLASSES, img_size=size[1:])
         return TimedModel(f"{name}, {size[0]} frames as a batch", FramesAsBatch(built), size)
     size = MVIT_SIZE if model.startswith("mvit") else size
     if library == "torchvision":
-        return TimedModel(name, torchvision.models.get_model(model, num_classes=CLASSES), size)
+        return TimedModel(name, torchvision.models.get_model(model, num_classes=KINETICS_CLASSES), size)
     return TimedModel(name, getattr(hub, model)(pretrained=False), size)
 
 
@@ -235,7 +235,7 @@ def describe_speeds(figures: Figures) -> str:
         left = ", ".join(f"{name.removeprefix('aten::')} {n}" for name, n in sorted(row["unsupported"].items()))
         uncounted.append(f"not counted by fvcore in {row['name']}: {left or 'nothing'}")
     what = "training steps" if figures["training"] else "inference"
-    how = f"{figures['device']}, {figures['precision']}, {COMPILED[figures['compiled']]}"
+    how = f"{figures['device']}, {describe_conditions(figures)}"
     product = f"a matrix product runs at {figures['matrix_product_gmacs_per_second']:.0f} G multiply-adds/s"
     legend = "p50, p95: of a call at batch 1; share: of the matrix product's rate; ratio: clips/s of the first row's"
     return "\n".join([f"{what}: {how}; {product}", format_table(columns, cells), legend, *uncounted])
@@ -260,7 +260,7 @@ def build_model_figures(
         cfg = cfgs.get(place, first)
         size = (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE)
         if isinstance(name, Path):
-            timed = TimedModel(name.stem, build_model(cfg, cfg.MODEL.NUM_CLASSES or CLASSES), size)
+            timed = TimedModel(name.stem, build_model(cfg, cfg.MODEL.NUM_CLASSES or KINETICS_CLASSES), size)
         else:
             timed = build_peer(name, size)
         if first.COMPILE == "blocks" and not hasattr(timed.model, "transformer_blocks"):

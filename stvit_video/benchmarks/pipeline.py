@@ -21,7 +21,15 @@ from fvcore.common.config import CfgNode
 from torch.utils.data import DataLoader, RandomSampler
 from torchvision.transforms import v2
 
-from stvit_video.benchmarks.rounds import COMPILED, Figures, measure_steps, min_to_max, run_rounds, timed, train_step
+from stvit_video.benchmarks.rounds import (
+    Figures,
+    describe_conditions,
+    measure_steps,
+    min_to_max,
+    run_rounds,
+    timed,
+    train_step,
+)
 from stvit_video.common.errors import Stopped, UsageError
 from stvit_video.common.tables import format_table
 from stvit_video.config.load import override
@@ -222,7 +230,7 @@ def build_end_to_end_figures(cfg: CfgNode, clips: int, rounds: int) -> Figures:
     flows, rows = [], []
     for what, work in (("inference", infer), ("training", train)):
         training = what == "training"
-        stage = "TRAIN" if what == "training" else "TEST"
+        stage = "TRAIN" if training else "TEST"
         size = cfg[stage].BATCH_SIZE
         views = 1 if training else cfg.TEST.CLIPS * cfg.TEST.CROPS
         batches = 1 + max(MIN_BATCHES, -(-clips // (size * views)))  # the first one is not timed
@@ -237,10 +245,9 @@ def build_end_to_end_figures(cfg: CfgNode, clips: int, rounds: int) -> Figures:
             flows.append({"what": what, "workers": workers, "clips_per_second": rates, "waiting": waiting})
             rows.append((what, workers, f"{median(rates):.1f}", min_to_max(rates), f"{100 * median(waiting):.0f} %"))
     shape = f"{cfg.DATA.FRAMES} frames of {cfg.DATA.SIZE}x{cfg.DATA.SIZE}"
-    how = f"{device.type}, {cfg.PRECISION}, {COMPILED[cfg.COMPILE]}"
-    print(f"{cfg.MODEL.NAME}, {how}: from video files, clips of {shape}")
-    print(format_table(("", "workers", "clips/s", "min to max", "waits for data"), rows), flush=True)
     conditions = {"device": device.type, "precision": cfg.PRECISION, "compiled": cfg.COMPILE}
+    print(f"{cfg.MODEL.NAME}, {device.type}, {describe_conditions(conditions)}: from video files, clips of {shape}")
+    print(format_table(("", "workers", "clips/s", "min to max", "waits for data"), rows), flush=True)
     return {"model": cfg.MODEL.NAME, **conditions, "flows": flows}
 
 

@@ -16,6 +16,11 @@ COMPILED = {"none": "eager", "blocks": "blocks compiled", "model": "compiled"}  
 Figures = dict[str, Any]  # what was measured, as a benchmark's --output holds it
 
 
+def describe_conditions(figures: Mapping[str, Any]) -> str:
+    """Return ``precision`` and ``compiled`` in words."""
+    return f"{figures['precision']}, {COMPILED[figures['compiled']]}"
+
+
 def train_step(
     model: nn.Module, optimizer: Optimizer, clips: Tensor, labels: Tensor, precision: str, clip: float = 0, **loss: Any
 ) -> Tensor:

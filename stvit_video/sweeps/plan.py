@@ -162,7 +162,7 @@ def _build_row(
         which = f"is the {kind}" if kind != "preset" else "has control_of and neighbour_of"
         raise UsageError(f"row {name} {which}; a row is one of them or neither. Remove {relations[-1]}.")
     # Each entry by itself: a key may stand in its section and by its full name.
-    sections = [flatten({key: value}) for key, value in content.items() if key not in RELATIONS]
+    sections = [flatten({key: value}) or {str(key): value} for key, value in content.items() if key not in RELATIONS]
     pairs = [pair for section in sections for pair in section.items()]
     names = [key for key, _ in pairs]
     common = [key for key, _ in parse_overrides(overrides)]

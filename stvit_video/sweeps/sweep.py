@@ -22,10 +22,10 @@ import torch
 from fvcore.common.config import CfgNode
 from submitit.helpers import environment_variables
 
-from stvit_video.benchmarks.models import CLASSES, TimedModel, build_speeds
-from stvit_video.benchmarks.rounds import COMPILED
+from stvit_video.benchmarks.models import TimedModel, build_speeds
+from stvit_video.benchmarks.rounds import describe_conditions
 from stvit_video.common.errors import Stopped, UsageError
-from stvit_video.common.files import wait_for_lock, write_json
+from stvit_video.common.files import prepare_folder, wait_for_lock, write_json
 from stvit_video.common.tables import format_table
 from stvit_video.config.load import override
 from stvit_video.config.schema import flatten
@@ -33,12 +33,12 @@ from stvit_video.data.lists.videos import build_lists
 from stvit_video.models.cost import measure_cost
 from stvit_video.models.zoo import build_model
 from stvit_video.runs.folder import RunFolder, build_run_folder, describe_changes, environment
-from stvit_video.runs.preflight import open_lists
+from stvit_video.runs.preflight import KINETICS_CLASSES, open_lists
 from stvit_video.runtime.stopping import StopSignals
 from stvit_video.runtime.world import World
 from stvit_video.slurm.jobs import ENDED, ClusterJob, Follower, read_job, tail
 from stvit_video.slurm.request import JobRequest, open_job_folders, submit
-from stvit_video.sweeps.plan import Plan, SweepRow
+from stvit_video.sweeps.plan import COMMON_KEYS, Plan, SweepRow
 from stvit_video.sweeps.table import write_table
 
 LOCK_S = 10.0  # a command that was killed just now may need a moment to end
@@ -67,18 +67,23 @@ def choose_rows(plan: Plan, patterns: Sequence[str]) -> list[SweepRow]:
 
 
 def build_timed(row: SweepRow) -> TimedModel:
-    """Return a row's model, and note in the row what it costs. Raises UsageError where it cannot be built."""
+    """Return a row's model. Raises UsageError where it cannot be built."""
+    size = (row.cfg.DATA.FRAMES, row.cfg.DATA.SIZE, row.cfg.DATA.SIZE)
+    try:
+        return TimedModel(row.name, build_model(row.cfg, row.classes or KINETICS_CLASSES), size)
+    except UsageError as error:
+        raise UsageError(f"Row {row.name}: {error}") from error
+
+
+def build_cost(row: SweepRow) -> None:
+    """Note in a row how many classes its data have, and what its model costs."""
     row.classes = row.cfg.MODEL.NUM_CLASSES
     with suppress(UsageError):  # there may be no data yet
         row.classes = len(build_lists(row.cfg).classes)
-    try:
-        model = build_model(row.cfg, row.classes or CLASSES)
-    except UsageError as error:
-        raise UsageError(f"Row {row.name}: {error}") from error
-    cost = measure_cost(model, (row.cfg.DATA.FRAMES, row.cfg.DATA.SIZE, row.cfg.DATA.SIZE))
-    image_tokens, reduced = model.token_counts()  # type: ignore[operator]
+    timed = build_timed(row)
+    cost = measure_cost(timed.model, timed.input_size)
+    image_tokens, reduced = timed.model.token_counts()  # type: ignore[operator]
     row.parameters, row.gflops, row.tokens = cost.parameters, cost.gflops, reduced or image_tokens
-    return TimedModel(row.name, model, cost.input_size)
 
 
 def build_runs(plan: Plan, output: Path) -> list[SweepRun]:
@@ -108,7 +113,8 @@ def check_recorded(run: SweepRun) -> None:
         remedy = "delete that folder, or give another --output"
         raise UsageError(f"Row {run.row.name}: {place} without a config.yaml that can be read; {remedy}.")
     before, now = (flatten(config).get("MODEL.INIT") or "." for config in (recorded, settings))
-    if os.path.relpath(str(before), str(recorded["OUTPUT_DIR"])) == os.path.relpath(now, settings["OUTPUT_DIR"]):
+    place_before = os.path.relpath(str(before), str(recorded["OUTPUT_DIR"]))
+    if isinstance(recorded["MODEL"], dict) and place_before == os.path.relpath(now, settings["OUTPUT_DIR"]):
         recorded["MODEL"]["INIT"] = settings["MODEL"]["INIT"]
     if changed := describe_changes(recorded, settings):
         remedy = "Delete that folder, give another --output, or put the plan back."
@@ -134,14 +140,14 @@ def list_rows(plan: Plan, output: Path, patterns: Sequence[str]) -> None:
     runs = build_runs(plan, output)
     table = []
     for row in plan.rows:
-        build_timed(row)
+        build_cost(row)
     for row in chosen:
         finished = [run.folder.is_finished() for run in runs if run.row is row]
         cost = f"{row.gflops:.3f}", f"{row.gflops / plan.twin.gflops:.2f}x", f"{row.parameters / 1e6:.2f} M"
         table.append((row.name, row.describe_kind(), row.tokens, *cost, f"{sum(finished)} of {len(finished)}"))
     print(format_table(("row", "kind", "tokens", "GFLOPs", "of twin", "parameters", "runs done"), table, left=2))
     if any(row.classes is None for row in chosen):
-        print(f"no data there yet: GFLOPs and parameters with {CLASSES} classes")
+        print(f"no data there yet: GFLOPs and parameters with {KINETICS_CLASSES} classes")
     left = [run for run in choose_runs(runs, chosen) if not run.folder.is_finished()]
     if plan.start:
         print(f"all start from {runs[0].name}{', which is trained first' if runs[0] in left else ''}")
@@ -154,7 +160,7 @@ def build_sweep(plan: Plan, output: Path, options: Namespace) -> int:
     Return 1 where a run failed, else 0. Raises UsageError before anything is trained; Stopped after a signal.
     """
     chosen = [] if options.no_train else choose_rows(plan, options.rows)
-    output.mkdir(parents=True, exist_ok=True)
+    prepare_folder(output)
     with open(output / ".tradeoff.lock", "a+") as file:
         lock = partial(fcntl.flock, file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not wait_for_lock(lock, LOCK_S, lambda: f"waiting for another command that uses {output} to end"):
@@ -164,12 +170,12 @@ def build_sweep(plan: Plan, output: Path, options: Namespace) -> int:
         to_train = choose_runs(runs, chosen)
         rows = dict.fromkeys(run.row for run in runs)
         for row in rows:
-            build_timed(row)
+            build_cost(row)
         for row in dict.fromkeys(run.row for run in to_train):  # once, before several runs would generate the same data
             begun = all(run.folder.has_progress() for run in to_train if run.row is row)
             open_lists(row.cfg, World(0, 1, torch.device("cpu")), needs_weights=not begun)
-        for row in [row for row in rows if row.classes is None]:
-            build_timed(row)  # now that the classes are known
+        for row in [row for row in rows if to_train and row.classes is None]:
+            build_cost(row)  # now that the classes are known
         with reading(output / "tradeoff.json") as table:
             failed = {row["row"]: row["failures"] for row in table.get("rows", [])}
             for run in [run for run in runs if run not in to_train and not run.folder.is_finished()]:
@@ -265,8 +271,8 @@ def train_all(runs: Sequence[SweepRun], options: Namespace, draw: Callable[[], o
                         run.row.failures[run.seed] = describe_failure(job)
                         outcome = f"failed: {run.row.failures[run.seed]}; log {run.log}"
                         waiting = [] if run.row.kind == "start" else waiting
-                    ended = ended + 1
-                    done = done + (not outcome)
+                    ended += 1
+                    done += not outcome
                     left = len(waiting) + len(active)
                     minutes = (time.monotonic() - begun) / ended * left / 60  # jobs at the same time are counted in
                     draw()
@@ -301,7 +307,10 @@ def build_table(plan: Plan, runs: Sequence[SweepRun], output: Path, within: floa
     if plan.start and plan.start.failures:
         notes = [f"failed: {start.name}, from which all rows start: {start.row.failures[start.seed]}"]
     elif plan.start and plan.start.mean is not None:
-        reached = f"{start.cfg.MODEL.NAME} ({plan.start.mean:.2f} % top-1)"
+        now, others = flatten(start.cfg), flatten(plan.twin.cfg)
+        reached = start.cfg.MODEL.NAME
+        if all(now[key] == others[key] for key in COMMON_KEYS):  # else its accuracy is of another test
+            reached += f" ({plan.start.mean:.2f} % top-1)"
         notes = [f"every row starts from the weights of {start.name}, a {reached}"]
     return write_table(plan, output, within, notes, build_known_speeds(plan, output))
 
@@ -332,7 +341,7 @@ def build_speed_file(plan: Plan, output: Path, options: Namespace) -> None:
     figures = build_speeds(plan.twin.cfg, models, **how)
     machine = environment()
     where = ", ".join(machine["gpus"][:1]) if figures["device"] == "cuda" else f"{machine['cpus']} CPU cores"
-    conditions = f"{figures['precision']}, {COMPILED[figures['compiled']]}, torch {machine['packages']['torch']}"
+    conditions = f"{describe_conditions(figures)}, torch {machine['packages']['torch']}"
     rounds = f"median of {options.rounds} interleaved rounds at the best batch of each"
     content = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S"),

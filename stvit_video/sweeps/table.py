@@ -116,7 +116,7 @@ def plot_tradeoff(rows: Sequence[SweepRow], path: Path) -> None:
     points = []
     for row in known:
         x = row.rate if measured and row.rate else row.gflops
-        mean = sum(row.found) / len(row.found)
+        mean = row.mean or 0.0  # there is one, of every row that is known
         points.append(Point(row.name, x, mean, y_range=(min(row.found), max(row.found)), **STYLES[row.kind]))
     if points:
         across = "clips per second" if measured else "GFLOPs per clip"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from stvit_video import run, tradeoff
@@ -206,9 +207,16 @@ def test_run_without_a_configuration_is_refused(
 ) -> None:
     plan, output = made
     shutil.copytree(output, tmp_path / "out", symlinks=True)
-    (tmp_path / "out" / "paper" / "seed1" / "config.yaml").unlink()
+    config = tmp_path / "out" / "paper" / "seed1" / "config.yaml"
+    recorded = yaml.safe_load(config.read_text())
+    config.write_text(yaml.safe_dump({**recorded, "MODEL": None}))
+    assert make(plan, tmp_path / "out", "--no-train") == 2
+    assert "holds a run with other settings than the plan's" in capsys.readouterr().err
+    config.unlink()
     assert make(plan, tmp_path / "out", "--no-train") == 2
     assert "holds a run without a config.yaml that can be read" in capsys.readouterr().err
+    assert make(plan, plan, "--list") == 2
+    assert f"--output {plan} is a file; give a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"rows": [{"row": 1}]}'])
