@@ -63,17 +63,17 @@ def predict(arguments: Sequence[str] | None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # file names that the terminal cannot show are escaped
             stream.reconfigure(errors="backslashreplace")
     options = parser.parse_args(arguments)
+    if options.output is not None and (options.output.suffix not in FORMATS or options.output.is_dir()):
+        raise UsageError(f"--output {options.output}: give a file ending in {' or '.join(FORMATS)}.")
+    if options.annotate is not None and options.annotate.exists() and not options.annotate.is_dir():
+        raise UsageError(f"--annotate {options.annotate} is a file; give a folder for the MP4 copies.")
+    check_exists(options.checkpoint)
     from stvit_video.data.streams import check_seconds
 
     try:
         check_seconds(options.window, options.step)
     except ValueError as error:
         raise UsageError(f"--{error}") from error
-    if options.output is not None and (options.output.suffix not in FORMATS or options.output.is_dir()):
-        raise UsageError(f"--output {options.output}: give a file ending in {' or '.join(FORMATS)}.")
-    if options.annotate is not None and options.annotate.exists() and not options.annotate.is_dir():
-        raise UsageError(f"--annotate {options.annotate} is a file; give a folder for the MP4 copies.")
-    check_exists(options.checkpoint)
     from stvit_video.inference.predict_videos import predict_videos
 
     return predict_videos(options)

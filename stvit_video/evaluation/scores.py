@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stvit_video import __version__
@@ -50,7 +49,7 @@ class Predictions:
     @property
     def loss(self) -> float:
         """Return the mean negative log-likelihood of the labels."""
-        return float(F.nll_loss(self.scores.double().clamp_min(1e-12).log(), self.labels))
+        return float(-self.scores.gather(1, self.labels[:, None]).double().clamp_min(1e-12).log().mean())
 
     def per_class(self, classes: list[str]) -> list[dict[str, object]]:
         """Return a row per class: its scored videos, how many of them are correct, and top-1 in percent."""

@@ -5,11 +5,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import av
-import matplotlib
 import numpy as np
 from av.video.frame import VideoFrame
 from PIL import Image, ImageDraw, ImageFont
@@ -21,9 +20,14 @@ from stvit_video.inference.predictor import Prediction
 
 MIN_SIDE = 240  # pixels; smaller videos are enlarged so that labels fit
 LINES = 3
-# Matplotlib's font has Latin, Greek and Cyrillic; other scripts show as boxes.
-FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
-_font = lru_cache(maxsize=8)(partial(ImageFont.truetype, FONT))
+
+
+@lru_cache(maxsize=8)
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """Return Matplotlib's font, which has Latin, Greek and Cyrillic; other scripts show as boxes."""
+    import matplotlib  # slow to start, and only copies need it
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
 @dataclass

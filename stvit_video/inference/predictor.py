@@ -128,7 +128,7 @@ class Predictor:
         names = [str(path) for path in paths]
         batch_size = self.input.batch_size
         windows: list[Window] = []
-        reader = partial(self._read, window, step or window)
+        reader = partial(self._read, window, step)
         for i, item in self._score_all(names, lambda: partial(reader, self.input.start_decoding()), batch_size):
             if isinstance(item, Window):
                 windows.append(item)

@@ -76,9 +76,9 @@ def explain(model: nn.Module, clip: Tensor, target: int | None = None) -> Explan
         logits = model.head(model.forward_features(clip.unsqueeze(0), seen))[0].float()  # type: ignore[operator]
     target = int(logits.argmax()) if target is None else target
     # Grad-CAM is computed at the last stage with image tokens.
-    stages = [name for name in seen.tokens if name not in ("semantic", "final")]
+    stages = [name for name in seen.grids if name not in ("semantic", "final")]
     if seen.assignment is not None:
-        stages = [name for name in stages if seen.tokens[name].shape[1] == seen.assignment.shape[2]]
+        stages = [name for name in stages if math.prod(seen.grids[name]) == seen.assignment.shape[2]]
     grid = seen.grids[stages[-1]]
     cam = grad_cam(logits[target], seen.tensors[stages[-1]]).reshape(grid)
     with torch.no_grad():

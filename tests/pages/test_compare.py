@@ -67,8 +67,9 @@ def test_rows_and_windows_that_cannot_be_averaged(tmp_path: Path, capsys: pytest
     assert compare.main([*words, "--window", "0"]) == 2
     assert "--window 0 is out of range; give a number from 1 on" in capsys.readouterr().err
     (tmp_path / "run" / "metrics.jsonl").write_text('{"epoch": 3}\n')
-    assert compare.main(words) == 2
-    assert "no metrics.jsonl with training rows" in capsys.readouterr().err
+    for folder in (run, f"{run}/metrics.jsonl"):  # the second is a file
+        assert compare.main([folder, *words[1:]]) == 2
+        assert "no metrics.jsonl with training rows" in capsys.readouterr().err
 
 
 def test_run_shorter_than_the_window_has_no_result(
