@@ -15,7 +15,8 @@ from stvit_video.common.errors import UsageError
 from stvit_video.config import load_config
 from stvit_video.config.clip_settings import view_settings
 from stvit_video.data.lists.annotations import Video
-from stvit_video.data.lists.videos import SPLITS, build_lists, take_part
+from stvit_video.data.lists.splitting import take_part
+from stvit_video.data.lists.videos import SPLITS, build_lists
 from stvit_video.data.loader import build_train_loader
 from stvit_video.inference.load import open_checkpoint
 from stvit_video.models import create_model, load_pretrained

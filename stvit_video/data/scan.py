@@ -14,7 +14,8 @@ from stvit_video.common.progress import Progress
 from stvit_video.data.decode.frames import Decoding
 from stvit_video.data.decode.types import Choice, DecodeError
 from stvit_video.data.failures import Failure, failures_csv
-from stvit_video.data.lists.annotations import LIST_FORM, Video, find_clips, find_videos, read_catalogue, read_list
+from stvit_video.data.lists.annotations import LIST_FORM, Video, read_list
+from stvit_video.data.lists.catalogues import find_clips, find_videos, read_catalogue
 
 SHORT_SIDE = 64  # frames are only decoded, not used: reduced to this, a block of them stays small
 # Causes to count errors under, and a pattern of their messages. The first match counts: more specific ones come first.

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from stvit_video.common.errors import UsageError
-from stvit_video.data.lists.annotations import Video, find_clips, find_videos, read_catalogue
+from stvit_video.data.lists.annotations import Video
+from stvit_video.data.lists.catalogues import find_clips, find_videos, read_catalogue
 from tests.conftest import refusal
 
 HEADER = "label,youtube_id,time_start,time_end,split\n"

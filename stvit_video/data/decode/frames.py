@@ -28,7 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stvit_video.common.errors import UsageError
-from stvit_video.data.decode.readers import AvReader, DecordReader, ImageReader, TorchCodecReader
+from stvit_video.data.decode.pictures import ImageReader
+from stvit_video.data.decode.readers import AvReader, DecordReader, TorchCodecReader
 from stvit_video.data.decode.types import IMAGE_SUFFIXES, Choice, DecodeError, Reader, Times
 from stvit_video.runtime.stopping import end_with_parent, ignore_stop_signals
 
