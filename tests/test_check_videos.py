@@ -19,9 +19,8 @@ from stvit_video.data.clips.sampling import BLOCK_BYTES, read_every_frame
 from stvit_video.data.decode.frames import Decoding
 from stvit_video.data.decode.types import DecodeError
 from stvit_video.data.failures import read_ledger
-from stvit_video.data.lists.annotations import read_list
 from stvit_video.data.scan import cause
-from tests.conftest import REPOSITORY, numbered_frames
+from tests.conftest import REPOSITORY, numbered_frames, read_list
 
 # A decord that hangs or crashes on files of these names, and first writes down its process.
 STUB = """

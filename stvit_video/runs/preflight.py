@@ -169,10 +169,10 @@ def open_lists(cfg: CfgNode, world: World, *, needs_weights: bool) -> tuple[list
         for split in splits:
             name = lists.lists[split]
             file = lists.source(split)
-            if (split != "val" or name) and not (name and file.exists()):
+            if (split != "val" or name) and not lists.exists(split):
                 advice[f"DATA.{split.upper()}_LIST {file if name else repr('')}"] = (
-                    f"a list holds lines `path label`, paths starting from DATA.ROOT {lists.root}, or is a Kinetics "
-                    f"CSV, a Something-Something JSON, or a folder CLASS/FILE"
+                    f"a list holds lines `path label`, paths starting from DATA.ROOT {lists.root}, or is a CSV or JSON "
+                    f"as data sets publish it, or a folder CLASS/FILE"
                 )
         if lists.class_file and not (lists.root / lists.class_file).is_file():
             missing = f"DATA.CLASSES {lists.root / lists.class_file}"
@@ -185,7 +185,9 @@ def open_lists(cfg: CfgNode, world: World, *, needs_weights: bool) -> tuple[list
                 f"{'; '.join(dict.fromkeys(advice.values()))}. Without a download this runs now: "
                 f"python -m stvit_video.run --cfg configs/sample_stvit.yaml"
             )
-        return lists.classes, {split: lists.videos(split) for split in splits if lists.lists[split]}
+        found = lists.classes, {split: lists.videos(split) for split in splits if lists.lists[split]}
+        print("".join(f"{note}\n" for note in dict.fromkeys(lists.notes)), end="", flush=True)
+        return found
 
     return on_main(world, read)
 
