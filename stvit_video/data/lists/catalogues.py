@@ -73,11 +73,12 @@ class Catalogue:
         """
         by_subset: dict[str, list[Entry]] = {}
         for entry in self.entries:
-            by_subset.setdefault(entry.subset.lower(), []).append(entry)
+            by_subset.setdefault(entry.subset, []).append(entry)
         if len(by_subset) < 2:
             return self
         for wanted in (split, *INSTEAD[split]):
-            found = [entry for word in SUBSETS[wanted] for entry in by_subset.get(word, []) if entry.labels]
+            words = [word for word in by_subset if word.lower() in SUBSETS[wanted]]
+            found = [entry for word in words for entry in by_subset[word] if entry.labels or self.multi_label]
             if found:
                 note = f"{split}: the {found[0].subset} videos of {self.source}"
                 if wanted != split:
@@ -101,6 +102,7 @@ def find_videos(
     kept, marked as missing, with the path where it is expected. Raises UsageError where a class is not in ``classes``.
     """
     entries = catalogue.entries
+    root = str(root)
     clips = None
     if catalogue.has_ids or not any(_is_there(root, entry.names[0]) for entry in some_of(entries)):
         clips = search(catalogue.clip_folder)
@@ -118,7 +120,7 @@ def find_videos(
         return videos
     if any(not entry.labels for entry in entries) and not catalogue.multi_label:
         videos = [video if video.label >= 0 else _by_folder(video, classes, catalogue.source) for video in videos]
-    elif not classes.are_numbers and not catalogue.multi_label:
+    elif classes.names and not classes.are_numbers and not catalogue.multi_label:
         _check_folders(videos, classes, catalogue.source)
     return videos
 
@@ -135,9 +137,8 @@ def _is_there(root: str | Path, name: str) -> bool:
 def _find(
     entry: Entry, catalogue: Catalogue, root: str | Path, labels: Mapping[str | int, int], clips: Clips | None
 ) -> Video:
-    numbers = tuple(sorted({labels[label] for label in entry.labels}))
-    first = numbers[0] if numbers else -1
-    several = numbers if catalogue.multi_label else None
+    several = tuple(sorted({labels[label] for label in entry.labels})) if catalogue.multi_label else None
+    first = several[0] if several else labels[entry.labels[0]] if entry.labels else -1
     if clips is None:
         path = find_file(root, entry.names[0])
     else:
@@ -159,6 +160,10 @@ def _find(
 def _look_up(names: Sequence[str], clips: Clips, are_paths: bool) -> str | None:
     """Return what was found of one of these names; a path counts only where its folders are those of what was found."""
     for name in names:
+        if not are_paths and name in clips.paths:
+            return clips.paths[name]
+        if not are_paths and "." not in name:
+            continue
         stem = _without_ending(name.replace("\\", "/"))
         path = clips.paths.get("/".join(stem.rsplit("/", 2)[-2:]))
         if path is None:
@@ -191,7 +196,7 @@ def _check_folders(videos: Sequence[Video], classes: ClassNames, source: str | P
     """Raise UsageError where all folders that are named like classes are named like others than their labels."""
     wrong = None
     for video in videos:
-        place = classes.find(os.path.basename(os.path.dirname(video.path)))
+        place = classes.find(video.path.rsplit("/", 2)[-2] if "/" in video.path else "")
         if place == video.label:
             return
         if place is not None and wrong is None:

@@ -3,7 +3,8 @@
 import csv
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 
 from stvit_video.common.errors import UsageError
@@ -51,7 +52,7 @@ def read_lines_list(lines: Sequence[str], path: str | Path, root: str | Path, re
             return read_table(lines, header, path, reading, skip=0)
     entries = []
     for number, line, name, label in rows:
-        if not name or not NUMBER.fullmatch(label):
+        if not name or not (label.isdecimal() or NUMBER.fullmatch(label)):
             raise UsageError(
                 f"{path}, line {number}: {line[:120]!r} has no label; write path, space, comma or tab, and a whole "
                 f"number."
@@ -68,7 +69,7 @@ def read_lines_list(lines: Sequence[str], path: str | Path, root: str | Path, re
 
 def _cut(line: str) -> tuple[str, str, str]:
     """Return a line, and the path and the label in it."""
-    cut = max(line.rfind(separator) for separator in " ,\t;")
+    cut = max(line.rfind(" "), line.rfind(","), line.rfind("\t"), line.rfind(";"))
     return line, _unquoted(line[: max(cut, 0)].rstrip(" ,\t;")), _unquoted(line[cut + 1 :])
 
 
@@ -76,19 +77,19 @@ def _unquoted(text: str) -> str:
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text
 
 
-def _named(lines: Sequence[str], path: str | Path) -> tuple[Sequence[str], list[str]] | None:
+def _named(lines: Iterable[str], path: str | Path) -> tuple[list[str], list[str]] | None:
     """Return lines that name classes, with their columns: ``id;name`` (Jester), ``path,name,...`` or ``path name``.
 
     Return None where there are no names. Raises UsageError where the first line names columns that are not known.
     """
-    some = [line.strip() for line in lines if line.strip()][:LOOKS]
+    some = list(islice((line.strip() for line in lines if line.strip()), LOOKS))
     if not some:
         return None
     if find_separator(some[0]) == " ":
         if not all(AFTER_ENDING.search(line) for line in some):
             return None
-        lines = [AFTER_ENDING.sub("\\1\t", line, count=1) for line in lines]
         some = [AFTER_ENDING.sub("\\1\t", line, count=1) for line in some]
+        lines = (AFTER_ENDING.sub("\\1\t", line, count=1) for line in lines)
     try:
         rows = list(csv.reader(some, delimiter=find_separator(some[0]), skipinitialspace=True, strict=True))
     except csv.Error:
@@ -102,7 +103,7 @@ def _named(lines: Sequence[str], path: str | Path) -> tuple[Sequence[str], list[
             f"List {path}: its first line {some[0][:80]!r} names columns, none of which is known to hold paths; call "
             f"them path and label there."
         )
-    return lines, ["path", "label", *["-"] * (len(rows[0]) - 2)]
+    return list(lines), ["path", "label", *["-"] * (len(rows[0]) - 2)]
 
 
 def _find_columns(rows: Sequence[tuple[int, str, str, str]], path: str | Path, root: str | Path) -> list[str] | None:

@@ -10,7 +10,7 @@ from typing import Any
 from stvit_video.common.errors import UsageError, nearest
 from stvit_video.data.decode.types import MEDIA_SUFFIXES
 from stvit_video.data.lists.annotations import Section
-from stvit_video.data.lists.catalogues import TRIMMED, Catalogue, Entry
+from stvit_video.data.lists.catalogues import TRIMMED, Catalogue, Entry, some_of
 
 MAX_LABEL = 999_999  # more classes than any data set has: a larger number is an id or a time, read as a label
 # What data sets call their columns, the likeliest first; compared in lower case, with _ for blanks.
@@ -27,6 +27,7 @@ COLUMNS = {
     "subset": "subset split set partition",
 }
 KINETICS_COLUMNS = ("label", "youtube_id", "time_start", "time_end")
+IDENTIFIER = re.compile(r"[\w-]+")
 DIGITS = re.compile("[0-9]+")
 NUMBER = re.compile(r"[+-]?[0-9]+")
 SEVERAL = re.compile(r"[|;]|^\[.*\]$|^[0-9]+(\s*,\s*[0-9]+)+$")  # a field that holds several labels
@@ -103,7 +104,7 @@ def read_rows(rows: Rows, header: Sequence[str], path: str | Path, reading: Read
     # HACS: 1 where the clip shows the class, -1 where it does not.
     votes = header.index("label") if "classname" in header and "label" in header else None
     entries: list[Entry] = []
-    texts: list[list[Any]] = []
+    shared: dict[tuple[str, ...], tuple[str, ...]] = {}  # fields of labels: few differ
     negative = 0
     for number, row in rows:
         if len(row) != len(header):
@@ -114,20 +115,25 @@ def read_rows(rows: Rows, header: Sequence[str], path: str | Path, reading: Read
         if votes is not None and str(row[votes]) == "-1":
             negative += 1
             continue
+        fields = tuple([_to_text(row[place]) for place in labels])
         try:
-            entries.append(parse(row, number))
+            entries.append(parse(row, shared.setdefault(fields, fields), number - 1))
         except ValueError as error:
             raise UsageError(f"List {path}, {unit} {number}: {error}") from None
-        texts.append([row[place] for place in labels])
     if not entries:
         raise UsageError(f"List {path} has no rows below its header; give at least one video.")
     if negative:
         notes.append(f"{path}: {negative:,} clips that do not show their class (label -1) are left out")
-    numbers = [entry.place for entry in entries]
-    found, multi_label = read_labels(texts, numbers, f"List {path}, {unit}", reading, "actions" in header)
-    entries = [entry._replace(labels=some, place=entry.place - 1) for entry, some in zip(entries, found, strict=True)]
-    has_ids = not any("/" in entry.names[0] or is_media(entry.names[0]) for entry in entries)
-    folder = DIGITS if all(entry.names[0].isdecimal() for entry in entries) else TRIMMED if is_kinetics else None
+    try:
+        found, multi_label = split_labels(shared, reading.multi_label, "actions" in header)
+    except LabelError as error:
+        place = next(entry.place for entry in entries if entry.labels == error.fields)
+        raise UsageError(f"List {path}, {unit} {place + 1}: {error}") from None
+    if any(fields != some for fields, some in found.items()):
+        entries = [entry._replace(labels=found[tuple(map(str, entry.labels))]) for entry in entries]
+    some = [entry.names[0] for entry in some_of(entries)]
+    has_ids = not any("/" in name or "\\" in name or is_media(name) for name in some)
+    folder = DIGITS if all(map(str.isdecimal, some)) else TRIMMED if is_kinetics else None
     expected = "{label}/{name}.mp4" if is_kinetics else "{name}.mp4" if has_ids else "{name}"
     return Catalogue(path, entries, folder, expected, has_ids, multi_label, tuple(notes))
 
@@ -175,20 +181,26 @@ def _find_labels(header: Sequence[str], path: str | Path, reading: Reading, note
     return [place for place, name in enumerate(header) if name == known[0]]
 
 
-def _row_parser(header: Sequence[str], is_kinetics: bool) -> Callable[[Sequence[Any], int], Entry]:
-    """Return the function from a row and its number to an entry without labels; it raises ValueError."""
+def _row_parser(header: Sequence[str], is_kinetics: bool) -> Callable[[Sequence[Any], tuple[str, ...], int], Entry]:
+    """Return the function from a row, its fields of labels and its place to an entry; it raises ValueError."""
     places = {kind: [header.index(name) for name in names.split() if name in header] for kind, names in COLUMNS.items()}
     at = {kind: found[0] for kind, found in places.items() if found}
     origin = 1 if "verb_class" in header else 0  # EPIC-Kitchens counts frames from 1
     path = at["path"]
+    has_prefix = header[path] == "youtube_id" and not is_kinetics  # HACS and ActivityNet name files v_ID
 
-    def parse(row: Sequence[Any], number: int) -> Entry:
+    clips: dict[tuple[str, str], tuple[Section, str]] = {}  # few times differ
+
+    def parse(row: Sequence[Any], labels: tuple[str, ...], place: int) -> Entry:
         name = str(row[path])
-        names = (name, f"v_{name}") if header[path] == "youtube_id" else (name,)
+        names = (name, f"v_{name}") if has_prefix else (name,)
         subset = str(row[at["subset"]]) if "subset" in at else ""
         if is_kinetics:
-            clip, cut = _kinetics_clip(name, str(row[at["start"]]), str(row[at["stop"]]))
-            return Entry(names, (), clip, None, cut, subset, number)
+            times = str(row[at["start"]]).removesuffix(".0"), str(row[at["stop"]]).removesuffix(".0")
+            clip = clips.get(times)
+            if clip is None or not IDENTIFIER.fullmatch(name):
+                clip = clips[times] = _kinetics_clip(name, *times)
+            return Entry(names, labels, clip[0], None, name + clip[1], subset, place)
         if not name:
             raise ValueError(f"the column {header[path]} is empty; give the path or the id of a video.")
         section: Section | None = None
@@ -199,19 +211,18 @@ def _row_parser(header: Sequence[str], is_kinetics: bool) -> Callable[[Sequence[
             first = to_whole(row[at["start_frame"]]) - origin
             stop = to_whole(row[at["stop_frame"]]) if "stop_frame" in at else first + to_whole(row[at["frames"]])
             frames = Section(first, stop, in_frames=True)
-        return Entry(names, (), section or frames, frames, "", subset, number)
+        return Entry(names, labels, section or frames, frames, "", subset, place)
 
     return parse
 
 
 def _kinetics_clip(name: str, start: str, stop: str) -> tuple[Section, str]:
-    """Return the section of a Kinetics video, and the name of a file that is cut out already."""
-    if not re.fullmatch(r"[\w-]+", name):
+    """Return the section of a Kinetics video, and what follows its id in the name of a file that is cut out."""
+    if not IDENTIFIER.fullmatch(name):
         raise ValueError(f"youtube_id {name!r}; give letters, digits, -, _.")
-    first, last = (re.sub(r"\.0+$", "", time) for time in (start, stop))
-    if not (first.isdecimal() and last.isdecimal() and max(len(first), len(last)) <= 6):
+    if not (start.isdecimal() and stop.isdecimal() and max(len(start), len(stop)) <= 6):
         raise ValueError(f"times {start!r} and {stop!r}; give whole seconds, as in 12 and 22.")
-    return Section(float(first), float(last), may_be_file=True), f"{name}_{first:0>6}_{last:0>6}"
+    return Section(float(start), float(stop), may_be_file=True), f"_{start:0>6}_{stop:0>6}"
 
 
 def to_seconds(text: Any) -> float:
@@ -229,28 +240,35 @@ def to_whole(text: Any) -> int:
     return int(float(text))
 
 
-def read_labels(
-    texts: Sequence[Sequence[Any]], numbers: Sequence[int], place: str, reading: Reading, is_charades: bool
-) -> tuple[list[tuple[Any, ...]], bool]:
-    """Return the labels of each row, and whether these are several; numbers where all are numbers, else names.
+class LabelError(ValueError):
+    """What is wrong with the ``fields`` of a row's labels."""
 
-    Raises UsageError, naming the row after ``place``, for a row without a label where videos have one each.
+    def __init__(self, fields: tuple[str, ...], problem: str) -> None:
+        super().__init__(problem)
+        self.fields = fields
+
+
+def split_labels(
+    rows: Iterable[tuple[str, ...]], multi_label: bool | None, is_charades: bool
+) -> tuple[dict[tuple[str, ...], tuple[str, ...] | tuple[int, ...]], bool]:
+    """Return the labels in each row of fields, and whether these are several; numbers where all are, else names.
+
+    Raises LabelError for a row without a label where videos have one each, or of a number that is none.
     """
-    several = is_charades or any(len(row) > 1 for row in texts) or any(_holds_several(row[0]) for row in texts)
-    multi_label = several if reading.multi_label is None else reading.multi_label
-    if is_charades and not multi_label:
-        raise UsageError(f"{place} {numbers[0]}: its videos have several actions each; unset DATA.MULTI_LABEL.")
-    split = [
-        [part for field in row for part in (_split(field) if multi_label else [str(field).strip()])] for row in texts
-    ]
-    are_numbers = all(NUMBER.fullmatch(label) for row in split for label in row)
-    for number, row in zip(numbers, split, strict=True):
+    rows = list(rows)
+    if multi_label is None:
+        multi_label = is_charades or any(len(row) > 1 or SEVERAL.search(row[0]) for row in rows)
+    elif is_charades and not multi_label:
+        raise LabelError(rows[0], "its videos have several actions each; unset DATA.MULTI_LABEL.")
+    found = {row: tuple(_split(row)) if multi_label else row for row in rows}
+    are_numbers = all(NUMBER.fullmatch(label) for labels in found.values() for label in labels)
+    for row, labels in found.items():
         if not multi_label and not row[0]:
-            raise UsageError(f"{place} {number}: label {row[0]!r} is empty; give a class.")
-        for label in row if are_numbers else ():
-            if problem := wrong_number(label):
-                raise UsageError(f"{place} {number}: {problem}")
-    return [tuple(map(int, row) if are_numbers else row) for row in split], multi_label
+            raise LabelError(row, f"label {row[0]!r} is empty; give a class.")
+        for problem in map(wrong_number, labels if are_numbers else ()):
+            if problem:
+                raise LabelError(row, problem)
+    return {row: tuple(map(int, labels)) if are_numbers else labels for row, labels in found.items()}, multi_label
 
 
 def wrong_number(label: str) -> str:
@@ -262,16 +280,16 @@ def wrong_number(label: str) -> str:
     return f"label {label[:20]} {problem}; give class numbers, counted from 0."
 
 
-def _holds_several(field: Any) -> bool:
-    return isinstance(field, list) or bool(SEVERAL.search(str(field)))
+def _to_text(field: Any) -> str:
+    """Return a field of labels as text; JSON may hold numbers and lists."""
+    return field if isinstance(field, str) else "|".join(map(str, field)) if isinstance(field, list) else str(field)
 
 
-def _split(field: Any) -> list[str]:
-    """Return the labels of one field, between which are | or ; or, in brackets and between numbers, commas."""
-    if isinstance(field, list):
-        return [str(part) for part in field]
-    text = str(field).strip()
-    marks = r"[|;,]" if SEVERAL.search(text) and not re.search("[|;]", text) else "[|;]"
-    parts = [part.strip(" '\"") for part in re.split(marks, text.strip("[]"))]
+def _split(fields: Sequence[str]) -> list[str]:
+    """Return the labels of fields in which | or ; separates them, or, in brackets and between numbers, commas."""
+    parts = []
+    for text in fields:
+        marks = "," if SEVERAL.search(text) and not re.search("[|;]", text) else "[|;]"
+        parts += [part.strip(" '\"") for part in re.split(marks, text.strip("[]"))]
     # Charades: a class with its start and end in seconds.
     return [re.sub(r"^(c[0-9]{3}) [0-9.]+ [0-9.]+$", r"\1", part) for part in parts if part]
