@@ -38,7 +38,7 @@ class Entry(NamedTuple):
 
 
 class Clips(NamedTuple):
-    """Videos found under a root, by name and by folder/name, without ending; ``repeated`` are in several folders."""
+    """Videos found under a root, by name without ending; ``repeated`` ones lie in several folders."""
 
     paths: dict[str, str]
     repeated: set[str]
@@ -102,20 +102,12 @@ def find_videos(
     kept, marked as missing, with the path where it is expected. Raises UsageError where a class is not in ``classes``.
     """
     entries = catalogue.entries
-    root = str(root)
-    clips = None
-    if catalogue.has_ids or not any(_is_there(root, entry.names[0]) for entry in some_of(entries)):
-        clips = search(catalogue.clip_folder)
-        if not catalogue.has_ids and not any(_look_up(entry.names, clips, True) for entry in some_of(entries)):
-            clips = None  # nothing is there: the root is wrong, and paths say so best
-    if clips and all(not entry.labels for entry in entries):  # ids alone: of clips whose names also say their times
-        cut = {name[:-14]: path for name, path in clips.paths.items() if TRIMMED.fullmatch(name) and "/" not in name}
-        clips = Clips({**cut, **clips.paths}, clips.repeated)
+    folder, clips = _where(catalogue, str(root), search)
     labels = {
         label: 0 if classes is None else classes.label_of(label, f"List {catalogue.source}: label {label!r}")
         for label in dict.fromkeys(label for entry in entries for label in entry.labels)
     }
-    videos = [_find(entry, catalogue, root, labels, clips) for entry in entries]
+    videos = [_find(entry, catalogue, folder, labels, clips) for entry in entries]
     if classes is None:
         return videos
     if any(not entry.labels for entry in entries) and not catalogue.multi_label:
@@ -130,8 +122,40 @@ def some_of(entries: Sequence[Entry]) -> Sequence[Entry]:
     return entries[:: max(1, len(entries) // LOOKS)]
 
 
-def _is_there(root: str | Path, name: str) -> bool:
-    return os.path.lexists(find_file(root, name))
+def _where(
+    catalogue: Catalogue, root: str, search: Callable[[re.Pattern[str] | None], Clips]
+) -> tuple[str, Clips | None]:
+    """Return the folder from which a list's paths start: the root, or the only folder in it where they lead somewhere.
+
+    Where names are ids, return also what was found of these.
+    """
+    names = [entry.names[0] for entry in some_of(catalogue.entries)]
+
+    def leads_somewhere(folder: str) -> bool:
+        return any(os.path.lexists(find_file(folder, name)) for name in names)
+
+    if not catalogue.has_ids and leads_somewhere(root):
+        return root, None
+    if not catalogue.has_ids and any("/" in name or "\\" in name or is_media(name) for name in names):
+        if all("/" in name or "\\" in name for name in names) and os.path.isdir(root):
+            folders = [item.path for item in os.scandir(root) if item.name[0] != "." and item.is_dir()]
+            found = [folder for folder in folders if leads_somewhere(folder)]
+            if len(found) == 1:
+                return found[0], None
+        return root, None
+    clips = search(catalogue.clip_folder)
+    if not catalogue.has_ids:
+        for name in filter(clips.repeated.__contains__, names):
+            raise UsageError(
+                f"List {catalogue.source}: {name} lies in several folders, of which {clips.paths[name]} is one; write "
+                f"it with its folder, from DATA.ROOT {root}."
+            )
+    if all(not entry.labels for entry in catalogue.entries):  # ids alone: of clips whose names also say their times
+        clips = Clips(
+            {name[:-14]: path for name, path in clips.paths.items() if TRIMMED.fullmatch(name)} | clips.paths,
+            clips.repeated,
+        )
+    return root, clips
 
 
 def _find(
@@ -144,7 +168,7 @@ def _find(
     else:
         if entry.trimmed in clips.paths:
             return Video(clips.paths[entry.trimmed], first, labels=several)
-        found = _look_up(entry.names, clips, not catalogue.has_ids)
+        found = next((clips.paths[name] for name in entry.names if name in clips.paths), None)
         if found is None:
             name = entry.trimmed or entry.names[0]
             label = str(entry.labels[0]).replace("/", "_") if entry.labels else ""
@@ -155,32 +179,6 @@ def _find(
     if entry.frames is not None and (section is None or os.path.isdir(path)):
         section = entry.frames
     return Video(path, first, section=section, labels=several)
-
-
-def _look_up(names: Sequence[str], clips: Clips, are_paths: bool) -> str | None:
-    """Return what was found of one of these names; a path counts only where its folders are those of what was found."""
-    for name in names:
-        if not are_paths and name in clips.paths:
-            return clips.paths[name]
-        if not are_paths and "." not in name:
-            continue
-        stem = _without_ending(name.replace("\\", "/"))
-        path = clips.paths.get("/".join(stem.rsplit("/", 2)[-2:]))
-        if path is None:
-            continue
-        if are_paths and "/" not in stem and stem in clips.repeated:
-            raise UsageError(
-                f"{name} lies in several folders, of which {path} is one; write it with its folder, as the paths of a "
-                f"list start from DATA.ROOT."
-            )
-        if not are_paths or _without_ending(path).endswith("/" + stem.lstrip("/")):
-            return path
-    return None
-
-
-def _without_ending(path: str) -> str:
-    stem, ending = os.path.splitext(path)
-    return stem if ending.lower() in MEDIA_SUFFIXES else path
 
 
 def _by_folder(video: Video, classes: ClassNames, source: str | Path) -> Video:
@@ -206,6 +204,11 @@ def _check_folders(videos: Sequence[Video], classes: ClassNames, source: str | P
             f"List {source}: {wrong.path} has the label of {classes.names[wrong.label]!r}, and so no video lies in the "
             f"folder of its class; labels count from 0 unless DATA.CLASSES has lines `id name`: correct one of them."
         )
+
+
+def is_media(name: str) -> bool:
+    """Say whether a name ends like that of an image or a video."""
+    return name.lower().endswith(MEDIA_SUFFIXES)
 
 
 def find_clips(root: str | Path, clip_folder: re.Pattern[str] | None) -> Clips:
@@ -264,8 +267,6 @@ def _list(place: str) -> tuple[list[str], list[str], bool]:
 
 
 def _add(found: Clips, stem: str, path: str) -> None:
-    parent = os.path.dirname(path)
     first = found.paths.setdefault(stem, path)
-    if first != path and os.path.dirname(first) != parent:
+    if first != path and os.path.dirname(first) != os.path.dirname(path):
         found.repeated.add(stem)
-    found.paths.setdefault(f"{os.path.basename(parent)}/{stem}", path)

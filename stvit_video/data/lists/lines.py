@@ -9,13 +9,12 @@ from pathlib import Path
 
 from stvit_video.common.errors import UsageError
 from stvit_video.data.decode.types import IMAGE_SUFFIXES, MEDIA_SUFFIXES
-from stvit_video.data.lists.catalogues import LOOKS, TRIMMED, Catalogue, Entry
+from stvit_video.data.lists.catalogues import LOOKS, TRIMMED, Catalogue, Entry, is_media
 from stvit_video.data.lists.tables import (
     COLUMNS,
     NUMBER,
     Reading,
     find_separator,
-    is_media,
     read_table,
     wrong_number,
 )

@@ -10,7 +10,7 @@ from typing import Any
 from stvit_video.common.errors import UsageError, nearest
 from stvit_video.data.decode.types import MEDIA_SUFFIXES
 from stvit_video.data.lists.annotations import Section
-from stvit_video.data.lists.catalogues import TRIMMED, Catalogue, Entry, some_of
+from stvit_video.data.lists.catalogues import TRIMMED, Catalogue, Entry, is_media, some_of
 
 MAX_LABEL = 999_999  # more classes than any data set has: a larger number is an id or a time, read as a label
 # What data sets call their columns, the likeliest first; compared in lower case, with _ for blanks.
@@ -136,11 +136,6 @@ def read_rows(rows: Rows, header: Sequence[str], path: str | Path, reading: Read
     folder = DIGITS if all(map(str.isdecimal, some)) else TRIMMED if is_kinetics else None
     expected = "{label}/{name}.mp4" if is_kinetics else "{name}.mp4" if has_ids else "{name}"
     return Catalogue(path, entries, folder, expected, has_ids, multi_label, tuple(notes))
-
-
-def is_media(name: str) -> bool:
-    """Say whether a name ends like that of an image or a video."""
-    return name.lower().endswith(MEDIA_SUFFIXES)
 
 
 def _check_kinetics(header: Sequence[str], path: str | Path) -> bool:
