@@ -12,14 +12,11 @@ from stvit_video.data.lists.annotations import (
     Video,
     check_files,
     check_labels,
-    class_folders,
-    is_media,
     read_classes,
-    read_file,
-    read_folder,
     read_list,
 )
 from stvit_video.data.lists.catalogues import find_clips, find_videos, read_catalogue
+from stvit_video.data.lists.folders import class_folders, is_media, read_file, read_folder
 from stvit_video.data.lists.splitting import take_part
 
 SPLITS = ("train", "val", "test")
