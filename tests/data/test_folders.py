@@ -31,9 +31,9 @@ def folders(tmp_path: Path) -> Path:
 
 
 def test_class_folders_are_labelled_in_order(folders: Path) -> None:
-    found = [(str(Path(video.path).relative_to(folders)), video.label) for video in read_folder(folders)]
+    found = [(str(Path(video.path).relative_to(folders)), video.label) for video in read_folder(folders)[0]]
     assert found == [("cat/v.MP4", 0), ("dog/a.png", 1), ("dog/b.JPG", 1), ("dog/more/c.webp", 1)]
-    named = read_folder(folders, ["ant", "eel", "dog", "cat"])
+    named, _ = read_folder(folders, ["ant", "eel", "dog", "cat"])
     assert {(Path(video.path).relative_to(folders).parts[0], video.label) for video in named} == {
         ("dog", 2),
         ("cat", 3),
@@ -42,7 +42,7 @@ def test_class_folders_are_labelled_in_order(folders: Path) -> None:
 
 def test_a_hidden_folder_above_hides_nothing(folders: Path) -> None:
     folders.rename(folders.with_name(".cache"))
-    assert len(read_folder(folders.with_name(".cache"))) == 4
+    assert len(read_folder(folders.with_name(".cache"))[0]) == 4
 
 
 def test_wrong_class_folders_are_named(folders: Path) -> None:
