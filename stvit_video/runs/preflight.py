@@ -2,8 +2,9 @@
 
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from stvit_video.config.clip_settings import view_settings
 from stvit_video.config.load import override
 from stvit_video.data import sample
 from stvit_video.data.lists.annotations import Video
-from stvit_video.data.lists.checks import check_lists, describe_lists
+from stvit_video.data.lists.checks import check_count, check_lists, describe_lists, name_recordings
 from stvit_video.data.lists.folders import are_numbers
 from stvit_video.data.lists.videos import ListReader, build_lists
 from stvit_video.models import LoadReport, load_pretrained
@@ -95,14 +96,15 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
         source = str(folder.weights)
         if not folder.weights.is_file():
             raise UsageError(f"MODE test: {source} is missing; give MODEL.INIT FILE or a finished run's OUTPUT_DIR.")
-    checkpoint = opened.checkpoint if opened else None
-    if source and Path(source).is_file() and checkpoint is None:
-        checkpoint = read_checkpoint(source)
+    read = cache(read_checkpoint)
     if opened:
         classes, videos, account = opened.classes, opened.videos, opened.account
     else:
-        known, continues = _build_known(cfg, checkpoint, state), state is not None
-        classes, videos, account = open_lists(cfg, world, needs_weights=needs_weights, known=known, continues=continues)
+        known = partial(_build_known, cfg, read, source, state)
+        classes, videos, account = open_lists(
+            cfg, world, needs_weights=needs_weights, known=known, continues=state is not None
+        )
+    checkpoint = opened.checkpoint if opened else read(source) if source else None
     _check_continued(state, classes, videos)
     asked = cfg.TRAIN.BATCH_SIZE
     if purpose != "measure" and cfg.MODE == "train":
@@ -182,16 +184,18 @@ def _check_classes(source: str, known: list[str] | None, classes: list[str]) -> 
         )
 
 
-def _build_known(cfg: CfgNode, checkpoint: Checkpoint | None, state: dict[str, Any] | None) -> Sequence[str] | None:
+def _build_known(
+    cfg: CfgNode, read: Callable[[str], Checkpoint], source: str, state: dict[str, Any] | None
+) -> Sequence[str] | None:
     """Return the class names whose order the labels keep: those of the run that is continued or of the classifier.
 
     None where a run is continued that recorded none: its class folders were sorted as text.
     """
     if state is not None:
         return state["setup"].get("classes")
-    if checkpoint is None or (cfg.MODE == "train" and (cfg.MODEL.NEW_HEAD or cfg.MODEL.INIT_DEPTH is not None)):
+    if not source or (cfg.MODE == "train" and (cfg.MODEL.NEW_HEAD or cfg.MODEL.INIT_DEPTH is not None)):
         return ()
-    return checkpoint.metadata.get("classes") or ()
+    return read(source).metadata.get("classes") or ()
 
 
 def _check_continued(state: dict[str, Any] | None, classes: list[str], videos: dict[str, list[Video]]) -> None:
@@ -209,14 +213,19 @@ def _check_continued(state: dict[str, Any] | None, classes: list[str], videos: d
 
 
 def open_lists(
-    cfg: CfgNode, world: World, *, needs_weights: bool, known: Sequence[str] | None = (), continues: bool = False
+    cfg: CfgNode,
+    world: World,
+    *,
+    needs_weights: bool,
+    known: Callable[[], Sequence[str] | None] = tuple,
+    continues: bool = False,
 ) -> tuple[list[str], dict[str, list[Video]], list[str]]:
     """Return the class names, the videos of each split that MODE uses, and lines on both for the user.
 
-    The set of DATA.GENERATE is generated first. ``known`` as ``_build_known`` returns it; what would be refused at the
+    The set of DATA.GENERATE is generated first. ``known`` is called as ``_build_known``; what would be refused at the
     start of a run is said where one ``continues``.
     """
-    lists = build_lists(cfg, trained=known or (), natural=known is not None, continues=continues)
+    lists = build_lists(cfg)
     weights = cfg.MODEL.INIT if needs_weights else ""
     trains = cfg.MODE == "train" or (cfg.MODE == "transfer" and cfg.TRANSFER.FINETUNE)
     splits = ["train", "val", "test"] if trains else ["test"] if cfg.MODE == "test" else ["train", "test"]
@@ -249,6 +258,8 @@ def open_lists(
                 f"{'; '.join(dict.fromkeys(advice.values()))}. Without a download this runs now: "
                 f"python -m stvit_video.run --cfg configs/sample_stvit.yaml"
             )
+        trained = known()
+        lists.trained, lists.natural, lists.continues = trained or (), trained is not None, continues
         videos = {split: lists.videos(split) for split in splits if lists.lists[split]}
         return lists.classes, videos, _build_account(cfg, lists, videos, continues)
 
@@ -257,15 +268,23 @@ def open_lists(
 
 def _build_account(cfg: CfgNode, lists: ListReader, videos: dict[str, list[Video]], continues: bool) -> list[str]:
     """Return lines on the lists that were read. Raises UsageError where labels or splits are certainly wrong."""
-    lines, recordings = describe_lists(lists.classes, videos, lists.root, cfg.DATA.GROUP)
+    recordings = name_recordings(videos, lists.root, cfg.DATA.GROUP)
+    lines = describe_lists(lists.classes, videos, recordings)
+    sources = {split: str(lists.source(split)) for split in videos}
     try:
-        notes = check_lists(lists.classes, videos, lists.lists, lists.root, cfg.DATA.GROUP)
+        if "train" in videos and lists.num_classes is None:
+            check_count(lists.classes, videos, sources["train"])
+        notes = check_lists(videos, sources, recordings, cfg.DATA.GROUP)
     except UsageError as error:
         if not continues:
             raise
         notes = [str(error)]
     if lists.shares is not None:
-        ways = "those of one recording together" if recordings else "each by itself, also cuts of one recording"
+        ways = (
+            "those of one recording together"
+            if any(map(any, recordings.values()))
+            else "each by itself, also cuts of one recording"
+        )
         lines.append(
             f"DATA.SPLIT: {' / '.join(map(str, lists.shares))} % of each class for training / validation / test, "
             f"drawn from file names, {ways} (DATA.GROUP {cfg.DATA.GROUP!r})"

@@ -103,7 +103,7 @@ def _check_one_sequence(kind: str, frames: list[tuple[tuple[Decimal, ...], str]]
 
 
 def _count(kinds: Mapping[str, Sized]) -> str:
-    shown = ", ".join(f"{len(frames)} {kind}" for kind, frames in sorted(kinds.items())[:4])
+    shown = ", ".join(f"{len(frames)} {kind.replace('#', '{}')}" for kind, frames in sorted(kinds.items())[:4])
     return f"{shown}, ..." if len(kinds) > 4 else shown
 
 

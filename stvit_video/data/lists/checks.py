@@ -16,28 +16,29 @@ MAX_COMPARED = 2_000  # videos of a run whose files are compared by content
 READ_BYTES = 1 << 20  # of a file, where files of one size are compared
 
 
-def describe_lists(
-    classes: Sequence[str], videos: Mapping[str, list[Video]], root: str | Path, group: str
-) -> tuple[list[str], int]:
-    """Return lines with the videos of each class and of each split, and how many recordings the names tell.
+Recordings = Mapping[str, Sequence[str | None]]  # by split, what names the recording of each video
 
-    Lists are as in ``check_lists``, ``group`` as in ``find_recordings``. Raises UsageError where it matches no path.
-    """
-    lists = {id(found): found for found in videos.values()}  # one list may be that of several splits
-    counts = Counter(label for found in lists.values() for video in found for label in labels_of(video))
-    lines, total = [describe_classes(classes, counts)], 0
-    for split, found in videos.items():
-        named = Counter(find_recordings([video.path for video in found], root, group))
-        recordings = len(named) - (None in named)
-        total += recordings
-        lines.append(summarise_videos(found, split, recordings if named[None] < len(found) else 0))
-        lines += _describe_gaps(split, classes, found)
-    if group not in ("", "auto") and not total:
+
+def name_recordings(videos: Mapping[str, list[Video]], root: str | Path, group: str) -> Recordings:
+    """Return the recordings of all videos, see ``find_recordings``. Raises UsageError where ``group`` matches none."""
+    found = {split: find_recordings([video.path for video in part], root, group) for split, part in videos.items()}
+    if group not in ("", "auto") and not any(any(names) for names in found.values()):
         raise UsageError(
             f"DATA.GROUP {group!r} matches none of the paths, the first being {next(iter(videos.values()))[0].path}; "
             f"correct it, or give auto."
         )
-    return lines, total
+    return found
+
+
+def describe_lists(classes: Sequence[str], videos: Mapping[str, list[Video]], recordings: Recordings) -> list[str]:
+    """Return lines with the videos of each class and of each split."""
+    lists = {id(found): found for found in videos.values()}  # one list may be that of several splits
+    counts = Counter(label for found in lists.values() for video in found for label in labels_of(video))
+    lines = [describe_classes(classes, counts)]
+    for split, found in videos.items():
+        lines.append(summarise_videos(found, split, len({*recordings[split]} - {None})))
+        lines += _describe_gaps(split, classes, found)
+    return lines
 
 
 def labels_of(video: Video) -> tuple[int, ...]:
@@ -69,51 +70,67 @@ def _describe_gaps(split: str, classes: Sequence[str], videos: Sequence[Video]) 
     return [f"note: {split} has no video of {len(without):,} of {len(classes):,} classes: {shown}"]
 
 
-def check_lists(
-    classes: Sequence[str], videos: Mapping[str, list[Video]], sources: Mapping[str, str], root: str | Path, group: str
-) -> list[str]:
-    """Return notes on labels and on what training and other splits share; ``sources`` are the lists' names.
+def check_count(classes: Sequence[str], videos: Mapping[str, list[Video]], source: str) -> None:
+    """Raise UsageError where classes that only numbers name do not begin with 0: a class would have no video."""
+    labels = {label for found in videos.values() for video in found for label in labels_of(video)}
+    if min(labels) > 0 and list(classes) == [str(i) for i in range(len(classes))]:
+        raise UsageError(
+            f"{source}: labels are {min(labels)} to {max(labels)} and none is 0, but classes count from 0: there would "
+            f"be classes without a video. Subtract {min(labels)} from each label, or give DATA.CLASSES, or "
+            f"MODEL.NUM_CLASSES {len(classes)} if there are such classes."
+        )
 
-    Raises UsageError where labels count from 1, or videos of the test are in another list for training.
+
+def check_lists(
+    videos: Mapping[str, list[Video]], sources: Mapping[str, str], recordings: Recordings, group: str
+) -> list[str]:
+    """Return notes on what lists hold several times, and on what training and other splits share.
+
+    ``sources`` are where the lists are. Raises UsageError where videos of the test are in another list for training, or
+    of a recording, as ``group`` names it, of which training has videos.
     """
+    keys = {split: _keys_of(found) for split, found in videos.items()}
+    notes = []
+    for split, found in videos.items():
+        labels: dict[object, set[tuple[int, ...]]] = {}
+        for key, video in zip(keys[split], found, strict=True):
+            labels.setdefault(key, set()).add(labels_of(video))
+        if again := len(found) - len(labels):
+            other = sum(len(several) > 1 for several in labels.values())
+            text = f"{again:,} of {len(found):,} {split} videos are in the list more than once"
+            notes.append(f"{text}, {other:,} files with different labels" if other else text)
     train = videos.get("train")
     if train is None:
-        return []
-    labels = {label for found in videos.values() for video in found for label in labels_of(video)}
-    if min(labels) == 1 and list(classes) == [str(i) for i in range(len(classes))]:
-        raise UsageError(
-            f"{sources['train']}: labels are 1 to {max(labels)} and none is 0, but classes count from 0: class 0 would "
-            f"have no video. Subtract 1 from each label, or give MODEL.NUM_CLASSES {len(classes)} if class 0 exists."
-        )
-    notes = []
-    learned = dict(zip(_keys_of(train), train, strict=True))
-    recordings = {*find_recordings([video.path for video in train], root, group)} - {None}
+        return notes
+    learned, trained = set(keys["train"]), {*recordings["train"]} - {None}
     for split in [name for name in videos if name != "train"]:
         found = videos[split]
-        shared = [video.path for key, video in zip(_keys_of(found), found, strict=True) if key in learned]
+        shared = [video.path for key, video in zip(keys[split], found, strict=True) if key in learned]
+        cuts = [name for name in recordings[split] if name in trained]
+        text = ""
         if shared and sources[split] == sources["train"]:
             notes.append(f"{split} is the training list: its accuracy is of videos that were learned")
-        elif shared:
+            continue
+        if shared:
             text = f"{len(shared):,} of {len(found):,} videos of {sources[split]} are in {sources['train']} too"
             text += f", the first {shared[0]}"
-            if split == "test":
-                raise UsageError(f"{text}: the test would be of videos that were learned. Remove them from one list.")
-            notes.append(text)
-        again = [name for name in find_recordings([video.path for video in found], root, group) if name in recordings]
-        if again and not shared:
-            notes.append(f"{len(again):,} {split} videos are of recordings that training has too, the first {again[0]}")
+        elif cuts:
+            text = f"{len(cuts):,} of {len(found):,} {split} videos are of recordings that training has too"
+            text += f", the first {cuts[0]}"
+        if split == "test" and (shared or (cuts and group != "auto")):
+            raise UsageError(f"{text}: the test would be of videos that were learned. Remove them from one list.")
+        notes += [text] if text else []
         if not shared and len(train) + len(found) <= MAX_COMPARED:
             copies = find_copies([video.path for video in train], [video.path for video in found])
             if copies:
-                first, other = copies[0]
                 text = f"{len(copies):,} {split} videos have the same content as training videos"
-                notes.append(f"{text}, the first {other} and {first}")
+                notes.append(f"{text}, the first {copies[0][1]} and {copies[0][0]}")
     return notes
 
 
 def _keys_of(videos: Sequence[Video]) -> list[tuple[object, ...]]:
     """Return what makes a sample what it is: its file and, where it is a part of that, which."""
-    paths = real_paths([os.path.normpath(video.path) for video in videos])
+    paths = real_paths([video.path for video in videos])
     return [(path, video.section) for path, video in zip(paths, videos, strict=True)]
 
 

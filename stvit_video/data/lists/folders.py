@@ -104,7 +104,7 @@ def find_media(root: str, *, frames: int = 1, pattern: str = "", base: str = "")
         parallel = all(FRAMES_FOLDER.fullmatch(name) or FLOW_FOLDER.fullmatch(name) for name in folders)
         for name, is_link in folders.items():
             path = os.path.join(folder, name)
-            is_flow = parallel and FLOW_FOLDER.fullmatch(name) and not FRAMES_FOLDER.fullmatch(name)
+            is_flow = parallel and FLOW_FOLDER.fullmatch(name) and "rgb" not in name.lower()
             is_preview = (stems or beside) and PREVIEW_FOLDER.fullmatch(name)
             is_spare = bool(name in FOREIGN_FOLDERS or name in stems or is_flow or is_preview)
             real = os.path.realpath(path) if is_link else path
@@ -190,8 +190,8 @@ def read_folder(
     """Read class folders of images and videos, their sub-folders included, sorted by path; see ``find_media``.
 
     A label is the folder's place in ``classes``, or else among ``class_folders``; a class may have no files and no
-    folder. Pictures in a class folder itself are samples, unless a clip has several ``frames`` and there are videos
-    too. The second value are sentences that say what was taken for what. Raises UsageError where a folder is not in
+    folder. Pictures that are not frames are samples where they are not beside videos. The second value are sentences
+    that say what was taken for what. Raises UsageError where a folder is not in
     ``classes``, or where there are no class folders or no images and videos at all.
     """
     path, folders = Path(path), class_folders(path)
@@ -208,28 +208,28 @@ def read_folder(
             if (entry.name[0] != "." and entry.name not in labels if entry.is_dir() else is_media(entry.name))
         ]
     passed_over += [file for part in found.values() for file in part.passed_over]
-    pictures = sum(len(part.pictures) for part in found.values())
     frame_folders = sum(part.frame_folders for part in found.values())
-    beside_videos = frames > 1 and any(part.videos for part in found.values())
+    has_videos = any(part.videos for part in found.values())
     videos = []
+    pictures = []
     for name, part in found.items():
-        files = part.videos if beside_videos else sorted([*part.videos, *part.pictures], key=os.path.split)
+        # Cover art and the like: pictures beside videos of several frames, or beside as many videos of their class.
+        is_beside = has_videos if frames > 1 else len(part.videos) >= len(part.pictures)
+        pictures += [] if is_beside else part.pictures
+        passed_over += part.pictures if is_beside else []
+        files = part.videos if is_beside else sorted([*part.videos, *part.pictures], key=os.path.split)
         videos += [Video(file, labels[name]) for file in files]
-        passed_over += part.pictures if beside_videos else []
+    unused = [f"{path}: {describe_passed_over(passed_over, str(path))}"] if passed_over else []
     if not videos:
         raise UsageError(
             f"Folder {path}: none of its {len(folders)} class folders holds an image or a video; give files ending in "
-            f"{', '.join(MEDIA_SUFFIXES)}."
+            f"{', '.join(MEDIA_SUFFIXES)}.{''.join(f' {line}' for line in unused)}"
         )
-    notes = []
-    if frame_folders:
-        notes.append(f"{path}: {frame_folders:,} folders of pictures are videos, each the frames of one")
-    if pictures and not beside_videos:
-        shown = f"shown in all {frames} frames of a clip" if frames > 1 else "one sample"
-        notes.append(f"{path}: {pictures:,} pictures, each {shown}")
-    if passed_over:
-        notes.append(f"{path}: {describe_passed_over(passed_over, str(path))}")
-    return videos, notes
+    notes = [f"{path}: folders of pictures, each the frames of a video: {frame_folders:,}"] if frame_folders else []
+    if pictures:
+        shown = f"shown in all {frames} frames of a clip" if frames > 1 else "a sample"
+        notes.append(f"{path}: pictures, each {shown}: {len(pictures):,}")
+    return videos, notes + unused
 
 
 def describe_passed_over(paths: Sequence[str], root: str) -> str:
@@ -239,7 +239,9 @@ def describe_passed_over(paths: Sequence[str], root: str) -> str:
     )
     kinds = ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common(5))
     first = ", ".join(os.path.relpath(path, root) for path in paths[:3])
-    return f"passed over: {len(paths):,} files ({kinds}): {first}{', ...' if len(paths) > 3 else ''}"
+    return (
+        f"passed over: {len(paths):,} file{'s'[: len(paths) > 1]} ({kinds}): {first}{', ...' if len(paths) > 3 else ''}"
+    )
 
 
 def read_file(path: str | Path, classes: Sequence[str]) -> list[Video]:

@@ -14,15 +14,16 @@ from stvit_video.data.decode.types import IMAGE_SUFFIXES
 from stvit_video.data.lists.annotations import Video
 
 MAX_LINKS = 20_000  # files of a list that are asked whether they are links: on slow storage, more would take minutes
-# Names of cuts of one recording; the first group that matches names it.
-CUTS = re.compile(
-    r"(v_.+_g[0-9]+)_c[0-9]+"  # UCF50 and UCF101: v_Archery_g01_c02
-    r"|(v_[a-z_]+_[0-9]{2})_[0-9]{2}"  # UCF11: v_biking_01_02
+# Names of cuts of one recording, without ending, by a text that they hold; the group names the recording.
+CUTS = {
+    "v_": re.compile(r"(v_.+_g[0-9]+)_c[0-9]+|(v_[a-z_]+_[0-9]{2})_[0-9]{2}"),  # UCF101: v_Archery_g01_c02; UCF11
     # HMDB51: NAME_VERB_f_cm_np1_fr_bad_0, where some verbs are of two words
-    r"|(.+?)_(?:brush_hair|climb_stairs|draw_sword|fall_floor|flic_flac|kick_ball|ride_bike|ride_horse|shake_hands"
-    r"|shoot_ball|shoot_bow|shoot_gun|swing_baseball|sword_exercise|[a-z]+)_[a-z]+_[a-z]{2}_np[0-9]_[a-z]{2}_[a-z]{3}_[0-9]+"
-    r"|([\w-]+)_[0-9]{6}_[0-9]{6}"  # Kinetics: YOUTUBEID_000001_000011
-)
+    "_np": re.compile(
+        r"(.+?)_(?:brush_hair|climb_stairs|draw_sword|fall_floor|flic_flac|kick_ball|ride_bike|ride_horse|shake_hands"
+        r"|shoot_ball|shoot_bow|shoot_gun|swing_baseball|sword_exercise|[a-z]+)_[a-z]_[a-z]{2}_np[0-9]_[a-z]{2}_[a-z]{3}_.+"
+    ),
+    "_0": re.compile(r"([\w-]+)_[0-9]{6}_[0-9]{6}"),  # Kinetics: YOUTUBEID_000001_000011
+}
 
 
 def find_recordings(paths: Sequence[str], root: str | Path, group: str) -> list[str | None]:
@@ -30,12 +31,19 @@ def find_recordings(paths: Sequence[str], root: str | Path, group: str) -> list[
 
     ``group`` is a regular expression that is searched in paths below ``root``; ``auto`` knows the names of CUTS.
     """
+    if not group:
+        return [None] * len(paths)
     if group != "auto":
-        found = [re.search(group, os.path.relpath(path, root)) if group else None for path in paths]
-    else:
-        names = (os.path.basename(path) for path in paths)
-        found = [CUTS.fullmatch(name) or CUTS.fullmatch(os.path.splitext(name)[0]) for name in names]
-    return [next((text for text in match.groups() if text is not None), None) if match else None for match in found]
+        matches = [re.search(group, os.path.relpath(path, root)) for path in paths]
+        return [next(filter(None, match.groups()), None) if match else None for match in matches]
+    names = [path[path.rfind("/") + 1 :] for path in paths]
+    stems = [name[: name.rfind(".")] if "." in name else name for name in names]
+    found: list[str | None] = [None] * len(paths)
+    for part, pattern in CUTS.items():
+        for i, stem in enumerate(stems):
+            if part in stem and found[i] is None and (match := pattern.fullmatch(stem)):
+                found[i] = match[match.lastindex or 0]
+    return found
 
 
 def find_origins(videos: Sequence[Video], root: str | Path, group: str) -> list[str]:
@@ -74,10 +82,10 @@ def real_paths(paths: Sequence[str]) -> list[str]:
     folders: dict[str, str] = {}
     found = []
     for path in paths:
-        folder, name = os.path.split(path)
+        folder, _, name = path.rpartition("/")
         if folder not in folders:
-            folders[folder] = os.path.realpath(folder)
-        real = os.path.join(folders[folder], name)
+            folders[folder] = os.path.realpath(folder or ("/" if path[:1] == "/" else os.curdir))
+        real = f"{folders[folder]}/{name}"
         is_link = len(paths) <= MAX_LINKS and os.path.islink(real)
         found.append(os.path.realpath(real) if is_link else real)
     return found

@@ -193,10 +193,8 @@ def check_frames(videos: Sequence[Video], source: Path) -> None:
         raise UsageError(f"{source}: folder of frames {errors[0]}")
 
 
-def build_lists(
-    cfg: CfgNode, *, trained: Sequence[str] = (), natural: bool = True, continues: bool = False
-) -> ListReader:
-    """Return the reader of the configured lists; the other arguments are those of ``ListReader``."""
+def build_lists(cfg: CfgNode) -> ListReader:
+    """Return the reader of the configured lists."""
     return ListReader(
         root=Path(cfg.DATA.ROOT),
         lists={split: cfg.DATA[f"{split.upper()}_LIST"] for split in SPLITS},
@@ -207,7 +205,4 @@ def build_lists(
         frames=cfg.DATA.FRAMES,
         frame_pattern=cfg.DATA.FRAME_PATTERN,
         group=cfg.DATA.GROUP,
-        trained=trained,
-        natural=natural,
-        continues=continues,
     )
