@@ -77,13 +77,20 @@ def find_media(root: str, *, frames: int = 1, pattern: str = "", base: str = "")
     found = Found()
     frame_folders: list[str] = []
     entered: set[str] = set()  # folders, those behind links by their real paths
-    waiting: list[tuple[str, set[str]]] = [(root, set())]  # a folder, and the stems of the videos beside it
+    # A folder, the stems of the videos beside it, and whether it lies in the folder of a video.
+    waiting: list[tuple[str, set[str], bool]] = [(root, set(), False)]
     while waiting:
-        folder, beside = waiting.pop()
-        videos, pictures, others, folders = _list_folder(folder, quick=frames > 1 and not pattern and folder != root)
+        folder, beside, within = waiting.pop()
+        try:
+            listed = _list_folder(folder, quick=frames > 1 and not pattern and folder != root)
+        except OSError:  # it may not be read
+            found.passed_over.append(folder + os.sep)
+            continue
+        videos, pictures, others, folders = listed
+        within = within or bool(videos and folder != root)
         stems = {os.path.splitext(name)[0] for name in videos} if pictures or folders else set()
         # Videos' frames or previews lie beside them: the videos are taken.
-        spare = set(pictures) if videos and folder != root else set()
+        spare = set(pictures) if within else set()
         spare |= {name for name in pictures if os.path.splitext(name)[0] in stems | beside} if pictures else set()
         kept = [name for name in pictures if name not in spare]
         if pattern:
@@ -105,15 +112,16 @@ def find_media(root: str, *, frames: int = 1, pattern: str = "", base: str = "")
         for name, is_link in folders.items():
             path = os.path.join(folder, name)
             is_flow = parallel and FLOW_FOLDER.fullmatch(name) and "rgb" not in name.lower()
+            is_flow = is_flow and len(folders) + len(name) > 2  # a lone folder "x" is a video of that name
             is_preview = (stems or beside) and PREVIEW_FOLDER.fullmatch(name)
             is_spare = bool(name in FOREIGN_FOLDERS or name in stems or is_flow or is_preview)
             real = os.path.realpath(path) if is_link else path
             is_spare = is_spare or (is_link and (real in entered or _leads_back(path, base or root)))
             entered.add(real)
-            if is_spare or (videos and folder != root and FRAMES_FOLDER.fullmatch(name)):
+            if is_spare:
                 found.passed_over.append(path + os.sep)
             else:
-                waiting.append((path, stems))
+                waiting.append((path, stems, within))
     found.videos += frame_folders
     found.frame_folders = len(frame_folders)
     for paths in (found.videos, found.pictures, found.passed_over):
@@ -160,17 +168,17 @@ def _leads_back(link: str, root: str) -> bool:
     return way[0] != os.pardir and not any(name[0] == "." for name in way)
 
 
-def class_folders(path: str | Path, *, natural: bool = True) -> list[str]:
+def class_folders(path: str | Path) -> list[str]:
     """Return the sorted names of the class folders in ``path``, numbers by their value; UsageError without any.
 
-    Hidden folders, FOREIGN_FOLDERS and links back are none. Without ``natural``, numbers are sorted as text.
+    Hidden folders, FOREIGN_FOLDERS and links back are none.
     """
     path = Path(path)
     with os.scandir(path) as entries:
         names = sorted(entry.name for entry in entries if entry.is_dir() and _is_class(entry, str(path)))
     if not names:
         raise UsageError(f"Folder {path} has no class folders; put files at {path}/CLASS/FILE, one folder a class.")
-    return sorted(names, key=int) if natural and are_numbers(names) else names
+    return sorted(names, key=int) if are_numbers(names) else names
 
 
 def _is_class(entry: os.DirEntry[str], root: str) -> bool:

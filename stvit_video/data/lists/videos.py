@@ -20,7 +20,7 @@ from stvit_video.data.lists.annotations import (
 )
 from stvit_video.data.lists.catalogues import find_clips, find_videos, read_catalogue
 from stvit_video.data.lists.checks import check_names, label_by_name
-from stvit_video.data.lists.folders import class_folders, is_media, read_file, read_folder
+from stvit_video.data.lists.folders import are_numbers, class_folders, is_media, read_file, read_folder
 from stvit_video.data.lists.splitting import take_part
 
 SPLITS = ("train", "val", "test")
@@ -151,6 +151,9 @@ class ListReader:
             return by_name
         if check_names(videos, names, source) or self.class_file:
             return videos
+        if self._naming_split == "test":
+            self.notes.append(f"labels of {source} are taken for places among the checkpoint's classes")
+            return videos
         raise UsageError(
             f"DATA.{split.upper()}_LIST {source} has numbers for labels, but {self.source(self._naming_split)} names "
             f"its classes ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''}); give DATA.CLASSES, the names in "
@@ -166,15 +169,16 @@ class ListReader:
         """The class names that a file, folders or a published list give; None where there are only numbers."""
         if self.class_file:
             return read_classes(self.root / self.class_file)
-        source = self.source(self._naming_split)
+        source, is_test = self.source(self._naming_split), self._naming_split == "test"
         if source.is_dir():
-            names = class_folders(source, natural=self.natural)
+            names = class_folders(source)
         else:
             catalogue = self._catalogue(source) if source.is_file() and not is_media(source) else None
             if catalogue is None:
-                return None
+                return list(self.trained) or None if is_test else None
             names = catalogue.classes()
-        is_part = self._naming_split == "test" and set(names) < set(self.trained)  # a test may be of some classes
+        names = sorted(names, key=int) if self.natural and are_numbers(names) else sorted(names)
+        is_part = is_test and set(names) < set(self.trained)  # a test may be of some classes
         return list(self.trained) if is_part or set(names) == set(self.trained) else names
 
 
