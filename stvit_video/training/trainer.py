@@ -310,6 +310,7 @@ def build_trainer(run: OpenRun) -> Trainer:
     )
     setup = {"processes": world.size, "strategy": cfg.PARALLEL.STRATEGY, "accumulation": cfg.TRAIN.ACCUMULATE}
     setup |= {"compile": cfg.COMPILE, "device": world.device.type, "batch": cfg.TRAIN.BATCH_SIZE}
+    setup |= {"classes": run.classes, "videos": len(run.videos["train"])}  # open_run keeps them
     scheduler = build_scheduler(cfg, optimizer, steps_per_epoch, total)
     return Trainer(
         model, wrapped, optimizer, scheduler, loader, world, settings, total, setup, ema_model, eval_model, val_loader

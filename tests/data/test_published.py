@@ -412,14 +412,6 @@ def test_a_file_name_in_two_folders_is_not_guessed(tmp_path: Path) -> None:
     assert read_list(tmp_path / "list", tmp_path) == [Video(f"{tmp_path}/a.mp4", 1)]
 
 
-def test_labels_that_no_folder_agrees_with_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "list").write_text("ski/a.mp4 1\nyoga/b.mp4 2\n")  # counted from 1
-    with pytest.raises(UsageError, match=r"ski/a.mp4 has the label of 'yoga'"):
-        read_list(tmp_path / "list", tmp_path, ["ski", "yoga", "zumba"])
-    (tmp_path / "list").write_text("ski/a.mp4 0\nyoga/b.mp4 2\n")  # one of them was relabelled
-    assert [video.label for video in read_list(tmp_path / "list", tmp_path, ["ski", "yoga", "zumba"])] == [0, 2]
-
-
 @pytest.mark.parametrize(
     ("content", "names", "ids"),
     [

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stvit_video.common.errors import UsageError, nearest
+from stvit_video.data.decode.pictures import is_pattern
 
 MAX_LOOKS = 512  # files to look at where a list is checked: a wrong root shows within seconds on any storage
 LIST_FORM = "a text file with lines `path label`, or a CSV or JSON as data sets publish it"
@@ -83,10 +84,10 @@ def check_files(videos: list[Video], max_failures: float, source: str | Path, ro
         )
 
 
-def summarise_videos(videos: list[Video], split: str) -> str:
-    """Return a line for the user: how many videos ``split`` has, and how many of them are missing."""
+def summarise_videos(videos: list[Video], split: str, recordings: int = 0) -> str:
+    """Return a line for the user: how many videos ``split`` has, of how many recordings, and how many are missing."""
     missing, known = find_missing(videos)
-    line = f"{split}: {len(videos):,} videos"
+    line = f"{split}: {len(videos):,} videos" + (f" of {recordings:,} recordings" if recordings else "")
     if missing:
         looked_at = "" if known == len(videos) else f" of {known:,} looked at"
         line += f", {len(missing):,}{looked_at} ({100 * len(missing) / known:.1f} %) missing, the first {missing[0]}; "
@@ -108,6 +109,7 @@ def find_missing(videos: list[Video]) -> tuple[list[str], int]:
 
 def _is_there(path: str) -> bool:
     """Say whether ``path`` is a file, or a folder of frames, which may be many, that is not empty."""
+    path = os.path.dirname(path) if is_pattern(path) else path
     if not os.path.isdir(path):
         return os.path.isfile(path)
     with os.scandir(path) as entries:

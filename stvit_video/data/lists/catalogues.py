@@ -112,8 +112,6 @@ def find_videos(
         return videos
     if any(not entry.labels for entry in entries) and not catalogue.multi_label:
         videos = [video if video.label >= 0 else _by_folder(video, classes, catalogue.source) for video in videos]
-    elif classes.names and not classes.are_numbers and not catalogue.multi_label:
-        _check_folders(videos, classes, catalogue.source)
     return videos
 
 
@@ -188,22 +186,6 @@ def _by_folder(video: Video, classes: ClassNames, source: str | Path) -> Video:
     folder = os.path.basename(os.path.dirname(video.path))
     given = f"List {source} has no labels, and the folder {folder!r} of {os.path.basename(video.path)}"
     return replace(video, label=classes.label_of(folder, given))
-
-
-def _check_folders(videos: Sequence[Video], classes: ClassNames, source: str | Path) -> None:
-    """Raise UsageError where all folders that are named like classes are named like others than their labels."""
-    wrong = None
-    for video in videos:
-        place = classes.find(video.path.rsplit("/", 2)[-2] if "/" in video.path else "")
-        if place == video.label:
-            return
-        if place is not None and wrong is None:
-            wrong = video
-    if wrong is not None and wrong.label < len(classes.names):
-        raise UsageError(
-            f"List {source}: {wrong.path} has the label of {classes.names[wrong.label]!r}, and so no video lies in the "
-            f"folder of its class; labels count from 0 unless DATA.CLASSES has lines `id name`: correct one of them."
-        )
 
 
 def is_media(name: str) -> bool:

@@ -31,14 +31,9 @@ class ClassNames:
             places.setdefault(_compared(name), place)
         object.__setattr__(self, "_places", {**places, **{key: place for place, key in enumerate(self.ids)}})
 
-    @property
-    def are_numbers(self) -> bool:
-        """Whether the names themselves are numbers, as those of numbered folders are."""
-        return bool(self.names) and all(name.isdecimal() for name in self.names)
-
     def find(self, label: str | int) -> int | None:
         """Return the label of a class from its name, its id or its number; None where there is none."""
-        if isinstance(label, int) and not self.ids and not self.are_numbers:
+        if isinstance(label, int) and not self.ids:
             return label  # whether it is out of range is checked with all others
         return self._places.get(_compared(str(label)))
 
