@@ -107,6 +107,7 @@ KEYS = (
     Key("DATA.TEST_LIST", "test.csv", "same, for the final multi-view test"),
     Key("DATA.SPLIT", None, "train, val, test percent where one list is all", kind=int, length=3, low=0, high=100),
     Key("DATA.CLASSES", "", "file: one class name a line in the order of the labels, or JSON {name: label}"),
+    Key("DATA.MULTI_LABEL", None, "several labels a video: sigmoid, mAP; not set: as the list says", kind=bool),
     Key("DATA.GENERATE", "", "write this generated set to DATA.ROOT first", ("", "sample", "sample_hard")),
     Key("DATA.GENERATE_CLIPS", [3072, 256, 512], "training, validation and test videos to generate", length=3, low=8),
     Key("DATA.FRAMES", 16, "frames of a clip", low=1),
