@@ -21,13 +21,14 @@ from stvit_video.models import LoadReport, load_pretrained
 from stvit_video.models.cost import Cost, count_training_memory, measure_cost
 from stvit_video.models.weights.files import Checkpoint, read_checkpoint
 from stvit_video.models.zoo import build_model
-from stvit_video.runs.checkpoint import check_all_loaded, load_newest
+from stvit_video.runs.checkpoint import check_all_loaded, load_newest, save_weights
 from stvit_video.runs.folder import RunFolder, build_run_folder
 from stvit_video.runs.log import describe_results
 from stvit_video.runtime.world import World, gather_objects, on_main
 
 KINETICS_CLASSES = 400  # assumed where there are no data to count; the classifier's share of the cost is small
 SOME_CLASSES = 2  # to see whether a network can be built, before its data are there to count
+LABELS = {False: "one label", True: "several labels"}  # of a video, by whether the set is multi-label
 WEIGHTS_ADVICE = "MODEL.INIT is a .pth or .safetensors file, such as a finished run leaves in its OUTPUT_DIR"
 # run: as MODE says. rehearse: the same, but nothing is written or continued. measure: OUTPUT_DIR and weights are not
 # read, as for a benchmark.
@@ -50,6 +51,16 @@ class OpenRun:
     checkpoint: Checkpoint | None = None  # MODEL.INIT, in MODE transfer, which loads it more than once
     report: LoadReport | None = None  # which of the checkpoint's weights were loaded
     state: dict[str, Any] | None = None  # the training state to continue from
+    multi_label: bool = False  # a video may have several labels, or none
+
+    @property
+    def label_columns(self) -> int | None:
+        """The number of classes of a multi-label set; None where a video has one label."""
+        return len(self.classes) if self.multi_label else None
+
+    def save_weights(self, path: Path, model: nn.Module) -> None:
+        """Write a model with all that using it takes."""
+        save_weights(path, model, self.classes, self.views, self.multi_label)
 
     def claim(self, *, keep_report: bool = True) -> None:
         """Make the folder this run's, and say what it is; from here on files are written."""
@@ -100,6 +111,13 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
         if not folder.weights.is_file():
             raise UsageError(f"MODE test: {source} is missing; give MODEL.INIT FILE or a finished run's OUTPUT_DIR.")
     classes, videos = (opened.classes, opened.videos) if opened else open_lists(cfg, world, needs_weights=needs_weights)
+    multi_label = any(video.labels is not None for found in videos.values() for video in found)
+    if state is not None and state["setup"].get("multi_label", False) != multi_label:
+        raise UsageError(
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds a run that began with videos of {LABELS[not multi_label]} each, and those "
+            f"of DATA.TRAIN_LIST {cfg.DATA.TRAIN_LIST} now have {LABELS[multi_label]}; put the list back, give another "
+            f"OUTPUT_DIR, or OVERWRITE True."
+        )
     asked = cfg.TRAIN.BATCH_SIZE
     if purpose != "measure" and cfg.MODE == "train":
         kept = None if state is None else state["setup"].get("batch")  # its steps go on with the same videos
@@ -107,16 +125,17 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
     torch.manual_seed(cfg.SEED)  # for weights that no file holds
     model = build_model(cfg, len(classes))
     checkpoint = opened.checkpoint if opened else read_checkpoint(source) if source else None
-    report = build_weights(cfg, model, checkpoint, classes) if source and checkpoint else None
+    report = build_weights(cfg, model, checkpoint, classes, multi_label) if source and checkpoint else None
     cost = measure_cost(model, (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE))
     summary = _build_summary(cfg, world, cost, len(classes), videos)
+    if world.is_main and multi_label:
+        summary += "\nseveral labels a video: trained with a sigmoid for each class, measured by mAP"
     if world.is_main and asked > cfg.TRAIN.BATCH_SIZE:
         reason = "as the run began" if state is not None else "there are no more training videos"
         summary += f"\nTRAIN.BATCH_SIZE {asked} is lowered to {cfg.TRAIN.BATCH_SIZE}: {reason}"
     checkpoint = checkpoint if cfg.MODE == "transfer" else None
-    return OpenRun(
-        cfg, world, folder, classes, videos, view_settings(cfg), model, cost, summary, checkpoint, report, state
-    )
+    read = (cfg, world, folder, classes, videos, view_settings(cfg))
+    return OpenRun(*read, model, cost, summary, checkpoint, report, state, multi_label)
 
 
 def build_filled_batch(cfg: CfgNode, world: World, videos: int, kept: int | None = None) -> CfgNode:
@@ -131,9 +150,18 @@ def build_filled_batch(cfg: CfgNode, world: World, videos: int, kept: int | None
     return override(cfg, [("TRAIN.BATCH_SIZE", most)], "the training list")
 
 
-def build_weights(cfg: CfgNode, model: nn.Module, checkpoint: Checkpoint, classes: list[str]) -> LoadReport:
+def build_weights(
+    cfg: CfgNode, model: nn.Module, checkpoint: Checkpoint, classes: list[str], multi_label: bool = False
+) -> LoadReport:
     """Load a checkpoint into the model as MODE asks. Raises UsageError where it is not of this model or its classes."""
     if cfg.MODE == "test":
+        trained = checkpoint.metadata.get("multi_label", multi_label)
+        if trained != multi_label:
+            raise UsageError(
+                f"{checkpoint.path} was trained on videos of {LABELS[trained]} each, and those of DATA.TEST_LIST "
+                f"{cfg.DATA.TEST_LIST} have {LABELS[multi_label]}; give a list of that kind and DATA.MULTI_LABEL "
+                f"{trained}, or other weights."
+            )
         report = load_pretrained(model, checkpoint, min_coverage=0.9)
         check_all_loaded(report, model)
         return report
@@ -185,7 +213,14 @@ def open_lists(cfg: CfgNode, world: World, *, needs_weights: bool) -> tuple[list
                 f"{'; '.join(dict.fromkeys(advice.values()))}. Without a download this runs now: "
                 f"python -m stvit_video.run --cfg configs/sample_stvit.yaml"
             )
-        return lists.classes, {split: lists.videos(split) for split in splits if lists.lists[split]}
+        videos = {split: lists.videos(split) for split in splits if lists.lists[split]}
+        for split, found in videos.items():
+            if not any(video.label >= 0 for video in found):
+                raise UsageError(
+                    f"DATA.{split.upper()}_LIST {lists.source(split)}: none of its {len(found):,} videos has a label, so "
+                    f"there is nothing to learn or to measure; correct the list."
+                )
+        return lists.classes, videos
 
     return on_main(world, read)
 
