@@ -125,19 +125,13 @@ class MultiLabelPredictions(Predictions):
         """
         best, predicted = self.scores.max(dim=1)
         own = self.scores.where(self.labels > 0, 2).amin(dim=1)
-        columns = zip(*(x.tolist() for x in (self.indices, self.labels > 0, predicted, best, own)), strict=True)
-        return [
-            {
-                "path": paths[i],
-                "labels": json.dumps(
-                    [name for name, has in zip(classes, labels, strict=True) if has], ensure_ascii=False
-                ),
-                "predicted": classes[j],
-                "probability": round(p, 6),
-                "label_probability": round(q, 6) if any(labels) else None,
-            }
-            for i, labels, j, p, q in columns
-        ]
+        columns = zip(*(x.tolist() for x in (self.indices, predicted, best, own)), self.labels, strict=True)
+        rows: list[dict[str, object]] = []
+        for i, j, p, q, labels in columns:
+            names = [classes[k] for k in labels.nonzero().flatten().tolist()]
+            row = {"path": paths[i], "labels": json.dumps(names, ensure_ascii=False), "predicted": classes[j]}
+            rows.append({**row, "probability": round(p, 6), "label_probability": round(q, 6) if names else None})
+        return rows
 
     def picture(self, classes: list[str]) -> tuple[str, bytes]:
         """Return the name and the content of a PNG of the average precision of each class."""

@@ -113,11 +113,9 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
     classes, videos = (opened.classes, opened.videos) if opened else open_lists(cfg, world, needs_weights=needs_weights)
     multi_label = any(video.labels is not None for found in videos.values() for video in found)
     if state is not None and state["setup"].get("multi_label", False) != multi_label:
-        raise UsageError(
-            f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds a run that began with videos of {LABELS[not multi_label]} each, and those "
-            f"of DATA.TRAIN_LIST {cfg.DATA.TRAIN_LIST} now have {LABELS[multi_label]}; put the list back, give another "
-            f"OUTPUT_DIR, or OVERWRITE True."
-        )
+        now = f"{LABELS[not multi_label]} each, and those of DATA.TRAIN_LIST now have {LABELS[multi_label]}"
+        what = f"OUTPUT_DIR {folder.path} holds a run that began with videos of {now}"
+        raise UsageError(f"{what}; put the list back, give another OUTPUT_DIR, or OVERWRITE True.")
     asked = cfg.TRAIN.BATCH_SIZE
     if purpose != "measure" and cfg.MODE == "train":
         kept = None if state is None else state["setup"].get("batch")  # its steps go on with the same videos
@@ -127,9 +125,7 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
     checkpoint = opened.checkpoint if opened else read_checkpoint(source) if source else None
     report = build_weights(cfg, model, checkpoint, classes, multi_label) if source and checkpoint else None
     cost = measure_cost(model, (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE))
-    summary = _build_summary(cfg, world, cost, len(classes), videos)
-    if world.is_main and multi_label:
-        summary += "\nseveral labels a video: trained with a sigmoid for each class, measured by mAP"
+    summary = _build_summary(cfg, world, cost, len(classes), videos, multi_label)
     if world.is_main and asked > cfg.TRAIN.BATCH_SIZE:
         reason = "as the run began" if state is not None else "there are no more training videos"
         summary += f"\nTRAIN.BATCH_SIZE {asked} is lowered to {cfg.TRAIN.BATCH_SIZE}: {reason}"
@@ -217,8 +213,8 @@ def open_lists(cfg: CfgNode, world: World, *, needs_weights: bool) -> tuple[list
         for split, found in videos.items():
             if not any(video.label >= 0 for video in found):
                 raise UsageError(
-                    f"DATA.{split.upper()}_LIST {lists.source(split)}: none of its {len(found):,} videos has a label, so "
-                    f"there is nothing to learn or to measure; correct the list."
+                    f"DATA.{split.upper()}_LIST {lists.source(split)}: none of its {len(found):,} videos has a label, "
+                    f"so there is nothing to learn or to measure; correct the list."
                 )
         return lists.classes, videos
 
@@ -245,7 +241,9 @@ def build_cost_report(cfg: CfgNode) -> str:
     return "\n".join([*note, _build_model_line(cfg, cost, classes), training])
 
 
-def _build_summary(cfg: CfgNode, world: World, cost: Cost, num_classes: int, videos: dict[str, list[Video]]) -> str:
+def _build_summary(
+    cfg: CfgNode, world: World, cost: Cost, num_classes: int, videos: dict[str, list[Video]], multi_label: bool
+) -> str:
     """Return lines on the model, where it runs, and how many videos each split has and lacks; empty but on rank 0."""
     if not world.is_main:
         return ""
@@ -258,6 +256,8 @@ def _build_summary(cfg: CfgNode, world: World, cost: Cost, num_classes: int, vid
             f"DATA.SPLIT: {' / '.join(map(str, cfg.DATA.SPLIT))} % of each class for training / validation / test, "
             f"drawn from file names; cuts of one recording may be on both sides"
         )
+    if multi_label:
+        lines.append("several labels a video: a sigmoid for each class, measured by mAP")
     return "\n".join(lines + [summarise_videos(found, split) for split, found in videos.items()])
 
 

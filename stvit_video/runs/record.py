@@ -93,7 +93,7 @@ class RunRecord:
         return self.accuracy_key == "map"
 
     def interval(self) -> tuple[float, float] | None:
-        """Return the 95 % confidence interval of top-1 in percent (Wilson); None of mAP, which is no share of videos."""
+        """Return the 95 % confidence interval of top-1 in percent (Wilson); None of mAP, no share of videos."""
         n = self.results.get("scored")
         if not n or self.multi_label:
             return None

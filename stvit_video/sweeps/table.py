@@ -115,7 +115,7 @@ def write_table(plan: Plan, output: Path, within: float, notes: Sequence[str] = 
 
 
 def plot_tradeoff(rows: Sequence[SweepRow], path: Path, accuracy: str) -> None:
-    """Draw mean accuracy, and its range over the seeds, by clips per second, or by GFLOPs where not all are measured."""
+    """Draw mean accuracy and its range over the seeds by clips per second, or by GFLOPs where not all are measured."""
     known = [row for row in rows if row.found]
     measured = all(row.rate is not None for row in known)
     points = []

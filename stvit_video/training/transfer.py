@@ -138,7 +138,7 @@ def transfer(run: OpenRun) -> None:
 
 
 def chance_level(labels: Tensor, classes: int) -> float:
-    """Return the accuracy of guessing in percent; of mAP about the share of the videos that have a class, on average."""
+    """Return the accuracy of guessing in percent; of mAP, about the mean share of the videos that have a class."""
     return 100 * float(labels.mean(dim=0)[labels.any(dim=0)].mean()) if labels.ndim == 2 else 100 / classes
 
 
