@@ -58,8 +58,11 @@ def points_by_epoch(rows: Iterable[Mapping[str, Any]], value: str) -> dict[str, 
 def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
     """Write a PNG of a run's loss, accuracy and learning rate by epoch, from the rows of ``metrics.jsonl``."""
     figure = Figure(figsize=(14, 4), layout="constrained")
-    key = accuracy_key(set().union(*rows))
+    names = set().union(*rows)
+    key = accuracy_key(names)
     panels = {"loss": "loss", key: f"{ACCURACIES[key]} (%)", "lr": "learning rate"}
+    if key not in names:  # a multi-label set has it in validation only
+        del panels[key]
     for axes, (value, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         draw_curves(axes, [points_by_epoch(rows, value)])
         axes.set(xlabel="epoch", ylabel=label)
@@ -155,7 +158,7 @@ def png_of_confusion(counts: ArrayLike, classes: Sequence[str]) -> bytes:
 
 @matplotlib.rc_context(PLAIN_TEXT)
 def png_of_precision(values: Sequence[float], classes: Sequence[str]) -> bytes:
-    """Return a PNG of the average precision of each class in percent, the highest first; NaN: nothing to measure.
+    """Return a PNG of the average precision of each class in percent, the highest first; NaN: there is no positive, counted as 0.
 
     Up to MAX_NAMED_BARS classes, names are written.
     """
@@ -168,13 +171,16 @@ def png_of_precision(values: Sequence[float], classes: Sequence[str]) -> bytes:
     axes.set_yticks([])
     if named:
         axes.set_yticks(range(len(order)), [classes[i] for i in order], fontsize=8)
-        axes.bar_label(bars, ["no positive" if math.isnan(v) else f"{v:.1f}" for v in lengths], padding=3, fontsize=8)
+        texts = ["no positive" if math.isnan(value) else f"{value:.1f}" for value in lengths]
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # readable where the line crosses it
+        axes.bar_label(bars, texts, padding=3, fontsize=8, bbox=box)
     without = int(np.isnan(lengths).sum())
-    axes.set_ylabel(f"{len(order)} classes" + (f", {without} without a positive" if without else ""))
     axes.set(ylim=(len(order) - 0.5, -0.5), xlim=(0, 112), xlabel="average precision (%)")
     axes.set_xticks(range(0, 101, 20))
-    axes.axvline(float(np.nanmean(lengths)), color="black", linestyle="--", linewidth=1)
-    axes.set_title(f"mean {np.nanmean(lengths):.1f} %", fontsize="medium")
+    mean = float(np.nan_to_num(lengths).mean())
+    axes.axvline(mean, color="black", linestyle="--", linewidth=1)
+    counted = f", {without} of them without a positive" if without else ""
+    axes.set_title(f"mAP {mean:.1f} % of {len(order)} classes{counted}", fontsize="medium")
     axes.spines[["top", "right"]].set_visible(False)
     return _image(figure, "png", bbox_inches="tight", pad_inches=0.1)
 

@@ -97,12 +97,16 @@ class MultiLabelPredictions(Predictions):
     """The same of a multi-label set: the labels (N, classes) are 0 or 1, scores are of each class by itself."""
 
     def figures(self) -> dict[str, float]:
-        """Return the mean average precision in percent, over the classes with a positive, and how many have none."""
+        """Return the mean average precision in percent, and how many classes have no positive.
+
+        They count as 0, as in torchmetrics and scikit-learn; ``map_with_positives`` is the mean over the others.
+        """
         found = average_precision(self.scores, self.labels)
-        known = found[~found.isnan()]
-        if not len(known):
+        without = int(found.isnan().sum())
+        if without == len(found):
             raise RunFailure(f"None of the {len(found)} classes has a video among the {len(self.labels)} scored.")
-        return {"map": 100 * float(known.mean()), "classes_without_positives": len(found) - len(known)}
+        means = {"map": found.nan_to_num(0).mean(), "map_with_positives": found.nanmean()}
+        return {**{key: 100 * float(value) for key, value in means.items()}, "classes_without_positives": without}
 
     @property
     def loss(self) -> float:

@@ -126,7 +126,8 @@ def find_warnings(runs: Sequence[RunRecord]) -> list[str]:
         if run.results.get("failed")
     ]
     lines += [
-        f"{run.name}: {without} of {len(run.classes)} classes have no positive test video and are not in its mAP."
+        f"{run.name}: classes without a positive test video, which count as 0 in its mAP: {without}; "
+        f"{run.results['map_with_positives']:.1f} % over the others."
         for run in runs
         if (without := run.results.get("classes_without_positives"))
     ]

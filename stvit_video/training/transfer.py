@@ -139,7 +139,7 @@ def transfer(run: OpenRun) -> None:
 
 def chance_level(labels: Tensor, classes: int) -> float:
     """Return the accuracy of guessing in percent; of mAP, about the mean share of the videos that have a class."""
-    return 100 * float(labels.mean(dim=0)[labels.any(dim=0)].mean()) if labels.ndim == 2 else 100 / classes
+    return 100 * float(labels.mean()) if labels.ndim == 2 else 100 / classes
 
 
 def build_parts(run: OpenRun) -> tuple[dict[str, nn.Module], dict[str, DataLoader], str]:
