@@ -158,7 +158,7 @@ def png_of_confusion(counts: ArrayLike, classes: Sequence[str]) -> bytes:
 
 @matplotlib.rc_context(PLAIN_TEXT)
 def png_of_precision(values: Sequence[float], classes: Sequence[str]) -> bytes:
-    """Return a PNG of the average precision of each class in percent, the highest first; NaN: there is no positive, counted as 0.
+    """Return a PNG of the average precision of each class in percent, the highest first; NaN without a positive.
 
     Up to MAX_NAMED_BARS classes, names are written.
     """
