@@ -116,12 +116,12 @@ def fingerprint(model: nn.Module, weights: str, dataset: VideoDataset, precision
         "version": __version__,
         "model": [str(model.name), model.arguments],
         "weights": weights,
-        "videos": [[video.path, video.label, *(video.labels or ())] for video in dataset.videos],
+        "videos": [[video.path, video.label] for video in dataset.videos],
         "decoders": dataset.decoding.decoders,
         "views": [repr(dataset.sampler), repr(dataset.views), dataset.decoding.short_side],
         "precision": precision,
         "seed": seed,  # of the random weights, and of those that a checkpoint does not hold
     }
     if dataset.label_columns is not None:  # of a multi-label set, whose scores are not those of one choice
-        content["label_columns"] = dataset.label_columns
+        content |= {"labels": [video.labels for video in dataset.videos], "label_columns": dataset.label_columns}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

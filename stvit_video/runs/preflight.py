@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -111,7 +112,7 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
         if not folder.weights.is_file():
             raise UsageError(f"MODE test: {source} is missing; give MODEL.INIT FILE or a finished run's OUTPUT_DIR.")
     classes, videos = (opened.classes, opened.videos) if opened else open_lists(cfg, world, needs_weights=needs_weights)
-    multi_label = any(video.labels is not None for found in videos.values() for video in found)
+    multi_label = is_multi_label(videos)
     if state is not None and state["setup"].get("multi_label", False) != multi_label:
         now = f"{LABELS[not multi_label]} each, and those of DATA.TRAIN_LIST now have {LABELS[multi_label]}"
         what = f"OUTPUT_DIR {folder.path} holds a run that began with videos of {now}"
@@ -132,6 +133,17 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
     checkpoint = checkpoint if cfg.MODE == "transfer" else None
     read = (cfg, world, folder, classes, videos, view_settings(cfg))
     return OpenRun(*read, model, cost, summary, checkpoint, report, state, multi_label)
+
+
+def is_multi_label(videos: Mapping[str, Sequence[Video]]) -> bool:
+    """Return whether a video may have several labels, or none. Raises UsageError for a split without any label."""
+    for split, found in videos.items():
+        if not any(video.label >= 0 for video in found):
+            raise UsageError(
+                f"DATA.{split.upper()}_LIST: none of its {len(found):,} videos has a label, so there is nothing to "
+                f"learn or to measure; correct the list."
+            )
+    return any(video.labels is not None for found in videos.values() for video in found)
 
 
 def build_filled_batch(cfg: CfgNode, world: World, videos: int, kept: int | None = None) -> CfgNode:
@@ -209,14 +221,7 @@ def open_lists(cfg: CfgNode, world: World, *, needs_weights: bool) -> tuple[list
                 f"{'; '.join(dict.fromkeys(advice.values()))}. Without a download this runs now: "
                 f"python -m stvit_video.run --cfg configs/sample_stvit.yaml"
             )
-        videos = {split: lists.videos(split) for split in splits if lists.lists[split]}
-        for split, found in videos.items():
-            if not any(video.label >= 0 for video in found):
-                raise UsageError(
-                    f"DATA.{split.upper()}_LIST {lists.source(split)}: none of its {len(found):,} videos has a label, "
-                    f"so there is nothing to learn or to measure; correct the list."
-                )
-        return lists.classes, videos
+        return lists.classes, {split: lists.videos(split) for split in splits if lists.lists[split]}
 
     return on_main(world, read)
 
