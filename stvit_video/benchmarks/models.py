@@ -291,7 +291,7 @@ def read_accuracy(path: Path) -> tuple[str, float]:
         raise UsageError(f"{given}; give the results.json of a run for each --cfg.") from error
 
 
-def plot_speeds(rows: Sequence[Figures], accuracies: Sequence[float | None], path: Path, name: str) -> None:
+def plot_speeds(rows: Sequence[Figures], accuracies: Sequence[float | None], path: Path, name: str = "top-1") -> None:
     """Draw accuracy, of the models that have one, or else GFLOPs, over clips per second."""
     known = any(accuracy is not None for accuracy in accuracies)
     points = []

@@ -49,7 +49,6 @@ class SweepRow:
     kind: str  # start, twin (the dense baseline), preset, control or neighbour
     of: tuple[str, ...]  # the presets that a control or a neighbour belongs to
     accuracy: dict[int, float | None]  # percent by seed, None where that run is not finished
-    accuracy_key: str = "top1"  # of results.json
     cfg: CfgNode = field(default_factory=CfgNode)
     classes: int | None = None  # None where there are no data yet
     parameters: int = 0
@@ -58,6 +57,7 @@ class SweepRow:
     rate: float | None = None  # clips per second, None where it was not measured
     coverage: dict[int, float] = field(default_factory=dict)  # share of the test videos that could be read, by seed
     failures: dict[int, str] = field(default_factory=dict)  # why a run failed, by seed
+    accuracy_key: str = "top1"  # of results.json
 
     @property
     def found(self) -> list[float]:

@@ -114,7 +114,7 @@ def write_table(plan: Plan, output: Path, within: float, notes: Sequence[str] = 
     return text
 
 
-def plot_tradeoff(rows: Sequence[SweepRow], path: Path, accuracy: str) -> None:
+def plot_tradeoff(rows: Sequence[SweepRow], path: Path, accuracy: str = "top-1") -> None:
     """Draw mean accuracy and its range over the seeds by clips per second, or by GFLOPs where not all are measured."""
     known = [row for row in rows if row.found]
     measured = all(row.rate is not None for row in known)
