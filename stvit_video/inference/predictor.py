@@ -16,6 +16,7 @@ from stvit_video.data.dataset import Sample, collate
 from stvit_video.data.decode.frames import Decoding
 from stvit_video.data.decode.types import DecodeError, Frames, Indices
 from stvit_video.data.streams import Span, check_seconds, clips_of_spans, read_ahead, read_windows, spans_of
+from stvit_video.evaluation.predictions import probabilities
 from stvit_video.inference.load import Trained, open_checkpoint
 from stvit_video.runtime.precision import autocast, set_precision
 from stvit_video.runtime.world import pick_device
@@ -49,7 +50,10 @@ class Prediction:
 
     @property
     def scores(self) -> Tensor | None:
-        """Class probabilities (classes,), the mean over the windows; None where the video could not be read."""
+        """Class probabilities (classes,), the mean over the windows; None where the video could not be read.
+
+        Those of a multi-label model are of each class by itself, and do not add up to 1.
+        """
         return None if self.error is not None else torch.stack([window.scores for window in self.windows]).mean(dim=0)
 
     @property
@@ -98,7 +102,7 @@ class Predictor:
     ) -> None:
         self.device = pick_device(device, 0, 1)
         self.model = trained.model.to(self.device).eval()
-        self.classes = trained.classes
+        self.classes, self.multi_label = trained.classes, trained.multi_label
         self.input, self.views, self.workers = trained.input, trained.input.views, workers
         self.precision = precision or self.input.precision
         if precision is None and self.precision == "tf32" and self.device.type == "cpu":  # which has no TF32
@@ -197,7 +201,7 @@ class Predictor:
         pixels = [item[0] for _, item in waiting if isinstance(item, tuple)]
         if pixels:
             with torch.no_grad(), autocast(self.device, self.precision):
-                views = self.model(self._batch(pixels)).float().softmax(dim=1)
+                views = probabilities(self.model(self._batch(pixels)), self.multi_label)
             rows = iter(views.unflatten(0, (-1, self.views.clips * self.views.crops)).mean(dim=1).cpu())
             seconds = (time.perf_counter() - started) / len(pixels)
         for i, item in waiting:

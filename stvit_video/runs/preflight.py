@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -25,13 +25,14 @@ from stvit_video.models import LoadReport, load_pretrained
 from stvit_video.models.cost import Cost, count_training_memory, measure_cost
 from stvit_video.models.weights.files import Checkpoint, read_checkpoint
 from stvit_video.models.zoo import build_model
-from stvit_video.runs.checkpoint import check_all_loaded, load_newest
+from stvit_video.runs.checkpoint import check_all_loaded, load_newest, save_weights
 from stvit_video.runs.folder import RunFolder, build_run_folder
 from stvit_video.runs.log import describe_results
 from stvit_video.runtime.world import World, gather_objects, on_main
 
 KINETICS_CLASSES = 400  # assumed where there are no data to count; the classifier's share of the cost is small
 SOME_CLASSES = 2  # to see whether a network can be built, before its data are there to count
+LABELS = {False: "one label", True: "several labels"}  # of a video, by whether the set is multi-label
 WEIGHTS_ADVICE = "MODEL.INIT is a .pth or .safetensors file, such as a finished run leaves in its OUTPUT_DIR"
 # run: as MODE says. rehearse: the same, but nothing is written or continued. measure: OUTPUT_DIR and weights are not
 # read, as for a benchmark.
@@ -55,6 +56,16 @@ class OpenRun:
     checkpoint: Checkpoint | None = None  # MODEL.INIT, in MODE transfer, which loads it more than once
     report: LoadReport | None = None  # which of the checkpoint's weights were loaded
     state: dict[str, Any] | None = None  # the training state to continue from
+    multi_label: bool = False  # a video may have several labels, or none
+
+    @property
+    def label_columns(self) -> int | None:
+        """The number of classes of a multi-label set; None where a video has one label."""
+        return len(self.classes) if self.multi_label else None
+
+    def save_weights(self, path: Path, model: nn.Module) -> None:
+        """Write a model with all that using it takes."""
+        save_weights(path, model, self.classes, self.views, self.multi_label)
 
     def claim(self, *, keep_report: bool = True) -> None:
         """Make the folder this run's, and say what it is; from here on files are written."""
@@ -105,22 +116,23 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
             cfg, world, needs_weights=needs_weights, known=known, continues=state is not None
         )
     checkpoint = opened.checkpoint if opened else read(source) if source else None
-    _check_continued(state, classes, videos)
+    multi_label = is_multi_label(videos)
+    _check_continued(state, classes, videos, multi_label)
     asked = cfg.TRAIN.BATCH_SIZE
     if purpose != "measure" and cfg.MODE == "train":
         kept = None if state is None else state["setup"].get("batch")  # its steps go on with the same videos
         cfg = build_filled_batch(cfg, world, len(videos.get("train", ())), kept)
     torch.manual_seed(cfg.SEED)  # for weights that no file holds
     model = build_model(cfg, len(classes))
-    report = build_weights(cfg, model, checkpoint, classes) if source and checkpoint else None
+    report = build_weights(cfg, model, checkpoint, classes, multi_label) if source and checkpoint else None
     cost = measure_cost(model, (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE))
-    summary = _build_summary(cfg, world, cost, len(classes), account)
+    summary = _build_summary(cfg, world, cost, len(classes), account, multi_label)
     if world.is_main and asked > cfg.TRAIN.BATCH_SIZE:
         reason = "as the run began" if state is not None else "there are no more training videos"
         summary += f"\nTRAIN.BATCH_SIZE {asked} is lowered to {cfg.TRAIN.BATCH_SIZE}: {reason}"
     checkpoint = checkpoint if cfg.MODE == "transfer" else None
-    views = view_settings(cfg)
-    return OpenRun(cfg, world, folder, classes, videos, account, views, model, cost, summary, checkpoint, report, state)
+    read_inputs = (cfg, world, folder, classes, videos, account, view_settings(cfg))
+    return OpenRun(*read_inputs, model, cost, summary, checkpoint, report, state, multi_label)
 
 
 def _build_state(cfg: CfgNode, world: World, folder: RunFolder) -> dict[str, Any] | None:
@@ -137,6 +149,17 @@ def _build_state(cfg: CfgNode, world: World, folder: RunFolder) -> dict[str, Any
     return state
 
 
+def is_multi_label(videos: Mapping[str, Sequence[Video]]) -> bool:
+    """Return whether a video may have several labels, or none. Raises UsageError for a split without any label."""
+    for split, found in videos.items():
+        if not any(video.label >= 0 for video in found):
+            raise UsageError(
+                f"DATA.{split.upper()}_LIST: none of its {len(found):,} videos has a label, so there is nothing to "
+                f"learn or to measure; correct the list."
+            )
+    return any(video.labels is not None for found in videos.values() for video in found)
+
+
 def build_filled_batch(cfg: CfgNode, world: World, videos: int, kept: int | None = None) -> CfgNode:
     """Return the configuration with the largest batch that a shorter training list fills.
 
@@ -149,11 +172,20 @@ def build_filled_batch(cfg: CfgNode, world: World, videos: int, kept: int | None
     return override(cfg, [("TRAIN.BATCH_SIZE", most)], "the training list")
 
 
-def build_weights(cfg: CfgNode, model: nn.Module, checkpoint: Checkpoint, classes: list[str]) -> LoadReport:
+def build_weights(
+    cfg: CfgNode, model: nn.Module, checkpoint: Checkpoint, classes: list[str], multi_label: bool = False
+) -> LoadReport:
     """Load a checkpoint into the model as MODE asks. Raises UsageError where it is not of this model or its classes."""
     known = checkpoint.metadata.get("classes")
     if cfg.MODE == "test":
         _check_classes(cfg.MODEL.INIT, known, classes)
+        trained = checkpoint.metadata.get("multi_label", multi_label)
+        if trained != multi_label:
+            raise UsageError(
+                f"{checkpoint.path} was trained on videos of {LABELS[trained]} each, and those of DATA.TEST_LIST "
+                f"{cfg.DATA.TEST_LIST} have {LABELS[multi_label]}; give a list of that kind and DATA.MULTI_LABEL "
+                f"{trained}, or other weights."
+            )
         report = load_pretrained(model, checkpoint, min_coverage=0.9)
         check_all_loaded(report, model)
         return report
@@ -198,10 +230,17 @@ def _build_known(
     return read(source).metadata.get("classes") or ()
 
 
-def _check_continued(state: dict[str, Any] | None, classes: list[str], videos: dict[str, list[Video]]) -> None:
+def _check_continued(
+    state: dict[str, Any] | None, classes: list[str], videos: dict[str, list[Video]], multi_label: bool
+) -> None:
     """Raise UsageError where a run would continue on other data than it recorded."""
     if state is None:
         return
+    if state["setup"].get("multi_label", False) != multi_label:
+        raise UsageError(
+            f"the run began with videos of {LABELS[not multi_label]} each, and those of DATA.TRAIN_LIST now have "
+            f"{LABELS[multi_label]}; put the list back, give another OUTPUT_DIR, or OVERWRITE True."
+        )
     found = {"classes": classes, "videos": len(videos["train"])}
     for name, now in found.items():
         then = state["setup"].get(name, now)
@@ -312,7 +351,9 @@ def build_cost_report(cfg: CfgNode) -> str:
     return "\n".join([*note, _build_model_line(cfg, cost, classes), training])
 
 
-def _build_summary(cfg: CfgNode, world: World, cost: Cost, num_classes: int, account: list[str]) -> str:
+def _build_summary(
+    cfg: CfgNode, world: World, cost: Cost, num_classes: int, account: list[str], multi_label: bool
+) -> str:
     """Return lines on the model, where it runs, and on the lists; empty but on rank 0."""
     if not world.is_main:
         return ""
@@ -320,6 +361,8 @@ def _build_summary(cfg: CfgNode, world: World, cost: Cost, num_classes: int, acc
     compiled = f", compiled ({cfg.COMPILE})" if cfg.COMPILE != "none" else ""
     place = f"{world.size} process(es) on {world.device.type}, {cfg.PRECISION}{sharded}{compiled}"
     lines = [_build_model_line(cfg, cost, num_classes), f"{place}, output in {cfg.OUTPUT_DIR}"]
+    if multi_label:
+        lines.append("several labels a video: a sigmoid for each class, measured by mAP")
     return "\n".join(lines + account)
 
 

@@ -325,16 +325,12 @@ def test_a_published_list_says_what_it_says(name: str, tmp_path: Path) -> None:
 
 
 # Each published form once in the whole pipeline; the others differ from these in reading alone.
-SHORT = ("ucf101", "activitynet")
+SHORT = ("ucf101", "activitynet", "charades")
 
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[] if name in SHORT else pytest.mark.long)
-        for name in SETS
-        if not any(isinstance(row[1], tuple) for row in SETS[name].train)
-    ],
+    [pytest.param(name, marks=[] if name in SHORT else pytest.mark.long) for name in SETS],
 )
 def test_a_run_trains_and_tests_on_a_published_list(
     name: str, tmp_path: Path, write_clip: Callable[..., Path], small_run: Callable[..., list[str]]
