@@ -185,10 +185,10 @@ SETS = {
         {"DATA.CLASSES": "verbs.csv"},
     ),
     "epic-kitchens, nouns": Published(
-        {"train": EPIC + EPIC_TRAIN, "test": EPIC + EPIC_TRAIN},
-        "P01_01.MP4",
+        {"train": EPIC + EPIC_TRAIN, "test": EPIC + EPIC_TRAIN.replace("P01_01", "P02_101")},
+        "P01_01.MP4 P02_101.MP4",
         [("P01_01.MP4", "0", Section(0.2, 0.8)), ("P01_01.MP4", "1", Section(0.6, 1.2))],
-        [("P01_01.MP4", "0", Section(0.2, 0.8)), ("P01_01.MP4", "1", Section(0.6, 1.2))],
+        [("P02_101.MP4", "0", Section(0.2, 0.8)), ("P02_101.MP4", "1", Section(0.6, 1.2))],
         {"DATA.LABEL": "noun_class"},
     ),
     "activitynet": Published(
