@@ -16,7 +16,7 @@ from stvit_video.common.errors import first_line
 from stvit_video.common.files import write_atomically
 from stvit_video.data.dataset import VideoDataset
 from stvit_video.data.failures import Failure
-from stvit_video.data.lists.annotations import file_of
+from stvit_video.data.lists.annotations import parse_name
 from stvit_video.evaluation.predictions import Predictions, predictions_for
 from stvit_video.runs.checkpoint import DAMAGED, pack, read_checked
 
@@ -93,7 +93,7 @@ def read_features(path: Path, key: str) -> tuple[Predictions | None, str]:
 def _file_state(path: str) -> list[int] | None:
     """Return size and time of change (ns) of a file, None where there is none."""
     try:
-        state = Path(file_of(path)).stat()
+        state = Path(parse_name(path)[0]).stat()
     except OSError:
         return None
     return [state.st_size, state.st_mtime_ns]

@@ -15,8 +15,10 @@ from stvit_video.common.accuracy import ACCURACIES
 from stvit_video.common.charts import Point, image_of_points, png_of_confusion, run_style, svg_of_curves
 from stvit_video.config.schema import flatten
 from stvit_video.data.clips.sampling import ClipSampler
+from stvit_video.data.clips.sections import within
 from stvit_video.data.decode.frames import Decoding, find_decoders
 from stvit_video.data.decode.types import DecodeError
+from stvit_video.data.lists.annotations import parse_name
 from stvit_video.pages.html import data_uri, picture_uri, printable, render
 from stvit_video.runs.folder import FREE_KEYS
 from stvit_video.runs.record import RunRecord, ScoredVideo
@@ -203,12 +205,13 @@ def _mistake_rows(run: RunRecord, mistakes: Sequence[ScoredVideo]) -> list[dict[
     choice = partial(ClipSampler("uniform", 3), clips=1)
     rows = []
     for mistake in mistakes:
-        video = run.find_video(mistake.path)
+        path, section = parse_name(mistake.path)
+        video = run.find_video(path)
         frames = []
         reason = "The video is not where it was when it was tested."
         if video is not None:
             try:
-                found = decoding.read(decoding.request(str(video), choice))
+                found = decoding.read(decoding.request(str(video), within(choice, section, path)))
                 frames = [picture_uri(np.asarray(resize(Image.fromarray(frame), THUMBNAIL))) for frame in found]
             except DecodeError as error:
                 reason = f"It cannot be read now: {error.message}."

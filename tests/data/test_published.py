@@ -351,7 +351,7 @@ def test_a_run_trains_and_tests_on_a_published_list(
         ("a.mp4 1 3\nb.mp4 2 4\n", r"'a.mp4 1 3' has several numbers .* DATA.MULTI_LABEL True .* DATA.COLUMNS"),
         ("a.mp4 1\nb.mp4 2 4\n", r"'b.mp4 2 4' has several numbers"),
         ("a.mp4 1 3 5\n", r"has several numbers"),
-        ("a.mp4 1.5 3 5\n", r"has several numbers .* 'path start stop label' .seconds.$"),
+        ("a.mp4 1.5 3 5\n", r"has several numbers .* 'path start stop label' .seconds."),
         ("3 a.mp4\n", r"'3 a.mp4' seems to begin with its label; .*DATA.COLUMNS 'label path'"),
         ("f 3 0\n", r"'f 3 0' has several numbers"),  # the folder has two frames
         ("clip,gt\na.mp4,yoga\n", r"columns clip, gt, none of which is known to hold labels"),

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from stvit_video.data.dataset import VideoDataset
 from stvit_video.data.decode.frames import Decoding, FrameRequest, open_video, read_file
 from stvit_video.data.decode.types import Choice, DecodeError
 from stvit_video.data.failures import merge, read_ledger
-from stvit_video.data.lists.annotations import Section, Video, file_of
+from stvit_video.data.lists.annotations import Section, Video, parse_name
+from stvit_video.pages.run_page import _mistake_rows
+from stvit_video.runs.record import ScoredVideo
 from tests.conftest import numbered_frames, read_number
 
 
@@ -118,7 +121,8 @@ def test_two_sections_of_a_file_are_two_samples(clip: str) -> None:
     failures = merge(failure for sample in wrong for failure in sample.failures)
     assert [failure.path for failure in failures] == [f"{clip}#t=7,8", f"{clip}#t=9,9.5"]
     assert [video.name for video in dataset.videos[1::3]] == [f"{clip}#frames=50,75", clip]
-    assert {file_of(video.name) for video in dataset.videos} == {clip}
+    assert {parse_name(video.name)[0] for video in dataset.videos} == {clip}
+    assert parse_name(f"{clip}#frames=50,75") == (clip, sections[1])
 
 
 def test_check_videos_finds_sections_outside_of_their_video(clip: str, tmp_path: Path) -> None:
@@ -139,3 +143,12 @@ def test_check_videos_keeps_the_form_of_segments_in_json(clip: str, tmp_path: Pa
     assert check_videos.main([str(tmp_path / "list.json"), "--output", str(tmp_path / "out"), "--workers", "1"]) == 0
     kept = json.loads((tmp_path / "out" / "clean.txt").read_text())
     assert kept == {"version": "1", "database": {"clip": {"annotations": segments[:1]}}}
+
+
+def test_a_report_shows_the_section_of_a_mistake(clip: str) -> None:
+    run = SimpleNamespace(find_video=Path)
+    mistakes = [ScoredVideo(f"{clip}{part}", ("ski",), "yoga", 0.9, 0.05) for part in ("", "#t=0,1", "#frames=0,25")]
+    whole, seconds, frames = (row["frames"] for row in _mistake_rows(run, mistakes))  # type: ignore[arg-type]
+    assert len(whole) == 3
+    assert seconds == frames
+    assert seconds != whole

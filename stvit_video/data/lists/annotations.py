@@ -47,9 +47,12 @@ class Video:
         )
 
 
-def file_of(name: str) -> str:
-    """Return the path in the ``name`` of a video."""
-    return re.sub(r"#(t|frames)=[0-9.e+]+,[0-9.e+]+$", "", name)
+def parse_name(name: str) -> tuple[str, Section | None]:
+    """Return the path and the section in the ``name`` of a video."""
+    match = re.fullmatch(r"(.*)#(t|frames)=([0-9.e+]+),([0-9.e+]+)", name, re.DOTALL)
+    if match is None:
+        return name, None
+    return match[1], Section(float(match[3]), float(match[4]), match[2] == "frames", may_be_file=match[2] == "t")
 
 
 def label_of(name: str, classes: Sequence[str], refusal: str) -> int:
