@@ -11,6 +11,7 @@ from stvit_video.data.decode.types import (
     DecodeError,
     Frames,
     Indices,
+    Segments,
     Times,
     decode_errors,
     natural_order,
@@ -44,6 +45,9 @@ class ImageReader:
         if self.length == 1:
             return np.zeros(1)
         raise DecodeError(self.path, "is a folder of frames without a frame rate; unset DATA.FPS", "pillow")
+
+    def segments(self) -> Segments:
+        return [(0, self.length)]
 
     def frames(self, indices: Indices) -> Frames:
         images = []

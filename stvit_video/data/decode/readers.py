@@ -24,8 +24,10 @@ from stvit_video.data.decode.types import (
     DecodeError,
     Frames,
     Indices,
+    Segments,
     Times,
     decode_errors,
+    find_segments,
     reduced_size,
 )
 
@@ -77,6 +79,9 @@ class AvReader:
             return np.arange(self.length) / float(rate)
         stamps = np.asarray(self._stamps, dtype=np.float64)
         return (stamps - stamps[0]) * float(self._stream.time_base or 0)
+
+    def segments(self) -> Segments:
+        return find_segments(self.times())
 
     def frames(self, indices: Indices) -> Frames:
         if self._stamps is None or self._container.format.name not in TIMED_CONTAINERS:
@@ -163,6 +168,9 @@ class DecordReader:
         starts = self._reader.get_frame_timestamp(np.arange(self.length))[:, 0].astype(np.float64)
         return starts - starts[0]
 
+    def segments(self) -> Segments:
+        return find_segments(self.times())
+
     def frames(self, indices: Indices) -> Frames:
         with decode_errors(self.path, NOT_DECODED, "decord", DECORD_ERRORS):
             return to_numpy(self._reader.get_batch(indices))
@@ -191,6 +199,9 @@ class TorchCodecReader:
     def times(self) -> Times:
         with closing(AvReader(self.path)) as reader:
             return reader.times()
+
+    def segments(self) -> Segments:
+        return find_segments(self.times())
 
     def frames(self, indices: Indices) -> Frames:
         with decode_errors(self.path, NOT_DECODED, "torchcodec", TORCHCODEC_ERRORS):

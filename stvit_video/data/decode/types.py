@@ -22,6 +22,12 @@ WORTH_REDUCING = 1.5
 Frames = NDArray[np.uint8]  # (N, H, W, 3), RGB
 Indices = NDArray[np.int64]
 Times = NDArray[np.float64]
+Segments = list[tuple[int, int]]  # (start, stop) in frames: runs of continuous time, one after another
+
+# A longer step between frames is a gap. FFmpeg too takes more than ten seconds for a break (``dts_delta_threshold``):
+# screen recordings and phones leave out frames for some seconds while nothing moves, and networks lose some.
+GAP_S = 10.0
+GAP_STEPS = 10.0  # if it is also so many median steps: in time lapses and slide shows every step is long
 
 
 class DecodeError(Exception):
@@ -50,7 +56,13 @@ class Timeline(Protocol):
     length: int  # frames that can be read; what the file announces is not trusted
 
     def times(self) -> Times:
-        """Return the times (length,) at which frames are shown, in seconds after the first. Raises DecodeError."""
+        """Return the times (length,) at which frames are shown, in seconds after the first. Raises DecodeError.
+
+        They ascend inside each segment; where a stream began anew, those of the next segment may be smaller.
+        """
+
+    def segments(self) -> Segments:
+        """Return the runs of continuous time, which hold all frames; one where frames have no times."""
 
 
 class Reader(Timeline, Protocol):
@@ -64,6 +76,19 @@ class Reader(Timeline, Protocol):
 
 
 Choice = Callable[[Reader], Indices]  # which frames to read, in any order; called with the open file
+
+
+def find_segments(times: Times) -> Segments:
+    """Return the runs of continuous time among ``times`` (N,), in seconds and in the order of the frames.
+
+    Time is interrupted where it goes back (a stream began anew) and where it leaps (a camera waited for motion, a clock
+    was set). Videos of few or changing frames per second are one run.
+    """
+    steps = np.diff(times)
+    forward = steps[steps > 0]
+    gap = max(GAP_S, GAP_STEPS * float(np.median(forward))) if len(forward) else GAP_S
+    cuts = (np.flatnonzero((steps < 0) | (steps > gap)) + 1).tolist()
+    return list(zip([0, *cuts], [*cuts, len(times)], strict=True))
 
 
 def reduced_size(size: tuple[int, int], short_side: int | None) -> tuple[int, int] | None:
