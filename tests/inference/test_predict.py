@@ -22,10 +22,10 @@ from stvit_video import predict
 from stvit_video.common.errors import UsageError
 from stvit_video.config import load_config
 from stvit_video.config.clip_settings import view_settings
-from stvit_video.data.decode.types import DecodeError
+from stvit_video.data.decode.types import DecodeError, find_segments
 from stvit_video.data.lists.videos import build_lists
 from stvit_video.data.loader import build_test_loader
-from stvit_video.data.streams import Span, find_sources, spans_of
+from stvit_video.data.streams import Span, find_sources, windows_of
 from stvit_video.evaluation import evaluate
 from stvit_video.inference import annotate as annotate_module
 from stvit_video.inference import predict_videos
@@ -206,12 +206,36 @@ def test_a_window_is_scored_as_a_file_of_its_frames(run_folder: Path, write_clip
         torch.testing.assert_close(window.scores, cut.scores, rtol=0, atol=1e-6)
 
 
+def spans_of(times: np.ndarray, window: float, step: float) -> list[Span]:
+    found = windows_of(times, window, step)
+    for span, segment, start, stop in found:
+        first, after = find_segments(times)[segment]
+        assert first <= start < stop <= after
+        shown = (times[first:after] >= span.start - 1e-9) & (times[first:after] < span.end - 1e-9)
+        last = stop == after and span.start == span.end  # of one frame, which lasts no time that is known
+        assert last or (first + np.flatnonzero(shown)).tolist() == list(range(start, stop))
+    return [span for span, *_ in found]
+
+
 def test_windows_cover_a_video_to_its_end() -> None:
     times = np.arange(100) / 10  # 10 s
     assert spans_of(times, 4.0, 3.0) == [Span(0, 4), Span(3, 7), Span(6, 10)]
     assert spans_of(times, 4.0, 4.0)[-1] == Span(pytest.approx(6.0), pytest.approx(10.0))
     assert spans_of(times, 30.0, 1.0) == [Span(0, pytest.approx(10.0))]
     assert spans_of(np.zeros(1), 2.0, 1.0) == [Span(0, 0)]
+    assert len(spans_of(times, 0.05, 0.5)) == 20  # between them there are frames that no window holds
+
+
+def test_windows_are_where_there_is_video() -> None:
+    seconds = np.arange(50) / 10  # 5 s
+    gap = np.concatenate([seconds, 3600 + seconds[:10], 90_000 + seconds])
+    expected = [(0, 2), (2, 4), (3, 5), (3600, 3601), (90_000, 90_002), (90_002, 90_004), (90_003, 90_005)]
+    assert np.allclose(spans_of(gap, 2.0, 2.0), expected)
+    again = np.concatenate([seconds, seconds])  # a clock that was set back
+    assert np.allclose(spans_of(again, 4.0, 4.0), [(0, 4), (1, 5)] * 2)
+    assert len(spans_of(np.arange(40) * 86400.0, 2.0, 0.5)) == 40 * 4 - 3  # a time lapse: before 0 there is no window
+    still = np.concatenate([seconds, 11 + seconds])  # for six seconds, no frame comes
+    assert np.allclose(spans_of(still, 2.0, 2.0)[:6], [(0, 2), (2, 4), (4, 6), (10, 12), (12, 14), (14, 16)])
 
 
 def test_a_long_video_is_read_in_parts(
