@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stvit_video.data.clips.timeline import KnownTimes
-from stvit_video.data.dataset import Sample, collate
+from stvit_video.data.dataset import Batch, Sample, collate
 from stvit_video.data.decode.frames import Decoding
 from stvit_video.data.decode.types import DecodeError, Frames, Indices
 from stvit_video.data.streams import Span, check_seconds, clips_of_windows, read_ahead, read_windows, windows_of
@@ -205,18 +205,19 @@ class Predictor:
         started = time.perf_counter()
         pixels = [item[0] for _, item in waiting if isinstance(item, tuple)]
         if pixels:
+            batch = self._collate(pixels)
             with torch.no_grad(), autocast(self.device, self.precision):
-                views = self.model(self._batch(pixels)).float().softmax(dim=1)
-            rows = iter(views.unflatten(0, (-1, self.views.clips * self.views.crops)).mean(dim=1).cpu())
+                views = self.model(batch.make_clips()).float().softmax(dim=1)
+            rows = iter(batch.expand(views).mean(dim=1).cpu())
             seconds = (time.perf_counter() - started) / len(pixels)
         for i, item in waiting:
             yield i, item[1](next(rows), model_s=seconds) if isinstance(item, tuple) else item
 
     def clips(self, path: str | Path) -> Tensor:
-        """Return the network's input for one video: its views (V, 3, T, S, S). Raises DecodeError."""
+        """Return the network's input for one video: its different views (V, 3, T, S, S). Raises DecodeError."""
         ((pixels, _),) = self._read(None, None, self.input.start_decoding(), str(path))
-        return self._batch([pixels])
+        return self._collate([pixels]).make_clips()
 
-    def _batch(self, videos: Sequence[Tensor]) -> Tensor:
+    def _collate(self, videos: Sequence[Tensor]) -> Batch:
         samples = [Sample(pixels, -1, i, (), []) for i, pixels in enumerate(videos)]
-        return collate(samples, self.views).to(self.device).make_clips()
+        return collate(samples, self.views).to(self.device)
