@@ -25,6 +25,8 @@ class Sampling(ABC):
     which is pickled.
     """
 
+    frames: int  # of a clip
+
     @abstractmethod
     def places(self, run: Timeline) -> float:
         """Return at how many frames of a run of continuous time a clip can start; 0 where it is shorter than a clip."""
