@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -33,7 +33,7 @@ from stvit_video.inference.load import open_checkpoint
 from stvit_video.models.zoo import build_model
 from stvit_video.runs.checkpoint import save_weights
 from stvit_video.runtime.world import World
-from tests.conftest import REPOSITORY, data_config
+from tests.conftest import REPOSITORY, copy_packets, data_config
 from tests.data.test_foreign_videos import CLIPS, FOLDER, SPEC
 
 COLOURS = ("red", "green", "blue")
@@ -341,6 +341,48 @@ def test_a_pipe_and_a_camera_from_the_command_line(
     (found,) = json.loads(output.read_text())
     assert [part["end"] for part in found["timeline"]] == [1.0, 2.0]
     assert "is no camera here" in said(capsys, "4242", "--checkpoint", str(run_folder), code=1)
+
+
+@pytest.fixture
+def camera(tmp_path: Path, colour_clip: Callable[..., Path]) -> Path:
+    """A camera that waits for motion: 2 s of red, after an hour 0.8 s more, after a minute 3 s of blue."""
+    path = colour_clip(("red", 70), ("blue", 75), name="dense.mkv", bf="0")
+
+    def wait(packet: av.Packet) -> av.Packet:
+        number = round(packet.pts * packet.time_base * 25)
+        packet.pts += round((3600 * (number >= 50) + 60 * (number >= 70)) / packet.time_base)
+        packet.dts = packet.pts
+        return packet
+
+    return copy_packets(path, tmp_path / "camera.mkv", wait)
+
+
+SEEN = [(0, 1.2, "red"), (0.8, 2, "red"), (3602, 3602.8, "red"), (3662.8, 3664, "blue"), (3664, 3665.2, "blue"),
+        (3664.6, 3665.8, "blue")]  # fmt: skip
+
+
+def seen(windows: Sequence[predict.Window], top: Callable[..., list]) -> list[tuple[float, float, str]]:
+    return [(round(w.span.start, 3), round(w.span.end, 3), top(1, w)[0][0]) for w in windows]
+
+
+def test_windows_of_a_camera_that_waits_for_motion(colours: predict.Predictor, camera: Path, served: str) -> None:
+    (result,) = colours.predict([camera], window=1.2)
+    assert seen(result.windows, result.top) == SEEN
+    watched = list(colours.watch(f"{served}/{camera.name}", window=1.2))
+    assert seen(watched, result.top) == SEEN
+    assert [window.segment for window in watched] == [window.segment for window in result.windows] == [0, 0, 1, 2, 2, 2]
+    stretches = [line.split("  ") for line in predict_videos.describe_result(result, 1).splitlines()[1:]]
+    spans = ["0:00.0 to    0:02.0", "1:00:02.0 to 1:00:02.8", "1:01:02.8 to 1:01:05.8"]
+    assert ["  ".join(words[:-1]).strip() for words in stretches] == spans  # none over a gap
+
+
+def test_a_stream_that_begins_anew(colours: predict.Predictor, colour_clip: Callable[..., Path], served: str) -> None:
+    """Its clock goes back; ours goes on."""
+    parts = [colour_clip((colour, 40), name=f"{colour}.ts") for colour in ("red", "blue")]
+    Path(parts[0].parent / "joined.ts").write_bytes(b"".join(part.read_bytes() for part in parts))
+    watched = list(colours.watch(f"{served}/joined.ts", window=1.0))
+    expected = [(0, 1, "red"), (0.6, 1.6, "red"), (1.6, 2.6, "blue"), (2.2, 3.2, "blue")]
+    assert seen(watched, predict.Prediction("", COLOURS).top) == expected
 
 
 MISTAKES = [
