@@ -56,6 +56,7 @@ class AvReader(Reader):
         self._scaler = VideoReformatter()
         self._numbered: Decoded | None = None  # the frames from where the last request ended, without seeking
         self._next = 0  # the number of the first of them
+        self._trouble = False  # whether the last request met damage after a seek
         self._index = known or read_index(path, self._container, self._stream, False, cache)
         self.length, self.damage = len(self._index.stamps), self._index.damage
         self._note(cache)
@@ -82,12 +83,17 @@ class AvReader(Reader):
             self._next = int(indices[-1]) + 1
             return frames
         positions = dict(zip(self._index.stamps[indices].tolist(), indices.tolist(), strict=True))
+        self._trouble = False
         try:
-            return self._stack(self._seek_and_find(positions))
+            frames = self._stack(self._seek_and_find(positions))
         except DecodeError:  # not always damage: after a seek, a decoder may withhold frames
-            self._reopen()
-            decoded = self._decode(positions)
-            return self._stack(self._find(decoded, stamp, index) for stamp, index in positions.items())
+            self._trouble = True
+        if not self._trouble:
+            return frames
+        # How damage is concealed depends on all frames before: decoded whole from the start, it looks as in FFmpeg.
+        self._reopen()
+        shown = ((frame.pts, frame) for frame in shown_frames(self._container, self._stream, []))
+        return self._stack(self._find(shown, stamp, index) for stamp, index in positions.items())
 
     def _stack(self, frames: Iterator[VideoFrame]) -> Frames:
         arrays: list[Frames] = []
@@ -127,7 +133,10 @@ class AvReader(Reader):
         def skip(packet: av.Packet) -> None:
             context.skip_frame = "NONREF" if may_skip and packet.pts not in positions else "DEFAULT"
 
-        return ((frame.pts, frame) for frame in shown_frames(self._container, self._stream, [], skip))
+        errors: list[Exception] = []
+        for frame in shown_frames(self._container, self._stream, errors, skip):
+            self._trouble = self._trouble or frame.is_corrupt or bool(errors)
+            yield frame.pts, frame
 
     def _find(self, decoded: Decoded, position: int, index: int) -> VideoFrame:
         """Return the frame ``index``, at a position which ``decoded`` has not passed."""
