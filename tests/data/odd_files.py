@@ -82,7 +82,19 @@ ENCODED = {
     "raw.y4m": "-pix_fmt yuv420p",
     "animation.gif": "-frames:v 20",
     "animation.apng": "-frames:v 20",
+    "zmbv.avi": "-c:v zmbv",
+    "svq1.mov": "-c:v svq1 -q 2 -g 12 -pix_fmt yuv410p",
+    "video1.avi": "-c:v msvideo1 -q 2",
+    "utvideo.nut": "-c:v utvideo",
+    "bare.m4v": "-c:v mpeg4 -q 2 -g 12 -bf 2 -f m4v",
+    "recorder.wtv": "-c:v mpeg2video -q 2 -g 12 -bf 2",
+    "dash.mp4": f"{X264} -g 12 -bf 2 -movflags dash+frag_keyframe+empty_moov+global_sidx",
+    "timecode.mov": f"{X264} -g 12 -bf 2 -timecode 01:00:00:00",
     # Pictures of other kinds.
+    "alpha.mov": "-c:v png -pix_fmt rgba",
+    "alpha.webm": "-c:v libvpx-vp9 -cpu-used 8 -deadline realtime -b:v 300k -g 12 -pix_fmt yuva420p",
+    "gray16.mkv": "-c:v ffv1 -pix_fmt gray16le",
+    "bt2020.mp4": f"{X265}:keyint=12 -pix_fmt yuv420p10le -vf scale=out_color_matrix=bt2020 -colorspace bt2020nc",
     "gray.mp4": f"{X264} -pix_fmt gray",
     "full_colour.mp4": f"{X264} -pix_fmt yuv444p",
     "full_range.mp4": f"{X264} -pix_fmt yuvj420p",
@@ -94,9 +106,11 @@ ENCODED = {
     # Clocks.
     "one_frame.mp4": f"{X264} -frames:v 1",
     "two_frames.avi": "-c:v mpeg4 -q 2 -frames:v 2",
-    "fast.mp4": f"{X264} -g 12 -bf 2 -r 120 -vf setpts=N/120/TB",
+    "fast.mp4": f"{X264} -g 12 -bf 2 -fps_mode passthrough -enc_time_base 1:120 -vf settb=1/120,setpts=N",
     "ntsc.mkv": f"{X264} -g 12 -bf 2 -r 30000/1001 -vf setpts=N*1001/30000/TB",
     "slow.mp4": f"{X264} -g 12 -bf 0 -r 1/10 -vf setpts=N*10/TB",
+    "faster.mkv": f"{X264} -g 12 -bf 0 -fps_mode passthrough -enc_time_base 1:2400 -vf settb=1/2400,setpts=N",  # more frames than milliseconds
+    "hourly.mp4": f"{X264} -g 12 -bf 0 -r 1/3600 -vf setpts=N*3600/TB",
     "variable.mp4": f"{X264} -g 12 -bf 2 -fps_mode vfr -enc_time_base 1:1000 -vf setpts=(N+0.4*mod(N\\,3))/25/TB",
     "variable.mkv": f"{X264} -g 12 -bf 2 -fps_mode vfr -enc_time_base 1:1000 -vf setpts=(N*N/10+N)/25/TB",
     "late.mp4": f"{X264} -g 12 -bf 2 -output_ts_offset 7.3",
@@ -111,6 +125,8 @@ ENCODED = {
     "_small.mp4": f"{X264} -g 12 -s 32x24",
     "_small.h264": f"{X264} -g 12 -s 32x24",
     "_small.ts": f"{X264} -g 12 -s 32x24",
+    "_small.webm": "-c:v libvpx -cpu-used 5 -b:v 300k -g 12 -s 32x24",
+    "_other.mp4": f"{X264} -g 12 -bf 3 -x264-params cabac=0:ref=1",
     "_sound.m4a": "-map 1:a -t 3 -c:a aac",
 }
 
@@ -180,6 +196,24 @@ def repacked(name: str, change: Change, **about: Any) -> Edited:
                 written.mux(packet)
 
     return Edited(make, (name,), **about)
+
+
+def chained(*names: str, **about: Any) -> Edited:
+    """Describe a file with the packets of several, one file after the other, which has the settings of the first."""
+
+    def make(folder: Path, path: Path) -> None:
+        with av.open(str(folder / names[0])) as first, av.open(str(path), "w") as written:
+            stream = written.add_stream_from_template(first.streams.video[0])
+            for number, name in enumerate(names):
+                with av.open(str(folder / name)) as given:
+                    for packet in given.demux(video=0):
+                        if packet.size:
+                            delay = round(number * COUNT / RATE / packet.time_base)
+                            packet.pts, packet.dts = packet.pts + delay, packet.dts + delay
+                            packet.stream = stream
+                            written.mux(packet)
+
+    return Edited(make, names, **about)
 
 
 def replaced(packet: av.Packet, content: bytes) -> av.Packet:
@@ -368,6 +402,9 @@ EDITED = {
     "edited.mp4": changed("_plain.mp4", edits((1.0, 0.6))),
     "edited_twice.mp4": changed("_plain.mp4", edits((0.6, 0.2), (0.6, 1.2)), starts=None),
     "delayed.mp4": changed("_plain.mp4", edits((1.5, -1), (2.0, 0))),
+    "edited_b_frames.mp4": changed("b_frames.mp4", edits((1.0, 0.6))),
+    "cut_turned.mp4": changed("cut.mp4", matrix(0, 1, -1, 0)),
+    "no_offsets.mp4": changed("b_frames.mp4", swap(b"ctts", b"free"), starts=None),
     "no_key_table.mp4": changed("b_frames.mp4", swap(b"stss", b"free")),
     "no_index.avi": changed("b_frames.avi", swap(b"idx1", b"JUNK")),
     "no_index_mpeg4.avi": changed("mpeg4_b_frames.avi", lambda content: content[: content.index(b"idx1")]),
@@ -381,6 +418,11 @@ EDITED = {
     "missing.mp4": repacked("_plain.mp4", without(20), damaged=None),
     "missing.ts": changed("stream.ts", lambda content: content[: 188 * 60] + content[188 * 66 :], damaged=None),
     "missing.avi": repacked("mpeg4.avi", without(20), damaged=None),
+    "missing_hevc.mp4": repacked("open_groups_hevc.mp4", without(16), damaged=None),
+    "other_settings.mkv": chained("b_frames.mp4", "_other.mp4", damaged=None),
+    "other_size.mkv": chained("b_frames.mp4", "_small.mp4", damaged=None, starts=None),
+    "crashed.mkv": changed("live.mkv", part(0, 0.6), damaged=None),
+    "crashed_fragments.mp4": changed("fragments.mp4", part(0, 0.6), damaged=None),
     "truncated.mp4": changed("faststart.mp4", part(0, 0.6), damaged=True),
     "truncated.ts": changed("stream.ts", part(0, 0.6), damaged=None),
     "truncated.mkv": changed("ten_bits.mkv", part(0, 0.6), damaged=None),
@@ -397,6 +439,13 @@ EDITED = {
     "joined_later.ts": joined("stream.ts", "_again.ts", starts=(50,)),
     "joined.mpg": joined("mpeg1.mpg", "mpeg1.mpg", starts=(50,)),
     "joined.h264": joined("bare.h264", "bare.h264"),
+    "joined.mkv": joined("pyramid.mkv", "pyramid.mkv", starts=None, damaged=None),
+    "joined.ogv": joined("theora.ogv", "theora.ogv", starts=None),
+    "joined.mp4": joined("b_frames.mp4", "_small.mp4"),
+    "joined.avi": joined("mpeg4.avi", "mpeg4.avi"),
+    "joined.wmv": joined("windows.wmv", "windows.wmv", starts=None, damaged=None),
+    "joined.mjpeg": joined("bare.mjpeg", "bare.mjpeg"),
+    "joined.ivf": joined("vp9.ivf", "vp9.ivf", skip=32, starts=(50,)),
     "restarted.flv": joined("tags.flv", "_again.flv", skip=13, starts=(50,)),
     "hour.mp4": repacked("_plain.mp4", shift(25, 3600), starts=(25,)),
     "hour.mkv": repacked("_plain.mp4", shift(25, 3600), starts=(25,)),
@@ -422,6 +471,7 @@ EDITED = {
     "cropped.mp4": copied("-i b_frames.mp4 -bsf:v h264_metadata=crop_right=16:crop_bottom=8"),
     "cropped_left.mp4": copied("-i b_frames.mp4 -bsf:v h264_metadata=crop_left=6:crop_top=4"),
     "size_changes.ts": joined("stream.ts", "_small.ts", starts=None),
+    "size_changes.webm": chained("vp8.webm", "_small.webm"),
     "size_changes.h264": joined("bare.h264", "_small.h264"),
     # A5: streams.
     "cover_first.mp4": copied("-i _cover.mp4 -i b_frames.mp4 -map 0:v -map 1:v", stream=1),
