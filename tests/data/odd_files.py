@@ -109,7 +109,8 @@ ENCODED = {
     "fast.mp4": f"{X264} -g 12 -bf 2 -fps_mode passthrough -enc_time_base 1:120 -vf settb=1/120,setpts=N",
     "ntsc.mkv": f"{X264} -g 12 -bf 2 -r 30000/1001 -vf setpts=N*1001/30000/TB",
     "slow.mp4": f"{X264} -g 12 -bf 0 -r 1/10 -vf setpts=N*10/TB",
-    "faster.mkv": f"{X264} -g 12 -bf 0 -fps_mode passthrough -enc_time_base 1:2400 -vf settb=1/2400,setpts=N",  # more frames than milliseconds
+    # More frames than milliseconds, which are Matroska's unit.
+    "faster.mkv": f"{X264} -g 12 -bf 0 -fps_mode passthrough -enc_time_base 1:2400 -vf settb=1/2400,setpts=N",
     "hourly.mp4": f"{X264} -g 12 -bf 0 -r 1/3600 -vf setpts=N*3600/TB",
     "variable.mp4": f"{X264} -g 12 -bf 2 -fps_mode vfr -enc_time_base 1:1000 -vf setpts=(N+0.4*mod(N\\,3))/25/TB",
     "variable.mkv": f"{X264} -g 12 -bf 2 -fps_mode vfr -enc_time_base 1:1000 -vf setpts=(N*N/10+N)/25/TB",
@@ -331,11 +332,13 @@ def hide(*numbers: int) -> Change:
     return change
 
 
-def matrix(a: float, b: float, c: float, d: float) -> Callable[[bytes], bytes]:
-    """Set the display matrix of an MP4's first track."""
+def matrix(
+    a: float, b: float, c: float, d: float, place: tuple[bytes, int] = (b"tkhd", 44)
+) -> Callable[[bytes], bytes]:
+    """Set the display matrix of an MP4's first track, or of all of it."""
 
     def change(content: bytes) -> bytes:
-        start = content.index(b"tkhd") + 44
+        start = content.index(place[0]) + place[1]
         values = struct.pack(">9i", *(round(65536 * value) for value in (a, b, 0, c, d, 0, 0, 0)), 1 << 30)
         return content[:start] + values + content[start + 36 :]
 
@@ -360,6 +363,12 @@ def edits(*entries: tuple[float, float]) -> Callable[[bytes], bytes]:
     return change
 
 
+def hole(content: bytes) -> bytes:
+    """Set 600 bytes in the middle to zero, as a bad sector or a lost part of a download does."""
+    middle = len(content) // 2
+    return content[:middle] + bytes(600) + content[middle + 600 :]
+
+
 def swap(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
     return lambda content: content.replace(old, new)
 
@@ -375,6 +384,7 @@ EDITED = {
     "not_coded.mp4": repacked("_halves.mp4", fill),
     "not_coded.mkv": repacked("_halves.mp4", fill),
     "empty_chunks.avi": copied("-i variable.mp4"),
+    "empty_chunks_mjpeg.avi": repacked("camera.avi", without(10, 11, 30)),
     "hidden_vp8.webm": repacked("vp8.webm", hide(7, 8, 29)),
     "hidden_vp9.mkv": copied("-i vp9_hidden.webm -bsf:v vp9_superframe_split"),
     "middle.ts": changed("stream.ts", part(0.35, unit=188)),
@@ -423,6 +433,10 @@ EDITED = {
     "other_size.mkv": chained("b_frames.mp4", "_small.mp4", damaged=None, starts=None),
     "crashed.mkv": changed("live.mkv", part(0, 0.6), damaged=None),
     "crashed_fragments.mp4": changed("fragments.mp4", part(0, 0.6), damaged=None),
+    **{
+        f"hole{name[name.index('.') :]}": changed(name, hole, damaged=None)
+        for name in ("b_frames.mp4", "ten_bits.mkv", "mpeg4.avi", "stream.ts", "tags.flv", "mpeg1.mpg", "vp8.webm")
+    },
     "truncated.mp4": changed("faststart.mp4", part(0, 0.6), damaged=True),
     "truncated.ts": changed("stream.ts", part(0, 0.6), damaged=None),
     "truncated.mkv": changed("ten_bits.mkv", part(0, 0.6), damaged=None),
@@ -468,6 +482,9 @@ EDITED = {
             "stretched": (2, 0, 0, 1),
         }.items()
     },
+    "turned_movie.mp4": changed("b_frames.mp4", matrix(0, 1, -1, 0, (b"mvhd", 40))),
+    "turned_sei.mp4": copied("-i b_frames.mp4 -bsf:v h264_metadata=display_orientation=insert:rotate=90"),
+    "mirrored_sei.ts": copied("-i b_frames.mp4 -bsf:v h264_metadata=display_orientation=insert:flip=horizontal"),
     "cropped.mp4": copied("-i b_frames.mp4 -bsf:v h264_metadata=crop_right=16:crop_bottom=8"),
     "cropped_left.mp4": copied("-i b_frames.mp4 -bsf:v h264_metadata=crop_left=6:crop_top=4"),
     "size_changes.ts": joined("stream.ts", "_small.ts", starts=None),
@@ -476,6 +493,7 @@ EDITED = {
     # A5: streams.
     "cover_first.mp4": copied("-i _cover.mp4 -i b_frames.mp4 -map 0:v -map 1:v", stream=1),
     "cover_first.mkv": copied("-i _cover.mp4 -i b_frames.mp4 -map 0:v -map 1:v", stream=1),
+    "still_first.mp4": copied("-i one_frame.mp4 -i b_frames.mp4 -map 0:v -map 1:v", stream=1),
     "cover_last.mov": copied("-i _cover.mp4 -i b_frames.mp4 -map 1:v -map 0:v"),
     "cover_flagged.mp4": copied("-i _cover.mp4 -i b_frames.mp4 -map 0:v -map 1:v -disposition:v:0 attached_pic"),
     "second_default.mkv": copied(

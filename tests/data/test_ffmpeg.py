@@ -200,12 +200,16 @@ def check_damaged(shown: Shown) -> None:
     assert not any("\n" in str(error) for error in errors)
 
 
-def test_decord_is_exact_or_refuses(shown: Shown) -> None:
-    decoding = Decoding(("decord",), deadline_s=20)
+@pytest.fixture(scope="module")
+def decord() -> Decoding:
+    return Decoding(("decord",), deadline_s=20)
+
+
+def test_decord_is_exact_or_refuses(shown: Shown, decord: Decoding) -> None:
     choices = [Every(), Frozen((len(shown.frames) // 2,)), Frozen((len(shown.frames) - 1, 0, 7, 3))]
     for choice in choices:
         try:
-            frames = decoding.read(decoding.request(str(shown.path), choice))
+            frames = decord.read(decord.request(str(shown.path), choice))
         except DecodeError:
             continue
         indices = range(len(shown.frames)) if isinstance(choice, Every) else choice.indices
@@ -216,13 +220,13 @@ def test_decord_is_exact_or_refuses(shown: Shown) -> None:
 def test_check_videos_names_the_damaged_ones(
     names: list[str], find: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    damaged = {name: EDITED[name].damaged for name in names if name in EDITED}
-    paths = [find(name) for name in names if damaged.get(name) is not None]
+    damaged = {name: EDITED[name].damaged if name in EDITED else False for name in names}
+    paths = [find(name) for name in names if damaged[name] is not None]
     (tmp_path / "list.txt").write_text("".join(f"{path} 0\n" for path in paths))
     arguments = [str(tmp_path / "list.txt"), "--output", str(tmp_path / "out"), "--workers", "1"]
     assert check_videos.main(arguments) == 0
     named = [Path(row.path).name for row in read_ledger(tmp_path / "out" / "failures.csv")]
-    assert sorted(named) == sorted(path.name for path in paths if damaged.get(path.name))
+    assert sorted(named) == sorted(path.name for path in paths if damaged[path.name])
 
 
 def real_clips() -> list[Path]:
