@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from contextlib import closing
 from typing import NamedTuple
 
 import av
@@ -11,7 +10,7 @@ import numpy as np
 from stvit_video.data.clips.sampling import Sampling
 from stvit_video.data.clips.timeline import KnownTimes
 from stvit_video.data.decode.frames import open_video
-from stvit_video.data.decode.readers import AV_ERRORS
+from stvit_video.data.decode.index import AV_ERRORS, IndexCache
 from stvit_video.data.decode.types import IMAGE_SUFFIXES, DecodeError
 from stvit_video.data.lists.annotations import Video
 
@@ -19,6 +18,13 @@ MAX_LOOKS = 64  # files that are opened at the start of a run, for which they ma
 MAX_BYTES = 64 * 2**20  # of a file that is read whole to count its frames
 MAX_FRAMES = 100_000  # to which a header is believed
 NAMES = {"train": "training", "test": "test"}
+
+
+class _Quiet(IndexCache):
+    """Leaves remarks on files to the process that decodes them."""
+
+    def note(self, kind: str, text: str) -> None:
+        pass
 
 
 class ShortCount(NamedTuple):
@@ -66,7 +72,7 @@ def _is_short(video: Video, samplers: Sequence[Sampling]) -> list[bool] | None:
                 return stated
             if os.path.getsize(path) > MAX_BYTES:
                 return None
-        with closing(open_video(path)) as reader:
+        with open_video(path, cache=_Quiet()) as reader:
             return [sampler.is_short(reader) for sampler in samplers]
     except (DecodeError, *AV_ERRORS):
         return None

@@ -1,12 +1,13 @@
 """What all readers of videos and images share: types, errors and sizes."""
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 # In lower case; a file's ending is compared in lower case too.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
@@ -66,14 +67,47 @@ class Timeline(Protocol):
         """Return the runs of continuous time, which hold all frames; one where frames have no times."""
 
 
-class Reader(Timeline, Protocol):
-    """An open file. Frames are numbered in the order in which they are shown."""
+class Reader(ABC):
+    """An open video, image or folder of frames: a Timeline with pixels. Frames are numbered as they are shown."""
 
-    def frames(self, indices: Indices) -> Frames:
+    path: str
+    length: int
+    damage = ""  # what of the file cannot be shown; known only where all of it was decoded to count its frames
+
+    @abstractmethod
+    def times(self) -> Times:
+        """See Timeline."""
+
+    @abstractmethod
+    def _read(self, indices: Indices) -> Frames:
         """Return the frames (N, H, W, 3) at ascending ``indices`` without repetitions. Raises DecodeError."""
 
-    def close(self) -> None:
+    def segments(self) -> Segments:
+        """See Timeline."""
+        return find_segments(self.times())
+
+    def frames(self, indices: ArrayLike) -> Frames:
+        """Return the frames (N, H, W, 3) at ``indices``, in any order and with repetitions. Raises DecodeError."""
+        wanted = np.asarray(indices).reshape(-1)
+        if wanted.size == 0:
+            return self._read(np.zeros(1, np.int64))[:0]
+        if wanted.dtype.kind not in "iu":
+            raise DecodeError(self.path, f"frames are asked for as {wanted.dtype.name}; give whole numbers")
+        outside = wanted[(wanted < 0) | (wanted >= self.length)]
+        if outside.size:
+            raise DecodeError(self.path, f"frame {outside[0]} does not exist; give 0 to {self.length - 1}")
+        ascending, positions = np.unique(wanted.astype(np.int64), return_inverse=True)
+        decoded = self._read(ascending)
+        return decoded if np.array_equal(ascending, wanted) else decoded[positions]
+
+    def close(self) -> None:  # noqa: B027 - images hold nothing open
         """Close the file."""
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 Choice = Callable[[Reader], Indices]  # which frames to read, in any order; called with the open file

@@ -1,0 +1,249 @@
+"""Odd files and real clips against FFmpeg's own command line: number, order, pixels and times of their frames."""
+
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from stvit_video import check_videos
+from stvit_video.data import open_video
+from stvit_video.data.decode.frames import Decoding
+from stvit_video.data.decode.types import DecodeError, Frames
+from stvit_video.data.failures import read_ledger
+from tests.conftest import make_once
+from tests.data import odd_files
+from tests.data.choices import Every, Frozen
+from tests.data.odd_files import COMMAND, EDITED, ENCODED, find_file
+
+# Every kind once; the others are in the long run.
+QUICK = [
+    "ten_bits.mkv",
+    "xvid.avi",
+    "vp9_hidden.webm",
+    "late.ts",
+    "variable.mkv",
+    "packed.avi",
+    "packed.mkv",
+    "not_coded.avi",
+    "not_coded.mp4",
+    "hidden_vp8.webm",
+    "empty_chunks.avi",
+    "middle.ts",
+    "middle_mpeg2.ts",
+    "middle.mpg",
+    "middle.mkv",
+    "cut.mp4",
+    "cut_open_hevc.mkv",
+    "cut_refresh.mkv",
+    "edited_twice.mp4",
+    "no_index.avi",
+    "half_zero.mp4",
+    "half_zero.avi",
+    "half_zero_mjpeg.avi",
+    "missing.mp4",
+    "missing.ts",
+    "truncated.ts",
+    "truncated.avi",
+    "no_moov.mp4",
+    "joined.ts",
+    "joined_later.ts",
+    "restarted.flv",
+    "hour.mp4",
+    "hour.mkv",
+    "slow.mp4",
+    "duplicate.mkv",
+    "backwards.mkv",
+    "turned_90.mp4",
+    "mirrored.mp4",
+    "transposed.mp4",
+    "cropped.mp4",
+    "cover_first.mp4",
+    "cover_flagged.mp4",
+    "second_default.mkv",
+    "sound_first.ts",
+]
+ALL = [name for name in [*ENCODED, *EDITED] if not name.startswith("_")]
+NAMES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.long) for name in ALL]
+# Frames of 4:2:0 in fields, in 10 bits or of other sizes are converted to RGB with other weights for colours between
+# pixels. Elsewhere, pixels are equal. Frames of two numbers differ by 18 levels and more.
+TOLERANCES = dict.fromkeys(
+    [
+        "interlaced.mp4",
+        "fields_hevc.mkv",
+        "mpeg2.ts",
+        "middle_mpeg2.ts",
+        "half_zero.ts",
+        "camera.dv",
+        "ten_bits.mkv",
+        "truncated.mkv",
+        "bt2020.mp4",
+        "size_changes.ts",
+        "size_changes.h264",
+        "size_changes.webm",
+        "turned_30.mp4",
+    ],
+    1.5,
+)
+CLIPS = "STVIT_VIDEO_REAL_CLIPS"  # the variable with the folder of real clips
+
+pytestmark = pytest.mark.skipif(COMMAND is None, reason="no ffmpeg command: pip install imageio-ffmpeg, or apt-get")
+
+
+@dataclass
+class Shown:
+    """What FFmpeg shows of a file."""
+
+    path: Path
+    frames: Frames  # (N, H, W, 3); empty where it shows nothing
+    times: NDArray[np.float64]  # (N,) in seconds after the first frame; NaN where it states none
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+
+def show(path: Path, stream: int = 0) -> Shown:
+    """Have FFmpeg's command write all frames of a video stream, none of them twice and none left out."""
+    assert COMMAND is not None
+    words = f"-map 0:v:{stream} -vf showinfo -pix_fmt rgb24 -fps_mode passthrough -f rawvideo -"
+    given = [COMMAND, "-nostdin", "-nostats", "-copyts", "-threads", "1", "-i", path, *words.split()]
+    process = subprocess.run(given, capture_output=True)
+    said = process.stderr.decode(errors="replace")
+    rows = re.findall(r" n: *\d+ pts: *(\S+) ", said)
+    if not rows:
+        return Shown(path, np.empty((0, 0, 0, 3), np.uint8), np.empty(0))
+    unit, parts = map(int, re.findall(r"config in time_base: (\d+)/(\d+)", said)[0])
+    width, height = map(int, re.findall(r"Video: rawvideo.* (\d+)x(\d+)", said)[-1])
+    frames = np.frombuffer(process.stdout, np.uint8).reshape(len(rows), height, width, 3)
+    times = np.array([np.nan if row == "NOPTS" else int(row) * unit / parts for row in rows])
+    return Shown(path, frames, times - times[0])
+
+
+@pytest.fixture(scope="module")
+def find(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function from a file's name to its path."""
+    folder = make_once(tmp_path_factory, "odd_files", odd_files.write_encoded)
+    return lambda name: find_file(folder, name)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def shown(request: pytest.FixtureRequest, find: Callable[[str], Path]) -> Shown:
+    edited = EDITED.get(request.param)
+    return show(find(request.param), edited.stream if edited else 0)
+
+
+def check_frames(frames: Frames, expected: Frames, name: str) -> None:
+    assert frames.shape == expected.shape
+    difference = np.abs(frames.astype(np.int16) - expected).mean(axis=(1, 2, 3))
+    assert difference.max() <= TOLERANCES.get(name, 0), np.flatnonzero(difference > TOLERANCES.get(name, 0))
+
+
+def check_times(shown: Shown) -> None:
+    """Check times inside of segments: what FFmpeg says of the time between them depends on the container."""
+    starts = EDITED[shown.name].starts if shown.name in EDITED else ()
+    with open_video(str(shown.path)) as video:
+        times, segments = video.times(), video.segments()
+    length = len(shown.frames)
+    assert times.shape == (length,)
+    assert [start for start, _ in segments] == [0, *(stop for _, stop in segments[:-1])]
+    assert segments[-1][1] == length
+    if starts is not None:
+        assert [start for start, _ in segments[1:]] == list(starts)
+    for start, stop in segments:
+        expected = shown.times[start:stop] - shown.times[start]
+        if not np.isnan(expected).any():
+            np.testing.assert_allclose(times[start:stop] - times[start], expected, atol=1e-3)
+    assert np.isfinite(times).all()
+
+
+def test_frames_and_times_are_those_of_ffmpeg(shown: Shown) -> None:
+    """Frames are read in order, then at random places, with repetitions, and one by one from the end."""
+    length = len(shown.frames)
+    if shown.name in EDITED and EDITED[shown.name].damaged is not False:
+        check_damaged(shown)
+        return
+    assert length > 0
+    with open_video(str(shown.path)) as video:
+        assert video.length == length
+        check_frames(video.frames(range(length)), shown.frames, shown.name)
+    rng = np.random.default_rng(0)
+    with open_video(str(shown.path)) as video:
+        for count in (1, 3, 8):
+            indices = rng.integers(0, length, count)
+            check_frames(video.frames(indices), shown.frames[indices], shown.name)
+        for index in (length - 1, length // 2, 0, length // 3):
+            check_frames(video.frames([index]), shown.frames[[index]], shown.name)
+    check_times(shown)
+
+
+def check_damaged(shown: Shown) -> None:
+    """Check that each frame is an error or what FFmpeg shows, and that a file of which it shows none is refused."""
+    errors = []
+    try:
+        with open_video(str(shown.path)) as video:
+            assert 0 < video.length <= len(shown.frames)
+            check_times(shown) if video.length == len(shown.frames) else None
+            for index in range(video.length):
+                try:
+                    check_frames(video.frames([index]), shown.frames[[index]], shown.name)
+                except DecodeError as error:
+                    errors.append(error)
+    except DecodeError as error:
+        errors.append(error)
+    assert errors or len(shown.frames)
+    assert not any("\n" in str(error) for error in errors)
+
+
+@pytest.fixture(scope="module")
+def decord() -> Decoding:
+    return Decoding(("decord",), deadline_s=20)
+
+
+def test_decord_is_exact_or_refuses(shown: Shown, decord: Decoding) -> None:
+    choices = [Every(), Frozen((len(shown.frames) // 2,)), Frozen((len(shown.frames) - 1, 0, 7, 3))]
+    for choice in choices:
+        try:
+            frames = decord.read(decord.request(str(shown.path), choice))
+        except DecodeError:
+            continue
+        indices = range(len(shown.frames)) if isinstance(choice, Every) else choice.indices
+        check_frames(frames, shown.frames[list(indices)], shown.name)
+
+
+@pytest.mark.parametrize("names", [QUICK, pytest.param(ALL, marks=pytest.mark.long)], ids=["quick", "all"])
+def test_check_videos_names_the_damaged_ones(
+    names: list[str], find: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = {name: EDITED[name].damaged if name in EDITED else False for name in names}
+    paths = [find(name) for name in names if damaged[name] is not None]
+    (tmp_path / "list.txt").write_text("".join(f"{path} 0\n" for path in paths))
+    arguments = [str(tmp_path / "list.txt"), "--output", str(tmp_path / "out"), "--workers", "1"]
+    assert check_videos.main(arguments) == 0
+    named = [Path(row.path).name for row in read_ledger(tmp_path / "out" / "failures.csv")]
+    assert sorted(named) == sorted(path.name for path in paths if damaged[path.name])
+
+
+def real_clips() -> list[Path]:
+    folder = os.environ.get(CLIPS)
+    return sorted(path for path in Path(folder).iterdir() if path.suffix in (".avi", ".mp4")) if folder else []
+
+
+@pytest.mark.skipif(CLIPS not in os.environ, reason=f"{CLIPS} is not set to a folder of real clips: tests/README.md")
+@pytest.mark.parametrize("path", real_clips(), ids=lambda path: path.name)
+def test_real_clips_are_read_whole(path: Path) -> None:
+    shown = show(path)
+    with open_video(str(path)) as video:
+        assert video.length == len(shown.frames) > 30
+        assert video.segments() == [(0, video.length)]
+        np.testing.assert_allclose(video.times(), shown.times, atol=1e-3)
+        for start in range(0, video.length, 32):
+            indices = range(start, min(start + 32, video.length))
+            np.testing.assert_array_equal(video.frames(indices), shown.frames[indices.start : indices.stop])
+        indices = np.random.default_rng(0).permutation(video.length)[:16]
+        np.testing.assert_array_equal(video.frames(indices), shown.frames[indices])
