@@ -22,6 +22,7 @@ from stvit_video import predict
 from stvit_video.common.errors import UsageError
 from stvit_video.config import load_config
 from stvit_video.config.clip_settings import view_settings
+from stvit_video.data.decode.frames import open_video
 from stvit_video.data.decode.types import DecodeError, find_segments
 from stvit_video.data.lists.videos import build_lists
 from stvit_video.data.loader import build_test_loader
@@ -374,6 +375,26 @@ def test_windows_of_a_camera_that_waits_for_motion(colours: predict.Predictor, c
     stretches = [line.split("  ") for line in predict_videos.describe_result(result, 1).splitlines()[1:]]
     spans = ["0:00.0 to    0:02.0", "1:00:02.0 to 1:00:02.8", "1:01:02.8 to 1:01:05.8"]
     assert ["  ".join(words[:-1]).strip() for words in stretches] == spans  # none over a gap
+
+
+def test_annotated_copies_have_no_gaps(
+    colours: predict.Predictor, camera: Path, colour_clip: Callable[..., Path], tmp_path: Path
+) -> None:
+    colour_clip(("red", 40), name="joined.ts")
+    joined = tmp_path / "joined.ts"
+    joined.write_bytes(joined.read_bytes() + colour_clip(("blue", 40), name="blue.ts").read_bytes())
+    copies = annotate_module.Copies(tmp_path / "out")
+    copies.folder.mkdir()
+    for path, names in ((camera, ["red"] * 70 + ["blue"] * 75), (joined, ["red"] * 40 + ["blue"] * 40)):
+        (result,) = colours.predict([path], window=30.0)  # longer than the gaps of one file
+        assert copies.add(result).startswith("annotated copy"), copies.add(result)
+        with open_video(path) as video:
+            shown = annotate_module._nearest_windows(result.windows, video.times(), video.segments())
+        assert [result.top(1, result.windows[i])[0][0] for i in shown] == names
+        with open_video(tmp_path / "out" / f"{path.stem}.mp4") as copy:
+            np.testing.assert_allclose(copy.times(), np.arange(len(names)) / 25, atol=1e-3)
+            assert [COLOURS[i] for i in copy.frames(range(copy.length)).mean(axis=(1, 2)).argmax(axis=1)] == names
+    assert copies.missing == 0
 
 
 def test_a_stream_that_begins_anew(colours: predict.Predictor, colour_clip: Callable[..., Path], served: str) -> None:
