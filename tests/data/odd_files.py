@@ -377,8 +377,8 @@ EDITED = {
     # A1: packets that are no frames, and frames that cannot be decoded where the file starts.
     "packed.avi": repacked("_pairs.avi", pack(b"\x7f")),
     "packed_evenly.avi": repacked("_pairs.avi", pack()),
-    "packed.mkv": copied("-fflags +genpts -i packed.avi"),
-    "packed.mp4": copied("-i packed.avi"),
+    "packed.mkv": copied("-fflags +genpts -i packed.avi", starts=None),
+    "packed.mp4": copied("-i packed.avi", starts=None),
     "unpacked.avi": copied("-i packed.avi -bsf:v mpeg4_unpack_bframes"),
     "not_coded.avi": repacked("_halves.mp4", fill),
     "not_coded.mp4": repacked("_halves.mp4", fill),
@@ -464,8 +464,8 @@ EDITED = {
     "hour.mp4": repacked("_plain.mp4", shift(25, 3600), starts=(25,)),
     "hour.mkv": repacked("_plain.mp4", shift(25, 3600), starts=(25,)),
     "hours.mkv": repacked("slow.mp4", lambda packets: packets),
-    "duplicate.mkv": repacked("variable.mp4", twice, starts=None),
-    "duplicate.mp4": repacked("variable.mp4", twice, starts=None),
+    "duplicate.mkv": repacked("variable.mp4", twice),
+    "duplicate.mp4": repacked("variable.mp4", twice),
     "backwards.mkv": repacked("_plain.mp4", turn_back, starts=(25,)),
     # A4: geometry.
     **{
@@ -486,7 +486,6 @@ EDITED = {
     "turned_sei.mp4": copied("-i b_frames.mp4 -bsf:v h264_metadata=display_orientation=insert:rotate=90"),
     "mirrored_sei.ts": copied("-i b_frames.mp4 -bsf:v h264_metadata=display_orientation=insert:flip=horizontal"),
     "cropped.mp4": copied("-i b_frames.mp4 -bsf:v h264_metadata=crop_right=16:crop_bottom=8"),
-    "cropped_left.mp4": copied("-i b_frames.mp4 -bsf:v h264_metadata=crop_left=6:crop_top=4"),
     "size_changes.ts": joined("stream.ts", "_small.ts", starts=None),
     "size_changes.webm": chained("vp8.webm", "_small.webm"),
     "size_changes.h264": joined("bare.h264", "_small.h264"),

@@ -145,21 +145,27 @@ def check_frames(frames: Frames, expected: Frames, name: str) -> None:
 
 
 def check_times(shown: Shown) -> None:
-    """Check times inside of segments: what FFmpeg says of the time between them depends on the container."""
-    starts = EDITED[shown.name].starts if shown.name in EDITED else ()
+    """Check segments, and times inside of each: what FFmpeg says of the time between them depends on the container."""
+    edited = EDITED.get(shown.name)
     with open_video(str(shown.path)) as video:
         times, segments = video.times(), video.segments()
-    length = len(shown.frames)
-    assert times.shape == (length,)
-    assert [start for start, _ in segments] == [0, *(stop for _, stop in segments[:-1])]
-    assert segments[-1][1] == length
-    if starts is not None:
-        assert [start for start, _ in segments[1:]] == list(starts)
-    for start, stop in segments:
-        expected = shown.times[start:stop] - shown.times[start]
-        if not np.isnan(expected).any():
-            np.testing.assert_allclose(times[start:stop] - times[start], expected, atol=1e-3)
+    assert times.shape == (len(shown.frames),)
     assert np.isfinite(times).all()
+    assert [0, *(stop for _, stop in segments)] == [*(start for start, _ in segments), len(times)]
+    for start, stop in segments:
+        assert (np.diff(times[start:stop]) >= 0).all()
+    if edited and edited.starts is None:
+        return
+    assert tuple(start for start, _ in segments[1:]) == (edited.starts if edited else ())
+    for start, stop in segments:
+        expected, found = (part[start:stop] - part[start] for part in (shown.times, times))
+        if np.isnan(expected).any():
+            continue
+        # Where two frames have one time, FFmpeg guesses that of the second.
+        guessed = int((np.diff(expected) <= 0).sum()) + shown.name.startswith("duplicate")
+        wrong = np.abs(found - expected) > 1e-3
+        assert wrong.sum() <= guessed
+        assert (np.abs(found - expected)[wrong] <= 2 / odd_files.RATE).all()
 
 
 def test_frames_and_times_are_those_of_ffmpeg(shown: Shown) -> None:
@@ -187,8 +193,7 @@ def check_damaged(shown: Shown) -> None:
     errors = []
     try:
         with open_video(str(shown.path)) as video:
-            assert 0 < video.length <= len(shown.frames)
-            check_times(shown) if video.length == len(shown.frames) else None
+            assert video.length > 0
             for index in range(video.length):
                 try:
                     check_frames(video.frames([index]), shown.frames[[index]], shown.name)
@@ -234,6 +239,13 @@ def real_clips() -> list[Path]:
     return sorted(path for path in Path(folder).iterdir() if path.suffix in (".avi", ".mp4")) if folder else []
 
 
+def check_clip(frames: Frames, expected: Frames) -> None:
+    """Versions of FFmpeg round MPEG-4 differently in single pixels."""
+    difference = np.abs(frames.astype(np.int16) - expected)
+    assert difference.max() <= 2
+    assert difference.mean() < 1e-4
+
+
 @pytest.mark.skipif(CLIPS not in os.environ, reason=f"{CLIPS} is not set to a folder of real clips: tests/README.md")
 @pytest.mark.parametrize("path", real_clips(), ids=lambda path: path.name)
 def test_real_clips_are_read_whole(path: Path) -> None:
@@ -244,6 +256,6 @@ def test_real_clips_are_read_whole(path: Path) -> None:
         np.testing.assert_allclose(video.times(), shown.times, atol=1e-3)
         for start in range(0, video.length, 32):
             indices = range(start, min(start + 32, video.length))
-            np.testing.assert_array_equal(video.frames(indices), shown.frames[indices.start : indices.stop])
+            check_clip(video.frames(indices), shown.frames[indices.start : indices.stop])
         indices = np.random.default_rng(0).permutation(video.length)[:16]
-        np.testing.assert_array_equal(video.frames(indices), shown.frames[indices])
+        check_clip(video.frames(indices), shown.frames[indices])
