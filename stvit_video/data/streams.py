@@ -17,7 +17,8 @@ from av.video.frame import VideoFrame
 
 from stvit_video.common.errors import UsageError
 from stvit_video.data.clips.sampling import TOLERANCE_S, Sampling
-from stvit_video.data.decode.readers import AV_ERRORS
+from stvit_video.data.clips.timeline import KnownTimes
+from stvit_video.data.decode.index import AV_ERRORS
 from stvit_video.data.decode.types import (
     IMAGE_SUFFIXES,
     MEDIA_SUFFIXES,
@@ -117,14 +118,6 @@ def spans_of(times: Times, window: float, step: float) -> list[Span]:
     if spans[-1].end < duration - TOLERANCE_S and step <= window:
         spans.append(Span(duration - window, duration))
     return spans
-
-
-class KnownTimes:
-    """A ``Timeline`` of known times (length,), in seconds after the first."""
-
-    def __init__(self, times: Times) -> None:
-        self.length = len(times)
-        self.times = lambda: times
 
 
 def clips_of_spans(video: Timeline, sampler: Sampling, clips: int, spans: Sequence[Span]) -> Indices:

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stvit_video.data.clips.timeline import KnownTimes
 from stvit_video.data.dataset import Sample, collate
 from stvit_video.data.decode.frames import Decoding
 from stvit_video.data.decode.types import DecodeError, Frames, Indices
-from stvit_video.data.streams import KnownTimes, Span, check_seconds, clips_of_spans, read_ahead, read_windows, spans_of
+from stvit_video.data.streams import Span, check_seconds, clips_of_spans, read_ahead, read_windows, spans_of
 from stvit_video.inference.load import Trained, open_checkpoint
 from stvit_video.runtime.precision import autocast, set_precision
 from stvit_video.runtime.world import pick_device

@@ -15,10 +15,10 @@ from torch import Tensor
 from stvit_video.common.errors import UsageError, nearest
 from stvit_video.common.files import prepare_folder, write_atomically
 from stvit_video.data.clips.sampling import ClipSampler
+from stvit_video.data.clips.timeline import KnownTimes
 from stvit_video.data.dataset import Sample, collate
 from stvit_video.data.decode.frames import open_video
 from stvit_video.data.decode.types import DecodeError, Frames, Indices, Times
-from stvit_video.data.streams import KnownTimes
 from stvit_video.inference.load import VideoInput, open_checkpoint
 from stvit_video.pages import overlays
 from stvit_video.pages.explain import Explanation, explain

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from stvit_video.data.clips.sampling import ClipSampler
+from stvit_video.data.decode.types import find_segments
 
 
 @dataclass
@@ -19,6 +20,9 @@ class Video:
         assert self.stamps is not None
         return self.stamps
 
+    def segments(self) -> list[tuple[int, int]]:
+        return [(0, self.length)] if self.stamps is None else find_segments(self.stamps)
+
 
 def random(sampler: ClipSampler, length: int, count: int, seed: int = 0) -> np.ndarray:
     """Return ``count`` random clips (count, frames)."""
@@ -27,6 +31,32 @@ def random(sampler: ClipSampler, length: int, count: int, seed: int = 0) -> np.n
 
 def even(sampler: ClipSampler, length: int, clips: int) -> list[list[int]]:
     return sampler(Video(length), clips).reshape(clips, -1).tolist()
+
+
+CAMERA = np.arange(40) / 25  # 1.6 s
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        (np.arange(300) / 30, [(0, 300)]),
+        (np.zeros(1), [(0, 1)]),
+        (np.arange(50) * 10.0, [(0, 50)]),  # a slide show of a picture every 10 s
+        (np.arange(50) * 3600.0, [(0, 50)]),  # a time lapse
+        (np.cumsum([0, 5, 60, 20, 8, 90, 30, 12.0]), [(0, 8)]),  # slides that are explained for different times
+        (np.concatenate([CAMERA, 1.6 + 8 + CAMERA]), [(0, 80)]),  # a screen where nothing moves for 8 s
+        (np.array([0, 0.04, 0.04, 0.08]), [(0, 4)]),  # a time twice
+        (np.concatenate([CAMERA, 3600 + CAMERA[:10]]), [(0, 40), (40, 50)]),  # a camera that waits for motion
+        (np.concatenate([CAMERA, CAMERA]), [(0, 40), (40, 80)]),  # a recording joined to itself
+        (np.concatenate([CAMERA, CAMERA + 2**33 / 90_000]), [(0, 40), (40, 80)]),  # MPEG's clock has run over
+        (np.concatenate([CAMERA - 2**32 / 1000, CAMERA]), [(0, 40), (40, 80)]),  # FLV's clock, of 32 bits
+        (np.concatenate([[0], 60 + CAMERA, [120]]), [(0, 1), (1, 41), (41, 42)]),
+        (np.concatenate([60 * i + CAMERA[:2] for i in range(300)]), [(2 * i, 2 * i + 2) for i in range(300)]),
+        (np.concatenate([np.arange(9) * 60.0, 86400 + np.arange(9) * 60.0]), [(0, 9), (9, 18)]),  # by night it rests
+    ],
+)
+def test_time_is_interrupted_where_it_leaps_or_goes_back(times: np.ndarray, expected: list[tuple[int, int]]) -> None:
+    assert find_segments(times) == expected
 
 
 def test_unknown_kinds_are_refused() -> None:

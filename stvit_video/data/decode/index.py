@@ -1,0 +1,308 @@
+"""Which frames a video file shows and when, in the order of display: an ``Index``.
+
+A frame is what FFmpeg's decoder shows. Where the packets of a file prove which these are, a pass over them is enough;
+else all of the file is decoded once, and the index cached, since that takes as long as reading the file.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import time
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+from numpy.typing import NDArray
+
+from stvit_video.common.files import whole_file
+from stvit_video.data.decode.packets import EXACT_CONTAINERS, SHOWN, find_end, prove
+from stvit_video.data.decode.types import DecodeError, Times, decode_errors, reason
+
+AV_ERRORS = (av.FFmpegError, OSError, ValueError)
+NOT_OPENED, NOT_DECODED = "cannot be opened as video", "frames cannot be decoded"
+# FLV has no exact index, but its times are right: one can tell from them where a seek landed.
+TIMED_CONTAINERS = (*EXACT_CONTAINERS, "flv")
+CUT_ANYWHERE = ("mpegts", "mpeg", "mpegvideo", "h264", "hevc")  # what cannot be decoded at their start is no damage
+KEPT_FRAMES = 4_000_000  # in the indexes that a process keeps in memory: 64 MB
+FORMAT = 1  # of cached files; others are not read
+PROGRESS_S = 1.0
+
+Stamps = list[int | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """The frames of a file in the order of display."""
+
+    stream: int  # the number of the video stream
+    stamps: NDArray[np.int64]  # (length,) when frames are shown, in units of ``time_base``
+    time_base: float  # seconds
+    keys: list[int]  # stamps of frames from which decoding may begin; without any, frames are counted from the start
+    plain: str  # why decoders that take packets for frames are wrong about this file; empty where they are right
+    damage: str = ""  # what FFmpeg reports about the file, in words, where it was ``decoded``
+    decoded: bool = False  # whether all frames were decoded
+
+    def times(self) -> Times:
+        """Return the times (length,) in seconds after the first; single ones that are out of line are interpolated."""
+        stamps = self.stamps.astype(np.float64)
+        before, here, after = stamps[:-2], stamps[1:-1], stamps[2:]
+        wrong = (before <= after) & ((here < before) | (here > after))
+        stamps[1:-1][wrong] = (before[wrong] + after[wrong]) / 2
+        return (stamps - stamps[:1]) * self.time_base
+
+
+def open_av(path: str, number: int | None = None) -> tuple[InputContainer, VideoStream]:
+    """Open a file and its video stream of that number, or the one that ``_choose_stream`` takes."""
+    with decode_errors(path, NOT_OPENED, "pyav", AV_ERRORS):
+        container = av.open(os.path.abspath(path), metadata_errors="ignore")  # "a:b.mp4" alone would be a protocol
+    streams = [stream for stream in container.streams.video if stream.codec_context is not None]
+    if number is None:
+        streams = [stream for stream in streams if not stream.disposition & Disposition.attached_pic]
+        if len(streams) > 1:
+            number = _choose_stream(path, container, streams)
+            container.close()
+            return open_av(path, number)
+    else:
+        streams = [stream for stream in streams if stream.index == number]
+    if not streams:
+        container.close()
+        raise DecodeError(path, "has no video stream that can be decoded", "pyav")
+    streams[0].codec_context.thread_count = 1
+    return container, streams[0]
+
+
+def _choose_stream(path: str, container: InputContainer, streams: list[VideoStream]) -> int:
+    """Return the number of the stream to watch: marked as default, else the longest, else the largest, else the first.
+
+    Single pictures and rare ones (covers, thumbnails) are passed over where another stream has ten times as many.
+    """
+    packets, ends = dict.fromkeys((s.index for s in streams), 0), dict.fromkeys((s.index for s in streams), 0.0)
+    with decode_errors(path, NOT_OPENED, "pyav", AV_ERRORS):
+        for packet in container.demux(*streams):
+            if packet.size and not packet.is_discard:
+                packets[packet.stream_index] += 1
+                end = float((packet.pts or packet.dts or 0) * packet.time_base)
+                ends[packet.stream_index] = max(ends[packet.stream_index], end)
+    most = max(packets.values())
+    real = [stream for stream in streams if packets[stream.index] * 10 >= most]
+
+    def rank(stream: VideoStream) -> tuple[bool, int, int]:
+        size = stream.codec_context.width * stream.codec_context.height
+        return bool(stream.disposition & Disposition.default), round(ends[stream.index]), size
+
+    return max(real, key=rank).index
+
+
+def shown_frames(
+    container: InputContainer,
+    stream: VideoStream,
+    errors: list[Exception],
+    prepare: Callable[[av.Packet], None] = lambda packet: None,
+) -> Iterator[VideoFrame]:
+    """Yield frames as FFmpeg shows them: what cannot be decoded is passed over, and the reason added to ``errors``.
+
+    ``prepare`` is called with each packet before it is decoded.
+    """
+    packets = container.demux(stream)
+    packet: av.Packet | None = None
+    while packet is None or packet.size or packet.dts is not None:  # the last one is empty: it asks for what is left
+        try:
+            packet = next(packets)
+            prepare(packet)
+            frames = packet.decode()
+        except StopIteration:  # after an error in the container, which FFmpeg takes for the end
+            packet = av.Packet()
+            frames = stream.decode(None)
+        except AV_ERRORS as error:
+            errors.append(error)
+            continue
+        yield from frames
+
+
+def read_index(path: str, container: InputContainer, stream: VideoStream, decode: bool, cache: "IndexCache") -> Index:
+    """Return the index of an open file, which may have been read to its end then. Raises DecodeError.
+
+    With ``decode``, all frames are decoded in any case, to know of damage.
+    """
+    known = cache.get(path)
+    if known is not None and (known.decoded or not decode):
+        return known
+    with decode_errors(path, NOT_OPENED, "pyav", AV_ERRORS):
+        proof = prove(container, stream)
+    number, unit = stream.index, float(stream.time_base or 0)
+    if not isinstance(proof, str) and not decode:
+        index = Index(number, np.asarray(proof.stamps, np.int64), unit, proof.keys, proof.plain)
+    else:
+        index = _decode_index(path, number, proof if isinstance(proof, str) else proof.plain, cache.progress)
+        if not isinstance(proof, str) and np.array_equal(index.stamps, proof.stamps):
+            index = replace(index, keys=proof.keys)
+    if not len(index.stamps):
+        raise DecodeError(path, "has no frames", "pyav")
+    cache.put(path, index)
+    return index
+
+
+def _decode_index(path: str, number: int, plain: str, progress: Callable[[], None]) -> Index:
+    """Decode a file to count its frames."""
+    container, stream = open_av(path, number)
+    errors: list[Exception] = []
+    at_start = flagged = packets = last = 0
+    listed: list[int | None] = []  # when packets are shown, damaged ones too
+    clocks: tuple[Stamps, Stamps] = [], []  # when frames are shown, and when their packets were decoded
+    keys: list[int] = []  # numbers of key frames
+
+    def count(packet: av.Packet) -> None:
+        nonlocal packets, last
+        packets += packet.size > 0
+        last = max(last, packet.pts or packet.dts or 0)
+        if packet.size and not packet.is_discard and not packet.is_corrupt:
+            listed.append(packet.pts)
+
+    reported = time.monotonic()
+    for number_of_frame, frame in enumerate(shown_frames(container, stream, errors, count)):
+        at_start = at_start if number_of_frame else len(errors)
+        flagged += frame.is_corrupt
+        keys += [number_of_frame] if frame.key_frame else []
+        clocks[0].append(frame.pts)
+        clocks[1].append(frame.dts)
+        if time.monotonic() - reported > PROGRESS_S:
+            reported = time.monotonic()
+            progress()
+    if not clocks[0] and errors:
+        raise DecodeError(path, f"{NOT_DECODED} ({reason(errors[0])})", "pyav")
+    failed = len(errors) - (at_start if container.format.name in CUT_ANYWHERE else 0)
+    damage = [f"{what} damaged: {count}" for count, what in ((failed, "packets"), (flagged, "frames")) if count]
+    damage += [end] if (end := find_end(container, stream, packets, last)) else []
+    unit = float(stream.time_base or 0)
+    step = round(1 / (float(stream.average_rate or stream.guessed_rate or 25) * unit)) if unit else 1
+    # Like FFmpeg, take the clock with fewer errors: packed B-frames of DivX have times to be shown that are wrong.
+    clock = min(clocks, key=_count_faults)
+    stamps = _fill(clock, step)
+    # A seek is exact where frames are told apart by times that agree with their order.
+    timed = container.format.name in TIMED_CONTAINERS and clock is clocks[0] and not damage
+    exact = timed and _count_faults(clock) == 0
+    starts = stamps[keys].tolist() if exact else []
+    if failed and _are_frames(container, stream, listed):  # damaged ones keep their places: reading them is an error
+        stamps = np.sort(np.asarray(listed, dtype=np.int64))
+        starts = stamps[:1].tolist()
+    container.close()
+    return Index(number, stamps, unit, starts, plain, "; ".join(damage), decoded=True)
+
+
+def _are_frames(container: InputContainer, stream: VideoStream, packets: Stamps) -> bool:
+    """Say whether each of the packets with these time stamps holds one frame, as far as the format goes."""
+    listed = container.format.name in EXACT_CONTAINERS and stream.codec_context.codec.canonical_name in SHOWN
+    return listed and None not in packets and len(set(packets)) == len(packets)
+
+
+def _count_faults(clock: Stamps) -> int:
+    known = [stamp for stamp in clock if stamp is not None]
+    return len(clock) - len(known) + sum(here >= after for here, after in pairwise(known))
+
+
+def _fill(clock: Stamps, step: int) -> NDArray[np.int64]:
+    """Return stamps, each missing one a step after the one before."""
+    filled: list[int] = []
+    for stamp in clock:
+        filled.append(stamp if stamp is not None else filled[-1] + step if filled else 0)
+    return np.asarray(filled, dtype=np.int64)
+
+
+class IndexCache:
+    """Indexes of files that have not changed since, in memory, and those that took decoding in a folder too.
+
+    Without a folder, or where it cannot be written to, only speed is lost.
+    """
+
+    def __init__(self, folder: str | None = None, progress: Callable[[], None] = lambda: None) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self.progress = progress  # called about once a second while a file is decoded for its index
+        self._kept: OrderedDict[str, tuple[list[int], Index]] = OrderedDict()
+        self._frames = 0
+        self._noted: set[str] = set()
+
+    def get(self, path: str) -> Index | None:
+        """Return the index of a file, or None."""
+        state = _state(path)
+        if path not in self._kept:
+            self._load(path)
+        known, index = self._kept.get(path, (None, None))
+        return index if known == state else None
+
+    def put(self, path: str, index: Index) -> None:
+        """Keep the index of a file."""
+        state = _state(path)
+        self._keep(path, state, index)
+        if self.folder is None or not index.decoded:
+            return
+        fields = {**index.__dict__, "path": path, "state": state, "format": FORMAT}
+        arrays = {"stamps": fields.pop("stamps"), "keys": np.asarray(fields.pop("keys"), np.int64)}
+        try:
+            self.folder.mkdir(exist_ok=True)
+            with whole_file(self._file(path), ".npz") as temporary:
+                np.savez(temporary, fields=json.dumps(fields), **arrays)
+        except OSError:  # no space, read-only, or the run's folder is gone
+            self.folder = None
+
+    def note(self, kind: str, text: str) -> None:
+        """Print a remark about a file, once per kind: once per folder, or without one per process."""
+        if kind in self._noted:
+            return
+        self._noted.add(kind)
+        if self.folder is not None:
+            try:
+                self.folder.mkdir(exist_ok=True)
+                (self.folder / f"{kind}.txt").open("x").write(text)
+            except FileExistsError:
+                return
+            except OSError:
+                pass
+        print(f"note: {text}", file=sys.stderr, flush=True)
+
+    def _file(self, path: str) -> Path:
+        assert self.folder is not None
+        return (
+            self.folder
+            / f"{hashlib.sha256(os.path.abspath(path).encode(errors='surrogateescape')).hexdigest()[:32]}.npz"
+        )
+
+    def _load(self, path: str) -> None:
+        if self.folder is None:
+            return
+        try:
+            with np.load(self._file(path), allow_pickle=False) as stored:
+                fields = json.loads(str(stored["fields"]))
+                if fields.pop("format") != FORMAT or fields.pop("path") != path:
+                    return
+                state = fields.pop("state")
+                index = Index(stamps=stored["stamps"], keys=stored["keys"].tolist(), **fields)
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):  # none, or a torn one
+            return
+        self._keep(path, state, index)
+
+    def _keep(self, path: str, state: list[int], index: Index) -> None:
+        if path in self._kept:
+            self._frames -= len(self._kept.pop(path)[1].stamps)
+        self._kept[path] = state, index
+        self._frames += len(index.stamps)
+        while self._frames > KEPT_FRAMES and len(self._kept) > 1:
+            self._frames -= len(self._kept.popitem(last=False)[1][1].stamps)
+
+
+def _state(path: str) -> list[int]:
+    """Return what changes with a file's content: its size and its time."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return []
+    return [found.st_size, found.st_mtime_ns]
