@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stvit_video.data.decode.types import Indices, Reader, Timeline, Times
+from stvit_video.data.decode.types import Indices, Timeline, Times
 
 TOLERANCE_S = 1e-6  # files state the times of frames rounded
-BLOCK_BYTES = 64 * 2**20  # of frames in memory at once, where all of a video are read
 
 # Takes (video, clips, seed=None) to the indices (clips * frames,) of clips: random ones that the seed determines, for
 # training, or without a seed the evenly spaced ones of a test. Bind clips and seed with functools.partial to get a
@@ -78,12 +77,3 @@ class ClipSampler:
         if times is None or self.rate is None:
             return np.minimum(int(start) + steps * self.stride, length - 1)
         return np.searchsorted(times, start + self.stride / self.rate * steps + TOLERANCE_S, side="right") - 1
-
-
-def read_every_frame(video: Reader) -> Indices:
-    """Read every frame, block by block, and choose the first, which is then sent back. Raises DecodeError."""
-    first = np.zeros(1, np.int64)
-    block = max(1, BLOCK_BYTES // video.frames(first).nbytes)
-    for start in range(0, video.length, block):
-        video.frames(np.arange(start, min(start + block, video.length)))
-    return first

@@ -30,7 +30,7 @@ from stvit_video.common.errors import UsageError
 from stvit_video.data.decode.index import IndexCache
 from stvit_video.data.decode.pictures import ImageReader
 from stvit_video.data.decode.readers import AvReader, DecordReader, TorchCodecReader
-from stvit_video.data.decode.types import IMAGE_SUFFIXES, Choice, DecodeError, Reader, Times
+from stvit_video.data.decode.types import IMAGE_SUFFIXES, Choice, DecodeError, Indices, Reader, Times
 from stvit_video.runtime.stopping import end_with_parent, ignore_stop_signals
 
 IN_FLIGHT = 2  # requests sent to the child at once; each has a slot of the shared memory
@@ -86,6 +86,12 @@ class FrameRequest:
     short_side: int | None = None  # see ``open_video``
     decoders: tuple[str, ...] = ("pyav",)  # in the order in which they are tried
     keep_open: bool = False  # more requests for this file follow
+
+
+def check_whole(video: Reader) -> Indices:
+    """Read all of a video, and choose its first frame, which is then sent back. Raises DecodeError."""
+    video.check()
+    return np.zeros(1, np.int64)
 
 
 def read_file(

@@ -64,7 +64,7 @@ def prove(container: InputContainer, stream: VideoStream) -> Proof | str:
     packets: list[int] = []  # time stamps in order of decoding; those below are parts of it
     hidden: list[int] = []
     keys: list[int] = []
-    all_clean = True  # whether decoding may begin wherever the container says so
+    all_idr = True  # whether nothing is needed before what the container calls key frames
     for packet in container.demux(stream):
         size, pts = packet.size, packet.pts
         if not size and packet.dts is None:  # the end
@@ -77,7 +77,7 @@ def prove(container: InputContainer, stream: VideoStream) -> Proof | str:
             return "has packets that are not one frame each"
         if packet.is_keyframe:
             start = starts(data, length_size) if starts else IDR
-            all_clean = all_clean and start > 0
+            all_idr = all_idr and start == IDR
             if start:
                 keys.append(pts)
         if not packets and not (keys and start == IDR):
@@ -87,7 +87,7 @@ def prove(container: InputContainer, stream: VideoStream) -> Proof | str:
         packets.append(pts)
     if reason := find_end(container, stream, len(packets), max(packets, default=0)):
         return reason
-    return _order(container, stream, packets, hidden, keys, all_clean)
+    return _order(container, stream, packets, hidden, keys, all_idr)
 
 
 def find_end(container: InputContainer, stream: VideoStream, packets: int, last: int) -> str:
@@ -97,12 +97,11 @@ def find_end(container: InputContainer, stream: VideoStream, packets: int, last:
         return f"is cut short: {packets} of {len(stream.index_entries)} frames are there"
     if name == "avi" and last + 1 < stream.frames - max(2, stream.frames // 50):
         return f"is cut short: {last + 1} of {stream.frames} frames are there"
-    if name == EXACT_CONTAINERS[1] and re.fullmatch(
-        r"\d+:\d+:[\d.]+", announced := stream.metadata.get("DURATION", "")
-    ):
-        hours, minutes, seconds = map(float, announced.split(":"))
+    announced = re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))
+    if name == EXACT_CONTAINERS[1] and announced:
+        hours, minutes, seconds = map(float, announced.groups())
         end, whole = last * float(stream.time_base or 0), 3600 * hours + 60 * minutes + seconds
-        if end < whole - 1:
+        if whole - end > 1 + 2 * end / max(1, packets - 1):  # the last frame's own duration is not known
             return f"is cut short: {end:.1f} of {whole:.1f} seconds are there"
     return ""
 
@@ -113,7 +112,7 @@ def _order(
     packets: list[int],
     hidden: list[int],
     keys: list[int],
-    all_clean: bool,
+    all_idr: bool,
 ) -> Proof | str:
     """Return the proof from the time stamps of all packets, of those not shown, and of keys."""
     stamps, context = np.asarray(packets, dtype=np.int64), stream.codec_context
@@ -123,9 +122,10 @@ def _order(
         return "has frames at the same time"
     if order[0] != 0:
         return "begins with frames whose references are missing"
-    # How many frames a decoder must hold back to show them in order: FFmpeg's drops frames that come later than that.
-    held = int((np.arange(len(order)) - order.argsort()).max())
-    if context.codec.canonical_name in STARTS and held > context.reorder_depth:
+    # How many frames a decoder must hold back to show them in order. FFmpeg's drops what comes later than announced;
+    # where none is ever held, times may be those of decoding.
+    held, depth = int((np.arange(len(order)) - order.argsort()).max()), context.reorder_depth
+    if context.codec.canonical_name in STARTS and (held > depth or (depth and not held and len(order) > depth)):
         return "has frames in another order than it announces"
     plain = ""
     latest_key = np.maximum.accumulate(np.where(np.isin(stamps, keys), stamps, stamps[0]))
@@ -133,7 +133,7 @@ def _order(
         plain = "has frames that are not shown, or before time 0"
     elif len(container.streams.video) > 1:
         plain = "has several video streams"
-    elif not all_clean or (stamps < latest_key).any():
+    elif not all_idr or (stamps < latest_key).any():
         # A frame is stored after a key frame that is shown later: after a seek there, frames are miscounted.
         plain = "has open groups of pictures"
     shown = ascending[~np.isin(ascending, hidden)] if hidden else ascending
@@ -160,14 +160,10 @@ def _nal_units(data: memoryview, length_size: int) -> list[memoryview]:
 
 
 def _count_h264(data: memoryview, length_size: int) -> int:
-    if length_size and len(data) > length_size and data[length_size] & 31 in H264_SLICES:
-        return 1
     return int(any(unit[0] & 31 in H264_SLICES for unit in _nal_units(data, length_size)))
 
 
 def _count_hevc(data: memoryview, length_size: int) -> int:
-    if length_size and len(data) > length_size and data[length_size] >> 1 & 63 in HEVC_SLICES:
-        return 1
     return int(any(unit[0] >> 1 & 63 in HEVC_SLICES for unit in _nal_units(data, length_size)))
 
 

@@ -16,16 +16,18 @@ from av.sidedata.sidedata import Type
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
-from stvit_video.data.decode.index import (
-    AV_ERRORS,
-    NOT_DECODED,
-    NOT_OPENED,
-    IndexCache,
-    open_av,
-    read_index,
-    shown_frames,
+from stvit_video.data.decode.av_file import AV_ERRORS, NOT_DECODED, NOT_OPENED, Survey, open_av, shown_frames
+from stvit_video.data.decode.index import IndexCache, read_index
+from stvit_video.data.decode.types import (
+    DecodeError,
+    Frames,
+    Indices,
+    Reader,
+    Times,
+    decode_errors,
+    reason,
+    reduced_size,
 )
-from stvit_video.data.decode.types import DecodeError, Frames, Indices, Reader, Times, decode_errors, reduced_size
 
 TORCHCODEC_ERRORS = (RuntimeError, IndexError, ValueError)
 # FFmpeg's own decoders for these skip single frames on request; dav1d would skip requested ones too.
@@ -58,7 +60,7 @@ class AvReader(Reader):
         self._next = 0  # the number of the first of them
         self._trouble = False  # whether the last request met damage after a seek
         self._index = known or read_index(path, self._container, self._stream, False, cache)
-        self.length, self.damage = len(self._index.stamps), self._index.damage
+        self.length = len(self._index.stamps)
         self._note(cache)
 
     def times(self) -> Times:
@@ -92,8 +94,23 @@ class AvReader(Reader):
             return frames
         # How damage is concealed depends on all frames before: decoded whole from the start, it looks as in FFmpeg.
         self._reopen()
-        shown = ((frame.pts, frame) for frame in shown_frames(self._container, self._stream, []))
+        shown = self._decode(None)
         return self._stack(self._find(shown, stamp, index) for stamp, index in positions.items())
+
+    def check(self) -> None:
+        self.frames([0])
+        container, stream = open_av(self.path, self._index.stream)
+        stream.codec_context.options = {"err_detect": "explode"}  # some damage is concealed without a mark else
+        survey = Survey()
+        with container:
+            sizes = dict.fromkeys(f"{frame.width}x{frame.height}" for frame in survey.frames(container, stream))
+            problem = survey.damage(container, stream)
+        if len(sizes) > 1:
+            problem = f"changes its size ({', '.join(sizes)})"
+        if not problem and survey.shown != self.length:
+            problem = f"shows {survey.shown} of {self.length} frames"
+        if problem:
+            raise DecodeError(self.path, problem, "pyav")
 
     def _stack(self, frames: Iterator[VideoFrame]) -> Frames:
         arrays: list[Frames] = []
@@ -125,17 +142,19 @@ class AvReader(Reader):
             last_stamp, last_index = stamp, index
             yield self._find(decoded, stamp, index)
 
-    def _decode(self, positions: Positions) -> Decoded:
-        """Yield frames with their times from here on, without those that are neither requested nor referenced."""
+    def _decode(self, positions: Positions | None) -> Decoded:
+        """Yield frames with their times from here on: all, or those that are requested or referenced."""
         context = self._stream.codec_context
-        may_skip = context.name in CAN_SKIP_FRAMES
+        may_skip = positions is not None and context.name in CAN_SKIP_FRAMES
 
         def skip(packet: av.Packet) -> None:
-            context.skip_frame = "NONREF" if may_skip and packet.pts not in positions else "DEFAULT"
+            context.skip_frame = "NONREF" if may_skip and packet.pts not in (positions or ()) else "DEFAULT"
 
         errors: list[Exception] = []
         for frame in shown_frames(self._container, self._stream, errors, skip):
-            self._trouble = self._trouble or frame.is_corrupt or bool(errors)
+            if errors:  # frames are lost, so that FFmpeg numbers those after them otherwise
+                raise DecodeError(self.path, f"{NOT_DECODED} ({reason(errors[0])})", "pyav")
+            self._trouble = self._trouble or frame.is_corrupt
             yield frame.pts, frame
 
     def _find(self, decoded: Decoded, position: int, index: int) -> VideoFrame:
@@ -246,7 +265,9 @@ def _prove_plain(
     container, stream = open_av(path)
     with container, decode_errors(path, NOT_OPENED, "pyav", AV_ERRORS):
         index = read_index(path, container, stream, True, cache or IndexCache())
-    problem = index.plain or index.damage
+        problem = index.plain or index.damage
+        if not problem and sum(entry.is_keyframe for entry in stream.index_entries) > len(index.keys):
+            problem = "has no table of key frames"
     if problem:
         raise DecodeError(path, f"{problem}, where {decoder} finds wrong frames; {REMEDY}", decoder)
     container, stream = open_av(path, index.stream)
