@@ -80,7 +80,8 @@ def shown_frames(
     while packet is None or packet.size or packet.dts is not None:  # the last one is empty: it asks for what is left
         try:
             packet = next(packets)
-            prepare(packet)
+            if prepare is not None:
+                prepare(packet)
             frames = packet.decode()
         except StopIteration:  # after an error in the container, which FFmpeg takes for the end
             packet = av.Packet()

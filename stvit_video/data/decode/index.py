@@ -130,7 +130,7 @@ class IndexCache:
     """
 
     def __init__(self, folder: str | None = None, progress: Callable[[], None] = lambda: None) -> None:
-        self.folder = None if folder is None else Path(folder)
+        self.folder = Path(folder) if folder else None
         self.progress = progress  # called about once a second while a file is decoded for its index
         self._kept: OrderedDict[str, tuple[list[int], Index]] = OrderedDict()
         self._frames = 0

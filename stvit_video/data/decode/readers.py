@@ -124,14 +124,13 @@ class AvReader(Reader):
         with decode_errors(self.path, NOT_DECODED, "pyav", AV_ERRORS):
             for frame in frames:
                 matrix = display_matrix(frame, self.path)
-                # All frames get the size of the first, as in FFmpeg.
-                size = self._index.size or (self._size[::-1] if matrix[1] else self._size)
-                size = reduced_size(size, self.short_side) or size
+                own = (frame.height, frame.width) if matrix[1] else (frame.width, frame.height)
+                first = self._index.size or (self._size[::-1] if matrix[1] else self._size)
+                size = reduced_size(first, self.short_side) or first
                 width, height = size[::-1] if matrix[1] else size
-                as_first = (frame.width, frame.height) == self._size
-                scaled = self._scaler.reformat(
-                    frame, width, height, "rgb24", interpolation="BILINEAR" if as_first else "BICUBIC", threads=1
-                )
+                # All frames get the size of the first, scaled as FFmpeg does.
+                kernel = "BILINEAR" if own == first else "BICUBIC"
+                scaled = self._scaler.reformat(frame, width, height, "rgb24", interpolation=kernel, threads=1)
                 arrays.append(upright(np.asarray(scaled.to_ndarray(), np.uint8), matrix))
         return np.stack(arrays)
 
