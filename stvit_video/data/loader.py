@@ -141,7 +141,7 @@ def build_test_loader(
 ) -> DataLoader:
     """Return a loader of ``clips`` x ``crops`` views of each of the videos of ``split``."""
     views = build_test_views(cfg, clips, crops)
-    decoding = build_decoding(cfg, cfg.TEST.SHORT_SIDE, cache=cfg.OUTPUT_DIR and os.path.join(cfg.OUTPUT_DIR, "index"))
+    decoding = build_decoding(cfg, cfg.TEST.SHORT_SIDE, os.path.join(cfg.OUTPUT_DIR, "index"))
     dataset = VideoDataset(videos=videos, sampler=build_sampler(cfg), views=views, decoding=decoding, stage=split)
     # As many views a batch as in the test, whatever the number of views a video.
     batch = max(1, cfg.TEST.BATCH_SIZE * cfg.TEST.CLIPS * cfg.TEST.CROPS // (clips * crops))
