@@ -2,19 +2,25 @@
 
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import av
+import numpy as np
 from av.container import InputContainer
+from av.sidedata.sidedata import Type
 from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from stvit_video.data.decode.packets import find_end
-from stvit_video.data.decode.types import DecodeError, decode_errors
+from stvit_video.data.decode.types import DecodeError, Frames, decode_errors
 
 AV_ERRORS = (av.FFmpegError, OSError, ValueError)
 NOT_OPENED, NOT_DECODED = "cannot be opened as video", "frames cannot be decoded"
-CUT_ANYWHERE = ("mpegts", "mpeg", "mpegvideo", "h264", "hevc")  # what cannot be decoded at their start is no damage
+ASLANT = 0.02  # of a display matrix: about a degree, as in FFmpeg
+CUT_ANYWHERE = ("mpegts", "mpeg", "mpegvideo", "h264", "hevc")
+
+Matrix = tuple[int, int, int, int]
 
 
 def open_av(path: str, number: int | None = None) -> tuple[InputContainer, VideoStream]:
@@ -74,7 +80,8 @@ def shown_frames(
     while packet is None or packet.size or packet.dts is not None:  # the last one is empty: it asks for what is left
         try:
             packet = next(packets)
-            prepare(packet)
+            if prepare is not None:
+                prepare(packet)
             frames = packet.decode()
         except StopIteration:  # after an error in the container, which FFmpeg takes for the end
             packet = av.Packet()
@@ -85,10 +92,36 @@ def shown_frames(
         yield from frames
 
 
+def display_matrix(frame: VideoFrame, path: str) -> Matrix:
+    """Return (a, b, c, d), each -1, 0 or 1: a pixel at (x, y) is shown at (a x + c y, b x + d y) from some corner.
+
+    Raises DecodeError for frames that are shown aslant.
+    """
+    side_data: Any = frame.side_data  # its stubs know names only
+    matrix = side_data.get(Type.DISPLAYMATRIX)
+    if matrix is None:
+        return 1, 0, 0, 1
+    values = np.frombuffer(matrix, np.int32)[[0, 1, 3, 4]].astype(np.float64)
+    a, b, c, d = (np.sign(values) * (np.abs(values) > ASLANT * np.abs(values).max())).astype(int).tolist()
+    if (abs(a), abs(b), abs(c), abs(d)) not in ((1, 0, 0, 1), (0, 1, 1, 0)):
+        raise DecodeError(path, "is shown aslant by its display matrix; re-encode it upright", "pyav")
+    return a, b, c, d
+
+
+def upright(pixels: Frames, matrix: Matrix) -> Frames:
+    """Return stored pixels (H, W, 3) turned and mirrored as the display matrix says."""
+    a, b, c, d = matrix
+    if b:  # rows become columns
+        pixels = pixels.swapaxes(0, 1)
+    return pixels[:: b or d, :: a or c]
+
+
 class Survey:
     """Decodes all of a file, and says what of it is damaged."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: str) -> None:
+        self._path, self._starts_clean = path, True
+        self.sizes: dict[tuple[int, int], None] = {}  # (width, height) as shown, in the order of their first frames
         self.errors: list[Exception] = []  # why packets could not be decoded
         self.errors_before = 0  # of them those before the first frame
         self.shown = self._flagged = self._packets = self._last = 0
@@ -100,15 +133,21 @@ class Survey:
                 self.errors_before = len(self.errors)
             self.shown += 1
             self._flagged += frame.is_corrupt
+            size = frame.width, frame.height
+            self.sizes[size[::-1] if display_matrix(frame, self._path)[1] else size] = None
             yield frame
 
     def _count(self, packet: av.Packet) -> None:
+        if not self._packets:
+            self._starts_clean = packet.is_keyframe
         self._packets += packet.size > 0
-        self._last = max(self._last, packet.pts or packet.dts or 0)
+        self._last = max(self._last, (packet.pts or packet.dts or 0) + (packet.duration or 0))
 
     def damage(self, container: InputContainer, stream: VideoStream) -> str:
         """Say in words what FFmpeg reports about the file; empty where there is nothing."""
-        failed = len(self.errors) - (self.errors_before if container.format.name in CUT_ANYWHERE else 0)
+        # A recording that was cut anywhere begins with frames whose references are missing.
+        was_cut = container.format.name in CUT_ANYWHERE or not self._starts_clean
+        failed = len(self.errors) - (self.errors_before if was_cut else 0)
         counts = {"packets cannot be decoded": failed, "frames are damaged": self._flagged}
         found = [f"{count} of its {what}" for what, count in counts.items() if count]
         found += [end] if (end := find_end(container, stream, self._packets, self._last)) else []

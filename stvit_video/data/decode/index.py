@@ -42,6 +42,8 @@ class Index:
     time_base: float  # seconds
     keys: list[int]  # stamps of frames from which decoding may begin; without any, frames are counted from the start
     plain: str  # why decoders that take packets for frames are wrong about this file; empty where they are right
+    steady: bool = False  # whether no frame is missing, so that those not referenced can be passed over
+    size: tuple[int, int] | None = None  # (width, height) of the first frame as shown, where it was decoded
     damage: str = ""  # what FFmpeg reports about the file, in words, where it was ``decoded``
     decoded: bool = False  # whether all frames were decoded
 
@@ -66,13 +68,11 @@ def read_index(path: str, container: InputContainer, stream: VideoStream, decode
         proof = prove(container, stream)
     number, unit = stream.index, float(stream.time_base or 0)
     if not isinstance(proof, str) and not decode:
-        index = Index(number, np.asarray(proof.stamps, np.int64), unit, proof.keys, proof.plain)
+        index = Index(number, np.asarray(proof.stamps, np.int64), unit, proof.keys, proof.plain, proof.steady)
     else:
         index = _decode_index(path, number, proof if isinstance(proof, str) else proof.plain, cache.progress)
         if not isinstance(proof, str) and np.array_equal(index.stamps, proof.stamps):
-            index = replace(index, keys=proof.keys)
-    if not len(index.stamps):
-        raise DecodeError(path, "has no frames", "pyav")
+            index = replace(index, keys=proof.keys, steady=proof.steady)
     cache.put(path, index)
     return index
 
@@ -80,7 +80,7 @@ def read_index(path: str, container: InputContainer, stream: VideoStream, decode
 def _decode_index(path: str, number: int, plain: str, progress: Callable[[], None]) -> Index:
     """Decode a file to count its frames."""
     container, stream = open_av(path, number)
-    survey = Survey()
+    survey = Survey(path)
     stamps: list[int | None] = []
     known: list[int] = []  # where the container states when a frame is shown
     keys: list[int] = []
@@ -97,17 +97,22 @@ def _decode_index(path: str, number: int, plain: str, progress: Callable[[], Non
             progress()
     damage = survey.damage(container, stream)
     container.close()
-    if not stamps and survey.errors:
-        raise DecodeError(path, f"{NOT_DECODED} ({reason(survey.errors[0])})", "pyav")
+    if not stamps:
+        why = f"{NOT_DECODED} ({reason(survey.errors[0])})" if survey.errors else "has no frames"
+        raise DecodeError(path, why, "pyav")
     timed = container.format.name in TIMED_CONTAINERS and not damage
-    if survey.errors_before and container.format.name in EXACT_CONTAINERS:
+    if survey.errors_before and damage and container.format.name in EXACT_CONTAINERS:
         # How many frames a decoder then withholds differs between versions of FFmpeg.
         raise DecodeError(path, f"{NOT_DECODED} from its start on: {damage}", "pyav")
     unit = float(stream.time_base or 0)
     step = round(1 / (float(stream.average_rate or stream.guessed_rate or 25) * unit)) if unit else 1
     # A seek is exact where frames are told apart by times that agree with their order.
     exact = timed and len(known) == len(stamps) and all(here < after for here, after in pairwise(known))
-    return Index(number, _fill(stamps, step), unit, keys if exact else [], plain, damage, decoded=True)
+    if len(survey.sizes) > 1:
+        plain = plain or "changes its size"
+    size = next(iter(survey.sizes))
+    keys = keys if exact else []
+    return Index(number, _fill(stamps, step), unit, keys, plain, size=size, damage=damage, decoded=True)
 
 
 def _fill(stamps: list[int | None], step: int) -> NDArray[np.int64]:
@@ -125,7 +130,7 @@ class IndexCache:
     """
 
     def __init__(self, folder: str | None = None, progress: Callable[[], None] = lambda: None) -> None:
-        self.folder = None if folder is None else Path(folder)
+        self.folder = Path(folder) if folder else None
         self.progress = progress  # called about once a second while a file is decoded for its index
         self._kept: OrderedDict[str, tuple[list[int], Index]] = OrderedDict()
         self._frames = 0
@@ -182,6 +187,7 @@ class IndexCache:
         try:
             with np.load(self._file(path), allow_pickle=False) as stored:
                 fields = json.loads(str(stored["fields"]))
+                fields["size"] = tuple(fields["size"])
                 if fields.pop("format") != FORMAT or fields.pop("path") != path:
                     return
                 state = fields.pop("state")
