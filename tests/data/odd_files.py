@@ -436,11 +436,11 @@ EDITED = {
     "no_index_mpeg4.avi": changed("mpeg4_b_frames.avi", lambda content: content[: content.index(b"idx1")]),
     # A2: damage.
     "half_zero.mp4": repacked("_plain.mp4", halve, damaged=True),
-    "half_zero_hevc.mp4": repacked("open_groups_hevc.mp4", halve, damaged=True),
+    "half_zero_hevc.mp4": repacked("open_groups_hevc.mp4", halve, damaged=None),
     "half_zero.avi": repacked("mpeg4.avi", halve, damaged=True),
     "half_zero.ts": repacked("mpeg2.ts", halve, damaged=True),
-    "half_zero.webm": repacked("vp9.webm", halve, damaged=True),
-    "half_zero_mjpeg.avi": repacked("camera.avi", halve, damaged=True),
+    "half_zero.webm": repacked("vp9.webm", halve, damaged=None),
+    "half_zero_mjpeg.avi": repacked("camera.avi", halve, versions=True, damaged=True),
     "missing.mp4": repacked("_plain.mp4", without(20), damaged=None),
     "missing.ts": changed("stream.ts", lambda content: content[: 188 * 60] + content[188 * 66 :], damaged=None),
     "missing.avi": repacked("mpeg4.avi", without(20), damaged=None),
@@ -541,10 +541,18 @@ def paint() -> bytes:
     return b"".join(y.tobytes() + uv.tobytes() for y, uv in zip(luma, chroma, strict=True))
 
 
-def write_encoded(folder: Path) -> None:
-    """Write the encoded files, all in one call."""
+def find_sources(names: Iterable[str]) -> set[str]:
+    """Return the encoded files from which files are made."""
+    edited = {name for name in names if name in EDITED}
+    sources = {source for name in edited for source in EDITED[name].sources}
+    return {*names} - edited | (find_sources(sources) if sources else set())
+
+
+def write_encoded(folder: Path, names: Iterable[str]) -> None:
+    """Write encoded files, all in one call."""
     outputs: list[str] = []
-    for name, options in ENCODED.items():
+    for name in names:
+        options = ENCODED[name]
         outputs += [*("" if "-map" in options else "-map 0:v").split(), *options.split(), name]
     given = f"-f rawvideo -pix_fmt yuv420p -s {WIDTH}x{HEIGHT} -r {RATE} -i - -f lavfi -i anoisesrc"
     ffmpeg(given, folder, *outputs, data=paint())
