@@ -140,7 +140,12 @@ KEYS = (
     Key("DATA.MEAN", [0.485, 0.456, 0.406], "mean of red, green, blue in 0 to 1", length=3, low=0, high=1),
     Key("DATA.STD", [0.229, 0.224, 0.225], "standard deviation of the same", length=3, low=0.001),
     Key("DATA.REPEATS", 1, "clips a training video each time it is decoded; TRAIN.BATCH_SIZE counts them all", low=1),
-    Key("DATA.DECODER", "auto", "auto: PyAV, then decord, then TorchCodec", ("auto", "pyav", "decord", "torchcodec")),
+    Key(
+        "DATA.DECODER",
+        "auto",
+        "auto: pyav; the others are exact, or refuse a file",
+        ("auto", "pyav", "decord", "torchcodec"),
+    ),
     Key("DATA.DEADLINE_S", 60.0, "seconds that a video may take before its decoder is stopped", low=0.1, high=86400),
     Key("DATA.WORKERS", 4, "loader processes per training process, each with its decoder; 0: one decoder only", low=0),
     Key("DATA.MAX_FAILURES", 0.1, "share of unreadable videos above which the run stops", low=0, high=1),

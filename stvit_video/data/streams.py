@@ -20,7 +20,7 @@ from av.video.frame import VideoFrame
 from stvit_video.common.errors import UsageError
 from stvit_video.data.clips.sampling import TOLERANCE_S, Sampling
 from stvit_video.data.clips.timeline import KnownTimes
-from stvit_video.data.decode.index import AV_ERRORS
+from stvit_video.data.decode.av_file import AV_ERRORS
 from stvit_video.data.decode.types import (
     GAP_S,
     IMAGE_SUFFIXES,

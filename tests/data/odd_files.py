@@ -124,6 +124,8 @@ ENCODED = {
     "_halves.mp4": "-c:v mpeg4 -q 2 -g 12 -bf 0 -enc_time_base 1:50 -fps_mode passthrough",
     "_cover.mp4": "-c:v mjpeg -pix_fmt yuvj420p -frames:v 1 -s 320x240",
     "_small.mp4": f"{X264} -g 12 -s 32x24",
+    "_chain_hevc.mp4": f"{X265}:keyint=250:bframes=0",
+    "_pyramid.mov": f"{X264} -g 8 -bf 5 -b_strategy 0",
     "_small.h264": f"{X264} -g 12 -s 32x24",
     "_small.ts": f"{X264} -g 12 -s 32x24",
     "_small.webm": "-c:v libvpx -cpu-used 5 -b:v 300k -g 12 -s 32x24",
@@ -144,6 +146,7 @@ class Edited:
     sources: tuple[str, ...]
     stream: int = 0  # which of the file's video streams is meant
     starts: tuple[int, ...] | None = ()  # the frames before which time jumps; None: not to be told for sure
+    versions: bool = False  # FFmpeg's versions do not agree on what can be shown
     damaged: bool | None = False  # not all frames can be shown as they were encoded; None: this need not be noticed
 
 
@@ -256,6 +259,14 @@ def shift(first: int, seconds: float, last: int = COUNT) -> Change:
         return packets
 
     return change
+
+
+def jump(packets: list[av.Packet]) -> list[av.Packet]:
+    """Add 100 s from the twentieth packet on, which lies between frames that are shown before and after it."""
+    for packet in packets[19:]:
+        packet.pts += round(100 / packet.time_base)
+        packet.dts += round(100 / packet.time_base)
+    return packets
 
 
 def turn_back(packets: list[av.Packet]) -> list[av.Packet]:
@@ -377,8 +388,8 @@ EDITED = {
     # A1: packets that are no frames, and frames that cannot be decoded where the file starts.
     "packed.avi": repacked("_pairs.avi", pack(b"\x7f")),
     "packed_evenly.avi": repacked("_pairs.avi", pack()),
-    "packed.mkv": copied("-fflags +genpts -i packed.avi"),
-    "packed.mp4": copied("-i packed.avi"),
+    "packed.mkv": copied("-fflags +genpts -i packed.avi", starts=None),
+    "packed.mp4": copied("-i packed.avi", starts=None),
     "unpacked.avi": copied("-i packed.avi -bsf:v mpeg4_unpack_bframes"),
     "not_coded.avi": repacked("_halves.mp4", fill),
     "not_coded.mp4": repacked("_halves.mp4", fill),
@@ -390,13 +401,16 @@ EDITED = {
     "middle.ts": changed("stream.ts", part(0.35, unit=188)),
     "middle_unaligned.ts": changed("stream.ts", part(0.4)),
     "middle_mpeg2.ts": changed("mpeg2.ts", part(0.35, unit=188)),
-    "middle_hevc.ts": changed("hevc.ts", part(0.35, unit=188)),
+    "middle_hevc.ts": changed("hevc.ts", part(0.35, unit=188), versions=True),
     "middle.mpg": changed("mpeg1.mpg", part(0.35, unit=2048)),
     "middle.vob": changed("mpeg2.vob", part(0.35)),
     "middle.h264": changed("bare.h264", part(0.35)),
     "middle.flv": repacked("tags.flv", without(*range(17))),
     "middle.mkv": repacked("_plain.mp4", without(*range(17))),
     "middle.mp4": repacked("_plain.mp4", without(*range(17))),
+    "middle_vp8.webm": repacked("vp8.webm", without(*range(17))),
+    "middle_vp9.webm": repacked("vp9.webm", without(*range(17)), versions=True, damaged=None),
+    "middle_hevc.mkv": repacked("_chain_hevc.mp4", without(0), versions=True, damaged=None),
     "cut.mp4": copied("-ss 0.7 -i b_frames.mp4"),
     "cut.mkv": copied("-ss 0.7 -i b_frames.mp4"),
     "cut.ts": copied("-ss 0.7 -i stream.ts"),
@@ -415,20 +429,25 @@ EDITED = {
     "edited_b_frames.mp4": changed("b_frames.mp4", edits((1.0, 0.6))),
     "cut_turned.mp4": changed("cut.mp4", matrix(0, 1, -1, 0)),
     "no_offsets.mp4": changed("b_frames.mp4", swap(b"ctts", b"free"), starts=None),
+    "edited_inside.mov": changed("_pyramid.mov", edits((0.5, 0.22), (0.7, 1.09)), starts=None),
+    "no_key_table_mpeg4.mp4": changed("mpeg4_b_frames.mp4", swap(b"stss", b"free")),
     "no_key_table.mp4": changed("b_frames.mp4", swap(b"stss", b"free")),
     "no_index.avi": changed("b_frames.avi", swap(b"idx1", b"JUNK")),
     "no_index_mpeg4.avi": changed("mpeg4_b_frames.avi", lambda content: content[: content.index(b"idx1")]),
     # A2: damage.
     "half_zero.mp4": repacked("_plain.mp4", halve, damaged=True),
-    "half_zero_hevc.mp4": repacked("open_groups_hevc.mp4", halve, damaged=True),
+    "half_zero_hevc.mp4": repacked("open_groups_hevc.mp4", halve, damaged=None),
     "half_zero.avi": repacked("mpeg4.avi", halve, damaged=True),
     "half_zero.ts": repacked("mpeg2.ts", halve, damaged=True),
-    "half_zero.webm": repacked("vp9.webm", halve, damaged=True),
-    "half_zero_mjpeg.avi": repacked("camera.avi", halve, damaged=True),
+    "half_zero.webm": repacked("vp9.webm", halve, damaged=None),
+    "half_zero_mjpeg.avi": repacked("camera.avi", halve, versions=True, damaged=True),
     "missing.mp4": repacked("_plain.mp4", without(20), damaged=None),
     "missing.ts": changed("stream.ts", lambda content: content[: 188 * 60] + content[188 * 66 :], damaged=None),
     "missing.avi": repacked("mpeg4.avi", without(20), damaged=None),
     "missing_hevc.mp4": repacked("open_groups_hevc.mp4", without(16), damaged=None),
+    "missing_chain_hevc.mkv": repacked("_chain_hevc.mp4", without(20), versions=True, damaged=None),
+    "missing_b_frames.flv": repacked("tags.flv", without(20, 27), damaged=None),
+    "missing_b_frames.mp4": repacked("pyramid.mkv", without(20, 27), damaged=None),
     "other_settings.mkv": chained("b_frames.mp4", "_other.mp4", damaged=None),
     "other_size.mkv": chained("b_frames.mp4", "_small.mp4", damaged=None, starts=None),
     "crashed.mkv": changed("live.mkv", part(0, 0.6), damaged=None),
@@ -464,8 +483,9 @@ EDITED = {
     "hour.mp4": repacked("_plain.mp4", shift(25, 3600), starts=(25,)),
     "hour.mkv": repacked("_plain.mp4", shift(25, 3600), starts=(25,)),
     "hours.mkv": repacked("slow.mp4", lambda packets: packets),
-    "duplicate.mkv": repacked("variable.mp4", twice, starts=None),
-    "duplicate.mp4": repacked("variable.mp4", twice, starts=None),
+    "duplicate.mkv": repacked("variable.mp4", twice),
+    "duplicate.mp4": repacked("variable.mp4", twice),
+    "jump.mp4": repacked("b_frames.mp4", jump, starts=None),
     "backwards.mkv": repacked("_plain.mp4", turn_back, starts=(25,)),
     # A4: geometry.
     **{
@@ -486,7 +506,6 @@ EDITED = {
     "turned_sei.mp4": copied("-i b_frames.mp4 -bsf:v h264_metadata=display_orientation=insert:rotate=90"),
     "mirrored_sei.ts": copied("-i b_frames.mp4 -bsf:v h264_metadata=display_orientation=insert:flip=horizontal"),
     "cropped.mp4": copied("-i b_frames.mp4 -bsf:v h264_metadata=crop_right=16:crop_bottom=8"),
-    "cropped_left.mp4": copied("-i b_frames.mp4 -bsf:v h264_metadata=crop_left=6:crop_top=4"),
     "size_changes.ts": joined("stream.ts", "_small.ts", starts=None),
     "size_changes.webm": chained("vp8.webm", "_small.webm"),
     "size_changes.h264": joined("bare.h264", "_small.h264"),
@@ -522,10 +541,18 @@ def paint() -> bytes:
     return b"".join(y.tobytes() + uv.tobytes() for y, uv in zip(luma, chroma, strict=True))
 
 
-def write_encoded(folder: Path) -> None:
-    """Write the encoded files, all in one call."""
+def find_sources(names: Iterable[str]) -> set[str]:
+    """Return the encoded files from which files are made."""
+    edited = {name for name in names if name in EDITED}
+    sources = {source for name in edited for source in EDITED[name].sources}
+    return {*names} - edited | (find_sources(sources) if sources else set())
+
+
+def write_encoded(folder: Path, names: Iterable[str]) -> None:
+    """Write encoded files, all in one call."""
     outputs: list[str] = []
-    for name, options in ENCODED.items():
+    for name in names:
+        options = ENCODED[name]
         outputs += [*("" if "-map" in options else "-map 0:v").split(), *options.split(), name]
     given = f"-f rawvideo -pix_fmt yuv420p -s {WIDTH}x{HEIGHT} -r {RATE} -i - -f lavfi -i anoisesrc"
     ffmpeg(given, folder, *outputs, data=paint())

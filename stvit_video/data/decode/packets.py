@@ -5,8 +5,8 @@ left of frames when it was cut. ``prove`` answers for those formats whose packet
 """
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 from av.container import InputContainer
@@ -14,10 +14,12 @@ from av.video.stream import VideoStream
 
 # Containers whose index says exactly where each frame is. In others (AVI, MPEG streams, WMV) a seek lands near a frame.
 EXACT_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
-H264_IDR, H264_SEI, H264_RECOVERY_POINT, H264_SLICES = 5, 6, 6, range(1, 6)
-HEVC_SLICES, HEVC_KEYS = range(32), range(16, 22)
+H264_IDR, H264_SEI, H264_SLICES = 5, 6, range(1, 6)
+HEVC_SEI, HEVC_SLICES, HEVC_KEYS = 39, range(32), range(16, 22)
+RECOVERY_POINT, ORIENTATION = 6, 47  # messages
 HIGH_PROFILES = (44, 83, 86, 100, 110, 118, 122, 128, 134, 135, 138, 139, 244)  # their SPS has more fields
-RECOVERY, IDR = 1, 2  # kinds of starts
+RECOVERY, IDR, TURNED = 1, 2, 3  # kinds of starts; the last states how its frames are turned
+GAP, MISSING = 10.0, 1.5  # times the usual distance of frames
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Proof:
 
     stamps: list[int]
     keys: list[int]  # of the frames from which decoding may begin, without anything before
+    steady: bool  # whether no frame is missing between others
     plain: str  # why a decoder that takes every packet for a frame, and every key for a beginning, is wrong; or empty
 
 
@@ -49,6 +52,17 @@ class BitReader:
         return (1 << zeros) - 1 + self.read(zeros)
 
 
+@dataclass
+class _Packets:
+    """What a pass over the packets found: time stamps, in order of decoding."""
+
+    stamps: list[int] = field(default_factory=list)  # of all
+    discarded: list[int] = field(default_factory=list)  # cut off by an edit list
+    hidden: list[int] = field(default_factory=list)  # references only
+    keys: list[int] = field(default_factory=list)
+    all_idr: bool = True  # whether nothing is needed before what the container calls key frames
+
+
 def prove(container: InputContainer, stream: VideoStream) -> Proof | str:
     """Return the frames of a file after a pass over its packets, or why packets and frames need not agree."""
     context = stream.codec_context
@@ -60,11 +74,8 @@ def prove(container: InputContainer, stream: VideoStream) -> Proof | str:
     if codec == "h264" and not _is_progressive(extradata):
         return "may hold single fields"
     length_size = _length_size(codec, extradata)
-    count_shown, starts = SHOWN[codec], STARTS.get(codec)
-    packets: list[int] = []  # time stamps in order of decoding; those below are parts of it
-    hidden: list[int] = []
-    keys: list[int] = []
-    all_clean = True  # whether decoding may begin wherever the container says so
+    count_shown, find_start = SHOWN[codec], STARTS.get(codec, lambda *_: IDR)
+    found = _Packets()
     for packet in container.demux(stream):
         size, pts = packet.size, packet.pts
         if not size and packet.dts is None:  # the end
@@ -75,19 +86,22 @@ def prove(container: InputContainer, stream: VideoStream) -> Proof | str:
         shown = count_shown(data, length_size)
         if shown > 1 or (shown == 0 and codec != "vp8"):
             return "has packets that are not one frame each"
-        if packet.is_keyframe:
-            start = starts(data, length_size) if starts else IDR
-            all_clean = all_clean and start > 0
-            if start:
-                keys.append(pts)
-        if not packets and not (keys and start == IDR):
-            return "does not begin with a key frame"
-        if packet.is_discard or not shown:
-            hidden.append(pts)
-        packets.append(pts)
-    if reason := find_end(container, stream, len(packets), max(packets, default=0)):
-        return reason
-    return _order(container, stream, packets, hidden, keys, all_clean)
+        start = find_start(data, length_size) if packet.is_keyframe else 0
+        if start == TURNED:
+            return "turns its frames one by one"
+        if start < IDR:
+            found.all_idr = found.all_idr and not packet.is_keyframe
+            if not found.stamps:
+                return "does not begin with a key frame"
+        if start:
+            found.keys.append(pts)
+        if packet.is_discard:
+            found.discarded.append(pts)
+        elif not shown:
+            found.hidden.append(pts)
+        found.stamps.append(pts)
+    end = max(found.stamps, default=0)
+    return find_end(container, stream, len(found.stamps), end) or _put_in_order(container, stream, found)
 
 
 def find_end(container: InputContainer, stream: VideoStream, packets: int, last: int) -> str:
@@ -97,47 +111,45 @@ def find_end(container: InputContainer, stream: VideoStream, packets: int, last:
         return f"is cut short: {packets} of {len(stream.index_entries)} frames are there"
     if name == "avi" and last + 1 < stream.frames - max(2, stream.frames // 50):
         return f"is cut short: {last + 1} of {stream.frames} frames are there"
-    if name == EXACT_CONTAINERS[1] and re.fullmatch(
-        r"\d+:\d+:[\d.]+", announced := stream.metadata.get("DURATION", "")
-    ):
-        hours, minutes, seconds = map(float, announced.split(":"))
+    announced = re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))
+    if name == EXACT_CONTAINERS[1] and announced:
+        hours, minutes, seconds = map(float, announced.groups())
         end, whole = last * float(stream.time_base or 0), 3600 * hours + 60 * minutes + seconds
-        if end < whole - 1:
+        if whole - end > 1 + 2 * end / max(1, packets - 1):  # the last frame's own duration is not known
             return f"is cut short: {end:.1f} of {whole:.1f} seconds are there"
     return ""
 
 
-def _order(
-    container: InputContainer,
-    stream: VideoStream,
-    packets: list[int],
-    hidden: list[int],
-    keys: list[int],
-    all_clean: bool,
-) -> Proof | str:
-    """Return the proof from the time stamps of all packets, of those not shown, and of keys."""
-    stamps, context = np.asarray(packets, dtype=np.int64), stream.codec_context
+def _put_in_order(container: InputContainer, stream: VideoStream, found: _Packets) -> Proof | str:
+    stamps, context = np.asarray(found.stamps, dtype=np.int64), stream.codec_context
     order = np.argsort(stamps, kind="stable")
     ascending = stamps[order]
-    if not packets or (np.diff(ascending) == 0).any():
+    steps = np.diff(ascending)
+    shown = ascending[~np.isin(ascending, found.discarded + found.hidden)]
+    if not len(shown) or (steps == 0).any():
         return "has frames at the same time"
     if order[0] != 0:
         return "begins with frames whose references are missing"
-    # How many frames a decoder must hold back to show them in order: FFmpeg's drops frames that come later than that.
-    held = int((np.arange(len(order)) - order.argsort()).max())
-    if context.codec.canonical_name in STARTS and held > context.reorder_depth:
+    if found.discarded and any(shown[0] < stamp < shown[-1] for stamp in found.discarded):
+        return "has an edit list that cuts inside"
+    longest, usual = (float(steps.max()), float(np.median(steps))) if len(steps) else (0.0, 0.0)
+    if longest > max(GAP * usual, 1 / float(stream.time_base or 1)):
+        return "has gaps in its time"
+    # How many frames a decoder must hold back to show them in order. FFmpeg's drops what comes later than announced;
+    # where none is ever held, times may be those of decoding.
+    held, depth = int((np.arange(len(order)) - order.argsort()).max()), context.reorder_depth
+    if context.codec.canonical_name in STARTS and (held > depth or (depth and not held and len(order) > depth)):
         return "has frames in another order than it announces"
     plain = ""
-    latest_key = np.maximum.accumulate(np.where(np.isin(stamps, keys), stamps, stamps[0]))
-    if hidden or packets[0] < 0:
+    latest_key = np.maximum.accumulate(np.where(np.isin(stamps, found.keys), stamps, stamps[0]))
+    if len(shown) < len(stamps) or stamps[0] < 0:
         plain = "has frames that are not shown, or before time 0"
     elif len(container.streams.video) > 1:
         plain = "has several video streams"
-    elif not all_clean or (stamps < latest_key).any():
+    elif not found.all_idr or (stamps < latest_key).any():
         # A frame is stored after a key frame that is shown later: after a seek there, frames are miscounted.
         plain = "has open groups of pictures"
-    shown = ascending[~np.isin(ascending, hidden)] if hidden else ascending
-    return Proof(shown.tolist(), sorted(keys), plain)
+    return Proof(shown.tolist(), sorted(found.keys), longest < MISSING * usual, plain)
 
 
 def _length_size(codec: str, extradata: bytes) -> int:
@@ -160,14 +172,10 @@ def _nal_units(data: memoryview, length_size: int) -> list[memoryview]:
 
 
 def _count_h264(data: memoryview, length_size: int) -> int:
-    if length_size and len(data) > length_size and data[length_size] & 31 in H264_SLICES:
-        return 1
     return int(any(unit[0] & 31 in H264_SLICES for unit in _nal_units(data, length_size)))
 
 
 def _count_hevc(data: memoryview, length_size: int) -> int:
-    if length_size and len(data) > length_size and data[length_size] >> 1 & 63 in HEVC_SLICES:
-        return 1
     return int(any(unit[0] >> 1 & 63 in HEVC_SLICES for unit in _nal_units(data, length_size)))
 
 
@@ -220,22 +228,45 @@ def _count_av1(data: memoryview, _: int) -> int:
 
 
 def _start_h264(data: memoryview, length_size: int) -> int:
-    """Say how clean a start is: IDR needs nothing before, RECOVERY only for frames that are shown before, else 0."""
+    """Say what start it is: IDR needs nothing before, RECOVERY only for frames that are shown before, 0 is none."""
     found = 0
     for unit in _nal_units(data, length_size):
         if unit[0] & 31 == H264_IDR:
-            return IDR
-        place = 1
-        while unit[0] & 31 == H264_SEI and place + 2 < len(unit):
+            found = max(found, IDR)
+        for kind, message in _messages(unit[1:] if unit[0] & 31 == H264_SEI else b""):
+            if kind == ORIENTATION:
+                return TURNED
             # The first number of a recovery point is how many frames it takes; 0 is a single bit.
-            if unit[place] == H264_RECOVERY_POINT and unit[place + 2] & 128:
-                found = RECOVERY
-            place += 2 + unit[place + 1]
+            if kind == RECOVERY_POINT and message[0] & 128:
+                found = max(found, RECOVERY)
     return found
 
 
 def _start_hevc(data: memoryview, length_size: int) -> int:
-    return IDR if any(unit[0] >> 1 & 63 in HEVC_KEYS for unit in _nal_units(data, length_size)) else 0
+    found = 0
+    for unit in _nal_units(data, length_size):
+        kind = unit[0] >> 1 & 63
+        found = IDR if kind in HEVC_KEYS else found
+        if kind == HEVC_SEI and any(kind == ORIENTATION for kind, _ in _messages(unit[2:])):
+            return TURNED
+    return found
+
+
+def _messages(data: memoryview | bytes) -> Iterator[tuple[int, memoryview | bytes]]:
+    """Yield the kinds and contents of supplemental messages (SEI)."""
+    place = 0
+    while place + 2 < len(data):
+        numbers = []
+        for _ in range(2):  # kind and size; each 255 is to be added to what follows
+            number = 0
+            while place < len(data) - 1 and data[place] == 255:
+                number, place = number + 255, place + 1
+            numbers.append(number + data[place])
+            place += 1
+            if place >= len(data):
+                return
+        yield numbers[0], data[place:]
+        place += numbers[1]
 
 
 def _is_progressive(extradata: bytes) -> bool:

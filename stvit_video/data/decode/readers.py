@@ -12,27 +12,36 @@ from typing import Any
 
 import av
 import numpy as np
-from av.sidedata.sidedata import Type
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
-from stvit_video.data.decode.index import (
+from stvit_video.data.decode.av_file import (
     AV_ERRORS,
     NOT_DECODED,
     NOT_OPENED,
-    IndexCache,
+    Survey,
+    display_matrix,
     open_av,
-    read_index,
     shown_frames,
+    upright,
 )
-from stvit_video.data.decode.types import DecodeError, Frames, Indices, Reader, Times, decode_errors, reduced_size
+from stvit_video.data.decode.index import IndexCache, read_index
+from stvit_video.data.decode.types import (
+    DecodeError,
+    Frames,
+    Indices,
+    Reader,
+    Times,
+    decode_errors,
+    reason,
+    reduced_size,
+)
 
 TORCHCODEC_ERRORS = (RuntimeError, IndexError, ValueError)
 # FFmpeg's own decoders for these skip single frames on request; dav1d would skip requested ones too.
 CAN_SKIP_FRAMES = ("h264", "hevc", "mpeg4", "mpeg2video")
 REMEDY = "DATA.DECODER pyav reads it"
 SAME_TIME_S = 1e-3  # Matroska rounds times to it
-ASLANT = 0.02  # of a display matrix: about a degree, as in FFmpeg
 PROGRESSIVE = 1  # and what is above it is interlaced
 SEEK_DISTANCE = 48  # frames; over a shorter distance, decoding on is cheaper than seeking to a key frame
 
@@ -53,12 +62,13 @@ class AvReader(Reader):
         cache = cache or IndexCache()
         known = cache.get(path)
         self._container, self._stream = open_av(path, known.stream if known else None)
+        self._size = self._stream.codec_context.width, self._stream.codec_context.height
         self._scaler = VideoReformatter()
         self._numbered: Decoded | None = None  # the frames from where the last request ended, without seeking
         self._next = 0  # the number of the first of them
         self._trouble = False  # whether the last request met damage after a seek
         self._index = known or read_index(path, self._container, self._stream, False, cache)
-        self.length, self.damage = len(self._index.stamps), self._index.damage
+        self.length = len(self._index.stamps)
         self._note(cache)
 
     def times(self) -> Times:
@@ -92,19 +102,36 @@ class AvReader(Reader):
             return frames
         # How damage is concealed depends on all frames before: decoded whole from the start, it looks as in FFmpeg.
         self._reopen()
-        shown = ((frame.pts, frame) for frame in shown_frames(self._container, self._stream, []))
+        shown = self._decode(None)
         return self._stack(self._find(shown, stamp, index) for stamp, index in positions.items())
+
+    def check(self) -> None:
+        self.frames([0])
+        container, stream = open_av(self.path, self._index.stream)
+        stream.codec_context.options = {"err_detect": "explode"}  # some damage is concealed without a mark else
+        survey = Survey(self.path)
+        with container:
+            for _ in survey.frames(container, stream):
+                pass
+            problem = survey.damage(container, stream)
+        if not problem and survey.shown != self.length:
+            problem = f"shows {survey.shown} of {self.length} frames"
+        if problem:
+            raise DecodeError(self.path, problem, "pyav")
 
     def _stack(self, frames: Iterator[VideoFrame]) -> Frames:
         arrays: list[Frames] = []
         with decode_errors(self.path, NOT_DECODED, "pyav", AV_ERRORS):
             for frame in frames:
-                width, height = reduced_size((frame.width, frame.height), self.short_side) or (None, None)
-                scaled = self._scaler.reformat(frame, width=width, height=height, format="rgb24", threads=1)
-                arrays.append(upright(np.asarray(scaled.to_ndarray(), np.uint8), display_matrix(frame, self.path)))
-        sizes = {f"{array.shape[1]}x{array.shape[0]}" for array in arrays}
-        if len(sizes) > 1:
-            raise DecodeError(self.path, f"changes its size ({', '.join(sorted(sizes))}); re-encode it", "pyav")
+                matrix = display_matrix(frame, self.path)
+                own = (frame.height, frame.width) if matrix[1] else (frame.width, frame.height)
+                first = self._index.size or (self._size[::-1] if matrix[1] else self._size)
+                size = reduced_size(first, self.short_side) or first
+                width, height = size[::-1] if matrix[1] else size
+                # All frames get the size of the first, scaled as FFmpeg does.
+                kernel = "BILINEAR" if own == first else "BICUBIC"
+                scaled = self._scaler.reformat(frame, width, height, "rgb24", interpolation=kernel, threads=1)
+                arrays.append(upright(np.asarray(scaled.to_ndarray(), np.uint8), matrix))
         return np.stack(arrays)
 
     def _reopen(self) -> None:
@@ -125,17 +152,24 @@ class AvReader(Reader):
             last_stamp, last_index = stamp, index
             yield self._find(decoded, stamp, index)
 
-    def _decode(self, positions: Positions) -> Decoded:
-        """Yield frames with their times from here on, without those that are neither requested nor referenced."""
+    def _decode(self, positions: Positions | None) -> Decoded:
+        """Yield frames with their times from here on: all, or those that are requested or referenced."""
         context = self._stream.codec_context
-        may_skip = context.name in CAN_SKIP_FRAMES
+        may_skip = positions is not None and self._index.steady and context.name in CAN_SKIP_FRAMES
+        wanted, keys, landed = positions or {}, set(self._index.keys), positions is None
 
         def skip(packet: av.Packet) -> None:
-            context.skip_frame = "NONREF" if may_skip and packet.pts not in positions else "DEFAULT"
+            nonlocal landed
+            if not landed and packet.size and packet.pts not in keys:
+                raise DecodeError(self.path, "cannot be sought in: its table of key frames is wrong", "pyav")
+            landed = True
+            context.skip_frame = "NONREF" if may_skip and packet.pts not in wanted else "DEFAULT"
 
         errors: list[Exception] = []
         for frame in shown_frames(self._container, self._stream, errors, skip):
-            self._trouble = self._trouble or frame.is_corrupt or bool(errors)
+            if errors:  # frames are lost, so that FFmpeg numbers those after them otherwise
+                raise DecodeError(self.path, f"{NOT_DECODED} ({reason(errors[0])})", "pyav")
+            self._trouble = self._trouble or frame.is_corrupt
             yield frame.pts, frame
 
     def _find(self, decoded: Decoded, position: int, index: int) -> VideoFrame:
@@ -149,30 +183,6 @@ class AvReader(Reader):
 
     def close(self) -> None:
         self._container.close()
-
-
-def display_matrix(frame: VideoFrame, path: str) -> tuple[int, int, int, int]:
-    """Return (a, b, c, d), each -1, 0 or 1: a pixel at (x, y) is shown at (a x + c y, b x + d y) from some corner.
-
-    Raises DecodeError for frames that are shown aslant.
-    """
-    side_data: Any = frame.side_data  # its stubs know names only
-    matrix = side_data.get(Type.DISPLAYMATRIX)
-    if matrix is None:
-        return 1, 0, 0, 1
-    values = np.frombuffer(matrix, np.int32)[[0, 1, 3, 4]].astype(np.float64)
-    a, b, c, d = (np.sign(values) * (np.abs(values) > ASLANT * np.abs(values).max())).astype(int).tolist()
-    if (abs(a), abs(b), abs(c), abs(d)) not in ((1, 0, 0, 1), (0, 1, 1, 0)):
-        raise DecodeError(path, "is shown aslant by its display matrix; re-encode it upright", "pyav")
-    return a, b, c, d
-
-
-def upright(pixels: Frames, matrix: tuple[int, int, int, int]) -> Frames:
-    """Return stored pixels (H, W, 3) turned and mirrored as the display matrix says."""
-    a, b, c, d = matrix
-    if b:  # rows become columns
-        pixels = pixels.swapaxes(0, 1)
-    return pixels[:: b or d, :: a or c]
 
 
 class DecordReader(Reader):
@@ -246,7 +256,9 @@ def _prove_plain(
     container, stream = open_av(path)
     with container, decode_errors(path, NOT_OPENED, "pyav", AV_ERRORS):
         index = read_index(path, container, stream, True, cache or IndexCache())
-    problem = index.plain or index.damage
+        problem = index.plain or index.damage
+        if not problem and sum(entry.is_keyframe for entry in stream.index_entries) > len(index.keys):
+            problem = "has no table of key frames"
     if problem:
         raise DecodeError(path, f"{problem}, where {decoder} finds wrong frames; {REMEDY}", decoder)
     container, stream = open_av(path, index.stream)
