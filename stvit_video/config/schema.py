@@ -117,6 +117,12 @@ KEYS = (
         "seconds: frames spread over DATA.CLIP_SECONDS, by PyTorchVideo's clip samplers",
         ("dense", "uniform", "seconds"),
     ),
+    Key(
+        "DATA.SHORT_VIDEOS",
+        "repeat",
+        "where most training videos are shorter than a clip: repeat frames, or take DATA.SAMPLING uniform",
+        ("repeat", "uniform"),
+    ),
     Key("DATA.CLIP_SECONDS", 2.0, "length of a clip; of DATA.SAMPLING seconds only", low=0.001),
     Key("DATA.STRIDE", 4, "video frames from one clip frame to the next; of DATA.SAMPLING dense only", low=1),
     Key("DATA.FPS", None, "stride counts frames at this rate; not set: the file's own", kind=float, low=0.001),

@@ -18,8 +18,9 @@ from stvit_video.data.dataset import VideoDataset
 from stvit_video.data.failures import Failure
 from stvit_video.runs.checkpoint import DAMAGED, pack, read_checked
 
-# Of a batch: list positions (videos,), labels (videos,), scores (videos, columns).
-ScoredBatch = tuple[Tensor, Tensor, Tensor]
+# Of a batch: list positions (videos,), labels (videos,), scores (videos, columns), and (videos, 2): how many views were
+# computed, those that are equal once, and 1 where the video is shorter than a clip.
+ScoredBatch = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass
@@ -34,7 +35,9 @@ class Predictions:
     indices: Tensor
     total: int  # videos in the list
     failures: list[Failure] = field(default_factory=list)
+    computed: Tensor = field(default_factory=lambda: torch.zeros(1, 2))  # (N, 2): see ScoredBatch
     kept: int = 0  # videos whose scores are from an earlier, interrupted test
+    kept_views: int = 0  # that were computed for them
 
     def top(self, k: int) -> float:
         """Return top-k accuracy over the scored videos, in percent; k is cut to the class count."""

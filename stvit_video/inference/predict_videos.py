@@ -108,10 +108,13 @@ def watch(predictor: Predictor, address: str, options: argparse.Namespace, resul
 
 
 def describe_result(result: Prediction, top: int) -> str:
-    """Return a line for a video, and one for each run of consecutive windows with the same most likely class."""
+    """Return a line for a video, and one for each run of consecutive windows with the same most likely class.
+
+    A run ends where time is interrupted.
+    """
     found = describe_top(result.top(top)) if result.error is None else f"error: {result.error}"
     timeline = [window for window in result.windows if window.span is not None]
-    stretches = [list(same) for _, same in groupby(timeline, key=lambda window: int(window.scores.argmax()))]
+    stretches = [list(same) for _, same in groupby(timeline, key=lambda w: (w.segment, int(w.scores.argmax())))]
     return "\n".join([f"{result.path}: {found}", *(describe_windows(result, part, min(top, 2)) for part in stretches)])
 
 

@@ -309,7 +309,12 @@ def build_trainer(run: OpenRun) -> Trainer:
         mix=build_mix(cfg, world, len(run.classes)),
     )
     setup = {"processes": world.size, "strategy": cfg.PARALLEL.STRATEGY, "accumulation": cfg.TRAIN.ACCUMULATE}
-    setup |= {"compile": cfg.COMPILE, "device": world.device.type, "batch": cfg.TRAIN.BATCH_SIZE}
+    setup |= {
+        "compile": cfg.COMPILE,
+        "device": world.device.type,
+        "batch": cfg.TRAIN.BATCH_SIZE,
+        "sampling": cfg.DATA.SAMPLING,
+    }
     scheduler = build_scheduler(cfg, optimizer, steps_per_epoch, total)
     return Trainer(
         model, wrapped, optimizer, scheduler, loader, world, settings, total, setup, ema_model, eval_model, val_loader

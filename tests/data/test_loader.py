@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from stvit_video.data.lists.videos import build_lists
 from stvit_video.data.loader import EpochSampler, ShardedBatches, build_test_loader, build_train_loader
 from stvit_video.runtime.world import World
 from tests.conftest import data_config, numbered_frames, read_number
+from tests.data.choices import Frozen
 
 PLAIN = Normalise((0, 0, 0), (1, 1, 1))
 CPU = torch.device("cpu")
@@ -211,6 +213,37 @@ def numbers(views: torch.Tensor) -> list[list[int]]:
     return [[read_number(picture[:48]) for picture in view] for view in pictures]
 
 
+def test_equal_views_are_computed_once(write_clip: Callable[..., Path]) -> None:
+    """One clip fits the first video, none the second, two the third, and all of its square crops are the same."""
+    lengths, sampler = ((10, 48, 64), (7, 48, 64), (11, 48, 48), (60, 48, 64)), ClipSampler("dense", 4, 3)
+    paths = [write_clip(numbered_frames(n, h, w), f"{n}.mp4") for n, h, w in lengths]
+    dataset = VideoDataset(
+        videos=[Video(str(path), 0) for path in paths],
+        sampler=sampler,
+        views=TestViews(clips=3, crops=3, frames=4, size=48, normalise=PLAIN, short_side=48),
+        decoding=Decoding(("pyav",), 60.0),
+        stage="test",
+    )
+    batch = collate(dataset.__getitems__(range(4)), dataset.views)
+    assert batch.short.tolist() == [False, True, False, False]
+    assert batch.different_views.tolist() == [3, 3, 2, 9]
+    clips = batch.make_clips()
+    assert len(clips) == 17
+    every = batch.expand(clips)
+    assert every.shape == (4, 9, 3, 4, 48, 48)
+    assert torch.equal(batch.expand(torch.arange(17))[2], torch.tensor([6, 6, 6, 6, 6, 6, 7, 7, 7]))
+    starts = ([0, 0, 0], [0, 0, 0], [0, 0, 1], [0, 25, 50])
+    one = replace(dataset.views, clips=1)
+    for i, (length, _, width) in enumerate(lengths):
+        for view, found in enumerate(every[i]):  # each as if it were computed by itself
+            clip, crop = divmod(view, 3)
+            indices = tuple(min(starts[i][clip] + step, length - 1) for step in (0, 3, 6, 9))
+            frames = dataset.decoding.read(dataset.decoding.request(str(paths[i]), Frozen(indices)))
+            left = (width - 48) // 2 * crop
+            expected = PLAIN(one.prepare(frames)[:, :, left : left + 48], torch.empty(3, 4, 48, 48))
+            assert torch.equal(found, expected), (i, view)
+
+
 @pytest.mark.parametrize("sampling", ["dense", "uniform"])
 def test_samples_have_the_frames_of_their_sampler(
     small_set: Path, tmp_path: Path, write_clip: Callable[..., Path], sampling: str
@@ -241,7 +274,7 @@ def test_a_still_is_a_clip_of_equal_frames(small_set: Path, frames: int) -> None
     loaders = train_loader(cfg), views_loader(cfg, clips=2)
     train, test = views_of(loaders[0], SampleKey(0, 5)), views_of(loaders[1], 5)
     assert train.shape == (1, 3, frames, 64, 64)
-    assert test.shape == (2, 3, frames, 64, 64)
+    assert test.shape == (1, 3, frames, 64, 64)  # both clips are the same
     for views in (train, test):
         assert (views == views[:1, :, :1]).all()
         assert views.std() > 0.1

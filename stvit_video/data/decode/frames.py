@@ -19,7 +19,7 @@ import tempfile
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from typing import IO, Any
 
@@ -30,7 +30,7 @@ from stvit_video.common.errors import UsageError
 from stvit_video.data.decode.index import IndexCache
 from stvit_video.data.decode.pictures import ImageReader
 from stvit_video.data.decode.readers import AvReader, DecordReader, TorchCodecReader
-from stvit_video.data.decode.types import IMAGE_SUFFIXES, Choice, DecodeError, Indices, Reader, Times
+from stvit_video.data.decode.types import IMAGE_SUFFIXES, Choice, DecodeError, Indices, Reader, Timeline, Times
 from stvit_video.runtime.stopping import end_with_parent, ignore_stop_signals
 
 IN_FLIGHT = 2  # requests sent to the child at once; each has a slot of the shared memory
@@ -86,6 +86,7 @@ class FrameRequest:
     short_side: int | None = None  # see ``open_video``
     decoders: tuple[str, ...] = ("pyav",)  # in the order in which they are tried
     keep_open: bool = False  # more requests for this file follow
+    judge: Callable[[Timeline], object] | None = None  # also asked about the file, see ``Decoding.judgement``
 
 
 def check_whole(video: Reader) -> Indices:
@@ -144,6 +145,7 @@ class Decoding:
     deadline_s: float  # for each request; a child that takes longer is killed
     short_side: int | None = None  # see ``open_video``
     cache: str | None = None  # a folder for indexes that took decoding; see ``IndexCache``
+    judgement: Any = field(default=None, init=False)  # what the ``judge`` of the request answered last says
     _child: "_Child | None" = field(default=None, init=False)
     _waiting: deque[FrameRequest] = field(default_factory=deque, init=False)  # sent to the child, not answered yet
     _stuck: set[str] = field(default_factory=set, init=False)  # paths that took too long; they are not tried again
@@ -212,7 +214,7 @@ class Decoding:
                     continue
                 if isinstance(answer, DecodeError):
                     return answer
-                slot, shape, dtype = answer
+                slot, shape, dtype, self.judgement = answer
                 array = np.empty(shape, dtype)
                 left = array.reshape(-1).view(np.uint8).data
                 while left:
@@ -294,7 +296,8 @@ def serve(cache_folder: str | None, socket_fd: int, *memory_fds: int) -> None:
         except EOFError:
             return
         try:
-            answer = np.ascontiguousarray(read_file(request, opened, cache))
+            judgements: list[object] = []  # of each decoder that opens the file
+            answer = np.ascontiguousarray(read_file(_judging(request, judgements), opened, cache))
         except DecodeError as error:
             connection.send(error)
         except MemoryError:
@@ -303,4 +306,17 @@ def serve(cache_folder: str | None, socket_fd: int, *memory_fds: int) -> None:
             left = answer.reshape(-1).view(np.uint8).data
             while left:  # a call writes 2 GB at most
                 left = left[os.pwrite(fd, left, answer.nbytes - len(left)) :]
-            connection.send((slot, answer.shape, answer.dtype.str))
+            connection.send((slot, answer.shape, answer.dtype.str, judgements[-1] if judgements else None))
+
+
+def _judging(request: FrameRequest, judgements: list[object]) -> FrameRequest:
+    """Return the request, whose choice also appends to ``judgements`` what its judge says of the file."""
+    choice, judge = request.choice, request.judge
+    if choice is None or judge is None:
+        return request
+
+    def choose(reader: Reader) -> Indices:
+        judgements.append(judge(reader))
+        return choice(reader)
+
+    return replace(request, choice=choose)

@@ -30,7 +30,8 @@ Segments = list[tuple[int, int]]  # (start, stop) in frames: runs of continuous 
 # A longer step between frames is a gap. FFmpeg too takes more than ten seconds for a break (``dts_delta_threshold``):
 # screen recordings and phones leave out frames for some seconds while nothing moves, and networks lose some.
 GAP_S = 10.0
-GAP_STEPS = 10.0  # if it is also so many median steps: in time lapses and slide shows every step is long
+# It is also much longer than the quarter of the steps that are shortest: in time lapses and slide shows all are long.
+GAP_STEPS = 20.0
 
 
 class DecodeError(Exception):
@@ -126,10 +127,15 @@ def find_segments(times: Times) -> Segments:
     was set). Videos of few or changing frames per second are one run.
     """
     steps = np.diff(times)
-    forward = steps[steps > 0]
-    gap = max(GAP_S, GAP_STEPS * float(np.median(forward))) if len(forward) else GAP_S
+    gap = gap_length(steps) if (steps > GAP_S).any() else GAP_S
     cuts = (np.flatnonzero((steps < 0) | (steps > gap)) + 1).tolist()
     return list(zip([0, *cuts], [*cuts, len(times)], strict=True))
+
+
+def gap_length(steps: Times) -> float:
+    """Return how many seconds a step between frames takes at least to be a gap among ``steps`` (N,)."""
+    forward = steps[steps > 0]
+    return max(GAP_S, GAP_STEPS * float(np.quantile(forward, 0.25, method="lower"))) if len(forward) else GAP_S
 
 
 def reduced_size(size: tuple[int, int], short_side: int | None) -> tuple[int, int] | None:
