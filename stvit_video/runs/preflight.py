@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +17,10 @@ from stvit_video.common.files import write_atomically
 from stvit_video.config.clip_settings import view_settings
 from stvit_video.config.load import override
 from stvit_video.data import sample
-from stvit_video.data.lists.annotations import Video, summarise_videos
-from stvit_video.data.lists.videos import build_lists
+from stvit_video.data.lists.annotations import Video
+from stvit_video.data.lists.checks import check_count, check_lists, describe_lists, name_recordings
+from stvit_video.data.lists.folders import are_numbers
+from stvit_video.data.lists.videos import ListReader, build_lists
 from stvit_video.data.loader import build_sampler
 from stvit_video.data.short_videos import count_short
 from stvit_video.models import LoadReport, load_pretrained
@@ -45,6 +49,7 @@ class OpenRun:
     folder: RunFolder
     classes: list[str]
     videos: dict[str, list[Video]]  # by split
+    account: list[str]  # lines for the user on both
     views: dict[str, Any]  # how videos become clips, to be saved beside weights
     model: nn.Module  # on the CPU, with its weights
     cost: Cost
@@ -86,43 +91,56 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
                 results = describe_results(json.loads(folder.results.read_text()))
                 print(f"{cfg.OUTPUT_DIR} is finished (OVERWRITE True runs it again):\n{results}", flush=True)
             return None
-        on_main(world, folder.lock)
-        state = None if cfg.OVERWRITE else load_newest(folder.checkpoints)
-        steps = gather_objects(world, None if state is None else int(state["step"]))
-        if len(set(steps)) > 1:
-            seen = [f"rank {rank} {'none' if step is None else f'step {step}'}" for rank, step in enumerate(steps)]
-            raise RunFailure(
-                f"the processes find different newest checkpoints in {folder.checkpoints}: {', '.join(seen[:8])}; "
-                f"OUTPUT_DIR has to be one folder that all machines share. If it is, start again: one saw it late."
-            )
+        state = _build_state(cfg, world, folder)
     needs_weights = purpose != "measure" and state is None
     source = cfg.MODEL.INIT if needs_weights else ""  # where it is missing, that is reported with all missing files
     if needs_weights and cfg.MODE == "test" and not source:
         source = str(folder.weights)
         if not folder.weights.is_file():
             raise UsageError(f"MODE test: {source} is missing; give MODEL.INIT FILE or a finished run's OUTPUT_DIR.")
-    classes, videos = (opened.classes, opened.videos) if opened else open_lists(cfg, world, needs_weights=needs_weights)
+    read = cache(read_checkpoint)
+    if opened:
+        classes, videos, account = opened.classes, opened.videos, opened.account
+    else:
+        known = partial(_build_known, cfg, read, source, state)
+        classes, videos, account = open_lists(
+            cfg, world, needs_weights=needs_weights, known=known, continues=state is not None
+        )
+    checkpoint = opened.checkpoint if opened else read(source) if source else None
+    _check_continued(state, classes, videos)
     asked = cfg.TRAIN.BATCH_SIZE
     if purpose != "measure" and cfg.MODE == "train":
         kept = None if state is None else state["setup"].get("batch")  # its steps go on with the same videos
         cfg = build_filled_batch(cfg, world, len(videos.get("train", ())), kept)
     torch.manual_seed(cfg.SEED)  # for weights that no file holds
     model = build_model(cfg, len(classes))
-    checkpoint = opened.checkpoint if opened else read_checkpoint(source) if source else None
     report = build_weights(cfg, model, checkpoint, classes) if source and checkpoint else None
     short = ""  # on videos that are shorter than a clip
     if purpose != "measure":
         cfg, short = build_fitting_sampling(cfg, world, videos, state, checkpoint)
     cost = measure_cost(model, (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE))
-    summary = _build_summary(cfg, world, cost, len(classes), videos)
+    summary = _build_summary(cfg, world, cost, len(classes), account)
     if world.is_main and asked > cfg.TRAIN.BATCH_SIZE:
         reason = "as the run began" if state is not None else "there are no more training videos"
         summary += f"\nTRAIN.BATCH_SIZE {asked} is lowered to {cfg.TRAIN.BATCH_SIZE}: {reason}"
     summary = "\n".join(filter(None, [summary, short if world.is_main else ""]))
     checkpoint = checkpoint if cfg.MODE == "transfer" else None
-    return OpenRun(
-        cfg, world, folder, classes, videos, view_settings(cfg), model, cost, summary, checkpoint, report, state
-    )
+    views = view_settings(cfg)
+    return OpenRun(cfg, world, folder, classes, videos, account, views, model, cost, summary, checkpoint, report, state)
+
+
+def _build_state(cfg: CfgNode, world: World, folder: RunFolder) -> dict[str, Any] | None:
+    """Lock the folder of a training run and return the state that it continues from; None where it begins."""
+    on_main(world, folder.lock)
+    state = None if cfg.OVERWRITE else load_newest(folder.checkpoints)
+    steps = gather_objects(world, None if state is None else int(state["step"]))
+    if len(set(steps)) > 1:
+        seen = [f"rank {rank} {'none' if step is None else f'step {step}'}" for rank, step in enumerate(steps)]
+        raise RunFailure(
+            f"the processes find different newest checkpoints in {folder.checkpoints}: {', '.join(seen[:8])}; "
+            f"OUTPUT_DIR has to be one folder that all machines share. If it is, start again: one saw it late."
+        )
+    return state
 
 
 def build_filled_batch(cfg: CfgNode, world: World, videos: int, kept: int | None = None) -> CfgNode:
@@ -169,14 +187,15 @@ def build_fitting_sampling(
 
 def build_weights(cfg: CfgNode, model: nn.Module, checkpoint: Checkpoint, classes: list[str]) -> LoadReport:
     """Load a checkpoint into the model as MODE asks. Raises UsageError where it is not of this model or its classes."""
+    known = checkpoint.metadata.get("classes")
     if cfg.MODE == "test":
+        _check_classes(cfg.MODEL.INIT, known, classes)
         report = load_pretrained(model, checkpoint, min_coverage=0.9)
         check_all_loaded(report, model)
         return report
     least = cfg.MODEL.INIT_MIN_COVERAGE
     if cfg.MODE == "transfer":  # its classifier is not used
         return load_pretrained(model, checkpoint, min_coverage=least, new_head=True)
-    known = checkpoint.metadata.get("classes")
     if known not in (None, classes) and not cfg.MODEL.NEW_HEAD and cfg.MODEL.INIT_DEPTH is None:
         raise UsageError(
             f"{cfg.MODEL.INIT}: its classifier is for other classes ({', '.join(map(str, known[:4]))} ...) than the "
@@ -186,15 +205,69 @@ def build_weights(cfg: CfgNode, model: nn.Module, checkpoint: Checkpoint, classe
     return load_pretrained(model, checkpoint, min_coverage=least, **options)
 
 
-def open_lists(cfg: CfgNode, world: World, *, needs_weights: bool) -> tuple[list[str], dict[str, list[Video]]]:
-    """Return the class names and the videos of each split that MODE uses; generate the set of DATA.GENERATE first."""
+def _check_classes(source: str, known: list[str] | None, classes: list[str]) -> None:
+    """Raise UsageError where a checkpoint's classifier is for other classes, by name, than the data's.
+
+    Classes that are numbers on one side alone are lists with and without DATA.CLASSES: their labels are compared.
+    """
+    if known is None or known == classes or are_numbers(known) != are_numbers(classes):
+        return
+    if len(known) == len(classes) or not are_numbers(known):
+        other = next((name for name in classes if name not in known), "the same names in another order")
+        raise UsageError(
+            f"{source}: its classifier is for other classes ({', '.join(map(str, known[:4]))} ...) than the data's "
+            f"({', '.join(classes[:4])} ...): {other}. Test on data of its classes, or correct DATA.CLASSES."
+        )
+
+
+def _build_known(
+    cfg: CfgNode, read: Callable[[str], Checkpoint], source: str, state: dict[str, Any] | None
+) -> Sequence[str] | None:
+    """Return the class names whose order the labels keep: those of the run that is continued or of the classifier.
+
+    None where a run is continued that recorded none: its class folders were sorted as text.
+    """
+    if state is not None:
+        return state["setup"].get("classes")
+    if not source or (cfg.MODE == "train" and (cfg.MODEL.NEW_HEAD or cfg.MODEL.INIT_DEPTH is not None)):
+        return ()
+    return read(source).metadata.get("classes") or ()
+
+
+def _check_continued(state: dict[str, Any] | None, classes: list[str], videos: dict[str, list[Video]]) -> None:
+    """Raise UsageError where a run would continue on other data than it recorded."""
+    if state is None:
+        return
+    found = {"classes": classes, "videos": len(videos["train"])}
+    for name, now in found.items():
+        then = state["setup"].get(name, now)
+        if then != now:
+            raise UsageError(
+                f"the run began with {name} {str(then)[:200]}, and now they are {str(now)[:200]}; restore the data, or "
+                f"OVERWRITE True starts the training again."
+            )
+
+
+def open_lists(
+    cfg: CfgNode,
+    world: World,
+    *,
+    needs_weights: bool,
+    known: Callable[[], Sequence[str] | None] = tuple,
+    continues: bool = False,
+) -> tuple[list[str], dict[str, list[Video]], list[str]]:
+    """Return the class names, the videos of each split that MODE uses, and lines on both for the user.
+
+    The set of DATA.GENERATE is generated first. ``known`` is called as ``_build_known``; what would be refused at the
+    start of a run is said where one ``continues``.
+    """
     lists = build_lists(cfg)
     weights = cfg.MODEL.INIT if needs_weights else ""
     trains = cfg.MODE == "train" or (cfg.MODE == "transfer" and cfg.TRANSFER.FINETUNE)
     splits = ["train", "val", "test"] if trains else ["test"] if cfg.MODE == "test" else ["train", "test"]
 
     # By rank 0, and sent to the others.
-    def read() -> tuple[list[str], dict[str, list[Video]]]:
+    def read() -> tuple[list[str], dict[str, list[Video]], list[str]]:
         if cfg.DATA.GENERATE:  # takes minutes: first what can be wrong before
             if not sample.is_complete(cfg.DATA.ROOT):
                 build_model(cfg, cfg.MODEL.NUM_CLASSES or SOME_CLASSES)
@@ -221,9 +294,38 @@ def open_lists(cfg: CfgNode, world: World, *, needs_weights: bool) -> tuple[list
                 f"{'; '.join(dict.fromkeys(advice.values()))}. Without a download this runs now: "
                 f"python -m stvit_video.run --cfg configs/sample_stvit.yaml"
             )
-        return lists.classes, {split: lists.videos(split) for split in splits if lists.lists[split]}
+        trained = known()
+        lists.trained, lists.natural, lists.continues = trained or (), trained is not None, continues
+        videos = {split: lists.videos(split) for split in splits if lists.lists[split]}
+        return lists.classes, videos, _build_account(cfg, lists, videos, continues)
 
     return on_main(world, read)
+
+
+def _build_account(cfg: CfgNode, lists: ListReader, videos: dict[str, list[Video]], continues: bool) -> list[str]:
+    """Return lines on the lists that were read. Raises UsageError where labels or splits are certainly wrong."""
+    recordings = name_recordings(videos, lists.root, cfg.DATA.GROUP)
+    lines = describe_lists(lists.classes, videos, recordings)
+    sources = {split: str(lists.source(split)) for split in videos}
+    try:
+        if "train" in videos and lists.num_classes is None:
+            check_count(lists.classes, videos, sources["train"])
+        notes = check_lists(videos, sources, recordings, cfg.DATA.GROUP)
+    except UsageError as error:
+        if not continues:
+            raise
+        notes = [str(error)]
+    if lists.shares is not None:
+        ways = (
+            "those of one recording together"
+            if any(map(any, recordings.values()))
+            else "each by itself, also cuts of one recording"
+        )
+        lines.append(
+            f"DATA.SPLIT: {' / '.join(map(str, lists.shares))} % of each class for training / validation / test, "
+            f"drawn from file names, {ways} (DATA.GROUP {cfg.DATA.GROUP!r})"
+        )
+    return [*lines, *(f"note: {note}" for note in [*lists.notes, *notes])]
 
 
 def build_cost_report(cfg: CfgNode) -> str:
@@ -246,20 +348,15 @@ def build_cost_report(cfg: CfgNode) -> str:
     return "\n".join([*note, _build_model_line(cfg, cost, classes), training])
 
 
-def _build_summary(cfg: CfgNode, world: World, cost: Cost, num_classes: int, videos: dict[str, list[Video]]) -> str:
-    """Return lines on the model, where it runs, and how many videos each split has and lacks; empty but on rank 0."""
+def _build_summary(cfg: CfgNode, world: World, cost: Cost, num_classes: int, account: list[str]) -> str:
+    """Return lines on the model, where it runs, and on the lists; empty but on rank 0."""
     if not world.is_main:
         return ""
     sharded = ", weights sharded (fsdp)" if world.size > 1 and cfg.PARALLEL.STRATEGY == "fsdp" else ""
     compiled = f", compiled ({cfg.COMPILE})" if cfg.COMPILE != "none" else ""
     place = f"{world.size} process(es) on {world.device.type}, {cfg.PRECISION}{sharded}{compiled}"
     lines = [_build_model_line(cfg, cost, num_classes), f"{place}, output in {cfg.OUTPUT_DIR}"]
-    if cfg.DATA.SPLIT is not None:
-        lines.append(
-            f"DATA.SPLIT: {' / '.join(map(str, cfg.DATA.SPLIT))} % of each class for training / validation / test, "
-            f"drawn from file names; cuts of one recording may be on both sides"
-        )
-    return "\n".join(lines + [summarise_videos(found, split) for split, found in videos.items()])
+    return "\n".join(lines + account)
 
 
 def _build_model_line(cfg: CfgNode, cost: Cost, num_classes: int) -> str:

@@ -315,6 +315,7 @@ def build_trainer(run: OpenRun) -> Trainer:
         "batch": cfg.TRAIN.BATCH_SIZE,
         "sampling": cfg.DATA.SAMPLING,
     }
+    setup |= {"classes": run.classes, "videos": len(run.videos["train"])}  # open_run keeps them
     scheduler = build_scheduler(cfg, optimizer, steps_per_epoch, total)
     return Trainer(
         model, wrapped, optimizer, scheduler, loader, world, settings, total, setup, ema_model, eval_model, val_loader

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from stvit_video.common.errors import UsageError
 from stvit_video.data.decode.index import IndexCache
-from stvit_video.data.decode.pictures import ImageReader
+from stvit_video.data.decode.pictures import ImageReader, is_pattern
 from stvit_video.data.decode.readers import AvReader, DecordReader, TorchCodecReader
 from stvit_video.data.decode.types import IMAGE_SUFFIXES, Choice, DecodeError, Indices, Reader, Timeline, Times
 from stvit_video.runtime.stopping import end_with_parent, ignore_stop_signals
@@ -64,12 +64,14 @@ def open_video(
     decoder: str = "pyav",
     cache: IndexCache | None = None,
 ) -> Reader:
-    """Open a folder as its images, and a file by its ending: as an image, or else as a video.
+    """Open a folder, or one with a pattern of names, as its images, and a file by its ending: as an image or a video.
 
     Much larger frames are reduced to ``short_side``. ``cache`` saves the pass over a file that is opened again. Raises
     DecodeError.
     """
     path = os.fspath(path)
+    if is_pattern(path):
+        return ImageReader(path, short_side)
     if not os.path.isfile(path) and not os.path.isdir(path):
         raise DecodeError(path, "is not a regular file" if os.path.exists(path) else "no such file")
     if os.path.isdir(path) or path.lower().endswith(IMAGE_SUFFIXES):

@@ -1,4 +1,4 @@
-"""Which videos there are, and what they show: text lists, class folders and class names."""
+"""Which videos there are, and what they show: text lists and class names."""
 
 import json
 import os
@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchvision.datasets.folder import make_dataset
-
 from stvit_video.common.errors import UsageError, nearest
-from stvit_video.data.decode.types import MEDIA_SUFFIXES
+from stvit_video.data.decode.pictures import is_pattern
 
 MAX_LABEL = 999_999  # more classes than any data set has: a larger number is an id or a time, read as a label
 MAX_LOOKS = 512  # files to look at where a list is checked: a wrong root shows within seconds on any storage
@@ -78,59 +76,11 @@ def _parse_line(line: str, place: str, root: Path) -> Video:
     return Video(str(root / name), number)
 
 
-def class_folders(path: str | Path) -> list[str]:
-    """Return the sorted names of the class folders in ``path``, without hidden ones; UsageError where there is none."""
-    path = Path(path)
-    names = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not names:
-        raise UsageError(f"Folder {path} has no class folders; put files at {path}/CLASS/FILE, one folder a class.")
-    return names
-
-
-def read_folder(path: str | Path, classes: Sequence[str] | None = None) -> list[Video]:
-    """Read class folders of images and videos, their sub-folders included, sorted by path.
-
-    A label is the folder's place in ``classes``, or else among the folders' sorted names; a class may have no files
-    and no folder. Hidden and other files are skipped. Raises UsageError where a folder is not in ``classes``, or where
-    there are no class folders or no images and videos at all.
-    """
-    path, folders = Path(path), class_folders(path)
-    names = folders if classes is None else classes
-    of_none = f"is of none of the {len(names)} classes ({names[0]} to {names[-1]}); rename it or correct DATA.CLASSES."
-    labels = {name: label_of(name, names, f"Folder {path / name} {of_none}") for name in folders}
-
-    def is_shown(name: str) -> bool:
-        return f"{os.sep}." not in name.removeprefix(str(path)) and is_media(name)
-
-    found = make_dataset(str(path), labels, is_valid_file=is_shown, allow_empty=True)
-    if not found:
-        raise UsageError(
-            f"Folder {path}: none of its {len(folders)} class folders holds an image or a video; give files ending in "
-            f"{', '.join(MEDIA_SUFFIXES)}."
-        )
-    return [Video(name, label) for name, label in found]
-
-
 def label_of(name: str, classes: Sequence[str], refusal: str) -> int:
     """Return the place of a class; UsageError with the ``refusal`` and the nearest name where there is none."""
     if name not in classes:
         raise UsageError(refusal + nearest(name, classes))
     return classes.index(name)
-
-
-def is_media(name: str | Path) -> bool:
-    """Return whether a file is an image or a video by its ending."""
-    return str(name).lower().endswith(MEDIA_SUFFIXES)
-
-
-def read_file(path: str | Path, classes: Sequence[str]) -> list[Video]:
-    """Return one image or video as a list, labelled by the folder it lies in; UsageError where that is no class."""
-    folder = Path(path).absolute().parent.name
-    refusal = (
-        f"{path} is one file without a label: its folder {folder!r} is none of the {len(classes)} class names; put it "
-        f"into the folder of its class, or give a text file with the line `path label`."
-    )
-    return [Video(str(path), label_of(folder, classes, refusal))]
 
 
 def read_classes(path: str | Path) -> list[str]:
@@ -177,10 +127,10 @@ def check_files(videos: list[Video], max_failures: float, source: str | Path, ro
         )
 
 
-def summarise_videos(videos: list[Video], split: str) -> str:
-    """Return a line for the user: how many videos ``split`` has, and how many of them are missing."""
+def summarise_videos(videos: list[Video], split: str, recordings: int = 0) -> str:
+    """Return a line for the user: how many videos ``split`` has, of how many recordings, and how many are missing."""
     missing, known = find_missing(videos)
-    line = f"{split}: {len(videos):,} videos"
+    line = f"{split}: {len(videos):,} videos" + (f" of {recordings:,} recordings" if recordings else "")
     if missing:
         looked_at = "" if known == len(videos) else f" of {known:,} looked at"
         line += f", {len(missing):,}{looked_at} ({100 * len(missing) / known:.1f} %) missing, the first {missing[0]}; "
@@ -202,6 +152,7 @@ def find_missing(videos: list[Video]) -> tuple[list[str], int]:
 
 def _is_there(path: str) -> bool:
     """Say whether ``path`` is a file, or a folder of frames, which may be many, that is not empty."""
+    path = os.path.dirname(path) if is_pattern(path) else path
     if not os.path.isdir(path):
         return os.path.isfile(path)
     with os.scandir(path) as entries:

@@ -1,25 +1,26 @@
 """The videos and class names of a run: each list is read once, each root is walked once."""
 
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 
 from fvcore.common.config import CfgNode
 
 from stvit_video.common.errors import UsageError
+from stvit_video.data.decode.pictures import find_frames, is_pattern, is_picture
+from stvit_video.data.decode.types import DecodeError
 from stvit_video.data.lists.annotations import (
     Video,
     check_files,
     check_labels,
-    class_folders,
-    is_media,
     read_classes,
-    read_file,
-    read_folder,
     read_list,
 )
 from stvit_video.data.lists.catalogues import find_clips, find_videos, read_catalogue
+from stvit_video.data.lists.checks import check_names, label_by_name
+from stvit_video.data.lists.folders import are_numbers, class_folders, is_media, read_file, read_folder
 from stvit_video.data.lists.splitting import take_part
 
 SPLITS = ("train", "val", "test")
@@ -39,8 +40,15 @@ class ListReader:
     num_classes: int | None = None  # of numbered labels; None: as many as the largest label asks for
     shares: Sequence[int] | None = None  # percent of one list that serves as all splits
     max_failures: float = 0.0  # share of a list's files that may be missing
+    frames: int = 1  # of a clip: with several, folders of pictures are videos
+    frame_pattern: str = ""  # names of frames, as img_{:05}.jpg
+    group: str = ""  # what names the recording in a path, see ``find_recordings``
+    trained: Sequence[str] = ()  # classes of the checkpoint: the same names are labelled in its order
+    natural: bool = True  # class folders that are numbers are labelled in the order of these, not of their text
+    continues: bool = False  # the labels are those of a run that has begun
 
     def __post_init__(self) -> None:
+        self.notes: list[str] = []  # on what was taken for what in the lists that were read
         self._catalogue = cache(read_catalogue)
         self._find_clips = cache(find_clips)
         self._lists: dict[Path, list[Video]] = {}
@@ -63,7 +71,8 @@ class ListReader:
                     f"Folder {source} is split already ({', '.join(sorted(found))}); give DATA.SPLIT None and its "
                     f"parts, for example DATA.TRAIN_LIST train DATA.VAL_LIST val DATA.TEST_LIST test."
                 )
-            videos = take_part(videos, SPLITS.index(split), self.shares, source if source.is_dir() else self.root)
+            root = source if source.is_dir() else self.root
+            videos = take_part(videos, SPLITS.index(split), self.shares, root, self.group)
         check_labels(videos, len(self.classes), self.lists[split])
         return videos
 
@@ -108,14 +117,48 @@ class ListReader:
                 f"{self.source(self._naming_split)} have no names; give DATA.CLASSES, the names in their order."
             )
         if is_folder:
-            return read_folder(source, names)
+            videos, notes = read_folder(source, names, frames=self.frames, pattern=self.frame_pattern)
+            self.notes += notes
+            check_frames(videos, source)
+            return videos
         if catalogue is None:
-            videos = read_list(source, self.root)
+            videos = self._label(read_list(source, self.root), names, split)
         else:
             clips = self._find_clips(self.root, catalogue.clip_folder)
             videos = find_videos(catalogue, self.root, names, clips)
         check_files(videos, self.max_failures, source, self.root)
+        pictures = sum(is_picture(Path(video.path).name) for video in videos) if self.frames > 1 else 0
+        if pictures:
+            self.notes.append(
+                f"{source}: {pictures:,} of {len(videos):,} paths are pictures, each shown in all {self.frames} frames "
+                f"of a clip; for a video give the folder of its frames"
+            )
+        if self.frame_pattern:
+            videos = [
+                video if is_media(video.path) else replace(video, path=os.path.join(video.path, self.frame_pattern))
+                for video in videos
+            ]
+        check_frames(videos, source)
         return videos
+
+    def _label(self, videos: list[Video], names: Sequence[str], split: str) -> list[Video]:
+        """Return a list of numbers labelled by the ``names`` of the classes; its own labels where they have none."""
+        source = self.source(split)
+        if not names or self.continues:
+            return videos
+        by_name = None if self.class_file else label_by_name(videos, names, source)
+        if by_name is not None:
+            return by_name
+        if check_names(videos, names, source) or self.class_file:
+            return videos
+        if self._naming_split == "test":
+            self.notes.append(f"labels of {source} are taken for places among the checkpoint's classes")
+            return videos
+        raise UsageError(
+            f"DATA.{split.upper()}_LIST {source} has numbers for labels, but {self.source(self._naming_split)} names "
+            f"its classes ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''}); give DATA.CLASSES, the names in "
+            f"the order of the numbers."
+        )
 
     @property
     def _naming_split(self) -> str:
@@ -126,11 +169,32 @@ class ListReader:
         """The class names that a file, folders or a published list give; None where there are only numbers."""
         if self.class_file:
             return read_classes(self.root / self.class_file)
-        source = self.source(self._naming_split)
+        source, is_test = self.source(self._naming_split), self._naming_split == "test"
         if source.is_dir():
-            return class_folders(source)
-        catalogue = self._catalogue(source) if source.is_file() and not is_media(source) else None
-        return catalogue.classes() if catalogue else None
+            names = class_folders(source)
+        else:
+            catalogue = self._catalogue(source) if source.is_file() and not is_media(source) else None
+            if catalogue is None:
+                return list(self.trained) or None if is_test else None
+            names = catalogue.classes()
+        names = sorted(names, key=int) if self.natural and are_numbers(names) else sorted(names)
+        is_part = is_test and set(names) < set(self.trained)  # a test may be of some classes
+        return list(self.trained) if is_part or set(names) == set(self.trained) else names
+
+
+def check_frames(videos: Sequence[Video], source: Path) -> None:
+    """Raise UsageError where of a few folders of frames, evenly spread, none can be read."""
+    folders = [video.path for video in videos if not is_media(video.path) or is_pattern(video.path)]
+    errors = []
+    for path in folders[:: max(1, len(folders) // 4)]:
+        try:
+            if os.path.isfile(path) or not find_frames(path):
+                return
+            return
+        except DecodeError as error:
+            errors.append(error)
+    if errors and not any("cannot be listed" in error.message for error in errors):
+        raise UsageError(f"{source}: folder of frames {errors[0]}")
 
 
 def build_lists(cfg: CfgNode) -> ListReader:
@@ -142,4 +206,7 @@ def build_lists(cfg: CfgNode) -> ListReader:
         num_classes=cfg.MODEL.NUM_CLASSES,
         shares=cfg.DATA.SPLIT,
         max_failures=cfg.DATA.MAX_FAILURES,
+        frames=cfg.DATA.FRAMES,
+        frame_pattern=cfg.DATA.FRAME_PATTERN,
+        group=cfg.DATA.GROUP,
     )
