@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from stvit_video.data.clips.sampling import Sampling
+from stvit_video.data.clips.sections import within
 from stvit_video.data.clips.transforms import Seed, TestViews, TrainViews
 from stvit_video.data.decode.frames import Decoding, FrameRequest
 from stvit_video.data.decode.types import Choice, DecodeError
@@ -163,11 +164,17 @@ class VideoDataset(Dataset[Sample]):
     def _read(self, keys: Sequence[SampleKey | int]) -> list[Sample]:
         """Return the samples of the keys; a video is decoded while the one before is transformed."""
         samples = []
-        for key, frames in zip(keys, self.decoding.read_all(map(self.request, keys)), strict=True):
+        requests = [self.request(key) for key in keys]
+        for i in range(len(requests) - 1):  # a file stays open where its next section follows
+            if requests[i].path == requests[i + 1].path:
+                requests[i] = replace(requests[i], keep_open=True)
+        for key, frames in zip(keys, self.decoding.read_all(requests), strict=True):
             index, seed, _ = self._plan(key)
             label = self.videos[index].label
             if isinstance(frames, DecodeError):
-                samples.append(Sample(None, label, index, (), [Failure.of(frames, self.stage)]))
+                samples.append(
+                    Sample(None, label, index, (), [Failure.of(frames, self.stage, self.videos[index].name)])
+                )
             else:
                 pixels = self.views.prepare(frames, seed)
                 samples.append(Sample(pixels, label, index, seed, [], bool(self.decoding.judgement)))
@@ -176,8 +183,11 @@ class VideoDataset(Dataset[Sample]):
     def request(self, key: SampleKey | int) -> FrameRequest:
         """Return which frames to decode for ``key``."""
         index, _, choice = self._plan(key)
-        request = self.decoding.request(self.videos[index].path, choice)
-        return replace(request, judge=self.sampler.is_short) if isinstance(key, int) else request
+        video = self.videos[index]
+        request = self.decoding.request(video.path, within(choice, video.section, video.path))
+        if isinstance(key, int):
+            return replace(request, judge=within(self.sampler.is_short, video.section, video.path))
+        return request
 
     def _plan(self, key: SampleKey | int) -> tuple[int, Seed, Choice]:
         """Return the index of a key's video, the seed of its sample, and the choice of its frames."""

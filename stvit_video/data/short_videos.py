@@ -9,8 +9,9 @@ import numpy as np
 
 from stvit_video.data.clips.sampling import Sampling
 from stvit_video.data.clips.timeline import KnownTimes
+from stvit_video.data.decode.av_file import AV_ERRORS
 from stvit_video.data.decode.frames import open_video
-from stvit_video.data.decode.index import AV_ERRORS, IndexCache
+from stvit_video.data.decode.index import IndexCache
 from stvit_video.data.decode.types import IMAGE_SUFFIXES, DecodeError
 from stvit_video.data.lists.annotations import Video
 

@@ -165,7 +165,7 @@ class Tester:
         def write() -> dict[str, Any]:
             folder.write_failures(earlier + predictions.failures)
             check_failures(len(predictions.failures), predictions.total, self.max_failures, "test")
-            paths = [video.path for video in loader.dataset.videos]
+            paths = [video.name for video in loader.dataset.videos]
             folder.write_table("per_class.csv", predictions.per_class(classes))
             folder.write_table("predictions.csv", predictions.rows(paths, classes))
             write_json(folder.results, results)

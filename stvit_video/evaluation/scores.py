@@ -16,6 +16,7 @@ from stvit_video.common.errors import first_line
 from stvit_video.common.files import write_atomically
 from stvit_video.data.dataset import VideoDataset
 from stvit_video.data.failures import Failure
+from stvit_video.data.lists.annotations import file_of
 from stvit_video.runs.checkpoint import DAMAGED, pack, read_checked
 
 # Of a batch: list positions (videos,), labels (videos,), scores (videos, columns), and (videos, 2): how many views were
@@ -147,7 +148,7 @@ def read_features(path: Path, key: str) -> tuple[Predictions | None, str]:
 def _file_state(path: str) -> list[int] | None:
     """Return size and time of change (ns) of a file, None where there is none."""
     try:
-        state = Path(path).stat()
+        state = Path(file_of(path)).stat()
     except OSError:
         return None
     return [state.st_size, state.st_mtime_ns]
@@ -171,7 +172,7 @@ def fingerprint(model: nn.Module, weights: str, dataset: VideoDataset, precision
         "version": __version__,
         "model": [str(model.name), model.arguments],
         "weights": weights,
-        "videos": [[video.path, video.label] for video in dataset.videos],
+        "videos": [[video.name, video.label] for video in dataset.videos],
         "decoders": dataset.decoding.decoders,
         "views": [repr(dataset.sampler), repr(dataset.views), dataset.decoding.short_side],
         "precision": precision,

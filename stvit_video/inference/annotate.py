@@ -14,10 +14,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from stvit_video.common.errors import FILESYSTEM_ERRORS, UsageError
 from stvit_video.common.files import whole_file
+from stvit_video.data.decode.av_file import display_matrix, open_av, shown_frames, upright
 from stvit_video.data.decode.frames import open_video
-from stvit_video.data.decode.index import open_av, shown_frames
 from stvit_video.data.decode.pictures import ImageReader
-from stvit_video.data.decode.readers import display_matrix, upright
 from stvit_video.data.decode.types import DecodeError, Frames, Indices, Reader, Segments, Times, reason
 from stvit_video.inference.predictor import Prediction, Window
 

@@ -278,10 +278,10 @@ def open_lists(
         for split in splits:
             name = lists.lists[split]
             file = lists.source(split)
-            if (split != "val" or name) and not (name and file.exists()):
+            if (split != "val" or name) and not lists.exists(split):
                 advice[f"DATA.{split.upper()}_LIST {file if name else repr('')}"] = (
-                    f"a list holds lines `path label`, paths starting from DATA.ROOT {lists.root}, or is a Kinetics "
-                    f"CSV, a Something-Something JSON, or a folder CLASS/FILE"
+                    f"a list holds lines `path label`, paths starting from DATA.ROOT {lists.root}, or is a CSV or JSON "
+                    f"as data sets publish it, or a folder CLASS/FILE"
                 )
         if lists.class_file and not (lists.root / lists.class_file).is_file():
             missing = f"DATA.CLASSES {lists.root / lists.class_file}"

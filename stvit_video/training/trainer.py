@@ -236,14 +236,14 @@ class Trainer:
         for batch, logits, loss in seen:
             bad = (~logits.isfinite()).any(dim=1).view(len(batch.indices), -1).any(dim=1).cpu()
             if not loss.isfinite():
-                paths += [videos[i].path for i in (batch.indices[bad] if bad.any() else batch.indices).tolist()]
+                paths += [videos[i].name for i in (batch.indices[bad] if bad.any() else batch.indices).tolist()]
         if self.scaler.is_enabled() and not any_of(self.world, bool(paths)) and self.scaler.get_scale() >= 1:
             return
         self.bad_steps += 1
         most = self.settings.max_bad_steps
         if self.bad_steps > most:
             paths = [path for share in gather_objects(self.world, paths) for path in share]
-            paths = paths or [videos[index].path for batch, *_ in seen for index in batch.indices.tolist()]
+            paths = paths or [videos[index].name for batch, *_ in seen for index in batch.indices.tolist()]
             raise Diverged(
                 f"{self.bad_steps} steps had a loss or gradients that are not finite, the last step {self.step} with "
                 f"the video(s) {', '.join(paths[:8])}{' ...' if len(paths) > 8 else ''}; TRAIN.MAX_BAD_STEPS {most} "

@@ -10,11 +10,10 @@ from stvit_video.data.lists.annotations import (
     check_files,
     check_labels,
     find_missing,
-    read_classes,
-    read_list,
     summarise_videos,
 )
-from tests.conftest import refusal
+from stvit_video.data.lists.class_names import ClassNames, read_classes
+from tests.conftest import read_list, refusal
 
 
 @pytest.mark.parametrize("separator", [" ", ",", "\t", ", ", "  "])
@@ -39,7 +38,7 @@ def test_absolute_paths_stay_and_a_byte_order_mark_is_no_part_of_the_path(tmp_pa
         (b"", "is empty"),
         (b"\n \n", "is empty"),
         (b"a.mp4 1\nb.mp4\n", "line 2: 'b.mp4' has no label"),
-        (b"a.mp4 walking\n", "line 1: 'a.mp4 walking' has no label"),
+        (b"a.mp4 1\nb.mp4 walking\n", "line 2: 'b.mp4 walking' has no label"),
         (b"a.mp4 1.5\n", "has no label"),
         (b"a.mp4 -1\n", "label -1 is negative"),
         (b'"clips/video 3"\n', "has no label"),  # a folder of frames
@@ -124,7 +123,7 @@ def test_a_list_is_summarised_with_what_is_missing(videos: list[Video], line: st
 )
 def test_class_names_come_one_a_line_or_with_their_labels(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "labels").write_bytes(content)
-    assert read_classes(tmp_path / "labels") == ["a b", "c"]
+    assert read_classes(tmp_path / "labels") == ClassNames(["a b", "c"])
 
 
 @pytest.mark.parametrize(
@@ -134,7 +133,7 @@ def test_class_names_come_one_a_line_or_with_their_labels(tmp_path: Path, conten
         ('{"a": 0', "is not JSON"),
         ("[" * 200_000, "is not JSON"),
         ("{}", "does not give each name its label"),
-        ('["a", "b"]', "does not give each name its label"),
+        ('["a", 2]', "does not give each name its label"),
         ('{"a": 1}', "does not give each name its label"),
         ('{"a": 0, "b": "0"}', "does not give each name its label"),
         ('{"a": 0, "b": [1]}', "does not give each name its label"),
@@ -149,7 +148,7 @@ def test_wrong_labels_of_class_names_are_refused(tmp_path: Path, content: str, s
 
 def test_class_names(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("riding a bike\nskiing\n\n")
-    assert read_classes(tmp_path / "classes.txt") == ["riding a bike", "skiing"]
+    assert read_classes(tmp_path / "classes.txt").names == ["riding a bike", "skiing"]
     (tmp_path / "classes.txt").write_text("\n")
     with pytest.raises(UsageError, match="is empty"):
         read_classes(tmp_path / "classes.txt")

@@ -30,7 +30,7 @@ from stvit_video.common.errors import UsageError
 from stvit_video.data.decode.index import IndexCache
 from stvit_video.data.decode.pictures import ImageReader, is_pattern
 from stvit_video.data.decode.readers import AvReader, DecordReader, TorchCodecReader
-from stvit_video.data.decode.types import IMAGE_SUFFIXES, Choice, DecodeError, Indices, Reader, Timeline, Times
+from stvit_video.data.decode.types import IMAGE_SUFFIXES, Choice, DecodeError, Indices, Reader, Times
 from stvit_video.runtime.stopping import end_with_parent, ignore_stop_signals
 
 IN_FLIGHT = 2  # requests sent to the child at once; each has a slot of the shared memory
@@ -88,7 +88,7 @@ class FrameRequest:
     short_side: int | None = None  # see ``open_video``
     decoders: tuple[str, ...] = ("pyav",)  # in the order in which they are tried
     keep_open: bool = False  # more requests for this file follow
-    judge: Callable[[Timeline], object] | None = None  # also asked about the file, see ``Decoding.judgement``
+    judge: Callable[[Reader], object] | None = None  # also asked about the file, see ``Decoding.judgement``
 
 
 def check_whole(video: Reader) -> Indices:
