@@ -68,10 +68,10 @@ def build_loader(run: OpenRun, workers: int, training: bool, batches: int) -> Da
     """Return a loader of ``batches`` of training clips, or of test videos, with that many workers."""
     cfg = override(run.cfg, [("DATA.WORKERS", workers)], "a benchmark")
     if training:
-        loader = build_train_loader(cfg, run.world, run.videos["train"])
+        loader = build_train_loader(cfg, run.world, run.videos["train"], run.label_columns)
     else:
         views = {"clips": cfg.TEST.CLIPS, "crops": cfg.TEST.CROPS}
-        loader = build_test_loader(cfg, run.world, run.videos["test"], **views)
+        loader = build_test_loader(cfg, run.world, run.videos["test"], **views, label_columns=run.label_columns)
     shorten(loader, batches)
     return loader
 

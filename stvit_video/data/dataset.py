@@ -36,7 +36,7 @@ class Sample:
     """One video: its pixels (n, h, w, 3), or None where it cannot be read, and its index in the list."""
 
     pixels: Tensor | None
-    label: int
+    label: int | Tensor  # of a multi-label set, 0 or 1 for each class (classes,)
     index: int
     seed: Seed
     failures: list[Failure]
@@ -45,7 +45,10 @@ class Sample:
 
 @dataclass
 class Batch:
-    """The videos of a batch: their pixels, labels (videos,) and list indices (videos,)."""
+    """The videos of a batch: their pixels, labels (videos,) and list indices (videos,).
+
+    The labels of a multi-label set are 0 or 1 for each class (videos, classes).
+    """
 
     pixels: Tensor  # uint8, those of all videos in one flat tensor: one file descriptor between processes
     shapes: list[torch.Size]
@@ -98,8 +101,8 @@ class Batch:
 
     @property
     def clip_labels(self) -> Tensor:
-        """The label of each clip (videos * views,)."""
-        return self.labels.repeat_interleave(self.views.clips * self.views.crops)
+        """The label of each clip (videos * views,), or its labels (videos * views, classes)."""
+        return self.labels.repeat_interleave(self.views.clips * self.views.crops, dim=0)
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch with its pixels and labels on another device."""
@@ -119,7 +122,7 @@ def collate(samples: list[Sample], views: TrainViews | TestViews) -> Batch:
         pixels=torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8),
         shapes=[pixels.shape for _, pixels, _ in read],
         seeds=[sample.seed for sample, *_ in read],
-        labels=torch.tensor([sample.label for sample, *_ in read], dtype=torch.int64),
+        labels=torch.stack([torch.as_tensor(sample.label) for sample, *_ in read]) if read else torch.empty(0),
         indices=torch.tensor([sample.index for sample, *_ in read], dtype=torch.int64),
         views=views,
         failures=[failure for sample in samples for failure in sample.failures],
@@ -142,6 +145,7 @@ class VideoDataset(Dataset[Sample]):
     views: TrainViews | TestViews
     decoding: Decoding
     stage: str  # that of the failures
+    label_columns: int | None = None  # the classes of a multi-label set; None: one label a video
     seed: int = 0  # of training
 
     def __len__(self) -> int:
@@ -170,7 +174,7 @@ class VideoDataset(Dataset[Sample]):
                 requests[i] = replace(requests[i], keep_open=True)
         for key, frames in zip(keys, self.decoding.read_all(requests), strict=True):
             index, seed, _ = self._plan(key)
-            label = self.videos[index].label
+            label = self._label(self.videos[index])
             if isinstance(frames, DecodeError):
                 samples.append(
                     Sample(None, label, index, (), [Failure.of(frames, self.stage, self.videos[index].name)])
@@ -179,6 +183,12 @@ class VideoDataset(Dataset[Sample]):
                 pixels = self.views.prepare(frames, seed)
                 samples.append(Sample(pixels, label, index, seed, [], bool(self.decoding.judgement)))
         return samples
+
+    def _label(self, video: Video) -> int | Tensor:
+        if self.label_columns is None:
+            return video.label
+        labels = (video.label,) if video.labels is None else video.labels
+        return torch.zeros(self.label_columns).index_fill_(0, torch.tensor(labels, dtype=torch.int64), 1)
 
     def request(self, key: SampleKey | int) -> FrameRequest:
         """Return which frames to decode for ``key``."""

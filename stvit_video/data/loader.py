@@ -75,8 +75,11 @@ class ShardedBatches(Sampler[list[int]]):
         return (list(range(start, min(start + self.batch, self.length))) for start in self._starts())
 
 
-def build_train_loader(cfg: CfgNode, world: World, videos: list[Video]) -> DataLoader:
-    """Return the training loader of ``videos``; its ``batch_sampler`` is an EpochSampler of micro-batches."""
+def build_train_loader(cfg: CfgNode, world: World, videos: list[Video], label_columns: int | None = None) -> DataLoader:
+    """Return the training loader of ``videos``; its ``batch_sampler`` is an EpochSampler of micro-batches.
+
+    ``label_columns`` is the number of classes of a multi-label set.
+    """
     repeats = cfg.DATA.REPEATS
     per_step = world.size * cfg.TRAIN.ACCUMULATE * repeats
     if cfg.TRAIN.BATCH_SIZE % per_step:
@@ -107,7 +110,13 @@ def build_train_loader(cfg: CfgNode, world: World, videos: list[Video]) -> DataL
     )
     decoding = build_decoding(cfg, cfg.DATA.SHORT_SIDE[1])
     dataset = VideoDataset(
-        videos=videos, sampler=build_sampler(cfg), views=views, decoding=decoding, stage="train", seed=cfg.SEED
+        videos=videos,
+        sampler=build_sampler(cfg),
+        views=views,
+        decoding=decoding,
+        stage="train",
+        label_columns=label_columns,
+        seed=cfg.SEED,
     )
     sampler = EpochSampler(len(videos), videos_per_step, cfg.TRAIN.ACCUMULATE, world.rank, world.size, cfg.SEED)
     return _build_loader(cfg, world, dataset, sampler)
@@ -134,12 +143,26 @@ def build_mix(cfg: CfgNode, world: World, num_classes: int) -> Mix | None:
 
 
 def build_test_loader(
-    cfg: CfgNode, world: World, videos: list[Video], split: str = "test", *, clips: int = 1, crops: int = 1
+    cfg: CfgNode,
+    world: World,
+    videos: list[Video],
+    split: str = "test",
+    *,
+    clips: int = 1,
+    crops: int = 1,
+    label_columns: int | None = None,
 ) -> DataLoader:
     """Return a loader of ``clips`` x ``crops`` views of each of the videos of ``split``."""
     views = build_test_views(cfg, clips, crops)
     decoding = build_decoding(cfg, cfg.TEST.SHORT_SIDE)
-    dataset = VideoDataset(videos=videos, sampler=build_sampler(cfg), views=views, decoding=decoding, stage=split)
+    dataset = VideoDataset(
+        videos=videos,
+        sampler=build_sampler(cfg),
+        views=views,
+        decoding=decoding,
+        stage=split,
+        label_columns=label_columns,
+    )
     # As many views a batch as in the test, whatever the number of views a video.
     batch = max(1, cfg.TEST.BATCH_SIZE * cfg.TEST.CLIPS * cfg.TEST.CROPS // (clips * crops))
     return _build_loader(cfg, world, dataset, ShardedBatches(len(videos), batch, world.rank, world.size))

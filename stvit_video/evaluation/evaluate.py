@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from stvit_video.common.charts import png_of_confusion
 from stvit_video.common.errors import RunFailure, Stopped, UsageError
 from stvit_video.common.files import write_atomically, write_json
 from stvit_video.common.progress import Progress
 from stvit_video.data.failures import Failure, check_failures
 from stvit_video.data.loader import build_test_loader
-from stvit_video.evaluation.scores import PartialScores, Predictions, ScoredBatch, fingerprint, weights_hash
+from stvit_video.evaluation.predictions import Predictions, predictions_for, probabilities
+from stvit_video.evaluation.scores import PartialScores, ScoredBatch, fingerprint, weights_hash
 from stvit_video.runs.log import describe_results
 from stvit_video.runs.preflight import OpenRun
 from stvit_video.runtime.parallel import compile_model
@@ -36,10 +36,10 @@ class NothingReadError(UsageError):
         self.failures = failures
 
 
-def class_probabilities(model: nn.Module) -> Callable[[Tensor], Tensor]:
+def class_probabilities(model: nn.Module, multi_label: bool = False) -> Callable[[Tensor], Tensor]:
     """Return the map from clips (B, 3, T, H, W) to class probabilities (B, classes) of a model, set to evaluation."""
     model.eval()
-    return lambda clips: model(clips).float().softmax(dim=1)
+    return lambda clips: probabilities(model(clips), multi_label)
 
 
 @torch.no_grad()
@@ -112,7 +112,8 @@ def _join(shards: list[tuple[list[ScoredBatch], list[Failure]]], total: int) -> 
             f"{int(indices[strange].min()) + 1} of the list; use PRECISION fp32, or other weights."
         )
     assert len(indices.unique()) == len(indices) == total - len(failures), "a video was lost or counted twice"
-    return Predictions(scores[order], labels[order], indices[order], total, failures, computed[order])
+    made = predictions_for(labels)
+    return made(scores[order], labels[order], indices[order], total, failures, computed[order])
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class Tester:
     max_failures: float  # share of the list
 
     def test(self, model: nn.Module, earlier: list[Failure], signals: StopSignals) -> dict[str, Any]:
-        """Test ``model``; write results, tables, failures and confusion matrix; return the results.
+        """Test ``model``; write results, tables, failures and a picture; return the results.
 
         An interrupted test continues. ``earlier`` are failures of training. Raises Stopped after a signal to stop, when
         the scores so far are written.
@@ -141,7 +142,8 @@ class Tester:
         partial = PartialScores(folder.partial_scores, key, world.rank)
         how: dict[str, Any] = {"title": "test", "partial": partial, "signals": signals}
         try:
-            predictions = describe_videos(class_probabilities(model), loader, world, self.precision, **how)
+            describe = class_probabilities(model, self.run.multi_label)
+            predictions = describe_videos(describe, loader, world, self.precision, **how)
         except NothingReadError as error:
             failed = earlier + error.failures
             on_main(world, lambda: folder.write_failures(failed))
@@ -152,8 +154,7 @@ class Tester:
         results = {
             **self.about,
             "gflops_per_video": self.run.cost.gflops * views / scored,  # equal views are computed once
-            "top1": predictions.top(1),
-            "top5": predictions.top(5),
+            **predictions.figures(),
             "coverage": predictions.coverage,
             "videos": predictions.total,
             "scored": scored,
@@ -169,7 +170,8 @@ class Tester:
             folder.write_table("per_class.csv", predictions.per_class(classes))
             folder.write_table("predictions.csv", predictions.rows(paths, classes))
             write_json(folder.results, results)
-            write_atomically(folder.path / "confusion.png", png_of_confusion(predictions.confusion(), classes))
+            picture, content = predictions.picture(classes)
+            write_atomically(folder.path / picture, content)
             shutil.rmtree(folder.partial_scores, ignore_errors=True)
             print(f"{describe_results(results)}\nresults in {folder.results}", flush=True)
             return results
@@ -188,7 +190,7 @@ def build_tester(run: OpenRun) -> Tester:
         "precision": cfg.PRECISION,
         "processes": run.world.size,
     }
-    loader = build_test_loader(cfg, run.world, run.videos["test"], **views)
+    loader = build_test_loader(cfg, run.world, run.videos["test"], **views, label_columns=run.label_columns)
     return Tester(run, loader, about, cfg.PRECISION, cfg.DATA.MAX_FAILURES)
 
 

@@ -64,8 +64,9 @@ def describe_predictor(trained: Trained, predictor: Predictor) -> str:
         "uniform": "spread over the video",
     }[settings["DATA.SAMPLING"]]
     note = f"\nnote: {trained.note}" if trained.note else ""
+    each = ", each with a probability of its own" if trained.multi_label else ""
     return (
-        f"{trained.model.name}, {len(trained.classes)} classes, from {trained.weights}\n"
+        f"{trained.model.name}, {len(trained.classes)} classes{each}, from {trained.weights}\n"
         f"{views.frames} frames of {size}x{size} ({step}), {views.clips} x {crops} views per video, "
         f"on {predictor.device.type}, {predictor.precision}{note}"
     )

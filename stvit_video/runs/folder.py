@@ -38,7 +38,9 @@ FREE_KEYS = (
 PATH_KEYS = ("DATA.ROOT", "MODEL.INIT")  # the same place may be written in two ways
 # What each mode writes and replaces; training writes TRAINING_FILES too. The cached features of a transfer are kept:
 # each file carries a fingerprint of what it was computed from.
-TEST_FILES = ("results.json", "confusion.png", "failures.csv", "per_class.csv", "predictions.csv")
+TEST_FILES = (
+    "results.json", "confusion.png", "average_precision.png", "failures.csv", "per_class.csv", "predictions.csv",
+)  # fmt: skip
 RESULT_FILES = {
     "train": TEST_FILES,
     "test": TEST_FILES,
