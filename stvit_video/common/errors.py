@@ -10,6 +10,14 @@ FILESYSTEM_ERRORS = {
     *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
 }
 
+# System errors for lack of something that is not a file's, and what it is.
+SHORTAGES = {
+    errno.ENOMEM: "memory",
+    errno.EMFILE: "open files (ulimit -n)",
+    errno.ENFILE: "open files of the whole machine",
+    errno.EAGAIN: "processes or threads (ulimit -u, or the container's pids.max)",
+}
+
 
 class UsageError(ValueError):
     """Wrong use or configuration; the message says what was given, what is allowed and what to do.
@@ -21,6 +29,8 @@ class UsageError(ValueError):
 class RunFailure(RuntimeError):
     """A run cannot continue for an external reason, which the message gives in one line; exit code 1."""
 
+    goes_on = False  # whether the same command continues once the reason is gone
+
 
 class Stopped(Exception):
     """A run was stopped by a signal; ``reached`` says how far it got, and all of that is saved."""
@@ -28,6 +38,19 @@ class Stopped(Exception):
     def __init__(self, received: str | None, reached: str) -> None:
         by = received or "a signal to another process"
         super().__init__(f"stopped by {by} after {reached}; all of it is kept")
+
+
+def describe_shortage(error: BaseException) -> str | None:
+    """Return what the machine is short of, where an error says so; None for any other error."""
+    text = first_line(error)
+    if isinstance(error, OSError):
+        lacks = SHORTAGES.get(error.errno or 0)
+    elif "can't start new thread" in text:
+        lacks = SHORTAGES[errno.EAGAIN]
+    else:  # torch: of a GPU, and of the CPU
+        lacking = isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+        lacks = SHORTAGES[errno.ENOMEM] if lacking else None
+    return None if lacks is None else f"out of {lacks} ({text})"
 
 
 def first_line(error: BaseException) -> str:

@@ -3,7 +3,7 @@
 Each training sample draws from a generator seeded by (seed, epoch, index): it is the same in any worker or process.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -112,6 +112,7 @@ class VideoDataset(Dataset[Sample]):
     decoding: Decoding
     stage: str  # that of the failures
     seed: int = 0  # of training
+    on_video: Callable[[], None] = lambda: None  # called after each video
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -140,6 +141,7 @@ class VideoDataset(Dataset[Sample]):
                 samples.append(Sample(None, label, index, (), [Failure.of(frames, self.stage)]))
             else:
                 samples.append(Sample(self.views.prepare(frames, seed), label, index, seed, []))
+            self.on_video()
         return samples
 
     def request(self, key: SampleKey | int) -> FrameRequest:
