@@ -177,5 +177,6 @@ def build_decoding(cfg: CfgNode, short_side: int) -> Decoding:
 
 def _build_loader(cfg: CfgNode, world: World, dataset: VideoDataset, sampler: EpochSampler | ShardedBatches) -> Loader:
     workers = cfg.DATA.WORKERS
-    reserve_files(LOADERS * (workers * FILES_PER_WORKER + SPARE_FILES), f"DATA.WORKERS {workers}")
+    files = LOADERS * (workers * FILES_PER_WORKER + SPARE_FILES)
+    reserve_files(files, f"DATA.WORKERS {workers}", ", or lower DATA.WORKERS" if workers else "")
     return Loader(dataset, sampler, partial(collate, views=dataset.views), workers, world.device)

@@ -24,13 +24,12 @@ import torch
 
 from stvit_video.common.errors import RunFailure, UsageError, describe_shortage
 from stvit_video.data.dataset import Batch, Sample, SampleKey, VideoDataset
-from stvit_video.data.decode.frames import START_S
+from stvit_video.data.decode.frames import POLL_S, START_S
 from stvit_video.data.shared_memory import read_shared, write_shared
-from stvit_video.runtime.limits import describe_memory, describe_state, largest_child
+from stvit_video.runtime.limits import describe_memory, describe_state, largest_child, offer_to_oom_killer
 from stvit_video.runtime.stopping import end_with_parent, ignore_stop_signals
 
 AHEAD = 2  # batches that each worker is asked for at once
-POLL_S = 0.5  # between two looks at signals and at the progress of a worker
 SPARE_S = 30.0  # beside the decoder's deadlines: to end it, to start another and to crop
 FILES_PER_WORKER = 3  # descriptors of the main process: a socket and two pipes
 
@@ -176,7 +175,7 @@ class _Worker:
                 state = describe_state(self.process.pid or 0)
                 self.stop()
                 raise LoaderFailure(
-                    f"{self.name} has done nothing for {quiet:.0f} s{state} and was ended {self._where()}; see that "
+                    f"{self.name} has done nothing for {quiet:.0f} s{state} and was ended{self._where()}; see that "
                     f"its storage answers, or raise DATA.DEADLINE_S"
                 )
         return True
@@ -194,7 +193,8 @@ class _Worker:
         except RuntimeError:  # of recv_handle: the message has come without its descriptor
             raise LoaderFailure(f"no place for a batch of {self.name}: out of open files (ulimit -n)") from None
         if isinstance(answer, LoaderFailure):
-            raise LoaderFailure(f"{self.name}: {answer}; {describe_memory()}; {self.advice}")
+            memory = f"; {describe_memory()}" if "out of memory" in str(answer) else ""
+            raise LoaderFailure(f"{self.name}: {answer}{memory}; {self.advice}")
         raise answer
 
     def _death(self) -> LoaderFailure:
@@ -202,18 +202,20 @@ class _Worker:
         code = self.process.exitcode or 0
         if code == -signal.SIGKILL:
             return LoaderFailure(
-                f"{self.name} was killed {self._where()}, as systems do where memory is short: loader processes took "
+                f"{self.name} was killed{self._where()}, as systems do where memory is short: loader processes took "
                 f"up to {largest_child() / 1e9:.2f} GB each; {describe_memory()}; {self.advice}"
             )
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return LoaderFailure(f"{self.name} crashed ({how}) {self._where()}; DATA.WORKERS 0 needs no such processes")
+        return LoaderFailure(f"{self.name} crashed ({how}){self._where()}; DATA.WORKERS 0 needs no such processes")
 
     def _where(self) -> str:
-        """Return which video the worker was at."""
-        keys, done = self.asked[0], self.progress[1]
-        key = keys[min(done, len(keys) - 1)]
+        """Return " at FILE", the video that the worker was at; nothing where its batch was done."""
+        keys, done = self.asked[0] if self.asked else (), self.progress[1]
+        if done >= len(keys):
+            return ""
+        key = keys[done]
         path = self.dataset.videos[key if isinstance(key, int) else key.index].path
-        return f"at {path} (video {min(done + 1, len(keys))} of {len(keys)} in its batch)"
+        return f" at {path} (video {done + 1} of {len(keys)} in its batch)"
 
 
 def _end(process: BaseProcess, connection: Connection, parent: int) -> None:
@@ -240,6 +242,7 @@ def _serve(
     end_with_parent(signal.SIGKILL)
     if os.getppid() != parent:  # it has died before
         return
+    offer_to_oom_killer()
     torch.set_num_threads(1)
     dataset.on_video = count_video
     while True:

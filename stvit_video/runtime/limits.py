@@ -63,7 +63,7 @@ def usable_cores() -> int:
     return max(1, round(cores))
 
 
-def reserve_files(count: int, what: str) -> None:
+def reserve_files(count: int, what: str, remedy: str) -> None:
     """Raise the limit of open files so that ``count`` more can be opened. Raises UsageError where it cannot be."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = len(os.listdir("/proc/self/fd")) + count
@@ -73,14 +73,20 @@ def reserve_files(count: int, what: str) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, needed if 0 <= hard < needed else hard))
     except (ValueError, OSError):
         raise UsageError(
-            f"{what} takes up to {needed} open files, and this process may have {hard}; raise the limit (ulimit -n), "
-            f"or lower DATA.WORKERS."
+            f"{what} takes up to {needed} open files, and this process may have {hard}; raise the limit (ulimit -n "
+            f"{needed}){remedy}."
         ) from None
 
 
 def largest_child() -> int:
     """Return the most bytes that any ended child of this process has used."""
     return 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+
+
+def offer_to_oom_killer() -> None:
+    """Have Linux end this process, and not its parent, where memory runs out: the parent can say so and save."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("500")
 
 
 def describe_state(process: int) -> str:

@@ -15,25 +15,26 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import IO, Any
+from typing import Any
 
 import decord
 import numpy as np
 from numpy.typing import NDArray
 
-from stvit_video.common.errors import UsageError
+from stvit_video.common.errors import RunFailure, UsageError
 from stvit_video.data.decode.pictures import ImageReader
 from stvit_video.data.decode.readers import AvReader, DecordReader, TorchCodecReader
 from stvit_video.data.decode.types import IMAGE_SUFFIXES, Choice, DecodeError, Reader, Times
+from stvit_video.data.shared_memory import open_memory_file
 from stvit_video.runtime.stopping import end_with_parent, ignore_stop_signals
 
 IN_FLIGHT = 2  # requests sent to the child at once; each has a slot of the shared memory
+POLL_S = 0.5  # between two looks for an answer
 START_S = 120.0  # for the child's imports, which may come from slow storage
 # In the order in which they are tried. PyAV comes first: it gives the same pixels as decord in two thirds of the time,
 # is right where groups of pictures are open, reads AV1, and reports damaged frames instead of repeating others.
@@ -141,6 +142,7 @@ class Decoding:
     _child: "_Child | None" = field(default=None, init=False)
     _waiting: deque[FrameRequest] = field(default_factory=deque, init=False)  # sent to the child, not answered yet
     _stuck: set[str] = field(default_factory=set, init=False)  # paths that took too long; they are not tried again
+    _killed: set[str] = field(default_factory=set, init=False)  # paths at which the child was killed once
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_child": None, "_waiting": deque()}
@@ -199,8 +201,9 @@ class Decoding:
         if request.path in self._stuck:
             return DecodeError(request.path, f"took more than {self.deadline_s:g} s before and is not tried again")
         assert child is not None
+        killed = False
         try:
-            if child.connection.poll(self.deadline_s):
+            if wait_awake(child.connection, self.deadline_s):
                 answer = child.connection.recv()
                 if isinstance(answer, DecodeError):
                     return answer
@@ -213,12 +216,19 @@ class Decoding:
             message = f"took more than {self.deadline_s:g} s (DATA.DEADLINE_S); its decoder was stopped"
             self._stuck.add(request.path)
         except (EOFError, OSError):
-            message = f"made its decoder crash ({child.exit_status()})"
+            status = child.exit_status()
+            if status == f"signal {signal.SIGKILL:d}":
+                killed, status = True, f"{status}, as where memory is short"
+            message = f"made its decoder crash ({status})"
         child.stop()
         self._child = None
+        again = killed and request.path not in self._killed
+        if again:  # memory may have been short for another's sake
+            self._killed.add(request.path)
+            self._waiting.appendleft(request)
         for other in self._waiting:
             self._send(other)
-        return DecodeError(request.path, message, "+".join(request.decoders))
+        return self._receive() if again else DecodeError(request.path, message, "+".join(request.decoders))
 
 
 class _Child:
@@ -227,7 +237,7 @@ class _Child:
     def __init__(self) -> None:
         self.parent = os.getpid()
         ours, theirs = socket.socketpair()
-        self.slots = [_memory_file() for _ in range(IN_FLIGHT)]
+        self.slots = [open_memory_file() for _ in range(IN_FLIGHT)]
         fds = (theirs.fileno(), *(slot.fileno() for slot in self.slots))
         self.process = subprocess.Popen(
             [sys.executable, "-c", f"from {__name__} import serve; serve{fds}"],
@@ -244,7 +254,7 @@ class _Child:
         except (EOFError, OSError):
             ready = False
         if not ready:
-            raise RuntimeError(f"The decoding process did not start within {START_S:g} s ({self.exit_status()}).")
+            raise RunFailure(f"the decoding process did not start within {START_S:g} s ({self.exit_status()})")
 
     def exit_status(self) -> str:
         """Say how the child ended."""
@@ -255,11 +265,11 @@ class _Child:
         return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
-def _memory_file() -> IO[bytes]:
-    """Return a file in memory, where the system has them; it vanishes when the last process closes it."""
-    if hasattr(os, "memfd_create"):
-        return os.fdopen(os.memfd_create("frames"), "r+b", 0)
-    return tempfile.TemporaryFile(buffering=0)
+def wait_awake(connection: Connection, seconds: float) -> bool:
+    """Return whether there is something to receive within ``seconds``; those of a suspended run do not count."""
+    while seconds > 0 and not connection.poll(min(POLL_S, seconds)):
+        seconds -= POLL_S
+    return seconds > 0
 
 
 def _end(process: subprocess.Popen, connection: Connection, parent: int) -> None:
@@ -278,7 +288,10 @@ def serve(socket_fd: int, *memory_fds: int) -> None:
     ignore_stop_signals()
     decord.logging.set_level(decord.logging.QUIET)  # it raises what it would print about a damaged file
     connection = Connection(socket_fd)
-    connection.send(True)
+    try:
+        connection.send(True)
+    except OSError:  # the parent has ended meanwhile
+        return
     opened: dict[Any, Reader] = {}
     for slot, fd in itertools.cycle(enumerate(memory_fds)):
         try:
