@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from stvit_video.common.errors import RunFailure
 from stvit_video.data.clips.sampling import Sampling
 from stvit_video.data.clips.transforms import Seed, TestViews, TrainViews
 from stvit_video.data.decode.frames import Decoding, FrameRequest
-from stvit_video.data.decode.types import Choice, DecodeError
+from stvit_video.data.decode.types import Choice, DecodeError, DecoderKilled
 from stvit_video.data.failures import Failure
 from stvit_video.data.lists.annotations import Video
+from stvit_video.runtime.limits import describe_memory
 
 MAX_TRIES = 10
 
@@ -137,6 +139,8 @@ class VideoDataset(Dataset[Sample]):
         for key, frames in zip(keys, self.decoding.read_all(map(self.request, keys)), strict=True):
             index, seed, _ = self._plan(key)
             label = self.videos[index].label
+            if isinstance(frames, DecoderKilled):  # to leave out videos by chance would falsify the figures
+                raise RunFailure(f"{frames}; {describe_memory()}")
             if isinstance(frames, DecodeError):
                 samples.append(Sample(None, label, index, (), [Failure.of(frames, self.stage)]))
             else:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from stvit_video.common.errors import RunFailure, UsageError, describe_shortage
+from stvit_video.common.errors import RunFailure, describe_shortage
 from stvit_video.data.dataset import Batch, Sample, SampleKey, VideoDataset
 from stvit_video.data.decode.frames import POLL_S, START_S
 from stvit_video.data.shared_memory import read_shared, write_shared
@@ -63,6 +63,11 @@ class Loader:
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
+
+    def close(self) -> None:
+        """End the processes, which a next epoch would start again."""
+        while self._started:
+            self._started.pop().stop()
 
     def __iter__(self) -> Iterator[Batch]:
         return self.batches()
@@ -138,9 +143,9 @@ class _Worker:
             target=_serve, args=(theirs, self.progress, os.getpid(), loader.dataset, loader.collate_fn), daemon=True
         )
         self.name = f"loader worker {number + 1} of {loader.workers}"
-        # A run that is continued keeps its TRAIN.BATCH_SIZE.
-        batch = "raise TRAIN.ACCUMULATE" if self.dataset.stage == "train" else "lower TEST.BATCH_SIZE"
-        self.advice = f"lower DATA.WORKERS {loader.workers}, {batch}, or raise that limit"
+        # Keys that a run may change when it continues.
+        accumulate = " or raise TRAIN.ACCUMULATE" if self.dataset.stage == "train" else ""
+        self.advice = f"raise that limit, lower DATA.WORKERS {loader.workers}{accumulate}"
         try:
             self.process.start()
         except OSError as error:
@@ -192,7 +197,7 @@ class _Worker:
             raise self._death() from None
         except RuntimeError:  # of recv_handle: the message has come without its descriptor
             raise LoaderFailure(f"no place for a batch of {self.name}: out of open files (ulimit -n)") from None
-        if isinstance(answer, LoaderFailure):
+        if isinstance(answer, RunFailure):
             memory = f"; {describe_memory()}" if "out of memory" in str(answer) else ""
             raise LoaderFailure(f"{self.name}: {answer}{memory}; {self.advice}")
         raise answer
@@ -251,12 +256,12 @@ def _serve(
             progress[0], progress[1] = progress[0] + 1, 0
             try:
                 file, spans = write_shared(collate(dataset.__getitems__(keys)))
-            except (UsageError, RunFailure) as error:
+            except RunFailure as error:
                 connection.send(error)
             except Exception as error:
                 shortage = describe_shortage(error)
                 text = f"in a loader worker:\n{traceback.format_exc().rstrip()}"
-                connection.send(LoaderFailure(shortage) if shortage else RuntimeError(text))
+                connection.send(RunFailure(shortage) if shortage else RuntimeError(text))
             else:
                 with file:
                     connection.send(spans)

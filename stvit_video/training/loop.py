@@ -138,6 +138,8 @@ def train(run: OpenRun) -> None:
             plot_curves(read_metrics(folder.path / "metrics.jsonl"), folder.path / "curves.png")
 
         on_main(world, finish)
+        for loader in filter(None, (trainer.loader, trainer.val_loader)):  # the test needs the memory
+            loader.close()
         tester.test(model, trainer.failures, signals)
 
 

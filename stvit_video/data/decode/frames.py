@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from stvit_video.common.errors import RunFailure, UsageError
 from stvit_video.data.decode.pictures import ImageReader
 from stvit_video.data.decode.readers import AvReader, DecordReader, TorchCodecReader
-from stvit_video.data.decode.types import IMAGE_SUFFIXES, Choice, DecodeError, Reader, Times
+from stvit_video.data.decode.types import IMAGE_SUFFIXES, Choice, DecodeError, DecoderKilled, Reader, Times
 from stvit_video.data.shared_memory import open_memory_file
 from stvit_video.runtime.stopping import end_with_parent, ignore_stop_signals
 
@@ -216,10 +216,9 @@ class Decoding:
             message = f"took more than {self.deadline_s:g} s (DATA.DEADLINE_S); its decoder was stopped"
             self._stuck.add(request.path)
         except (EOFError, OSError):
-            status = child.exit_status()
-            if status == f"signal {signal.SIGKILL:d}":
-                killed, status = True, f"{status}, as where memory is short"
-            message = f"made its decoder crash ({status})"
+            message = f"made its decoder crash ({child.exit_status()})"
+            if killed := child.process.returncode == -signal.SIGKILL:
+                message = "does not fit into memory: its decoder was killed twice (signal 9)"
         child.stop()
         self._child = None
         again = killed and request.path not in self._killed
@@ -228,7 +227,9 @@ class Decoding:
             self._waiting.appendleft(request)
         for other in self._waiting:
             self._send(other)
-        return self._receive() if again else DecodeError(request.path, message, "+".join(request.decoders))
+        if again:
+            return self._receive()
+        return (DecoderKilled if killed else DecodeError)(request.path, message, "+".join(request.decoders))
 
 
 class _Child:
@@ -254,7 +255,8 @@ class _Child:
         except (EOFError, OSError):
             ready = False
         if not ready:
-            raise RunFailure(f"the decoding process did not start within {START_S:g} s ({self.exit_status()})")
+            why = self.exit_status().replace("signal 9", "killed, as systems do where memory is short")
+            raise RunFailure(f"a decoding process did not start within {START_S:g} s ({why})")
 
     def exit_status(self) -> str:
         """Say how the child ended."""
