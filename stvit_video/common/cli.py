@@ -67,7 +67,7 @@ def run_command(
         code, line = 1, f"error: {error}{goes_on if error.goes_on else ''}"
     except Stopped as error:
         code, line = EXIT_STOPPED, f"{error}{goes_on}"
-    except (OSError, MemoryError, RuntimeError) as error:
+    except (OSError, MemoryError, RuntimeError, ImportError) as error:
         if (shortage := describe_shortage(error)) is not None:
             print(f"error: {shortage}; {SHORTAGE_ADVICE}{goes_on}.", file=sys.stderr)
             return 1

@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import re
 from collections.abc import Collection
 
 # System errors on which the user has to act: they are printed as one line.
@@ -17,6 +18,8 @@ SHORTAGES = {
     errno.ENFILE: "open files of the whole machine",
     errno.EAGAIN: "processes or threads (ulimit -u, or the container's pids.max)",
 }
+# Of a GPU, of torch on the CPU, of the loader of shared libraries.
+NO_MEMORY = "out of memory|can't allocate memory|failed to map segment"
 
 
 class UsageError(ValueError):
@@ -43,14 +46,12 @@ class Stopped(Exception):
 def describe_shortage(error: BaseException) -> str | None:
     """Return what the machine is short of, where an error says so; None for any other error."""
     text = first_line(error)
-    if isinstance(error, OSError):
-        lacks = SHORTAGES.get(error.errno or 0)
-    elif "can't start new thread" in text:
-        lacks = SHORTAGES[errno.EAGAIN]
-    else:  # torch: of a GPU, and of the CPU
-        lacking = isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
-        lacks = SHORTAGES[errno.ENOMEM] if lacking else None
-    return None if lacks is None else f"out of {lacks} ({text})"
+    number = error.errno if isinstance(error, OSError) else None
+    if "can't start new thread" in text:
+        number = errno.EAGAIN
+    elif isinstance(error, MemoryError) or re.search(NO_MEMORY, text):
+        number = errno.ENOMEM
+    return f"out of {SHORTAGES[number]} ({text})" if number in SHORTAGES else None
 
 
 def first_line(error: BaseException) -> str:
