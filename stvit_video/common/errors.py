@@ -46,6 +46,8 @@ class Stopped(Exception):
 def describe_shortage(error: BaseException) -> str | None:
     """Return what the machine is short of, where an error says so; None for any other error."""
     text = first_line(error)
+    if "No usable temporary directory" in text:
+        return f"{text}; set TMPDIR to a folder that can be written to"
     number = error.errno if isinstance(error, OSError) else None
     if "can't start new thread" in text:
         number = errno.EAGAIN

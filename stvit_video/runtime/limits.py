@@ -39,14 +39,17 @@ def memory_limit() -> tuple[int, str]:
     found = _cgroup_values("memory", "memory.max", "memory.limit_in_bytes")
     limits = [int(value) for value in found if value.isdecimal()]
     least = min(limits, default=total)
-    return (least, "container") if least < total else (total, "machine")
+    space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if 0 < space < min(least, total):
+        return space, "ulimit -v"
+    return (least, "the container") if least < total else (total, "the machine")
 
 
 def describe_memory() -> str:
     """Return a clause for errors about memory: what there is, and what this process uses of it."""
     limit, owner = memory_limit()
     used = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return f"this process took up to {used / 1e9:.2f} GB, and the {owner} gives {limit / 1e9:.2f} GB in all"
+    return f"this process took up to {used / 1e9:.2f} GB, and {owner} gives {limit / 1e9:.2f} GB in all"
 
 
 def usable_cores() -> int:
