@@ -3,7 +3,7 @@
 Each training sample draws from a generator seeded by (seed, epoch, index): it is the same in any worker or process.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from stvit_video.common.errors import RunFailure
 from stvit_video.data.clips.sampling import Sampling
 from stvit_video.data.clips.sections import within
 from stvit_video.data.clips.transforms import Seed, TestViews, TrainViews
 from stvit_video.data.decode.frames import Decoding, FrameRequest
-from stvit_video.data.decode.types import Choice, DecodeError
+from stvit_video.data.decode.types import Choice, DecodeError, DecoderKilled
 from stvit_video.data.failures import Failure
 from stvit_video.data.lists.annotations import Video
+from stvit_video.runtime.limits import describe_memory
 
 MAX_TRIES = 10
 
@@ -147,6 +149,7 @@ class VideoDataset(Dataset[Sample]):
     stage: str  # that of the failures
     label_columns: int | None = None  # the classes of a multi-label set; None: one label a video
     seed: int = 0  # of training
+    on_video: Callable[[], None] = lambda: None  # called after each video
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -175,6 +178,8 @@ class VideoDataset(Dataset[Sample]):
         for key, frames in zip(keys, self.decoding.read_all(requests), strict=True):
             index, seed, _ = self._plan(key)
             label = self._label(self.videos[index])
+            if isinstance(frames, DecoderKilled):  # to leave out videos by chance would falsify the figures
+                raise RunFailure(f"{frames}; {describe_memory()}")
             if isinstance(frames, DecodeError):
                 samples.append(
                     Sample(None, label, index, (), [Failure.of(frames, self.stage, self.videos[index].name)])
@@ -182,6 +187,7 @@ class VideoDataset(Dataset[Sample]):
             else:
                 pixels = self.views.prepare(frames, seed)
                 samples.append(Sample(pixels, label, index, seed, [], bool(self.decoding.judgement)))
+            self.on_video()
         return samples
 
     def _label(self, video: Video) -> int | Tensor:

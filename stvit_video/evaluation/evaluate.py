@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from stvit_video.common.errors import RunFailure, Stopped, UsageError
 from stvit_video.common.files import write_atomically, write_json
 from stvit_video.common.progress import Progress
 from stvit_video.data.failures import Failure, check_failures
 from stvit_video.data.loader import build_test_loader
+from stvit_video.data.workers import Loader
 from stvit_video.evaluation.predictions import Predictions, predictions_for, probabilities
 from stvit_video.evaluation.scores import PartialScores, ScoredBatch, fingerprint, weights_hash
 from stvit_video.runs.log import describe_results
@@ -45,7 +45,7 @@ def class_probabilities(model: nn.Module, multi_label: bool = False) -> Callable
 @torch.no_grad()
 def describe_videos(
     describe: Callable[[Tensor], Tensor],
-    loader: DataLoader,
+    loader: Loader,
     world: World,
     precision: str,
     title: str = "",
@@ -61,12 +61,12 @@ def describe_videos(
     """
     signals = signals or StopSignals(launched=False)  # without its context, it receives none
     kept = on_main(world, partial.read) if partial is not None else []
-    loader.batch_sampler.done = {int(indices[0]) for indices, *_ in kept}  # type: ignore[union-attr]
+    loader.batch_sampler.done = {int(indices[0]) for indices, *_ in kept}
     rows: list[ScoredBatch] = []
     failures: list[Failure] = []
     done, started = 0, time.monotonic()
     with Progress(title, len(loader), enabled=bool(title) and world.is_main) as progress:
-        for batch in loader:
+        for batch in loader.batches(lambda: signals.received is not None):
             failures += batch.failures
             if len(batch.labels):
                 clips = batch.to(world.device).make_clips()
@@ -85,9 +85,9 @@ def describe_videos(
         if partial is not None:
             partial.flush()
         scored = sum(len(indices) for indices, *_ in itertools.chain(kept, *gather_objects(world, rows)))
-        raise Stopped(signals.received, f"{scored} of {len(loader.dataset)} videos")  # type: ignore[arg-type]
+        raise Stopped(signals.received, f"{scored} of {len(loader.dataset)} videos")
     shards = gather_objects(world, (rows, failures))
-    predictions = _join([(kept, []), *shards], len(loader.dataset))  # type: ignore[arg-type]
+    predictions = _join([(kept, []), *shards], len(loader.dataset))
     predictions.kept = sum(len(indices) for indices, *_ in kept)
     predictions.kept_views = sum(int(computed[:, 0].sum()) for *_, computed in kept)
     return predictions
@@ -121,7 +121,7 @@ class Tester:
     """The multi-view test of a run: every view of every video of the test list, and the files that it writes."""
 
     run: OpenRun
-    loader: DataLoader
+    loader: Loader
     about: dict[str, Any]  # what results.json says of the run
     precision: str
     max_failures: float  # share of the list
@@ -136,7 +136,7 @@ class Tester:
         world = self.run.world
         folder = self.run.folder
         classes = self.run.classes
-        loader: Any = self.loader
+        loader = self.loader
         key = fingerprint(model, weights_hash(model.state_dict()), loader.dataset, self.precision, 0)
         key = f"{key} in batches of {loader.batch_sampler.batch}, views counted"
         partial = PartialScores(folder.partial_scores, key, world.rank)

@@ -65,8 +65,8 @@ def check_continued(
         then = state["setup"].get(name, value)
         if then != value:
             raise UsageError(
-                f"the run began with {name} {str(then)[:200]}, and now they are {str(value)[:200]}; restore the data, or "
-                f"OVERWRITE True starts the training again."
+                f"the run began with {name} {str(then)[:200]}, and now they are {str(value)[:200]}; restore the "
+                f"data, or OVERWRITE True starts the training again."
             )
 
 

@@ -28,6 +28,7 @@ from stvit_video.runs.checkpoint import check_all_loaded, load_newest, save_weig
 from stvit_video.runs.folder import RunFolder, build_run_folder
 from stvit_video.runs.lists import LABELS, build_known, check_continued, is_multi_label, open_lists
 from stvit_video.runs.log import describe_results
+from stvit_video.runtime.limits import usable_cores
 from stvit_video.runtime.world import World, gather_objects, on_main
 
 KINETICS_CLASSES = 400  # assumed where there are no data to count; the classifier's share of the cost is small
@@ -264,6 +265,8 @@ def _build_summary(cfg: CfgNode, world: World, cost: Cost, num_classes: int, acc
     compiled = f", compiled ({cfg.COMPILE})" if cfg.COMPILE != "none" else ""
     place = f"{world.size} process(es) on {world.device.type}, {cfg.PRECISION}{sharded}{compiled}"
     lines = [_build_model_line(cfg, cost, num_classes), f"{place}, output in {cfg.OUTPUT_DIR}"]
+    if (cores := usable_cores()) < cfg.DATA.WORKERS:
+        lines.append(f"note: DATA.WORKERS {cfg.DATA.WORKERS} for {cores} core(s): that takes memory and is no faster")
     return "\n".join(lines + account)
 
 

@@ -46,6 +46,10 @@ class DecodeError(Exception):
         return f"{self.path}: {self.message}"
 
 
+class DecoderKilled(DecodeError):
+    """The process that decoded a video was killed twice, as systems do where memory is short: not the file's fault."""
+
+
 @contextmanager
 def decode_errors(path: str, message: str, decoder: str, kinds: tuple[type[Exception], ...]) -> Iterator[None]:
     """Turn a decoder's exceptions of these ``kinds`` into a DecodeError: ``message`` and the reason in parentheses."""
