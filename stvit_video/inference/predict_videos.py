@@ -26,7 +26,7 @@ LIVE_WINDOW_S = 2.0
 def predict_videos(options: argparse.Namespace) -> int:
     """Score the videos that the ``options`` of the command name; return the exit code. Raises UsageError."""
     trained = open_checkpoint(options.checkpoint, options.overrides)
-    paths, live = find_sources(options.videos, images=trained.input.views.frames == 1)
+    paths, live, unused = find_sources(options.videos, images=trained.input.views.frames == 1)
     if live is None and options.seconds is not None:
         raise UsageError(f"--seconds {options.seconds:g} ends a camera or stream, which no file is; leave it out.")
     if live is not None and options.annotate is not None:
@@ -34,7 +34,7 @@ def predict_videos(options: argparse.Namespace) -> int:
     for folder in filter(None, (options.annotate, options.output and options.output.parent)):
         prepare_folder(folder)
     predictor = Predictor(trained, device=options.device, precision=options.precision, workers=options.workers)
-    print(describe_predictor(trained, predictor), flush=True)
+    print(describe_predictor(trained, predictor) + (f"\nnote: {unused}" if unused else ""), flush=True)
     results: list[Prediction] = []
     copies = Copies(options.annotate)
     started = time.perf_counter()
@@ -63,8 +63,9 @@ def describe_predictor(trained: Trained, predictor: Predictor) -> str:
         "uniform": "spread over the video",
     }[settings["DATA.SAMPLING"]]
     note = f"\nnote: {trained.note}" if trained.note else ""
+    each = ", each with a probability of its own" if trained.multi_label else ""
     return (
-        f"{trained.model.name}, {len(trained.classes)} classes, from {trained.weights}\n"
+        f"{trained.model.name}, {len(trained.classes)} classes{each}, from {trained.weights}\n"
         f"{views.frames} frames of {size}x{size} ({step}), {views.clips} x {crops} views per video, "
         f"on {predictor.device.type}, {predictor.precision}{note}"
     )

@@ -16,6 +16,7 @@ from stvit_video.data.dataset import Batch, Sample, collate
 from stvit_video.data.decode.frames import Decoding
 from stvit_video.data.decode.types import DecodeError, Frames
 from stvit_video.data.streams import Span, check_seconds, clips_of_windows, read_ahead, read_windows, windows_of
+from stvit_video.evaluation.predictions import probabilities
 from stvit_video.inference.load import Trained, open_checkpoint
 from stvit_video.runtime.precision import autocast, set_precision
 from stvit_video.runtime.world import pick_device
@@ -50,7 +51,10 @@ class Prediction:
 
     @property
     def scores(self) -> Tensor | None:
-        """Class probabilities (classes,), the mean over the windows; None where the video could not be read."""
+        """Class probabilities (classes,), the mean over the windows; None where the video could not be read.
+
+        Those of a multi-label model are of each class by itself, and do not add up to 1.
+        """
         return None if self.error is not None else torch.stack([window.scores for window in self.windows]).mean(dim=0)
 
     @property
@@ -99,7 +103,7 @@ class Predictor:
     ) -> None:
         self.device = pick_device(device, 0, 1)
         self.model = trained.model.to(self.device).eval()
-        self.classes = trained.classes
+        self.classes, self.multi_label = trained.classes, trained.multi_label
         self.input, self.views, self.workers = trained.input, trained.input.views, workers
         self.precision = precision or self.input.precision
         if precision is None and self.precision == "tf32" and self.device.type == "cpu":  # which has no TF32
@@ -201,7 +205,7 @@ class Predictor:
         if pixels:
             batch = self._collate(pixels)
             with torch.no_grad(), autocast(self.device, self.precision):
-                views = self.model(batch.make_clips()).float().softmax(dim=1)
+                views = probabilities(self.model(batch.make_clips()), self.multi_label)
             rows = iter(batch.expand(views).mean(dim=1).cpu())
             seconds = (time.perf_counter() - started) / len(pixels)
         for i, item in waiting:

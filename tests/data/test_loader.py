@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from fvcore.common.config import CfgNode
-from torch.utils.data import DataLoader
 
 from stvit_video.common.errors import UsageError
 from stvit_video.data.clips.from_pytorchvideo import SecondsSampler
@@ -23,6 +22,7 @@ from stvit_video.data.failures import read_ledger
 from stvit_video.data.lists.annotations import Video
 from stvit_video.data.lists.videos import build_lists
 from stvit_video.data.loader import EpochSampler, ShardedBatches, build_test_loader, build_train_loader
+from stvit_video.data.workers import Loader
 from stvit_video.runtime.world import World
 from tests.conftest import copy_packets, data_config, numbered_frames, read_number
 from tests.data.choices import Frozen
@@ -31,15 +31,15 @@ PLAIN = Normalise((0, 0, 0), (1, 1, 1))
 CPU = torch.device("cpu")
 
 
-def train_loader(cfg: CfgNode) -> DataLoader:
+def train_loader(cfg: CfgNode) -> Loader:
     return build_train_loader(cfg, World(0, 1, CPU), build_lists(cfg).videos("train"))
 
 
-def views_loader(cfg: CfgNode, clips: int) -> DataLoader:
+def views_loader(cfg: CfgNode, clips: int) -> Loader:
     return build_test_loader(cfg, World(0, 1, CPU), build_lists(cfg).videos("test"), clips=clips)
 
 
-def views_of(loader: DataLoader, key: SampleKey | int) -> torch.Tensor:
+def views_of(loader: Loader, key: SampleKey | int) -> torch.Tensor:
     """Return one sample's views (V, 3, T, H, W)."""
     return loader.collate_fn([loader.dataset[key]]).make_clips()
 

@@ -500,10 +500,10 @@ def test_folders_of_frames_and_images(tmp_path: Path) -> None:
     frames.mkdir()
     (frames / "1.jpg").touch()
     (frames / "2.jpg").touch()
-    assert find_sources([str(frames)]) == ([str(frames)], None)
-    assert find_sources([str(frames)], images=True) == ([str(frames / "1.jpg"), str(frames / "2.jpg")], None)
-    assert find_sources(["0"]) == ([], "0")
-    assert find_sources(["rtsp://camera/1"]) == ([], "rtsp://camera/1")
+    assert find_sources([str(frames)]) == ([str(frames)], None, "")
+    assert find_sources([str(frames)], images=True) == ([str(frames / "1.jpg"), str(frames / "2.jpg")], None, "")
+    assert find_sources(["0"]) == ([], "0", "")
+    assert find_sources(["rtsp://camera/1"]) == ([], "rtsp://camera/1", "")
 
 
 def test_runs_as_a_module_from_any_folder(run_folder: Path, small_set: Path, tmp_path: Path) -> None:
