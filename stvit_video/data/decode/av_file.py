@@ -116,6 +116,15 @@ def upright(pixels: Frames, matrix: Matrix) -> Frames:
     return pixels[:: b or d, :: a or c]
 
 
+def first_size(path: str, number: int) -> tuple[int, int]:
+    """Return the (width, height) at which the first frame of a file is shown."""
+    container, stream = open_av(path, number)
+    with container:
+        frame = next(shown_frames(container, stream, []))
+        size = frame.width, frame.height
+        return size[::-1] if display_matrix(frame, path)[1] else size
+
+
 class Survey:
     """Decodes all of a file, and says what of it is damaged."""
 

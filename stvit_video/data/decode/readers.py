@@ -8,6 +8,7 @@ subclass, at read.
 import bisect
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import av
@@ -21,6 +22,7 @@ from stvit_video.data.decode.av_file import (
     NOT_OPENED,
     Survey,
     display_matrix,
+    first_size,
     open_av,
     shown_frames,
     upright,
@@ -62,6 +64,7 @@ class AvReader(Reader):
         cache = cache or IndexCache()
         known = cache.get(path)
         self._container, self._stream = open_av(path, known.stream if known else None)
+        # As the container says, which is nearly always right.
         self._size = self._stream.codec_context.width, self._stream.codec_context.height
         self._scaler = VideoReformatter()
         self._numbered: Decoded | None = None  # the frames from where the last request ended, without seeking
@@ -125,7 +128,9 @@ class AvReader(Reader):
             for frame in frames:
                 matrix = display_matrix(frame, self.path)
                 own = (frame.height, frame.width) if matrix[1] else (frame.width, frame.height)
-                first = self._index.size or (self._size[::-1] if matrix[1] else self._size)
+                if self._index.size is None and (frame.width, frame.height) != self._size:
+                    self._index = replace(self._index, size=first_size(self.path, self._index.stream))
+                first = self._index.size or own
                 size = reduced_size(first, self.short_side) or first
                 width, height = size[::-1] if matrix[1] else size
                 # All frames get the size of the first, scaled as FFmpeg does.
