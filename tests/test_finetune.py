@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +13,6 @@ from stvit_video import run
 from stvit_video.common.errors import UsageError
 from stvit_video.config import load_config
 from stvit_video.config.clip_settings import view_settings
-from stvit_video.data.lists.annotations import Video
-from stvit_video.data.lists.splitting import take_part
 from stvit_video.data.lists.videos import SPLITS, build_lists
 from stvit_video.data.loader import build_train_loader
 from stvit_video.inference.load import open_checkpoint
@@ -165,33 +162,6 @@ def test_a_run_that_continues_keeps_its_batch(small_set: Path) -> None:
     assert kept.TRAIN.BATCH_SIZE == 22
     with pytest.raises(UsageError, match=r"does not divide by 2 processes.*continue a run with as many as it had"):
         build_train_loader(kept, two, [])
-
-
-def parts_of(videos: list[Video], shares: list[int], root: Path) -> list[list[Video]]:
-    return [take_part(videos, part, shares, root) for part in range(3)]
-
-
-def test_the_split_does_not_depend_on_the_folders_path() -> None:
-    names = [(f"{label}/clip {i}.mp4", label) for label in range(3) for i in range(20 * (label + 1))]
-    here = [Video(f"/here/{name}", label) for name, label in names]
-    there = [Video(f"/elsewhere/deep/{name}", label) for name, label in reversed(names)]
-    parts = parts_of(here, [70, 15, 15], Path("/here"))
-    assert sorted(v.path for part in parts for v in part) == sorted(v.path for v in here)
-    for label in range(3):
-        counts = [Counter(video.label for video in part)[label] for part in parts]
-        assert counts == [14 * (label + 1), 3 * (label + 1), 3 * (label + 1)]
-    moved = parts_of(there, [70, 15, 15], Path("/elsewhere/deep"))
-    for part, other in zip(parts, moved, strict=True):
-        assert {v.path.removeprefix("/here/") for v in part} == {v.path.removeprefix("/elsewhere/deep/") for v in other}
-    assert [v.path for v in parts[0]] != [v.path for v in here[: len(parts[0])]]  # sampled, not the first ones
-
-
-def test_small_classes_are_split_or_refused() -> None:
-    three = [Video(f"/here/a/{i}.mp4", 0) for i in range(3)]
-    assert [len(part) for part in parts_of(three, [70, 15, 15], Path("/here"))] == [1, 1, 1]
-    assert [len(part) for part in parts_of(three, [80, 0, 20], Path("/here"))] == [2, 0, 1]
-    with pytest.raises(UsageError, match="has 2 videos; allowed: at least one for each share"):
-        take_part(three[:2], 0, [70, 15, 15], "/here")
 
 
 def test_a_text_list_is_split_too(my_videos: Path) -> None:

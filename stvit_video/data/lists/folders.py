@@ -93,13 +93,8 @@ def find_media(root: str, *, frames: int = 1, pattern: str = "", base: str = "")
         spare = set(pictures) if within else set()
         spare |= {name for name in pictures if os.path.splitext(name)[0] in stems | beside} if pictures else set()
         kept = [name for name in pictures if name not in spare]
-        if pattern:
-            matching = match_frames(kept, pattern)
-            is_frames = len(matching) > 1 and folder != root
-        else:
-            is_frames = frames > 1 and len(kept) > 1 and folder != root
-            matching = kept
-        if is_frames:
+        matching = match_frames(kept, pattern) if pattern else kept if frames > 1 else []
+        if len(matching) > 1 and folder != root:
             frame_folders.append(os.path.join(folder, pattern) if pattern else folder)
             spare |= set(kept) - set(matching)
             kept = []
