@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from stvit_video import run
@@ -20,6 +21,7 @@ from stvit_video.models import create_model, load_pretrained
 from stvit_video.models.zoo import build_model
 from stvit_video.predict import Predictor
 from stvit_video.runs.checkpoint import check_all_loaded, save_weights
+from stvit_video.runs.folder import describe_changes
 from stvit_video.runs.preflight import build_filled_batch
 from stvit_video.runtime.world import World
 from tests.conftest import REPOSITORY, data_config
@@ -65,7 +67,9 @@ def test_a_new_users_first_attempt(
     words = ["DATA.ROOT", my_videos.name, "MODEL.INIT", str(checkpoint), "OUTPUT_DIR", "à moi", "TRAIN.EPOCHS", "2"]
     monkeypatch.chdir(tmp_path)
     assert run.main(["--cfg", str(CONFIG), *words, "DATA.WORKERS", "0"]) == 0
-    assert "DATA.SPLIT: 70 / 15 / 15 % of each class" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"2 classes: {CLASSES[0]} 8, {CLASSES[1]} 8\ntrain: 12 videos\nval: 2 videos\ntest: 2 videos\n" in said
+    assert "DATA.SPLIT: 70 / 15 / 15 % of each class" in said
     results = json.loads((tmp_path / "à moi" / "results.json").read_text())
     assert results["videos"] == results["scored"] == 2
     predictor = Predictor.load(tmp_path / "à moi", device="cpu")
@@ -176,9 +180,44 @@ def test_a_text_list_is_split_too(my_videos: Path) -> None:
     assert len(set.union(*found)) == 16
 
 
+def test_a_run_from_before_a_key_goes_on_without_it(my_videos: Path, tmp_path: Path) -> None:
+    words = ["DATA.ROOT", str(my_videos), "MODEL.NAME", "vit_tiny_patch16", "OUTPUT_DIR", str(tmp_path / "run")]
+    cfg = load_config(CONFIG, words)
+    assert cfg.DATA.GROUP == "auto"
+    recorded = yaml.safe_load(cfg.dump())
+    del recorded["DATA"]["GROUP"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(recorded))
+    tested = [*words[:-1], str(tmp_path / "test"), "MODE", "test", "MODEL.INIT"]
+    for again in (
+        load_config(CONFIG, words),
+        load_config(tmp_path / "run" / "config.yaml"),
+        load_config(CONFIG, [*tested, str(tmp_path / "run" / "model.safetensors")]),
+        load_config(CONFIG, [*tested, str(tmp_path / "run" / "checkpoints" / "best.safetensors")]),
+    ):
+        assert again.DATA.GROUP == ""
+    assert describe_changes(recorded, yaml.safe_load(load_config(CONFIG, words).dump())) == ""
+    assert load_config(CONFIG, [*words, "OVERWRITE", "True"]).DATA.GROUP == "auto"
+    assert load_config(CONFIG, [*words, "DATA.GROUP", "(x)"]).DATA.GROUP == "(x)"
+
+
+def test_a_split_keeps_recordings_together(my_videos: Path) -> None:
+    for name in CLASSES:
+        for i, file in enumerate(sorted((my_videos / name).iterdir())):
+            file.rename(file.with_name(f"v_{name}_g{i // 2:02d}_c{i % 2:02d}.mp4"))
+    words = ["DATA.ROOT", str(my_videos), "MODEL.NAME", "vit_tiny_patch16"]
+    found = [build_lists(load_config(CONFIG, words)).videos(split) for split in SPLITS]
+    groups = [{Path(video.path).stem[:-4] for video in part} for part in found]
+    assert [len(part) for part in found] == [8, 4, 4]
+    assert len(set.union(*groups)) == sum(map(len, groups)) == 8
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
+        (["DATA.GROUP", "(x"], "is no regular expression"),
+        (["DATA.GROUP", "x"], "has no group"),
+        (["DATA.GROUP", "(x)"], "matches none of the paths"),
         (["DATA.SPLIT", "[70,15]"], "has 2 values; it takes 3"),
         (["DATA.SPLIT", "[70,15,10]"], "add up to 100"),
         (["DATA.SPLIT", "[85,15,0]"], "only validation being 0"),

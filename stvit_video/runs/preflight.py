@@ -153,7 +153,7 @@ def build_weights(cfg: CfgNode, model: nn.Module, checkpoint: Checkpoint, classe
     """Load a checkpoint into the model as MODE asks. Raises UsageError where it is not of this model or its classes."""
     known = checkpoint.metadata.get("classes")
     if cfg.MODE == "test":
-        _check_classes(cfg.MODEL.INIT, known, classes)
+        check_classes(cfg.MODEL.INIT, known, classes)
         report = load_pretrained(model, checkpoint, min_coverage=0.9)
         check_all_loaded(report, model)
         return report
@@ -169,7 +169,7 @@ def build_weights(cfg: CfgNode, model: nn.Module, checkpoint: Checkpoint, classe
     return load_pretrained(model, checkpoint, min_coverage=least, **options)
 
 
-def _check_classes(source: str, known: list[str] | None, classes: list[str]) -> None:
+def check_classes(source: str, known: list[str] | None, classes: list[str]) -> None:
     """Raise UsageError where a checkpoint's classifier is for other classes, by name, than the data's.
 
     Classes that are numbers on one side alone are lists with and without DATA.CLASSES: their labels are compared.
@@ -177,7 +177,9 @@ def _check_classes(source: str, known: list[str] | None, classes: list[str]) -> 
     if known is None or known == classes or are_numbers(known) != are_numbers(classes):
         return
     if len(known) == len(classes) or not are_numbers(known):
-        other = next((name for name in classes if name not in known), "the same names in another order")
+        same = f"{len(known)} classes, not {len(classes)}"
+        same = "the same names in another order" if len(known) == len(classes) else same
+        other = next((name for name in classes if name not in known), same)
         raise UsageError(
             f"{source}: its classifier is for other classes ({', '.join(map(str, known[:4]))} ...) than the data's "
             f"({', '.join(classes[:4])} ...): {other}. Test on data of its classes, or correct DATA.CLASSES."
