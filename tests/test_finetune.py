@@ -215,6 +215,7 @@ def test_a_split_keeps_recordings_together(my_videos: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
+        (["DATA.FRAME_PATTERN", "img"], "names no frames; give a template or a glob"),
         (["DATA.GROUP", "(x"], "is no regular expression"),
         (["DATA.GROUP", "x"], "has no group"),
         (["DATA.GROUP", "(x)"], "matches none of the paths"),

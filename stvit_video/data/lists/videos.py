@@ -48,6 +48,11 @@ class ListReader:
     continues: bool = False  # the labels are those of a run that has begun
 
     def __post_init__(self) -> None:
+        if self.frame_pattern and not is_pattern(os.path.join(os.devnull, self.frame_pattern)):
+            raise UsageError(
+                f"DATA.FRAME_PATTERN {self.frame_pattern!r} names no frames; give a template or a glob with the ending "
+                f"of the pictures, as img_{{:05}}.jpg or img_*.jpg."
+            )
         self.notes: list[str] = []  # on what was taken for what in the lists that were read
         self._catalogue = cache(read_catalogue)
         self._find_clips = cache(find_clips)
@@ -188,8 +193,8 @@ def check_frames(videos: Sequence[Video], source: Path) -> None:
     errors = []
     for path in folders[:: max(1, len(folders) // 4)]:
         try:
-            if os.path.isfile(path) or not find_frames(path):
-                return
+            if not os.path.isfile(path):
+                find_frames(path)
             return
         except DecodeError as error:
             errors.append(error)
