@@ -199,7 +199,7 @@ def build_weights(
     """Load a checkpoint into the model as MODE asks. Raises UsageError where it is not of this model or its classes."""
     known = checkpoint.metadata.get("classes")
     if cfg.MODE == "test":
-        _check_classes(cfg.MODEL.INIT, known, classes)
+        check_classes(cfg.MODEL.INIT, known, classes)
         trained = checkpoint.metadata.get("multi_label", multi_label)
         if trained != multi_label:
             raise UsageError(
@@ -222,7 +222,7 @@ def build_weights(
     return load_pretrained(model, checkpoint, min_coverage=least, **options)
 
 
-def _check_classes(source: str, known: list[str] | None, classes: list[str]) -> None:
+def check_classes(source: str, known: list[str] | None, classes: list[str]) -> None:
     """Raise UsageError where a checkpoint's classifier is for other classes, by name, than the data's.
 
     Classes that are numbers on one side alone are lists with and without DATA.CLASSES: their labels are compared.
@@ -230,7 +230,9 @@ def _check_classes(source: str, known: list[str] | None, classes: list[str]) -> 
     if known is None or known == classes or are_numbers(known) != are_numbers(classes):
         return
     if len(known) == len(classes) or not are_numbers(known):
-        other = next((name for name in classes if name not in known), "the same names in another order")
+        same = f"{len(known)} classes, not {len(classes)}"
+        same = "the same names in another order" if len(known) == len(classes) else same
+        other = next((name for name in classes if name not in known), same)
         raise UsageError(
             f"{source}: its classifier is for other classes ({', '.join(map(str, known[:4]))} ...) than the data's "
             f"({', '.join(classes[:4])} ...): {other}. Test on data of its classes, or correct DATA.CLASSES."

@@ -42,9 +42,10 @@ def is_picture(name: str) -> bool:
 
 
 def is_pattern(path: str) -> bool:
-    """Say whether a path is a folder with a pattern of its frames' names, as ``FOLDER/img_{:05}.jpg``."""
-    name = os.path.basename(path)
-    return bool(PLACE.search(name) or any(sign in name for sign in "*?[")) and not os.path.lexists(path)
+    """Say whether a path is a folder with a pattern of its frames' names: ``FOLDER/img_{:05}.jpg``, or ``img_*``."""
+    name = os.path.basename(path).lower()
+    is_open = "*" in name or "?" in name or PLACE.search(name)
+    return bool(is_open) and name.endswith((*IMAGE_SUFFIXES, "*")) and not os.path.lexists(path)
 
 
 def match_frames(names: Iterable[str], pattern: str) -> list[str]:
