@@ -81,6 +81,7 @@ def describe_videos(
             # Shards differ in length, so no process waits for another's batch here.
             if any_so_far(world, STOP, signals.received is not None):
                 break
+    any_so_far(world, STOP, signals.received is not None)  # also where the wait for a batch was ended
     if any_of(world, signals.received is not None):
         if partial is not None:
             partial.flush()
