@@ -16,7 +16,7 @@ from stvit_video.common.files import write_atomically, write_json
 from stvit_video.common.progress import Progress
 from stvit_video.data.failures import Failure, check_failures
 from stvit_video.data.loader import build_test_loader
-from stvit_video.data.workers import Loader
+from stvit_video.data.workers import Loader, LoaderFailure
 from stvit_video.evaluation.scores import PartialScores, Predictions, ScoredBatch, fingerprint, weights_hash
 from stvit_video.runs.log import describe_results
 from stvit_video.runs.preflight import OpenRun
@@ -145,6 +145,9 @@ class Tester:
         except NothingReadError as error:
             failed = earlier + error.failures
             on_main(world, lambda: folder.write_failures(failed))
+            raise
+        except LoaderFailure:
+            partial.flush()
             raise
         views = self.about["views"]["clips"] * self.about["views"]["crops"]
         scored = len(predictions.labels)
