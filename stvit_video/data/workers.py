@@ -4,6 +4,7 @@ Each worker has a socket of its own. It writes a batch to a file in memory and s
 is neither copied nor limited by /dev/shm, which Docker makes 64 MB small; PyTorch's loader waits for ever there.
 """
 
+import atexit
 import mmap
 import multiprocessing
 import os
@@ -76,13 +77,13 @@ class Loader:
         """Yield the batches; end early where ``stop`` while one is waited for. Raises LoaderFailure."""
         if self.workers == 0:
             return (self.collate_fn(self.dataset.__getitems__(keys)) for keys in self.batch_sampler)
+        if not self._started:  # here, since they end with the thread that starts them
+            self._started = [_Worker(i, self) for i in range(self.workers)]
         return self._pinned(stop) if self.device.type == "cuda" else self._received(stop)
 
     def _received(self, stop: Callable[[], bool]) -> Iterator[Batch]:
         """Yield batches in order; each worker has the keys of its next AHEAD ones."""
         self._epochs = epoch = self._epochs + 1
-        if not self._started:
-            self._started = [_Worker(i, self) for i in range(self.workers)]
         for worker in self._started:  # what an epoch that was left early had asked for
             while worker.asked:
                 if not worker.wait(stop):
@@ -157,6 +158,8 @@ class _Worker:
         # Between two videos, a worker may wait for two decoders, of which the first is stopped; at first it starts one.
         self.patience = 2 * loader.dataset.decoding.deadline_s + SPARE_S
         self.stop = weakref.finalize(self, _end, self.process, self.connection, os.getpid())
+        # At the end, before multiprocessing waits for its processes: these ignore the signal that should end them.
+        atexit.register(self.stop)
 
     def ask(self, keys: Keys) -> None:
         """Send the keys of a batch."""
@@ -189,14 +192,14 @@ class _Worker:
         """Return the batch that has come. Raises LoaderFailure for a dead worker, and what a worker raised."""
         try:
             answer = self.connection.recv()
-            if not isinstance(answer, Exception):
-                batch = read_shared(recv_handle(self.connection), answer)
-                self.asked.popleft()
-                return batch
+            file = None if isinstance(answer, Exception) else recv_handle(self.connection)
         except (EOFError, ConnectionError):
             raise self._death() from None
-        except RuntimeError:  # of recv_handle: the message has come without its descriptor
+        except RuntimeError:  # the message has come without its descriptor
             raise LoaderFailure(f"no place for a batch of {self.name}: out of open files (ulimit -n)") from None
+        self.asked.popleft()
+        if file is not None:
+            return read_shared(file, answer)
         if isinstance(answer, RunFailure):
             memory = f"; {describe_memory()}" if "out of memory" in str(answer) else ""
             raise LoaderFailure(f"{self.name}: {answer}{memory}; {self.advice}")

@@ -15,7 +15,7 @@ from stvit_video.common.files import write_atomically, write_json
 from stvit_video.common.progress import Progress
 from stvit_video.data.failures import Failure, check_failures
 from stvit_video.data.loader import build_test_loader
-from stvit_video.data.workers import Loader
+from stvit_video.data.workers import Loader, LoaderFailure
 from stvit_video.evaluation.predictions import Predictions, predictions_for, probabilities
 from stvit_video.evaluation.scores import PartialScores, ScoredBatch, fingerprint, weights_hash
 from stvit_video.runs.log import describe_results
@@ -81,6 +81,7 @@ def describe_videos(
             # Shards differ in length, so no process waits for another's batch here.
             if any_so_far(world, STOP, signals.received is not None):
                 break
+    any_so_far(world, STOP, signals.received is not None)  # also where the wait for a batch was ended
     if any_of(world, signals.received is not None):
         if partial is not None:
             partial.flush()
@@ -147,6 +148,9 @@ class Tester:
         except NothingReadError as error:
             failed = earlier + error.failures
             on_main(world, lambda: folder.write_failures(failed))
+            raise
+        except LoaderFailure:
+            partial.flush()
             raise
         scored = len(predictions.labels)
         views, short = predictions.computed.sum(dim=0).tolist()  # of all scored videos

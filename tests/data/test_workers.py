@@ -16,6 +16,7 @@ import torch
 
 from stvit_video.common.errors import UsageError
 from stvit_video.data import workers
+from stvit_video.data.dataset import Batch
 from stvit_video.data.lists.videos import build_lists
 from stvit_video.data.loader import build_train_loader
 from stvit_video.data.shared_memory import read_shared, write_shared
@@ -139,6 +140,20 @@ def test_a_wait_for_a_batch_can_be_ended(loader: Loader) -> None:
         os.kill(process, signal.SIGCONT)
     stop = False
     assert len(list(loader)) == 4  # the next epoch is whole
+
+
+def test_pinned_batches_are_those_of_the_workers(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: the thread that pins reads ahead, also over epochs and where one is left early."""
+    expected = [batch.indices.tolist() for batch in loader]
+    loader.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(Batch, "pin_memory", lambda batch: batch)
+    next(iter(loader))
+    for _ in range(2):
+        assert [batch.indices.tolist() for batch in loader] == expected
+    os.kill(processes(loader)[0], signal.SIGKILL)
+    with pytest.raises(LoaderFailure, match="was killed"):
+        list(loader)
 
 
 def test_errors_of_workers_reach_the_main_process(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
