@@ -22,7 +22,7 @@ def check(arguments: Sequence[str] | None) -> int:
     """Parse the arguments, scan the list, write the results and print a summary. Raises UsageError."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("list", type=Path, metavar="LIST", help="lines `path label`, a Kinetics CSV or an SSv2 JSON")
+    add("list", type=Path, metavar="LIST", help="lines `path label`, or a CSV or JSON as published")
     add("--output", type=Path, required=True, metavar="DIR", help="for clean.txt and failures.csv")
     add("--root", type=Path, help="where relative paths start (default: the folder of LIST)")
     workers = number(int, 1, 1_000)

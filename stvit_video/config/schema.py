@@ -103,7 +103,7 @@ KEYS = (
     Key("MODEL.GRAD_CHECKPOINTING", False, "recompute activations: less memory, about a third more time"),
     # --- data
     Key("DATA.ROOT", "", "folder that the paths in the lists start from"),
-    Key("DATA.TRAIN_LIST", "train.csv", "lines `path label`, class folders, Kinetics CSV or SSv2 JSON; from DATA.ROOT"),
+    Key("DATA.TRAIN_LIST", "train.csv", "lines `path label`, class folders, a published CSV or JSON; from DATA.ROOT"),
     Key("DATA.VAL_LIST", "val.csv", "same, scored while training; empty: no validation"),
     Key("DATA.TEST_LIST", "test.csv", "same, for the final multi-view test"),
     Key("DATA.SPLIT", None, "train, val, test percent where one list is all", kind=int, length=3, low=0, high=100),
@@ -114,7 +114,7 @@ KEYS = (
         "the recording; auto: names as in UCF, HMDB and Kinetics; empty: none",
         before="",
     ),
-    Key("DATA.CLASSES", "", "file: one class name a line in the order of the labels, or JSON {name: label}"),
+    Key("DATA.CLASSES", "", "file: one class name a line in the order of the labels, or `id name`, CSV or JSON"),
     Key("DATA.MULTI_LABEL", None, "several labels a video: sigmoid, mAP; not set: as the list says", kind=bool),
     Key("DATA.COLUMNS", "", "of lines with more numbers than the label, as in 'path start_frame stop_frame label'"),
     Key("DATA.LABEL", "", "column of the labels in a CSV that has several, as noun_class in EPIC-Kitchens"),

@@ -185,10 +185,10 @@ SETS = {
         {"DATA.CLASSES": "verbs.csv"},
     ),
     "epic-kitchens, nouns": Published(
-        {"train": EPIC + EPIC_TRAIN, "test": EPIC + EPIC_TRAIN},
-        "P01_01.MP4",
+        {"train": EPIC + EPIC_TRAIN, "test": EPIC + EPIC_TRAIN.replace("P01_01", "P02_101")},
+        "P01_01.MP4 P02_101.MP4",
         [("P01_01.MP4", "0", Section(0.2, 0.8)), ("P01_01.MP4", "1", Section(0.6, 1.2))],
-        [("P01_01.MP4", "0", Section(0.2, 0.8)), ("P01_01.MP4", "1", Section(0.6, 1.2))],
+        [("P02_101.MP4", "0", Section(0.2, 0.8)), ("P02_101.MP4", "1", Section(0.6, 1.2))],
         {"DATA.LABEL": "noun_class"},
     ),
     "activitynet": Published(
@@ -325,16 +325,12 @@ def test_a_published_list_says_what_it_says(name: str, tmp_path: Path) -> None:
 
 
 # Each published form once in the whole pipeline; the others differ from these in reading alone.
-SHORT = ("ucf101", "activitynet")
+SHORT = ("ucf101", "activitynet", "charades")
 
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[] if name in SHORT else pytest.mark.long)
-        for name in SETS
-        if not any(isinstance(row[1], tuple) for row in SETS[name].train)
-    ],
+    [pytest.param(name, marks=[] if name in SHORT else pytest.mark.long) for name in SETS],
 )
 def test_a_run_trains_and_tests_on_a_published_list(
     name: str, tmp_path: Path, write_clip: Callable[..., Path], small_run: Callable[..., list[str]]
@@ -355,6 +351,8 @@ def test_a_run_trains_and_tests_on_a_published_list(
         ("a.mp4 1 3\nb.mp4 2 4\n", r"'a.mp4 1 3' has several numbers .* DATA.MULTI_LABEL True .* DATA.COLUMNS"),
         ("a.mp4 1\nb.mp4 2 4\n", r"'b.mp4 2 4' has several numbers"),
         ("a.mp4 1 3 5\n", r"has several numbers"),
+        ("a.mp4 1.5 3 5\n", r"has several numbers .* 'path start stop label' .seconds.$"),
+        ("3 a.mp4\n", r"'3 a.mp4' seems to begin with its label; .*DATA.COLUMNS 'label path'"),
         ("f 3 0\n", r"'f 3 0' has several numbers"),  # the folder has two frames
         ("clip,gt\na.mp4,yoga\n", r"columns clip, gt, none of which is known to hold labels"),
         ("which,gt\na.mp4,yoga\nb.mp4,ski\n", r"'which,gt' names columns, none of which is known"),
@@ -461,3 +459,45 @@ def test_lists_of_one_run_are_of_one_kind(tmp_path: Path) -> None:
         UsageError, match=r"DATA.TEST_LIST .*other has one label a video, .*train several; give lists of"
     ):
         reader.videos("test")
+
+
+@pytest.mark.parametrize(
+    ("content", "files", "expected"),
+    [
+        (
+            "clip_path,label\n/train/Swing/v.avi,Swing\n",
+            "train/Swing/v.avi",
+            [("train/Swing/v.avi", 0, None)],
+        ),  # Kaggle
+        ("# path label\na.mp4 3\n", "a.mp4", [("a.mp4", 3, None)]),
+        ("sep=;\npath;label\na.mp4;ski\n", "a.mp4", [("a.mp4", 0, None)]),
+        ("a.mp4,3.0\n", "a.mp4", [("a.mp4", 3, None)]),
+        ("path,label\na.mp4,3.0\n", "a.mp4", [("a.mp4", 3, None)]),
+        (
+            "run/a.mp4 run\nski jump/b.mp4 ski jump\n",
+            "run/a.mp4",
+            [("run/a.mp4", 0, None), ("ski jump/b.mp4", 1, None)],
+        ),
+        ("walk\\a.mp4 1\n", "videos/walk/a.mp4", [("videos/walk/a.mp4", 1, None)]),
+        ("b_E_002184_A_0035 56\n", "gym/b_E_002184_A_0035.mp4", [("gym/b_E_002184_A_0035.mp4", 56, None)]),  # FineGym
+        ("7;Fall\n", "flow/7/1.jpg rgb/7/1.jpg", [("rgb/7", 0, None)]),
+        ('path,labels\na.mp4,"ski, yoga"\n', "a.mp4", [("a.mp4", 0, (0, 1))]),
+        ('path,label\na.mp4,"ski, yoga"\n', "a.mp4", [("a.mp4", 0, None)]),
+        ("path,label\na.mp4,\"['x, y', 'z']\"\n", "a.mp4", [("a.mp4", 0, (0, 1))]),
+        (
+            '{"path": "a.mp4", "label": 2}\n{"path": "b.mp4", "label": 0}\n',
+            "a.mp4",
+            [("a.mp4", 2, None), ("b.mp4", 0, None)],
+        ),
+        ('[{"path": "a.mp4", "labels": [2, 0]}]', "a.mp4", [("a.mp4", 0, (0, 2))]),
+    ],
+)
+def test_habits_of_other_writers(
+    tmp_path: Path, content: str, files: str, expected: list[tuple[str, int, tuple[int, ...] | None]]
+) -> None:
+    for name in files.split():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "list").write_text(content)
+    found = read_list(tmp_path / "list", tmp_path)
+    assert [(os.path.relpath(video.path, tmp_path), video.label, video.labels) for video in found] == expected

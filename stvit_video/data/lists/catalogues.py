@@ -11,6 +11,7 @@ from stvit_video.common.errors import UsageError
 from stvit_video.data.decode.types import IMAGE_SUFFIXES, MEDIA_SUFFIXES, VIDEO_SUFFIXES
 from stvit_video.data.lists.annotations import Section, Video
 from stvit_video.data.lists.class_names import ClassNames
+from stvit_video.data.lists.folders import FLOW_FOLDER, FOREIGN_FOLDERS, PREVIEW_FOLDER
 from stvit_video.data.lists.text import find_file
 
 FRAMES_SEEN = 64  # so many images and nothing else at the start of a folder: it holds the frames of a video
@@ -101,6 +102,7 @@ def find_videos(
     ``search`` is ``find_clips`` of the root; it is called where names are no paths. A video that it does not find is
     kept, marked as missing, with the path where it is expected. Raises UsageError where a class is not in ``classes``.
     """
+    catalogue = _without_slash(catalogue, str(root))
     entries = catalogue.entries
     folder, clips = _where(catalogue, str(root), search)
     labels = {
@@ -118,6 +120,17 @@ def find_videos(
 def some_of(entries: Sequence[Entry]) -> Sequence[Entry]:
     """Return about LOOKS evenly spread entries."""
     return entries[:: max(1, len(entries) // LOOKS)]
+
+
+def _without_slash(catalogue: Catalogue, root: str) -> Catalogue:
+    """Return a catalogue whose paths are relative where they begin with a slash at the root, as on Kaggle."""
+    names = [entry.names[0] for entry in some_of(catalogue.entries)]
+    if not all(name[:1] == "/" for name in names) or any(map(os.path.lexists, names)):
+        return catalogue
+    if not any(os.path.lexists(root + name) for name in names):
+        return catalogue
+    entries = [entry._replace(names=(entry.names[0].lstrip("/"),)) for entry in catalogue.entries]
+    return replace(catalogue, entries=entries)
 
 
 def _where(
@@ -148,7 +161,8 @@ def _where(
                 f"List {catalogue.source}: {name} lies in several folders, of which {clips.paths[name]} is one; write "
                 f"it with its folder, from DATA.ROOT {root}."
             )
-    if all(not entry.labels for entry in catalogue.entries):  # ids alone: of clips whose names also say their times
+    # Ids alone, of clips whose names also say their times.
+    if catalogue.clip_folder is TRIMMED and not catalogue.entries[0].trimmed:
         clips = Clips(
             {name[:-14]: path for name, path in clips.paths.items() if TRIMMED.fullmatch(name)} | clips.paths,
             clips.repeated,
@@ -217,7 +231,7 @@ def find_clips(root: str | Path, clip_folder: re.Pattern[str] | None) -> Clips:
             _add(found, os.path.basename(place), place)
         for name in sorted(files):
             _add(found, os.path.splitext(name)[0], os.path.join(place, name))
-        inside = sorted(name for name in folders if name[0] != ".")
+        inside = sorted(name for name in folders if name[0] != "." and not _holds_no_frames(name))
         for name in inside:
             if clip_folder and clip_folder.fullmatch(name):
                 _add(found, name, os.path.join(place, name))
@@ -225,6 +239,13 @@ def find_clips(root: str | Path, clip_folder: re.Pattern[str] | None) -> Clips:
             os.path.join(place, name) for name in reversed(inside) if not (clip_folder and clip_folder.fullmatch(name))
         ]
     return found
+
+
+def _holds_no_frames(folder: str) -> bool:
+    """Say whether a folder is called like those of optical flow or previews, or added by a system."""
+    return folder in FOREIGN_FOLDERS or bool(
+        len(folder) > 1 and (FLOW_FOLDER.fullmatch(folder) or PREVIEW_FOLDER.fullmatch(folder))
+    )
 
 
 def _list(place: str) -> tuple[list[str], list[str], bool]:

@@ -31,6 +31,8 @@ def read_catalogue(path: str | Path, root: str | Path = "", reading: Reading = A
             f"in DATA.TRAIN_LIST '{Path(path).parent.name}/*_test_split{match[2]}.txt'."
         )
     lines = read_lines(path, "List", LIST_FORM)
+    if lines and lines[0].lower().startswith("sep="):  # Excel's first line, which names the separator
+        lines[0] = "\n"
     first = next((line for line in lines if line.strip()), "")
     # A bracket alone does not make it JSON: a path may begin with one.
     if str(path).lower().endswith((".json", ".jsonl")) or re.match(r"\s*(\[\s*(\{|$)|\{)", first):

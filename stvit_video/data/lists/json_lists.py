@@ -14,7 +14,8 @@ from stvit_video.data.lists.tables import DIGITS, Reading, normalise, read_rows
 def load_json(text: str, path: str | Path) -> Any:
     """Return the content of a JSON file, or of one with an object a line; UsageError where it is damaged."""
     try:
-        return json.loads(text)
+        content = json.loads(text)
+        return [content] if str(path).lower().endswith(".jsonl") and isinstance(content, dict) else content
     except (ValueError, RecursionError) as error:
         try:
             items = [json.loads(line) for line in text.splitlines() if line.strip()]

@@ -20,7 +20,8 @@ from stvit_video.data.lists.tables import (
 )
 from stvit_video.data.lists.text import find_file
 
-WIDE = re.compile(r"(.*?\S)((?:[\s,;]+[0-9]+)+)")  # a path and more numbers than the label
+WIDE = re.compile(r"(.*?\S)((?:[\s,;]+[0-9]+(?:\.[0-9]+)?)+)")  # a path and more numbers than the label
+LABEL_FIRST = re.compile(r"[0-9]+[\s,;]+\S.*")
 AFTER_ENDING = re.compile(rf"({'|'.join(map(re.escape, MEDIA_SUFFIXES))})\s+", re.IGNORECASE)
 YOUTUBE_ID = re.compile(r"[\w-]{11}")
 KINDS = "path, label, start, stop (seconds), start_frame, stop_frame, offset, frames, or - for one to pass over"
@@ -41,6 +42,13 @@ def read_lines_list(lines: Sequence[str], path: str | Path, root: str | Path, re
     if not rows:
         raise UsageError(f"List {path} is empty; give at least one line `path label`.")
     if all(is_media(_unquoted(line)) for _, line, _, _ in rows):
+        if all(LABEL_FIRST.fullmatch(line) for _, line, _, _ in rows) and not os.path.lexists(
+            find_file(root, rows[0][1])
+        ):
+            raise UsageError(
+                f"List {path}: {rows[0][1][:120]!r} seems to begin with its label; write the path first, or separate "
+                f"them by commas and give DATA.COLUMNS 'label path'."
+            )
         return Catalogue(path, [Entry((_unquoted(line),), (), place=number - 1) for number, line, _, _ in rows])
     if all(YOUTUBE_ID.fullmatch(line) and not NUMBER.fullmatch(line) for _, line, _, _ in rows):  # Mini-Kinetics
         entries = [Entry((line,), (), place=number - 1) for number, line, _, _ in rows]
@@ -51,16 +59,16 @@ def read_lines_list(lines: Sequence[str], path: str | Path, root: str | Path, re
             return read_table(lines, header, path, reading, skip=0)
     entries = []
     for number, line, name, label in rows:
-        if not name or not (label.isdecimal() or NUMBER.fullmatch(label)):
+        if not name or not (label.isdecimal() or NUMBER.fullmatch(label.removesuffix(".0"))):
             raise UsageError(
                 f"{path}, line {number}: {line[:120]!r} has no label; write path, space, comma or tab, and a whole "
                 f"number."
             )
-        labels = [label]
+        labels = [label.removesuffix(".0")]  # pandas writes whole numbers so where some are missing
         if reading.multi_label and name[-1].isdigit() and (wide := WIDE.fullmatch(name)):
-            name, labels = wide[1], [*re.findall("[0-9]+", wide[2]), label]
+            name, labels = wide[1], [*re.split(r"[\s,;]+", wide[2].strip(" \t,;")), label]
         for one in labels:
-            if problem := wrong_number(one):
+            if problem := wrong_number(one) if NUMBER.fullmatch(one) else f"{one} is no whole number; give labels.":
                 raise UsageError(f"{path}, line {number}: {problem}")
         entries.append(Entry((name,), tuple(map(int, labels)), place=number - 1))
     return Catalogue(path, entries, multi_label=bool(reading.multi_label))
@@ -115,18 +123,19 @@ def _find_columns(rows: Sequence[tuple[int, str, str, str]], path: str | Path, r
     if not wide or any(os.path.lexists(find_file(root, name)) for name, _ in some):
         return None
     there = [(file, match) for _, match in some if os.path.lexists(file := find_file(root, match[1]))]
-    if not there and not all(is_media(match[1]) for _, match in some):
+    if not there and len(wide) < len(rows) and not all(is_media(match[1]) for _, match in some):
         return None
-    numbers = [[int(text) for text in re.findall("[0-9]+", match[2])] for _, match in wide]
+    numbers = [[float(text) for text in re.split(r"[\s,;]+", match[2].strip(" \t,;"))] for _, match in wide]
     counts = {len(found) for found in numbers} | ({0} if len(wide) < len(rows) else set())
-    if counts == {1} and there and all(_count_frames(file) == int(match[2].strip(" \t,;")) for file, match in there):
+    if counts == {1} and there and all(_count_frames(file) == float(match[2].strip(" \t,;")) for file, match in there):
         return ["path", "frames", "label"]
     if counts == {2} and any(second <= first for first, second in numbers):
         return ["path", "offset", "frames", "label"]
     line = next(line for _, line, name, _ in rows if name == wide[0][0])
     raise UsageError(
         f"List {path}: {line[:120]!r} has several numbers after its path; say what they are: DATA.MULTI_LABEL True if "
-        f"all are labels, or DATA.COLUMNS, as in 'path frames label' or 'path start_frame stop_frame label'."
+        f"all are labels, or DATA.COLUMNS, as in 'path frames label', 'path start_frame stop_frame label' (frames) or "
+        f"'path start stop label' (seconds)."
     )
 
 

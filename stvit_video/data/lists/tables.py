@@ -1,5 +1,6 @@
 """Tables of videos: rows with named columns, as Kinetics, EPIC-Kitchens, Charades, HACS and pandas write them."""
 
+import ast
 import csv
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,6 +31,7 @@ KINETICS_COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 IDENTIFIER = re.compile(r"[\w-]+")
 DIGITS = re.compile("[0-9]+")
 NUMBER = re.compile(r"[+-]?[0-9]+")
+CHARADES = re.compile(r"^(c[0-9]{3}) [0-9.]+ [0-9.]+")  # a class with its start and end in seconds
 SEVERAL = re.compile(r"[|;]|^\[.*\]$|^[0-9]+(\s*,\s*[0-9]+)+$")  # a field that holds several labels
 
 Rows = Iterable[tuple[int, Sequence[Any]]]  # fields, with the number of the line or item
@@ -59,6 +61,7 @@ def normalise(name: str) -> str:
 
 def read_header(line: str) -> list[str] | None:
     """Return the columns that a list's first line names; None where it is no header."""
+    line = line.lstrip("#% ")  # as NumPy writes it
     separator = find_separator(line)
     cells = line.split() if separator == " " else next(csv.reader([line], delimiter=separator))
     header = [normalise(cell) for cell in cells]
@@ -125,7 +128,7 @@ def read_rows(rows: Rows, header: Sequence[str], path: str | Path, reading: Read
     if negative:
         notes.append(f"{path}: {negative:,} clips that do not show their class (label -1) are left out")
     try:
-        found, multi_label = split_labels(shared, reading.multi_label, "actions" in header)
+        found, multi_label = split_labels(shared, reading.multi_label, header[labels[0]])
     except LabelError as error:
         place = next(entry.place for entry in entries if entry.labels == error.fields)
         raise UsageError(f"List {path}, {unit} {place + 1}: {error}") from None
@@ -133,19 +136,20 @@ def read_rows(rows: Rows, header: Sequence[str], path: str | Path, reading: Read
         entries = [entry._replace(labels=found[tuple(map(str, entry.labels))]) for entry in entries]
     some = [entry.names[0] for entry in some_of(entries)]
     has_ids = not any("/" in name or "\\" in name or is_media(name) for name in some)
-    folder = DIGITS if all(map(str.isdecimal, some)) else TRIMMED if is_kinetics else None
+    are_clips = is_kinetics or ("youtube_id" in header and entries[0].section is None)
+    folder = DIGITS if all(map(str.isdecimal, some)) else TRIMMED if are_clips else None
     expected = "{label}/{name}.mp4" if is_kinetics else "{name}.mp4" if has_ids else "{name}"
     return Catalogue(path, entries, folder, expected, has_ids, multi_label, tuple(notes))
 
 
 def _check_kinetics(header: Sequence[str], path: str | Path) -> bool:
     """Say whether a table is a Kinetics CSV; UsageError where it lacks one of its columns."""
-    if {"youtube_id", "time_start", "time_end"}.isdisjoint(header):
+    if {"time_start", "time_end"}.isdisjoint(header):
         return False
     absent = [name for name in KINETICS_COLUMNS if name not in header and (name != "label" or "tags" not in header)]
     if absent == ["label"]:
         raise UsageError(f"List {path} has no column label: test lists are published without; give one with it.")
-    if absent and not ("youtube_id" not in absent and {"start", "end"} <= set(header)):
+    if absent:
         raise UsageError(
             f"List {path}, a Kinetics CSV, has no column {', '.join(absent)}; its first line must hold "
             f"{','.join(KINETICS_COLUMNS)}. Correct it, or give lines `path label`."
@@ -244,26 +248,33 @@ class LabelError(ValueError):
 
 
 def split_labels(
-    rows: Iterable[tuple[str, ...]], multi_label: bool | None, is_charades: bool
+    rows: Iterable[tuple[str, ...]], multi_label: bool | None, column: str
 ) -> tuple[dict[tuple[str, ...], tuple[str, ...] | tuple[int, ...]], bool]:
     """Return the labels in each row of fields, and whether these are several; numbers where all are, else names.
 
-    Raises LabelError for a row without a label where videos have one each, or of a number that is none.
+    A ``column`` whose name is a plural may separate them by commas too. Raises LabelError for a row without a label
+    where videos have one each, or of a number that is none.
     """
     rows = list(rows)
+    several = SEVERAL if column not in ("labels", "tags", "actions") else re.compile(f"{SEVERAL.pattern}|,")
+    is_charades = column == "actions" and any(CHARADES.search(row[0]) for row in rows)
     if multi_label is None:
-        multi_label = is_charades or any(len(row) > 1 or SEVERAL.search(row[0]) for row in rows)
+        multi_label = is_charades or any(len(row) > 1 or several.search(row[0]) for row in rows)
     elif is_charades and not multi_label:
         raise LabelError(rows[0], "its videos have several actions each; unset DATA.MULTI_LABEL.")
-    found = {row: tuple(_split(row)) if multi_label else row for row in rows}
-    are_numbers = all(NUMBER.fullmatch(label) for labels in found.values() for label in labels)
+    found = {row: tuple(_split(row, several)) if multi_label else row for row in rows}
+    # pandas writes whole numbers as 3.0 where some are missing.
+    are_numbers = all(NUMBER.fullmatch(label.removesuffix(".0")) for labels in found.values() for label in labels)
     for row, labels in found.items():
         if not multi_label and not row[0]:
             raise LabelError(row, f"label {row[0]!r} is empty; give a class.")
-        for problem in map(wrong_number, labels if are_numbers else ()):
+        for problem in (wrong_number(label.removesuffix(".0")) for label in labels if are_numbers):
             if problem:
                 raise LabelError(row, problem)
-    return {row: tuple(map(int, labels)) if are_numbers else labels for row, labels in found.items()}, multi_label
+    return {
+        row: tuple(int(label.removesuffix(".0")) for label in labels) if are_numbers else labels
+        for row, labels in found.items()
+    }, multi_label
 
 
 def wrong_number(label: str) -> str:
@@ -280,11 +291,16 @@ def _to_text(field: Any) -> str:
     return field if isinstance(field, str) else "|".join(map(str, field)) if isinstance(field, list) else str(field)
 
 
-def _split(fields: Sequence[str]) -> list[str]:
-    """Return the labels of fields in which | or ; separates them, or, in brackets and between numbers, commas."""
-    parts = []
+def _split(fields: Sequence[str], several: re.Pattern[str]) -> list[str]:
+    """Return the labels of fields: lists of Python, or separated by | or ;, or by commas where there are neither."""
+    parts: list[str] = []
     for text in fields:
-        marks = "," if SEVERAL.search(text) and not re.search("[|;]", text) else "[|;]"
-        parts += [part.strip(" '\"") for part in re.split(marks, text.strip("[]"))]
-    # Charades: a class with its start and end in seconds.
-    return [re.sub(r"^(c[0-9]{3}) [0-9.]+ [0-9.]+$", r"\1", part) for part in parts if part]
+        if text.startswith("[") and text.endswith("]"):
+            try:
+                parts += map(str, ast.literal_eval(text))
+                continue
+            except (ValueError, SyntaxError, TypeError):
+                text = text.strip("[]")
+        marks = "," if several.search(text) and not re.search("[|;]", text) else "[|;]"
+        parts += [part.strip(" '\"") for part in re.split(marks, text)]
+    return [CHARADES.sub(r"\1", part) for part in parts if part]
