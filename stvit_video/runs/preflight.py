@@ -112,11 +112,7 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
         if not folder.weights.is_file():
             raise UsageError(f"MODE test: {source} is missing; give MODEL.INIT FILE or a finished run's OUTPUT_DIR.")
     classes, videos = (opened.classes, opened.videos) if opened else open_lists(cfg, world, needs_weights=needs_weights)
-    multi_label = is_multi_label(videos)
-    if state is not None and state["setup"].get("multi_label", False) != multi_label:
-        now = f"{LABELS[not multi_label]} each, and those of DATA.TRAIN_LIST now have {LABELS[multi_label]}"
-        what = f"OUTPUT_DIR {folder.path} holds a run that began with videos of {now}"
-        raise UsageError(f"{what}; put the list back, give another OUTPUT_DIR, or OVERWRITE True.")
+    multi_label = is_multi_label(videos, state)
     asked = cfg.TRAIN.BATCH_SIZE
     if purpose != "measure" and cfg.MODE == "train":
         kept = None if state is None else state["setup"].get("batch")  # its steps go on with the same videos
@@ -135,15 +131,25 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
     return OpenRun(*read, model, cost, summary, checkpoint, report, state, multi_label)
 
 
-def is_multi_label(videos: Mapping[str, Sequence[Video]]) -> bool:
-    """Return whether a video may have several labels, or none. Raises UsageError for a split without any label."""
+def is_multi_label(videos: Mapping[str, Sequence[Video]], state: dict[str, Any] | None) -> bool:
+    """Return whether a video may have several labels, or none.
+
+    Raises UsageError for a split without any label, and where the run that is continued began with another kind.
+    """
     for split, found in videos.items():
         if not any(video.label >= 0 for video in found):
             raise UsageError(
                 f"DATA.{split.upper()}_LIST: none of its {len(found):,} videos has a label, so there is nothing to "
                 f"learn or to measure; correct the list."
             )
-    return any(video.labels is not None for found in videos.values() for video in found)
+    multi_label = any(video.labels is not None for found in videos.values() for video in found)
+    if state is not None and state["setup"].get("multi_label", False) != multi_label:
+        raise UsageError(
+            f"OUTPUT_DIR holds a run that began with videos of {LABELS[not multi_label]} each, and those of "
+            f"DATA.TRAIN_LIST now have {LABELS[multi_label]}; put the list back, give another OUTPUT_DIR, or OVERWRITE "
+            f"True."
+        )
+    return multi_label
 
 
 def build_filled_batch(cfg: CfgNode, world: World, videos: int, kept: int | None = None) -> CfgNode:
