@@ -22,8 +22,8 @@ from stvit_video.inference.load import open_checkpoint
 from stvit_video.models import create_model, load_pretrained
 from stvit_video.models.zoo import build_model
 from stvit_video.predict import Predictor
-from stvit_video.runs.checkpoint import check_all_loaded, save_weights
-from stvit_video.runs.preflight import build_filled_batch
+from stvit_video.runs.checkpoint import check_all_loaded, load_newest, save_weights
+from stvit_video.runs.preflight import build_filled_batch, build_fitting_sampling
 from stvit_video.runtime.world import World
 from tests.conftest import REPOSITORY, data_config
 
@@ -93,6 +93,46 @@ def test_three_videos_per_class_are_enough(
     assert "TRAIN.BATCH_SIZE 8 is lowered to 2: there are no more training videos" in capsys.readouterr().out
     assert run.main(["--cfg", str(CONFIG), *words]) == 0  # the same run: its settings are those that were given
     assert "is finished" in capsys.readouterr().out
+
+
+def test_sampling_fits_short_videos(
+    my_videos: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Clips of 8 frames with a stride of 4 are longer than the videos of 20 frames."""
+    words = ["--cfg", str(CONFIG), "DATA.ROOT", str(my_videos), "MODEL.INIT", str(checkpoint), "DATA.STRIDE", "4"]
+    words += ["TRAIN.EPOCHS", "1", "DATA.WORKERS", "0", "OUTPUT_DIR"]
+    reason = "12 of 12 training videos are shorter than a clip of 29 frames"
+    assert run.main([*words, str(tmp_path / "fit")]) == 0
+    assert f"\nDATA.SAMPLING is uniform (DATA.SHORT_VIDEOS): {reason}\n" in capsys.readouterr().out
+    assert json.loads((tmp_path / "fit" / "results.json").read_text())["short_videos"] == 0
+    assert Predictor.load(tmp_path / "fit").input.settings["DATA.SAMPLING"] == "uniform"
+    assert load_newest(tmp_path / "fit" / "checkpoints")["setup"]["sampling"] == "uniform"
+    recorded = ["--cfg", str(tmp_path / "fit" / "config.yaml"), "MODE", "test", "OUTPUT_DIR", str(tmp_path / "again")]
+    assert run.main([*recorded, "MODEL.INIT", str(tmp_path / "fit" / "model.safetensors")]) == 0
+    assert "DATA.SAMPLING is uniform (DATA.SHORT_VIDEOS): as for training\n" in capsys.readouterr().out
+    tables = [(tmp_path / name / "predictions.csv").read_bytes() for name in ("fit", "again")]
+    assert tables[0] == tables[1]
+
+    assert run.main([*words, str(tmp_path / "still"), "DATA.SHORT_VIDEOS", "repeat"]) == 0
+    said = capsys.readouterr().out
+    assert f"\n{reason}; clips of them stand still at their end: lower DATA.STRIDE, or set DATA.SAMPLING" in said
+    assert "on 2 of 2 videos (100.0 % coverage, 2 x 1 views, 2 shorter than a clip)" in said
+    results = json.loads((tmp_path / "still" / "results.json").read_text())
+    assert results["short_videos"] == 2
+    assert results["gflops_per_video"] == results["gflops"]  # of the two clips, which are the same, one was scored
+
+
+def test_a_run_that_continues_keeps_its_sampling(my_videos: Path, checkpoint: Path) -> None:
+    """Also where it began before there was a choice."""
+    cfg = load_config(CONFIG, ["DATA.ROOT", str(my_videos), "MODEL.INIT", str(checkpoint), "DATA.STRIDE", "4"])
+    videos = {"train": build_lists(cfg).videos("train")}
+
+    def chosen(state: dict | None) -> str:
+        return build_fitting_sampling(cfg, World(0, 1, torch.device("cpu")), videos, state, None)[0].DATA.SAMPLING
+
+    assert chosen(None) == "uniform"
+    assert chosen({"setup": {}}) == "dense"
+    assert [chosen({"setup": {"sampling": name}}) for name in ("dense", "uniform")] == ["dense", "uniform"]
 
 
 def test_the_network_and_its_clips_are_the_checkpoints(checkpoint: Path, my_videos: Path) -> None:

@@ -2,6 +2,7 @@
 
 import atexit
 import multiprocessing
+import os
 import signal
 from collections.abc import Iterator
 from functools import partial
@@ -108,7 +109,9 @@ def build_train_loader(cfg: CfgNode, world: World, videos: list[Video], label_co
         ),
         late=cfg.DATA.TRANSFORM_ON == "device",
     )
-    decoding = build_decoding(cfg, cfg.DATA.SHORT_SIDE[1])
+    decoding = build_decoding(
+        cfg, cfg.DATA.SHORT_SIDE[1], cache=cfg.OUTPUT_DIR and os.path.join(cfg.OUTPUT_DIR, "index")
+    )
     dataset = VideoDataset(
         videos=videos,
         sampler=build_sampler(cfg),
@@ -154,7 +157,7 @@ def build_test_loader(
 ) -> DataLoader:
     """Return a loader of ``clips`` x ``crops`` views of each of the videos of ``split``."""
     views = build_test_views(cfg, clips, crops)
-    decoding = build_decoding(cfg, cfg.TEST.SHORT_SIDE)
+    decoding = build_decoding(cfg, cfg.TEST.SHORT_SIDE, os.path.join(cfg.OUTPUT_DIR, "index"))
     dataset = VideoDataset(
         videos=videos,
         sampler=build_sampler(cfg),
@@ -193,9 +196,9 @@ def build_sampler(cfg: CfgNode) -> Sampling:
     return ClipSampler(cfg.DATA.SAMPLING, cfg.DATA.FRAMES, cfg.DATA.STRIDE, cfg.DATA.FPS)
 
 
-def build_decoding(cfg: CfgNode, short_side: int) -> Decoding:
-    """Return what reads frames, with the configured decoders and deadline; ``short_side`` as in ``open_video``."""
-    return Decoding(find_decoders(cfg.DATA.DECODER, "DATA.DECODER"), cfg.DATA.DEADLINE_S, short_side)
+def build_decoding(cfg: CfgNode, short_side: int, cache: str | None = None) -> Decoding:
+    """Return what reads frames, with the configured decoders and deadline; the rest as in ``Decoding``."""
+    return Decoding(find_decoders(cfg.DATA.DECODER, "DATA.DECODER"), cfg.DATA.DEADLINE_S, short_side, cache)
 
 
 def _build_loader(cfg: CfgNode, world: World, dataset: VideoDataset, sampler: Sampler) -> DataLoader:

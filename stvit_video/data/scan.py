@@ -24,7 +24,9 @@ CAUSES = {
     "took too long": "took more than",
     "crashed the decoder": "made its decoder crash",
     "does not fit into memory": "does not fit into memory",
-    "frames cannot be decoded": "frames cannot be decoded| is damaged|the file ends before",
+    "frames cannot be decoded": "cannot be decoded| damaged|the file ends before|shows [0-9]+ of",
+    "cut short": "is cut short",
+    "changes its size": "changes its size",
     "holds no video": "has no frames|has no video stream",
     "cannot be opened": "cannot be opened as video|cannot be read as an image",
 }

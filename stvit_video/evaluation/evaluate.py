@@ -71,9 +71,9 @@ def describe_videos(
             if len(batch.labels):
                 clips = batch.to(world.device).make_clips()
                 with autocast(world.device, precision):
-                    figures = describe(clips).float()
-                views = len(figures) // len(batch.labels)
-                rows.append((batch.indices, batch.labels, figures.unflatten(0, (-1, views)).mean(dim=1).cpu()))
+                    figures = batch.expand(describe(clips).float()).mean(dim=1).cpu()
+                computed = torch.stack([batch.different_views, batch.short.long()], dim=1)
+                rows.append((batch.indices, batch.labels, figures, computed))
                 if partial is not None and not batch.failures:
                     partial.add(rows[-1])
                 done += len(batch.labels)
@@ -89,6 +89,7 @@ def describe_videos(
     shards = gather_objects(world, (rows, failures))
     predictions = _join([(kept, []), *shards], len(loader.dataset))  # type: ignore[arg-type]
     predictions.kept = sum(len(indices) for indices, *_ in kept)
+    predictions.kept_views = sum(int(computed[:, 0].sum()) for *_, computed in kept)
     return predictions
 
 
@@ -102,7 +103,7 @@ def _join(shards: list[tuple[list[ScoredBatch], list[Failure]]], total: int) -> 
             f"{failures[0].message}. Check DATA.ROOT and the list.",
             failures,
         )
-    indices, labels, scores = (torch.cat(column) for column in zip(*rows, strict=True))
+    indices, labels, scores, computed = (torch.cat(column) for column in zip(*rows, strict=True))
     order = indices.argsort()
     strange = ~scores.isfinite().all(dim=1)
     if strange.any():
@@ -111,7 +112,8 @@ def _join(shards: list[tuple[list[ScoredBatch], list[Failure]]], total: int) -> 
             f"{int(indices[strange].min()) + 1} of the list; use PRECISION fp32, or other weights."
         )
     assert len(indices.unique()) == len(indices) == total - len(failures), "a video was lost or counted twice"
-    return predictions_for(labels)(scores[order], labels[order], indices[order], total, failures)
+    made = predictions_for(labels)
+    return made(scores[order], labels[order], indices[order], total, failures, computed[order])
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ class Tester:
         classes = self.run.classes
         loader: Any = self.loader
         key = fingerprint(model, weights_hash(model.state_dict()), loader.dataset, self.precision, 0)
-        key = f"{key} in batches of {loader.batch_sampler.batch}"
+        key = f"{key} in batches of {loader.batch_sampler.batch}, views counted"
         partial = PartialScores(folder.partial_scores, key, world.rank)
         how: dict[str, Any] = {"title": "test", "partial": partial, "signals": signals}
         try:
@@ -146,17 +148,19 @@ class Tester:
             failed = earlier + error.failures
             on_main(world, lambda: folder.write_failures(failed))
             raise
-        views = self.about["views"]["clips"] * self.about["views"]["crops"]
         scored = len(predictions.labels)
-        fresh = scored - predictions.kept  # scored by this start, not by an earlier one
+        views, short = predictions.computed.sum(dim=0).tolist()  # of all scored videos
+        fresh = views - predictions.kept_views  # computed by this start, not by an earlier one
         results = {
             **self.about,
+            "gflops_per_video": self.run.cost.gflops * views / scored,  # equal views are computed once
             **predictions.figures(),
             "coverage": predictions.coverage,
             "videos": predictions.total,
             "scored": scored,
             "failed": len(predictions.failures),
-            "clips_per_second": fresh * views / (time.monotonic() - started) if fresh else None,
+            "short_videos": short,  # of the scored ones, shorter than a clip
+            "clips_per_second": fresh / (time.monotonic() - started) if fresh else None,
         }
 
         def write() -> dict[str, Any]:
@@ -183,7 +187,6 @@ def build_tester(run: OpenRun) -> Tester:
         "views": views,
         "parameters": run.cost.parameters,
         "gflops": run.cost.gflops,
-        "gflops_per_video": run.cost.gflops * cfg.TEST.CLIPS * cfg.TEST.CROPS,
         "precision": cfg.PRECISION,
         "processes": run.world.size,
     }

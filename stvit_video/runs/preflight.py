@@ -18,6 +18,8 @@ from stvit_video.config.load import override
 from stvit_video.data import sample
 from stvit_video.data.lists.annotations import Video, summarise_videos
 from stvit_video.data.lists.videos import build_lists
+from stvit_video.data.loader import build_sampler
+from stvit_video.data.short_videos import count_short
 from stvit_video.models import LoadReport, load_pretrained
 from stvit_video.models.cost import Cost, count_training_memory, measure_cost
 from stvit_video.models.weights.files import Checkpoint, read_checkpoint
@@ -121,11 +123,15 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
     model = build_model(cfg, len(classes))
     checkpoint = opened.checkpoint if opened else read_checkpoint(source) if source else None
     report = build_weights(cfg, model, checkpoint, classes, multi_label) if source and checkpoint else None
+    short = ""  # on videos that are shorter than a clip
+    if purpose != "measure":
+        cfg, short = build_fitting_sampling(cfg, world, videos, state, checkpoint)
     cost = measure_cost(model, (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE))
     summary = _build_summary(cfg, world, cost, len(classes), videos, multi_label)
     if world.is_main and asked > cfg.TRAIN.BATCH_SIZE:
         reason = "as the run began" if state is not None else "there are no more training videos"
         summary += f"\nTRAIN.BATCH_SIZE {asked} is lowered to {cfg.TRAIN.BATCH_SIZE}: {reason}"
+    summary = "\n".join(filter(None, [summary, short if world.is_main else ""]))
     checkpoint = checkpoint if cfg.MODE == "transfer" else None
     read = (cfg, world, folder, classes, videos, view_settings(cfg))
     return OpenRun(*read, model, cost, summary, checkpoint, report, state, multi_label)
@@ -162,6 +168,36 @@ def build_filled_batch(cfg: CfgNode, world: World, videos: int, kept: int | None
     if not 0 < most < cfg.TRAIN.BATCH_SIZE:
         return cfg
     return override(cfg, [("TRAIN.BATCH_SIZE", most)], "the training list")
+
+
+def build_fitting_sampling(
+    cfg: CfgNode,
+    world: World,
+    videos: dict[str, list[Video]],
+    state: dict[str, Any] | None,
+    checkpoint: Checkpoint | None,
+) -> tuple[CfgNode, str]:
+    """Return the configuration with sampling that fits the videos, and lines on those that are shorter than a clip.
+
+    What fits is found, where DATA.SHORT_VIDEOS asks for it, when a training run begins. After that it is the run's.
+    """
+    known, reason = None, ""
+    if cfg.DATA.SHORT_VIDEOS == "repeat" or cfg.MODE == "transfer":
+        known = cfg.DATA.SAMPLING
+    elif state is not None:
+        known, reason = state["setup"].get("sampling", cfg.DATA.SAMPLING), "as the run began"
+    elif cfg.MODE == "test" and checkpoint is not None:
+        known = (checkpoint.metadata.get("views") or {}).get("DATA.SAMPLING", cfg.DATA.SAMPLING)
+        reason = "as for training"
+    uniform = override(cfg, [("DATA.SAMPLING", "uniform")], "DATA.SHORT_VIDEOS")
+    samplers = [build_sampler(cfg), build_sampler(uniform)]
+    split = "train" if "train" in videos else "test"
+    own, spread = on_main(world, lambda: count_short(videos[split], split, samplers))
+    sampling = known or ("uniform" if 2 * own.short > own.looked_at else cfg.DATA.SAMPLING)
+    if sampling == cfg.DATA.SAMPLING:
+        return cfg, own.line
+    lines = [f"DATA.SAMPLING is {sampling} (DATA.SHORT_VIDEOS): {reason or own.line.partition(';')[0]}", spread.line]
+    return override(cfg, [("DATA.SAMPLING", sampling)], "DATA.SHORT_VIDEOS"), "\n".join(filter(None, lines))
 
 
 def build_weights(

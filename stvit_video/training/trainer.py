@@ -328,8 +328,13 @@ def build_trainer(run: OpenRun) -> Trainer:
         multi_label=run.multi_label,
     )
     setup = {"processes": world.size, "strategy": cfg.PARALLEL.STRATEGY, "accumulation": cfg.TRAIN.ACCUMULATE}
-    setup |= {"compile": cfg.COMPILE, "device": world.device.type, "batch": cfg.TRAIN.BATCH_SIZE}
-    setup["multi_label"] = run.multi_label
+    setup |= {
+        "compile": cfg.COMPILE,
+        "device": world.device.type,
+        "batch": cfg.TRAIN.BATCH_SIZE,
+        "sampling": cfg.DATA.SAMPLING,
+        "multi_label": run.multi_label,
+    }
     scheduler = build_scheduler(cfg, optimizer, steps_per_epoch, total)
     return Trainer(
         model, wrapped, optimizer, scheduler, loader, world, settings, total, setup, ema_model, eval_model, val_loader

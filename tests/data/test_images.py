@@ -11,7 +11,7 @@ from stvit_video.data.decode.types import DecodeError
 
 
 def read_image(path: Path, short_side: int | None = None) -> np.ndarray:
-    reader = open_video(str(path), short_side)
+    reader = open_video(str(path), short_side=short_side)
     assert reader.length == 1
     return reader.frames(np.array([0]))[0]
 

@@ -11,6 +11,8 @@ from stvit_video.data.decode.types import (
     DecodeError,
     Frames,
     Indices,
+    Reader,
+    Segments,
     Times,
     decode_errors,
     natural_order,
@@ -21,7 +23,7 @@ from stvit_video.data.decode.types import (
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
-class ImageReader:
+class ImageReader(Reader):
     """Reads an image as a video of one frame, a folder of images of one size as a video of its frames.
 
     The images of a folder are taken in the natural order of their names. Raises DecodeError.
@@ -45,7 +47,10 @@ class ImageReader:
             return np.zeros(1)
         raise DecodeError(self.path, "is a folder of frames without a frame rate; unset DATA.FPS", "pillow")
 
-    def frames(self, indices: Indices) -> Frames:
+    def segments(self) -> Segments:
+        return [(0, self.length)]
+
+    def _read(self, indices: Indices) -> Frames:
         images = []
         for index in indices:
             image = self._first if index == 0 else read_image(self.paths[index], self.short_side)
@@ -54,9 +59,6 @@ class ImageReader:
                 raise DecodeError(self.path, f"{name} is of another size than the first frame", "pillow")
             images.append(image)
         return np.stack(images)
-
-    def close(self) -> None:
-        """Do nothing: no file is held open."""
 
 
 def read_image(path: str, short_side: int | None) -> Frames:
