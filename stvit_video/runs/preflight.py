@@ -114,7 +114,8 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
         if not folder.weights.is_file():
             raise UsageError(f"MODE test: {source} is missing; give MODEL.INIT FILE or a finished run's OUTPUT_DIR.")
     classes, videos = (opened.classes, opened.videos) if opened else open_lists(cfg, world, needs_weights=needs_weights)
-    multi_label = is_multi_label(videos, state)
+    multi_label = is_multi_label(videos)
+    _check_continued(state, classes, videos, multi_label)
     asked = cfg.TRAIN.BATCH_SIZE
     if purpose != "measure" and cfg.MODE == "train":
         kept = None if state is None else state["setup"].get("batch")  # its steps go on with the same videos
@@ -137,25 +138,15 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
     return OpenRun(*read, model, cost, summary, checkpoint, report, state, multi_label)
 
 
-def is_multi_label(videos: Mapping[str, Sequence[Video]], state: dict[str, Any] | None) -> bool:
-    """Return whether a video may have several labels, or none.
-
-    Raises UsageError for a split without any label, and where the run that is continued began with another kind.
-    """
+def is_multi_label(videos: Mapping[str, Sequence[Video]]) -> bool:
+    """Return whether a video may have several labels, or none. Raises UsageError for a split without any label."""
     for split, found in videos.items():
         if not any(video.label >= 0 for video in found):
             raise UsageError(
                 f"DATA.{split.upper()}_LIST: none of its {len(found):,} videos has a label, so there is nothing to "
                 f"learn or to measure; correct the list."
             )
-    multi_label = any(video.labels is not None for found in videos.values() for video in found)
-    if state is not None and state["setup"].get("multi_label", False) != multi_label:
-        raise UsageError(
-            f"OUTPUT_DIR holds a run that began with videos of {LABELS[not multi_label]} each, and those of "
-            f"DATA.TRAIN_LIST now have {LABELS[multi_label]}; put the list back, give another OUTPUT_DIR, or OVERWRITE "
-            f"True."
-        )
-    return multi_label
+    return any(video.labels is not None for found in videos.values() for video in found)
 
 
 def build_filled_batch(cfg: CfgNode, world: World, videos: int, kept: int | None = None) -> CfgNode:
@@ -226,6 +217,27 @@ def build_weights(
         )
     options = {"new_head": cfg.MODEL.NEW_HEAD, "motion": cfg.MODEL.INIT_MOTION, "depth": cfg.MODEL.INIT_DEPTH}
     return load_pretrained(model, checkpoint, min_coverage=least, **options)
+
+
+def _check_continued(
+    state: dict[str, Any] | None, classes: list[str], videos: dict[str, list[Video]], multi_label: bool
+) -> None:
+    """Raise UsageError where a run would continue on other data than it recorded."""
+    if state is None:
+        return
+    if state["setup"].get("multi_label", False) != multi_label:
+        raise UsageError(
+            f"the run began with videos of {LABELS[not multi_label]} each, and those of DATA.TRAIN_LIST now have "
+            f"{LABELS[multi_label]}; put the list back, give another OUTPUT_DIR, or OVERWRITE True."
+        )
+    found = {"classes": classes, "videos": len(videos["train"])}
+    for name, now in found.items():
+        then = state["setup"].get(name, now)
+        if then != now:
+            raise UsageError(
+                f"the run began with {name} {str(then)[:200]}, and now they are {str(now)[:200]}; restore the data, or "
+                f"OVERWRITE True starts the training again."
+            )
 
 
 def open_lists(cfg: CfgNode, world: World, *, needs_weights: bool) -> tuple[list[str], dict[str, list[Video]]]:
