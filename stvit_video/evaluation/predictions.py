@@ -42,8 +42,7 @@ class Predictions:
     indices: Tensor
     total: int  # videos in the list
     failures: list[Failure] = field(default_factory=list)
-    # How many views of each video were computed, and 1 where it is shorter than a clip (N, 2).
-    computed: Tensor = field(default_factory=lambda: torch.zeros(1, 2))
+    computed: Tensor = field(default_factory=lambda: torch.zeros(1, 2))  # (N, 2): see ScoredBatch
     kept: int = 0  # videos whose scores are from an earlier, interrupted test
     kept_views: int = 0  # that were computed for them
 

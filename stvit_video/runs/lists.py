@@ -13,7 +13,6 @@ from stvit_video.data.lists.checks import check_count, check_lists, describe_lis
 from stvit_video.data.lists.videos import ListReader, build_lists
 from stvit_video.models.weights.files import Checkpoint
 from stvit_video.models.zoo import build_model
-from stvit_video.runs.folder import RunFolder
 from stvit_video.runtime.world import World, on_main
 
 SOME_CLASSES = 2  # to see whether a network can be built, before its data are there to count
@@ -47,19 +46,16 @@ def build_known(
 
 
 def check_continued(
-    state: dict[str, Any] | None,
-    folder: RunFolder,
-    classes: list[str],
-    videos: dict[str, list[Video]],
-    multi_label: bool,
+    state: dict[str, Any] | None, classes: list[str], videos: dict[str, list[Video]], multi_label: bool
 ) -> None:
     """Raise UsageError where a run would continue on other data than it recorded."""
     if state is None:
         return
     if state["setup"].get("multi_label", False) != multi_label:
-        now = f"{LABELS[not multi_label]} each, and those of DATA.TRAIN_LIST now have {LABELS[multi_label]}"
-        what = f"OUTPUT_DIR {folder.path} holds a run that began with videos of {now}"
-        raise UsageError(f"{what}; put the list back, give another OUTPUT_DIR, or OVERWRITE True.")
+        raise UsageError(
+            f"the run began with videos of {LABELS[not multi_label]} each, and those of DATA.TRAIN_LIST now have "
+            f"{LABELS[multi_label]}; put the list back, give another OUTPUT_DIR, or OVERWRITE True."
+        )
     found: dict[str, object] = {"classes": classes, "videos": len(videos["train"])}
     for name, value in found.items():
         then = state["setup"].get(name, value)

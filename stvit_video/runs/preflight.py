@@ -115,7 +115,7 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
         )
     checkpoint = opened.checkpoint if opened else read(source) if source else None
     multi_label = is_multi_label(videos)
-    check_continued(state, folder, classes, videos, multi_label)
+    check_continued(state, classes, videos, multi_label)
     asked = cfg.TRAIN.BATCH_SIZE
     if purpose != "measure" and cfg.MODE == "train":
         kept = None if state is None else state["setup"].get("batch")  # its steps go on with the same videos

@@ -345,9 +345,9 @@ def build_trainer(run: OpenRun) -> Trainer:
         "device": world.device.type,
         "batch": cfg.TRAIN.BATCH_SIZE,
         "sampling": cfg.DATA.SAMPLING,
+        "multi_label": run.multi_label,
     }
     setup |= {"classes": run.classes, "videos": len(run.videos["train"])}  # open_run keeps them
-    setup["multi_label"] = run.multi_label
     scheduler = build_scheduler(cfg, optimizer, steps_per_epoch, total)
     return Trainer(
         model, wrapped, optimizer, scheduler, loader, world, settings, total, setup, ema_model, eval_model, val_loader
