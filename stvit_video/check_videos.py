@@ -6,7 +6,6 @@ with the reason. Both are written only when the scan is complete. No video is ch
 with failures; 2 wrong use; 130 Ctrl-C.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -16,6 +15,7 @@ from stvit_video.common.cli import Parser, number, run_command
 from stvit_video.common.errors import UsageError
 from stvit_video.data.clips.sampling import ClipSampler
 from stvit_video.data.decode.frames import DECODERS, check_whole, find_decoders
+from stvit_video.runtime.limits import usable_cores
 
 
 def check(arguments: Sequence[str] | None) -> int:
@@ -28,7 +28,7 @@ def check(arguments: Sequence[str] | None) -> int:
     workers = number(int, 1, 1_000)
     deadline = number(float, 0.1, 1_000_000)
     most = number(int, 1, 10_000)
-    add("--workers", type=workers, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    add("--workers", type=workers, default=usable_cores(), help="processes (default: %(default)s)")
     add("--deadline", type=deadline, default=60.0, help="seconds a video may take (default: %(default)g)")
     add("--decoder", default="auto", choices=("auto", *DECODERS), help="auto (default): pyav")
     add = parser.add_mutually_exclusive_group().add_argument

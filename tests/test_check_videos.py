@@ -18,9 +18,8 @@ from stvit_video import check_videos
 from stvit_video.data.decode.frames import Decoding
 from stvit_video.data.decode.types import BLOCK_BYTES, DecodeError, Reader
 from stvit_video.data.failures import read_ledger
-from stvit_video.data.lists.annotations import read_list
 from stvit_video.data.scan import cause
-from tests.conftest import REPOSITORY, numbered_frames
+from tests.conftest import REPOSITORY, numbered_frames, read_list
 
 # A decord that hangs or crashes on files of these names, and first writes down its process.
 STUB = """
@@ -257,7 +256,7 @@ REFUSED = {
     "no folder of a list": (["absent/list.txt", "--output", "out"], "List absent/list.txt is not a file"),
     "no label": (["bare.txt", "--output", "out"], "has no label"),
     "a video": (["good.mp4", "--output", "out"], "is not UTF-8 text"),
-    "rows of several lines": (["split.csv", "--output", "out"], "rows that are empty or of several lines"),
+    "rows of several lines": (["split.csv", "--output", "out"], "rows of several lines"),
     "no output": (["list.txt"], "--output"),
     "output is a file": (["list.txt", "--output", "good.mp4"], "File exists"),
     "output is in a file": (["list.txt", "--output", "good.mp4/out"], "Not a directory"),
@@ -280,7 +279,7 @@ def test_wrong_use_is_one_line(
     Path("old").mkdir()
     for name in ("list.txt", "old/clean.txt"):
         Path(name).write_text("good.mp4 0\n")
-    Path("bare.txt").write_text("good.mp4\n")
+    Path("bare.txt").write_text("good.mp4 0\ncut.mp4\n")
     Path("split.csv").write_text('label,youtube_id,time_start,time_end\n"ab\nc",x,1,11\n')
     assert check_videos.main(arguments) == 2
     said = capsys.readouterr().err

@@ -25,6 +25,7 @@ class Key:
     high: float | None = None
     kind: type | None = None
     length: int | None = None
+    before: Any = None  # what a recorded configuration without the key stands for: what the code did before it
 
     @property
     def is_list(self) -> bool:
@@ -106,7 +107,18 @@ KEYS = (
     Key("DATA.VAL_LIST", "val.csv", "same, scored while training; empty: no validation"),
     Key("DATA.TEST_LIST", "test.csv", "same, for the final multi-view test"),
     Key("DATA.SPLIT", None, "train, val, test percent where one list is all", kind=int, length=3, low=0, high=100),
+    Key(
+        "DATA.GROUP",
+        "auto",
+        "keeps cuts of one recording together in DATA.SPLIT: a regular expression on paths whose first group names "
+        "the recording; auto: names as in UCF, HMDB and Kinetics; empty: none",
+        before="",
+    ),
     Key("DATA.CLASSES", "", "file: one class name a line in the order of the labels, or JSON {name: label}"),
+    Key("DATA.MULTI_LABEL", None, "several labels a video: sigmoid, mAP; not set: as the list says", kind=bool),
+    Key("DATA.COLUMNS", "", "of lines with more numbers than the label, as in 'path start_frame stop_frame label'"),
+    Key("DATA.LABEL", "", "column of the labels in a CSV that has several, as noun_class in EPIC-Kitchens"),
+    Key("DATA.FRAME_PATTERN", "", "names of frames where other pictures lie beside: img_{:05}.jpg or img_*", before=""),
     Key("DATA.GENERATE", "", "write this generated set to DATA.ROOT first", ("", "sample", "sample_hard")),
     Key("DATA.GENERATE_CLIPS", [3072, 256, 512], "training, validation and test videos to generate", length=3, low=8),
     Key("DATA.FRAMES", 16, "frames of a clip", low=1),

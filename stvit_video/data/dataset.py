@@ -3,7 +3,7 @@
 Each training sample draws from a generator seeded by (seed, epoch, index): it is the same in any worker or process.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from stvit_video.common.errors import RunFailure
 from stvit_video.data.clips.sampling import Sampling
+from stvit_video.data.clips.sections import within
 from stvit_video.data.clips.transforms import Seed, TestViews, TrainViews
 from stvit_video.data.decode.frames import Decoding, FrameRequest
-from stvit_video.data.decode.types import Choice, DecodeError
+from stvit_video.data.decode.types import Choice, DecodeError, DecoderKilled
 from stvit_video.data.failures import Failure
 from stvit_video.data.lists.annotations import Video
+from stvit_video.runtime.limits import describe_memory
 
 MAX_TRIES = 10
 
@@ -35,7 +38,7 @@ class Sample:
     """One video: its pixels (n, h, w, 3), or None where it cannot be read, and its index in the list."""
 
     pixels: Tensor | None
-    label: int
+    label: int | Tensor  # of a multi-label set, 0 or 1 for each class (classes,)
     index: int
     seed: Seed
     failures: list[Failure]
@@ -44,7 +47,10 @@ class Sample:
 
 @dataclass
 class Batch:
-    """The videos of a batch: their pixels, labels (videos,) and list indices (videos,)."""
+    """The videos of a batch: their pixels, labels (videos,) and list indices (videos,).
+
+    The labels of a multi-label set are 0 or 1 for each class (videos, classes).
+    """
 
     pixels: Tensor  # uint8, those of all videos in one flat tensor: one file descriptor between processes
     shapes: list[torch.Size]
@@ -97,8 +103,8 @@ class Batch:
 
     @property
     def clip_labels(self) -> Tensor:
-        """The label of each clip (videos * views,)."""
-        return self.labels.repeat_interleave(self.views.clips * self.views.crops)
+        """The label of each clip (videos * views,), or its labels (videos * views, classes)."""
+        return self.labels.repeat_interleave(self.views.clips * self.views.crops, dim=0)
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch with its pixels and labels on another device."""
@@ -118,7 +124,7 @@ def collate(samples: list[Sample], views: TrainViews | TestViews) -> Batch:
         pixels=torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8),
         shapes=[pixels.shape for _, pixels, _ in read],
         seeds=[sample.seed for sample, *_ in read],
-        labels=torch.tensor([sample.label for sample, *_ in read], dtype=torch.int64),
+        labels=torch.stack([torch.as_tensor(sample.label) for sample, *_ in read]) if read else torch.empty(0),
         indices=torch.tensor([sample.index for sample, *_ in read], dtype=torch.int64),
         views=views,
         failures=[failure for sample in samples for failure in sample.failures],
@@ -141,7 +147,9 @@ class VideoDataset(Dataset[Sample]):
     views: TrainViews | TestViews
     decoding: Decoding
     stage: str  # that of the failures
+    label_columns: int | None = None  # the classes of a multi-label set; None: one label a video
     seed: int = 0  # of training
+    on_video: Callable[[], None] = lambda: None  # called after each video
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -163,21 +171,39 @@ class VideoDataset(Dataset[Sample]):
     def _read(self, keys: Sequence[SampleKey | int]) -> list[Sample]:
         """Return the samples of the keys; a video is decoded while the one before is transformed."""
         samples = []
-        for key, frames in zip(keys, self.decoding.read_all(map(self.request, keys)), strict=True):
+        requests = [self.request(key) for key in keys]
+        for i in range(len(requests) - 1):  # a file stays open where its next section follows
+            if requests[i].path == requests[i + 1].path:
+                requests[i] = replace(requests[i], keep_open=True)
+        for key, frames in zip(keys, self.decoding.read_all(requests), strict=True):
             index, seed, _ = self._plan(key)
-            label = self.videos[index].label
+            label = self._label(self.videos[index])
+            if isinstance(frames, DecoderKilled):  # to leave out videos by chance would falsify the figures
+                raise RunFailure(f"{frames}; {describe_memory()}")
             if isinstance(frames, DecodeError):
-                samples.append(Sample(None, label, index, (), [Failure.of(frames, self.stage)]))
+                samples.append(
+                    Sample(None, label, index, (), [Failure.of(frames, self.stage, self.videos[index].name)])
+                )
             else:
                 pixels = self.views.prepare(frames, seed)
                 samples.append(Sample(pixels, label, index, seed, [], bool(self.decoding.judgement)))
+            self.on_video()
         return samples
+
+    def _label(self, video: Video) -> int | Tensor:
+        if self.label_columns is None:
+            return video.label
+        labels = (video.label,) if video.labels is None else video.labels
+        return torch.zeros(self.label_columns).index_fill_(0, torch.tensor(labels, dtype=torch.int64), 1)
 
     def request(self, key: SampleKey | int) -> FrameRequest:
         """Return which frames to decode for ``key``."""
         index, _, choice = self._plan(key)
-        request = self.decoding.request(self.videos[index].path, choice)
-        return replace(request, judge=self.sampler.is_short) if isinstance(key, int) else request
+        video = self.videos[index]
+        request = self.decoding.request(video.path, within(choice, video.section, video.path))
+        if isinstance(key, int):
+            return replace(request, judge=within(self.sampler.is_short, video.section, video.path))
+        return request
 
     def _plan(self, key: SampleKey | int) -> tuple[int, Seed, Choice]:
         """Return the index of a key's video, the seed of its sample, and the choice of its frames."""

@@ -23,7 +23,6 @@ from stvit_video.data.clips.timeline import KnownTimes
 from stvit_video.data.decode.av_file import AV_ERRORS
 from stvit_video.data.decode.types import (
     GAP_S,
-    IMAGE_SUFFIXES,
     MEDIA_SUFFIXES,
     VIDEO_SUFFIXES,
     DecodeError,
@@ -37,6 +36,7 @@ from stvit_video.data.decode.types import (
     natural_order,
     reduced_size,
 )
+from stvit_video.data.lists.folders import describe_passed_over, find_media
 
 TIMEOUT_S = 15.0  # to open a stream, and for each of its packets
 JOIN_S = 2.0  # how long to wait for a thread to end
@@ -48,11 +48,12 @@ LiveFrame = tuple[int, float, VideoFrame]  # of a stream: the number of its segm
 Piece = TypeVar("Piece")
 
 
-def find_sources(names: Sequence[str], images: bool = False) -> tuple[list[str], str | None]:
+def find_sources(names: Sequence[str], images: bool = False) -> tuple[list[str], str | None, str]:
     """Return the files that ``names`` stand for, without duplicates, or else the one camera, stream or pipe.
 
-    A file is itself, whatever its ending. A folder stands for the videos in it and below, with ``images`` for the
-    images too; a folder of images alone is one video, its frames. A pattern (``*``, ``?``, ``[...]``, ``**``) stands
+    The third value says what folders hold that is not used, or is "". A file is itself, whatever its ending. A folder
+    stands for the videos in it and below, which folders of frames are too, with ``images`` for each image instead; a
+    folder of images alone is one video, its frames. A pattern (``*``, ``?``, ``[...]``, ``**``) stands
     for what it matches. Any other name is returned as it is: reading it fails later, with an error of its own.
     Raises UsageError for a folder or pattern without files, and for a stream beside other names.
     """
@@ -60,32 +61,37 @@ def find_sources(names: Sequence[str], images: bool = False) -> tuple[list[str],
     if live is not None:
         if len(names) > 1:
             raise UsageError(f"{live} is a camera or stream, which does not end; give it alone.")
-        return [], live
-    suffixes = MEDIA_SUFFIXES if images else VIDEO_SUFFIXES
+        return [], live, ""
     found: list[str] = []
+    unused: list[str] = []
     for name in names:
         is_pattern = not os.path.lexists(name) and glob.has_magic(name)
         matching = sorted(glob.glob(name, recursive=True), key=natural_order) if is_pattern else [name]
-        inside = [file for match in matching for file in _in_folder(match, suffixes)]
+        inside = [file for match in matching for file in _in_folder(match, images, unused)]
         if not inside and is_pattern:
             raise UsageError(f"Nothing matches {name}; give a pattern that does, or a file or folder.")
         if not inside:
-            raise UsageError(f"Folder {name} holds no videos; give one with files ending in {', '.join(suffixes)}.")
+            kinds = MEDIA_SUFFIXES if images else VIDEO_SUFFIXES
+            raise UsageError(f"Folder {name} holds no videos; give one with files ending in {', '.join(kinds)}.")
         found += inside
-    return list(dict.fromkeys(found)), None
+    return list(dict.fromkeys(found)), None, describe_passed_over(unused, os.curdir) if unused else ""
 
 
-def _in_folder(folder: str, suffixes: tuple[str, ...]) -> list[str]:
-    """Return the files with these endings in a folder and below; what is no folder is returned as it is."""
+def _in_folder(folder: str, images: bool, unused: list[str]) -> list[str]:
+    """Return the videos, or with ``images`` the images too, of a folder; what is no folder is returned as it is.
+
+    Appends to ``unused`` what is passed over.
+    """
     if not os.path.isdir(folder):
         return [folder]
-    found = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if name[0] != "."]
-        found += [os.path.join(parent, name) for name in files if name.lower().endswith(suffixes) and name[0] != "."]
-    if not found and any(name.lower().endswith(IMAGE_SUFFIXES) and name[0] != "." for name in os.listdir(folder)):
+    found = find_media(folder, frames=1 if images else 2)
+    unused += found.passed_over
+    if images:
+        return sorted([*found.videos, *found.pictures], key=natural_order)
+    if found.pictures and not found.videos:
         return [folder]  # a video that was cut into its frames
-    return sorted(found, key=natural_order)
+    unused += found.pictures
+    return sorted(found.videos, key=natural_order)
 
 
 def is_live(name: str) -> bool:

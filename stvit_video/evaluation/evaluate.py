@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from stvit_video.common.charts import png_of_confusion
 from stvit_video.common.errors import RunFailure, Stopped, UsageError
 from stvit_video.common.files import write_atomically, write_json
 from stvit_video.common.progress import Progress
 from stvit_video.data.failures import Failure, check_failures
 from stvit_video.data.loader import build_test_loader
-from stvit_video.evaluation.scores import PartialScores, Predictions, ScoredBatch, fingerprint, weights_hash
+from stvit_video.data.workers import Loader
+from stvit_video.evaluation.predictions import Predictions, predictions_for, probabilities
+from stvit_video.evaluation.scores import PartialScores, ScoredBatch, fingerprint, weights_hash
 from stvit_video.runs.log import describe_results
 from stvit_video.runs.preflight import OpenRun
 from stvit_video.runtime.parallel import compile_model
@@ -36,16 +36,16 @@ class NothingReadError(UsageError):
         self.failures = failures
 
 
-def class_probabilities(model: nn.Module) -> Callable[[Tensor], Tensor]:
+def class_probabilities(model: nn.Module, multi_label: bool = False) -> Callable[[Tensor], Tensor]:
     """Return the map from clips (B, 3, T, H, W) to class probabilities (B, classes) of a model, set to evaluation."""
     model.eval()
-    return lambda clips: model(clips).float().softmax(dim=1)
+    return lambda clips: probabilities(model(clips), multi_label)
 
 
 @torch.no_grad()
 def describe_videos(
     describe: Callable[[Tensor], Tensor],
-    loader: DataLoader,
+    loader: Loader,
     world: World,
     precision: str,
     title: str = "",
@@ -61,12 +61,12 @@ def describe_videos(
     """
     signals = signals or StopSignals(launched=False)  # without its context, it receives none
     kept = on_main(world, partial.read) if partial is not None else []
-    loader.batch_sampler.done = {int(indices[0]) for indices, *_ in kept}  # type: ignore[union-attr]
+    loader.batch_sampler.done = {int(indices[0]) for indices, *_ in kept}
     rows: list[ScoredBatch] = []
     failures: list[Failure] = []
     done, started = 0, time.monotonic()
     with Progress(title, len(loader), enabled=bool(title) and world.is_main) as progress:
-        for batch in loader:
+        for batch in loader.batches(lambda: signals.received is not None):
             failures += batch.failures
             if len(batch.labels):
                 clips = batch.to(world.device).make_clips()
@@ -85,9 +85,9 @@ def describe_videos(
         if partial is not None:
             partial.flush()
         scored = sum(len(indices) for indices, *_ in itertools.chain(kept, *gather_objects(world, rows)))
-        raise Stopped(signals.received, f"{scored} of {len(loader.dataset)} videos")  # type: ignore[arg-type]
+        raise Stopped(signals.received, f"{scored} of {len(loader.dataset)} videos")
     shards = gather_objects(world, (rows, failures))
-    predictions = _join([(kept, []), *shards], len(loader.dataset))  # type: ignore[arg-type]
+    predictions = _join([(kept, []), *shards], len(loader.dataset))
     predictions.kept = sum(len(indices) for indices, *_ in kept)
     predictions.kept_views = sum(int(computed[:, 0].sum()) for *_, computed in kept)
     return predictions
@@ -112,7 +112,8 @@ def _join(shards: list[tuple[list[ScoredBatch], list[Failure]]], total: int) -> 
             f"{int(indices[strange].min()) + 1} of the list; use PRECISION fp32, or other weights."
         )
     assert len(indices.unique()) == len(indices) == total - len(failures), "a video was lost or counted twice"
-    return Predictions(scores[order], labels[order], indices[order], total, failures, computed[order])
+    made = predictions_for(labels)
+    return made(scores[order], labels[order], indices[order], total, failures, computed[order])
 
 
 @dataclass(frozen=True)
@@ -120,13 +121,13 @@ class Tester:
     """The multi-view test of a run: every view of every video of the test list, and the files that it writes."""
 
     run: OpenRun
-    loader: DataLoader
+    loader: Loader
     about: dict[str, Any]  # what results.json says of the run
     precision: str
     max_failures: float  # share of the list
 
     def test(self, model: nn.Module, earlier: list[Failure], signals: StopSignals) -> dict[str, Any]:
-        """Test ``model``; write results, tables, failures and confusion matrix; return the results.
+        """Test ``model``; write results, tables, failures and a picture; return the results.
 
         An interrupted test continues. ``earlier`` are failures of training. Raises Stopped after a signal to stop, when
         the scores so far are written.
@@ -135,13 +136,14 @@ class Tester:
         world = self.run.world
         folder = self.run.folder
         classes = self.run.classes
-        loader: Any = self.loader
+        loader = self.loader
         key = fingerprint(model, weights_hash(model.state_dict()), loader.dataset, self.precision, 0)
         key = f"{key} in batches of {loader.batch_sampler.batch}, views counted"
         partial = PartialScores(folder.partial_scores, key, world.rank)
         how: dict[str, Any] = {"title": "test", "partial": partial, "signals": signals}
         try:
-            predictions = describe_videos(class_probabilities(model), loader, world, self.precision, **how)
+            describe = class_probabilities(model, self.run.multi_label)
+            predictions = describe_videos(describe, loader, world, self.precision, **how)
         except NothingReadError as error:
             failed = earlier + error.failures
             on_main(world, lambda: folder.write_failures(failed))
@@ -152,8 +154,7 @@ class Tester:
         results = {
             **self.about,
             "gflops_per_video": self.run.cost.gflops * views / scored,  # equal views are computed once
-            "top1": predictions.top(1),
-            "top5": predictions.top(5),
+            **predictions.figures(),
             "coverage": predictions.coverage,
             "videos": predictions.total,
             "scored": scored,
@@ -165,11 +166,12 @@ class Tester:
         def write() -> dict[str, Any]:
             folder.write_failures(earlier + predictions.failures)
             check_failures(len(predictions.failures), predictions.total, self.max_failures, "test")
-            paths = [video.path for video in loader.dataset.videos]
+            paths = [video.name for video in loader.dataset.videos]
             folder.write_table("per_class.csv", predictions.per_class(classes))
             folder.write_table("predictions.csv", predictions.rows(paths, classes))
             write_json(folder.results, results)
-            write_atomically(folder.path / "confusion.png", png_of_confusion(predictions.confusion(), classes))
+            picture, content = predictions.picture(classes)
+            write_atomically(folder.path / picture, content)
             shutil.rmtree(folder.partial_scores, ignore_errors=True)
             print(f"{describe_results(results)}\nresults in {folder.results}", flush=True)
             return results
@@ -188,7 +190,7 @@ def build_tester(run: OpenRun) -> Tester:
         "precision": cfg.PRECISION,
         "processes": run.world.size,
     }
-    loader = build_test_loader(cfg, run.world, run.videos["test"], **views)
+    loader = build_test_loader(cfg, run.world, run.videos["test"], **views, label_columns=run.label_columns)
     return Tester(run, loader, about, cfg.PRECISION, cfg.DATA.MAX_FAILURES)
 
 

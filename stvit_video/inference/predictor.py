@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stvit_video.data.clips.timeline import KnownTimes
+from stvit_video.data.clips.timeline import KnownTimes, Part
 from stvit_video.data.dataset import Batch, Sample, collate
 from stvit_video.data.decode.frames import Decoding
-from stvit_video.data.decode.types import DecodeError, Frames, Indices
+from stvit_video.data.decode.types import DecodeError, Frames
 from stvit_video.data.streams import Span, check_seconds, clips_of_windows, read_ahead, read_windows, windows_of
+from stvit_video.evaluation.predictions import probabilities
 from stvit_video.inference.load import Trained, open_checkpoint
 from stvit_video.runtime.precision import autocast, set_precision
 from stvit_video.runtime.world import pick_device
@@ -31,7 +32,7 @@ class Window:
     span: Span | None  # None: the whole video
     decode_s: float
     model_s: float
-    repeats: bool = False  # the window is shorter than a clip, so the clip repeats frames
+    is_short: bool = False  # shorter than a clip
     segment: int = 0  # of the video, in which the window lies: time is interrupted between two
 
 
@@ -50,7 +51,10 @@ class Prediction:
 
     @property
     def scores(self) -> Tensor | None:
-        """Class probabilities (classes,), the mean over the windows; None where the video could not be read."""
+        """Class probabilities (classes,), the mean over the windows; None where the video could not be read.
+
+        Those of a multi-label model are of each class by itself, and do not add up to 1.
+        """
         return None if self.error is not None else torch.stack([window.scores for window in self.windows]).mean(dim=0)
 
     @property
@@ -99,7 +103,7 @@ class Predictor:
     ) -> None:
         self.device = pick_device(device, 0, 1)
         self.model = trained.model.to(self.device).eval()
-        self.classes = trained.classes
+        self.classes, self.multi_label = trained.classes, trained.multi_label
         self.input, self.views, self.workers = trained.input, trained.input.views, workers
         self.precision = precision or self.input.precision
         if precision is None and self.precision == "tf32" and self.device.type == "cpu":  # which has no TF32
@@ -153,43 +157,37 @@ class Predictor:
     def _read(self, window: float | None, step: float | None, decoding: Decoding, path: str) -> Iterator[Piece]:
         """Read a file whole, or window by window."""
         started = time.perf_counter()
-        clips = self.views.clips
+        clips, sampler = self.views.clips, self.input.sampler
         if window is None:
-            frames = decoding.read(decoding.request(path, partial(self.input.sampler, clips=clips)))
-            yield self._prepare(frames, started)
+            request = replace(decoding.request(path, partial(sampler, clips=clips)), judge=sampler.is_short)
+            frames = decoding.read(request)
+            yield self._prepare(frames, started, is_short=bool(decoding.judgement))
             return
         times = decoding.read_times(path)
         windows = windows_of(times, window, step or window)
         together = max(1, PIECE_FRAMES // (clips * self.views.frames))
         for first in range(0, len(windows), together):
             part = tuple(windows[first : first + together])
-            choice = partial(clips_of_windows, sampler=self.input.sampler, clips=clips, windows=part)
+            choice = partial(clips_of_windows, sampler=sampler, clips=clips, windows=part)
             frames = decoding.read(decoding.request(path, choice, keep_open=first + together < len(windows)))
-            chosen = np.split(choice(KnownTimes(times)), len(part))
-            for found, shown, indices in zip(part, np.split(frames, len(part)), chosen, strict=True):
-                yield self._prepare(shown, started, found.span, found.segment, indices)
+            for found, shown in zip(part, np.split(frames, len(part)), strict=True):
+                is_short = not sampler.places(Part(KnownTimes(times), found.start, found.stop))
+                yield self._prepare(shown, started, found.span, found.segment, is_short)
                 started = time.perf_counter()
 
     def _read_live(self, window: float, step: float, address: str) -> Iterator[Piece]:
         for found in read_windows(address, window, step, self.views.short_side):
             started = time.perf_counter()
-            indices = self.input.sampler.choose(found.times, self.views.clips, None)
-            yield self._prepare(
-                np.stack([found.frames[i] for i in indices]), started, found.span, found.segment, indices
-            )
+            sampler = self.input.sampler
+            shown = np.stack([found.frames[i] for i in sampler.choose(found.times, self.views.clips, None)])
+            yield self._prepare(shown, started, found.span, found.segment, not sampler.places(found.times))
 
     def _prepare(
-        self,
-        frames: Frames,  # (clips * frames, H, W, 3)
-        started: float,
-        span: Span | None = None,
-        segment: int = 0,
-        indices: Indices | None = None,  # of a window's frames: they show which repeat
+        self, frames: Frames, started: float, span: Span | None = None, segment: int = 0, is_short: bool = False
     ) -> Piece:
         pixels = self.views.prepare(frames)
-        repeats = indices is not None and bool((np.diff(indices.reshape(-1, self.views.frames)) == 0).any())
         decode_s = time.perf_counter() - started
-        return pixels, partial(Window, span=span, decode_s=decode_s, repeats=repeats, segment=segment)
+        return pixels, partial(Window, span=span, decode_s=decode_s, is_short=is_short, segment=segment)
 
     def _score_all(self, names: Sequence[str], start: Start, batch_size: int) -> Iterator[tuple[int, Window | End]]:
         """Read and score videos in order: yield (index, window), and at the end of each (index, error or None)."""
@@ -207,7 +205,7 @@ class Predictor:
         if pixels:
             batch = self._collate(pixels)
             with torch.no_grad(), autocast(self.device, self.precision):
-                views = self.model(batch.make_clips()).float().softmax(dim=1)
+                views = probabilities(self.model(batch.make_clips()), self.multi_label)
             rows = iter(batch.expand(views).mean(dim=1).cpu())
             seconds = (time.perf_counter() - started) / len(pixels)
         for i, item in waiting:

@@ -99,7 +99,7 @@ def write_clip_page(
         if (output / name).exists() and (output / name).samefile(video):
             raise UsageError(f"--output {output} would replace VIDEO {video} itself; give another folder.")
     prepare_folder(output)
-    explanation = explain(trained.model, clip.tensor, target)
+    explanation = explain(trained.model, clip.tensor, target, trained.multi_label)
     label = classes[explanation.target]
     layers = overlays.build_layers(explanation, overlays.enlarge(clip.frames), label)
     order = np.argsort(-explanation.probabilities)[:TOP_CLASSES]

@@ -3,7 +3,7 @@
 import copy
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader
 
 from stvit_video.common.errors import UsageError
 from stvit_video.common.progress import Progress
@@ -22,6 +21,7 @@ from stvit_video.data.clips.transforms import Mix
 from stvit_video.data.dataset import MAX_TRIES, Batch
 from stvit_video.data.failures import Failure, check_failures
 from stvit_video.data.loader import build_mix, build_test_loader, build_train_loader
+from stvit_video.data.workers import Loader
 from stvit_video.runs.log import MetricsLog
 from stvit_video.runs.preflight import OpenRun
 from stvit_video.runtime import parallel
@@ -33,6 +33,10 @@ from stvit_video.training.optim import average_weights, build_optimizer, build_s
 
 LOG_EVERY = 8  # steps between rows of metrics.jsonl
 COUNTERS = ("epoch", "step", "bad_steps", "best")  # of a trainer, in its checkpoints
+
+
+class WaitEnded(Exception):
+    """There is no batch for a step, because the run is to stop."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,17 @@ class TrainSettings:
     seed: int
     val_every: int = 1  # epochs between validations
     mix: Mix | None = None
+    multi_label: bool = False  # labels are those of each class by itself (clips, classes)
+
+
+def classification_loss(logits: Tensor, targets: Tensor, smoothing: float, multi_label: bool) -> Tensor:
+    """Return the mean cross-entropy of logits (B, classes) and targets (B,) or (B, classes).
+
+    Of a multi-label set, that of a sigmoid for each class; smoothing then draws each target towards a half.
+    """
+    if multi_label:
+        return F.binary_cross_entropy_with_logits(logits, targets.lerp(torch.full_like(targets, 0.5), smoothing))
+    return F.cross_entropy(logits, targets, label_smoothing=smoothing)
 
 
 @dataclass(eq=False)
@@ -59,18 +74,18 @@ class Trainer:
     wrapped: nn.Module  # what gradients are computed with: ``model``, or ``model`` inside DDP
     optimizer: torch.optim.Optimizer
     scheduler: LambdaLR
-    loader: DataLoader
+    loader: Loader
     world: World
     settings: TrainSettings
     total_steps: int
     setup: dict[str, Any]  # what may change between a run and its continuation, and changes rounding
     ema_model: AveragedModel | None = None  # follows the weights of ``model``
     eval_model: nn.Module | None = None  # an unsharded copy, to test a sharded model with
-    val_loader: DataLoader | None = None
+    val_loader: Loader | None = None
     epoch: int = 0  # finished epochs
     step: int = 0  # steps taken
     bad_steps: int = 0  # those of them that were skipped
-    best: float = -1.0  # validation top-1 in percent; any first one is better
+    best: float = -1.0  # validation top-1 or mAP in percent; any first one is better
     failures: list[Failure] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -122,18 +137,20 @@ class Trainer:
         self.eval_model.load_state_dict(parallel.model_state_dict(model))
         return self.eval_model.to(self.world.device)
 
-    def train_epoch(self, progress: Progress, log: MetricsLog | None) -> Iterator[None]:
-        """Take the steps of the present epoch that are left, and yield after each."""
+    def train_epoch(
+        self, progress: Progress, log: MetricsLog | None, stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[None]:
+        """Take the steps of the present epoch that are left; yield after each, and where ``stop`` ends a wait."""
         if self.steps_left == 0:
             return  # the run was stopped between the last step and validation
         done = self.step - self.epoch * self.steps_per_epoch
         position = {"epoch": self.epoch, "start": done * self.settings.accumulate}
-        self.loader.batch_sampler.load_state_dict(position)  # type: ignore[union-attr]
+        self.loader.batch_sampler.load_state_dict(position)
         self.wrapped.train()
         if self.eval_model is not None:
             self.eval_model.cpu()  # training needs the room
         self.failed = set()
-        batches = iter(self.loader)
+        batches = self.loader.batches(stop)
         text = ""
         logged = self.step
         sums = torch.zeros(3, device=self.world.device)
@@ -145,7 +162,11 @@ class Trainer:
             np.random.seed(seed)
             random.seed(seed)
             skipped = self.bad_steps
-            sums = sums + self.take_step(batches)
+            try:
+                sums = sums + self.take_step(batches)
+            except WaitEnded:
+                yield
+                raise
             if self.bad_steps > skipped:
                 progress.note(f"step {self.step} skipped: its loss or gradients are not finite")
             if i % LOG_EVERY == 0 or self.steps_left == 0:
@@ -156,8 +177,9 @@ class Trainer:
                 logged = self.step
                 text = f"epoch {self.epoch + 1}  all steps skipped"
                 if "loss" in values:
+                    accuracy = f"  top1 {values['top1']:.1f} %" if "top1" in values else ""
                     text = (
-                        f"epoch {self.epoch + 1}  loss {values['loss']:.3f}  top1 {values['top1']:.1f} %  "
+                        f"epoch {self.epoch + 1}  loss {values['loss']:.3f}{accuracy}  "
                         f"{values['clips_per_second']:.0f} clips/s  data {100 * values['data_share']:.0f} %  "
                         f"mfu {100 * values['mfu']:.0f} %"
                     )
@@ -170,7 +192,9 @@ class Trainer:
         seen = []
         for i in range(self.settings.accumulate):
             with self.clock.part("data"):
-                batch = next(batches)
+                batch = next(batches, None)
+                if batch is None:
+                    raise WaitEnded
                 self.failures += batch.failures
                 self.failed.update(failure.path for failure in batch.failures)
                 if batch.missing:
@@ -185,13 +209,14 @@ class Trainer:
             # Processes exchange gradients once a step, with its last batch.
             with parallel.gradient_sync(self.wrapped, i + 1 == self.settings.accumulate):
                 with self.clock.part("forward"):
-                    targets = labels
-                    if self.settings.mix is not None:
-                        clips, targets = self.settings.mix(clips, labels, self._seed(self.step, i))
+                    targets, settings = labels, self.settings
+                    if settings.mix is not None:
+                        clips, targets = settings.mix(clips, labels, self._seed(self.step, i))
+                    if targets.ndim == 2:
                         labels = targets.argmax(dim=1)  # for the hits: the label with the larger share
                     with autocast(self.world.device, self.settings.precision):
                         logits = self.wrapped(clips)
-                    loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.settings.label_smoothing)
+                    loss = classification_loss(logits.float(), targets, settings.label_smoothing, settings.multi_label)
                     # A learned reducer's: added for the gradients, not in the logged loss.
                     auxiliary = getattr(self.model, "auxiliary_loss", lambda: None)()
                     total = loss if auxiliary is None else loss + auxiliary
@@ -231,19 +256,19 @@ class Trainer:
 
     def _skip(self, seen: list[tuple[Batch, Tensor, Tensor]]) -> None:
         """Count a skipped step; fp16 overflows that the loss scaler handles are not counted."""
-        videos = self.loader.dataset.videos  # type: ignore[attr-defined]
+        videos = self.loader.dataset.videos
         paths = []  # of the videos whose logits are not finite; of a whole batch if only its loss is not
         for batch, logits, loss in seen:
             bad = (~logits.isfinite()).any(dim=1).view(len(batch.indices), -1).any(dim=1).cpu()
             if not loss.isfinite():
-                paths += [videos[i].path for i in (batch.indices[bad] if bad.any() else batch.indices).tolist()]
+                paths += [videos[i].name for i in (batch.indices[bad] if bad.any() else batch.indices).tolist()]
         if self.scaler.is_enabled() and not any_of(self.world, bool(paths)) and self.scaler.get_scale() >= 1:
             return
         self.bad_steps += 1
         most = self.settings.max_bad_steps
         if self.bad_steps > most:
             paths = [path for share in gather_objects(self.world, paths) for path in share]
-            paths = paths or [videos[index].path for batch, *_ in seen for index in batch.indices.tolist()]
+            paths = paths or [videos[index].name for batch, *_ in seen for index in batch.indices.tolist()]
             raise Diverged(
                 f"{self.bad_steps} steps had a loss or gradients that are not finite, the last step {self.step} with "
                 f"the video(s) {', '.join(paths[:8])}{' ...' if len(paths) > 8 else ''}; TRAIN.MAX_BAD_STEPS {most} "
@@ -258,10 +283,12 @@ class Trainer:
         """Return the figures of the last ``steps`` steps, over all processes; times are of this one."""
         failed = torch.tensor([len(self.failed)], dtype=sums.dtype, device=sums.device)
         loss, hits, clips, failed_videos = sum_over_world(self.world, torch.cat([sums, failed])).tolist()
-        check_failures(int(failed_videos), len(self.loader.dataset), self.settings.max_failures, "train")  # type: ignore[arg-type]
+        check_failures(int(failed_videos), len(self.loader.dataset), self.settings.max_failures, "train")
         lap = self.clock.lap()
         speed = clips / lap["elapsed"]
         figures = {"loss": loss / clips, "top1": 100 * hits / clips} if clips else {}  # none if all were skipped
+        if self.settings.multi_label:  # whose accuracy is that of a whole list: see validation
+            figures.pop("top1", None)
         return {
             **figures,
             "lr": max(self.scheduler.get_last_lr()),
@@ -279,8 +306,11 @@ def build_trainer(run: OpenRun) -> Trainer:
     """Return a trainer at step 0 of the run's model: on the device, frozen, compiled, sharded or replicated."""
     cfg, world = run.cfg, run.world
     set_precision(world.device, cfg.PRECISION)
-    loader = build_train_loader(cfg, world, run.videos["train"])
-    val_loader = build_test_loader(cfg, world, run.videos["val"], "val") if "val" in run.videos else None
+    columns = run.label_columns
+    loader = build_train_loader(cfg, world, run.videos["train"], columns)
+    val_loader = None
+    if "val" in run.videos:
+        val_loader = build_test_loader(cfg, world, run.videos["val"], "val", label_columns=columns)
     model, sharded = run.model, world.size > 1 and cfg.PARALLEL.STRATEGY == "fsdp"
     eval_model = copy.deepcopy(model) if sharded else None
     model.to(world.device)
@@ -307,6 +337,7 @@ def build_trainer(run: OpenRun) -> Trainer:
         seed=cfg.SEED,
         val_every=cfg.TRAIN.VAL_EVERY,
         mix=build_mix(cfg, world, len(run.classes)),
+        multi_label=run.multi_label,
     )
     setup = {"processes": world.size, "strategy": cfg.PARALLEL.STRATEGY, "accumulation": cfg.TRAIN.ACCUMULATE}
     setup |= {
@@ -315,6 +346,8 @@ def build_trainer(run: OpenRun) -> Trainer:
         "batch": cfg.TRAIN.BATCH_SIZE,
         "sampling": cfg.DATA.SAMPLING,
     }
+    setup |= {"classes": run.classes, "videos": len(run.videos["train"])}  # open_run keeps them
+    setup["multi_label"] = run.multi_label
     scheduler = build_scheduler(cfg, optimizer, steps_per_epoch, total)
     return Trainer(
         model, wrapped, optimizer, scheduler, loader, world, settings, total, setup, ema_model, eval_model, val_loader

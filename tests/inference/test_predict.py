@@ -377,6 +377,17 @@ def test_windows_of_a_camera_that_waits_for_motion(colours: predict.Predictor, c
     assert ["  ".join(words[:-1]).strip() for words in stretches] == spans  # none over a gap
 
 
+def test_short_videos_and_windows_are_counted(
+    run_folder: Path, colour_clip: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [str(colour_clip(("red", length), name=f"{length}.mp4")) for length in (7, 14, 15, 40)]
+    words = ["--checkpoint", str(run_folder), "--set", "DATA.STRIDE=2"]  # a clip is 15 frames, of 0.04 s
+    counted = "are shorter than a clip of 15 frames; clips of them stand still at their end"
+    assert f"note: 2 of 4 videos {counted}" in said(capsys, *paths, *words)
+    assert f"note: 2 of 6 windows {counted}" in said(capsys, *paths, *words, "--window", "0.7", "--step", "0.6")
+    assert "are shorter" not in said(capsys, *paths[1:], *words[:2], "--set", "DATA.STRIDE=1")
+
+
 def test_annotated_copies_have_no_gaps(
     colours: predict.Predictor, camera: Path, colour_clip: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -489,10 +500,10 @@ def test_folders_of_frames_and_images(tmp_path: Path) -> None:
     frames.mkdir()
     (frames / "1.jpg").touch()
     (frames / "2.jpg").touch()
-    assert find_sources([str(frames)]) == ([str(frames)], None)
-    assert find_sources([str(frames)], images=True) == ([str(frames / "1.jpg"), str(frames / "2.jpg")], None)
-    assert find_sources(["0"]) == ([], "0")
-    assert find_sources(["rtsp://camera/1"]) == ([], "rtsp://camera/1")
+    assert find_sources([str(frames)]) == ([str(frames)], None, "")
+    assert find_sources([str(frames)], images=True) == ([str(frames / "1.jpg"), str(frames / "2.jpg")], None, "")
+    assert find_sources(["0"]) == ([], "0", "")
+    assert find_sources(["rtsp://camera/1"]) == ([], "rtsp://camera/1", "")
 
 
 def test_runs_as_a_module_from_any_folder(run_folder: Path, small_set: Path, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(module, name, counted)
 
-    count(videos, "read_catalogue", lambda path: f"list {Path(path).name}")
+    count(videos, "read_catalogue", lambda path, *_: f"list {Path(path).name}")
     count(videos, "find_clips", lambda *_: "walk")
     count(files, "safe_open", lambda path, *_: f"file {Path(path).name}")
     count(torch, "load", lambda file, **_: f"file {getattr(file, 'name', file)}".split("/")[-1])

@@ -204,10 +204,13 @@ class Mix:
         self.transforms = [kind(alpha=alpha, num_classes=self.num_classes) for kind, alpha in kinds if alpha > 0]
 
     def __call__(self, clips: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Map clips (B, 3, T, H, W) and labels (B,) to mixed clips and the share of each class (B, classes)."""
+        """Map clips (B, 3, T, H, W) and labels (B,) to mixed clips and the share of each class (B, classes).
+
+        Of a multi-label set, labels and shares are those of each class by itself (B, classes).
+        """
         with torch_draws_from(seed):
             if torch.rand(()) >= self.probability:
-                return clips, nn.functional.one_hot(labels, self.num_classes).float()
+                return clips, labels if labels.ndim == 2 else nn.functional.one_hot(labels, self.num_classes).float()
             transform = self.transforms[-1 if torch.rand(()) < self.switch else 0]
             # Clips of one video are neighbours in a batch; mixing them with each other would add little variety.
             order = torch.randperm(len(labels)).to(clips.device)

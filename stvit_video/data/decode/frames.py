@@ -15,25 +15,34 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stvit_video.common.errors import UsageError
+from stvit_video.common.errors import RunFailure, UsageError
 from stvit_video.data.decode.index import IndexCache
-from stvit_video.data.decode.pictures import ImageReader
+from stvit_video.data.decode.pictures import ImageReader, is_pattern
 from stvit_video.data.decode.readers import AvReader, DecordReader, TorchCodecReader
-from stvit_video.data.decode.types import IMAGE_SUFFIXES, Choice, DecodeError, Indices, Reader, Timeline, Times
+from stvit_video.data.decode.types import (
+    IMAGE_SUFFIXES,
+    Choice,
+    DecodeError,
+    DecoderKilled,
+    Indices,
+    Reader,
+    Times,
+)
+from stvit_video.data.shared_memory import open_memory_file
 from stvit_video.runtime.stopping import end_with_parent, ignore_stop_signals
 
 IN_FLIGHT = 2  # requests sent to the child at once; each has a slot of the shared memory
+POLL_S = 0.5  # between two looks for an answer
 START_S = 120.0  # for the child's imports, which may come from slow storage
 # PyAV reads what FFmpeg shows. The others would return wrong frames of some files; those they refuse.
 DECODERS: dict[str, Callable[[str, int | None, IndexCache | None], Reader]] = {
@@ -64,12 +73,14 @@ def open_video(
     decoder: str = "pyav",
     cache: IndexCache | None = None,
 ) -> Reader:
-    """Open a folder as its images, and a file by its ending: as an image, or else as a video.
+    """Open a folder, or one with a pattern of names, as its images, and a file by its ending: as an image or a video.
 
     Much larger frames are reduced to ``short_side``. ``cache`` saves the pass over a file that is opened again. Raises
     DecodeError.
     """
     path = os.fspath(path)
+    if is_pattern(path):
+        return ImageReader(path, short_side)
     if not os.path.isfile(path) and not os.path.isdir(path):
         raise DecodeError(path, "is not a regular file" if os.path.exists(path) else "no such file")
     if os.path.isdir(path) or path.lower().endswith(IMAGE_SUFFIXES):
@@ -86,7 +97,7 @@ class FrameRequest:
     short_side: int | None = None  # see ``open_video``
     decoders: tuple[str, ...] = ("pyav",)  # in the order in which they are tried
     keep_open: bool = False  # more requests for this file follow
-    judge: Callable[[Timeline], object] | None = None  # also asked about the file, see ``Decoding.judgement``
+    judge: Callable[[Reader], object] | None = None  # also asked about the file, see ``Decoding.judgement``
 
 
 def check_whole(video: Reader) -> Indices:
@@ -149,6 +160,7 @@ class Decoding:
     _child: "_Child | None" = field(default=None, init=False)
     _waiting: deque[FrameRequest] = field(default_factory=deque, init=False)  # sent to the child, not answered yet
     _stuck: set[str] = field(default_factory=set, init=False)  # paths that took too long; they are not tried again
+    _killed: set[str] = field(default_factory=set, init=False)  # paths at which the child was killed once
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_child": None, "_waiting": deque()}
@@ -207,8 +219,9 @@ class Decoding:
         if request.path in self._stuck:
             return DecodeError(request.path, f"took more than {self.deadline_s:g} s before and is not tried again")
         assert child is not None
+        killed = False
         try:
-            while child.connection.poll(self.deadline_s):
+            while wait_awake(child.connection, self.deadline_s):
                 answer = child.connection.recv()
                 if answer is None:  # a long file is being decoded for its index, and goes forward
                     continue
@@ -224,11 +237,19 @@ class Decoding:
             self._stuck.add(request.path)
         except (EOFError, OSError):
             message = f"made its decoder crash ({child.exit_status()})"
+            if killed := child.process.returncode == -signal.SIGKILL:
+                message = "does not fit into memory: its decoder was killed twice (signal 9)"
         child.stop()
         self._child = None
+        again = killed and request.path not in self._killed
+        if again:  # memory may have been short for another's sake
+            self._killed.add(request.path)
+            self._waiting.appendleft(request)
         for other in self._waiting:
             self._send(other)
-        return DecodeError(request.path, message, "+".join(request.decoders))
+        if again:
+            return self._receive()
+        return (DecoderKilled if killed else DecodeError)(request.path, message, "+".join(request.decoders))
 
 
 class _Child:
@@ -237,7 +258,7 @@ class _Child:
     def __init__(self, cache: str | None) -> None:
         self.parent = os.getpid()
         ours, theirs = socket.socketpair()
-        self.slots = [_memory_file() for _ in range(IN_FLIGHT)]
+        self.slots = [open_memory_file() for _ in range(IN_FLIGHT)]
         fds = (theirs.fileno(), *(slot.fileno() for slot in self.slots))
         self.process = subprocess.Popen(
             [sys.executable, "-c", f"from {__name__} import serve; serve({cache!r}, *{fds})"],
@@ -254,7 +275,8 @@ class _Child:
         except (EOFError, OSError):
             ready = False
         if not ready:
-            raise RuntimeError(f"The decoding process did not start within {START_S:g} s ({self.exit_status()}).")
+            why = self.exit_status().replace("signal 9", "killed, as systems do where memory is short")
+            raise RunFailure(f"a decoding process did not start within {START_S:g} s ({why})")
 
     def exit_status(self) -> str:
         """Say how the child ended."""
@@ -265,11 +287,11 @@ class _Child:
         return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
-def _memory_file() -> IO[bytes]:
-    """Return a file in memory, where the system has them; it vanishes when the last process closes it."""
-    if hasattr(os, "memfd_create"):
-        return os.fdopen(os.memfd_create("frames"), "r+b", 0)
-    return tempfile.TemporaryFile(buffering=0)
+def wait_awake(connection: Connection, seconds: float) -> bool:
+    """Return whether there is something to receive within ``seconds``; those of a suspended run do not count."""
+    while seconds > 0 and not connection.poll(min(POLL_S, seconds)):
+        seconds -= POLL_S
+    return seconds > 0
 
 
 def _end(process: subprocess.Popen, connection: Connection, parent: int) -> None:
@@ -287,7 +309,10 @@ def serve(cache_folder: str | None, socket_fd: int, *memory_fds: int) -> None:
     end_with_parent(signal.SIGKILL)  # a hanging decoder would never see the closed socket
     ignore_stop_signals()
     connection = Connection(socket_fd)
-    connection.send(True)
+    try:
+        connection.send(True)
+    except OSError:  # the parent has ended meanwhile
+        return
     opened: dict[Any, Reader] = {}
     cache = IndexCache(cache_folder, progress=lambda: connection.send(None))
     for slot, fd in itertools.cycle(enumerate(memory_fds)):

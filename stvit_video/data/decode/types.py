@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 # In lower case; a file's ending is compared in lower case too.
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 VIDEO_SUFFIXES = (
     ".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv",
-    ".ts", ".mts", ".m2ts", ".3gp", ".ogv",
+    ".ts", ".mts", ".m2ts", ".3gp", ".ogv", ".gif", ".divx", ".xvid", ".vob", ".asf", ".mxf", ".f4v", ".3g2", ".m2v",
+    ".mpe", ".m1v", ".rm", ".rmvb", ".dv", ".mp4v", ".qt", ".y4m",
 )  # fmt: skip
 MEDIA_SUFFIXES = IMAGE_SUFFIXES + VIDEO_SUFFIXES
 
@@ -43,6 +44,10 @@ class DecodeError(Exception):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.message}"
+
+
+class DecoderKilled(DecodeError):
+    """The process that decoded a video was killed twice, as systems do where memory is short: not the file's fault."""
 
 
 @contextmanager
