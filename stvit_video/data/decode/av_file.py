@@ -19,6 +19,7 @@ from stvit_video.data.decode.types import DecodeError, Frames, decode_errors
 AV_ERRORS = (av.FFmpegError, OSError, ValueError)
 NOT_OPENED, NOT_DECODED = "cannot be opened as video", "frames cannot be decoded"
 ASLANT = 0.02  # of a display matrix: about a degree, as in FFmpeg
+NOT_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails
 PROGRESS_S = 1.0
 CUT_ANYWHERE = ("mpegts", "mpeg", "mpegvideo", "h264", "hevc")
 
@@ -31,7 +32,7 @@ def open_av(path: str, number: int | None = None) -> tuple[InputContainer, Video
         container = av.open(os.path.abspath(path), metadata_errors="ignore")  # "a:b.mp4" alone would be a protocol
     streams = [stream for stream in container.streams.video if stream.codec_context is not None]
     if number is None:
-        streams = [stream for stream in streams if not stream.disposition & Disposition.attached_pic]
+        streams = [stream for stream in streams if not stream.disposition & NOT_VIDEO]
         if len(streams) > 1:
             number = _choose_stream(path, container, streams)
             container.close()
