@@ -498,10 +498,10 @@ EDITED = {
             "flipped": (1, 0, 0, -1),
             "transposed": (0, 1, 1, 0),
             "transversed": (0, -1, -1, 0),
-            "turned_30": (0.866, 0.5, -0.5, 0.866),
             "stretched": (2, 0, 0, 1),
         }.items()
     },
+    "turned_30.mp4": changed("b_frames.mp4", matrix(0.866, 0.5, -0.5, 0.866), damaged=None),  # refused
     "turned_movie.mp4": changed("b_frames.mp4", matrix(0, 1, -1, 0, (b"mvhd", 40))),
     "turned_sei.mp4": copied("-i b_frames.mp4 -bsf:v h264_metadata=display_orientation=insert:rotate=90"),
     "mirrored_sei.ts": copied("-i b_frames.mp4 -bsf:v h264_metadata=display_orientation=insert:flip=horizontal"),

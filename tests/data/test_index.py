@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stvit_video.data import DecodeError, open_video
-from stvit_video.data.decode import index
+from stvit_video.data.decode import av_file, index
 from stvit_video.data.decode.frames import Decoding
 from stvit_video.data.decode.index import IndexCache
 from tests.conftest import numbered_frames, read_number
@@ -80,7 +80,7 @@ def test_remarks_are_made_once_for_a_run(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_a_long_pass_reports_that_it_goes_forward(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index, "PROGRESS_S", 0)
+    monkeypatch.setattr(av_file, "PROGRESS_S", 0)
     reports: list[bool] = []
     length(clip, IndexCache(progress=lambda: reports.append(True)))
     assert len(reports) == 30

@@ -1,6 +1,7 @@
 """A video file opened with PyAV: which stream is the video, and its frames as FFmpeg shows them."""
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +19,8 @@ from stvit_video.data.decode.types import DecodeError, Frames, decode_errors
 AV_ERRORS = (av.FFmpegError, OSError, ValueError)
 NOT_OPENED, NOT_DECODED = "cannot be opened as video", "frames cannot be decoded"
 ASLANT = 0.02  # of a display matrix: about a degree, as in FFmpeg
+NOT_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails
+PROGRESS_S = 1.0
 CUT_ANYWHERE = ("mpegts", "mpeg", "mpegvideo", "h264", "hevc")
 
 Matrix = tuple[int, int, int, int]
@@ -29,7 +32,7 @@ def open_av(path: str, number: int | None = None) -> tuple[InputContainer, Video
         container = av.open(os.path.abspath(path), metadata_errors="ignore")  # "a:b.mp4" alone would be a protocol
     streams = [stream for stream in container.streams.video if stream.codec_context is not None]
     if number is None:
-        streams = [stream for stream in streams if not stream.disposition & Disposition.attached_pic]
+        streams = [stream for stream in streams if not stream.disposition & NOT_VIDEO]
         if len(streams) > 1:
             number = _choose_stream(path, container, streams)
             container.close()
@@ -69,7 +72,7 @@ def shown_frames(
     container: InputContainer,
     stream: VideoStream,
     errors: list[Exception],
-    prepare: Callable[[av.Packet], None] = lambda packet: None,
+    prepare: Callable[[av.Packet], None] | None = None,
 ) -> Iterator[VideoFrame]:
     """Yield frames as FFmpeg shows them: what cannot be decoded is passed over, and the reason added to ``errors``.
 
@@ -126,10 +129,10 @@ def first_size(path: str, number: int) -> tuple[int, int]:
 
 
 class Survey:
-    """Decodes all of a file, and says what of it is damaged."""
+    """Decodes all of a file, calling ``progress`` about once a second, and says what of it is damaged."""
 
-    def __init__(self, path: str) -> None:
-        self._path, self._starts_clean = path, True
+    def __init__(self, path: str, progress: Callable[[], None]) -> None:
+        self._path, self._progress, self._starts_clean = path, progress, True
         self.sizes: dict[tuple[int, int], None] = {}  # (width, height) as shown, in the order of their first frames
         self.errors: list[Exception] = []  # why packets could not be decoded
         self.errors_before = 0  # of them those before the first frame
@@ -137,6 +140,7 @@ class Survey:
 
     def frames(self, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
         """Yield all frames."""
+        reported = time.monotonic()
         for frame in shown_frames(container, stream, self.errors, self._count):
             if not self.shown:
                 self.errors_before = len(self.errors)
@@ -144,6 +148,9 @@ class Survey:
             self._flagged += frame.is_corrupt
             size = frame.width, frame.height
             self.sizes[size[::-1] if display_matrix(frame, self._path)[1] else size] = None
+            if time.monotonic() - reported > PROGRESS_S:
+                reported = time.monotonic()
+                self._progress()
             yield frame
 
     def _count(self, packet: av.Packet) -> None:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import sys
-import time
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -30,7 +29,6 @@ from stvit_video.data.decode.types import DecodeError, Times, decode_errors, rea
 TIMED_CONTAINERS = (*EXACT_CONTAINERS, "flv")
 KEPT_FRAMES = 4_000_000  # in the indexes that a process keeps in memory: 64 MB
 FORMAT = 1  # of cached files; others are not read
-PROGRESS_S = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,21 +78,22 @@ def read_index(path: str, container: InputContainer, stream: VideoStream, decode
 def _decode_index(path: str, number: int, plain: str, progress: Callable[[], None]) -> Index:
     """Decode a file to count its frames."""
     container, stream = open_av(path, number)
-    survey = Survey(path)
-    stamps: list[int | None] = []
+    survey = Survey(path, progress)
+    stamps: list[int] = []
     known: list[int] = []  # where the container states when a frame is shown
     keys: list[int] = []
     clock = Clock(trusts_pts=container.format.name != "avi")  # which states when to decode a packet only
-    reported = time.monotonic()
+    unit = float(stream.time_base or 0)
+    duration = step = round(1 / (float(stream.average_rate or stream.guessed_rate or 25) * unit)) if unit else 1
     for frame in survey.frames(container, stream):
         stamp = clock.read(frame)
-        stamps.append(stamp)
-        if stamp is not None and stamp == frame.pts:
+        if stamp is None:
+            stamp = stamps[-1] + duration if stamps else 0
+        elif stamp == frame.pts:
             known.append(stamp)
             keys += [stamp] if frame.key_frame else []
-        if time.monotonic() - reported > PROGRESS_S:
-            reported = time.monotonic()
-            progress()
+        stamps.append(stamp)
+        duration = frame.duration or step
     damage = survey.damage(container, stream)
     container.close()
     if not stamps:
@@ -104,23 +103,14 @@ def _decode_index(path: str, number: int, plain: str, progress: Callable[[], Non
     if survey.errors_before and damage and container.format.name in EXACT_CONTAINERS:
         # How many frames a decoder then withholds differs between versions of FFmpeg.
         raise DecodeError(path, f"{NOT_DECODED} from its start on: {damage}", "pyav")
-    unit = float(stream.time_base or 0)
-    step = round(1 / (float(stream.average_rate or stream.guessed_rate or 25) * unit)) if unit else 1
     # A seek is exact where frames are told apart by times that agree with their order.
     exact = timed and len(known) == len(stamps) and all(here < after for here, after in pairwise(known))
     if len(survey.sizes) > 1:
         plain = plain or "changes its size"
     size = next(iter(survey.sizes))
     keys = keys if exact else []
-    return Index(number, _fill(stamps, step), unit, keys, plain, size=size, damage=damage, decoded=True)
-
-
-def _fill(stamps: list[int | None], step: int) -> NDArray[np.int64]:
-    """Return stamps, each missing one a step after the one before."""
-    filled: list[int] = []
-    for stamp in stamps:
-        filled.append(stamp if stamp is not None else filled[-1] + step if filled else 0)
-    return np.asarray(filled, dtype=np.int64)
+    numbers = np.asarray(stamps, dtype=np.int64)
+    return Index(number, numbers, unit, keys, plain, size=size, damage=damage, decoded=True)
 
 
 class IndexCache:

@@ -61,8 +61,8 @@ class AvReader(Reader):
 
     def __init__(self, path: str, short_side: int | None = None, cache: IndexCache | None = None) -> None:
         self.path, self.short_side = path, short_side
-        cache = cache or IndexCache()
-        known = cache.get(path)
+        self._cache = cache or IndexCache()
+        known = self._cache.get(path)
         self._container, self._stream = open_av(path, known.stream if known else None)
         # As the container says, which is nearly always right.
         self._size = self._stream.codec_context.width, self._stream.codec_context.height
@@ -70,20 +70,22 @@ class AvReader(Reader):
         self._numbered: Decoded | None = None  # the frames from where the last request ended, without seeking
         self._next = 0  # the number of the first of them
         self._trouble = False  # whether the last request met damage after a seek
-        self._index = known or read_index(path, self._container, self._stream, False, cache)
+        self._index = known or read_index(path, self._container, self._stream, False, self._cache)
         self.length = len(self._index.stamps)
-        self._note(cache)
+        self._note()
 
     def times(self) -> Times:
         return self._index.times()
 
-    def _note(self, cache: IndexCache) -> None:
+    def _note(self) -> None:
         """Remark on what is shown as it is stored."""
         context, shape = self._stream.codec_context, self._stream.sample_aspect_ratio
         if shape and shape != 1:
-            cache.note("pixels", f"{self.path} has pixels that are not square ({shape}); frames are read as stored.")
+            self._cache.note(
+                "pixels", f"{self.path} has pixels that are not square ({shape}); frames are read as stored."
+            )
         if context.field_order > PROGRESSIVE:
-            cache.note("fields", f"{self.path} is interlaced; frames are read as stored, with both fields.")
+            self._cache.note("fields", f"{self.path} is interlaced; frames are read as stored, with both fields.")
 
     def _read(self, indices: Indices) -> Frames:
         if not self._index.keys:
@@ -112,7 +114,7 @@ class AvReader(Reader):
         self.frames([0])
         container, stream = open_av(self.path, self._index.stream)
         stream.codec_context.options = {"err_detect": "explode"}  # some damage is concealed without a mark else
-        survey = Survey(self.path)
+        survey = Survey(self.path, self._cache.progress)
         with container:
             for _ in survey.frames(container, stream):
                 pass
