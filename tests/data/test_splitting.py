@@ -111,5 +111,7 @@ def test_frames_of_one_folder_are_in_one_part() -> None:
     frames = [Video(f"/set/a/v{v}/img_{i:05}.jpg", 0) for v in range(4) for i in range(9)]
     parts = parts_of(frames, [50, 25, 25], "/set", "auto")
     assert [len(part) for part in parts] == [18, 9, 9]
+    folders = [Video(f"/set/a/clip.{i}", 0) for i in range(8)]
+    assert [len(part) for part in parts_of(folders, [50, 25, 25], "/set", "auto")] == [4, 2, 2]
     stills = [Video(f"/set/a/{i:05}.jpg", 0) for i in range(8)]  # of a class, not of a video
     assert [len(part) for part in parts_of(stills, [50, 25, 25], "/set", "auto")] == [4, 2, 2]
