@@ -1,8 +1,9 @@
 """Find the videos of a list that cannot be read: ``python -m stvit_video.check_videos LIST --output DIR``.
 
-Every video of LIST is decoded as in a test. DIR/clean.txt gets the lines of LIST whose videos can be read, unchanged
-and in the same order; DIR/failures.csv the other videos, each path once with the reason. Both are written only when the
-scan is complete. No video is changed. Exit codes: 0 scan complete, also with failures; 2 wrong use; 130 Ctrl-C.
+Every frame of every video of LIST is decoded; with --sample, those that a test would read. DIR/clean.txt gets the lines
+of LIST whose videos can be read, unchanged and in the same order; DIR/failures.csv the other videos, each path once
+with the reason. Both are written only when the scan is complete. No video is changed. Exit codes: 0 scan complete, also
+with failures; 2 wrong use; 130 Ctrl-C.
 """
 
 import sys
@@ -12,8 +13,8 @@ from pathlib import Path
 
 from stvit_video.common.cli import Parser, number, run_command
 from stvit_video.common.errors import UsageError
-from stvit_video.data.clips.sampling import ClipSampler, read_every_frame
-from stvit_video.data.decode.frames import DECODERS, find_decoders
+from stvit_video.data.clips.sampling import ClipSampler
+from stvit_video.data.decode.frames import DECODERS, check_whole, find_decoders
 from stvit_video.runtime.limits import usable_cores
 
 
@@ -21,7 +22,7 @@ def check(arguments: Sequence[str] | None) -> int:
     """Parse the arguments, scan the list, write the results and print a summary. Raises UsageError."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("list", type=Path, metavar="LIST", help="lines `path label`, a Kinetics CSV or an SSv2 JSON")
+    add("list", type=Path, metavar="LIST", help="lines `path label`, or a CSV or JSON as published")
     add("--output", type=Path, required=True, metavar="DIR", help="for clean.txt and failures.csv")
     add("--root", type=Path, help="where relative paths start (default: the folder of LIST)")
     workers = number(int, 1, 1_000)
@@ -29,10 +30,11 @@ def check(arguments: Sequence[str] | None) -> int:
     most = number(int, 1, 10_000)
     add("--workers", type=workers, default=usable_cores(), help="processes (default: %(default)s)")
     add("--deadline", type=deadline, default=60.0, help="seconds a video may take (default: %(default)g)")
-    add("--decoder", default="auto", choices=("auto", *DECODERS), help="auto (default): each in turn")
+    add("--decoder", default="auto", choices=("auto", *DECODERS), help="auto (default): pyav")
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--frames", type=most, default=16, help="frames to read, evenly spread (default: %(default)s)")
-    add("--all-frames", action="store_true", help="read every frame; give long ones a longer deadline")
+    add("--sample", action="store_const", const=16, dest="frames", help="read 16 frames of each, as a test does")
+    add("--frames", type=most, help="read so many frames of each, evenly spread")
+    add("--all-frames", action="store_true", help="read every frame (the default)")
     options = parser.parse_args(arguments)
     decoders = find_decoders(options.decoder, "--decoder")
     root = options.list.parent if options.root is None else options.root
@@ -41,8 +43,7 @@ def check(arguments: Sequence[str] | None) -> int:
     from stvit_video.data.scan import check_list
 
     # Clips of one frame, from the first to the last.
-    spread = partial(ClipSampler("dense", 1), clips=options.frames)
-    choice = read_every_frame if options.all_frames else spread
+    choice = partial(ClipSampler("dense", 1), clips=options.frames) if options.frames else check_whole
     check_list(options.list, root, options.output, options.workers, choice, decoders, options.deadline)
     return 0
 

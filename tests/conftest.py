@@ -4,9 +4,10 @@ import fcntl
 import functools
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 # Two workers of pytest, and the processes that tests start, share the cores: one thread each is fastest. It has to be
 # set before torch is imported.
@@ -22,6 +23,11 @@ from stvit_video import run
 from stvit_video.common.errors import UsageError
 from stvit_video.config import load_config
 from stvit_video.data import sample
+from stvit_video.data.lists.annotations import Video
+from stvit_video.data.lists.catalogues import find_clips, find_videos
+from stvit_video.data.lists.class_names import ClassNames
+from stvit_video.data.lists.formats import read_catalogue
+from stvit_video.data.lists.tables import Reading
 from stvit_video.runs.checkpoint import CheckpointWriter
 from stvit_video.training.trainer import Trainer
 
@@ -176,6 +182,13 @@ def refusal(function: Callable[..., object], *arguments: object) -> str:
     assert "\n" not in said
     assert len(said) < 500
     return said
+
+
+def read_list(path: str | Path, root: str | Path = "", classes: Sequence[str] = (), **reading: Any) -> list[Video]:
+    """Read a list as a run does; its classes are those that it names, unless they are given."""
+    catalogue = read_catalogue(path, root, Reading(**reading))
+    names = ClassNames(classes or catalogue.classes() or ())
+    return find_videos(catalogue, root, names, functools.partial(find_clips, root))
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ from pytorchvideo.models import hub
 from torch import Tensor, nn
 
 from stvit_video.benchmarks.rounds import Figures, describe_conditions, min_to_max, run_rounds, train_step
+from stvit_video.common.accuracy import ACCURACIES, accuracy_key
 from stvit_video.common.charts import Point, plot_points
 from stvit_video.common.errors import UsageError, nearest
 from stvit_video.common.tables import format_table
@@ -252,7 +253,10 @@ def build_model_figures(
     cfgs = {place: load_config(path, overrides) for place, path in enumerate(named) if isinstance(path, Path)}
     if results and len(results) != len(cfgs):
         raise UsageError(f"--results was given {len(results)} times; give one for each --cfg, {len(cfgs)} in all.")
-    accuracies = dict(zip(cfgs, map(read_accuracy, results), strict=False))
+    known = list(map(read_accuracy, results))
+    if len(kinds := {key for key, _ in known}) > 1:
+        raise UsageError("--results of top-1 and of mAP do not fit on one axis; give runs on one set.")
+    accuracies = {place: value for place, (_, value) in zip(cfgs, known, strict=False)}
     models = []
     same = Counter[str]()
     first = next(iter(cfgs.values()))
@@ -269,22 +273,25 @@ def build_model_figures(
         timed.name += f" #{same[timed.name]}" if same[timed.name] > 1 else ""
         models.append(timed)
     figures = build_speeds(first, models, **how)
-    top1 = [accuracies.get(place) for place in range(len(models))]
+    found = [accuracies.get(place) for place in range(len(models))]
+    key = accuracy_key(kinds)
     if plot:
-        plot_speeds(figures["models"], top1, plot)
-    return {**figures, "top1": top1}
+        plot_speeds(figures["models"], found, plot, ACCURACIES[key])
+    return {**figures, key: found}
 
 
-def read_accuracy(path: Path) -> float:
-    """Return the top-1 of a run's results.json. Raises UsageError where there is none."""
+def read_accuracy(path: Path) -> tuple[str, float]:
+    """Return the key and the value of the accuracy in a run's results.json. Raises UsageError where there is none."""
     try:
-        return float(json.loads(path.read_text())["top1"])
+        results = json.loads(path.read_text())
+        key = accuracy_key(results)
+        return key, float(results[key])
     except (OSError, ValueError, KeyError, TypeError) as error:
         given = f"--results {path} holds no top1 ({type(error).__name__})"
         raise UsageError(f"{given}; give the results.json of a run for each --cfg.") from error
 
 
-def plot_speeds(rows: Sequence[Figures], accuracies: Sequence[float | None], path: Path) -> None:
+def plot_speeds(rows: Sequence[Figures], accuracies: Sequence[float | None], path: Path, name: str = "top-1") -> None:
     """Draw accuracy, of the models that have one, or else GFLOPs, over clips per second."""
     known = any(accuracy is not None for accuracy in accuracies)
     points = []
@@ -293,4 +300,4 @@ def plot_speeds(rows: Sequence[Figures], accuracies: Sequence[float | None], pat
             y = row["gflops"] if accuracy is None else accuracy
             x_range = (min(row["rates"]), max(row["rates"]))
             points.append(Point(row["name"], row["clips_per_second"], y, x_range=x_range, colour=f"C{i % 10}"))
-    plot_points(points, "clips per second", "top-1 (%)" if known else "GFLOPs per clip", path)
+    plot_points(points, "clips per second", f"{name} (%)" if known else "GFLOPs per clip", path)

@@ -69,10 +69,10 @@ def build_loader(run: OpenRun, workers: int, training: bool, batches: int) -> Lo
     """Return a loader of ``batches`` of training clips, or of test videos, with that many workers."""
     cfg = override(run.cfg, [("DATA.WORKERS", workers)], "a benchmark")
     if training:
-        loader = build_train_loader(cfg, run.world, run.videos["train"])
+        loader = build_train_loader(cfg, run.world, run.videos["train"], run.label_columns)
     else:
         views = {"clips": cfg.TEST.CLIPS, "crops": cfg.TEST.CROPS}
-        loader = build_test_loader(cfg, run.world, run.videos["test"], **views)
+        loader = build_test_loader(cfg, run.world, run.videos["test"], **views, label_columns=run.label_columns)
     shorten(loader, batches)
     return loader
 
@@ -100,7 +100,7 @@ def build_timers(cfg: CfgNode, count: int, peers: Sequence[str], training: bool)
             requests.pop(request, None)
     if not requests:
         raise UsageError("decord, which is the reference, can read none of the videos; give DATA.ROOT others.")
-    decoding, views = Decoding(("pyav", "decord"), 600.0), dataset.views
+    decoding, views = Decoding(("pyav",), 600.0), dataset.views
     frames = read_file(next(iter(requests)))
     sample = Sample(views.prepare(frames, (0, 0, 0)), 0, 0, (0, 0, 0), [])
     some = range(min(len(requests), 8))

@@ -17,11 +17,11 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 from numpy.typing import ArrayLike, NDArray
 
+from stvit_video.common.accuracy import ACCURACIES, accuracy_key
 from stvit_video.common.files import write_atomically
 
 matplotlib.use("Agg")
 Points = Sequence[tuple[float, float]]  # (x, y)
-PANELS = {"loss": "loss", "top1": "top-1 (%)", "lr": "learning rate"}  # of plot_curves, by key of metrics.jsonl
 # Okabe and Ito's palette, distinct with any colour vision, without black and the lightest colour.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DASHES = ("-", "--", ":", "-.")  # for more runs than colours
@@ -33,6 +33,7 @@ SPLIT_STYLES: dict[str, dict[str, Any]] = {
 WEIGHTS_COLOURS = {"checkpoint": "#1f5fa8", "random": "#9aa0a6", "fine-tuned": "#d1495b"}
 MAX_POINTS = 400  # of a curve
 MAX_NAMED_CLASSES = 30  # in a confusion matrix; more are shown by number
+MAX_NAMED_BARS = 200  # classes in a chart of average precision
 PLAIN_TEXT = {"text.parse_math": False}  # names may contain a $
 STYLE = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11, "axes.edgecolor": "#9aa3b2",
@@ -55,14 +56,19 @@ def points_by_epoch(rows: Iterable[Mapping[str, Any]], value: str) -> dict[str, 
 
 @matplotlib.rc_context(STYLE)
 def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Write a PNG of a run's loss, top-1 and learning rate by epoch, from the rows of ``metrics.jsonl``."""
+    """Write a PNG of a run's loss, accuracy and learning rate by epoch, from the rows of ``metrics.jsonl``."""
     figure = Figure(figsize=(14, 4), layout="constrained")
-    for axes, (value, label) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
+    names = set().union(*rows)
+    key = accuracy_key(names)
+    panels = {"loss": "loss", key: f"{ACCURACIES[key]} (%)", "lr": "learning rate"}
+    if key not in names:  # a multi-label set has it in validation only
+        del panels[key]
+    for axes, (value, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         draw_curves(axes, [points_by_epoch(rows, value)])
         axes.set(xlabel="epoch", ylabel=label)
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if value == "top1":
+        if value == key:
             axes.legend(handles=_split_legend(), loc="lower right")
     figure.savefig(path, dpi=120)
 
@@ -76,7 +82,7 @@ def svg_of_curves(metrics: Mapping[str, list[dict[str, Any]]], value: str, label
     figure = Figure(figsize=(5.4, 3.5), layout="constrained")
     axes = figure.subplots()
     draw_curves(axes, curves)
-    axes.set(xlabel="epoch", title=label, ylim=(0, 102) if value.startswith("top") else (0, None))
+    axes.set(xlabel="epoch", title=label, ylim=(0, 102) if value in ACCURACIES else (0, None))
     handles = _split_legend()
     if len(metrics) > 1:
         handles = [Line2D([], [], linewidth=2.2, label=run, **run_style(i)) for i, run in enumerate(metrics)]
@@ -86,14 +92,14 @@ def svg_of_curves(metrics: Mapping[str, list[dict[str, Any]]], value: str, label
 
 
 @matplotlib.rc_context(STYLE)
-def plot_comparison(curves: Mapping[str, Mapping[str, Points]], target: float, path: Path) -> None:
-    """Write a PNG of the top-1 of several runs by step, for training and validation, and a line at the target."""
+def plot_comparison(curves: Mapping[str, Mapping[str, Points]], target: float, path: Path, label: str) -> None:
+    """Write a PNG of the accuracy of several runs by step, for training and validation, and a line at the target."""
     columns = 2 if max(len(run) for run in curves) <= 40 else 1
     figure = Figure(figsize=(8, 4.5 + 0.2 * math.ceil(len(curves) / columns)), layout="constrained")
     axes = figure.subplots()
     draw_curves(axes, list(curves.values()))
     axes.axhline(target, color="black", linestyle="--", linewidth=1)
-    axes.set(xlabel="step", ylabel="top-1 (%)", ylim=(0, 102))
+    axes.set(xlabel="step", ylabel=label, ylim=(0, 102))
     axes.set_title("thin: training; with points: validation", fontsize="medium")
     handles = [Line2D([], [], marker="o", label=run, **run_style(i)) for i, run in enumerate(curves)]
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize="small")  # covers no curve
@@ -150,12 +156,42 @@ def png_of_confusion(counts: ArrayLike, classes: Sequence[str]) -> bytes:
     return _image(figure, "png", bbox_inches="tight", pad_inches=0.1)
 
 
+@matplotlib.rc_context(PLAIN_TEXT)
+def png_of_precision(values: Sequence[float], classes: Sequence[str]) -> bytes:
+    """Return a PNG of the average precision of each class in percent, the highest first; NaN without a positive.
+
+    Up to MAX_NAMED_BARS classes, names are written.
+    """
+    order = sorted(range(len(values)), key=lambda i: (math.isnan(values[i]), -values[i], i))
+    lengths = np.array([values[i] for i in order])
+    named = len(order) <= MAX_NAMED_BARS
+    figure = Figure(figsize=(9, max(2.0, 1.2 + 0.18 * len(order)) if named else 8), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh(range(len(order)), np.nan_to_num(lengths), height=0.7 if named else 1.0)
+    axes.set_yticks([])
+    if named:
+        axes.set_yticks(range(len(order)), [classes[i] for i in order], fontsize=8)
+        texts = ["no positive" if math.isnan(value) else f"{value:.1f}" for value in lengths]
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # readable where the line crosses it
+        axes.bar_label(bars, texts, padding=3, fontsize=8, bbox=box)
+    without = int(np.isnan(lengths).sum())
+    axes.set(ylim=(len(order) - 0.5, -0.5), xlim=(0, 112), xlabel="average precision (%)")
+    axes.set_xticks(range(0, 101, 20))
+    mean = float(np.nan_to_num(lengths).mean())
+    axes.axvline(mean, color="black", linestyle="--", linewidth=1)
+    counted = f", {without} of them without a positive" if without else ""
+    axes.set_title(f"mAP {mean:.1f} % of {len(order)} classes{counted}", fontsize="medium")
+    axes.spines[["top", "right"]].set_visible(False)
+    return _image(figure, "png", bbox_inches="tight", pad_inches=0.1)
+
+
 def plot_transfer(rows: list[dict[str, Any]], chance: float, path: Path) -> None:
-    """Write a PNG of top-1 by method (``method``, ``weights``, ``top1`` of each row), with a line at chance."""
+    """Write a PNG of accuracy by method, with a line at chance; a row has ``method``, ``weights`` and an accuracy."""
+    key = accuracy_key(rows[0])
     figure = Figure(figsize=(10, 1.4 + 0.55 * len(rows)), layout="constrained")
     axes = figure.subplots()
     names = [row["method"].replace(" (", "\n(") for row in rows]
-    values = [row["top1"] for row in rows]
+    values = [row[key] for row in rows]
     bars = axes.barh(range(len(rows)), values, color=[WEIGHTS_COLOURS[row["weights"]] for row in rows], height=0.65)
     box = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # readable where the line crosses it
     axes.bar_label(bars, labels=[f"{value:.1f}" for value in values], padding=4, bbox=box)
@@ -165,7 +201,7 @@ def plot_transfer(rows: list[dict[str, Any]], chance: float, path: Path) -> None
     axes.invert_yaxis()
     axes.set_xlim(0, 108)  # room for the value of a bar that reaches 100
     axes.set_xticks(range(0, 101, 20))
-    axes.set_xlabel("top-1 (%)")
+    axes.set_xlabel(f"{ACCURACIES[key]} (%)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=100)
 

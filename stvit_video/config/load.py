@@ -3,6 +3,7 @@
 Experiment files hold differences only and may inherit through ``_BASE_``; overrides from the command line come last.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from stvit_video.common.errors import UsageError, nearest
-from stvit_video.config.clip_settings import adopted_settings
+from stvit_video.config.clip_settings import adopted_settings, config_beside
 from stvit_video.config.schema import BY_NAME, KEYS, flatten
 
 
@@ -49,7 +50,29 @@ def load_config(
         # Explicit settings override those of the checkpoint.
         given = {**adopted, **given, "MODEL.NAME": adopted.get("MODEL.NAME", "auto")}
     given["OUTPUT_DIR"] = given.get("OUTPUT_DIR") or str(Path("runs") / path.stem)
+    given = {**_values_before(path, given), **given}
     return _check(_nest({**flatten(default_config()), **given}))
+
+
+def _values_before(path: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the values that stand for keys which are newer than the run that is continued or tested.
+
+    Its record is the file at ``path`` itself, or lies in OUTPUT_DIR, or beside the weights of a test.
+    """
+    newer = [key for key in KEYS if key.before is not None and key.name not in given]
+    files = [path] if path.name == "config.yaml" else []
+    files += [] if given.get("OVERWRITE") else [Path(given["OUTPUT_DIR"]) / "config.yaml"]
+    files += (
+        [config_beside(Path(given["MODEL.INIT"]))] if given.get("MODE") == "test" and given.get("MODEL.INIT") else []
+    )
+    for file in filter(Path.is_file, files):
+        try:
+            recorded = flatten(yaml.safe_load(file.read_text()))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
+            continue
+        if {"OUTPUT_DIR", "SEED", "DATA.ROOT", "MODEL.NAME"} <= recorded.keys():
+            return {key.name: key.before for key in newer if key.name not in recorded}
+    return {}
 
 
 def override(cfg: CfgNode, values: Iterable[tuple[str, Any]], origin: str) -> CfgNode:
@@ -121,6 +144,15 @@ def _check(cfg: CfgNode) -> CfgNode:
             f"DATA.SPLIT {shares} splits one list, but DATA.TRAIN_LIST, VAL_LIST and TEST_LIST are {lists}; set them "
             f"to {expected}, or DATA.SPLIT None."
         )
+    if data.GROUP not in ("", "auto"):
+        try:
+            groups = re.compile(data.GROUP).groups
+        except re.error as error:
+            raise UsageError(
+                f"DATA.GROUP {data.GROUP!r} is no regular expression ({error}); give one, or auto."
+            ) from error
+        if not groups:
+            raise UsageError(f"DATA.GROUP {data.GROUP!r} has no group; put what names the recording in parentheses.")
     if cfg.COMPILE == "model" and cfg.PARALLEL.STRATEGY == "fsdp":
         raise UsageError("COMPILE model with PARALLEL.STRATEGY fsdp, which shards block by block; set COMPILE blocks.")
     if cfg.TEST.CROPS == 2:

@@ -25,6 +25,7 @@ class Key:
     high: float | None = None
     kind: type | None = None
     length: int | None = None
+    before: Any = None  # what a recorded configuration without the key stands for: what the code did before it
 
     @property
     def is_list(self) -> bool:
@@ -102,11 +103,27 @@ KEYS = (
     Key("MODEL.GRAD_CHECKPOINTING", False, "recompute activations: less memory, about a third more time"),
     # --- data
     Key("DATA.ROOT", "", "folder that the paths in the lists start from"),
-    Key("DATA.TRAIN_LIST", "train.csv", "lines `path label`, class folders, Kinetics CSV or SSv2 JSON; from DATA.ROOT"),
+    Key("DATA.TRAIN_LIST", "train.csv", "lines `path label`, class folders, a published CSV or JSON; from DATA.ROOT"),
     Key("DATA.VAL_LIST", "val.csv", "same, scored while training; empty: no validation"),
     Key("DATA.TEST_LIST", "test.csv", "same, for the final multi-view test"),
     Key("DATA.SPLIT", None, "train, val, test percent where one list is all", kind=int, length=3, low=0, high=100),
-    Key("DATA.CLASSES", "", "file: one class name a line in the order of the labels, or JSON {name: label}"),
+    Key(
+        "DATA.GROUP",
+        "auto",
+        "keeps cuts of one recording together in DATA.SPLIT: a regular expression on paths whose first group names "
+        "the recording; auto: names as in UCF, HMDB and Kinetics; empty: none",
+        before="",
+    ),
+    Key("DATA.CLASSES", "", "file: one class name a line in the order of the labels, or `id name`, CSV or JSON"),
+    Key("DATA.MULTI_LABEL", None, "several labels a video: sigmoid, mAP; not set: as the list says", kind=bool),
+    Key(
+        "DATA.COLUMNS",
+        "",
+        "of lines with more numbers than the label, as in 'path start_frame stop_frame label'",
+        before="",
+    ),
+    Key("DATA.LABEL", "", "column of the labels in a CSV that has several, as noun_class in EPIC-Kitchens", before=""),
+    Key("DATA.FRAME_PATTERN", "", "names of frames where other pictures lie beside: img_{:05}.jpg or img_*", before=""),
     Key("DATA.GENERATE", "", "write this generated set to DATA.ROOT first", ("", "sample", "sample_hard")),
     Key("DATA.GENERATE_CLIPS", [3072, 256, 512], "training, validation and test videos to generate", length=3, low=8),
     Key("DATA.FRAMES", 16, "frames of a clip", low=1),
@@ -116,6 +133,12 @@ KEYS = (
         "dense: every DATA.STRIDE-th frame; uniform: one frame out of each of DATA.FRAMES segments; "
         "seconds: frames spread over DATA.CLIP_SECONDS, by PyTorchVideo's clip samplers",
         ("dense", "uniform", "seconds"),
+    ),
+    Key(
+        "DATA.SHORT_VIDEOS",
+        "repeat",
+        "where most training videos are shorter than a clip: repeat frames, or take DATA.SAMPLING uniform",
+        ("repeat", "uniform"),
     ),
     Key("DATA.CLIP_SECONDS", 2.0, "length of a clip; of DATA.SAMPLING seconds only", low=0.001),
     Key("DATA.STRIDE", 4, "video frames from one clip frame to the next; of DATA.SAMPLING dense only", low=1),
@@ -134,7 +157,12 @@ KEYS = (
     Key("DATA.MEAN", [0.485, 0.456, 0.406], "mean of red, green, blue in 0 to 1", length=3, low=0, high=1),
     Key("DATA.STD", [0.229, 0.224, 0.225], "standard deviation of the same", length=3, low=0.001),
     Key("DATA.REPEATS", 1, "clips a training video each time it is decoded; TRAIN.BATCH_SIZE counts them all", low=1),
-    Key("DATA.DECODER", "auto", "auto: PyAV, then decord, then TorchCodec", ("auto", "pyav", "decord", "torchcodec")),
+    Key(
+        "DATA.DECODER",
+        "auto",
+        "auto: pyav; the others are exact, or refuse a file",
+        ("auto", "pyav", "decord", "torchcodec"),
+    ),
     Key("DATA.DEADLINE_S", 60.0, "seconds that a video may take before its decoder is stopped", low=0.1, high=86400),
     Key("DATA.WORKERS", 4, "loader processes per training process, each with its decoder; 0: one decoder only", low=0),
     Key("DATA.MAX_FAILURES", 0.1, "share of unreadable videos above which the run stops", low=0, high=1),

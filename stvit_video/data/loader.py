@@ -1,5 +1,6 @@
 """Loaders from a configuration: which process reads which videos, in what order."""
 
+import os
 from collections.abc import Iterator
 from functools import partial
 
@@ -75,8 +76,11 @@ class ShardedBatches(Sampler[list[int]]):
         return (list(range(start, min(start + self.batch, self.length))) for start in self._starts())
 
 
-def build_train_loader(cfg: CfgNode, world: World, videos: list[Video]) -> Loader:
-    """Return the training loader of ``videos``; its ``batch_sampler`` is an EpochSampler of micro-batches."""
+def build_train_loader(cfg: CfgNode, world: World, videos: list[Video], label_columns: int | None = None) -> Loader:
+    """Return the training loader of ``videos``; its ``batch_sampler`` is an EpochSampler of micro-batches.
+
+    ``label_columns`` is the number of classes of a multi-label set.
+    """
     repeats = cfg.DATA.REPEATS
     per_step = world.size * cfg.TRAIN.ACCUMULATE * repeats
     if cfg.TRAIN.BATCH_SIZE % per_step:
@@ -105,9 +109,17 @@ def build_train_loader(cfg: CfgNode, world: World, videos: list[Video]) -> Loade
         ),
         late=cfg.DATA.TRANSFORM_ON == "device",
     )
-    decoding = build_decoding(cfg, cfg.DATA.SHORT_SIDE[1])
+    decoding = build_decoding(
+        cfg, cfg.DATA.SHORT_SIDE[1], cache=cfg.OUTPUT_DIR and os.path.join(cfg.OUTPUT_DIR, "index")
+    )
     dataset = VideoDataset(
-        videos=videos, sampler=build_sampler(cfg), views=views, decoding=decoding, stage="train", seed=cfg.SEED
+        videos=videos,
+        sampler=build_sampler(cfg),
+        views=views,
+        decoding=decoding,
+        stage="train",
+        label_columns=label_columns,
+        seed=cfg.SEED,
     )
     sampler = EpochSampler(len(videos), videos_per_step, cfg.TRAIN.ACCUMULATE, world.rank, world.size, cfg.SEED)
     return _build_loader(cfg, world, dataset, sampler)
@@ -134,12 +146,26 @@ def build_mix(cfg: CfgNode, world: World, num_classes: int) -> Mix | None:
 
 
 def build_test_loader(
-    cfg: CfgNode, world: World, videos: list[Video], split: str = "test", *, clips: int = 1, crops: int = 1
+    cfg: CfgNode,
+    world: World,
+    videos: list[Video],
+    split: str = "test",
+    *,
+    clips: int = 1,
+    crops: int = 1,
+    label_columns: int | None = None,
 ) -> Loader:
     """Return a loader of ``clips`` x ``crops`` views of each of the videos of ``split``."""
     views = build_test_views(cfg, clips, crops)
-    decoding = build_decoding(cfg, cfg.TEST.SHORT_SIDE)
-    dataset = VideoDataset(videos=videos, sampler=build_sampler(cfg), views=views, decoding=decoding, stage=split)
+    decoding = build_decoding(cfg, cfg.TEST.SHORT_SIDE, os.path.join(cfg.OUTPUT_DIR, "index"))
+    dataset = VideoDataset(
+        videos=videos,
+        sampler=build_sampler(cfg),
+        views=views,
+        decoding=decoding,
+        stage=split,
+        label_columns=label_columns,
+    )
     # As many views a batch as in the test, whatever the number of views a video.
     batch = max(1, cfg.TEST.BATCH_SIZE * cfg.TEST.CLIPS * cfg.TEST.CROPS // (clips * crops))
     return _build_loader(cfg, world, dataset, ShardedBatches(len(videos), batch, world.rank, world.size))
@@ -170,9 +196,9 @@ def build_sampler(cfg: CfgNode) -> Sampling:
     return ClipSampler(cfg.DATA.SAMPLING, cfg.DATA.FRAMES, cfg.DATA.STRIDE, cfg.DATA.FPS)
 
 
-def build_decoding(cfg: CfgNode, short_side: int) -> Decoding:
-    """Return what reads frames, with the configured decoders and deadline; ``short_side`` as in ``open_video``."""
-    return Decoding(find_decoders(cfg.DATA.DECODER, "DATA.DECODER"), cfg.DATA.DEADLINE_S, short_side)
+def build_decoding(cfg: CfgNode, short_side: int, cache: str | None = None) -> Decoding:
+    """Return what reads frames, with the configured decoders and deadline; the rest as in ``Decoding``."""
+    return Decoding(find_decoders(cfg.DATA.DECODER, "DATA.DECODER"), cfg.DATA.DEADLINE_S, short_side, cache)
 
 
 def _build_loader(cfg: CfgNode, world: World, dataset: VideoDataset, sampler: EpochSampler | ShardedBatches) -> Loader:

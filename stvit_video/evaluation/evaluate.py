@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stvit_video.common.charts import png_of_confusion
 from stvit_video.common.errors import RunFailure, Stopped, UsageError
 from stvit_video.common.files import write_atomically, write_json
 from stvit_video.common.progress import Progress
 from stvit_video.data.failures import Failure, check_failures
 from stvit_video.data.loader import build_test_loader
 from stvit_video.data.workers import Loader, LoaderFailure
-from stvit_video.evaluation.scores import PartialScores, Predictions, ScoredBatch, fingerprint, weights_hash
+from stvit_video.evaluation.predictions import Predictions, predictions_for, probabilities
+from stvit_video.evaluation.scores import PartialScores, ScoredBatch, fingerprint, weights_hash
 from stvit_video.runs.log import describe_results
 from stvit_video.runs.preflight import OpenRun
 from stvit_video.runtime.parallel import compile_model
@@ -36,10 +36,10 @@ class NothingReadError(UsageError):
         self.failures = failures
 
 
-def class_probabilities(model: nn.Module) -> Callable[[Tensor], Tensor]:
+def class_probabilities(model: nn.Module, multi_label: bool = False) -> Callable[[Tensor], Tensor]:
     """Return the map from clips (B, 3, T, H, W) to class probabilities (B, classes) of a model, set to evaluation."""
     model.eval()
-    return lambda clips: model(clips).float().softmax(dim=1)
+    return lambda clips: probabilities(model(clips), multi_label)
 
 
 @torch.no_grad()
@@ -71,9 +71,9 @@ def describe_videos(
             if len(batch.labels):
                 clips = batch.to(world.device).make_clips()
                 with autocast(world.device, precision):
-                    figures = describe(clips).float()
-                views = len(figures) // len(batch.labels)
-                rows.append((batch.indices, batch.labels, figures.unflatten(0, (-1, views)).mean(dim=1).cpu()))
+                    figures = batch.expand(describe(clips).float()).mean(dim=1).cpu()
+                computed = torch.stack([batch.different_views, batch.short.long()], dim=1)
+                rows.append((batch.indices, batch.labels, figures, computed))
                 if partial is not None and not batch.failures:
                     partial.add(rows[-1])
                 done += len(batch.labels)
@@ -90,6 +90,7 @@ def describe_videos(
     shards = gather_objects(world, (rows, failures))
     predictions = _join([(kept, []), *shards], len(loader.dataset))
     predictions.kept = sum(len(indices) for indices, *_ in kept)
+    predictions.kept_views = sum(int(computed[:, 0].sum()) for *_, computed in kept)
     return predictions
 
 
@@ -103,7 +104,7 @@ def _join(shards: list[tuple[list[ScoredBatch], list[Failure]]], total: int) -> 
             f"{failures[0].message}. Check DATA.ROOT and the list.",
             failures,
         )
-    indices, labels, scores = (torch.cat(column) for column in zip(*rows, strict=True))
+    indices, labels, scores, computed = (torch.cat(column) for column in zip(*rows, strict=True))
     order = indices.argsort()
     strange = ~scores.isfinite().all(dim=1)
     if strange.any():
@@ -112,7 +113,8 @@ def _join(shards: list[tuple[list[ScoredBatch], list[Failure]]], total: int) -> 
             f"{int(indices[strange].min()) + 1} of the list; use PRECISION fp32, or other weights."
         )
     assert len(indices.unique()) == len(indices) == total - len(failures), "a video was lost or counted twice"
-    return Predictions(scores[order], labels[order], indices[order], total, failures)
+    made = predictions_for(labels)
+    return made(scores[order], labels[order], indices[order], total, failures, computed[order])
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class Tester:
     max_failures: float  # share of the list
 
     def test(self, model: nn.Module, earlier: list[Failure], signals: StopSignals) -> dict[str, Any]:
-        """Test ``model``; write results, tables, failures and confusion matrix; return the results.
+        """Test ``model``; write results, tables, failures and a picture; return the results.
 
         An interrupted test continues. ``earlier`` are failures of training. Raises Stopped after a signal to stop, when
         the scores so far are written.
@@ -137,11 +139,12 @@ class Tester:
         classes = self.run.classes
         loader = self.loader
         key = fingerprint(model, weights_hash(model.state_dict()), loader.dataset, self.precision, 0)
-        key = f"{key} in batches of {loader.batch_sampler.batch}"
+        key = f"{key} in batches of {loader.batch_sampler.batch}, views counted"
         partial = PartialScores(folder.partial_scores, key, world.rank)
         how: dict[str, Any] = {"title": "test", "partial": partial, "signals": signals}
         try:
-            predictions = describe_videos(class_probabilities(model), loader, world, self.precision, **how)
+            describe = class_probabilities(model, self.run.multi_label)
+            predictions = describe_videos(describe, loader, world, self.precision, **how)
         except NothingReadError as error:
             failed = earlier + error.failures
             on_main(world, lambda: folder.write_failures(failed))
@@ -149,28 +152,30 @@ class Tester:
         except LoaderFailure:
             partial.flush()
             raise
-        views = self.about["views"]["clips"] * self.about["views"]["crops"]
         scored = len(predictions.labels)
-        fresh = scored - predictions.kept  # scored by this start, not by an earlier one
+        views, short = predictions.computed.sum(dim=0).tolist()  # of all scored videos
+        fresh = views - predictions.kept_views  # computed by this start, not by an earlier one
         results = {
             **self.about,
-            "top1": predictions.top(1),
-            "top5": predictions.top(5),
+            "gflops_per_video": self.run.cost.gflops * views / scored,  # equal views are computed once
+            **predictions.figures(),
             "coverage": predictions.coverage,
             "videos": predictions.total,
             "scored": scored,
             "failed": len(predictions.failures),
-            "clips_per_second": fresh * views / (time.monotonic() - started) if fresh else None,
+            "short_videos": short,  # of the scored ones, shorter than a clip
+            "clips_per_second": fresh / (time.monotonic() - started) if fresh else None,
         }
 
         def write() -> dict[str, Any]:
             folder.write_failures(earlier + predictions.failures)
             check_failures(len(predictions.failures), predictions.total, self.max_failures, "test")
-            paths = [video.path for video in loader.dataset.videos]
+            paths = [video.name for video in loader.dataset.videos]
             folder.write_table("per_class.csv", predictions.per_class(classes))
             folder.write_table("predictions.csv", predictions.rows(paths, classes))
             write_json(folder.results, results)
-            write_atomically(folder.path / "confusion.png", png_of_confusion(predictions.confusion(), classes))
+            picture, content = predictions.picture(classes)
+            write_atomically(folder.path / picture, content)
             shutil.rmtree(folder.partial_scores, ignore_errors=True)
             print(f"{describe_results(results)}\nresults in {folder.results}", flush=True)
             return results
@@ -186,11 +191,10 @@ def build_tester(run: OpenRun) -> Tester:
         "views": views,
         "parameters": run.cost.parameters,
         "gflops": run.cost.gflops,
-        "gflops_per_video": run.cost.gflops * cfg.TEST.CLIPS * cfg.TEST.CROPS,
         "precision": cfg.PRECISION,
         "processes": run.world.size,
     }
-    loader = build_test_loader(cfg, run.world, run.videos["test"], **views)
+    loader = build_test_loader(cfg, run.world, run.videos["test"], **views, label_columns=run.label_columns)
     return Tester(run, loader, about, cfg.PRECISION, cfg.DATA.MAX_FAILURES)
 
 

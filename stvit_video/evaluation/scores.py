@@ -1,11 +1,11 @@
-"""Scores of videos: the accuracy that follows, and caches of an interrupted test and of the features of a list."""
+"""Caches of the scores of an interrupted test and of the features of a list, and what they depend on."""
 
 import hashlib
 import json
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,63 +16,13 @@ from stvit_video.common.errors import first_line
 from stvit_video.common.files import write_atomically
 from stvit_video.data.dataset import VideoDataset
 from stvit_video.data.failures import Failure
+from stvit_video.data.lists.annotations import file_of
+from stvit_video.evaluation.predictions import Predictions, predictions_for
 from stvit_video.runs.checkpoint import DAMAGED, pack, read_checked
 
-# Of a batch: list positions (videos,), labels (videos,), scores (videos, columns).
-ScoredBatch = tuple[Tensor, Tensor, Tensor]
-
-
-@dataclass
-class Predictions:
-    """Scores (N, classes), averaged over each video's views, and labels (N,), in list order.
-
-    The scores are class probabilities, or, where a backbone is described, features (N, C).
-    """
-
-    scores: Tensor
-    labels: Tensor
-    indices: Tensor
-    total: int  # videos in the list
-    failures: list[Failure] = field(default_factory=list)
-    kept: int = 0  # videos whose scores are from an earlier, interrupted test
-
-    def top(self, k: int) -> float:
-        """Return top-k accuracy over the scored videos, in percent; k is cut to the class count."""
-        best = self.scores.topk(min(k, self.scores.shape[1]), dim=1).indices
-        return 100 * int((best == self.labels[:, None]).any(dim=1).sum()) / max(1, len(self.labels))
-
-    @property
-    def coverage(self) -> float:
-        """Return the share of the list's videos that were scored."""
-        return len(self.labels) / self.total
-
-    @property
-    def loss(self) -> float:
-        """Return the mean negative log-likelihood of the labels."""
-        return float(-self.scores.gather(1, self.labels[:, None]).double().clamp_min(1e-12).log().mean())
-
-    def per_class(self, classes: list[str]) -> list[dict[str, object]]:
-        """Return a row per class: its scored videos, how many of them are correct, and top-1 in percent."""
-        counts = self.confusion()
-        return [
-            {"class": name, "videos": videos, "correct": right, "top1": 100 * right / videos if videos else None}
-            for name, videos, right in zip(classes, counts.sum(dim=1).tolist(), counts.diag().tolist(), strict=True)
-        ]
-
-    def rows(self, paths: list[str], classes: list[str]) -> list[dict[str, object]]:
-        """Return a row per scored video, in list order: its class, the predicted class, and both probabilities."""
-        best, predicted = self.scores.max(dim=1)
-        own = self.scores.gather(1, self.labels[:, None])[:, 0]
-        columns = zip(*(x.tolist() for x in (self.indices, self.labels, predicted, best, own)), strict=True)
-        names = ("path", "label", "predicted", "probability", "label_probability")
-        rows = [(paths[i], classes[j], classes[k], round(p, 6), round(q, 6)) for i, j, k, p, q in columns]
-        return [dict(zip(names, row, strict=True)) for row in rows]
-
-    def confusion(self) -> Tensor:
-        """Return counts (classes, classes): rows are labels, columns predictions."""
-        classes = self.scores.shape[1]
-        cells = self.labels * classes + self.scores.argmax(dim=1)
-        return torch.bincount(cells, minlength=classes**2).reshape(classes, classes)
+# Of a batch: list positions (videos,), labels (videos,) or (videos, classes), scores (videos, columns),
+# and (videos, 2): how many views were computed, equal ones once, and 1 where the video is shorter than a clip.
+ScoredBatch = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class PartialScores:
@@ -138,13 +88,13 @@ def read_features(path: Path, key: str) -> tuple[Predictions | None, str]:
     if any(_file_state(row["path"]) != row.pop("state") for row in content["failures"]):
         return None, f"{path}: videos that could not be read have changed since; computing it again"
     failures = [Failure(**row) for row in content.pop("failures")]
-    return Predictions(**content, failures=failures), f"{path} is used again"
+    return predictions_for(content["labels"])(**content, failures=failures), f"{path} is used again"
 
 
 def _file_state(path: str) -> list[int] | None:
     """Return size and time of change (ns) of a file, None where there is none."""
     try:
-        state = Path(path).stat()
+        state = Path(file_of(path)).stat()
     except OSError:
         return None
     return [state.st_size, state.st_mtime_ns]
@@ -168,10 +118,12 @@ def fingerprint(model: nn.Module, weights: str, dataset: VideoDataset, precision
         "version": __version__,
         "model": [str(model.name), model.arguments],
         "weights": weights,
-        "videos": [[video.path, video.label] for video in dataset.videos],
+        "videos": [[video.name, video.label] for video in dataset.videos],
         "decoders": dataset.decoding.decoders,
         "views": [repr(dataset.sampler), repr(dataset.views), dataset.decoding.short_side],
         "precision": precision,
         "seed": seed,  # of the random weights, and of those that a checkpoint does not hold
     }
+    if dataset.label_columns is not None:  # of a multi-label set, whose scores are not those of one choice
+        content |= {"labels": [video.labels for video in dataset.videos], "label_columns": dataset.label_columns}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

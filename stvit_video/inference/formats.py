@@ -37,6 +37,7 @@ def describe(trained: Trained) -> dict[str, Any]:
         "classes": trained.classes,
         "input": "clips, float32 (batch, 3, frames, height, width): RGB in 0 to 1, minus DATA.MEAN, over DATA.STD",
         "output": "logits, float32 (batch, classes)",
+        "activation": "sigmoid" if trained.multi_label else "softmax",  # to probabilities
         "views": trained.input.settings,
     }
 
@@ -120,7 +121,7 @@ FORMATS = {
     ),
     "onnx": ExportFormat(lambda t, path, batch: save_onnx(t, trace(t, batch), path), open_onnx),
     "safetensors": ExportFormat(  # with model, classes and views: complete for --checkpoint
-        lambda t, path, _: save_weights(path, t.model, t.classes, t.input.settings), open_weights
+        lambda t, path, _: save_weights(path, t.model, t.classes, t.input.settings, t.multi_label), open_weights
     ),
     "state-dict": ExportFormat(lambda t, path, _: torch.save(t.model.state_dict(), path), open_weights),
 }

@@ -43,6 +43,7 @@ class Trained:
     classes: list[str]
     input: VideoInput
     weights: Path
+    multi_label: bool = False  # each logit is of a class by itself
     note: str = ""  # assumptions that the user should know
 
 
@@ -73,7 +74,8 @@ def open_checkpoint(path: str | Path, overrides: Sequence[str] = ()) -> Trained:
     classes = metadata["classes"] or range(arguments["num_classes"])
     cfg, assumed = _open_config(weights, arguments, metadata["views"] or {}, overrides)
     note = " ".join(filter(None, (note, assumed)))
-    return Trained(model.eval(), [str(name) for name in classes], build_input(cfg), weights, note)
+    names = [str(name) for name in classes]
+    return Trained(model.eval(), names, build_input(cfg), weights, metadata["multi_label"], note)
 
 
 def build_input(cfg: CfgNode) -> VideoInput:

@@ -15,10 +15,10 @@ from torch import Tensor
 from stvit_video.common.errors import UsageError, nearest
 from stvit_video.common.files import prepare_folder, write_atomically
 from stvit_video.data.clips.sampling import ClipSampler
+from stvit_video.data.clips.timeline import KnownTimes
 from stvit_video.data.dataset import Sample, collate
 from stvit_video.data.decode.frames import open_video
 from stvit_video.data.decode.types import DecodeError, Frames, Indices, Times
-from stvit_video.data.streams import KnownTimes
 from stvit_video.inference.load import VideoInput, open_checkpoint
 from stvit_video.pages import overlays
 from stvit_video.pages.explain import Explanation, explain
@@ -77,8 +77,8 @@ def read_clip(video_input: VideoInput, path: Path, start: float | None = None) -
         if start is not None and path.is_dir():
             raise UsageError(f"--start {start:g}: {path} is a folder of images without times; leave it out.") from error
         raise UsageError(f"VIDEO {path} {error.message}; give a video, an image or a folder of images.") from error
-    if start is not None and times is not None and start > times[-1]:
-        raise UsageError(f"--start {start:g} is after the end of {path}, at {times[-1]:.2f} s; give less.")
+    if start is not None and times is not None and start > times.max():
+        raise UsageError(f"--start {start:g} is after the end of {path}, at {times.max():.2f} s; give less.")
     views = replace(video_input.views, clips=1, crops=1)
     (view,) = collate([Sample(views.prepare(frames), -1, 0, (), [])], views).make_clips()
     mean = torch.tensor(views.normalise.mean)
@@ -99,7 +99,7 @@ def write_clip_page(
         if (output / name).exists() and (output / name).samefile(video):
             raise UsageError(f"--output {output} would replace VIDEO {video} itself; give another folder.")
     prepare_folder(output)
-    explanation = explain(trained.model, clip.tensor, target)
+    explanation = explain(trained.model, clip.tensor, target, trained.multi_label)
     label = classes[explanation.target]
     layers = overlays.build_layers(explanation, overlays.enlarge(clip.frames), label)
     order = np.argsort(-explanation.probabilities)[:TOP_CLASSES]

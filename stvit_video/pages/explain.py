@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from stvit_video.evaluation.predictions import probabilities
 from stvit_video.models.layers import Block, Grid, Intermediates
 from stvit_video.models.reducers.semantic import SemanticTokenGenerator
 from stvit_video.models.swin import SemanticStage
@@ -55,7 +56,7 @@ class Explanation:
         return [reason for name, reason in ABSENT.items() if getattr(self, name) is None]
 
 
-def explain(model: nn.Module, clip: Tensor, target: int | None = None) -> Explanation:
+def explain(model: nn.Module, clip: Tensor, target: int | None = None, multi_label: bool = False) -> Explanation:
     """Run one clip (3, T, H, W) through a model of this package and return what it did.
 
     ``target`` is the class to explain, by default the most likely one.
@@ -82,7 +83,7 @@ def explain(model: nn.Module, clip: Tensor, target: int | None = None) -> Explan
     grid = seen.grids[stages[-1]]
     cam = grad_cam(logits[target], seen.tensors[stages[-1]]).reshape(grid)
     with torch.no_grad():
-        found = Explanation(_array(logits.softmax(dim=0)), target, _array(cam))
+        found = Explanation(_array(probabilities(logits, multi_label)), target, _array(cam))
         if seen.assignment is not None and generators:
             found.assignment = _array(seen.assignment[0]).reshape(-1, *grid)
             found.regions = generators[-1].pooling.regions

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from torchvision.transforms.functional import resize
 
+from stvit_video.common.accuracy import ACCURACIES
 from stvit_video.common.charts import Point, image_of_points, png_of_confusion, run_style, svg_of_curves
 from stvit_video.config.schema import flatten
 from stvit_video.data.clips.sampling import ClipSampler
@@ -34,18 +35,19 @@ def run_page(runs: Sequence[RunRecord], command: str) -> str:
     metrics = {run.name: run.metrics for run in runs if run.metrics}
     curves = [
         {"picture": data_uri(picture, "image/svg+xml"), "alt": label}
-        for value, label in (("top1", "Top-1 (%)"), ("loss", "Loss"))
+        for value, label in (("top1", "Top-1 (%)"), ("map", "mAP (%)"), ("loss", "Loss"))
         if (picture := svg_of_curves(metrics, value, label)) is not None
     ]
     colours = [run_style(i)["color"] for i in range(len(runs))]
     points = [
-        Point(run.name, run.cost, run.top1, size=10, colour=colour)
+        Point(run.name, run.cost, run.accuracy, size=10, colour=colour)
         for run, colour in zip(runs, colours, strict=True)
         if run.cost
     ]
     trade_off = None
-    if len(points) == len(runs) > 1:
-        trade_off = data_uri(image_of_points(points, "GFLOPs per video, all views", "top-1 (%)"), "image/svg+xml")
+    if len(points) == len(runs) > 1 and len({run.accuracy_key for run in runs}) == 1:
+        label = f"{ACCURACIES[runs[0].accuracy_key]} (%)"
+        trade_off = data_uri(image_of_points(points, "GFLOPs per video, all views", label), "image/svg+xml")
     settings = [flatten(run.config) for run in runs]
     # Keys that some of the runs do not have are newer than those runs, and are left out.
     keys = sorted(set.intersection(*map(set, settings)) - set(FREE_KEYS))
@@ -63,7 +65,7 @@ def run_page(runs: Sequence[RunRecord], command: str) -> str:
         sections=[
             {
                 "run": run,
-                "classes": sorted(run.classes, key=lambda one: (math.isnan(one.top1), one.top1, one.name)),
+                "classes": sorted(run.classes, key=lambda one: (math.isnan(one.accuracy), one.accuracy, one.name)),
                 "confusion": _confusion(run),
                 "mistakes": _mistake_rows(run, run.mistakes()[:MAX_MISTAKES]),
                 "command": shlex.join(map(str, run.environment.get("command") or [])),
@@ -71,6 +73,8 @@ def run_page(runs: Sequence[RunRecord], command: str) -> str:
             for run in runs
         ],
         names=[run.name for run in runs],
+        intervals=any(not run.multi_label for run in runs),
+        precisions=any(run.multi_label for run in runs),
         max_failures=MAX_FAILURES,
         command=command,
     )
@@ -78,15 +82,19 @@ def run_page(runs: Sequence[RunRecord], command: str) -> str:
 
 def headline(runs: Sequence[RunRecord]) -> str:
     """Return the main result in one sentence."""
-    best, *others = sorted(runs, key=lambda run: -run.top1)
-    right = f"{best.top1:.1f} % of {best.results.get('scored') or 'the'} test videos right"
+    best, *others = sorted(runs, key=lambda run: -run.accuracy)
+    videos = f"{best.results.get('scored') or 'the'} test videos"
+    right = f"mAP {best.accuracy:.1f} % on {videos}" if best.multi_label else f"{best.accuracy:.1f} % of {videos} right"
     if not others:
         return right + (f", at {best.cost:.3g} GFLOPs per video." if best.cost else ".")
     if len({(run.results.get("videos"), run.test_list) for run in runs}) > 1:
-        each = (f"{run.name} {run.top1:.1f} %" for run in runs)
+        each = (f"{run.name} {run.accuracy:.1f} %" for run in runs)
         return f"Tested on different videos, so not to be ranked: {', '.join(each)}."
+    if len({run.accuracy_key for run in runs}) > 1:
+        each = (f"{run.name} {ACCURACIES[run.accuracy_key]} {run.accuracy:.1f} %" for run in runs)
+        return f"Measured differently, so not to be ranked: {', '.join(each)}."
     second = others[0]
-    difference = f"{best.top1 - second.top1:.1f}"
+    difference = f"{best.accuracy - second.accuracy:.1f}"
     if difference == "0.0":
         words = f"{best.name} and {second.name} are level: {right}"
     else:
@@ -96,7 +104,7 @@ def headline(runs: Sequence[RunRecord]) -> str:
             words += " (the 95 % intervals overlap)"
     cheapest = min(runs, key=lambda run: run.cost or math.inf)
     if cheapest.cost and cheapest is not best:
-        words += f"; cheapest is {cheapest.name}: {cheapest.cost:.3g} GFLOPs per video, {cheapest.top1:.1f} %"
+        words += f"; cheapest is {cheapest.name}: {cheapest.cost:.3g} GFLOPs per video, {cheapest.accuracy:.1f} %"
     elif best.cost and len({f"{run.cost or 0:.3g}" for run in runs}) > 1:
         words += f"; at {best.cost:.3g} GFLOPs per video it is also the cheapest"
     return words + "."
@@ -116,6 +124,12 @@ def find_warnings(runs: Sequence[RunRecord]) -> list[str]:
         f"in its figures."
         for run in runs
         if run.results.get("failed")
+    ]
+    lines += [
+        f"{run.name}: classes without a positive test video, which count as 0 in its mAP: {without}; "
+        f"{run.results['map_with_positives']:.1f} % over the others."
+        for run in runs
+        if (without := run.results.get("classes_without_positives"))
     ]
     return lines + [line for run in runs for line in run.absent]
 
@@ -147,6 +161,7 @@ def _figures(run: RunRecord) -> dict[str, tuple[Any, str, Callable[[Iterable[Any
         "top-1 (%)": (results.get("top1"), ".1f", max),
         "95 % interval of top-1": (interval and "{:.1f} to {:.1f}".format(*interval), "", None),
         "top-5 (%)": (results.get("top5"), ".1f", max),
+        "mAP (%)": (results.get("map"), ".1f", max),
         "videos scored": (f"{results.get('scored', NONE)} of {results.get('videos', NONE)}", "", None),
         "GFLOPs per clip": (results.get("gflops"), ".3g", min),
         "views per video": (run.views, "", None),
@@ -161,6 +176,8 @@ def _figures(run: RunRecord) -> dict[str, tuple[Any, str, Callable[[Iterable[Any
 
 def _confusion(run: RunRecord) -> dict[str, Any] | None:
     """Return the most frequent confusions, and the confusion matrix as a table or, of many classes, as a picture."""
+    if run.multi_label:  # a video's other labels are no confusions
+        return None
     counts = run.confusion()
     if not counts:
         file = run.path / "confusion.png"

@@ -21,7 +21,7 @@ from fvcore.common.config import CfgNode
 from stvit_video.common.errors import UsageError
 from stvit_video.common.files import wait_for_lock, write_atomically, write_json
 from stvit_video.common.tables import to_csv
-from stvit_video.config.schema import flatten
+from stvit_video.config.schema import KEYS, flatten
 from stvit_video.data.failures import Failure, failures_csv
 from stvit_video.runs.checkpoint import list_checkpoints
 
@@ -31,14 +31,16 @@ FREE_KEYS = (
     "MODE", "OUTPUT_DIR", "OVERWRITE", "DEVICE", "COMPILE", "DATA.WORKERS", "DATA.GENERATE", "DATA.MAX_FAILURES",
     "DATA.DEADLINE_S", "DATA.TRANSFORM_ON", "TRAIN.ACCUMULATE", "TRAIN.RESUME", "TRAIN.MAX_BAD_STEPS",
     "CHECKPOINT.EVERY_STEPS", "CHECKPOINT.EVERY_MINUTES", "CHECKPOINT.KEEP", "LOG.WANDB", "PARALLEL.STRATEGY",
-    "PARALLEL.TIMEOUT_S",
+    "PARALLEL.TIMEOUT_S", "DATA.SHORT_VIDEOS",  # a checkpoint says what was chosen
     "TRANSFER.NEIGHBOURS", "TRANSFER.TEMPERATURE", "TRANSFER.WEIGHT_DECAY", "TRANSFER.RANDOM_BASELINE",
     "TRANSFER.FINETUNE",
 )  # fmt: skip
 PATH_KEYS = ("DATA.ROOT", "MODEL.INIT")  # the same place may be written in two ways
 # What each mode writes and replaces; training writes TRAINING_FILES too. The cached features of a transfer are kept:
 # each file carries a fingerprint of what it was computed from.
-TEST_FILES = ("results.json", "confusion.png", "failures.csv", "per_class.csv", "predictions.csv")
+TEST_FILES = (
+    "results.json", "confusion.png", "average_precision.png", "failures.csv", "per_class.csv", "predictions.csv",
+)  # fmt: skip
 RESULT_FILES = {
     "train": TEST_FILES,
     "test": TEST_FILES,
@@ -208,8 +210,8 @@ def build_run_folder(cfg: CfgNode) -> RunFolder:
 
 def describe_changes(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> str:
     """Return which settings differ that must not between a run and its continuation; "" for none."""
-    old = flatten(recorded)
-    new = flatten(current)
+    before = {key.name: key.before for key in KEYS}
+    old, new = {**before, **flatten(recorded)}, {**before, **flatten(current)}
     for key in PATH_KEYS:
         old, new = ({**values, key: os.path.abspath(values[key]) if values.get(key) else ""} for values in (old, new))
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and key not in FREE_KEYS]

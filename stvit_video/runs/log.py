@@ -51,8 +51,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def describe_results(results: dict[str, Any]) -> str:
     """Return the line that a run prints at its end."""
     views, scored = results["views"], f"{results['scored']} of {results['videos']}"
+    short = f", {results['short_videos']} shorter than a clip" if results.get("short_videos") else ""
     speed = f", {results['clips_per_second']:.1f} clips/s" if results["clips_per_second"] else ""
+    if "map" in results:
+        without = results["classes_without_positives"]
+        accuracy = f"mAP {results['map']:.2f} %"
+        if without:
+            rest = f"{results['map_with_positives']:.2f} % over the others"
+            accuracy += f" ({without} class{'es' if without > 1 else ''} without a positive video counted as 0; {rest})"
+    else:
+        accuracy = f"top-1 {results['top1']:.2f} %  top-5 {results['top5']:.2f} %"
     return (
-        f"top-1 {results['top1']:.2f} %  top-5 {results['top5']:.2f} %  on {scored} videos "
-        f"({100 * results['coverage']:.1f} % coverage, {views['clips']} x {views['crops']} views){speed}"
+        f"{accuracy}  on {scored} videos "
+        f"({100 * results['coverage']:.1f} % coverage, {views['clips']} x {views['crops']} views{short}){speed}"
     )

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,22 +15,23 @@ from stvit_video.common.errors import RunFailure, UsageError
 from stvit_video.common.files import write_atomically
 from stvit_video.config.clip_settings import view_settings
 from stvit_video.config.load import override
-from stvit_video.data import sample
-from stvit_video.data.lists.annotations import Video, summarise_videos
+from stvit_video.data.lists.annotations import Video
+from stvit_video.data.lists.folders import are_numbers
 from stvit_video.data.lists.videos import build_lists
+from stvit_video.data.loader import build_sampler
+from stvit_video.data.short_videos import count_short
 from stvit_video.models import LoadReport, load_pretrained
 from stvit_video.models.cost import Cost, count_training_memory, measure_cost
 from stvit_video.models.weights.files import Checkpoint, read_checkpoint
 from stvit_video.models.zoo import build_model
-from stvit_video.runs.checkpoint import check_all_loaded, load_newest
+from stvit_video.runs.checkpoint import check_all_loaded, load_newest, save_weights
 from stvit_video.runs.folder import RunFolder, build_run_folder
+from stvit_video.runs.lists import LABELS, build_known, check_continued, is_multi_label, open_lists
 from stvit_video.runs.log import describe_results
 from stvit_video.runtime.limits import usable_cores
 from stvit_video.runtime.world import World, gather_objects, on_main
 
 KINETICS_CLASSES = 400  # assumed where there are no data to count; the classifier's share of the cost is small
-SOME_CLASSES = 2  # to see whether a network can be built, before its data are there to count
-WEIGHTS_ADVICE = "MODEL.INIT is a .pth or .safetensors file, such as a finished run leaves in its OUTPUT_DIR"
 # run: as MODE says. rehearse: the same, but nothing is written or continued. measure: OUTPUT_DIR and weights are not
 # read, as for a benchmark.
 Purpose = Literal["run", "rehearse", "measure"]
@@ -44,6 +46,7 @@ class OpenRun:
     folder: RunFolder
     classes: list[str]
     videos: dict[str, list[Video]]  # by split
+    account: list[str]  # lines for the user on both
     views: dict[str, Any]  # how videos become clips, to be saved beside weights
     model: nn.Module  # on the CPU, with its weights
     cost: Cost
@@ -51,6 +54,16 @@ class OpenRun:
     checkpoint: Checkpoint | None = None  # MODEL.INIT, in MODE transfer, which loads it more than once
     report: LoadReport | None = None  # which of the checkpoint's weights were loaded
     state: dict[str, Any] | None = None  # the training state to continue from
+    multi_label: bool = False  # a video may have several labels, or none
+
+    @property
+    def label_columns(self) -> int | None:
+        """The number of classes of a multi-label set; None where a video has one label."""
+        return len(self.classes) if self.multi_label else None
+
+    def save_weights(self, path: Path, model: nn.Module) -> None:
+        """Write a model with all that using it takes."""
+        save_weights(path, model, self.classes, self.views, self.multi_label)
 
     def claim(self, *, keep_report: bool = True) -> None:
         """Make the folder this run's, and say what it is; from here on files are written."""
@@ -85,39 +98,57 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
                 results = describe_results(json.loads(folder.results.read_text()))
                 print(f"{cfg.OUTPUT_DIR} is finished (OVERWRITE True runs it again):\n{results}", flush=True)
             return None
-        on_main(world, folder.lock)
-        state = None if cfg.OVERWRITE else load_newest(folder.checkpoints)
-        steps = gather_objects(world, None if state is None else int(state["step"]))
-        if len(set(steps)) > 1:
-            seen = [f"rank {rank} {'none' if step is None else f'step {step}'}" for rank, step in enumerate(steps)]
-            raise RunFailure(
-                f"the processes find different newest checkpoints in {folder.checkpoints}: {', '.join(seen[:8])}; "
-                f"OUTPUT_DIR has to be one folder that all machines share. If it is, start again: one saw it late."
-            )
+        state = _build_state(cfg, world, folder)
     needs_weights = purpose != "measure" and state is None
     source = cfg.MODEL.INIT if needs_weights else ""  # where it is missing, that is reported with all missing files
     if needs_weights and cfg.MODE == "test" and not source:
         source = str(folder.weights)
         if not folder.weights.is_file():
             raise UsageError(f"MODE test: {source} is missing; give MODEL.INIT FILE or a finished run's OUTPUT_DIR.")
-    classes, videos = (opened.classes, opened.videos) if opened else open_lists(cfg, world, needs_weights=needs_weights)
+    read = cache(read_checkpoint)
+    if opened:
+        classes, videos, account = opened.classes, opened.videos, opened.account
+    else:
+        known = partial(build_known, cfg, read, source, state)
+        classes, videos, account = open_lists(
+            cfg, world, needs_weights=needs_weights, known=known, continues=state is not None
+        )
+    checkpoint = opened.checkpoint if opened else read(source) if source else None
+    multi_label = is_multi_label(videos)
+    check_continued(state, classes, videos, multi_label)
     asked = cfg.TRAIN.BATCH_SIZE
     if purpose != "measure" and cfg.MODE == "train":
         kept = None if state is None else state["setup"].get("batch")  # its steps go on with the same videos
         cfg = build_filled_batch(cfg, world, len(videos.get("train", ())), kept)
     torch.manual_seed(cfg.SEED)  # for weights that no file holds
     model = build_model(cfg, len(classes))
-    checkpoint = opened.checkpoint if opened else read_checkpoint(source) if source else None
-    report = build_weights(cfg, model, checkpoint, classes) if source and checkpoint else None
+    report = build_weights(cfg, model, checkpoint, classes, multi_label) if source and checkpoint else None
+    short = ""  # on videos that are shorter than a clip
+    if purpose != "measure":
+        cfg, short = build_fitting_sampling(cfg, world, videos, state, checkpoint)
     cost = measure_cost(model, (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE))
-    summary = _build_summary(cfg, world, cost, len(classes), videos)
+    summary = _build_summary(cfg, world, cost, len(classes), account)
     if world.is_main and asked > cfg.TRAIN.BATCH_SIZE:
         reason = "as the run began" if state is not None else "there are no more training videos"
         summary += f"\nTRAIN.BATCH_SIZE {asked} is lowered to {cfg.TRAIN.BATCH_SIZE}: {reason}"
+    summary = "\n".join(filter(None, [summary, short if world.is_main else ""]))
     checkpoint = checkpoint if cfg.MODE == "transfer" else None
-    return OpenRun(
-        cfg, world, folder, classes, videos, view_settings(cfg), model, cost, summary, checkpoint, report, state
-    )
+    read_in = (cfg, world, folder, classes, videos, account, view_settings(cfg))
+    return OpenRun(*read_in, model, cost, summary, checkpoint, report, state, multi_label)
+
+
+def _build_state(cfg: CfgNode, world: World, folder: RunFolder) -> dict[str, Any] | None:
+    """Lock the folder of a training run and return the state that it continues from; None where it begins."""
+    on_main(world, folder.lock)
+    state = None if cfg.OVERWRITE else load_newest(folder.checkpoints)
+    steps = gather_objects(world, None if state is None else int(state["step"]))
+    if len(set(steps)) > 1:
+        seen = [f"rank {rank} {'none' if step is None else f'step {step}'}" for rank, step in enumerate(steps)]
+        raise RunFailure(
+            f"the processes find different newest checkpoints in {folder.checkpoints}: {', '.join(seen[:8])}; "
+            f"OUTPUT_DIR has to be one folder that all machines share. If it is, start again: one saw it late."
+        )
+    return state
 
 
 def build_filled_batch(cfg: CfgNode, world: World, videos: int, kept: int | None = None) -> CfgNode:
@@ -132,16 +163,56 @@ def build_filled_batch(cfg: CfgNode, world: World, videos: int, kept: int | None
     return override(cfg, [("TRAIN.BATCH_SIZE", most)], "the training list")
 
 
-def build_weights(cfg: CfgNode, model: nn.Module, checkpoint: Checkpoint, classes: list[str]) -> LoadReport:
+def build_fitting_sampling(
+    cfg: CfgNode,
+    world: World,
+    videos: dict[str, list[Video]],
+    state: dict[str, Any] | None,
+    checkpoint: Checkpoint | None,
+) -> tuple[CfgNode, str]:
+    """Return the configuration with sampling that fits the videos, and lines on those that are shorter than a clip.
+
+    What fits is found, where DATA.SHORT_VIDEOS asks for it, when a training run begins. After that it is the run's.
+    """
+    known, reason = None, ""
+    if cfg.DATA.SHORT_VIDEOS == "repeat" or cfg.MODE == "transfer":
+        known = cfg.DATA.SAMPLING
+    elif state is not None:
+        known, reason = state["setup"].get("sampling", cfg.DATA.SAMPLING), "as the run began"
+    elif cfg.MODE == "test" and checkpoint is not None:
+        known = (checkpoint.metadata.get("views") or {}).get("DATA.SAMPLING", cfg.DATA.SAMPLING)
+        reason = "as for training"
+    uniform = override(cfg, [("DATA.SAMPLING", "uniform")], "DATA.SHORT_VIDEOS")
+    samplers = [build_sampler(cfg), build_sampler(uniform)]
+    split = "train" if "train" in videos else "test"
+    own, spread = on_main(world, lambda: count_short(videos[split], split, samplers))
+    sampling = known or ("uniform" if 2 * own.short > own.looked_at else cfg.DATA.SAMPLING)
+    if sampling == cfg.DATA.SAMPLING:
+        return cfg, own.line
+    lines = [f"DATA.SAMPLING is {sampling} (DATA.SHORT_VIDEOS): {reason or own.line.partition(';')[0]}", spread.line]
+    return override(cfg, [("DATA.SAMPLING", sampling)], "DATA.SHORT_VIDEOS"), "\n".join(filter(None, lines))
+
+
+def build_weights(
+    cfg: CfgNode, model: nn.Module, checkpoint: Checkpoint, classes: list[str], multi_label: bool = False
+) -> LoadReport:
     """Load a checkpoint into the model as MODE asks. Raises UsageError where it is not of this model or its classes."""
+    known = checkpoint.metadata.get("classes")
     if cfg.MODE == "test":
+        check_classes(cfg.MODEL.INIT, known, classes)
+        trained = checkpoint.metadata.get("multi_label", multi_label)
+        if trained != multi_label:
+            raise UsageError(
+                f"{checkpoint.path} was trained on videos of {LABELS[trained]} each, and those of DATA.TEST_LIST "
+                f"{cfg.DATA.TEST_LIST} have {LABELS[multi_label]}; give a list of that kind and DATA.MULTI_LABEL "
+                f"{trained}, or other weights."
+            )
         report = load_pretrained(model, checkpoint, min_coverage=0.9)
         check_all_loaded(report, model)
         return report
     least = cfg.MODEL.INIT_MIN_COVERAGE
     if cfg.MODE == "transfer":  # its classifier is not used
         return load_pretrained(model, checkpoint, min_coverage=least, new_head=True)
-    known = checkpoint.metadata.get("classes")
     if known not in (None, classes) and not cfg.MODEL.NEW_HEAD and cfg.MODEL.INIT_DEPTH is None:
         raise UsageError(
             f"{cfg.MODEL.INIT}: its classifier is for other classes ({', '.join(map(str, known[:4]))} ...) than the "
@@ -151,44 +222,21 @@ def build_weights(cfg: CfgNode, model: nn.Module, checkpoint: Checkpoint, classe
     return load_pretrained(model, checkpoint, min_coverage=least, **options)
 
 
-def open_lists(cfg: CfgNode, world: World, *, needs_weights: bool) -> tuple[list[str], dict[str, list[Video]]]:
-    """Return the class names and the videos of each split that MODE uses; generate the set of DATA.GENERATE first."""
-    lists = build_lists(cfg)
-    weights = cfg.MODEL.INIT if needs_weights else ""
-    trains = cfg.MODE == "train" or (cfg.MODE == "transfer" and cfg.TRANSFER.FINETUNE)
-    splits = ["train", "val", "test"] if trains else ["test"] if cfg.MODE == "test" else ["train", "test"]
+def check_classes(source: str, known: list[str] | None, classes: list[str]) -> None:
+    """Raise UsageError where a checkpoint's classifier is for other classes, by name, than the data's.
 
-    # By rank 0, and sent to the others.
-    def read() -> tuple[list[str], dict[str, list[Video]]]:
-        if cfg.DATA.GENERATE:  # takes minutes: first what can be wrong before
-            if not sample.is_complete(cfg.DATA.ROOT):
-                build_model(cfg, cfg.MODEL.NUM_CLASSES or SOME_CLASSES)
-            if weights and not Path(weights).is_file():
-                raise UsageError(f"MODEL.INIT {weights} is missing; {WEIGHTS_ADVICE}.")
-            sample.prepare(cfg.DATA.ROOT, sample.Spec(clips=tuple(cfg.DATA.GENERATE_CLIPS), name=cfg.DATA.GENERATE))
-        advice: dict[str, str] = {}  # by what is missing: all of it is named at once
-        for split in splits:
-            name = lists.lists[split]
-            file = lists.source(split)
-            if (split != "val" or name) and not (name and file.exists()):
-                advice[f"DATA.{split.upper()}_LIST {file if name else repr('')}"] = (
-                    f"a list holds lines `path label`, paths starting from DATA.ROOT {lists.root}, or is a Kinetics "
-                    f"CSV, a Something-Something JSON, or a folder CLASS/FILE"
-                )
-        if lists.class_file and not (lists.root / lists.class_file).is_file():
-            missing = f"DATA.CLASSES {lists.root / lists.class_file}"
-            advice[missing] = "DATA.CLASSES holds one class name a line, or is '' for numbers"
-        if weights and not Path(weights).is_file():
-            advice[f"MODEL.INIT {weights}"] = WEIGHTS_ADVICE
-        if advice:
-            raise UsageError(
-                f"MODE {cfg.MODE} needs files that are missing: {', '.join(advice)}. Put them there or set these keys: "
-                f"{'; '.join(dict.fromkeys(advice.values()))}. Without a download this runs now: "
-                f"python -m stvit_video.run --cfg configs/sample_stvit.yaml"
-            )
-        return lists.classes, {split: lists.videos(split) for split in splits if lists.lists[split]}
-
-    return on_main(world, read)
+    Classes that are numbers on one side alone are lists with and without DATA.CLASSES: their labels are compared.
+    """
+    if known is None or known == classes or are_numbers(known) != are_numbers(classes):
+        return
+    if len(known) == len(classes) or not are_numbers(known):
+        same = f"{len(known)} classes, not {len(classes)}"
+        same = "the same names in another order" if len(known) == len(classes) else same
+        other = next((name for name in classes if name not in known), same)
+        raise UsageError(
+            f"{source}: its classifier is for other classes ({', '.join(map(str, known[:4]))} ...) than the data's "
+            f"({', '.join(classes[:4])} ...): {other}. Test on data of its classes, or correct DATA.CLASSES."
+        )
 
 
 def build_cost_report(cfg: CfgNode) -> str:
@@ -211,8 +259,8 @@ def build_cost_report(cfg: CfgNode) -> str:
     return "\n".join([*note, _build_model_line(cfg, cost, classes), training])
 
 
-def _build_summary(cfg: CfgNode, world: World, cost: Cost, num_classes: int, videos: dict[str, list[Video]]) -> str:
-    """Return lines on the model, where it runs, and how many videos each split has and lacks; empty but on rank 0."""
+def _build_summary(cfg: CfgNode, world: World, cost: Cost, num_classes: int, account: list[str]) -> str:
+    """Return lines on the model, where it runs, and on the lists; empty but on rank 0."""
     if not world.is_main:
         return ""
     sharded = ", weights sharded (fsdp)" if world.size > 1 and cfg.PARALLEL.STRATEGY == "fsdp" else ""
@@ -221,12 +269,7 @@ def _build_summary(cfg: CfgNode, world: World, cost: Cost, num_classes: int, vid
     lines = [_build_model_line(cfg, cost, num_classes), f"{place}, output in {cfg.OUTPUT_DIR}"]
     if (cores := usable_cores()) < cfg.DATA.WORKERS:
         lines.append(f"note: DATA.WORKERS {cfg.DATA.WORKERS} for {cores} core(s): that takes memory and is no faster")
-    if cfg.DATA.SPLIT is not None:
-        lines.append(
-            f"DATA.SPLIT: {' / '.join(map(str, cfg.DATA.SPLIT))} % of each class for training / validation / test, "
-            f"drawn from file names; cuts of one recording may be on both sides"
-        )
-    return "\n".join(lines + [summarise_videos(found, split) for split, found in videos.items()])
+    return "\n".join(lines + account)
 
 
 def _build_model_line(cfg: CfgNode, cost: Cost, num_classes: int) -> str:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from stvit_video.common.accuracy import accuracy_key
 from stvit_video.common.errors import UsageError, first_line
 from stvit_video.data.failures import read_ledger
 from stvit_video.models import create_model
@@ -23,23 +24,19 @@ class ScoredVideo(NamedTuple):
     """A row of ``predictions.csv``, with the names of the classes."""
 
     path: str
-    label: str
+    labels: tuple[str, ...]  # one, but in a multi-label set
     predicted: str
     probability: float  # of the predicted class
-    label_probability: float
+    label_probability: float | None  # of the least likely label; None where there is none
 
 
 class ClassScore(NamedTuple):
-    """The number of scored videos of a class, and of correct ones."""
+    """The number of scored videos of a class, of correct ones (None in a multi-label set), and its accuracy."""
 
     name: str
     videos: int
-    correct: int
-
-    @property
-    def top1(self) -> float:
-        """Accuracy in percent; NaN where the class has no video."""
-        return 100 * self.correct / self.videos if self.videos else math.nan
+    correct: int | None
+    accuracy: float  # top-1 or average precision in percent; NaN where the class has no video
 
 
 class RunRecord:
@@ -56,9 +53,10 @@ class RunRecord:
         self.path = path
         self.name = name or path.resolve().name
         self.results = _read_mapping(folder.results, json.loads)
-        if not isinstance(self.results.get("top1"), int | float):
+        self.accuracy_key = accuracy_key(self.results)
+        if not isinstance(self.results.get(self.accuracy_key), int | float):
             raise UsageError(f"{folder.results} holds no top1; give the OUTPUT_DIR of a run that was tested.")
-        self.top1 = float(self.results["top1"])  # percent
+        self.accuracy = float(self.results[self.accuracy_key])  # percent
         self.cost: float | None = self.results.get("gflops_per_video")  # all views; None where it was not counted
         views = self.results.get("views") or {}
         self.views = int(views.get("clips", 1)) * int(views.get("crops", 1))
@@ -78,19 +76,26 @@ class RunRecord:
             known = word.isdecimal() and word not in names and int(word) < len(names)
             return names[int(word)] if known else word
 
-        columns = {"path": str, "label": named, "predicted": named, "probability": float, "label_probability": float}
+        labels: dict[str, Any] = {"label": lambda word: (named(word),)}
+        if self.multi_label:
+            labels = {"labels": lambda words: tuple(json.loads(words))}
+        columns = {"path": str, **labels, "predicted": named, "probability": float, "label_probability": _number}
         self.predictions = [ScoredVideo(*row) for row in _read_rows(path / "predictions.csv", columns)]
-        self.classes = _read_classes(path / "per_class.csv", self.predictions)
+        self.classes = _read_classes(path / "per_class.csv", self.predictions, self.multi_label)
         files = {"predictions.csv (mistakes)": self.predictions, "per_class.csv (accuracy by class)": self.classes}
         missing = " and no ".join(file for file, rows in files.items() if not rows)
         self.absent = [] if self.metrics else [f"{self.name} has no metrics.jsonl, so no curves: it was only tested."]
         if missing:
             self.absent.append(f"{self.name} has no {missing}: a new test would write them.")
 
+    @property
+    def multi_label(self) -> bool:
+        return self.accuracy_key == "map"
+
     def interval(self) -> tuple[float, float] | None:
-        """Return the 95 % confidence interval of top-1 in percent (Wilson)."""
+        """Return the 95 % confidence interval of top-1 in percent (Wilson); None of mAP, no share of videos."""
         n = self.results.get("scored")
-        if not n:
+        if not n or self.multi_label:
             return None
         p, z = self.results["top1"] / 100, 1.96
         middle, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -98,11 +103,12 @@ class RunRecord:
 
     def confusion(self) -> Counter[tuple[str, str]]:
         """Return the number of videos of each (label, predicted class)."""
-        return Counter((row.label, row.predicted) for row in self.predictions)
+        return Counter((label, row.predicted) for row in self.predictions for label in row.labels)
 
     def mistakes(self) -> list[ScoredVideo]:
         """Return the wrong predictions, the most confident first."""
-        return sorted((row for row in self.predictions if row.label != row.predicted), key=lambda row: -row.probability)
+        wrong = (row for row in self.predictions if row.predicted not in row.labels)
+        return sorted(wrong, key=lambda row: -row.probability)
 
     def find_video(self, path: str) -> Path | None:
         """Return the path of a tested video: as it was given, below DATA.ROOT, or relative to a parent of the run."""
@@ -132,13 +138,21 @@ def _read_rows(path: Path, read: dict[str, Any]) -> list[list[Any]]:
         raise UsageError(f"{path} lacks or holds {error}; test the run again, or delete the file.") from error
 
 
-def _read_classes(path: Path, predictions: list[ScoredVideo]) -> list[ClassScore]:
-    """Return the score of each class from the file, or else counted from the predictions."""
-    if rows := _read_rows(path, {"class": str, "videos": int, "correct": int}):
-        return [ClassScore(*row) for row in rows]
-    videos = Counter(row.label for row in predictions)
-    correct = Counter(row.label for row in predictions if row.label == row.predicted)
-    return [ClassScore(name, count, correct[name]) for name, count in sorted(videos.items())]
+def _number(text: str) -> float | None:
+    return float(text) if text else None
+
+
+def _read_classes(path: Path, predictions: list[ScoredVideo], multi_label: bool) -> list[ClassScore]:
+    """Return the score of each class from the file, or else, of a set with one label each, from the predictions."""
+    if multi_label:
+        rows = _read_rows(path, {"class": str, "videos": int, "average_precision": _number})
+        return [ClassScore(name, videos, None, math.nan if ap is None else ap) for name, videos, ap in rows]
+    found = _read_rows(path, {"class": str, "videos": int, "correct": int})
+    if not found:
+        videos = Counter(row.labels[0] for row in predictions)
+        correct = Counter(row.predicted for row in predictions if row.predicted in row.labels)
+        found = [[name, count, correct[name]] for name, count in sorted(videos.items())]
+    return [ClassScore(name, n, right, 100 * right / n if n else math.nan) for name, n, right in found]
 
 
 def count_tokens(metadata: dict[str, Any]) -> tuple[int, int | None] | None:
@@ -146,26 +160,32 @@ def count_tokens(metadata: dict[str, Any]) -> tuple[int, int | None] | None:
     return create_model(metadata["name"], **metadata["arguments"]).token_counts() if metadata else None  # type: ignore[operator]
 
 
-Points = list[tuple[int, float]]  # step, top-1 in percent
+Points = list[tuple[int, float]]  # step, accuracy in percent
 
 
-def read_curves(folder: Path, window: int) -> dict[str, Points]:
-    """Return the smoothed training curve and the validation points of a run. Raises UsageError where it has none."""
+def read_curves(folder: Path, window: int) -> tuple[str, dict[str, Points]]:
+    """Return the key of a run's accuracy, its smoothed training curve and the validation points.
+
+    Of a multi-label set, accuracy is known in validation only. Raises UsageError where there are no training rows.
+    """
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if {"split", "step"} <= set(row)]
-    points = [(row["step"], row["top1"]) for row in rows if row["split"] == "train" and "top1" in row]
+    key = accuracy_key(set().union(*rows))
+    points = [(row["step"], row[key]) for row in rows if row["split"] == "train" and key in row]
     if not any(row["split"] == "train" for row in rows):
         raise UsageError(f"{folder} has no metrics.jsonl with training rows; give the OUTPUT_DIR of a training run.")
+    if not any(key in row for row in rows):
+        raise UsageError(f"{folder} logged no accuracy: of a multi-label set, only validation (DATA.VAL_LIST) has one.")
     smoothed = []  # over the last ``window`` steps, from step ``window`` on
     for i, (step, _) in enumerate(points):
         if step >= window:
-            recent = [top1 for earlier, top1 in points[: i + 1] if earlier > step - window]
+            recent = [accuracy for earlier, accuracy in points[: i + 1] if earlier > step - window]
             smoothed.append((step, sum(recent) / len(recent)))
-    return {"train": smoothed, "val": [(row["step"], row["top1"]) for row in rows if row["split"] == "val"]}
+    return key, {"train": smoothed, "val": [(row["step"], row[key]) for row in rows if row["split"] == "val"]}
 
 
 def first_step(points: Points, target: float) -> int | None:
     """Return the first step at which the target is reached; None if it never is."""
-    return next((step for step, top1 in points if top1 >= target), None)
+    return next((step for step, accuracy in points if accuracy >= target), None)
 
 
 def name_runs(paths: Sequence[Path]) -> list[str]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from stvit_video.common.accuracy import ACCURACIES
 from stvit_video.common.errors import UsageError
 from stvit_video.common.files import write_atomically, write_json
 from stvit_video.common.tables import format_table, to_csv
@@ -234,7 +235,7 @@ def describe_progress(job: ClusterJob) -> str:
     if not rows:
         return ""
     row = rows[-1]
-    values = [f"{name} {row[name]:.4g}" for name in ("loss", "top1", "clips_per_second") if name in row]
+    values = [f"{name} {row[name]:.4g}" for name in ("loss", *ACCURACIES, "clips_per_second") if name in row]
     return f"step {row['step']}  epoch {row['epoch']:.2f}  {'  '.join(values)}"
 
 
@@ -242,7 +243,8 @@ def describe_end(job: ClusterJob) -> str:
     """Return how a job ended: its result, or which task failed first, where, and its last lines."""
     if job.is_done():
         results = read_json(job.run / "results.json") or {}
-        return f"job {job.id} is done: {job.run}" + (f", top-1 {results['top1']:.2f} %" if "top1" in results else "")
+        accuracy = [f", {name} {results[key]:.2f} %" for key, name in ACCURACIES.items() if key in results]
+        return f"job {job.id} is done: {job.run}{''.join(accuracy)}"
     state = " ".join(job.state()).strip()
     reason = "is unknown to SLURM, and left no result" if state == GONE else f"ended without a result ({state})"
     lines = [f"job {job.id} {reason}: {job.run}"]
@@ -273,10 +275,11 @@ def summarise(jobs: Sequence[ClusterJob], to: Path) -> str:
     configs = [flatten(yaml.safe_load((job.path / "config.yaml").read_text())) for job in jobs]
     keys = [key for key in configs[0] if key != "OUTPUT_DIR" and len({str(c.get(key)) for c in configs}) > 1]
     rows = []
-    for job, config in zip(jobs, configs, strict=True):
-        results = read_json(job.run / "results.json") or {}
+    found = [read_json(job.run / "results.json") or {} for job in jobs]
+    names = ("map",) if any("map" in results for results in found) else ("top1", "top5")
+    for job, config, results in zip(jobs, configs, found, strict=True):
         state = "done" if job.is_done() else job.state()[0]
-        accuracy = {name: f"{results[name]:.2f}" if name in results else "" for name in ("top1", "top5")}
+        accuracy = {name: f"{results[name]:.2f}" if name in results else "" for name in names}
         settings = {key: config.get(key, "") for key in keys}
         rows.append({"run": job.run.name, "job": job.id, "state": state, **settings, **accuracy})
     write_atomically(to, to_csv(rows, list(rows[0])))

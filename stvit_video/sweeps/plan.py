@@ -48,7 +48,7 @@ class SweepRow:
     name: str
     kind: str  # start, twin (the dense baseline), preset, control or neighbour
     of: tuple[str, ...]  # the presets that a control or a neighbour belongs to
-    top1: dict[int, float | None]  # percent by seed, None where that run is not finished
+    accuracy: dict[int, float | None]  # percent by seed, None where that run is not finished
     cfg: CfgNode = field(default_factory=CfgNode)
     classes: int | None = None  # None where there are no data yet
     parameters: int = 0
@@ -57,10 +57,11 @@ class SweepRow:
     rate: float | None = None  # clips per second, None where it was not measured
     coverage: dict[int, float] = field(default_factory=dict)  # share of the test videos that could be read, by seed
     failures: dict[int, str] = field(default_factory=dict)  # why a run failed, by seed
+    accuracy_key: str = "top1"  # of results.json
 
     @property
     def found(self) -> list[float]:
-        return [value for value in self.top1.values() if value is not None]
+        return [value for value in self.accuracy.values() if value is not None]
 
     @property
     def mean(self) -> float | None:
@@ -76,7 +77,7 @@ class SweepRow:
         """Which seeds are in the mean; empty where all are, and there are several."""
         if len(self.found) == 1:
             return "one seed only"
-        return "" if len(self.found) == len(self.top1) else f"{len(self.found)} of {len(self.top1)} seeds"
+        return "" if len(self.found) == len(self.accuracy) else f"{len(self.found)} of {len(self.accuracy)} seeds"
 
     def describe_kind(self) -> str:
         return f"{self.kind} of {', '.join(self.of)}" if self.of else self.kind

@@ -24,6 +24,7 @@ from submitit.helpers import environment_variables
 
 from stvit_video.benchmarks.models import TimedModel, build_speeds
 from stvit_video.benchmarks.rounds import describe_conditions
+from stvit_video.common.accuracy import ACCURACIES, accuracy_key
 from stvit_video.common.errors import Stopped, UsageError
 from stvit_video.common.files import prepare_folder, wait_for_lock, write_json
 from stvit_video.common.tables import format_table
@@ -33,7 +34,8 @@ from stvit_video.data.lists.videos import build_lists
 from stvit_video.models.cost import measure_cost
 from stvit_video.models.zoo import build_model
 from stvit_video.runs.folder import RunFolder, build_run_folder, describe_changes, environment
-from stvit_video.runs.preflight import KINETICS_CLASSES, open_lists
+from stvit_video.runs.lists import open_lists
+from stvit_video.runs.preflight import KINETICS_CLASSES
 from stvit_video.runtime.stopping import StopSignals
 from stvit_video.runtime.world import World
 from stvit_video.slurm.jobs import ENDED, ClusterJob, Follower, read_job, tail
@@ -89,7 +91,7 @@ def build_cost(row: SweepRow) -> None:
 def build_runs(plan: Plan, output: Path) -> list[SweepRun]:
     """Return the start's run, if any, then those of the rows, seed by seed; UsageError where a folder holds another."""
     init: dict[str, str] = {}
-    seeds = list(plan.twin.top1)
+    seeds = list(plan.twin.accuracy)
     runs = []
     starts = [(plan.start, seeds[0])] if plan.start else []
     for row, seed in [*starts, *((row, seed) for seed in seeds for row in plan.rows)]:
@@ -276,7 +278,8 @@ def train_all(runs: Sequence[SweepRun], options: Namespace, draw: Callable[[], o
                     left = len(waiting) + len(active)
                     minutes = (time.monotonic() - begun) / ended * left / 60  # jobs at the same time are counted in
                     draw()
-                    outcome = outcome or f"{run.row.top1[run.seed]:.2f} % top-1"
+                    key = run.row.accuracy_key
+                    outcome = outcome or f"{run.row.accuracy[run.seed]:.2f} % {ACCURACIES[key]}"
                     taken = f"{(time.monotonic() - started[run]) / 60:.1f} minutes"
                     print(f"{run.name}: {outcome}, {taken}; {left} left, about {minutes:.0f} minutes", flush=True)
                 time.sleep(POLL_S[options.cluster] if active else 0)
@@ -301,7 +304,8 @@ def build_table(plan: Plan, runs: Sequence[SweepRun], output: Path, within: floa
             row = run.row  # a run's own count: its data, and so its classes, may be gone
             row.parameters = int(results["parameters"])
             row.gflops = float(results["gflops"])
-            row.top1[run.seed] = float(results["top1"])
+            row.accuracy_key = accuracy_key(results)
+            row.accuracy[run.seed] = float(results[row.accuracy_key])
             row.coverage[run.seed] = float(results["coverage"])
     notes, start = [], runs[0]
     if plan.start and plan.start.failures:
@@ -310,7 +314,7 @@ def build_table(plan: Plan, runs: Sequence[SweepRun], output: Path, within: floa
         now, others = flatten(start.cfg), flatten(plan.twin.cfg)
         reached = start.cfg.MODEL.NAME
         if all(now[key] == others[key] for key in COMMON_KEYS):  # else its accuracy is of another test
-            reached += f" ({plan.start.mean:.2f} % top-1)"
+            reached += f" ({plan.start.mean:.2f} % {ACCURACIES[plan.start.accuracy_key]})"
         notes = [f"every row starts from the weights of {start.name}, a {reached}"]
     return write_table(plan, output, within, notes, build_known_speeds(plan, output))
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from stvit_video.common.accuracy import ACCURACIES, accuracy_key
 from stvit_video.common.charts import SPLIT_COLOURS, WEIGHTS_COLOURS, Point, plot_points
 from stvit_video.common.files import write_atomically, write_json
 from stvit_video.common.tables import format_table, to_csv
@@ -19,7 +20,7 @@ STYLES: dict[str, dict[str, Any]] = {  # of the picture, by kind of row
 
 def compare(row: SweepRow, other: SweepRow) -> tuple[float | None, str]:
     """Return by how many points a row is above another over the seeds that both have, None without any; and a doubt."""
-    found = [(one, other.top1.get(seed)) for seed, one in row.top1.items()]
+    found = [(one, other.accuracy.get(seed)) for seed, one in row.accuracy.items()]
     pairs = [(one, two) for one, two in found if one is not None and two is not None]
     if not pairs:
         return None, ""
@@ -61,8 +62,11 @@ def verdicts(plan: Plan, within: float) -> list[str]:
     return sentences
 
 
-def columns(row: SweepRow, twin: SweepRow) -> list[tuple[str, str, str, Any]]:
-    """Return the key, the heading and format in Markdown, where it is shown there, and the value of each figure."""
+def columns(row: SweepRow, twin: SweepRow, key: str) -> list[tuple[str, str, str, Any]]:
+    """Return the key, the heading and format in Markdown, where it is shown there, and the value of each figure.
+
+    ``key`` is that of the accuracy.
+    """
     return [
         ("row", "", "", row.name),
         ("kind", "", "", row.kind),
@@ -73,8 +77,8 @@ def columns(row: SweepRow, twin: SweepRow) -> list[tuple[str, str, str, Any]]:
         ("gflops_of_twin", "of twin", "{:.2f}x", row.gflops / twin.gflops),
         ("clips_per_second", "clips/s", "{:.1f}", row.rate),
         ("speed_of_twin", "of twin", "{:.2f}x", row.rate and twin.rate and row.rate / twin.rate),
-        *((f"top1_seed{seed}", f"seed {seed}", "{:.2f}", value) for seed, value in row.top1.items()),
-        ("mean", "mean top-1", "{:.2f}", row.mean),
+        *((f"{key}_seed{seed}", f"seed {seed}", "{:.2f}", value) for seed, value in row.accuracy.items()),
+        ("mean", f"mean {ACCURACIES[key]}", "{:.2f}", row.mean),
         ("spread", "spread", "{:.2f}", row.spread),
         ("points", "points", "{:+.2f}", compare(row, twin)[0]),
     ]
@@ -84,17 +88,18 @@ def write_table(plan: Plan, output: Path, within: float, notes: Sequence[str] = 
     """Write tradeoff.json, .csv, .md and .png; return the table in Markdown, with verdicts and notes below it."""
     records: list[dict[str, Any]] = []
     lines = []
+    key = accuracy_key([row.accuracy_key for row in plan.rows])
     notes = list(notes)
     for row in plan.rows:
-        found = columns(row, plan.twin)
+        found = columns(row, plan.twin, key)
         records.append({key: value for key, _, _, value in found})
         cells = {key: "-" if value is None else form.format(value) for key, heading, form, value in found if heading}
-        cells |= {f"top1_seed{seed}": "failed" for seed in row.failures}
+        cells |= {f"{key}_seed{seed}": "failed" for seed in row.failures}
         lines.append([row.name, row.describe_kind(), *cells.values()])
         notes += [f"failed: {row.name}, seed {seed}: {why}" for seed, why in row.failures.items()]
         for seed, share in row.coverage.items():
             if share < 1:
-                read = f"top-1 of the {100 * share:.1f} % of the test videos that could be read"
+                read = f"{ACCURACIES[key]} of the {100 * share:.1f} % of the test videos that could be read"
                 notes.append(f"{row.name}, seed {seed}: {read}")
     said = verdicts(plan, within)
     head = ["row", "kind", *(heading for _, heading, _, _ in found if heading)]
@@ -105,12 +110,12 @@ def write_table(plan: Plan, output: Path, within: float, notes: Sequence[str] = 
     write_json(output / "tradeoff.json", content)
     write_atomically(output / "tradeoff.csv", to_csv(records, list(records[0])))
     write_atomically(output / "tradeoff.md", text.encode())
-    plot_tradeoff(plan.rows, output / "tradeoff.png")
+    plot_tradeoff(plan.rows, output / "tradeoff.png", ACCURACIES[key])
     return text
 
 
-def plot_tradeoff(rows: Sequence[SweepRow], path: Path) -> None:
-    """Draw mean top-1, and its range over the seeds, by clips per second, or by GFLOPs where not all are measured."""
+def plot_tradeoff(rows: Sequence[SweepRow], path: Path, accuracy: str = "top-1") -> None:
+    """Draw mean accuracy and its range over the seeds by clips per second, or by GFLOPs where not all are measured."""
     known = [row for row in rows if row.found]
     measured = all(row.rate is not None for row in known)
     points = []
@@ -120,4 +125,4 @@ def plot_tradeoff(rows: Sequence[SweepRow], path: Path) -> None:
         points.append(Point(row.name, x, mean, y_range=(min(row.found), max(row.found)), **STYLES[row.kind]))
     if points:
         across = "clips per second" if measured else "GFLOPs per clip"
-        plot_points(points, across, "top-1 (%), mean of the seeds and their range", path)
+        plot_points(points, across, f"{accuracy} (%), mean of the seeds and their range", path)

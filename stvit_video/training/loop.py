@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stvit_video.common.accuracy import ACCURACIES, accuracy_key
 from stvit_video.common.charts import plot_curves
 from stvit_video.common.errors import Stopped, UsageError
 from stvit_video.common.progress import Progress
 from stvit_video.data.failures import check_failures, merge, read_ledger
 from stvit_video.data.workers import Loader, LoaderFailure
 from stvit_video.evaluation.evaluate import build_tested_model, build_tester, class_probabilities, describe_videos
-from stvit_video.runs.checkpoint import CheckpointWriter, save_weights
+from stvit_video.runs.checkpoint import CheckpointWriter
 from stvit_video.runs.log import MetricsLog, read_metrics
 from stvit_video.runs.preflight import OpenRun
 from stvit_video.runtime.clock import PARTS, peak_memory
@@ -71,7 +72,9 @@ def run_epochs(
                 values = validate(run, trainer, trainer.val_loader, signals)
                 if log is not None:
                     log.write(trainer.step, trainer.step / trainer.steps_per_epoch, "val", values)
-                progress.note(f"epoch {epoch}: validation loss {values['loss']:.3f}, top-1 {values['top1']:.1f} %")
+                key = accuracy_key(values)
+                accuracy = f"{ACCURACIES[key]} {values[key]:.1f} %"
+                progress.note(f"epoch {epoch}: validation loss {values['loss']:.3f}, {accuracy}")
             trainer.epoch = epoch
             write_failures(run, trainer)
             for stage, loader in (("train", trainer.loader), ("val", trainer.val_loader)):
@@ -85,14 +88,16 @@ def validate(run: OpenRun, trainer: Trainer, loader: Loader, signals: StopSignal
     model = trainer.model_to_test()
     precision = trainer.settings.precision
     try:
-        predictions = describe_videos(class_probabilities(model), loader, run.world, precision, signals=signals)
+        describe = class_probabilities(model, run.multi_label)
+        predictions = describe_videos(describe, loader, run.world, precision, signals=signals)
     except Stopped:  # the scores so far are not kept: one view a video is quickly scored again
         raise Stopped(signals.received, f"step {trainer.step}") from None
     trainer.failures += predictions.failures
-    values = {"loss": predictions.loss, "top1": predictions.top(1), "top5": predictions.top(5)}
-    if values["top1"] > trainer.best:
-        trainer.best = values["top1"]
-        on_main(run.world, lambda: save_weights(run.folder.best_weights, model, run.classes, run.views))
+    values = {"loss": predictions.loss, **predictions.figures()}
+    accuracy = values[accuracy_key(values)]
+    if accuracy > trainer.best:
+        trainer.best = accuracy
+        on_main(run.world, lambda: run.save_weights(run.folder.best_weights, model))
     return values
 
 
@@ -134,7 +139,7 @@ def train(run: OpenRun) -> None:
         model = trainer.model_to_test()
 
         def finish() -> None:
-            save_weights(folder.weights, model, run.classes, run.views)
+            run.save_weights(folder.weights, model)
             plot_curves(read_metrics(folder.path / "metrics.jsonl"), folder.path / "curves.png")
 
         on_main(world, finish)

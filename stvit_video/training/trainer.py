@@ -53,6 +53,17 @@ class TrainSettings:
     seed: int
     val_every: int = 1  # epochs between validations
     mix: Mix | None = None
+    multi_label: bool = False  # labels are those of each class by itself (clips, classes)
+
+
+def classification_loss(logits: Tensor, targets: Tensor, smoothing: float, multi_label: bool) -> Tensor:
+    """Return the mean cross-entropy of logits (B, classes) and targets (B,) or (B, classes).
+
+    Of a multi-label set, that of a sigmoid for each class; smoothing then draws each target towards a half.
+    """
+    if multi_label:
+        return F.binary_cross_entropy_with_logits(logits, targets.lerp(torch.full_like(targets, 0.5), smoothing))
+    return F.cross_entropy(logits, targets, label_smoothing=smoothing)
 
 
 @dataclass(eq=False)
@@ -74,7 +85,7 @@ class Trainer:
     epoch: int = 0  # finished epochs
     step: int = 0  # steps taken
     bad_steps: int = 0  # those of them that were skipped
-    best: float = -1.0  # validation top-1 in percent; any first one is better
+    best: float = -1.0  # validation top-1 or mAP in percent; any first one is better
     failures: list[Failure] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -166,8 +177,9 @@ class Trainer:
                 logged = self.step
                 text = f"epoch {self.epoch + 1}  all steps skipped"
                 if "loss" in values:
+                    accuracy = f"  top1 {values['top1']:.1f} %" if "top1" in values else ""
                     text = (
-                        f"epoch {self.epoch + 1}  loss {values['loss']:.3f}  top1 {values['top1']:.1f} %  "
+                        f"epoch {self.epoch + 1}  loss {values['loss']:.3f}{accuracy}  "
                         f"{values['clips_per_second']:.0f} clips/s  data {100 * values['data_share']:.0f} %  "
                         f"mfu {100 * values['mfu']:.0f} %"
                     )
@@ -197,13 +209,14 @@ class Trainer:
             # Processes exchange gradients once a step, with its last batch.
             with parallel.gradient_sync(self.wrapped, i + 1 == self.settings.accumulate):
                 with self.clock.part("forward"):
-                    targets = labels
-                    if self.settings.mix is not None:
-                        clips, targets = self.settings.mix(clips, labels, self._seed(self.step, i))
+                    targets, settings = labels, self.settings
+                    if settings.mix is not None:
+                        clips, targets = settings.mix(clips, labels, self._seed(self.step, i))
+                    if targets.ndim == 2:
                         labels = targets.argmax(dim=1)  # for the hits: the label with the larger share
                     with autocast(self.world.device, self.settings.precision):
                         logits = self.wrapped(clips)
-                    loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.settings.label_smoothing)
+                    loss = classification_loss(logits.float(), targets, settings.label_smoothing, settings.multi_label)
                     # A learned reducer's: added for the gradients, not in the logged loss.
                     auxiliary = getattr(self.model, "auxiliary_loss", lambda: None)()
                     total = loss if auxiliary is None else loss + auxiliary
@@ -248,14 +261,14 @@ class Trainer:
         for batch, logits, loss in seen:
             bad = (~logits.isfinite()).any(dim=1).view(len(batch.indices), -1).any(dim=1).cpu()
             if not loss.isfinite():
-                paths += [videos[i].path for i in (batch.indices[bad] if bad.any() else batch.indices).tolist()]
+                paths += [videos[i].name for i in (batch.indices[bad] if bad.any() else batch.indices).tolist()]
         if self.scaler.is_enabled() and not any_of(self.world, bool(paths)) and self.scaler.get_scale() >= 1:
             return
         self.bad_steps += 1
         most = self.settings.max_bad_steps
         if self.bad_steps > most:
             paths = [path for share in gather_objects(self.world, paths) for path in share]
-            paths = paths or [videos[index].path for batch, *_ in seen for index in batch.indices.tolist()]
+            paths = paths or [videos[index].name for batch, *_ in seen for index in batch.indices.tolist()]
             raise Diverged(
                 f"{self.bad_steps} steps had a loss or gradients that are not finite, the last step {self.step} with "
                 f"the video(s) {', '.join(paths[:8])}{' ...' if len(paths) > 8 else ''}; TRAIN.MAX_BAD_STEPS {most} "
@@ -274,6 +287,8 @@ class Trainer:
         lap = self.clock.lap()
         speed = clips / lap["elapsed"]
         figures = {"loss": loss / clips, "top1": 100 * hits / clips} if clips else {}  # none if all were skipped
+        if self.settings.multi_label:  # whose accuracy is that of a whole list: see validation
+            figures.pop("top1", None)
         return {
             **figures,
             "lr": max(self.scheduler.get_last_lr()),
@@ -291,8 +306,11 @@ def build_trainer(run: OpenRun) -> Trainer:
     """Return a trainer at step 0 of the run's model: on the device, frozen, compiled, sharded or replicated."""
     cfg, world = run.cfg, run.world
     set_precision(world.device, cfg.PRECISION)
-    loader = build_train_loader(cfg, world, run.videos["train"])
-    val_loader = build_test_loader(cfg, world, run.videos["val"], "val") if "val" in run.videos else None
+    columns = run.label_columns
+    loader = build_train_loader(cfg, world, run.videos["train"], columns)
+    val_loader = None
+    if "val" in run.videos:
+        val_loader = build_test_loader(cfg, world, run.videos["val"], "val", label_columns=columns)
     model, sharded = run.model, world.size > 1 and cfg.PARALLEL.STRATEGY == "fsdp"
     eval_model = copy.deepcopy(model) if sharded else None
     model.to(world.device)
@@ -319,9 +337,17 @@ def build_trainer(run: OpenRun) -> Trainer:
         seed=cfg.SEED,
         val_every=cfg.TRAIN.VAL_EVERY,
         mix=build_mix(cfg, world, len(run.classes)),
+        multi_label=run.multi_label,
     )
     setup = {"processes": world.size, "strategy": cfg.PARALLEL.STRATEGY, "accumulation": cfg.TRAIN.ACCUMULATE}
-    setup |= {"compile": cfg.COMPILE, "device": world.device.type, "batch": cfg.TRAIN.BATCH_SIZE}
+    setup |= {
+        "compile": cfg.COMPILE,
+        "device": world.device.type,
+        "batch": cfg.TRAIN.BATCH_SIZE,
+        "sampling": cfg.DATA.SAMPLING,
+        "multi_label": run.multi_label,
+    }
+    setup |= {"classes": run.classes, "videos": len(run.videos["train"])}  # open_run keeps them
     scheduler = build_scheduler(cfg, optimizer, steps_per_epoch, total)
     return Trainer(
         model, wrapped, optimizer, scheduler, loader, world, settings, total, setup, ema_model, eval_model, val_loader

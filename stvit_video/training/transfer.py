@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
+from stvit_video.common.accuracy import ACCURACIES
 from stvit_video.common.charts import plot_transfer
 from stvit_video.common.errors import UsageError
 from stvit_video.common.files import write_json
@@ -24,18 +25,20 @@ from stvit_video.data.failures import check_failures
 from stvit_video.data.loader import build_test_loader, build_train_loader
 from stvit_video.data.workers import Loader
 from stvit_video.evaluation.evaluate import describe_videos
-from stvit_video.evaluation.scores import Predictions, fingerprint, read_features, weights_hash, write_features
+from stvit_video.evaluation.predictions import Predictions, probabilities
+from stvit_video.evaluation.scores import fingerprint, read_features, weights_hash, write_features
 from stvit_video.models import load_pretrained
 from stvit_video.models.weights.files import Checkpoint
 from stvit_video.models.zoo import build_model
 from stvit_video.runs.checkpoint import check_all_loaded
 from stvit_video.runs.folder import build_run_folder
+from stvit_video.runs.lists import LABELS
 from stvit_video.runs.preflight import OpenRun, build_filled_batch, open_run
 from stvit_video.runtime.world import on_main
 from stvit_video.training.loop import train
 
 FINETUNE = "finetune"  # folder of the training run inside OUTPUT_DIR
-ScoreRow = dict[str, Any]  # method, weights, top1 and top5 in percent, coverage as a share
+ScoreRow = dict[str, Any]  # method, weights, top1 and top5 (or map) in percent, coverage as a share
 
 
 def nearest_neighbours(train: Predictions, features: Tensor, classes: int, k: int, temperature: float) -> Tensor:
@@ -46,21 +49,32 @@ def nearest_neighbours(train: Predictions, features: Tensor, classes: int, k: in
         nearest, places = (part @ known).topk(min(k, known.shape[1]), dim=1)
         # exp(similarity / temperature) as in Wu et al. (arXiv 1805.01978), relative to the best: no overflow.
         weights = ((nearest - nearest[:, :1]) / temperature).exp()
-        scores.scatter_add_(1, train.labels[places], weights)
+        if train.labels.ndim == 2:  # the share of the votes for each class: videos are ranked by it
+            for neighbour, weight in zip(places.T, (weights / weights.sum(dim=1, keepdim=True)).T, strict=True):
+                scores.addcmul_(train.labels[neighbour], weight[:, None])
+        else:
+            scores.scatter_add_(1, train.labels[places], weights)
     return votes
 
 
 def linear_probe(train: Predictions, features: Tensor, classes: int, weight_decay: float) -> Tensor:
-    """Return logits (N, classes) of a linear classifier fitted to the training features, standardised, by L-BFGS."""
+    """Return logits (N, classes) of a linear classifier fitted to the training features, standardised, by L-BFGS.
+
+    Of a multi-label set, it is a logistic regression for each class.
+    """
     mean, std = train.scores.mean(dim=0), train.scores.std(dim=0).clamp_min(1e-6)
     inputs = (train.scores - mean) / std
     bias = torch.zeros(classes, requires_grad=True)
     weight = torch.zeros(classes, inputs.shape[1], requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+    many = train.labels.ndim == 2
+
+    def fit(logits: Tensor, labels: Tensor) -> Tensor:
+        return classes * F.binary_cross_entropy_with_logits(logits, labels) if many else F.cross_entropy(logits, labels)
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = F.cross_entropy(F.linear(inputs, weight, bias), train.labels) + weight_decay * weight.square().sum()
+        value = fit(F.linear(inputs, weight, bias), train.labels) + weight_decay * weight.square().sum()
         value.backward()
         return value
 
@@ -73,18 +87,16 @@ def pooled_features(model: nn.Module, clips: Tensor) -> Tensor:
     return model.forward_features(clips).mean(dim=1)  # type: ignore[operator]
 
 
-def frame_probabilities(image_model: nn.Module, clips: Tensor) -> Tensor:
+def frame_probabilities(image_model: nn.Module, clips: Tensor, multi_label: bool = False) -> Tensor:
     """Return class probabilities (B, classes) of clips (B, 3, T, H, W), averaged over the frames."""
     frames = clips.transpose(1, 2).flatten(0, 1).unsqueeze(2)  # (B*T, 3, 1, H, W)
-    probabilities = image_model(frames).float().softmax(dim=1)
-    return probabilities.unflatten(0, (len(clips), -1)).mean(dim=1)
+    return probabilities(image_model(frames), multi_label).unflatten(0, (len(clips), -1)).mean(dim=1)
 
 
 def transfer(run: OpenRun) -> None:
     """Run MODE transfer: describe both lists with the weights of MODEL.INIT, score the test list, fine-tune last."""
     world = run.world
     folder = run.folder
-    chance = 100 / len(run.classes)
     networks, loaders, no_head = build_parts(run)
     tuning = build_finetuning(run)  # what is wrong is found before the folder is touched
     run.claim()
@@ -96,6 +108,7 @@ def transfer(run: OpenRun) -> None:
 
     def write(rows: list[ScoreRow], complete: bool) -> None:
         """Print the table, and write it as ``transfer.json`` and ``transfer.png``."""
+        chance = chance_level(described["test_init"].labels, len(run.classes))
         plot_transfer(rows, chance, folder.path / "transfer.png")
         content = {
             "checkpoint": folder.settings["MODEL"]["INIT"],
@@ -106,9 +119,10 @@ def transfer(run: OpenRun) -> None:
             "rows": rows,
         }
         write_json(folder.transfer, content)
-        headings = [f"method (chance {chance:.3g} %)", "top-1 %", "top-5 %", "coverage %"]
+        columns = {key: f"{name} %" for key, name in (ACCURACIES | {"top5": "top-5"}).items() if key in rows[0]}
+        headings = [f"method (chance {chance:.3g} %)", *columns.values(), "coverage %"]
         cells = [
-            (row["method"], f"{row['top1']:.2f}", f"{row['top5']:.2f}", f"{100 * row['coverage']:.1f}") for row in rows
+            (row["method"], *(f"{row[key]:.2f}" for key in columns), f"{100 * row['coverage']:.1f}") for row in rows
         ]
         print(f"{format_table(headings, cells)}\nresults in {folder.transfer}", flush=True)
 
@@ -119,9 +133,14 @@ def transfer(run: OpenRun) -> None:
     if tuned is not None:  # else it is finished already
         train(tuned)
     results = on_main(world, lambda: json.loads((folder.path / FINETUNE / "results.json").read_text()))
-    figures = {name: results[name] for name in ("top1", "top5", "coverage")}
+    figures = {name: results[name] for name in rows[0] if name not in ("method", "weights")}
     tuned_row = {"method": f"fine-tuned ({tuning.TRAIN.EPOCHS} epochs)", "weights": "fine-tuned", **figures}
     on_main(world, lambda: write([*rows, tuned_row], True))
+
+
+def chance_level(labels: Tensor, classes: int) -> float:
+    """Return the accuracy of guessing in percent; of mAP, about the mean share of the videos that have a class."""
+    return 100 * float(labels.mean()) if labels.ndim == 2 else 100 / classes
 
 
 def build_parts(run: OpenRun) -> tuple[dict[str, nn.Module], dict[str, Loader], str]:
@@ -131,15 +150,16 @@ def build_parts(run: OpenRun) -> tuple[dict[str, nn.Module], dict[str, Loader], 
     """
     cfg, views = run.cfg, {"clips": run.cfg.TEST.CLIPS, "crops": run.cfg.TEST.CROPS}
     assert run.checkpoint is not None, "MODE transfer opens MODEL.INIT"
-    image_model, reason = build_image_model(cfg, run.checkpoint, run.classes)
+    image_model, reason = build_image_model(cfg, run.checkpoint, run.classes, run.multi_label)
     networks = {"init": run.model}
     if image_model is not None:
         networks["head"] = image_model
     if cfg.TRANSFER.RANDOM_BASELINE:
         torch.manual_seed(cfg.SEED)
         networks["random"] = build_model(cfg, len(run.classes))
+    how = {**views, "label_columns": run.label_columns}
     splits = ("train", "test")
-    loaders = {split: build_test_loader(cfg, run.world, run.videos[split], split, **views) for split in splits}
+    loaders = {split: build_test_loader(cfg, run.world, run.videos[split], split, **how) for split in splits}
     return networks, loaders, reason
 
 
@@ -159,7 +179,9 @@ def build_features(run: OpenRun, networks: dict[str, nn.Module], loaders: dict[s
                 print(said, flush=True)
             if found is None:
                 network.to(world.device).eval()
-                describe = partial(frame_probabilities if kind == "head" else pooled_features, network)
+                describe = partial(pooled_features, network)
+                if kind == "head":
+                    describe = partial(frame_probabilities, network, multi_label=run.multi_label)
                 found = describe_videos(describe, loader, world, cfg.PRECISION, f"{split} list, {kind}")
                 network.cpu()
                 on_main(world, partial(write_features, path, key, found))
@@ -178,7 +200,7 @@ def build_rows(run: OpenRun, described: dict[str, Predictions]) -> list[ScoreRow
     rows: list[ScoreRow] = []
 
     def add(method: str, weights: str, scored: Predictions) -> None:
-        figures = {"top1": scored.top(1), "top5": scored.top(5), "coverage": scored.coverage}
+        figures = {**scored.figures(), "coverage": scored.coverage}
         rows.append({"method": method, "weights": weights, **figures})
 
     if "test_head" in described:
@@ -196,7 +218,9 @@ def build_rows(run: OpenRun, described: dict[str, Predictions]) -> list[ScoreRow
     return rows
 
 
-def build_image_model(cfg: CfgNode, checkpoint: Checkpoint, classes: list[str]) -> tuple[nn.Module | None, str]:
+def build_image_model(
+    cfg: CfgNode, checkpoint: Checkpoint, classes: list[str], multi_label: bool = False
+) -> tuple[nn.Module | None, str]:
     """Return the image model of a checkpoint of one frame and exactly these classes; or None, and why not."""
     path, metadata = checkpoint.path, checkpoint.metadata
     frames, own = metadata.get("arguments", {}).get("num_frames"), metadata.get("classes")
@@ -204,6 +228,8 @@ def build_image_model(cfg: CfgNode, checkpoint: Checkpoint, classes: list[str]) 
         return None, f"{path} carries no class names"
     if frames != 1:
         return None, f"{path} is a model of {frames} frames, not of images"
+    if metadata["multi_label"] != multi_label:
+        return None, f"{path} was trained on images of {LABELS[not multi_label]} each"
     if own != classes:
         differing = next((pair for pair in zip(own, classes, strict=False) if pair[0] != pair[1]), None)
         shown = f"{differing[0]!r} where the data has {differing[1]!r}" if differing else "the first ones agree"

@@ -39,6 +39,14 @@ class Crashing:
 
 
 @dataclass(frozen=True)
+class Every:
+    """Chooses all frames."""
+
+    def __call__(self, video: Reader) -> Indices:
+        return np.arange(video.length)
+
+
+@dataclass(frozen=True)
 class Killed:
     """Dies by SIGKILL, as where memory is short, until it has done so as often as the file ``count`` says."""
 

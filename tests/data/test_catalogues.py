@@ -8,8 +8,9 @@ import pytest
 
 from stvit_video.common.errors import UsageError
 from stvit_video.data.lists.annotations import Video
-from stvit_video.data.lists.catalogues import find_clips, find_videos, read_catalogue
-from tests.conftest import refusal
+from stvit_video.data.lists.catalogues import find_clips
+from stvit_video.data.lists.formats import read_catalogue
+from tests.conftest import read_list, refusal
 
 HEADER = "label,youtube_id,time_start,time_end,split\n"
 
@@ -23,9 +24,7 @@ def write(root: Path, names: str) -> None:
 
 def read_videos(path: Path, root: Path, *classes: str) -> list[tuple[str, int, bool]]:
     """Read a catalogue and find its videos; their paths start from ``root``."""
-    catalogue = read_catalogue(path)
-    assert catalogue is not None
-    videos = find_videos(catalogue, root, classes or catalogue.classes(), find_clips(root, catalogue.clip_folder))
+    videos = read_list(path, root, classes)
     return [(str(Path(video.path).relative_to(root)), video.label, video.missing) for video in videos]
 
 
@@ -77,12 +76,11 @@ def test_kinetics_columns_may_come_in_any_form(tmp_path: Path, content: bytes) -
     [
         ("youtube_id,time_start,time_end,split\nabc,1,11,test\n", "has no column label: test lists are published"),
         ("label,video,time_start,time_end\nyoga,abc,1,11\n", "has no column youtube_id; its first line"),
-        ("label;youtube_id;time_start;time_end\n", "has no column label, youtube_id, time_start, time_end;"),
         (HEADER, "has no rows below its header"),
         (HEADER + "\nyoga,abc,1\n", "train.csv, line 3 has 3 fields, not 5 as the header"),
         (HEADER + "yoga,on a mat,abc,1,11,train\n", "line 2 has 6 fields"),
-        (HEADER + ",abc,1,11,train\n", "line 2: label '', youtube_id 'abc'"),
-        (HEADER + "yoga,#NAME?,1,11,train\n", "line 2: label 'yoga', youtube_id '#NAME?'"),
+        (HEADER + ",abc,1,11,train\n", "line 2: label '' is empty; give a class"),
+        (HEADER + "yoga,#NAME?,1,11,train\n", "line 2: youtube_id '#NAME?'; give letters"),
         (HEADER + "yoga,abc,1,1.5,train\n", "line 2: times '1' and '1.5'; give whole seconds"),
         (HEADER + "yoga,abc,-1,9,train\n", "line 2: times '-1' and '9'"),
         (HEADER + "yoga,abc,1,99999999,train\n", "line 2: times '1' and '99999999'"),
@@ -137,10 +135,11 @@ def test_damaged_something_lists_are_named_by_entry(tmp_path: Path, content: str
     assert says in refusal(read_catalogue, tmp_path / "train.json")
 
 
-@pytest.mark.parametrize("content", ["", "a.mp4 1\n", "[a]/b.mp4 1\n", "[ 1\n", "label time_starts.mp4 1\n"])
-def test_other_lists_are_left_to_others(tmp_path: Path, content: str) -> None:
-    (tmp_path / "list.csv").write_text(content)
-    assert read_catalogue(tmp_path / "list.csv") is None
+@pytest.mark.parametrize("name", ["a.mp4", "[a]/b.mp4", "[", "label time_starts.mp4", "path label.mp4"])
+def test_lines_that_look_like_others_are_lines(tmp_path: Path, name: str) -> None:
+    (tmp_path / "list.csv").write_text(f"{name} 1\n")
+    (video,) = read_list(tmp_path / "list.csv", tmp_path)
+    assert (video.path, video.label) == (f"{tmp_path}/{name}", 1)
 
 
 def test_a_json_list_needs_no_ending(tmp_path: Path) -> None:
@@ -164,13 +163,13 @@ def test_equal_names_hidden_folders_and_circular_links_change_nothing(tmp_path: 
         (tmp_path / name).rename(root / name)
     (root / "linked").symlink_to(tmp_path / "away")
     (root / "a" / "up").symlink_to(root)
-    assert find_clips(root, re.compile("[0-9]+")) == {"1": f"{root}/a/1.mp4", "3": f"{root}/linked/3.mp4"}
-    assert find_clips(tmp_path / "absent", re.compile("[0-9]+")) == {}
+    found = find_clips(root, re.compile("[0-9]+"))
+    assert found.paths == {"1": f"{root}/a/1.mp4", "3": f"{root}/linked/3.mp4"}
+    assert found.repeated == {"1"}
+    assert find_clips(tmp_path / "absent", re.compile("[0-9]+")).paths == {}
 
 
 def test_of_equal_class_names_the_first_gives_the_label(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text(HEADER + "yoga,abc,1,11,train\n")
-    catalogue = read_catalogue(tmp_path / "train.csv")
-    assert catalogue is not None
     missing = Video(f"{tmp_path}/yoga/abc_000001_000011.mp4", 1, missing=True)
-    assert find_videos(catalogue, tmp_path, ["ski", "yoga", "yoga"], {}) == [missing]
+    assert read_list(tmp_path / "train.csv", tmp_path, ["ski", "yoga", "yoga"]) == [missing]

@@ -7,11 +7,12 @@ import pytest
 from PIL import Image
 
 from stvit_video.data.decode.frames import open_video
+from stvit_video.data.decode.pictures import order_frames
 from stvit_video.data.decode.types import DecodeError
 
 
 def read_image(path: Path, short_side: int | None = None) -> np.ndarray:
-    reader = open_video(str(path), short_side)
+    reader = open_video(str(path), short_side=short_side)
     assert reader.length == 1
     return reader.frames(np.array([0]))[0]
 
@@ -89,6 +90,73 @@ def test_a_folder_of_images_is_a_video_in_natural_order(tmp_path: Path, picture:
     (folder / "img_7.png").write_bytes(b"damaged")
     with pytest.raises(DecodeError, match="cannot be read as an image"):
         open_video(str(folder)).frames(np.array([6]))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "img_00001.jpg img_00002.jpg img_00010.jpg",
+        "0.5.jpg 1.5.jpg 2.0.jpg 10.0.jpg",
+        "1.0.png 1.05.png 1.1.png 1.15.png",
+        "0,5.png 1,25.png 1,5.png",
+        "1.8.jpg 1.9.jpg 1.10.jpg 1.11.jpg",
+        "v1.2.9.jpg v1.2.10.jpg",
+        "-10.jpg -3.jpg -1.5.jpg 0.jpg 2.jpg",
+        "t_-2.0.jpg t_-0.5.jpg t_0.0.jpg",
+        "img-1.jpg img-3.jpg img-10.jpg",
+        "1.jpg 2.jpg 03.jpg 10.PNG",
+        "frame_0000_9.5.jpg frame_0001_10.0.jpg",
+        "frame1_crop224.jpg frame2_crop224.jpg frame10_crop224.jpg",
+        "10-01-58.jpg 10-01-59.jpg 10-02-58.jpg 10-02-59.jpg",
+        "a.jpg b.jpg c.jpg",
+    ],
+)
+def test_frames_are_in_the_order_of_their_numbers(names: str) -> None:
+    assert order_frames(sorted(names.split(), reverse=True)) == names.split()
+
+
+@pytest.mark.parametrize(
+    ("frames", "others"),
+    [
+        ("img_1.jpg img_2.jpg", "flow_x_1.jpg flow_x_2.jpg flow_y_1.jpg flow_y_2.jpg"),
+        ("img_1.jpg img_2.jpg", "x_1.jpg x_2.jpg y_1.jpg y_2.jpg cover.jpg"),
+        ("1.jpg 2.jpg", "1_flow.png 2_flow.png mask_1.png mask_2.png thumb.png"),
+        ("frame_01.tiff frame_02.tiff", ".frame_03.tiff 3.txt"),
+    ],
+)
+def test_other_pictures_are_no_frames(frames: str, others: str) -> None:
+    assert order_frames([*others.split(), *frames.split()]) == frames.split()
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        ("1.jpg 01.jpg 2.jpg", r"one frame twice \(01.jpg and 1.jpg\)"),
+        ("1.jpg 1.png 2.jpg", r"one frame twice \(1.jpg and 1.png\)"),
+        ("left_1.jpg left_2.jpg right_1.jpg right_2.jpg", r"pictures of 2 kinds \(2 left_{}, 2 right_{}\)"),
+        ("cam1_1.jpg cam1_2.jpg cam2_1.jpg cam2_2.jpg", r"frames of 2 videos \(2 cam1_{}, 2 cam2_{}\)"),
+    ],
+)
+def test_frames_that_are_not_clear_are_refused(tmp_path: Path, picture: np.ndarray, names: str, says: str) -> None:
+    for name in names.split():
+        Image.fromarray(picture).save(tmp_path / name)
+    with pytest.raises(DecodeError, match=f"holds {says}; .*DATA.FRAME_PATTERN"):
+        open_video(str(tmp_path))
+
+
+@pytest.mark.parametrize("pattern", ["left_{:05d}.png", "left_%05d.png", "left_*"])
+def test_a_pattern_chooses_the_frames(tmp_path: Path, picture: np.ndarray, pattern: str) -> None:
+    for number in (1, 2, 10):
+        Image.fromarray(picture // number).save(tmp_path / f"left_{number}.png")
+        Image.fromarray(picture * 0).save(tmp_path / f"right_{number}.png")
+    reader = open_video(f"{tmp_path}/{pattern}")
+    assert reader.segments() == [(0, 3)]
+    np.testing.assert_array_equal(reader.frames(np.arange(3)), [picture // number for number in (1, 2, 10)])
+    with pytest.raises(DecodeError, match="no images that match"):
+        open_video(f"{tmp_path}/up_{{}}.png")
+    for name in ("What is it? [abc].mp4", "100 %d.mp4", "a{1}.avi"):  # absent files
+        with pytest.raises(DecodeError, match="no such file"):
+            open_video(f"{tmp_path}/{name}")
 
 
 def test_damaged_images_give_a_reason(tmp_path: Path, picture: np.ndarray) -> None:

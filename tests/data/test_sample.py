@@ -17,7 +17,8 @@ import torch
 from stvit_video.common.errors import UsageError
 from stvit_video.data import sample, sprites
 from stvit_video.data.decode.frames import open_video
-from stvit_video.data.lists.annotations import read_classes, read_list
+from stvit_video.data.lists.class_names import read_classes
+from tests.conftest import read_list
 
 SPEC = sample.Spec(clips=(16, 8, 8), stills=(8, 8))
 HARD = sample.Spec(clips=(16, 16, 16), name="sample_hard")
@@ -37,7 +38,7 @@ def test_the_seed_determines_all_bytes(spec: sample.Spec, tmp_path: Path) -> Non
 
 def test_layout_lists_and_files_agree(small_set: Path) -> None:
     for labels, names in (("motion", sprites.MOTIONS), ("shape", sprites.SHAPES)):
-        assert tuple(read_classes(small_set / labels / "classes.txt")) == names
+        assert tuple(read_classes(small_set / labels / "classes.txt").names) == names
         for split, count in zip(sample.SPLITS, (32, 16, 16), strict=True):
             videos = read_list(small_set / labels / f"{split}.csv", small_set)
             assert len(videos) == count
@@ -50,7 +51,7 @@ def test_layout_lists_and_files_agree(small_set: Path) -> None:
 
 def test_the_hard_set_is_balanced(tmp_path: Path) -> None:
     sample.prepare(tmp_path, HARD, progress=False)
-    assert tuple(read_classes(tmp_path / "motion_shape" / "classes.txt")) == sprites.CLASSES
+    assert tuple(read_classes(tmp_path / "motion_shape" / "classes.txt").names) == sprites.CLASSES
     for split in sample.SPLITS:
         videos = read_list(tmp_path / "motion_shape" / f"{split}.csv", tmp_path)
         assert sorted(video.label for video in videos) == list(range(16))

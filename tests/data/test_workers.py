@@ -123,7 +123,7 @@ def test_a_batch_that_does_not_come_is_found_by_its_deadline(loader: Loader) -> 
     for process in processes(loader):
         os.kill(process, signal.SIGSTOP)
     started = time.monotonic()
-    with pytest.raises(LoaderFailure, match=r"loader worker . of 2 .* has done nothing for 1 s, being stopped"):
+    with pytest.raises(LoaderFailure, match=r"loader worker . of 2 .* has done nothing for [0-9]+ s, being stopped"):
         list(batches)
     assert 1.0 <= time.monotonic() - started < 10
 

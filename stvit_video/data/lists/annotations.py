@@ -1,21 +1,16 @@
-"""Which videos there are, and what they show: text lists, class folders and class names."""
+"""Videos, their labels and the parts of them that are labelled; whether labels and files are right."""
 
-import json
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchvision.datasets.folder import make_dataset
-
 from stvit_video.common.errors import UsageError, nearest
-from stvit_video.data.decode.types import MEDIA_SUFFIXES
+from stvit_video.data.decode.pictures import is_pattern
 
-MAX_LABEL = 999_999  # more classes than any data set has: a larger number is an id or a time, read as a label
 MAX_LOOKS = 512  # files to look at where a list is checked: a wrong root shows within seconds on any storage
-LIST_FORM = "a text file with lines `path label`, a Kinetics CSV or a Something-Something JSON"
-CLASS_FORM = "one class name a line, in the order of the labels"
+LIST_FORM = "a text file with lines `path label`, or a CSV or JSON as data sets publish it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +20,7 @@ class Section:
     start: float
     stop: float
     in_frames: bool = False
+    may_be_file: bool = False  # a file that is no longer than this part is taken for the part, cut out
 
 
 @dataclass(frozen=True, slots=True)  # lists have hundreds of thousands
@@ -40,75 +36,20 @@ class Video:
     section: Section | None = None  # the part that is labelled; None: all of it
     labels: tuple[int, ...] | None = None  # those of a multi-label set, ascending; None: ``label`` alone
 
-
-def read_lines(path: str | Path, what: str, form: str) -> list[str]:
-    """Return a text file's lines, with their ends; UsageError, naming ``what`` it is and the ``form`` to give."""
-    path = Path(path)
-    if not path.is_file():
-        raise UsageError(f"{what} {path} is not a file; give {form}.")
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            return list(file)  # line by line, so that a large binary file is refused at its first bytes
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{what} {path} is not UTF-8 text ({error.reason}); give {form}.") from error
-
-
-def read_list(path: str | Path, root: str | Path = "") -> list[Video]:
-    """Read lines ``path label``, separated by space, comma or tab; paths may hold spaces and start from ``root``.
-
-    Blank lines are skipped. Raises UsageError, naming the line, where one has no label.
-    """
-    lines = enumerate(read_lines(path, "List", LIST_FORM), start=1)
-    videos = [_parse_line(line.strip(), f"{path}, line {number}", Path(root)) for number, line in lines if line.strip()]
-    if not videos:
-        raise UsageError(f"List {path} is empty; give at least one line `path label`.")
-    return videos
-
-
-def _parse_line(line: str, place: str, root: Path) -> Video:
-    cut = max(line.rfind(separator) for separator in (" ", ",", "\t"))
-    name, label = line[: max(cut, 0)].rstrip(" ,\t"), line[cut + 1 :]
-    name, label = (text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text for text in (name, label))
-    if not name or not re.fullmatch(r"[+-]?[0-9]+", label):
-        raise UsageError(f"{place}: {line[:120]!r} has no label; write path, space, comma or tab, and a whole number.")
-    number = int(label) if len(label) < 20 else MAX_LABEL + 1  # Python refuses numbers of many thousand digits
-    if not 0 <= number <= MAX_LABEL:
-        problem = "is negative" if number < 0 else f"is above {MAX_LABEL:,}"
-        raise UsageError(f"{place}: label {label[:20]} {problem}; give class numbers, counted from 0.")
-    return Video(str(root / name), number)
-
-
-def class_folders(path: str | Path) -> list[str]:
-    """Return the sorted names of the class folders in ``path``, without hidden ones; UsageError where there is none."""
-    path = Path(path)
-    names = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not names:
-        raise UsageError(f"Folder {path} has no class folders; put files at {path}/CLASS/FILE, one folder a class.")
-    return names
-
-
-def read_folder(path: str | Path, classes: Sequence[str] | None = None) -> list[Video]:
-    """Read class folders of images and videos, their sub-folders included, sorted by path.
-
-    A label is the folder's place in ``classes``, or else among the folders' sorted names; a class may have no files
-    and no folder. Hidden and other files are skipped. Raises UsageError where a folder is not in ``classes``, or where
-    there are no class folders or no images and videos at all.
-    """
-    path, folders = Path(path), class_folders(path)
-    names = folders if classes is None else classes
-    of_none = f"is of none of the {len(names)} classes ({names[0]} to {names[-1]}); rename it or correct DATA.CLASSES."
-    labels = {name: label_of(name, names, f"Folder {path / name} {of_none}") for name in folders}
-
-    def is_shown(name: str) -> bool:
-        return f"{os.sep}." not in name.removeprefix(str(path)) and is_media(name)
-
-    found = make_dataset(str(path), labels, is_valid_file=is_shown, allow_empty=True)
-    if not found:
-        raise UsageError(
-            f"Folder {path}: none of its {len(folders)} class folders holds an image or a video; give files ending in "
-            f"{', '.join(MEDIA_SUFFIXES)}."
+    @property
+    def name(self) -> str:
+        """The path, with the section as a media fragment (a.mp4#t=3,12.5): two sections are two samples."""
+        part = self.section
+        return (
+            self.path
+            if part is None
+            else f"{self.path}#{'frames' if part.in_frames else 't'}={part.start:g},{part.stop:g}"
         )
-    return [Video(name, label) for name, label in found]
+
+
+def file_of(name: str) -> str:
+    """Return the path in the ``name`` of a video."""
+    return re.sub(r"#(t|frames)=[0-9.e+]+,[0-9.e+]+$", "", name)
 
 
 def label_of(name: str, classes: Sequence[str], refusal: str) -> int:
@@ -118,51 +59,17 @@ def label_of(name: str, classes: Sequence[str], refusal: str) -> int:
     return classes.index(name)
 
 
-def is_media(name: str | Path) -> bool:
-    """Return whether a file is an image or a video by its ending."""
-    return str(name).lower().endswith(MEDIA_SUFFIXES)
-
-
-def read_file(path: str | Path, classes: Sequence[str]) -> list[Video]:
-    """Return one image or video as a list, labelled by the folder it lies in; UsageError where that is no class."""
-    folder = Path(path).absolute().parent.name
-    refusal = (
-        f"{path} is one file without a label: its folder {folder!r} is none of the {len(classes)} class names; put it "
-        f"into the folder of its class, or give a text file with the line `path label`."
-    )
-    return [Video(str(path), label_of(folder, classes, refusal))]
-
-
-def read_classes(path: str | Path) -> list[str]:
-    """Read class names in the order of the labels: one a line, or JSON with the label of each name."""
-    text = "".join(read_lines(path, "Class file", CLASS_FORM)).strip()
-    if not str(path).lower().endswith(".json") and not text.startswith("{"):
-        names = [line.strip() for line in text.split("\n") if line.strip()]
-        if not names:
-            raise UsageError(f"Class file {path} is empty; give {CLASS_FORM}.")
-        return names
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"Class file {path} is not JSON ({error}); give {CLASS_FORM}.") from error
-    labels = content if isinstance(content, dict) else {}
-    by_label = {str(label): name for name, label in labels.items()}  # published as text and as numbers
-    numbers = [str(label) for label in range(len(labels))]
-    if not labels or by_label.keys() != set(numbers):
-        raise UsageError(
-            f'Class file {path} does not give each name its label, from 0 without gaps, as {{"walking": 0, '
-            f'"running": 1}}; correct it, or give one class name a line.'
-        )
-    return [by_label[number] for number in numbers]
-
-
 def check_labels(videos: list[Video], num_classes: int, source: str | Path) -> None:
     """Raise UsageError where a label lies outside 0 to ``num_classes`` - 1."""
     for video in videos:
-        if video.label >= num_classes:
+        label = max(video.labels or (video.label,))
+        if label >= num_classes:
+            least = min(label for one in videos for label in one.labels or (one.label,))
+            from_one = label == num_classes and least == 1
             raise UsageError(
-                f"{source}: label {video.label} of {video.path} is out of range; allowed: 0 to {num_classes - 1}. "
-                f"Correct the list, DATA.CLASSES or MODEL.NUM_CLASSES."
+                f"{source}: label {label} of {video.path} is out of range; allowed: 0 to {num_classes - 1}. "
+                + ("They seem to count from 1: give DATA.CLASSES with lines `id name`." if from_one else "")
+                + ("" if from_one else "Correct the list, DATA.CLASSES or MODEL.NUM_CLASSES.")
             )
 
 
@@ -177,10 +84,10 @@ def check_files(videos: list[Video], max_failures: float, source: str | Path, ro
         )
 
 
-def summarise_videos(videos: list[Video], split: str) -> str:
-    """Return a line for the user: how many videos ``split`` has, and how many of them are missing."""
+def summarise_videos(videos: list[Video], split: str, recordings: int = 0) -> str:
+    """Return a line for the user: how many videos ``split`` has, of how many recordings, and how many are missing."""
     missing, known = find_missing(videos)
-    line = f"{split}: {len(videos):,} videos"
+    line = f"{split}: {len(videos):,} videos" + (f" of {recordings:,} recordings" if recordings else "")
     if missing:
         looked_at = "" if known == len(videos) else f" of {known:,} looked at"
         line += f", {len(missing):,}{looked_at} ({100 * len(missing) / known:.1f} %) missing, the first {missing[0]}; "
@@ -202,6 +109,7 @@ def find_missing(videos: list[Video]) -> tuple[list[str], int]:
 
 def _is_there(path: str) -> bool:
     """Say whether ``path`` is a file, or a folder of frames, which may be many, that is not empty."""
+    path = os.path.dirname(path) if is_pattern(path) else path
     if not os.path.isdir(path):
         return os.path.isfile(path)
     with os.scandir(path) as entries:

@@ -1,167 +1,275 @@
-"""Lists as data sets publish them, which name classes and videos but not where the files are."""
+"""What lists hold, and where under a root the videos are that they name."""
 
-import csv
-import json
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from stvit_video.common.errors import UsageError
-from stvit_video.data.decode.types import VIDEO_SUFFIXES
-from stvit_video.data.lists.annotations import LIST_FORM, Video, label_of, read_lines
+from stvit_video.data.decode.types import IMAGE_SUFFIXES, MEDIA_SUFFIXES, VIDEO_SUFFIXES
+from stvit_video.data.lists.annotations import Section, Video
+from stvit_video.data.lists.class_names import ClassNames
+from stvit_video.data.lists.folders import FLOW_FOLDER, FOREIGN_FOLDERS, PREVIEW_FOLDER
+from stvit_video.data.lists.text import find_file
 
-KINETICS_COLUMNS = ("label", "youtube_id", "time_start", "time_end")
+FRAMES_SEEN = 64  # so many images and nothing else at the start of a folder: it holds the frames of a video
+LOOKS = 32  # entries of a list that are looked up to see what its names are
+TRIMMED = re.compile(".+_[0-9]{6}_[0-9]{6}")  # names of Kinetics' clips: id, start and end
+SUBSETS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validate", "validation"),
+    "test": ("test", "testing"),
+}
+# Where a file has no labelled videos of its own for these: many sets keep the labels of their test videos.
+INSTEAD = {"train": (), "val": ("test",), "test": ("val",)}
 
 
 class Entry(NamedTuple):
-    """A video of a catalogue: its class, and the names without ending that it may have, the likeliest first."""
+    """A video of a list: the names that it may have, the likeliest first, and its classes by name or number."""
 
-    label: str
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # paths from the root, or ids, which are names without ending or folder
+    labels: tuple[str, ...] | tuple[int, ...]  # none: the folder in which the file lies names the class
+    section: Section | None = None  # the labelled part
+    frames: Section | None = None  # the same part of a folder of frames, where that is known
+    trimmed: str = ""  # the id of a file that is this part alone
+    subset: str = ""  # train, val or test, in any of the words of SUBSETS
+    place: int = 0  # of its line, from 0, or of its item
+
+
+class Clips(NamedTuple):
+    """Videos found under a root, by name without ending; ``repeated`` ones lie in several folders."""
+
+    paths: dict[str, str]
+    repeated: set[str]
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """A list that names classes and videos, but not where the videos are."""
+    """A list as it was read: what it names, but not yet where that is."""
 
     source: str | Path
     entries: list[Entry]
-    clip_folder: re.Pattern[str]  # names of folders with the millions of frames of clips, which are not searched
-    expected: str  # path, from the root, of a file that is not there: a form of label and name
+    clip_folder: re.Pattern[str] | None = None  # names of folders of frames, which are not listed: there are millions
+    expected: str = "{name}"  # path, from the root, of a video that is not found: a form of label and name
+    has_ids: bool = False  # the names are not paths
+    multi_label: bool = False
+    notes: tuple[str, ...] = field(default=())  # what the user has to know about how it was understood
 
-    def classes(self) -> list[str]:
-        """Return the sorted names of all classes that occur."""
-        return sorted({entry.label for entry in self.entries})
+    def classes(self) -> list[str] | None:
+        """Return the sorted names of all classes that occur; None where they are numbers or not given."""
+        names = {str(label) for entry in self.entries for label in entry.labels}
+        return sorted(names) if names and not self.has_numbers else None
 
+    @property
+    def has_numbers(self) -> bool:
+        """Whether the labels are numbers."""
+        return isinstance(next((entry.labels[0] for entry in self.entries if entry.labels), ""), int)
 
-def read_catalogue(path: str | Path) -> Catalogue | None:
-    """Read a Kinetics CSV or a Something-Something JSON; None where the file begins like neither.
+    def of_split(self, split: str) -> "Catalogue":
+        """Return the part of a file with several subsets that ``split`` (train, val, test) is; else all of it.
 
-    Raises UsageError, naming line or entry, where it is one of them but damaged or without labels.
-    """
-    lines = read_lines(path, "List", LIST_FORM)
-    first = next((line for line in lines if line.strip()), "")
-    # A bracket alone does not make it JSON: a path may begin with one.
-    if str(path).lower().endswith(".json") or re.match(r"\s*\[\s*(\{|$)", first):
-        return Catalogue(path, _read_something("".join(lines), path), re.compile("[0-9]+"), "{name}.webm")
-    if not {"youtube_id", "time_start", "time_end"}.isdisjoint(re.split(r"[\s,;\"]+", first.lower())):
-        entries = _read_kinetics(lines, path)
-        return Catalogue(path, entries, re.compile(".+_[0-9]{6}_[0-9]{6}"), "{label}/{name}.mp4")
-    return None
+        Raises UsageError where there is none.
+        """
+        by_subset: dict[str, list[Entry]] = {}
+        for entry in self.entries:
+            by_subset.setdefault(entry.subset, []).append(entry)
+        if len(by_subset) < 2:
+            return self
+        for wanted in (split, *INSTEAD[split]):
+            words = [word for word in by_subset if word.lower() in SUBSETS[wanted]]
+            found = [entry for word in words for entry in by_subset[word] if entry.labels or self.multi_label]
+            if found:
+                note = f"{split}: the {found[0].subset} videos of {self.source}"
+                if wanted != split:
+                    note += ", which has no labelled ones of its own for this list"
+                return replace(self, entries=found, notes=(*self.notes, note))
+        raise UsageError(
+            f"List {self.source} has the subsets {', '.join(sorted(by_subset))}, and no labelled videos of "
+            f"{SUBSETS[split][0]}; give DATA.{split.upper()}_LIST another file."
+        )
 
 
 def find_videos(
-    catalogue: Catalogue, root: str | Path, classes: Sequence[str], clips: Mapping[str, str]
+    catalogue: Catalogue,
+    root: str | Path,
+    classes: ClassNames | None,
+    search: Callable[[re.Pattern[str] | None], Clips],
 ) -> list[Video]:
-    """Return the catalogue's videos in its order, labelled by the place of their class in ``classes``.
+    """Return the catalogue's videos in its order, with labels in ``classes``; where that is None, all are 0.
 
-    ``clips`` is what ``find_clips`` found under ``root``. A video whose file is not there is kept, marked as missing,
-    with the path where it is expected. Raises UsageError where a class is not in ``classes``.
+    ``search`` is ``find_clips`` of the root; it is called where names are no paths. A video that it does not find is
+    kept, marked as missing, with the path where it is expected. Raises UsageError where a class is not in ``classes``.
     """
-    of_none = f"is none of the {len(classes)} classes ({classes[0]} to {classes[-1]}); correct it or DATA.CLASSES."
+    catalogue = _without_slash(catalogue, str(root))
+    entries = catalogue.entries
+    folder, clips = _where(catalogue, str(root), search)
     labels = {
-        name: label_of(name, classes, f"List {catalogue.source}: label {name!r} {of_none}")
-        for name in catalogue.classes()
+        label: 0 if classes is None else classes.label_of(label, f"List {catalogue.source}: label {label!r}")
+        for label in dict.fromkeys(label for entry in entries for label in entry.labels)
     }
-    videos = []
-    for entry in catalogue.entries:
-        path = next((clips[name] for name in entry.names if name in clips), None)
-        if path is None:
-            expected = catalogue.expected.format(label=entry.label.replace("/", "_"), name=entry.names[0])
-            videos.append(Video(os.path.join(root, expected), labels[entry.label], missing=True))
-        else:
-            videos.append(Video(path, labels[entry.label]))
+    videos = [_find(entry, catalogue, folder, labels, clips) for entry in entries]
+    if classes is None:
+        return videos
+    if any(not entry.labels for entry in entries) and not catalogue.multi_label:
+        videos = [video if video.label >= 0 else _by_folder(video, classes, catalogue.source) for video in videos]
     return videos
 
 
-def find_clips(root: str | Path, clip_folder: re.Pattern[str]) -> dict[str, str]:
-    """Return the path of each video file and each ``clip_folder`` anywhere under ``root``, by name without ending.
+def some_of(entries: Sequence[Entry]) -> Sequence[Entry]:
+    """Return about LOOKS evenly spread entries."""
+    return entries[:: max(1, len(entries) // LOOKS)]
 
-    Of several with one name the first is taken, by folder and then by file. Hidden folders are skipped, and so
-    are folders that may not be read (as lost+found): what they hold counts as missing.
+
+def _without_slash(catalogue: Catalogue, root: str) -> Catalogue:
+    """Return a catalogue whose paths are relative where they begin with a slash at the root, as on Kaggle."""
+    names = [entry.names[0] for entry in some_of(catalogue.entries)]
+    if not all(name[:1] == "/" for name in names) or any(map(os.path.lexists, names)):
+        return catalogue
+    if not any(os.path.lexists(root + name) for name in names):
+        return catalogue
+    entries = [entry._replace(names=(entry.names[0].lstrip("/"),)) for entry in catalogue.entries]
+    return replace(catalogue, entries=entries)
+
+
+def _where(
+    catalogue: Catalogue, root: str, search: Callable[[re.Pattern[str] | None], Clips]
+) -> tuple[str, Clips | None]:
+    """Return the folder from which a list's paths start: the root, or the only folder in it where they lead somewhere.
+
+    Where names are ids, return also what was found of these.
     """
-    found: dict[str, str] = {}
+    names = [entry.names[0] for entry in some_of(catalogue.entries)]
+
+    def leads_somewhere(folder: str) -> bool:
+        return any(os.path.lexists(find_file(folder, name)) for name in names)
+
+    if not catalogue.has_ids and leads_somewhere(root):
+        return root, None
+    if not catalogue.has_ids and any("/" in name or "\\" in name or is_media(name) for name in names):
+        if all("/" in name or "\\" in name for name in names) and os.path.isdir(root):
+            folders = [item.path for item in os.scandir(root) if item.name[0] != "." and item.is_dir()]
+            found = [folder for folder in folders if leads_somewhere(folder)]
+            if len(found) == 1:
+                return found[0], None
+        return root, None
+    clips = search(catalogue.clip_folder)
+    if not catalogue.has_ids:
+        for name in filter(clips.repeated.__contains__, names):
+            raise UsageError(
+                f"List {catalogue.source}: {name} lies in several folders, of which {clips.paths[name]} is one; write "
+                f"it with its folder, from DATA.ROOT {root}."
+            )
+    # Ids alone, of clips whose names also say their times.
+    if catalogue.clip_folder is TRIMMED and not catalogue.entries[0].trimmed:
+        clips = Clips(
+            {name[:-14]: path for name, path in clips.paths.items() if TRIMMED.fullmatch(name)} | clips.paths,
+            clips.repeated,
+        )
+    return root, clips
+
+
+def _find(
+    entry: Entry, catalogue: Catalogue, root: str | Path, labels: Mapping[str | int, int], clips: Clips | None
+) -> Video:
+    several = tuple(sorted({labels[label] for label in entry.labels})) if catalogue.multi_label else None
+    first = several[0] if several else labels[entry.labels[0]] if entry.labels else -1
+    if clips is None:
+        path = find_file(root, entry.names[0])
+    else:
+        if entry.trimmed in clips.paths:
+            return Video(clips.paths[entry.trimmed], first, labels=several)
+        found = next((clips.paths[name] for name in entry.names if name in clips.paths), None)
+        if found is None:
+            name = entry.trimmed or entry.names[0]
+            label = str(entry.labels[0]).replace("/", "_") if entry.labels else ""
+            path = os.path.join(root, catalogue.expected.format(label=label, name=name))
+            return Video(path, first, True, None if entry.trimmed else entry.section, several)
+        path = found
+    section = entry.section
+    if entry.frames is not None and (section is None or os.path.isdir(path)):
+        section = entry.frames
+    return Video(path, first, section=section, labels=several)
+
+
+def _by_folder(video: Video, classes: ClassNames, source: str | Path) -> Video:
+    """Return a video with the class that its folder names; a missing one, which is never scored, with the first."""
+    if video.missing:
+        return replace(video, label=0)
+    folder = os.path.basename(os.path.dirname(video.path))
+    given = f"List {source} has no labels, and the folder {folder!r} of {os.path.basename(video.path)}"
+    return replace(video, label=classes.label_of(folder, given))
+
+
+def is_media(name: str) -> bool:
+    """Say whether a name ends like that of an image or a video."""
+    return name.lower().endswith(MEDIA_SUFFIXES)
+
+
+def find_clips(root: str | Path, clip_folder: re.Pattern[str] | None) -> Clips:
+    """Find each video file and each folder of frames anywhere under ``root``.
+
+    A folder of frames has a name of ``clip_folder``, or begins with images alone. Of several videos with one name the
+    first is taken, by folder and then by file. Hidden folders are skipped, and so are folders that may not be read (as
+    lost+found): what they hold counts as missing.
+    """
+    found = Clips({}, set())
     seen: set[tuple[int, int]] = set()
-    for place, folders, files in os.walk(root, followlinks=True):
-        status = os.stat(place)
-        if (status.st_dev, status.st_ino) in seen:  # links that lead back up would have no end
-            folders.clear()
+    waiting = [str(root)]
+    while waiting:
+        place = waiting.pop()
+        try:
+            status = os.stat(place)
+            if (status.st_dev, status.st_ino) in seen:  # links that lead back up would have no end
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            folders, files, is_video = _list(place)
+        except OSError:
             continue
-        seen.add((status.st_dev, status.st_ino))
+        if is_video and place != str(root):
+            _add(found, os.path.basename(place), place)
         for name in sorted(files):
-            stem, ending = os.path.splitext(name)
-            if ending.lower() in VIDEO_SUFFIXES:
-                found.setdefault(stem, os.path.join(place, name))
-        for name in filter(clip_folder.fullmatch, folders):
-            found.setdefault(name, os.path.join(place, name))
-        folders[:] = sorted(name for name in folders if name[0] != "." and not clip_folder.fullmatch(name))
+            _add(found, os.path.splitext(name)[0], os.path.join(place, name))
+        inside = sorted(name for name in folders if name[0] != "." and not _holds_no_frames(name))
+        for name in inside:
+            if clip_folder and clip_folder.fullmatch(name):
+                _add(found, name, os.path.join(place, name))
+        waiting += [
+            os.path.join(place, name) for name in reversed(inside) if not (clip_folder and clip_folder.fullmatch(name))
+        ]
     return found
 
 
-def _read_kinetics(lines: list[str], path: str | Path) -> list[Entry]:
-    """Return the entries of a Kinetics CSV; its rows are read one by one, as there may be millions."""
-    reader = csv.reader(lines, skipinitialspace=True, strict=True)
-    try:
-        return _parse_kinetics(reader, path)
-    except csv.Error as error:
-        raise UsageError(f"List {path}, line {reader.line_num}: damaged CSV ({error}); correct its quotes.") from error
+def _holds_no_frames(folder: str) -> bool:
+    """Say whether a folder is called like those of optical flow or previews, or added by a system."""
+    return folder in FOREIGN_FOLDERS or bool(
+        len(folder) > 1 and (FLOW_FOLDER.fullmatch(folder) or PREVIEW_FOLDER.fullmatch(folder))
+    )
 
 
-def _parse_kinetics(reader: Any, path: str | Path) -> list[Entry]:
-    rows = (row for row in ([field.strip() for field in fields] for fields in reader) if any(row))  # no blank lines
-    header = [name.lower() for name in next(rows)]
-    absent = [name for name in KINETICS_COLUMNS if name not in header]
-    if absent == ["label"]:
-        raise UsageError(f"List {path} has no column label: test lists are published without; give one with it.")
-    if absent:
-        raise UsageError(
-            f"List {path}, a Kinetics CSV, has no column {', '.join(absent)}; its first line must hold "
-            f"{','.join(KINETICS_COLUMNS)}, separated by commas. Correct it, or give lines `path label`."
-        )
-    columns = [header.index(name) for name in KINETICS_COLUMNS]
-    entries = []
-    for row in rows:
-        problem = ""
-        if len(row) != len(header):
-            problem = f" has {len(row)} fields, not {len(header)} as the header; quote commas in labels."
-        else:
-            label, name, start, end = (row[column] for column in columns)
-            if not label or not re.fullmatch(r"[\w-]+", name):
-                problem = f": label {label!r}, youtube_id {name!r}; give a class, and letters, digits, -, _."
-            elif not (start.isdecimal() and end.isdecimal() and max(len(start), len(end)) <= 6):
-                problem = f": times {start!r} and {end!r}; give whole seconds, as in 12 and 22."
-        if problem:
-            raise UsageError(f"List {path}, line {reader.line_num}{problem}")
-        entries.append(Entry(label, (f"{name}_{start:0>6}_{end:0>6}", name)))
-    if not entries:
-        raise UsageError(f"List {path} has no rows below its header; give at least one video.")
-    return entries
+def _list(place: str) -> tuple[list[str], list[str], bool]:
+    """Return the names of folders and of video files in a folder, and whether it holds the frames of a video."""
+    folders: list[str] = []
+    files: list[str] = []
+    images = others = 0
+    with os.scandir(place) as items:
+        for item in items:
+            ending = os.path.splitext(item.name)[1].lower()
+            if ending in IMAGE_SUFFIXES:
+                images += 1
+            elif item.is_dir():
+                folders.append(item.name)
+            elif ending in VIDEO_SUFFIXES:
+                files.append(item.name)
+            else:
+                others += 1
+            if images >= FRAMES_SEEN and not folders and not files:
+                break
+    return folders, files, bool(images) and not folders and not files
 
 
-def _read_something(text: str, path: str | Path) -> list[Entry]:
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"List {path} is not JSON ({error}); give a whole file, as it is published.") from error
-    if not isinstance(content, list) or not content:
-        raise UsageError(
-            f"List {path} is not a JSON list of videos; give one: the file with the names of the classes goes to "
-            f"DATA.CLASSES."
-        )
-    entries = []
-    for number, item in enumerate(content, start=1):
-        name = item.get("id") if isinstance(item, dict) else None
-        problem = ""
-        if type(name) not in (str, int) or not str(name):
-            problem = ' has no id; give {"id": "1", "template": "Holding [something]"} for each.'
-        elif "template" not in item:
-            problem = f" (id {name}) has no template: test lists are published without labels; give one with it."
-        elif not isinstance(item["template"], str) or not item["template"].strip():
-            problem = f" (id {name}): template {item['template']!r} is not text; give the name of a class."
-        if problem:
-            raise UsageError(f"List {path}, entry {number}{problem}")
-        entries.append(Entry(item["template"].replace("[", "").replace("]", "").strip(), (str(name),)))
-    return entries
+def _add(found: Clips, stem: str, path: str) -> None:
+    first = found.paths.setdefault(stem, path)
+    if first != path and os.path.dirname(first) != os.path.dirname(path):
+        found.repeated.add(stem)

@@ -1,26 +1,25 @@
 """The videos and class names of a run: each list is read once, each root is walked once."""
 
+import glob
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 
 from fvcore.common.config import CfgNode
 
 from stvit_video.common.errors import UsageError
-from stvit_video.data.lists.annotations import (
-    Video,
-    check_files,
-    check_labels,
-    class_folders,
-    is_media,
-    read_classes,
-    read_file,
-    read_folder,
-    read_list,
-)
-from stvit_video.data.lists.catalogues import find_clips, find_videos, read_catalogue
+from stvit_video.data.decode.pictures import find_frames, is_pattern, is_picture
+from stvit_video.data.decode.types import DecodeError
+from stvit_video.data.lists.annotations import Video, check_files, check_labels
+from stvit_video.data.lists.catalogues import Catalogue, find_clips, find_videos
+from stvit_video.data.lists.checks import check_names, label_by_name
+from stvit_video.data.lists.class_names import ClassNames, read_classes
+from stvit_video.data.lists.folders import are_numbers, class_folders, is_media, read_file, read_folder
+from stvit_video.data.lists.formats import find_hmdb, read_catalogue
 from stvit_video.data.lists.splitting import take_part
+from stvit_video.data.lists.tables import AS_IT_SAYS, Reading
 
 SPLITS = ("train", "val", "test")
 
@@ -29,8 +28,7 @@ SPLITS = ("train", "val", "test")
 class ListReader:
     """Reads the lists of the splits train, val and test, and remembers what it has read.
 
-    A list is what it looks like: a folder of class folders, one image or video, a Kinetics CSV, a Something-Something
-    JSON, or else lines ``path label``.
+    A list is what it looks like: a folder of class folders, one image or video, or any file of ``read_catalogue``.
     """
 
     root: Path
@@ -39,15 +37,33 @@ class ListReader:
     num_classes: int | None = None  # of numbered labels; None: as many as the largest label asks for
     shares: Sequence[int] | None = None  # percent of one list that serves as all splits
     max_failures: float = 0.0  # share of a list's files that may be missing
+    frames: int = 1  # of a clip: with several, folders of pictures are videos
+    frame_pattern: str = ""  # names of frames, as img_{:05}.jpg
+    group: str = ""  # what names the recording in a path, see ``find_recordings``
+    trained: Sequence[str] = ()  # classes of the checkpoint: the same names are labelled in its order
+    natural: bool = True  # class folders that are numbers are labelled in the order of these, not of their text
+    continues: bool = False  # the labels are those of a run that has begun
+    reading: Reading = AS_IT_SAYS  # of lists that can be read in several ways
 
     def __post_init__(self) -> None:
-        self._catalogue = cache(read_catalogue)
-        self._find_clips = cache(find_clips)
-        self._lists: dict[Path, list[Video]] = {}
+        if self.frame_pattern and not is_pattern(os.path.join(os.devnull, self.frame_pattern)):
+            raise UsageError(
+                f"DATA.FRAME_PATTERN {self.frame_pattern!r} names no frames; give a template or a glob with the ending "
+                f"of the pictures, as img_{{:05}}.jpg or img_*.jpg."
+            )
+        self._catalogue = cache(lambda source: read_catalogue(source, self.root, self.reading))
+        self._find_clips = cache(lambda clip_folder: find_clips(self.root, clip_folder))
+        self._lists: dict[tuple[Path, str], list[Video]] = {}
+        self.notes: list[str] = []  # on what was taken for what in the lists that were read
 
     def source(self, split: str) -> Path:
         """Return the file or folder that the list of ``split`` is."""
         return self.root / self.lists[split]
+
+    def exists(self, split: str) -> bool:
+        """Say whether the list of ``split`` is there: a file, a folder, or a pattern that matches some files."""
+        source = self.source(split)
+        return bool(self.lists[split]) and (source.exists() or bool(glob.glob(str(source))))
 
     def videos(self, split: str) -> list[Video]:
         """Return the videos of ``split``; its share of the one list where there are shares.
@@ -63,8 +79,16 @@ class ListReader:
                     f"Folder {source} is split already ({', '.join(sorted(found))}); give DATA.SPLIT None and its "
                     f"parts, for example DATA.TRAIN_LIST train DATA.VAL_LIST val DATA.TEST_LIST test."
                 )
-            videos = take_part(videos, SPLITS.index(split), self.shares, source if source.is_dir() else self.root)
+            root = source if source.is_dir() else self.root
+            videos = take_part(videos, SPLITS.index(split), self.shares, root, self.group)
         check_labels(videos, len(self.classes), self.lists[split])
+        naming = self._read_once(self._naming_split)
+        if (videos[0].labels is None) != (naming[0].labels is None):
+            one, several = (split, self._naming_split)[:: 1 if videos[0].labels is None else -1]
+            raise UsageError(
+                f"DATA.{one.upper()}_LIST {self.source(one)} has one label a video, {self.source(several)} several; "
+                f"give lists of one kind, or DATA.MULTI_LABEL True."
+            )
         return videos
 
     @cached_property
@@ -73,10 +97,11 @@ class ListReader:
 
         They are those of the training list, or of the test list where there is no training list.
         """
-        names = self._named_classes
-        if names is None:
-            count = self.num_classes or max(video.label for video in self._read_once(self._naming_split)) + 1
+        if self._named_classes is None:
+            videos = self._read_once(self._naming_split)
+            count = self.num_classes or max(max(video.labels or (video.label,)) for video in videos) + 1
             return [str(label) for label in range(count)]
+        names = list(self._named_classes.names)
         if self.num_classes not in (None, len(names)):
             origin = "DATA.CLASSES" if self.class_file else self.source(self._naming_split)
             raise UsageError(f"MODEL.NUM_CLASSES {self.num_classes}: {origin} names {len(names)}; unset the first.")
@@ -85,52 +110,124 @@ class ListReader:
     def _read_once(self, split: str) -> list[Video]:
         """Return all videos of the list of ``split``, which may be that of other splits too."""
         source = self.source(split)
-        if source not in self._lists:
-            self._lists[source] = self._read(split)
-        return self._lists[source]
+        catalogue = None
+        if not source.is_dir() and self.exists(split) and not is_media(source):
+            whole = self._catalogue(source)
+            catalogue = whole if self.shares is not None else whole.of_split(split)
+            key = source, "" if catalogue is whole else split
+        else:
+            key = source, ""
+        if key not in self._lists:
+            self._lists[key] = self._read(split, catalogue)
+        return self._lists[key]
 
-    def _read(self, split: str) -> list[Video]:
+    def _read(self, split: str, catalogue: Catalogue | None) -> list[Video]:
         """Return all videos of the list of ``split``; relative paths start from root."""
         source = self.source(split)
-        is_folder = self.lists[split] and source.is_dir()
-        if not is_folder and not source.is_file():
+        if not self.exists(split):
             raise UsageError(
                 f"DATA.{split.upper()}_LIST: {source} is missing; put lines `path label` there, or set DATA.ROOT and "
                 f"DATA.{split.upper()}_LIST. To run without any data: --cfg configs/sample_stvit.yaml"
             )
-        names = self._named_classes or []
-        if not is_folder and is_media(source):
-            return read_file(source, names)
-        catalogue = None if is_folder else self._catalogue(source)
-        if not names and (is_folder or catalogue):
+        names = self._named_classes or ClassNames(())
+        if catalogue is None and not source.is_dir():
+            videos = read_file(source, names.names)
+        elif not names.names and (catalogue is None or not catalogue.has_numbers):
             raise UsageError(
                 f"DATA.{split.upper()}_LIST {source} gives its classes by name, but the labels of "
                 f"{self.source(self._naming_split)} have no names; give DATA.CLASSES, the names in their order."
             )
-        if is_folder:
-            return read_folder(source, names)
-        if catalogue is None:
-            videos = read_list(source, self.root)
+        elif catalogue is None:
+            videos, notes = read_folder(source, names.names, frames=self.frames, pattern=self.frame_pattern)
+            self.notes += notes
         else:
-            clips = self._find_clips(self.root, catalogue.clip_folder)
-            videos = find_videos(catalogue, self.root, names, clips)
-        check_files(videos, self.max_failures, source, self.root)
+            videos = find_videos(catalogue, self.root, names, self._find_clips)
+            self.notes += catalogue.notes
+            if catalogue.has_numbers and not names.ids and not catalogue.multi_label:
+                videos = self._label(videos, names.names, split)
+            check_files(videos, self.max_failures, source, self.root)
+            videos = self._name_frames(videos, source)
+        if self.reading.multi_label:
+            videos = [replace(video, labels=(video.label,)) if video.labels is None else video for video in videos]
+        check_frames(videos, source)
         return videos
+
+    def _name_frames(self, videos: list[Video], source: Path) -> list[Video]:
+        """Return the videos of a list, folders as their frames of the pattern; note where pictures are samples."""
+        pictures = sum(is_picture(Path(video.path).name) for video in videos) if self.frames > 1 else 0
+        if pictures:
+            self.notes.append(
+                f"{source}: {pictures:,} of {len(videos):,} paths are pictures, each shown in all {self.frames} frames "
+                f"of a clip; for a video give the folder of its frames"
+            )
+        if not self.frame_pattern:
+            return videos
+        return [
+            video if is_media(video.path) else replace(video, path=os.path.join(video.path, self.frame_pattern))
+            for video in videos
+        ]
+
+    def _label(self, videos: list[Video], names: Sequence[str], split: str) -> list[Video]:
+        """Return a list of numbers labelled by the ``names`` of the classes; its own labels where they have none."""
+        source = self.source(split)
+        if not names or self.continues:
+            return videos
+        by_name = None if self.class_file else label_by_name(videos, names, source)
+        if by_name is not None:
+            return by_name
+        if check_names(videos, names, source) or self.class_file:
+            return videos
+        if self._naming_split == "test":
+            self.notes.append(f"labels of {source} are taken for places among the checkpoint's classes")
+            return videos
+        raise UsageError(
+            f"DATA.{split.upper()}_LIST {source} has numbers for labels, but {self.source(self._naming_split)} names "
+            f"its classes ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''}); give DATA.CLASSES, the names in "
+            f"the order of the numbers."
+        )
 
     @property
     def _naming_split(self) -> str:
-        return "train" if self.lists["train"] and self.source("train").exists() else "test"
+        return "train" if self.exists("train") else "test"
 
     @cached_property
-    def _named_classes(self) -> list[str] | None:
+    def _named_classes(self) -> ClassNames | None:
         """The class names that a file, folders or a published list give; None where there are only numbers."""
         if self.class_file:
             return read_classes(self.root / self.class_file)
-        source = self.source(self._naming_split)
+        source, is_test = self.source(self._naming_split), self._naming_split == "test"
         if source.is_dir():
-            return class_folders(source)
-        catalogue = self._catalogue(source) if source.is_file() and not is_media(source) else None
-        return catalogue.classes() if catalogue else None
+            if found := find_hmdb(source):
+                number = found.rpartition("split")[2]
+                raise UsageError(
+                    f"DATA.TRAIN_LIST {source} holds the split files of HMDB51; name one of its three splits by a "
+                    f"pattern, as '{source.name}/*_test_split{number}', in DATA.TRAIN_LIST and DATA.TEST_LIST."
+                )
+            names = class_folders(source)
+        else:
+            is_list = self.exists(self._naming_split) and not is_media(source)
+            listed = self._catalogue(source).classes() if is_list else None
+            if listed is None:
+                return ClassNames(self.trained) if self.trained and is_test else None
+            names = listed
+        names = sorted(names, key=int) if self.natural and are_numbers(names) else sorted(names)
+        is_part = is_test and set(names) < set(self.trained)  # a test may be of some classes
+        return ClassNames(self.trained if is_part or set(names) == set(self.trained) else names)
+
+
+def check_frames(videos: Sequence[Video], source: Path) -> None:
+    """Raise UsageError where of a few folders of frames, evenly spread, none can be read."""
+    folders = [video.path for video in videos if not is_media(video.path) or is_pattern(video.path)]
+    errors = []
+    for path in folders[:: max(1, len(folders) // 4)]:
+        try:
+            if not os.path.isfile(path):
+                find_frames(path)
+            return
+        except DecodeError as error:
+            errors.append(error)
+    if errors and not any("cannot be listed" in error.message for error in errors):
+        raise UsageError(f"{source}: folder of frames {errors[0]}")
 
 
 def build_lists(cfg: CfgNode) -> ListReader:
@@ -142,4 +239,8 @@ def build_lists(cfg: CfgNode) -> ListReader:
         num_classes=cfg.MODEL.NUM_CLASSES,
         shares=cfg.DATA.SPLIT,
         max_failures=cfg.DATA.MAX_FAILURES,
+        reading=Reading(tuple(cfg.DATA.COLUMNS.split()), cfg.DATA.LABEL, cfg.DATA.MULTI_LABEL),
+        frames=cfg.DATA.FRAMES,
+        frame_pattern=cfg.DATA.FRAME_PATTERN,
+        group=cfg.DATA.GROUP,
     )

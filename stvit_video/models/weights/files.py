@@ -39,7 +39,8 @@ IMPOSTORS = (
 class Checkpoint:
     """The tensors of a checkpoint file, and the metadata that this package saves with them.
 
-    ``metadata`` has ``name``, ``arguments``, ``classes`` and ``views`` (see ``pack_weights``), or is empty.
+    ``metadata`` has ``name``, ``arguments``, ``classes``, ``views`` and ``multi_label`` (see ``pack_weights``), or is
+    empty.
     """
 
     path: str
@@ -101,7 +102,8 @@ def _read_safetensors(path: Path, *, tensors: bool) -> tuple[StateDict, dict[str
 
 def _parse_metadata(header: dict[str, str]) -> dict[str, Any]:
     try:
-        values = {key: json.loads(header.get(key, "null")) for key in ("arguments", "classes", "views")}
+        values = {key: json.loads(header.get(key, "null")) for key in ("arguments", "classes", "views", "multi_label")}
+        values["multi_label"] = bool(values["multi_label"])
         return {**values, "name": header["name"], "arguments": dict(values["arguments"])}
     except (ValueError, LookupError, TypeError):
         return {}  # written by another program
@@ -136,10 +138,13 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
         raise UsageError(f"Checkpoint {path} {what}") from error
 
 
-def pack_weights(model: nn.Module, classes: list[str], views: dict[str, Any] | None = None) -> bytes:
+def pack_weights(
+    model: nn.Module, classes: list[str], views: dict[str, Any] | None = None, multi_label: bool = False
+) -> bytes:
     """Return a ``.safetensors`` of a model with its name and arguments: enough to build and use it again.
 
-    ``views`` are the configuration keys that say how a video becomes clips.
+    ``views`` are the configuration keys that say how a video becomes clips. ``multi_label`` says that each logit is of
+    a class by itself.
     """
     metadata = {
         "format": "pt",
@@ -148,5 +153,7 @@ def pack_weights(model: nn.Module, classes: list[str], views: dict[str, Any] | N
         "classes": json.dumps(classes),
         "views": json.dumps(views or {}),
     }
+    if multi_label:
+        metadata["multi_label"] = "true"
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     return safetensors.torch.save(state, metadata=metadata)
