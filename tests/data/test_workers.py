@@ -16,7 +16,7 @@ import torch
 
 from stvit_video.common.errors import UsageError
 from stvit_video.data import workers
-from stvit_video.data.dataset import Batch
+from stvit_video.data.dataset import Batch, VideoDataset
 from stvit_video.data.lists.videos import build_lists
 from stvit_video.data.loader import build_train_loader
 from stvit_video.data.shared_memory import read_shared, write_shared
@@ -126,6 +126,21 @@ def test_a_batch_that_does_not_come_is_found_by_its_deadline(loader: Loader) -> 
     with pytest.raises(LoaderFailure, match=r"loader worker . of 2 .* has done nothing for [0-9]+ s, being stopped"):
         list(batches)
     assert 1.0 <= time.monotonic() - started < 10
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_decoder_that_goes_forward_is_waited_for(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, begun = VideoDataset.__getitems__, list[object]()
+
+    def index_long_file(self: VideoDataset, keys: list) -> list:
+        begun.append(keys)
+        for _ in range(15 if len(begun) == 2 else 0):  # in all longer than the deadline
+            time.sleep(0.1)
+            self.decoding.on_progress()
+        return read(self, keys)
+
+    monkeypatch.setattr(VideoDataset, "__getitems__", index_long_file)
+    assert len(list(loader)) == 4
 
 
 def test_a_wait_for_a_batch_can_be_ended(loader: Loader) -> None:
