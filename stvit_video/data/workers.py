@@ -136,8 +136,8 @@ class _Worker:
     def __init__(self, number: int, loader: Loader) -> None:
         self.dataset = loader.dataset
         self.asked: deque[Keys] = deque()  # of batches that have not been received
-        shared = mmap.mmap(-1, 16)
-        self.progress = memoryview(shared).cast("Q")  # batches begun, and videos of the last one that are done
+        # Batches begun, videos of the last one that are done, signs of life of the decoder.
+        self.progress = memoryview(mmap.mmap(-1, 24)).cast("Q")
         self.connection, theirs = multiprocessing.Pipe()
         # A fork: the list of videos is not copied, and a worker starts in milliseconds.
         self.process = multiprocessing.get_context("fork").Process(
@@ -179,7 +179,7 @@ class _Worker:
             now = self.progress.tolist()
             quiet = quiet + POLL_S if now == seen else 0.0
             seen = now
-            if quiet > self.patience + (START_S if now <= [1, 0] else 0):
+            if quiet > self.patience + (START_S if now[:2] <= [1, 0] else 0):
                 state = describe_state(self.process.pid or 0)
                 self.stop()
                 raise LoaderFailure(
@@ -246,13 +246,16 @@ def _serve(
     def count_video() -> None:
         progress[1] += 1
 
+    def count_sign() -> None:
+        progress[2] += 1
+
     ignore_stop_signals()
     end_with_parent(signal.SIGKILL)
     if os.getppid() != parent:  # it has died before
         return
     offer_to_oom_killer()
     torch.set_num_threads(1)
-    dataset.on_video = count_video
+    dataset.on_video, dataset.decoding.on_progress = count_video, count_sign
     while True:
         try:
             keys = connection.recv()

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -115,8 +116,8 @@ def test_a_run_whose_workers_die_or_hang_is_kept_and_continues(
         if self.step == 1:  # of four: two more are read by now, or being read
             for worker in self.loader._started:
                 os.kill(worker.process.pid or 0, number)
-        if self.step == 3 and number == signal.SIGSTOP:
-            os.kill(os.getpid(), signal.SIGTERM)
+            if number == signal.SIGSTOP:
+                threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
         return take_step(self, batches)
 
     with monkeypatch.context() as patch:

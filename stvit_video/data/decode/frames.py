@@ -145,6 +145,10 @@ def _close(opened: dict[Any, Reader]) -> None:
         opened.popitem()[1].close()
 
 
+def report_nothing() -> None:
+    """Take no note of progress."""
+
+
 @dataclass(eq=False, repr=False)
 class Decoding:
     """Reads frames in a child process, which starts with the first request. Not to be shared between threads.
@@ -160,6 +164,7 @@ class Decoding:
     _child: "_Child | None" = field(default=None, init=False)
     _waiting: deque[FrameRequest] = field(default_factory=deque, init=False)  # sent to the child, not answered yet
     _stuck: set[str] = field(default_factory=set, init=False)  # paths that took too long; they are not tried again
+    on_progress: Callable[[], None] = field(default=report_nothing, init=False)  # called while a long file is indexed
     _killed: set[str] = field(default_factory=set, init=False)  # paths at which the child was killed once
 
     def __getstate__(self) -> dict[str, object]:
@@ -224,6 +229,7 @@ class Decoding:
             while wait_awake(child.connection, self.deadline_s):
                 answer = child.connection.recv()
                 if answer is None:  # a long file is being decoded for its index, and goes forward
+                    self.on_progress()
                     continue
                 if isinstance(answer, DecodeError):
                     return answer
