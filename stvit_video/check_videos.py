@@ -1,11 +1,11 @@
 """Find the videos of a list that cannot be read: ``python -m stvit_video.check_videos LIST --output DIR``.
 
-Every video of LIST is decoded as in a test. DIR/clean.txt gets the lines of LIST whose videos can be read, unchanged
-and in the same order; DIR/failures.csv the other videos, each path once with the reason. Both are written only when the
-scan is complete. No video is changed. Exit codes: 0 scan complete, also with failures; 2 wrong use; 130 Ctrl-C.
+Every frame of every video of LIST is decoded; with --sample, those that a test would read. DIR/clean.txt gets the lines
+of LIST whose videos can be read, unchanged and in the same order; DIR/failures.csv the other videos, each path once
+with the reason. Both are written only when the scan is complete. No video is changed. Exit codes: 0 scan complete, also
+with failures; 2 wrong use; 130 Ctrl-C.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -13,8 +13,9 @@ from pathlib import Path
 
 from stvit_video.common.cli import Parser, number, run_command
 from stvit_video.common.errors import UsageError
-from stvit_video.data.clips.sampling import ClipSampler, read_every_frame
-from stvit_video.data.decode.frames import DECODERS, find_decoders
+from stvit_video.data.clips.sampling import ClipSampler
+from stvit_video.data.decode.frames import DECODERS, check_whole, find_decoders
+from stvit_video.runtime.limits import usable_cores
 
 
 def check(arguments: Sequence[str] | None) -> int:
@@ -27,12 +28,13 @@ def check(arguments: Sequence[str] | None) -> int:
     workers = number(int, 1, 1_000)
     deadline = number(float, 0.1, 1_000_000)
     most = number(int, 1, 10_000)
-    add("--workers", type=workers, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    add("--workers", type=workers, default=usable_cores(), help="processes (default: %(default)s)")
     add("--deadline", type=deadline, default=60.0, help="seconds a video may take (default: %(default)g)")
-    add("--decoder", default="auto", choices=("auto", *DECODERS), help="auto (default): each in turn")
+    add("--decoder", default="auto", choices=("auto", *DECODERS), help="auto (default): pyav")
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--frames", type=most, default=16, help="frames to read, evenly spread (default: %(default)s)")
-    add("--all-frames", action="store_true", help="read every frame; give long ones a longer deadline")
+    add("--sample", action="store_const", const=16, dest="frames", help="read 16 frames of each, as a test does")
+    add("--frames", type=most, help="read so many frames of each, evenly spread")
+    add("--all-frames", action="store_true", help="read every frame (the default)")
     options = parser.parse_args(arguments)
     decoders = find_decoders(options.decoder, "--decoder")
     root = options.list.parent if options.root is None else options.root
@@ -41,8 +43,7 @@ def check(arguments: Sequence[str] | None) -> int:
     from stvit_video.data.scan import check_list
 
     # Clips of one frame, from the first to the last.
-    spread = partial(ClipSampler("dense", 1), clips=options.frames)
-    choice = read_every_frame if options.all_frames else spread
+    choice = partial(ClipSampler("dense", 1), clips=options.frames) if options.frames else check_whole
     check_list(options.list, root, options.output, options.workers, choice, decoders, options.deadline)
     return 0
 

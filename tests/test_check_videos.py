@@ -15,9 +15,8 @@ import pytest
 from PIL import Image
 
 from stvit_video import check_videos
-from stvit_video.data.clips.sampling import BLOCK_BYTES, read_every_frame
 from stvit_video.data.decode.frames import Decoding
-from stvit_video.data.decode.types import DecodeError
+from stvit_video.data.decode.types import BLOCK_BYTES, DecodeError, Reader
 from stvit_video.data.failures import read_ledger
 from stvit_video.data.scan import cause
 from tests.conftest import REPOSITORY, numbered_frames, read_list
@@ -139,7 +138,8 @@ def test_published_lists_keep_their_format(root: Path, tmp_path: Path, check: Ca
 
 
 @pytest.mark.parametrize(
-    ("options", "readable"), [([], 1), (["--frames", "2"], 1), (["--frames", "60"], 0), (["--all-frames"], 0)]
+    ("options", "readable"),
+    [(["--sample"], 1), (["--frames", "2"], 1), (["--frames", "60"], 0), (["--all-frames"], 0), ([], 0)],
 )
 def test_the_requested_number_of_frames_is_read(
     tmp_path: Path, options: list[str], readable: int, check: Callable[..., list[str]]
@@ -155,22 +155,25 @@ def test_the_requested_number_of_frames_is_read(
 def test_the_module_as_a_command_reads_all_frames(root: Path) -> None:
     (root / "list.txt").write_text("good.mp4 0\n")
     # The decoding process unpickles the choice by the name of its module, which must not be __main__.
-    command = [sys.executable, "-m", "stvit_video.check_videos", "list.txt", "--output", "out", "--all-frames"]
+    command = [sys.executable, "-m", "stvit_video.check_videos", "list.txt", "--output", "out"]
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     found = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
     assert (found.returncode, found.stderr) == (0, "")
     assert found.stdout.endswith("\n1 of 1 videos can be read: out/clean.txt\n")
 
 
-class Blocks:
+class Blocks(Reader):
     """A video that records which frames are read together."""
 
-    length = 1000
+    path, length = "blocks", 1000
 
     def __init__(self, side: int) -> None:
         self.side, self.read = side, list[list[int]]()
 
-    def frames(self, indices: np.ndarray) -> np.ndarray:
+    def times(self) -> np.ndarray:
+        raise AssertionError
+
+    def _read(self, indices: np.ndarray) -> np.ndarray:
         self.read.append(indices.tolist())
         return np.broadcast_to(np.uint8(0), (len(indices), self.side, self.side, 3))
 
@@ -178,7 +181,7 @@ class Blocks:
 @pytest.mark.parametrize(("side", "block"), [(8, 1000), (1000, 22), (6000, 1)])
 def test_all_frames_are_read_in_blocks_of_limited_size(side: int, block: int) -> None:
     video = Blocks(side)
-    assert read_every_frame(video).tolist() == [0]
+    video.check()
     first, *blocks = video.read
     assert first == [0]
     assert list(itertools.chain(*blocks)) == list(range(1000))

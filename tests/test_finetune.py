@@ -2,28 +2,27 @@
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from stvit_video import run
 from stvit_video.common.errors import UsageError
 from stvit_video.config import load_config
 from stvit_video.config.clip_settings import view_settings
-from stvit_video.data.lists.annotations import Video
-from stvit_video.data.lists.splitting import take_part
 from stvit_video.data.lists.videos import SPLITS, build_lists
 from stvit_video.data.loader import build_train_loader
 from stvit_video.inference.load import open_checkpoint
 from stvit_video.models import create_model, load_pretrained
 from stvit_video.models.zoo import build_model
 from stvit_video.predict import Predictor
-from stvit_video.runs.checkpoint import check_all_loaded, save_weights
-from stvit_video.runs.preflight import build_filled_batch
+from stvit_video.runs.checkpoint import check_all_loaded, load_newest, save_weights
+from stvit_video.runs.folder import describe_changes
+from stvit_video.runs.preflight import build_filled_batch, build_fitting_sampling
 from stvit_video.runtime.world import World
 from tests.conftest import REPOSITORY, data_config
 
@@ -68,7 +67,9 @@ def test_a_new_users_first_attempt(
     words = ["DATA.ROOT", my_videos.name, "MODEL.INIT", str(checkpoint), "OUTPUT_DIR", "à moi", "TRAIN.EPOCHS", "2"]
     monkeypatch.chdir(tmp_path)
     assert run.main(["--cfg", str(CONFIG), *words, "DATA.WORKERS", "0"]) == 0
-    assert "DATA.SPLIT: 70 / 15 / 15 % of each class" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"2 classes: {CLASSES[0]} 8, {CLASSES[1]} 8\ntrain: 12 videos\nval: 2 videos\ntest: 2 videos\n" in said
+    assert "DATA.SPLIT: 70 / 15 / 15 % of each class" in said
     results = json.loads((tmp_path / "à moi" / "results.json").read_text())
     assert results["videos"] == results["scored"] == 2
     predictor = Predictor.load(tmp_path / "à moi", device="cpu")
@@ -93,6 +94,46 @@ def test_three_videos_per_class_are_enough(
     assert "TRAIN.BATCH_SIZE 8 is lowered to 2: there are no more training videos" in capsys.readouterr().out
     assert run.main(["--cfg", str(CONFIG), *words]) == 0  # the same run: its settings are those that were given
     assert "is finished" in capsys.readouterr().out
+
+
+def test_sampling_fits_short_videos(
+    my_videos: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Clips of 8 frames with a stride of 4 are longer than the videos of 20 frames."""
+    words = ["--cfg", str(CONFIG), "DATA.ROOT", str(my_videos), "MODEL.INIT", str(checkpoint), "DATA.STRIDE", "4"]
+    words += ["TRAIN.EPOCHS", "1", "DATA.WORKERS", "0", "OUTPUT_DIR"]
+    reason = "12 of 12 training videos are shorter than a clip of 29 frames"
+    assert run.main([*words, str(tmp_path / "fit")]) == 0
+    assert f"\nDATA.SAMPLING is uniform (DATA.SHORT_VIDEOS): {reason}\n" in capsys.readouterr().out
+    assert json.loads((tmp_path / "fit" / "results.json").read_text())["short_videos"] == 0
+    assert Predictor.load(tmp_path / "fit").input.settings["DATA.SAMPLING"] == "uniform"
+    assert load_newest(tmp_path / "fit" / "checkpoints")["setup"]["sampling"] == "uniform"
+    recorded = ["--cfg", str(tmp_path / "fit" / "config.yaml"), "MODE", "test", "OUTPUT_DIR", str(tmp_path / "again")]
+    assert run.main([*recorded, "MODEL.INIT", str(tmp_path / "fit" / "model.safetensors")]) == 0
+    assert "DATA.SAMPLING is uniform (DATA.SHORT_VIDEOS): as for training\n" in capsys.readouterr().out
+    tables = [(tmp_path / name / "predictions.csv").read_bytes() for name in ("fit", "again")]
+    assert tables[0] == tables[1]
+
+    assert run.main([*words, str(tmp_path / "still"), "DATA.SHORT_VIDEOS", "repeat"]) == 0
+    said = capsys.readouterr().out
+    assert f"\n{reason}; clips of them stand still at their end: lower DATA.STRIDE, or set DATA.SAMPLING" in said
+    assert "on 2 of 2 videos (100.0 % coverage, 2 x 1 views, 2 shorter than a clip)" in said
+    results = json.loads((tmp_path / "still" / "results.json").read_text())
+    assert results["short_videos"] == 2
+    assert results["gflops_per_video"] == results["gflops"]  # of the two clips, which are the same, one was scored
+
+
+def test_a_run_that_continues_keeps_its_sampling(my_videos: Path, checkpoint: Path) -> None:
+    """Also where it began before there was a choice."""
+    cfg = load_config(CONFIG, ["DATA.ROOT", str(my_videos), "MODEL.INIT", str(checkpoint), "DATA.STRIDE", "4"])
+    videos = {"train": build_lists(cfg).videos("train")}
+
+    def chosen(state: dict | None) -> str:
+        return build_fitting_sampling(cfg, World(0, 1, torch.device("cpu")), videos, state, None)[0].DATA.SAMPLING
+
+    assert chosen(None) == "uniform"
+    assert chosen({"setup": {}}) == "dense"
+    assert [chosen({"setup": {"sampling": name}}) for name in ("dense", "uniform")] == ["dense", "uniform"]
 
 
 def test_the_network_and_its_clips_are_the_checkpoints(checkpoint: Path, my_videos: Path) -> None:
@@ -167,33 +208,6 @@ def test_a_run_that_continues_keeps_its_batch(small_set: Path) -> None:
         build_train_loader(kept, two, [])
 
 
-def parts_of(videos: list[Video], shares: list[int], root: Path) -> list[list[Video]]:
-    return [take_part(videos, part, shares, root) for part in range(3)]
-
-
-def test_the_split_does_not_depend_on_the_folders_path() -> None:
-    names = [(f"{label}/clip {i}.mp4", label) for label in range(3) for i in range(20 * (label + 1))]
-    here = [Video(f"/here/{name}", label) for name, label in names]
-    there = [Video(f"/elsewhere/deep/{name}", label) for name, label in reversed(names)]
-    parts = parts_of(here, [70, 15, 15], Path("/here"))
-    assert sorted(v.path for part in parts for v in part) == sorted(v.path for v in here)
-    for label in range(3):
-        counts = [Counter(video.label for video in part)[label] for part in parts]
-        assert counts == [14 * (label + 1), 3 * (label + 1), 3 * (label + 1)]
-    moved = parts_of(there, [70, 15, 15], Path("/elsewhere/deep"))
-    for part, other in zip(parts, moved, strict=True):
-        assert {v.path.removeprefix("/here/") for v in part} == {v.path.removeprefix("/elsewhere/deep/") for v in other}
-    assert [v.path for v in parts[0]] != [v.path for v in here[: len(parts[0])]]  # sampled, not the first ones
-
-
-def test_small_classes_are_split_or_refused() -> None:
-    three = [Video(f"/here/a/{i}.mp4", 0) for i in range(3)]
-    assert [len(part) for part in parts_of(three, [70, 15, 15], Path("/here"))] == [1, 1, 1]
-    assert [len(part) for part in parts_of(three, [80, 0, 20], Path("/here"))] == [2, 0, 1]
-    with pytest.raises(UsageError, match="has 2 videos; allowed: at least one for each share"):
-        take_part(three[:2], 0, [70, 15, 15], "/here")
-
-
 def test_a_text_list_is_split_too(my_videos: Path) -> None:
     lines = [
         f"{path.relative_to(my_videos)} {i}" for i, name in enumerate(CLASSES) for path in (my_videos / name).iterdir()
@@ -206,9 +220,45 @@ def test_a_text_list_is_split_too(my_videos: Path) -> None:
     assert len(set.union(*found)) == 16
 
 
+def test_a_run_from_before_a_key_goes_on_without_it(my_videos: Path, tmp_path: Path) -> None:
+    words = ["DATA.ROOT", str(my_videos), "MODEL.NAME", "vit_tiny_patch16", "OUTPUT_DIR", str(tmp_path / "run")]
+    cfg = load_config(CONFIG, words)
+    assert cfg.DATA.GROUP == "auto"
+    recorded = yaml.safe_load(cfg.dump())
+    del recorded["DATA"]["GROUP"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(recorded))
+    tested = [*words[:-1], str(tmp_path / "test"), "MODE", "test", "MODEL.INIT"]
+    for again in (
+        load_config(CONFIG, words),
+        load_config(tmp_path / "run" / "config.yaml"),
+        load_config(CONFIG, [*tested, str(tmp_path / "run" / "model.safetensors")]),
+        load_config(CONFIG, [*tested, str(tmp_path / "run" / "checkpoints" / "best.safetensors")]),
+    ):
+        assert again.DATA.GROUP == ""
+    assert describe_changes(recorded, yaml.safe_load(load_config(CONFIG, words).dump())) == ""
+    assert load_config(CONFIG, [*words, "OVERWRITE", "True"]).DATA.GROUP == "auto"
+    assert load_config(CONFIG, [*words, "DATA.GROUP", "(x)"]).DATA.GROUP == "(x)"
+
+
+def test_a_split_keeps_recordings_together(my_videos: Path) -> None:
+    for name in CLASSES:
+        for i, file in enumerate(sorted((my_videos / name).iterdir())):
+            file.rename(file.with_name(f"v_{name}_g{i // 2:02d}_c{i % 2:02d}.mp4"))
+    words = ["DATA.ROOT", str(my_videos), "MODEL.NAME", "vit_tiny_patch16"]
+    found = [build_lists(load_config(CONFIG, words)).videos(split) for split in SPLITS]
+    groups = [{Path(video.path).stem[:-4] for video in part} for part in found]
+    assert [len(part) for part in found] == [8, 4, 4]
+    assert len(set.union(*groups)) == sum(map(len, groups)) == 8
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
+        (["DATA.FRAME_PATTERN", "img"], "names no frames; give a template or a glob"),
+        (["DATA.GROUP", "(x"], "is no regular expression"),
+        (["DATA.GROUP", "x"], "has no group"),
+        (["DATA.GROUP", "(x)"], "matches none of the paths"),
         (["DATA.SPLIT", "[70,15]"], "has 2 values; it takes 3"),
         (["DATA.SPLIT", "[70,15,10]"], "add up to 100"),
         (["DATA.SPLIT", "[85,15,0]"], "only validation being 0"),

@@ -74,7 +74,7 @@ def test_shards_of_any_order_give_the_same_figures() -> None:
         [[8, 9, 0, 1], [2, 3, 4, 5, 6, 7]],
         [[6, 7], [0, 1], [2, 3, 4, 5, 8, 9]],
     ):
-        rows = [(torch.tensor(part), labels[part], scores[part]) for part in parts]
+        rows = [(torch.tensor(part), labels[part], scores[part], torch.ones(len(part), 2)) for part in parts]
         joined = _join([([row], []) for row in rows], total=10)
         assert joined.figures() == whole.figures()
         assert joined.loss == whole.loss == pytest.approx(float(F.binary_cross_entropy(scores, labels)), abs=1e-5)

@@ -347,7 +347,7 @@ def test_a_resumed_run_does_not_need_its_initial_weights(
     def stop(*rest: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("stvit_video.training.loop.save_weights", stop)
+    monkeypatch.setattr("stvit_video.runs.preflight.save_weights", stop)
     assert run.main(words) == 1
     monkeypatch.undo()
     report = (tmp_path / "run" / "load_report.json").read_text()

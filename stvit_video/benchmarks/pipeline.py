@@ -38,6 +38,7 @@ from stvit_video.data.decode.frames import Decoding, FrameRequest, open_video, r
 from stvit_video.data.decode.readers import to_numpy
 from stvit_video.data.decode.types import DecodeError, Frames, Indices
 from stvit_video.data.loader import build_test_loader, build_train_loader, shorten
+from stvit_video.data.workers import Loader
 from stvit_video.runs.folder import RunFolder
 from stvit_video.runs.preflight import OpenRun, open_run
 from stvit_video.runtime.parallel import compile_model
@@ -64,7 +65,7 @@ def open_benchmark(cfg: CfgNode, changes: Mapping[str, Any], device: str) -> Ope
     return run
 
 
-def build_loader(run: OpenRun, workers: int, training: bool, batches: int) -> DataLoader:
+def build_loader(run: OpenRun, workers: int, training: bool, batches: int) -> Loader:
     """Return a loader of ``batches`` of training clips, or of test videos, with that many workers."""
     cfg = override(run.cfg, [("DATA.WORKERS", workers)], "a benchmark")
     if training:
@@ -99,7 +100,7 @@ def build_timers(cfg: CfgNode, count: int, peers: Sequence[str], training: bool)
             requests.pop(request, None)
     if not requests:
         raise UsageError("decord, which is the reference, can read none of the videos; give DATA.ROOT others.")
-    decoding, views = Decoding(("pyav", "decord"), 600.0), dataset.views
+    decoding, views = Decoding(("pyav",), 600.0), dataset.views
     frames = read_file(next(iter(requests)))
     sample = Sample(views.prepare(frames, (0, 0, 0)), 0, 0, (0, 0, 0), [])
     some = range(min(len(requests), 8))
@@ -256,6 +257,9 @@ class HeldBatches(list[Batch]):
 
     batch_sampler = SimpleNamespace(load_state_dict=lambda state: None)
     dataset: Any
+
+    def batches(self, stop: Callable[[], bool]) -> Iterator[Batch]:
+        return iter(self)
 
 
 def build_engine_figures(cfg: CfgNode, steps: int, rounds: int) -> Figures:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from math import inf
 from typing import NoReturn
 
-from stvit_video.common.errors import FILESYSTEM_ERRORS, RunFailure, Stopped, UsageError
+from stvit_video.common.errors import FILESYSTEM_ERRORS, RunFailure, Stopped, UsageError, describe_shortage
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: the same command continues
+SHORTAGE_ADVICE = "use a smaller batch, clip or model, fewer workers, or raise the limit"
 
 
 class Parser(argparse.ArgumentParser):
@@ -63,11 +64,14 @@ def run_command(
     except UsageError as error:
         code, line = 2, f"error: {error}"
     except RunFailure as error:
-        code, line = 1, f"error: {error}"
+        code, line = 1, f"error: {error}{goes_on if error.goes_on else ''}"
     except Stopped as error:
         code, line = EXIT_STOPPED, f"{error}{goes_on}"
-    except OSError as error:
-        if error.errno not in FILESYSTEM_ERRORS:
+    except (OSError, MemoryError, RuntimeError, ImportError) as error:
+        if (shortage := describe_shortage(error)) is not None:
+            print(f"error: {shortage}; {SHORTAGE_ADVICE}{goes_on}.", file=sys.stderr)
+            return 1
+        if not isinstance(error, OSError) or error.errno not in FILESYSTEM_ERRORS:
             raise
         what = f"{error.filename or 'a file of the run'} cannot be written or read ({error.strerror})"
         code, line = 2, f"error: {what}; free space, set its permissions or choose another folder{goes_on}."

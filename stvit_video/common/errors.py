@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import re
 from collections.abc import Collection
 
 # System errors on which the user has to act: they are printed as one line.
@@ -9,6 +10,16 @@ FILESYSTEM_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG),
     *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
 }
+
+# System errors for lack of something that is not a file's, and what it is.
+SHORTAGES = {
+    errno.ENOMEM: "memory",
+    errno.EMFILE: "open files (ulimit -n)",
+    errno.ENFILE: "open files of the whole machine",
+    errno.EAGAIN: "processes or threads (ulimit -u, or the container's pids.max)",
+}
+# Of a GPU, of torch on the CPU, of the loader of shared libraries.
+NO_MEMORY = "out of memory|can't allocate memory|failed to map segment"
 
 
 class UsageError(ValueError):
@@ -21,6 +32,8 @@ class UsageError(ValueError):
 class RunFailure(RuntimeError):
     """A run cannot continue for an external reason, which the message gives in one line; exit code 1."""
 
+    goes_on = False  # whether the same command continues once the reason is gone
+
 
 class Stopped(Exception):
     """A run was stopped by a signal; ``reached`` says how far it got, and all of that is saved."""
@@ -28,6 +41,19 @@ class Stopped(Exception):
     def __init__(self, received: str | None, reached: str) -> None:
         by = received or "a signal to another process"
         super().__init__(f"stopped by {by} after {reached}; all of it is kept")
+
+
+def describe_shortage(error: BaseException) -> str | None:
+    """Return what the machine is short of, where an error says so; None for any other error."""
+    text = first_line(error)
+    if "No usable temporary directory" in text:
+        return f"{text}; set TMPDIR to a folder that can be written to"
+    number = error.errno if isinstance(error, OSError) else None
+    if "can't start new thread" in text:
+        number = errno.EAGAIN
+    elif isinstance(error, MemoryError) or re.search(NO_MEMORY, text):
+        number = errno.ENOMEM
+    return f"out of {SHORTAGES[number]} ({text})" if number in SHORTAGES else None
 
 
 def first_line(error: BaseException) -> str:

@@ -3,7 +3,7 @@
 Each training sample draws from a generator seeded by (seed, epoch, index): it is the same in any worker or process.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from stvit_video.common.errors import RunFailure
 from stvit_video.data.clips.sampling import Sampling
 from stvit_video.data.clips.sections import within
 from stvit_video.data.clips.transforms import Seed, TestViews, TrainViews
-from stvit_video.data.decode.frames import Decoding, FrameRequest
-from stvit_video.data.decode.types import Choice, DecodeError
+from stvit_video.data.decode.frames import Decoding, FrameRequest, report_nothing
+from stvit_video.data.decode.types import Choice, DecodeError, DecoderKilled
 from stvit_video.data.failures import Failure
 from stvit_video.data.lists.annotations import Video
+from stvit_video.runtime.limits import describe_memory
 
 MAX_TRIES = 10
 
@@ -40,6 +42,7 @@ class Sample:
     index: int
     seed: Seed
     failures: list[Failure]
+    is_short: bool = False  # shorter than a clip; known of a test only
 
 
 @dataclass
@@ -56,20 +59,47 @@ class Batch:
     indices: Tensor
     views: TrainViews | TestViews
     failures: list[Failure]
-    missing: int = 0  # samples without pixels
+    missing: int  # samples without pixels
+    short: Tensor  # (videos,), see ``Sample``
+    sources: list[list[int]]  # of each video, which of its stored clips each of its clips is
 
     def make_clips(self) -> Tensor:
-        """Compute the views (videos * views, 3, T, H, W), on the device of the pixels; call it once per step."""
+        """Compute the different views (n, 3, T, H, W), on the device of the pixels; call it once per step.
+
+        In training these are all (videos * views); ``expand`` gives each view what was computed for its equal.
+        """
         views = self.views
-        shape = (len(self.shapes), views.clips * views.crops, 3, views.frames, views.size, views.size)
+        counts = [len(set(places)) for places in self._places()]
+        shape = (sum(counts), 3, views.frames, views.size, views.size)
         if self.pixels.device.type == "cpu":  # NumPy asks for huge pages: the first write takes a third of the time
             clips = torch.from_numpy(np.empty(shape, np.float32))
         else:
             clips = torch.empty(shape, device=self.pixels.device)
         videos = self.pixels.split([shape.numel() for shape in self.shapes])
-        for pixels, stored, seed, out in zip(videos, self.shapes, self.seeds, clips, strict=True):
+        parts = (videos, self.shapes, self.seeds, clips.split(counts))
+        for pixels, stored, seed, out in zip(*parts, strict=True):
             views.finish(pixels.view(stored), seed, out)
-        return clips.flatten(0, 1)
+        return clips
+
+    def expand(self, rows: Tensor) -> Tensor:
+        """Return the rows (videos, views, ...) of all views, given those (n, ...) of the different ones."""
+        return rows[torch.tensor(self._places(), device=rows.device)]
+
+    @property
+    def different_views(self) -> Tensor:
+        """How many views of each video differ (videos,)."""
+        return torch.tensor([len(set(places)) for places in self._places()])
+
+    def _places(self) -> list[list[int]]:
+        """Return the place of each view of each video among the different views of the batch."""
+        found: list[list[int]] = []
+        start = 0
+        for shape, source in zip(self.shapes, self.sources, strict=True):
+            crops = self.views.different_crops(shape)
+            spread = [min(crop, crops - 1) for crop in range(self.views.crops)]
+            found.append([start + clip * crops + crop for clip in source for crop in spread])
+            start = max(found[-1]) + 1
+        return found
 
     @property
     def clip_labels(self) -> Tensor:
@@ -88,17 +118,19 @@ class Batch:
 
 def collate(samples: list[Sample], views: TrainViews | TestViews) -> Batch:
     """Return a batch of samples; those that cannot be read leave only their failures."""
-    read = [(sample, sample.pixels) for sample in samples if sample.pixels is not None]
-    flat = [pixels.reshape(-1) for _, pixels in read]
+    read = [(sample, *views.drop_copies(sample.pixels)) for sample in samples if sample.pixels is not None]
+    flat = [pixels.reshape(-1) for _, pixels, _ in read]
     return Batch(
         pixels=torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8),
-        shapes=[pixels.shape for _, pixels in read],
-        seeds=[sample.seed for sample, _ in read],
-        labels=torch.stack([torch.as_tensor(sample.label) for sample, _ in read]) if read else torch.empty(0),
-        indices=torch.tensor([sample.index for sample, _ in read], dtype=torch.int64),
+        shapes=[pixels.shape for _, pixels, _ in read],
+        seeds=[sample.seed for sample, *_ in read],
+        labels=torch.stack([torch.as_tensor(sample.label) for sample, *_ in read]) if read else torch.empty(0),
+        indices=torch.tensor([sample.index for sample, *_ in read], dtype=torch.int64),
         views=views,
         failures=[failure for sample in samples for failure in sample.failures],
         missing=len(samples) - len(read),
+        short=torch.tensor([sample.is_short for sample, *_ in read], dtype=torch.bool),
+        sources=[source for *_, source in read],
     )
 
 
@@ -117,6 +149,7 @@ class VideoDataset(Dataset[Sample]):
     stage: str  # that of the failures
     label_columns: int | None = None  # the classes of a multi-label set; None: one label a video
     seed: int = 0  # of training
+    on_video: Callable[[], None] = report_nothing  # called after each video
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -145,12 +178,16 @@ class VideoDataset(Dataset[Sample]):
         for key, frames in zip(keys, self.decoding.read_all(requests), strict=True):
             index, seed, _ = self._plan(key)
             label = self._label(self.videos[index])
+            if isinstance(frames, DecoderKilled):  # to leave out videos by chance would falsify the figures
+                raise RunFailure(f"{frames}; {describe_memory()}")
             if isinstance(frames, DecodeError):
                 samples.append(
                     Sample(None, label, index, (), [Failure.of(frames, self.stage, self.videos[index].name)])
                 )
             else:
-                samples.append(Sample(self.views.prepare(frames, seed), label, index, seed, []))
+                pixels = self.views.prepare(frames, seed)
+                samples.append(Sample(pixels, label, index, seed, [], bool(self.decoding.judgement)))
+            self.on_video()
         return samples
 
     def _label(self, video: Video) -> int | Tensor:
@@ -163,7 +200,10 @@ class VideoDataset(Dataset[Sample]):
         """Return which frames to decode for ``key``."""
         index, _, choice = self._plan(key)
         video = self.videos[index]
-        return self.decoding.request(video.path, within(choice, video.section, video.path))
+        request = self.decoding.request(video.path, within(choice, video.section, video.path))
+        if isinstance(key, int):
+            return replace(request, judge=within(self.sampler.is_short, video.section, video.path))
+        return request
 
     def _plan(self, key: SampleKey | int) -> tuple[int, Seed, Choice]:
         """Return the index of a key's video, the seed of its sample, and the choice of its frames."""

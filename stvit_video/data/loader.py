@@ -1,15 +1,12 @@
 """Loaders from a configuration: which process reads which videos, in what order."""
 
-import atexit
-import multiprocessing
-import signal
+import os
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
 from stvit_video.common.errors import UsageError
 from stvit_video.data.clips.from_pytorchvideo import SecondsSampler
@@ -18,8 +15,12 @@ from stvit_video.data.clips.transforms import Augment, Mix, Normalise, TestViews
 from stvit_video.data.dataset import SampleKey, VideoDataset, collate
 from stvit_video.data.decode.frames import Decoding, find_decoders
 from stvit_video.data.lists.annotations import Video
-from stvit_video.runtime.stopping import ignore_stop_signals
+from stvit_video.data.workers import FILES_PER_WORKER, Loader
+from stvit_video.runtime.limits import reserve_files
 from stvit_video.runtime.world import World
+
+LOADERS = 3  # of a run, for training, validation and the test
+SPARE_FILES = 10  # that a loader or its decoder opens besides
 
 
 class EpochSampler(Sampler[list[SampleKey]]):
@@ -75,7 +76,7 @@ class ShardedBatches(Sampler[list[int]]):
         return (list(range(start, min(start + self.batch, self.length))) for start in self._starts())
 
 
-def build_train_loader(cfg: CfgNode, world: World, videos: list[Video], label_columns: int | None = None) -> DataLoader:
+def build_train_loader(cfg: CfgNode, world: World, videos: list[Video], label_columns: int | None = None) -> Loader:
     """Return the training loader of ``videos``; its ``batch_sampler`` is an EpochSampler of micro-batches.
 
     ``label_columns`` is the number of classes of a multi-label set.
@@ -108,7 +109,9 @@ def build_train_loader(cfg: CfgNode, world: World, videos: list[Video], label_co
         ),
         late=cfg.DATA.TRANSFORM_ON == "device",
     )
-    decoding = build_decoding(cfg, cfg.DATA.SHORT_SIDE[1])
+    decoding = build_decoding(
+        cfg, cfg.DATA.SHORT_SIDE[1], cache=cfg.OUTPUT_DIR and os.path.join(cfg.OUTPUT_DIR, "index")
+    )
     dataset = VideoDataset(
         videos=videos,
         sampler=build_sampler(cfg),
@@ -151,10 +154,10 @@ def build_test_loader(
     clips: int = 1,
     crops: int = 1,
     label_columns: int | None = None,
-) -> DataLoader:
+) -> Loader:
     """Return a loader of ``clips`` x ``crops`` views of each of the videos of ``split``."""
     views = build_test_views(cfg, clips, crops)
-    decoding = build_decoding(cfg, cfg.TEST.SHORT_SIDE)
+    decoding = build_decoding(cfg, cfg.TEST.SHORT_SIDE, os.path.join(cfg.OUTPUT_DIR, "index"))
     dataset = VideoDataset(
         videos=videos,
         sampler=build_sampler(cfg),
@@ -168,9 +171,9 @@ def build_test_loader(
     return _build_loader(cfg, world, dataset, ShardedBatches(len(videos), batch, world.rank, world.size))
 
 
-def shorten(loader: DataLoader, batches: int) -> None:
+def shorten(loader: Loader, batches: int) -> None:
     """Let a loader end after so many batches, so that its workers load no more."""
-    sampler: Any = loader.batch_sampler
+    sampler = loader.batch_sampler
     sampler.length = min(sampler.length, batches * sampler.batch)
 
 
@@ -193,33 +196,13 @@ def build_sampler(cfg: CfgNode) -> Sampling:
     return ClipSampler(cfg.DATA.SAMPLING, cfg.DATA.FRAMES, cfg.DATA.STRIDE, cfg.DATA.FPS)
 
 
-def build_decoding(cfg: CfgNode, short_side: int) -> Decoding:
-    """Return what reads frames, with the configured decoders and deadline; ``short_side`` as in ``open_video``."""
-    return Decoding(find_decoders(cfg.DATA.DECODER, "DATA.DECODER"), cfg.DATA.DEADLINE_S, short_side)
+def build_decoding(cfg: CfgNode, short_side: int, cache: str | None = None) -> Decoding:
+    """Return what reads frames, with the configured decoders and deadline; the rest as in ``Decoding``."""
+    return Decoding(find_decoders(cfg.DATA.DECODER, "DATA.DECODER"), cfg.DATA.DEADLINE_S, short_side, cache)
 
 
-def _build_loader(cfg: CfgNode, world: World, dataset: VideoDataset, sampler: Sampler) -> DataLoader:
+def _build_loader(cfg: CfgNode, world: World, dataset: VideoDataset, sampler: EpochSampler | ShardedBatches) -> Loader:
     workers = cfg.DATA.WORKERS
-    if workers > 0:
-        atexit.register(_kill_workers)
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=partial(collate, views=dataset.views),
-        worker_init_fn=_start_worker,
-        pin_memory=world.device.type == "cuda",
-        persistent_workers=workers > 0,  # a worker and its decoder take about half a second to start
-    )
-
-
-def _start_worker(worker: int) -> None:
-    ignore_stop_signals()
-
-
-def _kill_workers() -> None:
-    """Kill workers left at the end of this process: they ignore SIGTERM, and multiprocessing would wait forever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises where a worker is killed
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
+    files = LOADERS * (workers * FILES_PER_WORKER + SPARE_FILES)
+    reserve_files(files, f"DATA.WORKERS {workers}", ", or lower DATA.WORKERS" if workers else "")
+    return Loader(dataset, sampler, partial(collate, views=dataset.views), workers, world.device)

@@ -7,10 +7,10 @@ sprite. A folder of stills serves image models. ``sample_hard`` has one label se
 """
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import partial
@@ -21,11 +21,12 @@ import numpy as np
 from PIL import Image
 
 from stvit_video.common.cli import Parser, number, run_command
-from stvit_video.common.errors import UsageError
+from stvit_video.common.errors import RunFailure, UsageError
 from stvit_video.common.files import whole_file, write_atomically
 from stvit_video.common.progress import Progress
 from stvit_video.data import sprites
 from stvit_video.data.sprites import MOTIONS, SHAPES
+from stvit_video.runtime.limits import describe_memory, usable_cores
 
 SETS = {"sample": (3072, 256, 512), "sample_hard": (3072, 64, 2048)}  # videos per split
 LABELS = {  # of each set: the names of the classes, and how many consecutive videos are of one
@@ -126,13 +127,19 @@ def prepare(root: str | Path, spec: Spec | None = None, *, workers: int | None =
     for folder in {paths[file].parent for file in todo}:
         folder.mkdir(parents=True, exist_ok=True)
     # Threads of torch and decord do not survive a fork, so the workers are spawned.
-    processes = min(workers or os.cpu_count() or 1, len(todo) // 16 + 1)
+    processes = min(workers or usable_cores(), len(todo) // 16 + 1)
     with (
         ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool,
         Progress(f"sample set in {root}", len(todo), enabled=progress) as bar,
     ):
-        for _ in pool.map(partial(_write_file, root, spec), todo, chunksize=16):
-            bar.advance()
+        try:
+            for _ in pool.map(partial(_write_file, root, spec), todo, chunksize=16):
+                bar.advance()
+        except BrokenProcessPool:
+            raise RunFailure(
+                f"one of {processes} processes that write {root} was killed, as systems do where memory is short; "
+                f"{describe_memory()}; the same command writes the files that are missing"
+            ) from None
     for labels, (names, repeats) in LABELS[spec.name].items():
         folder = root / labels
         folder.mkdir(exist_ok=True)

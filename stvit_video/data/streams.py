@@ -8,6 +8,8 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -18,8 +20,9 @@ from av.video.frame import VideoFrame
 from stvit_video.common.errors import UsageError
 from stvit_video.data.clips.sampling import TOLERANCE_S, Sampling
 from stvit_video.data.clips.timeline import KnownTimes
-from stvit_video.data.decode.readers import AV_ERRORS
+from stvit_video.data.decode.av_file import AV_ERRORS
 from stvit_video.data.decode.types import (
+    GAP_S,
     MEDIA_SUFFIXES,
     VIDEO_SUFFIXES,
     DecodeError,
@@ -28,6 +31,8 @@ from stvit_video.data.decode.types import (
     Timeline,
     Times,
     decode_errors,
+    find_segments,
+    gap_length,
     natural_order,
     reduced_size,
 )
@@ -37,6 +42,9 @@ TIMEOUT_S = 15.0  # to open a stream, and for each of its packets
 JOIN_S = 2.0  # how long to wait for a thread to end
 AHEAD = 2  # files begun beyond those that threads are busy with, and unread pieces of each file
 
+RECENT_STEPS = 250  # from frame to frame of a stream, by which a gap is told
+
+LiveFrame = tuple[int, float, VideoFrame]  # of a stream: the number of its segment, its time in seconds, the frame
 Piece = TypeVar("Piece")
 
 
@@ -110,71 +118,116 @@ class Span(NamedTuple):
     end: float
 
 
-def spans_of(times: Times, window: float, step: float) -> list[Span]:
-    """Return windows of ``window`` seconds, one every ``step`` seconds, over frames shown at ``times``.
+class Excerpt(NamedTuple):
+    """A window of a file: its time, the segment of the file that it lies in, and its frames."""
 
-    The last one ends with the video, so that the windows cover all of it. A video shorter than a window is one window.
+    span: Span
+    segment: int
+    start: int
+    stop: int
+
+
+def windows_of(times: Times, window: float, step: float) -> list[Excerpt]:
+    """Return windows of ``window`` seconds over frames shown at ``times``, one every ``step`` seconds.
+
+    They begin anew in each segment of continuous time, and its last one ends with it, so that together they cover it. A
+    segment shorter than a window is one window. Windows in which no frame appears are left out.
     """
-    frame = times[-1] / (len(times) - 1) if len(times) > 1 else 0.0  # how long the last frame is shown: the mean
-    duration = float(times[-1] + frame)
-    if duration <= window + TOLERANCE_S:
-        return [Span(0.0, duration)]
-    count = int((duration - window + TOLERANCE_S) // step) + 1
-    spans = [Span(i * step, i * step + window) for i in range(count)]
-    if spans[-1].end < duration - TOLERANCE_S and step <= window:
-        spans.append(Span(duration - window, duration))
-    return spans
+    found = []
+    for segment, (first, stop) in enumerate(find_segments(times)):
+        run = times[first:stop] - times[first]
+        frame = float(run[-1]) / max(1, len(run) - 1)  # how long the last frame is shown: the mean
+        duration = float(run[-1]) + frame
+        starts = [0.0]
+        if duration > window + TOLERANCE_S:
+            last = int((duration - window + TOLERANCE_S) // step)  # the number of the last window that fits
+            # Of each frame, the first and the last window that it appears in: not all windows, of which a time lapse
+            # has millions.
+            firsts = np.maximum((run + TOLERANCE_S - window) // step + 1, 0).astype(np.int64)
+            lasts = np.minimum((run + TOLERANCE_S) // step, last).astype(np.int64)
+            nexts = np.maximum(firsts, np.append(0, np.maximum.accumulate(lasts)[:-1] + 1))
+            numbers = [i for a, b in zip(nexts.tolist(), lasts.tolist(), strict=True) for i in range(a, b + 1)]
+            starts = [i * step for i in numbers]
+            if last * step + window < duration - TOLERANCE_S and step <= window:
+                starts.append(duration - window)
+        for start in starts:
+            end = min(start + window, duration)
+            a, b = np.searchsorted(run, (start - TOLERANCE_S, end - TOLERANCE_S)).tolist()
+            b = len(run) if end == duration else b
+            if a < b:
+                span = Span(float(times[first] + start), float(times[first] + end))
+                found.append(Excerpt(span, segment, first + a, first + b))
+    return found
 
 
-def clips_of_spans(video: Timeline, sampler: Sampling, clips: int, spans: Sequence[Span]) -> Indices:
-    """Return the indices (spans * clips * frames,) of test clips of each window, as if it were a file of its own."""
+def clips_of_windows(video: Timeline, sampler: Sampling, clips: int, windows: Sequence[Excerpt]) -> Indices:
+    """Return the indices (windows * clips * frames,) of test clips of each window, as if it were a file of its own."""
     times = video.times()
-    chosen: list[Indices] = []
-    for first, stop in np.searchsorted(times, np.array(spans) - TOLERANCE_S):
-        first = min(int(first), video.length - 1)
-        section = times[first : max(first + 1, int(stop))]
-        chosen.append(first + sampler(KnownTimes(section - section[0]), clips))
-    return np.concatenate(chosen)
+    parts = [KnownTimes(times[window.start : window.stop] - times[window.start]) for window in windows]
+    chosen = [sampler.choose(part, clips, None) for part in parts]
+    return np.concatenate([window.start + indices for window, indices in zip(windows, chosen, strict=True)])
 
 
-def read_windows(
-    address: str, window: float, step: float, short_side: int
-) -> Iterator[tuple[Span, KnownTimes, list[Frames]]]:
+class LiveWindow(NamedTuple):
+    """A window of a stream: its time, the segment that it lies in, and its frames (H, W, 3) with their times."""
+
+    span: Span
+    segment: int
+    times: KnownTimes
+    frames: list[Frames]
+
+
+def read_windows(address: str, window: float, step: float, short_side: int) -> Iterator[LiveWindow]:
     """Yield each window of ``window`` seconds, one every ``step``, when the first frame after it arrives.
 
-    A window comes with the times and the frames (H, W, 3) that are shown in it. Times count from the first frame. When
-    a stream ends, the last window ends with it. Much larger frames are reduced to ``short_side``. Raises DecodeError
-    where the stream cannot be read.
+    Times count from the first frame of the stream. Windows begin anew where time is interrupted, as in ``windows_of``;
+    the last one of a segment ends with it. Much larger frames are reduced to ``short_side``. Raises DecodeError where
+    the stream cannot be read.
     """
+    segment = -1
+    for segment, run in groupby(_read(address), key=itemgetter(0)):
+        yield from _cut_run(run, segment, window, step, short_side)
+    if segment < 0:
+        raise DecodeError(address, "has no frames", "pyav")
+
+
+def _cut_run(
+    run: Iterator[LiveFrame], segment: int, window: float, step: float, short_side: int
+) -> Iterator[LiveWindow]:
+    """Yield the windows of one run of continuous time."""
     held: deque[tuple[float, Frames]] = deque()  # the latest frames, with their times in seconds
 
-    def cut(start: float, end: float, until: float) -> tuple[Span, KnownTimes, list[Frames]]:
+    def cut(start: float, end: float, until: float) -> LiveWindow:
         shown = [pair for pair in held if start - TOLERANCE_S <= pair[0] < until - TOLERANCE_S]
         times = np.array([time for time, _ in shown])
-        return Span(start, end), KnownTimes(times - times[:1]), [frame for _, frame in shown]
+        return LiveWindow(Span(start, end), segment, KnownTimes(times - times[:1]), [frame for _, frame in shown])
 
+    origin: float | None = None
     start = end = 0.0
-    for time, frame in _read(address):
+    for _, time, frame in run:
+        if origin is None:
+            origin = start = end = time
         while time >= start + window:
             end = start + window
             found = cut(start, end, until=end)
-            if found[1].length:  # none where the clock has jumped
+            if found.frames:  # none where no frame has come for that long
                 yield found
             start += step
         while held and held[0][0] < min(start, time - window) - TOLERANCE_S:
             held.popleft()
         width, height = reduced_size((frame.width, frame.height), short_side) or (frame.width, frame.height)
         held.append((time, frame.reformat(width, height, "rgb24").to_ndarray().astype(np.uint8, copy=False)))
-    if not held:
-        raise DecodeError(address, "has no frames", "pyav")
     first, last = held[0][0], held[-1][0]
     if last >= end:
         stop = last + ((last - first) / (len(held) - 1) if len(held) > 1 else 0.0)
-        yield cut(max(0.0, stop - window), stop, until=last + 1.0)
+        yield cut(max(origin or 0.0, stop - window), stop, until=last + 1.0)
 
 
-def _read(address: str) -> Iterator[tuple[float, VideoFrame]]:
-    """Yield frames with their times in seconds after the first. Where the clock goes back, time goes on from there."""
+def _read(address: str) -> Iterator[LiveFrame]:
+    """Yield frames, each with the number of its segment and its time in seconds after the first.
+
+    Where the clock goes back, a segment begins, and time goes on from there.
+    """
     location = address
     form = "v4l2" if address.startswith("/dev/video") else None
     if address.isascii() and address.isdigit():
@@ -192,14 +245,21 @@ def _read(address: str) -> Iterator[tuple[float, VideoFrame]]:
         stream = container.streams.video[0]
         rate = float(stream.average_rate or stream.guessed_rate or 25)
         offset = previous = None
+        segment = 0
+        steps: deque[float] = deque(maxlen=RECENT_STEPS)
         for number, frame in enumerate(container.decode(stream)):
             time = frame.time if frame.time is not None else number / rate
             if offset is None or previous is None:
-                offset = -time
+                offset = previous = -time
             elif time + offset < previous:
                 offset = previous + 1 / rate - time
+                segment += 1
+            else:
+                step_s = time + offset - previous
+                segment += step_s > GAP_S and step_s > gap_length(np.array(steps))
+                steps.append(step_s)
             previous = time + offset
-            yield previous, frame
+            yield segment, previous, frame
 
 
 def read_ahead(

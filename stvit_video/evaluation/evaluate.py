@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from stvit_video.common.errors import RunFailure, Stopped, UsageError
 from stvit_video.common.files import write_atomically, write_json
 from stvit_video.common.progress import Progress
 from stvit_video.data.failures import Failure, check_failures
 from stvit_video.data.loader import build_test_loader
+from stvit_video.data.workers import Loader, LoaderFailure
 from stvit_video.evaluation.predictions import Predictions, predictions_for, probabilities
 from stvit_video.evaluation.scores import PartialScores, ScoredBatch, fingerprint, weights_hash
 from stvit_video.runs.log import describe_results
@@ -45,7 +45,7 @@ def class_probabilities(model: nn.Module, multi_label: bool = False) -> Callable
 @torch.no_grad()
 def describe_videos(
     describe: Callable[[Tensor], Tensor],
-    loader: DataLoader,
+    loader: Loader,
     world: World,
     precision: str,
     title: str = "",
@@ -61,19 +61,19 @@ def describe_videos(
     """
     signals = signals or StopSignals(launched=False)  # without its context, it receives none
     kept = on_main(world, partial.read) if partial is not None else []
-    loader.batch_sampler.done = {int(indices[0]) for indices, *_ in kept}  # type: ignore[union-attr]
+    loader.batch_sampler.done = {int(indices[0]) for indices, *_ in kept}
     rows: list[ScoredBatch] = []
     failures: list[Failure] = []
     done, started = 0, time.monotonic()
     with Progress(title, len(loader), enabled=bool(title) and world.is_main) as progress:
-        for batch in loader:
+        for batch in loader.batches(lambda: signals.received is not None):
             failures += batch.failures
             if len(batch.labels):
                 clips = batch.to(world.device).make_clips()
                 with autocast(world.device, precision):
-                    figures = describe(clips).float()
-                views = len(figures) // len(batch.labels)
-                rows.append((batch.indices, batch.labels, figures.unflatten(0, (-1, views)).mean(dim=1).cpu()))
+                    figures = batch.expand(describe(clips).float()).mean(dim=1).cpu()
+                computed = torch.stack([batch.different_views, batch.short.long()], dim=1)
+                rows.append((batch.indices, batch.labels, figures, computed))
                 if partial is not None and not batch.failures:
                     partial.add(rows[-1])
                 done += len(batch.labels)
@@ -81,14 +81,16 @@ def describe_videos(
             # Shards differ in length, so no process waits for another's batch here.
             if any_so_far(world, STOP, signals.received is not None):
                 break
+    any_so_far(world, STOP, signals.received is not None)  # also where the wait for a batch was ended
     if any_of(world, signals.received is not None):
         if partial is not None:
             partial.flush()
         scored = sum(len(indices) for indices, *_ in itertools.chain(kept, *gather_objects(world, rows)))
-        raise Stopped(signals.received, f"{scored} of {len(loader.dataset)} videos")  # type: ignore[arg-type]
+        raise Stopped(signals.received, f"{scored} of {len(loader.dataset)} videos")
     shards = gather_objects(world, (rows, failures))
-    predictions = _join([(kept, []), *shards], len(loader.dataset))  # type: ignore[arg-type]
+    predictions = _join([(kept, []), *shards], len(loader.dataset))
     predictions.kept = sum(len(indices) for indices, *_ in kept)
+    predictions.kept_views = sum(int(computed[:, 0].sum()) for *_, computed in kept)
     return predictions
 
 
@@ -102,7 +104,7 @@ def _join(shards: list[tuple[list[ScoredBatch], list[Failure]]], total: int) -> 
             f"{failures[0].message}. Check DATA.ROOT and the list.",
             failures,
         )
-    indices, labels, scores = (torch.cat(column) for column in zip(*rows, strict=True))
+    indices, labels, scores, computed = (torch.cat(column) for column in zip(*rows, strict=True))
     order = indices.argsort()
     strange = ~scores.isfinite().all(dim=1)
     if strange.any():
@@ -111,7 +113,8 @@ def _join(shards: list[tuple[list[ScoredBatch], list[Failure]]], total: int) -> 
             f"{int(indices[strange].min()) + 1} of the list; use PRECISION fp32, or other weights."
         )
     assert len(indices.unique()) == len(indices) == total - len(failures), "a video was lost or counted twice"
-    return predictions_for(labels)(scores[order], labels[order], indices[order], total, failures)
+    made = predictions_for(labels)
+    return made(scores[order], labels[order], indices[order], total, failures, computed[order])
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ class Tester:
     """The multi-view test of a run: every view of every video of the test list, and the files that it writes."""
 
     run: OpenRun
-    loader: DataLoader
+    loader: Loader
     about: dict[str, Any]  # what results.json says of the run
     precision: str
     max_failures: float  # share of the list
@@ -134,9 +137,9 @@ class Tester:
         world = self.run.world
         folder = self.run.folder
         classes = self.run.classes
-        loader: Any = self.loader
+        loader = self.loader
         key = fingerprint(model, weights_hash(model.state_dict()), loader.dataset, self.precision, 0)
-        key = f"{key} in batches of {loader.batch_sampler.batch}"
+        key = f"{key} in batches of {loader.batch_sampler.batch}, views counted"
         partial = PartialScores(folder.partial_scores, key, world.rank)
         how: dict[str, Any] = {"title": "test", "partial": partial, "signals": signals}
         try:
@@ -146,17 +149,22 @@ class Tester:
             failed = earlier + error.failures
             on_main(world, lambda: folder.write_failures(failed))
             raise
-        views = self.about["views"]["clips"] * self.about["views"]["crops"]
+        except LoaderFailure:
+            partial.flush()
+            raise
         scored = len(predictions.labels)
-        fresh = scored - predictions.kept  # scored by this start, not by an earlier one
+        views, short = predictions.computed.sum(dim=0).tolist()  # of all scored videos
+        fresh = views - predictions.kept_views  # computed by this start, not by an earlier one
         results = {
             **self.about,
+            "gflops_per_video": self.run.cost.gflops * views / scored,  # equal views are computed once
             **predictions.figures(),
             "coverage": predictions.coverage,
             "videos": predictions.total,
             "scored": scored,
             "failed": len(predictions.failures),
-            "clips_per_second": fresh * views / (time.monotonic() - started) if fresh else None,
+            "short_videos": short,  # of the scored ones, shorter than a clip
+            "clips_per_second": fresh / (time.monotonic() - started) if fresh else None,
         }
 
         def write() -> dict[str, Any]:
@@ -183,7 +191,6 @@ def build_tester(run: OpenRun) -> Tester:
         "views": views,
         "parameters": run.cost.parameters,
         "gflops": run.cost.gflops,
-        "gflops_per_video": run.cost.gflops * cfg.TEST.CLIPS * cfg.TEST.CROPS,
         "precision": cfg.PRECISION,
         "processes": run.world.size,
     }

@@ -42,7 +42,9 @@ class Predictions:
     indices: Tensor
     total: int  # videos in the list
     failures: list[Failure] = field(default_factory=list)
+    computed: Tensor = field(default_factory=lambda: torch.zeros(1, 2))  # (N, 2): see ScoredBatch
     kept: int = 0  # videos whose scores are from an earlier, interrupted test
+    kept_views: int = 0  # that were computed for them
 
     def figures(self) -> dict[str, float]:
         """Return top-1 and top-5 accuracy in percent."""

@@ -20,8 +20,9 @@ from stvit_video.data.lists.annotations import parse_name
 from stvit_video.evaluation.predictions import Predictions, predictions_for
 from stvit_video.runs.checkpoint import DAMAGED, pack, read_checked
 
-# Of a batch: list positions (videos,), labels (videos,) or (videos, classes), scores (videos, columns).
-ScoredBatch = tuple[Tensor, Tensor, Tensor]
+# Of a batch: list positions (videos,), labels (videos,) or (videos, classes), scores (videos, columns),
+# and (videos, 2): how many views were computed, equal ones once, and 1 where the video is shorter than a clip.
+ScoredBatch = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class PartialScores:

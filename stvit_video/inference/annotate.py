@@ -1,8 +1,7 @@
 """Copies of videos with the predicted classes drawn on the frames."""
 
-import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
@@ -15,11 +14,16 @@ from PIL import Image, ImageDraw, ImageFont
 
 from stvit_video.common.errors import FILESYSTEM_ERRORS, UsageError
 from stvit_video.common.files import whole_file
-from stvit_video.data.decode.types import reason
-from stvit_video.inference.predictor import Prediction
+from stvit_video.data.decode.av_file import display_matrix, open_av, shown_frames, upright
+from stvit_video.data.decode.frames import open_video
+from stvit_video.data.decode.pictures import ImageReader
+from stvit_video.data.decode.types import DecodeError, Frames, Indices, Reader, Segments, Times, reason
+from stvit_video.inference.predictor import Prediction, Window
 
 MIN_SIDE = 240  # pixels; smaller videos are enlarged so that labels fit
 LINES = 3
+FOLDER_RATE = 25.0  # frames per second of a copy of a folder of frames
+MIN_STEP_S = 1e-4  # from frame to frame of a copy, which a file can tell apart
 
 
 @lru_cache(maxsize=8)
@@ -56,12 +60,15 @@ class Copies:
             raise UsageError(f"--annotate {self.folder} would replace {prediction.path} itself; give another folder.")
         try:
             with (
-                av.open(os.path.abspath(prediction.path), metadata_errors="ignore") as source,
+                open_video(prediction.path) as video,
                 whole_file(output, output.suffix) as temporary,
                 av.open(str(temporary), "w") as target,
             ):
-                _copy(source, target, prediction)
+                _copy(video, target, prediction)
             return f"annotated copy: {output}"
+        except DecodeError as error:
+            self.missing += 1
+            return f"no annotated copy: {error.message}"
         except (av.FFmpegError, OSError, ValueError) as error:
             # The video was read before, so such an error is that of the copy.
             if isinstance(error, OSError) and error.errno in FILESYSTEM_ERRORS:
@@ -72,37 +79,63 @@ class Copies:
             self.seconds += time.perf_counter() - started
 
 
-def _copy(source: av.container.InputContainer, target: av.container.OutputContainer, prediction: Prediction) -> None:
-    """Decode, draw and encode one frame at a time, with the same time as in the source.
+def _copy(video: Reader, target: av.container.OutputContainer, prediction: Prediction) -> None:
+    """Decode, draw and encode one frame at a time, with the same times as in the source, but without its gaps.
 
-    A frame shows the classes of the window whose middle is nearest.
+    A frame shows the classes of the window whose middle is nearest, among those of its segment of time.
     """
-    windows = prediction.windows
-    middles = np.array([0.0 if w.span is None else (w.span.start + w.span.end) / 2 for w in windows])
-    labels = [[f"{name} {100 * score:.1f} %" for name, score in prediction.top(LINES, w)] for w in windows]
-    if not source.streams.video:
-        raise ValueError("it has no video stream")
-    shown = source.streams.video[0]
-    rate = shown.average_rate or shown.guessed_rate or Fraction(25)
-    stream = first = None  # the first frame gives the size of the picture and time 0
-    for number, frame in enumerate(source.decode(shown)):
-        moment = frame.time if frame.time is not None else number / float(rate)
-        first = moment if first is None else first
-        image = frame.to_image().rotate(90 * round(frame.rotation / 90), expand=True)
+    labels = [[f"{name} {100 * score:.1f} %" for name, score in prediction.top(LINES, w)] for w in prediction.windows]
+    try:
+        times = video.times()
+    except DecodeError:  # a folder of frames
+        times = np.arange(video.length) / FOLDER_RATE
+    shown = _nearest_windows(prediction.windows, times, video.segments())
+    steps = np.diff(times)
+    usual = float(np.median(steps[steps > 0])) if (steps > 0).any() else 1 / FOLDER_RATE
+    steps[[start - 1 for start, _ in video.segments()[1:]]] = usual
+    moments = np.append(0.0, np.maximum(steps, MIN_STEP_S).cumsum())
+    stream = None  # the first frame gives the size of the picture
+    for picture, moment, window in zip(_pictures(video), moments, shown, strict=False):
+        image = Image.fromarray(picture)
         scale = max(1.0, MIN_SIDE / min(image.size))
         width, height = (2 * round(side * scale / 2) for side in image.size)  # H.264 needs even sides
         image = image.resize((width, height))
-        draw(image, labels[int(abs(middles - (moment - first)).argmin())])
+        draw(image, labels[window])
         if stream is None:
+            rate = Fraction(1 / usual).limit_denominator(1001)
             stream = target.add_stream("libx264", rate=rate, options={"crf": "20", "preset": "veryfast"})
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             stream.codec_context.time_base = Fraction(1, 90_000)  # resolves the times of a variable frame rate
         made = VideoFrame.from_image(image)
-        made.pts = round((moment - first) * 90_000)
+        made.pts = round(moment * 90_000)
         made.time_base = Fraction(1, 90_000)
         target.mux(stream.encode(made))
     if stream is not None:
         target.mux(stream.encode())
+
+
+def _pictures(video: Reader) -> Iterator[Frames]:
+    """Yield the frames (H, W, 3) of a video from its first to its last, which a file is decoded for once."""
+    if isinstance(video, ImageReader):
+        yield from (video.frames([i])[0] for i in range(video.length))
+        return
+    container, stream = open_av(video.path)
+    with container:
+        for frame in shown_frames(container, stream, []):
+            pixels = np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
+            yield np.ascontiguousarray(upright(pixels, display_matrix(frame, video.path)))
+
+
+def _nearest_windows(windows: Sequence[Window], times: Times, segments: Segments) -> Indices:
+    """Return for each frame the number of the window of its segment whose middle is nearest; 0 for a whole video."""
+    found = np.zeros(len(times), np.int64)
+    for number, (start, stop) in enumerate(segments):
+        own = [i for i, window in enumerate(windows) if window.segment == number and window.span is not None]
+        if own:
+            middles = np.array([sum(windows[i].span or ()) / 2 for i in own])
+            bounds = (middles[1:] + middles[:-1]) / 2
+            found[start:stop] = np.array(own)[np.searchsorted(bounds, times[start:stop])]
+    return found
 
 
 def draw(image: Image.Image, lines: Sequence[str]) -> None:

@@ -47,8 +47,7 @@ def predict_videos(options: argparse.Namespace) -> int:
         if options.output is not None and results:
             write_results(results, options.output, options.top)
             print(f"results in {options.output}", flush=True)
-    if any(window.repeats for result in results for window in result.windows if len(result.windows) > 1):
-        print("note: windows are shorter than a clip, so clips repeat frames; a longer --window may score better")
+    print(describe_short(results, predictor), end="")
     print(summarise(results, time.perf_counter() - started, copies.seconds), flush=True)
     return int(copies.missing > 0 or any(result.error is not None for result in results))
 
@@ -109,10 +108,13 @@ def watch(predictor: Predictor, address: str, options: argparse.Namespace, resul
 
 
 def describe_result(result: Prediction, top: int) -> str:
-    """Return a line for a video, and one for each run of consecutive windows with the same most likely class."""
+    """Return a line for a video, and one for each run of consecutive windows with the same most likely class.
+
+    A run ends where time is interrupted.
+    """
     found = describe_top(result.top(top)) if result.error is None else f"error: {result.error}"
     timeline = [window for window in result.windows if window.span is not None]
-    stretches = [list(same) for _, same in groupby(timeline, key=lambda window: int(window.scores.argmax()))]
+    stretches = [list(same) for _, same in groupby(timeline, key=lambda w: (w.segment, int(w.scores.argmax())))]
     return "\n".join([f"{result.path}: {found}", *(describe_windows(result, part, min(top, 2)) for part in stretches)])
 
 
@@ -123,6 +125,16 @@ def describe_windows(result: Prediction, windows: Sequence[Window], top: int) ->
     start, end = (f"{clock(t // 10)}.{t % 10}" for t in tenths)
     together = replace(result, windows=list(windows), error=None)
     return f"  {start:>9} to {end:>9}  {describe_top(together.top(top))}"
+
+
+def describe_short(results: Sequence[Prediction], predictor: Predictor) -> str:
+    """Return a line on the videos or windows that are shorter than a clip; empty where there are none."""
+    windows = [window for result in results for window in result.windows]
+    short = sum(window.is_short for window in windows)
+    what = "videos" if all(window.span is None for window in windows) else "windows"
+    length, effect = predictor.input.sampler.describe()
+    remedy = effect if what == "videos" else f"{effect}, or give a longer --window"
+    return f"note: {short} of {len(windows)} {what} are shorter than a clip of {length}; {remedy}\n" if short else ""
 
 
 def describe_top(top: Sequence[tuple[str, float]]) -> str:

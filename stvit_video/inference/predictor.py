@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stvit_video.data.clips.timeline import KnownTimes
-from stvit_video.data.dataset import Sample, collate
+from stvit_video.data.clips.timeline import KnownTimes, Part
+from stvit_video.data.dataset import Batch, Sample, collate
 from stvit_video.data.decode.frames import Decoding
-from stvit_video.data.decode.types import DecodeError, Frames, Indices
-from stvit_video.data.streams import Span, check_seconds, clips_of_spans, read_ahead, read_windows, spans_of
+from stvit_video.data.decode.types import DecodeError, Frames
+from stvit_video.data.streams import Span, check_seconds, clips_of_windows, read_ahead, read_windows, windows_of
 from stvit_video.evaluation.predictions import probabilities
 from stvit_video.inference.load import Trained, open_checkpoint
 from stvit_video.runtime.precision import autocast, set_precision
@@ -32,7 +32,8 @@ class Window:
     span: Span | None  # None: the whole video
     decode_s: float
     model_s: float
-    repeats: bool = False  # the window is shorter than a clip, so the clip repeats frames
+    is_short: bool = False  # shorter than a clip
+    segment: int = 0  # of the video, in which the window lies: time is interrupted between two
 
 
 @dataclass
@@ -156,35 +157,37 @@ class Predictor:
     def _read(self, window: float | None, step: float | None, decoding: Decoding, path: str) -> Iterator[Piece]:
         """Read a file whole, or window by window."""
         started = time.perf_counter()
-        clips = self.views.clips
+        clips, sampler = self.views.clips, self.input.sampler
         if window is None:
-            frames = decoding.read(decoding.request(path, partial(self.input.sampler, clips=clips)))
-            yield self._prepare(frames, None, started)
+            request = replace(decoding.request(path, partial(sampler, clips=clips)), judge=sampler.is_short)
+            frames = decoding.read(request)
+            yield self._prepare(frames, started, is_short=bool(decoding.judgement))
             return
         times = decoding.read_times(path)
-        spans = spans_of(times, window, step or window)
+        windows = windows_of(times, window, step or window)
         together = max(1, PIECE_FRAMES // (clips * self.views.frames))
-        for first in range(0, len(spans), together):
-            part = tuple(spans[first : first + together])
-            choice = partial(clips_of_spans, sampler=self.input.sampler, clips=clips, spans=part)
-            frames = decoding.read(decoding.request(path, choice, keep_open=first + together < len(spans)))
-            chosen = np.split(choice(KnownTimes(times)), len(part))
-            for span, shown, indices in zip(part, np.split(frames, len(part)), chosen, strict=True):
-                yield self._prepare(shown, span, started, indices)
+        for first in range(0, len(windows), together):
+            part = tuple(windows[first : first + together])
+            choice = partial(clips_of_windows, sampler=sampler, clips=clips, windows=part)
+            frames = decoding.read(decoding.request(path, choice, keep_open=first + together < len(windows)))
+            for found, shown in zip(part, np.split(frames, len(part)), strict=True):
+                is_short = not sampler.places(Part(KnownTimes(times), found.start, found.stop))
+                yield self._prepare(shown, started, found.span, found.segment, is_short)
                 started = time.perf_counter()
 
     def _read_live(self, window: float, step: float, address: str) -> Iterator[Piece]:
-        choice = partial(self.input.sampler, clips=self.views.clips)
-        for span, times, shown in read_windows(address, window, step, self.views.short_side):
+        for found in read_windows(address, window, step, self.views.short_side):
             started = time.perf_counter()
-            indices = choice(times)
-            yield self._prepare(np.stack([shown[i] for i in indices]), span, started, indices)
+            sampler = self.input.sampler
+            shown = np.stack([found.frames[i] for i in sampler.choose(found.times, self.views.clips, None)])
+            yield self._prepare(shown, started, found.span, found.segment, not sampler.places(found.times))
 
-    def _prepare(self, frames: Frames, span: Span | None, started: float, indices: Indices | None = None) -> Piece:
-        """Return the clips in ``frames`` (clips * frames, H, W, 3), whose ``indices`` show which frames repeat."""
+    def _prepare(
+        self, frames: Frames, started: float, span: Span | None = None, segment: int = 0, is_short: bool = False
+    ) -> Piece:
         pixels = self.views.prepare(frames)
-        repeats = indices is not None and bool((np.diff(indices.reshape(-1, self.views.frames)) == 0).any())
-        return pixels, partial(Window, span=span, decode_s=time.perf_counter() - started, repeats=repeats)
+        decode_s = time.perf_counter() - started
+        return pixels, partial(Window, span=span, decode_s=decode_s, is_short=is_short, segment=segment)
 
     def _score_all(self, names: Sequence[str], start: Start, batch_size: int) -> Iterator[tuple[int, Window | End]]:
         """Read and score videos in order: yield (index, window), and at the end of each (index, error or None)."""
@@ -200,18 +203,19 @@ class Predictor:
         started = time.perf_counter()
         pixels = [item[0] for _, item in waiting if isinstance(item, tuple)]
         if pixels:
+            batch = self._collate(pixels)
             with torch.no_grad(), autocast(self.device, self.precision):
-                views = probabilities(self.model(self._batch(pixels)), self.multi_label)
-            rows = iter(views.unflatten(0, (-1, self.views.clips * self.views.crops)).mean(dim=1).cpu())
+                views = probabilities(self.model(batch.make_clips()), self.multi_label)
+            rows = iter(batch.expand(views).mean(dim=1).cpu())
             seconds = (time.perf_counter() - started) / len(pixels)
         for i, item in waiting:
             yield i, item[1](next(rows), model_s=seconds) if isinstance(item, tuple) else item
 
     def clips(self, path: str | Path) -> Tensor:
-        """Return the network's input for one video: its views (V, 3, T, S, S). Raises DecodeError."""
+        """Return the network's input for one video: its different views (V, 3, T, S, S). Raises DecodeError."""
         ((pixels, _),) = self._read(None, None, self.input.start_decoding(), str(path))
-        return self._batch([pixels])
+        return self._collate([pixels]).make_clips()
 
-    def _batch(self, videos: Sequence[Tensor]) -> Tensor:
+    def _collate(self, videos: Sequence[Tensor]) -> Batch:
         samples = [Sample(pixels, -1, i, (), []) for i, pixels in enumerate(videos)]
-        return collate(samples, self.views).to(self.device).make_clips()
+        return collate(samples, self.views).to(self.device)

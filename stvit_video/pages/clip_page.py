@@ -77,8 +77,8 @@ def read_clip(video_input: VideoInput, path: Path, start: float | None = None) -
         if start is not None and path.is_dir():
             raise UsageError(f"--start {start:g}: {path} is a folder of images without times; leave it out.") from error
         raise UsageError(f"VIDEO {path} {error.message}; give a video, an image or a folder of images.") from error
-    if start is not None and times is not None and start > times[-1]:
-        raise UsageError(f"--start {start:g} is after the end of {path}, at {times[-1]:.2f} s; give less.")
+    if start is not None and times is not None and start > times.max():
+        raise UsageError(f"--start {start:g} is after the end of {path}, at {times.max():.2f} s; give less.")
     views = replace(video_input.views, clips=1, crops=1)
     (view,) = collate([Sample(views.prepare(frames), -1, 0, (), [])], views).make_clips()
     mean = torch.tensor(views.normalise.mean)

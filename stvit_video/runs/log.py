@@ -51,6 +51,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def describe_results(results: dict[str, Any]) -> str:
     """Return the line that a run prints at its end."""
     views, scored = results["views"], f"{results['scored']} of {results['videos']}"
+    short = f", {results['short_videos']} shorter than a clip" if results.get("short_videos") else ""
     speed = f", {results['clips_per_second']:.1f} clips/s" if results["clips_per_second"] else ""
     if "map" in results:
         without = results["classes_without_positives"]
@@ -62,5 +63,5 @@ def describe_results(results: dict[str, Any]) -> str:
         accuracy = f"top-1 {results['top1']:.2f} %  top-5 {results['top5']:.2f} %"
     return (
         f"{accuracy}  on {scored} videos "
-        f"({100 * results['coverage']:.1f} % coverage, {views['clips']} x {views['crops']} views){speed}"
+        f"({100 * results['coverage']:.1f} % coverage, {views['clips']} x {views['crops']} views{short}){speed}"
     )

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -16,24 +15,23 @@ from stvit_video.common.errors import RunFailure, UsageError
 from stvit_video.common.files import write_atomically
 from stvit_video.config.clip_settings import view_settings
 from stvit_video.config.load import override
-from stvit_video.data import sample
 from stvit_video.data.lists.annotations import Video
-from stvit_video.data.lists.checks import check_count, check_lists, describe_lists, name_recordings
 from stvit_video.data.lists.folders import are_numbers
-from stvit_video.data.lists.videos import ListReader, build_lists
+from stvit_video.data.lists.videos import build_lists
+from stvit_video.data.loader import build_sampler
+from stvit_video.data.short_videos import count_short
 from stvit_video.models import LoadReport, load_pretrained
 from stvit_video.models.cost import Cost, count_training_memory, measure_cost
 from stvit_video.models.weights.files import Checkpoint, read_checkpoint
 from stvit_video.models.zoo import build_model
 from stvit_video.runs.checkpoint import check_all_loaded, load_newest, save_weights
 from stvit_video.runs.folder import RunFolder, build_run_folder
+from stvit_video.runs.lists import LABELS, build_known, check_continued, is_multi_label, open_lists
 from stvit_video.runs.log import describe_results
+from stvit_video.runtime.limits import usable_cores
 from stvit_video.runtime.world import World, gather_objects, on_main
 
 KINETICS_CLASSES = 400  # assumed where there are no data to count; the classifier's share of the cost is small
-SOME_CLASSES = 2  # to see whether a network can be built, before its data are there to count
-LABELS = {False: "one label", True: "several labels"}  # of a video, by whether the set is multi-label
-WEIGHTS_ADVICE = "MODEL.INIT is a .pth or .safetensors file, such as a finished run leaves in its OUTPUT_DIR"
 # run: as MODE says. rehearse: the same, but nothing is written or continued. measure: OUTPUT_DIR and weights are not
 # read, as for a benchmark.
 Purpose = Literal["run", "rehearse", "measure"]
@@ -111,13 +109,13 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
     if opened:
         classes, videos, account = opened.classes, opened.videos, opened.account
     else:
-        known = partial(_build_known, cfg, read, source, state)
+        known = partial(build_known, cfg, read, source, state)
         classes, videos, account = open_lists(
             cfg, world, needs_weights=needs_weights, known=known, continues=state is not None
         )
     checkpoint = opened.checkpoint if opened else read(source) if source else None
     multi_label = is_multi_label(videos)
-    _check_continued(state, classes, videos, multi_label)
+    check_continued(state, classes, videos, multi_label)
     asked = cfg.TRAIN.BATCH_SIZE
     if purpose != "measure" and cfg.MODE == "train":
         kept = None if state is None else state["setup"].get("batch")  # its steps go on with the same videos
@@ -125,14 +123,18 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
     torch.manual_seed(cfg.SEED)  # for weights that no file holds
     model = build_model(cfg, len(classes))
     report = build_weights(cfg, model, checkpoint, classes, multi_label) if source and checkpoint else None
+    short = ""  # on videos that are shorter than a clip
+    if purpose != "measure":
+        cfg, short = build_fitting_sampling(cfg, world, videos, state, checkpoint)
     cost = measure_cost(model, (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE))
-    summary = _build_summary(cfg, world, cost, len(classes), account, multi_label)
+    summary = _build_summary(cfg, world, cost, len(classes), account)
     if world.is_main and asked > cfg.TRAIN.BATCH_SIZE:
         reason = "as the run began" if state is not None else "there are no more training videos"
         summary += f"\nTRAIN.BATCH_SIZE {asked} is lowered to {cfg.TRAIN.BATCH_SIZE}: {reason}"
+    summary = "\n".join(filter(None, [summary, short if world.is_main else ""]))
     checkpoint = checkpoint if cfg.MODE == "transfer" else None
-    read_inputs = (cfg, world, folder, classes, videos, account, view_settings(cfg))
-    return OpenRun(*read_inputs, model, cost, summary, checkpoint, report, state, multi_label)
+    read_in = (cfg, world, folder, classes, videos, account, view_settings(cfg))
+    return OpenRun(*read_in, model, cost, summary, checkpoint, report, state, multi_label)
 
 
 def _build_state(cfg: CfgNode, world: World, folder: RunFolder) -> dict[str, Any] | None:
@@ -149,17 +151,6 @@ def _build_state(cfg: CfgNode, world: World, folder: RunFolder) -> dict[str, Any
     return state
 
 
-def is_multi_label(videos: Mapping[str, Sequence[Video]]) -> bool:
-    """Return whether a video may have several labels, or none. Raises UsageError for a split without any label."""
-    for split, found in videos.items():
-        if not any(video.label >= 0 for video in found):
-            raise UsageError(
-                f"DATA.{split.upper()}_LIST: none of its {len(found):,} videos has a label, so there is nothing to "
-                f"learn or to measure; correct the list."
-            )
-    return any(video.labels is not None for found in videos.values() for video in found)
-
-
 def build_filled_batch(cfg: CfgNode, world: World, videos: int, kept: int | None = None) -> CfgNode:
     """Return the configuration with the largest batch that a shorter training list fills.
 
@@ -172,13 +163,43 @@ def build_filled_batch(cfg: CfgNode, world: World, videos: int, kept: int | None
     return override(cfg, [("TRAIN.BATCH_SIZE", most)], "the training list")
 
 
+def build_fitting_sampling(
+    cfg: CfgNode,
+    world: World,
+    videos: dict[str, list[Video]],
+    state: dict[str, Any] | None,
+    checkpoint: Checkpoint | None,
+) -> tuple[CfgNode, str]:
+    """Return the configuration with sampling that fits the videos, and lines on those that are shorter than a clip.
+
+    What fits is found, where DATA.SHORT_VIDEOS asks for it, when a training run begins. After that it is the run's.
+    """
+    known, reason = None, ""
+    if cfg.DATA.SHORT_VIDEOS == "repeat" or cfg.MODE == "transfer":
+        known = cfg.DATA.SAMPLING
+    elif state is not None:
+        known, reason = state["setup"].get("sampling", cfg.DATA.SAMPLING), "as the run began"
+    elif cfg.MODE == "test" and checkpoint is not None:
+        known = (checkpoint.metadata.get("views") or {}).get("DATA.SAMPLING", cfg.DATA.SAMPLING)
+        reason = "as for training"
+    uniform = override(cfg, [("DATA.SAMPLING", "uniform")], "DATA.SHORT_VIDEOS")
+    samplers = [build_sampler(cfg), build_sampler(uniform)]
+    split = "train" if "train" in videos else "test"
+    own, spread = on_main(world, lambda: count_short(videos[split], split, samplers))
+    sampling = known or ("uniform" if 2 * own.short > own.looked_at else cfg.DATA.SAMPLING)
+    if sampling == cfg.DATA.SAMPLING:
+        return cfg, own.line
+    lines = [f"DATA.SAMPLING is {sampling} (DATA.SHORT_VIDEOS): {reason or own.line.partition(';')[0]}", spread.line]
+    return override(cfg, [("DATA.SAMPLING", sampling)], "DATA.SHORT_VIDEOS"), "\n".join(filter(None, lines))
+
+
 def build_weights(
     cfg: CfgNode, model: nn.Module, checkpoint: Checkpoint, classes: list[str], multi_label: bool = False
 ) -> LoadReport:
     """Load a checkpoint into the model as MODE asks. Raises UsageError where it is not of this model or its classes."""
     known = checkpoint.metadata.get("classes")
     if cfg.MODE == "test":
-        _check_classes(cfg.MODEL.INIT, known, classes)
+        check_classes(cfg.MODEL.INIT, known, classes)
         trained = checkpoint.metadata.get("multi_label", multi_label)
         if trained != multi_label:
             raise UsageError(
@@ -201,7 +222,7 @@ def build_weights(
     return load_pretrained(model, checkpoint, min_coverage=least, **options)
 
 
-def _check_classes(source: str, known: list[str] | None, classes: list[str]) -> None:
+def check_classes(source: str, known: list[str] | None, classes: list[str]) -> None:
     """Raise UsageError where a checkpoint's classifier is for other classes, by name, than the data's.
 
     Classes that are numbers on one side alone are lists with and without DATA.CLASSES: their labels are compared.
@@ -209,126 +230,13 @@ def _check_classes(source: str, known: list[str] | None, classes: list[str]) -> 
     if known is None or known == classes or are_numbers(known) != are_numbers(classes):
         return
     if len(known) == len(classes) or not are_numbers(known):
-        other = next((name for name in classes if name not in known), "the same names in another order")
+        same = f"{len(known)} classes, not {len(classes)}"
+        same = "the same names in another order" if len(known) == len(classes) else same
+        other = next((name for name in classes if name not in known), same)
         raise UsageError(
             f"{source}: its classifier is for other classes ({', '.join(map(str, known[:4]))} ...) than the data's "
             f"({', '.join(classes[:4])} ...): {other}. Test on data of its classes, or correct DATA.CLASSES."
         )
-
-
-def _build_known(
-    cfg: CfgNode, read: Callable[[str], Checkpoint], source: str, state: dict[str, Any] | None
-) -> Sequence[str] | None:
-    """Return the class names whose order the labels keep: those of the run that is continued or of the classifier.
-
-    None where a run is continued that recorded none: its class folders were sorted as text.
-    """
-    if state is not None:
-        return state["setup"].get("classes")
-    if not source or (cfg.MODE == "train" and (cfg.MODEL.NEW_HEAD or cfg.MODEL.INIT_DEPTH is not None)):
-        return ()
-    return read(source).metadata.get("classes") or ()
-
-
-def _check_continued(
-    state: dict[str, Any] | None, classes: list[str], videos: dict[str, list[Video]], multi_label: bool
-) -> None:
-    """Raise UsageError where a run would continue on other data than it recorded."""
-    if state is None:
-        return
-    if state["setup"].get("multi_label", False) != multi_label:
-        raise UsageError(
-            f"the run began with videos of {LABELS[not multi_label]} each, and those of DATA.TRAIN_LIST now have "
-            f"{LABELS[multi_label]}; put the list back, give another OUTPUT_DIR, or OVERWRITE True."
-        )
-    found = {"classes": classes, "videos": len(videos["train"])}
-    for name, now in found.items():
-        then = state["setup"].get(name, now)
-        if then != now:
-            raise UsageError(
-                f"the run began with {name} {str(then)[:200]}, and now they are {str(now)[:200]}; restore the data, or "
-                f"OVERWRITE True starts the training again."
-            )
-
-
-def open_lists(
-    cfg: CfgNode,
-    world: World,
-    *,
-    needs_weights: bool,
-    known: Callable[[], Sequence[str] | None] = tuple,
-    continues: bool = False,
-) -> tuple[list[str], dict[str, list[Video]], list[str]]:
-    """Return the class names, the videos of each split that MODE uses, and lines on both for the user.
-
-    The set of DATA.GENERATE is generated first. ``known`` is called as ``_build_known``; what would be refused at the
-    start of a run is said where one ``continues``.
-    """
-    lists = build_lists(cfg)
-    weights = cfg.MODEL.INIT if needs_weights else ""
-    trains = cfg.MODE == "train" or (cfg.MODE == "transfer" and cfg.TRANSFER.FINETUNE)
-    splits = ["train", "val", "test"] if trains else ["test"] if cfg.MODE == "test" else ["train", "test"]
-
-    # By rank 0, and sent to the others.
-    def read() -> tuple[list[str], dict[str, list[Video]], list[str]]:
-        if cfg.DATA.GENERATE:  # takes minutes: first what can be wrong before
-            if not sample.is_complete(cfg.DATA.ROOT):
-                build_model(cfg, cfg.MODEL.NUM_CLASSES or SOME_CLASSES)
-            if weights and not Path(weights).is_file():
-                raise UsageError(f"MODEL.INIT {weights} is missing; {WEIGHTS_ADVICE}.")
-            sample.prepare(cfg.DATA.ROOT, sample.Spec(clips=tuple(cfg.DATA.GENERATE_CLIPS), name=cfg.DATA.GENERATE))
-        advice: dict[str, str] = {}  # by what is missing: all of it is named at once
-        for split in splits:
-            name = lists.lists[split]
-            file = lists.source(split)
-            if (split != "val" or name) and not lists.exists(split):
-                advice[f"DATA.{split.upper()}_LIST {file if name else repr('')}"] = (
-                    f"a list holds lines `path label`, paths starting from DATA.ROOT {lists.root}, or is a CSV or JSON "
-                    f"as data sets publish it, or a folder CLASS/FILE"
-                )
-        if lists.class_file and not (lists.root / lists.class_file).is_file():
-            missing = f"DATA.CLASSES {lists.root / lists.class_file}"
-            advice[missing] = "DATA.CLASSES holds one class name a line, or is '' for numbers"
-        if weights and not Path(weights).is_file():
-            advice[f"MODEL.INIT {weights}"] = WEIGHTS_ADVICE
-        if advice:
-            raise UsageError(
-                f"MODE {cfg.MODE} needs files that are missing: {', '.join(advice)}. Put them there or set these keys: "
-                f"{'; '.join(dict.fromkeys(advice.values()))}. Without a download this runs now: "
-                f"python -m stvit_video.run --cfg configs/sample_stvit.yaml"
-            )
-        trained = known()
-        lists.trained, lists.natural, lists.continues = trained or (), trained is not None, continues
-        videos = {split: lists.videos(split) for split in splits if lists.lists[split]}
-        return lists.classes, videos, _build_account(cfg, lists, videos, continues)
-
-    return on_main(world, read)
-
-
-def _build_account(cfg: CfgNode, lists: ListReader, videos: dict[str, list[Video]], continues: bool) -> list[str]:
-    """Return lines on the lists that were read. Raises UsageError where labels or splits are certainly wrong."""
-    recordings = name_recordings(videos, lists.root, cfg.DATA.GROUP)
-    lines = describe_lists(lists.classes, videos, recordings)
-    sources = {split: str(lists.source(split)) for split in videos}
-    try:
-        if "train" in videos and lists.num_classes is None:
-            check_count(lists.classes, videos, sources["train"])
-        notes = check_lists(videos, sources, recordings, cfg.DATA.GROUP)
-    except UsageError as error:
-        if not continues:
-            raise
-        notes = [str(error)]
-    if lists.shares is not None:
-        ways = (
-            "those of one recording together"
-            if any(map(any, recordings.values()))
-            else "each by itself, also cuts of one recording"
-        )
-        lines.append(
-            f"DATA.SPLIT: {' / '.join(map(str, lists.shares))} % of each class for training / validation / test, "
-            f"drawn from file names, {ways} (DATA.GROUP {cfg.DATA.GROUP!r})"
-        )
-    return [*lines, *(f"note: {note}" for note in [*lists.notes, *notes])]
 
 
 def build_cost_report(cfg: CfgNode) -> str:
@@ -351,9 +259,7 @@ def build_cost_report(cfg: CfgNode) -> str:
     return "\n".join([*note, _build_model_line(cfg, cost, classes), training])
 
 
-def _build_summary(
-    cfg: CfgNode, world: World, cost: Cost, num_classes: int, account: list[str], multi_label: bool
-) -> str:
+def _build_summary(cfg: CfgNode, world: World, cost: Cost, num_classes: int, account: list[str]) -> str:
     """Return lines on the model, where it runs, and on the lists; empty but on rank 0."""
     if not world.is_main:
         return ""
@@ -361,8 +267,8 @@ def _build_summary(
     compiled = f", compiled ({cfg.COMPILE})" if cfg.COMPILE != "none" else ""
     place = f"{world.size} process(es) on {world.device.type}, {cfg.PRECISION}{sharded}{compiled}"
     lines = [_build_model_line(cfg, cost, num_classes), f"{place}, output in {cfg.OUTPUT_DIR}"]
-    if multi_label:
-        lines.append("several labels a video: a sigmoid for each class, measured by mAP")
+    if (cores := usable_cores()) < cfg.DATA.WORKERS:
+        lines.append(f"note: DATA.WORKERS {cfg.DATA.WORKERS} for {cores} core(s): that takes memory and is no faster")
     return "\n".join(lines + account)
 
 

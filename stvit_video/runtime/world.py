@@ -126,7 +126,8 @@ def join_world(device: str = "auto", timeout_s: int = 1800) -> Iterator[World]:
         failed = False
         raise
     except Exception as error:
-        report_failure(store, place, error)
+        if lost := report_failure(store, place, error):
+            raise RunFailure(lost) from error
         raise
     finally:
         # After a failure NCCL would wait for the other ranks, which may wait for this one: exit without it.
@@ -271,25 +272,29 @@ def _list_ranks(ranks: list[int]) -> str:
     return f"rank {', '.join(map(str, ranks[:SHOWN]))}{' ...' if len(ranks) > SHOWN else ''}"
 
 
-def report_failure(store: Any, place: Place, error: Exception) -> None:
-    """Print on which rank a run failed. The first rank that fails leaves its error in the store for the others."""
+def report_failure(store: Any, place: Place, error: Exception) -> str:
+    """Print on which rank a run failed, or return why this one cannot go on without another.
+
+    The first rank that fails leaves its error in the store for the others.
+    """
     who = f"rank {place.rank} of {place.size} on {place.host}"
     text = f"{type(error).__name__}: {first_line(error)}"
+    if room := next((line.strip() for line in str(error).splitlines() if "/dev/shm" in line), ""):
+        return f"{who} ends: {room}; NCCL needs more room there (docker run --shm-size=1g), or NCCL_SHM_DISABLE=1"
     if not isinstance(error, dist.DistError) and "gloo" not in str(error):
         if not isinstance(error, UsageError):  # which the command prints as one line
             print(f"{who} failed: {text}", file=sys.stderr, flush=True)
         with suppress(dist.DistError):  # rank 0, which serves the store, may have ended
             if store.add("failures", 1) == 1:
                 store.set("failure", f"{who} failed: {text}")
-        return
+        return ""
     lost = "rank 0, or the machine it ran on, is gone"
     with suppress(dist.DistError):
         store.set(f"left/{place.rank}", "")
         with suppress(dist.DistError):
             store.wait(["failure"], datetime.timedelta(seconds=2))
-            print(f"{who} ends: {store.get('failure').decode()}", file=sys.stderr, flush=True)
-            return
+            return f"{who} ends: {store.get('failure').decode()}"
         # No rank has failed: those that have not noticed the end of the run are the reason.
         silent = [rank for rank in range(place.size) if not store.check([f"left/{rank}"])]
         lost = f"{_list_ranks(silent)}, which hangs or was killed"
-    print(f"{who} ends: it lost another process: {lost} ({text})", file=sys.stderr, flush=True)
+    return f"{who} ends: it lost another process: {lost} ({text})"

@@ -34,7 +34,8 @@ from stvit_video.data.lists.videos import build_lists
 from stvit_video.models.cost import measure_cost
 from stvit_video.models.zoo import build_model
 from stvit_video.runs.folder import RunFolder, build_run_folder, describe_changes, environment
-from stvit_video.runs.preflight import KINETICS_CLASSES, open_lists
+from stvit_video.runs.lists import open_lists
+from stvit_video.runs.preflight import KINETICS_CLASSES
 from stvit_video.runtime.stopping import StopSignals
 from stvit_video.runtime.world import World
 from stvit_video.slurm.jobs import ENDED, ClusterJob, Follower, read_job, tail

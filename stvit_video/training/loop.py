@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from stvit_video.common.accuracy import ACCURACIES, accuracy_key
 from stvit_video.common.charts import plot_curves
 from stvit_video.common.errors import Stopped, UsageError
 from stvit_video.common.progress import Progress
 from stvit_video.data.failures import check_failures, merge, read_ledger
+from stvit_video.data.workers import Loader, LoaderFailure
 from stvit_video.evaluation.evaluate import build_tested_model, build_tester, class_probabilities, describe_videos
 from stvit_video.runs.checkpoint import CheckpointWriter
 from stvit_video.runs.log import MetricsLog, read_metrics
@@ -37,23 +37,34 @@ def run_epochs(
     ``log`` is rank 0's. Raises Stopped, with a checkpoint of the very step, after a signal to stop.
     """
     world = run.world
+
+    def save() -> None:
+        write_failures(run, trainer)
+        state = trainer.state()
+        on_main(world, partial(writer.save, state))
+
+    def stop_waiting() -> bool:  # several processes save together, after a step of all
+        return world.size == 1 and signals.received is not None
+
     epochs = math.ceil(trainer.total_steps / trainer.steps_per_epoch)  # the last may be cut short
     with Progress("train", trainer.total_steps, trainer.step, enabled=world.is_main) as progress:
         while trainer.epoch < epochs:
             try:
-                for _ in trainer.train_epoch(progress, log):
+                for _ in trainer.train_epoch(progress, log, stop_waiting):
                     stop = any_of(world, signals.received is not None)
                     due = any_of(world, world.is_main and writer.is_due(trainer.step))
                     if stop or due or trainer.steps_left == 0:
-                        write_failures(run, trainer)
-                        state = trainer.state()
-                        on_main(world, partial(writer.save, state))
+                        save()
                     if stop:
                         on_main(world, writer.wait)  # launchers end all processes when one leaves: first the disk
                         raise Stopped(signals.received, f"step {trainer.step}")
             except UsageError:  # too many videos failed: failures.csv lists those that this process knows of
                 if world.is_main:
                     run.folder.write_failures(trainer.failures)
+                raise
+            except LoaderFailure:
+                if world.size == 1 and trainer.step > 0:  # other processes wait for this one in the middle of a step
+                    save()
                 raise
             on_main(world, writer.wait)  # before validation forks its workers
             epoch = trainer.epoch + 1
@@ -68,11 +79,11 @@ def run_epochs(
             write_failures(run, trainer)
             for stage, loader in (("train", trainer.loader), ("val", trainer.val_loader)):
                 failed = len({failure.path for failure in trainer.failures if failure.stage == stage})
-                total = len(loader.dataset) if loader else 0  # type: ignore[arg-type]
+                total = len(loader.dataset) if loader else 0
                 check_failures(failed, total, trainer.settings.max_failures, stage)
 
 
-def validate(run: OpenRun, trainer: Trainer, loader: DataLoader, signals: StopSignals) -> dict[str, float]:
+def validate(run: OpenRun, trainer: Trainer, loader: Loader, signals: StopSignals) -> dict[str, float]:
     """Score the validation list with one view a video; keep the best weights. Raises Stopped after a signal to stop."""
     model = trainer.model_to_test()
     precision = trainer.settings.precision
@@ -132,6 +143,8 @@ def train(run: OpenRun) -> None:
             plot_curves(read_metrics(folder.path / "metrics.jsonl"), folder.path / "curves.png")
 
         on_main(world, finish)
+        for loader in filter(None, (trainer.loader, trainer.val_loader)):  # the test needs the memory
+            loader.close()
         tester.test(model, trainer.failures, signals)
 
 

@@ -3,7 +3,7 @@
 import copy
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader
 
 from stvit_video.common.errors import UsageError
 from stvit_video.common.progress import Progress
@@ -22,6 +21,7 @@ from stvit_video.data.clips.transforms import Mix
 from stvit_video.data.dataset import MAX_TRIES, Batch
 from stvit_video.data.failures import Failure, check_failures
 from stvit_video.data.loader import build_mix, build_test_loader, build_train_loader
+from stvit_video.data.workers import Loader
 from stvit_video.runs.log import MetricsLog
 from stvit_video.runs.preflight import OpenRun
 from stvit_video.runtime import parallel
@@ -33,6 +33,10 @@ from stvit_video.training.optim import average_weights, build_optimizer, build_s
 
 LOG_EVERY = 8  # steps between rows of metrics.jsonl
 COUNTERS = ("epoch", "step", "bad_steps", "best")  # of a trainer, in its checkpoints
+
+
+class WaitEnded(Exception):
+    """There is no batch for a step, because the run is to stop."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +74,14 @@ class Trainer:
     wrapped: nn.Module  # what gradients are computed with: ``model``, or ``model`` inside DDP
     optimizer: torch.optim.Optimizer
     scheduler: LambdaLR
-    loader: DataLoader
+    loader: Loader
     world: World
     settings: TrainSettings
     total_steps: int
     setup: dict[str, Any]  # what may change between a run and its continuation, and changes rounding
     ema_model: AveragedModel | None = None  # follows the weights of ``model``
     eval_model: nn.Module | None = None  # an unsharded copy, to test a sharded model with
-    val_loader: DataLoader | None = None
+    val_loader: Loader | None = None
     epoch: int = 0  # finished epochs
     step: int = 0  # steps taken
     bad_steps: int = 0  # those of them that were skipped
@@ -133,18 +137,20 @@ class Trainer:
         self.eval_model.load_state_dict(parallel.model_state_dict(model))
         return self.eval_model.to(self.world.device)
 
-    def train_epoch(self, progress: Progress, log: MetricsLog | None) -> Iterator[None]:
-        """Take the steps of the present epoch that are left, and yield after each."""
+    def train_epoch(
+        self, progress: Progress, log: MetricsLog | None, stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[None]:
+        """Take the steps of the present epoch that are left; yield after each, and where ``stop`` ends a wait."""
         if self.steps_left == 0:
             return  # the run was stopped between the last step and validation
         done = self.step - self.epoch * self.steps_per_epoch
         position = {"epoch": self.epoch, "start": done * self.settings.accumulate}
-        self.loader.batch_sampler.load_state_dict(position)  # type: ignore[union-attr]
+        self.loader.batch_sampler.load_state_dict(position)
         self.wrapped.train()
         if self.eval_model is not None:
             self.eval_model.cpu()  # training needs the room
         self.failed = set()
-        batches = iter(self.loader)
+        batches = self.loader.batches(stop)
         text = ""
         logged = self.step
         sums = torch.zeros(3, device=self.world.device)
@@ -156,7 +162,11 @@ class Trainer:
             np.random.seed(seed)
             random.seed(seed)
             skipped = self.bad_steps
-            sums = sums + self.take_step(batches)
+            try:
+                sums = sums + self.take_step(batches)
+            except WaitEnded:
+                yield
+                raise
             if self.bad_steps > skipped:
                 progress.note(f"step {self.step} skipped: its loss or gradients are not finite")
             if i % LOG_EVERY == 0 or self.steps_left == 0:
@@ -182,7 +192,9 @@ class Trainer:
         seen = []
         for i in range(self.settings.accumulate):
             with self.clock.part("data"):
-                batch = next(batches)
+                batch = next(batches, None)
+                if batch is None:
+                    raise WaitEnded
                 self.failures += batch.failures
                 self.failed.update(failure.path for failure in batch.failures)
                 if batch.missing:
@@ -244,7 +256,7 @@ class Trainer:
 
     def _skip(self, seen: list[tuple[Batch, Tensor, Tensor]]) -> None:
         """Count a skipped step; fp16 overflows that the loss scaler handles are not counted."""
-        videos = self.loader.dataset.videos  # type: ignore[attr-defined]
+        videos = self.loader.dataset.videos
         paths = []  # of the videos whose logits are not finite; of a whole batch if only its loss is not
         for batch, logits, loss in seen:
             bad = (~logits.isfinite()).any(dim=1).view(len(batch.indices), -1).any(dim=1).cpu()
@@ -271,7 +283,7 @@ class Trainer:
         """Return the figures of the last ``steps`` steps, over all processes; times are of this one."""
         failed = torch.tensor([len(self.failed)], dtype=sums.dtype, device=sums.device)
         loss, hits, clips, failed_videos = sum_over_world(self.world, torch.cat([sums, failed])).tolist()
-        check_failures(int(failed_videos), len(self.loader.dataset), self.settings.max_failures, "train")  # type: ignore[arg-type]
+        check_failures(int(failed_videos), len(self.loader.dataset), self.settings.max_failures, "train")
         lap = self.clock.lap()
         speed = clips / lap["elapsed"]
         figures = {"loss": loss / clips, "top1": 100 * hits / clips} if clips else {}  # none if all were skipped
@@ -328,9 +340,14 @@ def build_trainer(run: OpenRun) -> Trainer:
         multi_label=run.multi_label,
     )
     setup = {"processes": world.size, "strategy": cfg.PARALLEL.STRATEGY, "accumulation": cfg.TRAIN.ACCUMULATE}
-    setup |= {"compile": cfg.COMPILE, "device": world.device.type, "batch": cfg.TRAIN.BATCH_SIZE}
+    setup |= {
+        "compile": cfg.COMPILE,
+        "device": world.device.type,
+        "batch": cfg.TRAIN.BATCH_SIZE,
+        "sampling": cfg.DATA.SAMPLING,
+        "multi_label": run.multi_label,
+    }
     setup |= {"classes": run.classes, "videos": len(run.videos["train"])}  # open_run keeps them
-    setup["multi_label"] = run.multi_label
     scheduler = build_scheduler(cfg, optimizer, steps_per_epoch, total)
     return Trainer(
         model, wrapped, optimizer, scheduler, loader, world, settings, total, setup, ema_model, eval_model, val_loader

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from stvit_video.common.accuracy import ACCURACIES
 from stvit_video.common.charts import plot_transfer
@@ -24,6 +23,7 @@ from stvit_video.common.tables import format_table
 from stvit_video.config.load import override
 from stvit_video.data.failures import check_failures
 from stvit_video.data.loader import build_test_loader, build_train_loader
+from stvit_video.data.workers import Loader
 from stvit_video.evaluation.evaluate import describe_videos
 from stvit_video.evaluation.predictions import Predictions, probabilities
 from stvit_video.evaluation.scores import fingerprint, read_features, weights_hash, write_features
@@ -32,7 +32,8 @@ from stvit_video.models.weights.files import Checkpoint
 from stvit_video.models.zoo import build_model
 from stvit_video.runs.checkpoint import check_all_loaded
 from stvit_video.runs.folder import build_run_folder
-from stvit_video.runs.preflight import LABELS, OpenRun, build_filled_batch, open_run
+from stvit_video.runs.lists import LABELS
+from stvit_video.runs.preflight import OpenRun, build_filled_batch, open_run
 from stvit_video.runtime.world import on_main
 from stvit_video.training.loop import train
 
@@ -142,7 +143,7 @@ def chance_level(labels: Tensor, classes: int) -> float:
     return 100 * float(labels.mean()) if labels.ndim == 2 else 100 / classes
 
 
-def build_parts(run: OpenRun) -> tuple[dict[str, nn.Module], dict[str, DataLoader], str]:
+def build_parts(run: OpenRun) -> tuple[dict[str, nn.Module], dict[str, Loader], str]:
     """Return the networks that describe videos, loaders of both lists, and why ``head`` is no such network, or "".
 
     ``init`` is the run's model, ``head`` the image model that the checkpoint holds, ``random`` an untrained ``init``.
@@ -162,9 +163,7 @@ def build_parts(run: OpenRun) -> tuple[dict[str, nn.Module], dict[str, DataLoade
     return networks, loaders, reason
 
 
-def build_features(
-    run: OpenRun, networks: dict[str, nn.Module], loaders: dict[str, DataLoader]
-) -> dict[str, Predictions]:
+def build_features(run: OpenRun, networks: dict[str, nn.Module], loaders: dict[str, Loader]) -> dict[str, Predictions]:
     """Return features or probabilities by list and network: from a file of the same fingerprint, or else computed."""
     cfg, world, described = run.cfg, run.world, {}
     loaded = weights_hash(run.checkpoint.tensors)  # type: ignore[union-attr]
@@ -174,7 +173,7 @@ def build_features(
                 continue  # the image head is not fitted to anything
             path = run.folder.path / "features" / f"{split}_{kind}.pt"
             weights = "random" if kind == "random" else loaded
-            key = fingerprint(network, weights, loader.dataset, cfg.PRECISION, cfg.SEED)  # type: ignore[arg-type]
+            key = fingerprint(network, weights, loader.dataset, cfg.PRECISION, cfg.SEED)
             found, said = on_main(world, partial(read_features, path, key))
             if said and world.is_main:
                 print(said, flush=True)

@@ -60,7 +60,32 @@ def test_a_full_disk_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.EBADF, "closed"), FileNotFoundError(2, "x"), ValueError("x")], ids=repr
+    ("error", "lacks"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), "open files (ulimit -n)"),
+        (BlockingIOError(errno.EAGAIN, "no fork"), "processes or threads"),
+        (RuntimeError("can't start new thread"), "processes or threads"),
+        (MemoryError(), "memory (MemoryError)"),
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate 20 MiB\nIf reserved"),
+            "memory (CUDA out of memory. Tried",
+        ),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "memory (libtorch"),
+    ],
+    ids=repr,
+)
+def test_what_the_machine_is_short_of_is_one_line(
+    error: Exception, lacks: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(raising(error), None, again="it goes on") == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: out of {lacks}")
+    assert said.endswith("or raise the limit; it goes on.\n")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EBADF, "closed"), FileNotFoundError(2, "x"), ValueError("x"), RuntimeError("x")], ids=repr
 )
 def test_bugs_keep_their_traceback(error: Exception) -> None:
     with pytest.raises(type(error)) as caught:

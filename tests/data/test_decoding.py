@@ -16,11 +16,11 @@ import pytest
 
 from stvit_video import run
 from stvit_video.data.decode.frames import Decoding, read_file
-from stvit_video.data.decode.types import DecodeError
+from stvit_video.data.decode.types import DecodeError, DecoderKilled
 from stvit_video.data.failures import read_ledger
 from stvit_video.runtime.stopping import STOP_SIGNALS
 from tests.conftest import numbered_frames, read_number
-from tests.data.choices import Crashing, Frozen, Sleeping
+from tests.data.choices import Crashing, Frozen, Killed, Sleeping
 
 BOTH = ("pyav", "decord")
 
@@ -98,6 +98,22 @@ def test_a_crash_costs_one_video(path: str) -> None:
     assert isinstance(crashed, DecodeError)
     assert "crash (signal 11)" in crashed.message
     assert [read_number(first[0]), read_number(last[0])] == [0, 2]
+
+
+def test_a_request_is_repeated_once_where_the_child_was_killed(path: str, tmp_path: Path) -> None:
+    """By the system's OOM killer, for example, which may have taken it for the memory that others used."""
+    count = tmp_path / "count"
+    for deaths in (1, 2):
+        decoding = Decoding(BOTH, 60)
+        count.write_text(str(deaths))
+        choices = [Frozen((0,)), Killed(str(count)), Frozen((2,))]
+        first, killed, last = decoding.read_all(decoding.request(path, choice) for choice in choices)
+        assert [read_number(first[0]), read_number(last[0])] == [0, 2]
+        if deaths == 1:
+            assert read_number(killed[0]) == 7
+        else:
+            assert isinstance(killed, DecoderKilled)
+            assert killed.message == "does not fit into memory: its decoder was killed twice (signal 9)"
 
 
 def test_a_killed_child_is_replaced(path: str) -> None:

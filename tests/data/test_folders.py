@@ -156,7 +156,7 @@ def test_files_are_known_by_their_content(tmp_path: Path) -> None:
     pictures[0].save(folder / "still", "JPEG")
     videos, notes = read_folder(tmp_path, frames=8)
     assert [Path(video.path).name for video in videos] == ["avi", "flv", "matroska", "mov", "moving.gif", "mpegts"]
-    assert {open_video(video.path, None, "pyav").length for video in videos} == {3}
+    assert {open_video(video.path).length for video in videos} == {3}
     assert "passed over: 4 files" in notes[0]
 
 

@@ -12,7 +12,7 @@ from stvit_video.data.decode.types import DecodeError
 
 
 def read_image(path: Path, short_side: int | None = None) -> np.ndarray:
-    reader = open_video(str(path), short_side)
+    reader = open_video(str(path), short_side=short_side)
     assert reader.length == 1
     return reader.frames(np.array([0]))[0]
 
@@ -154,6 +154,9 @@ def test_a_pattern_chooses_the_frames(tmp_path: Path, picture: np.ndarray, patte
     np.testing.assert_array_equal(reader.frames(np.arange(3)), [picture // number for number in (1, 2, 10)])
     with pytest.raises(DecodeError, match="no images that match"):
         open_video(f"{tmp_path}/up_{{}}.png")
+    for name in ("What is it? [abc].mp4", "100 %d.mp4", "a{1}.avi"):  # absent files
+        with pytest.raises(DecodeError, match="no such file"):
+            open_video(f"{tmp_path}/{name}")
 
 
 def test_damaged_images_give_a_reason(tmp_path: Path, picture: np.ndarray) -> None:

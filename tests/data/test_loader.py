@@ -3,16 +3,18 @@
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
 from fvcore.common.config import CfgNode
-from torch.utils.data import DataLoader
 
 from stvit_video.common.errors import UsageError
-from stvit_video.data.clips.sampling import ClipSampler
+from stvit_video.data.clips.from_pytorchvideo import SecondsSampler
+from stvit_video.data.clips.sampling import ClipSampler, Sampling
 from stvit_video.data.clips.transforms import Normalise, TestViews, TrainViews
 from stvit_video.data.dataset import SampleKey, VideoDataset, collate
 from stvit_video.data.decode.frames import Decoding
@@ -20,22 +22,24 @@ from stvit_video.data.failures import read_ledger
 from stvit_video.data.lists.annotations import Video
 from stvit_video.data.lists.videos import build_lists
 from stvit_video.data.loader import EpochSampler, ShardedBatches, build_test_loader, build_train_loader
+from stvit_video.data.workers import Loader
 from stvit_video.runtime.world import World
-from tests.conftest import data_config, numbered_frames, read_number
+from tests.conftest import copy_packets, data_config, numbered_frames, read_number
+from tests.data.choices import Frozen
 
 PLAIN = Normalise((0, 0, 0), (1, 1, 1))
 CPU = torch.device("cpu")
 
 
-def train_loader(cfg: CfgNode) -> DataLoader:
+def train_loader(cfg: CfgNode) -> Loader:
     return build_train_loader(cfg, World(0, 1, CPU), build_lists(cfg).videos("train"))
 
 
-def views_loader(cfg: CfgNode, clips: int) -> DataLoader:
+def views_loader(cfg: CfgNode, clips: int) -> Loader:
     return build_test_loader(cfg, World(0, 1, CPU), build_lists(cfg).videos("test"), clips=clips)
 
 
-def views_of(loader: DataLoader, key: SampleKey | int) -> torch.Tensor:
+def views_of(loader: Loader, key: SampleKey | int) -> torch.Tensor:
     """Return one sample's views (V, 3, T, H, W)."""
     return loader.collate_fn([loader.dataset[key]]).make_clips()
 
@@ -211,6 +215,66 @@ def numbers(views: torch.Tensor) -> list[list[int]]:
     return [[read_number(picture[:48]) for picture in view] for view in pictures]
 
 
+def test_equal_views_are_computed_once(write_clip: Callable[..., Path]) -> None:
+    """One clip fits the first video, none the second, two the third, and all of its square crops are the same."""
+    lengths, sampler = ((10, 48, 64), (7, 48, 64), (11, 48, 48), (60, 48, 64)), ClipSampler("dense", 4, 3)
+    paths = [write_clip(numbered_frames(n, h, w), f"{n}.mp4") for n, h, w in lengths]
+    dataset = VideoDataset(
+        videos=[Video(str(path), 0) for path in paths],
+        sampler=sampler,
+        views=TestViews(clips=3, crops=3, frames=4, size=48, normalise=PLAIN, short_side=48),
+        decoding=Decoding(("pyav",), 60.0),
+        stage="test",
+    )
+    batch = collate(dataset.__getitems__(range(4)), dataset.views)
+    assert batch.short.tolist() == [False, True, False, False]
+    assert batch.different_views.tolist() == [3, 3, 2, 9]
+    clips = batch.make_clips()
+    assert len(clips) == 17
+    every = batch.expand(clips)
+    assert every.shape == (4, 9, 3, 4, 48, 48)
+    assert torch.equal(batch.expand(torch.arange(17))[2], torch.tensor([6, 6, 6, 6, 6, 6, 7, 7, 7]))
+    starts = ([0, 0, 0], [0, 0, 0], [0, 0, 1], [0, 25, 50])
+    one = replace(dataset.views, clips=1)
+    for i, (length, _, width) in enumerate(lengths):
+        for view, found in enumerate(every[i]):  # each as if it were computed by itself
+            clip, crop = divmod(view, 3)
+            indices = tuple(min(starts[i][clip] + step, length - 1) for step in (0, 3, 6, 9))
+            frames = dataset.decoding.read(dataset.decoding.request(str(paths[i]), Frozen(indices)))
+            left = (width - 48) // 2 * crop
+            expected = PLAIN(one.prepare(frames)[:, :, left : left + 48], torch.empty(3, 4, 48, 48))
+            assert torch.equal(found, expected), (i, view)
+
+
+@pytest.mark.parametrize(
+    "sampler", [ClipSampler("dense", 4, 5, rate=25), ClipSampler("uniform", 4), SecondsSampler(4, 0.6)], ids=str
+)
+def test_clips_of_a_file_with_a_gap_are_on_one_side(
+    write_clip: Callable[..., Path], tmp_path: Path, sampler: Sampling
+) -> None:
+    """A camera stores 20 frames, and after an hour 40 more."""
+
+    def wait(packet: av.Packet) -> av.Packet:
+        late = packet.pts * packet.time_base * 25 >= 20
+        packet.pts = packet.dts = packet.pts + late * round(3600 / packet.time_base)
+        return packet
+
+    path = copy_packets(write_clip(numbered_frames(60, 64, 64), "dense.mkv", bf="0"), tmp_path / "gap.mkv", wait)
+    views = TestViews(clips=3, crops=1, frames=4, size=64, normalise=PLAIN, short_side=64)
+    dataset = VideoDataset(
+        videos=[Video(str(path), 0)], sampler=sampler, views=views, decoding=Decoding(("pyav",), 60.0), stage="test"
+    )
+    keys = [0, *(SampleKey(epoch, 0) for epoch in range(12))]
+    batch = collate(dataset.__getitems__(keys), dataset.views)
+    clips = batch.expand(batch.make_clips()).flatten(0, 1)
+    found = numbers(clips)
+    assert len(found) == 39
+    assert {clip[0] < 20 for clip in found} == {True, False}
+    for clip in found:
+        assert (clip[0] < 20) == (clip[-1] < 20)
+        assert len(set(clip)) == 4
+
+
 @pytest.mark.parametrize("sampling", ["dense", "uniform"])
 def test_samples_have_the_frames_of_their_sampler(
     small_set: Path, tmp_path: Path, write_clip: Callable[..., Path], sampling: str
@@ -241,7 +305,7 @@ def test_a_still_is_a_clip_of_equal_frames(small_set: Path, frames: int) -> None
     loaders = train_loader(cfg), views_loader(cfg, clips=2)
     train, test = views_of(loaders[0], SampleKey(0, 5)), views_of(loaders[1], 5)
     assert train.shape == (1, 3, frames, 64, 64)
-    assert test.shape == (2, 3, frames, 64, 64)
+    assert test.shape == (1, 3, frames, 64, 64)  # both clips are the same
     for views in (train, test):
         assert (views == views[:1, :, :1]).all()
         assert views.std() > 0.1

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from stvit_video.data.clips.sampling import ClipSampler
+from stvit_video.data.clips.from_pytorchvideo import SecondsSampler
+from stvit_video.data.clips.sampling import ClipSampler, Sampling
+from stvit_video.data.clips.timeline import KnownTimes
 from stvit_video.data.decode.types import find_segments
 
 
@@ -183,3 +185,86 @@ def test_choices_are_concatenated_clips_determined_by_their_seed() -> None:
     assert sampler.starting_at(Video(100, stamps), 1.0).tolist() == [25, 27, 29, 31]
     assert sampler.starting_at(Video(100, stamps), 9.0).tolist() == [99, 99, 99, 99]
     assert ClipSampler("dense", 4, 2, rate=12.5).starting_at(Video(100, stamps), 1.0).tolist() == [25, 29, 33, 37]
+
+
+def recording(*lengths: int, rate: float = 25.0, pause: float = 60.0) -> Video:
+    """A camera that waits for motion: segments of so many frames, with a pause between two."""
+    times, start = [], 0.0
+    for length in lengths:
+        times.append(start + np.arange(length) / rate)
+        start = times[-1][-1] + pause
+    return Video(sum(lengths), np.concatenate(times))
+
+
+SAMPLERS = [
+    ClipSampler("dense", 4, 2),
+    ClipSampler("dense", 4, 2, rate=25),
+    ClipSampler("dense", 4, 2, rate=50),
+    ClipSampler("dense", 4, 2, rate=12.5),
+    ClipSampler("uniform", 4),
+    SecondsSampler(4, 0.28),
+]
+LENGTHS = [(30, 50), (3, 60), (60, 3), (1, 1, 40, 1), (2, 2), (2, 1, 2), (7,) * 300, (40, 7, 9, 100), (13, 8)]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=lambda lengths: str(lengths[:9]))
+@pytest.mark.parametrize("pause", [60.0, -0.5], ids=["pause", "restart"])
+def test_no_clip_spans_a_gap(sampler: Sampling, lengths: tuple[int, ...], pause: float) -> None:
+    video = recording(*lengths, pause=pause)
+    segments = [range(a, b) for a, b in video.segments()]
+    assert [len(segment) for segment in segments] == list(lengths)
+    fit = [sampler.places(KnownTimes(video.stamps[s] - video.stamps[s][0])) > 0 for s in segments]
+    assert sampler.is_short(video) == (not any(fit))
+    clips = [*sampler(video, 1).reshape(1, 4), *sampler(video, 5).reshape(5, 4)]
+    clips += [clip for seed in range(20) for clip in sampler(video, 2, (seed,)).reshape(2, 4)]
+    for clip in clips:
+        assert clip.dtype == np.int64
+        (inside,) = [i for i, segment in enumerate(segments) if clip[0] in segment and clip[-1] in segment]
+        assert (np.diff(clip) >= 0).all()
+        assert fit[inside] or not any(fit)  # what is too short is used where all is
+
+
+def test_clips_are_shared_over_segments_by_the_places_where_they_can_start() -> None:
+    video = recording(10, 16, 100)  # 4, 10 and 94 places for a clip of 7 frames
+    for sampler in (ClipSampler("dense", 4, 2), ClipSampler("dense", 4, 2, rate=25)):
+        drawn = np.concatenate([sampler(video, 1, (seed,))[:1] for seed in range(3000)])
+        counts = np.histogram(drawn, [0, 10, 26, 126])[0] / 3000
+        assert np.abs(counts - np.array([4, 10, 94]) / 108).max() < 0.02
+        starts = sampler(video, 11).reshape(11, 4)[:, 0]
+        assert np.histogram(starts, [0, 10, 26, 126])[0].tolist() in ([0, 1, 10], [1, 1, 9])
+        assert sampler(video, 1)[0] == 26 + 46 or sampler.rate  # in the middle of the longest
+    equal = recording(*[20] * 100)
+    starts = ClipSampler("dense", 4, 2)(equal, 4).reshape(4, 4)[:, 0] // 20
+    assert np.abs(starts - [12, 37, 62, 87]).max() <= 1
+    assert ClipSampler("uniform", 4)(recording(10, 40, 12), 1).tolist() == [15, 25, 35, 45]
+    assert ClipSampler("uniform", 4)(recording(2, 3), 1).tolist() == [2, 2, 3, 4]  # none holds a clip: the longest
+    assert ClipSampler("uniform", 4)(recording(2, 3), 2).tolist() == [0, 0, 1, 1, 2, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "lengths", "short"),
+    [
+        (ClipSampler("dense", 16, 4), (60, 61, 300), (True, False, False)),
+        (ClipSampler("dense", 1), (1, 2), (False, False)),
+        (ClipSampler("dense", 16, 4, rate=25), (60, 61, 300), (True, False, False)),
+        (ClipSampler("dense", 16, 4, rate=50), (30, 31, 300), (True, False, False)),
+        (ClipSampler("dense", 16, 4, rate=24), (60, 62, 63, 300), (True, True, False, False)),  # 2.5 s
+        (ClipSampler("uniform", 16), (15, 16), (True, False)),
+        (SecondsSampler(16, 2.0), (49, 50, 300), (True, False, False)),
+    ],
+    ids=str,
+)
+def test_a_video_is_short_where_no_clip_fits(sampler: Sampling, lengths: tuple[int, ...], short: tuple[bool]) -> None:
+    for length, expected in zip(lengths, short, strict=True):
+        assert sampler.is_short(recording(length)) == expected, length
+        assert sampler.is_short(recording(length, 1, length)) == expected, length
+
+
+def test_a_clip_from_a_time_on_stays_in_its_segment() -> None:
+    video = recording(30, 40, pause=100)  # up to 1.16 s; from 101.16 s on
+    for sampler in (ClipSampler("dense", 4, 5), ClipSampler("dense", 4, 5, rate=25)):
+        assert sampler.starting_at(video, 1.0).tolist() == [25, 29, 29, 29]
+        assert sampler.starting_at(video, 50.0).tolist() == [30, 35, 40, 45]
+        assert sampler.starting_at(video, 101.16 + 0.4).tolist() == [40, 45, 50, 55]
+        assert sampler.starting_at(video, 500.0).tolist()[-1] == 69

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from stvit_video import check_videos
-from stvit_video.data.clips.sampling import ClipSampler, read_every_frame
+from stvit_video.data.clips.sampling import ClipSampler
 from stvit_video.data.clips.sections import SectionReader, within
 from stvit_video.data.clips.transforms import Normalise, TestViews
 from stvit_video.data.dataset import VideoDataset
-from stvit_video.data.decode.frames import Decoding, FrameRequest, open_video, read_file
+from stvit_video.data.decode.frames import Decoding, FrameRequest, check_whole, open_video, read_file
 from stvit_video.data.decode.types import Choice, DecodeError
 from stvit_video.data.failures import merge, read_ledger
 from stvit_video.data.lists.annotations import Section, Video, parse_name
@@ -39,7 +39,7 @@ def clip(write_clip: Callable[..., Path]) -> str:
         (partial(ClipSampler("dense", 4, 8), clips=2), [20, 28, 36, 44, 25, 33, 41, 49]),
         (partial(ClipSampler("dense", 4, 8, rate=25.0), clips=2), [20, 28, 36, 44, 25, 33, 41, 49]),
         (partial(ClipSampler("dense", 3, 40), clips=1), [20, 49, 49]),
-        (read_every_frame, [20]),
+        (check_whole, [20]),
     ],
 )
 def test_clips_are_those_of_a_file_of_the_section_alone(

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 from fvcore.common.config import CfgNode
+from PIL import Image
 
 from stvit_video.common.errors import UsageError
-from stvit_video.data.lists.annotations import Video
+from stvit_video.data.lists.annotations import Video, find_missing
 from stvit_video.data.lists.videos import build_lists
 from tests.conftest import data_config
 
@@ -112,6 +113,75 @@ def test_something_labels_are_those_of_the_labels_file(tmp_path: Path) -> None:
     cfg = named_config(tmp_path, "DATA.TRAIN_LIST", "train.json", "DATA.CLASSES", "labels.json")
     assert build_lists(cfg).classes == list(labels)
     assert [(video.path, video.label) for video in build_lists(cfg).videos("train")] == [(videos[0], 0), (videos[1], 1)]
+
+
+@pytest.fixture
+def numbered(tmp_path: Path) -> Path:
+    """Class folders 0 to 11 for training, and a list with numbers of the same videos' copies for the test."""
+    for label in range(12):
+        for folder in ("train", "held out"):
+            (tmp_path / folder / str(label)).mkdir(parents=True)
+            (tmp_path / folder / str(label) / "v.mp4").touch()
+    (tmp_path / "test.txt").write_text("".join(f"held out/{label}/v.mp4 {label}\n" for label in range(12)))
+    return tmp_path
+
+
+def test_numbers_of_a_list_are_the_numbers_of_class_folders(numbered: Path) -> None:
+    cfg = named_config(numbered, "DATA.TRAIN_LIST", "train", "DATA.TEST_LIST", "test.txt")
+    lists = build_lists(cfg)
+    assert lists.classes == [str(label) for label in range(12)]
+    older = build_lists(cfg)  # a run that began when numbers were sorted as text
+    older.natural = False
+    assert older.classes == sorted(lists.classes)
+    tested = build_lists(cfg)  # with such a run's weights
+    tested.trained = older.classes
+    alone = build_lists(named_config(numbered, "DATA.TRAIN_LIST", "absent", "DATA.TEST_LIST", "test.txt"))
+    alone.trained = older.classes
+    for reader in (lists, older, tested, alone):
+        names = reader.classes
+        for split in ("test",) if reader is alone else ("train", "test"):
+            assert [names[video.label] == Path(video.path).parent.name for video in reader.videos(split)] == [True] * 12
+    assert older.classes == tested.classes == alone.classes
+    part = build_lists(named_config(numbered, "DATA.TRAIN_LIST", "absent", "DATA.TEST_LIST", "held out"))
+    shutil.rmtree(numbered / "held out" / "3")
+    part.trained = older.classes
+    assert part.classes == older.classes  # a test of some of the classes
+
+
+def test_numbers_for_classes_that_folders_name_need_their_names(numbered: Path) -> None:
+    (numbered / "train" / "0").rename(numbered / "train" / "yoga")
+    (numbered / "held out" / "0").rename(numbered / "held out" / "yoga")
+    cfg = named_config(numbered, "DATA.TRAIN_LIST", "train", "DATA.TEST_LIST", "test.txt")
+    (numbered / "test.txt").write_text("elsewhere/v.mp4 0\n")
+    with pytest.raises(UsageError, match=r"test.txt has numbers for labels, but .*/train names its classes \(1, 10,"):
+        build_lists(cfg).videos("test")
+    (numbered / "test.txt").write_text("held out/yoga/v.mp4 0\nheld out/1/v.mp4 1\n")
+    with pytest.raises(UsageError, match=r"yoga/v.mp4 has label 0, which is '1', but its folder is class 11"):
+        build_lists(cfg).videos("test")
+    (numbered / "test.txt").write_text("held out/yoga/v.mp4 11\nheld out/1/v.mp4 0\n")
+    assert [video.label for video in build_lists(cfg).videos("test")] == [11, 0]  # as the folders say too
+
+
+def test_folders_of_frames_are_videos(tmp_path: Path) -> None:
+    for kind, name in ((kind, name) for kind in ("left", "right") for name in ("a/v", "a/w", "b/v")):
+        for number in (1, 2, 10):
+            (tmp_path / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / name / f"{kind}_{number:05}.jpg")
+    (tmp_path / "list.txt").write_text("a/v 0\na/w 0\nb/v 1\n")
+    for source in (".", "list.txt"):
+        lists = ["DATA.TRAIN_LIST", source, "DATA.TEST_LIST", source, "DATA.FRAMES", "8"]
+        with pytest.raises(UsageError, match=r"folder of frames .*a/v: holds pictures of 2 kinds .*DATA.FRAME_PATTERN"):
+            build_lists(named_config(tmp_path, *lists)).videos("train")
+        lists += ["DATA.FRAME_PATTERN", "left_{:05}.jpg"]
+        reader = build_lists(named_config(tmp_path, *lists))
+        paths = [video.path for video in reader.videos("train")]
+        assert paths == [f"{tmp_path}/{name}/left_{{:05}}.jpg" for name in ("a/v", "a/w", "b/v")]
+        assert find_missing(reader.videos("train")) == ([], 3)
+    pictures = "".join(f"a/v/left_{number:05}.jpg 0\n" for number in (1, 2, 10))
+    (tmp_path / "list.txt").write_text(pictures)
+    reader = build_lists(named_config(tmp_path, "DATA.TRAIN_LIST", "list.txt", "DATA.TEST_LIST", ""))
+    assert len(reader.videos("train")) == 3
+    assert "3 of 3 paths are pictures, each shown in all 8 frames of a clip" in reader.notes[0]
 
 
 def test_one_file_is_a_list_where_its_folder_is_a_class(kinetics: Path) -> None:

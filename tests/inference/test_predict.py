@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,10 +22,11 @@ from stvit_video import predict
 from stvit_video.common.errors import UsageError
 from stvit_video.config import load_config
 from stvit_video.config.clip_settings import view_settings
-from stvit_video.data.decode.types import DecodeError
+from stvit_video.data.decode.frames import open_video
+from stvit_video.data.decode.types import DecodeError, find_segments
 from stvit_video.data.lists.videos import build_lists
 from stvit_video.data.loader import build_test_loader
-from stvit_video.data.streams import Span, find_sources, spans_of
+from stvit_video.data.streams import Span, find_sources, windows_of
 from stvit_video.evaluation import evaluate
 from stvit_video.inference import annotate as annotate_module
 from stvit_video.inference import predict_videos
@@ -33,7 +34,7 @@ from stvit_video.inference.load import open_checkpoint
 from stvit_video.models.zoo import build_model
 from stvit_video.runs.checkpoint import save_weights
 from stvit_video.runtime.world import World
-from tests.conftest import REPOSITORY, data_config
+from tests.conftest import REPOSITORY, copy_packets, data_config
 from tests.data.test_foreign_videos import CLIPS, FOLDER, SPEC
 
 COLOURS = ("red", "green", "blue")
@@ -206,12 +207,36 @@ def test_a_window_is_scored_as_a_file_of_its_frames(run_folder: Path, write_clip
         torch.testing.assert_close(window.scores, cut.scores, rtol=0, atol=1e-6)
 
 
+def spans_of(times: np.ndarray, window: float, step: float) -> list[Span]:
+    found = windows_of(times, window, step)
+    for span, segment, start, stop in found:
+        first, after = find_segments(times)[segment]
+        assert first <= start < stop <= after
+        shown = (times[first:after] >= span.start - 1e-9) & (times[first:after] < span.end - 1e-9)
+        last = stop == after and span.start == span.end  # of one frame, which lasts no time that is known
+        assert last or (first + np.flatnonzero(shown)).tolist() == list(range(start, stop))
+    return [span for span, *_ in found]
+
+
 def test_windows_cover_a_video_to_its_end() -> None:
     times = np.arange(100) / 10  # 10 s
     assert spans_of(times, 4.0, 3.0) == [Span(0, 4), Span(3, 7), Span(6, 10)]
     assert spans_of(times, 4.0, 4.0)[-1] == Span(pytest.approx(6.0), pytest.approx(10.0))
     assert spans_of(times, 30.0, 1.0) == [Span(0, pytest.approx(10.0))]
     assert spans_of(np.zeros(1), 2.0, 1.0) == [Span(0, 0)]
+    assert len(spans_of(times, 0.05, 0.5)) == 20  # between them there are frames that no window holds
+
+
+def test_windows_are_where_there_is_video() -> None:
+    seconds = np.arange(50) / 10  # 5 s
+    gap = np.concatenate([seconds, 3600 + seconds[:10], 90_000 + seconds])
+    expected = [(0, 2), (2, 4), (3, 5), (3600, 3601), (90_000, 90_002), (90_002, 90_004), (90_003, 90_005)]
+    assert np.allclose(spans_of(gap, 2.0, 2.0), expected)
+    again = np.concatenate([seconds, seconds])  # a clock that was set back
+    assert np.allclose(spans_of(again, 4.0, 4.0), [(0, 4), (1, 5)] * 2)
+    assert len(spans_of(np.arange(40) * 86400.0, 2.0, 0.5)) == 40 * 4 - 3  # a time lapse: before 0 there is no window
+    still = np.concatenate([seconds, 11 + seconds])  # for six seconds, no frame comes
+    assert np.allclose(spans_of(still, 2.0, 2.0)[:6], [(0, 2), (2, 4), (4, 6), (10, 12), (12, 14), (14, 16)])
 
 
 def test_a_long_video_is_read_in_parts(
@@ -317,6 +342,79 @@ def test_a_pipe_and_a_camera_from_the_command_line(
     (found,) = json.loads(output.read_text())
     assert [part["end"] for part in found["timeline"]] == [1.0, 2.0]
     assert "is no camera here" in said(capsys, "4242", "--checkpoint", str(run_folder), code=1)
+
+
+@pytest.fixture
+def camera(tmp_path: Path, colour_clip: Callable[..., Path]) -> Path:
+    """A camera that waits for motion: 2 s of red, after an hour 0.8 s more, after a minute 3 s of blue."""
+    path = colour_clip(("red", 70), ("blue", 75), name="dense.mkv", bf="0")
+
+    def wait(packet: av.Packet) -> av.Packet:
+        number = round(packet.pts * packet.time_base * 25)
+        packet.pts += round((3600 * (number >= 50) + 60 * (number >= 70)) / packet.time_base)
+        packet.dts = packet.pts
+        return packet
+
+    return copy_packets(path, tmp_path / "camera.mkv", wait)
+
+
+SEEN = [(0, 1.2, "red"), (0.8, 2, "red"), (3602, 3602.8, "red"), (3662.8, 3664, "blue"), (3664, 3665.2, "blue"),
+        (3664.6, 3665.8, "blue")]  # fmt: skip
+
+
+def seen(windows: Sequence[predict.Window], top: Callable[..., list]) -> list[tuple[float, float, str]]:
+    return [(round(w.span.start, 3), round(w.span.end, 3), top(1, w)[0][0]) for w in windows]
+
+
+def test_windows_of_a_camera_that_waits_for_motion(colours: predict.Predictor, camera: Path, served: str) -> None:
+    (result,) = colours.predict([camera], window=1.2)
+    assert seen(result.windows, result.top) == SEEN
+    watched = list(colours.watch(f"{served}/{camera.name}", window=1.2))
+    assert seen(watched, result.top) == SEEN
+    assert [window.segment for window in watched] == [window.segment for window in result.windows] == [0, 0, 1, 2, 2, 2]
+    stretches = [line.split("  ") for line in predict_videos.describe_result(result, 1).splitlines()[1:]]
+    spans = ["0:00.0 to    0:02.0", "1:00:02.0 to 1:00:02.8", "1:01:02.8 to 1:01:05.8"]
+    assert ["  ".join(words[:-1]).strip() for words in stretches] == spans  # none over a gap
+
+
+def test_short_videos_and_windows_are_counted(
+    run_folder: Path, colour_clip: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [str(colour_clip(("red", length), name=f"{length}.mp4")) for length in (7, 14, 15, 40)]
+    words = ["--checkpoint", str(run_folder), "--set", "DATA.STRIDE=2"]  # a clip is 15 frames, of 0.04 s
+    counted = "are shorter than a clip of 15 frames; clips of them stand still at their end"
+    assert f"note: 2 of 4 videos {counted}" in said(capsys, *paths, *words)
+    assert f"note: 2 of 6 windows {counted}" in said(capsys, *paths, *words, "--window", "0.7", "--step", "0.6")
+    assert "are shorter" not in said(capsys, *paths[1:], *words[:2], "--set", "DATA.STRIDE=1")
+
+
+def test_annotated_copies_have_no_gaps(
+    colours: predict.Predictor, camera: Path, colour_clip: Callable[..., Path], tmp_path: Path
+) -> None:
+    colour_clip(("red", 40), name="joined.ts")
+    joined = tmp_path / "joined.ts"
+    joined.write_bytes(joined.read_bytes() + colour_clip(("blue", 40), name="blue.ts").read_bytes())
+    copies = annotate_module.Copies(tmp_path / "out")
+    copies.folder.mkdir()
+    for path, names in ((camera, ["red"] * 70 + ["blue"] * 75), (joined, ["red"] * 40 + ["blue"] * 40)):
+        (result,) = colours.predict([path], window=30.0)  # longer than the gaps of one file
+        assert copies.add(result).startswith("annotated copy"), copies.add(result)
+        with open_video(path) as video:
+            shown = annotate_module._nearest_windows(result.windows, video.times(), video.segments())
+        assert [result.top(1, result.windows[i])[0][0] for i in shown] == names
+        with open_video(tmp_path / "out" / f"{path.stem}.mp4") as copy:
+            np.testing.assert_allclose(copy.times(), np.arange(len(names)) / 25, atol=1e-3)
+            assert [COLOURS[i] for i in copy.frames(range(copy.length)).mean(axis=(1, 2)).argmax(axis=1)] == names
+    assert copies.missing == 0
+
+
+def test_a_stream_that_begins_anew(colours: predict.Predictor, colour_clip: Callable[..., Path], served: str) -> None:
+    """Its clock goes back; ours goes on."""
+    parts = [colour_clip((colour, 40), name=f"{colour}.ts") for colour in ("red", "blue")]
+    Path(parts[0].parent / "joined.ts").write_bytes(b"".join(part.read_bytes() for part in parts))
+    watched = list(colours.watch(f"{served}/joined.ts", window=1.0))
+    expected = [(0, 1, "red"), (0.6, 1.6, "red"), (1.6, 2.6, "blue"), (2.2, 3.2, "blue")]
+    assert seen(watched, predict.Prediction("", COLOURS).top) == expected
 
 
 MISTAKES = [

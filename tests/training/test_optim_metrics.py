@@ -141,9 +141,9 @@ def test_top_k_and_confusion() -> None:
 
 
 def test_shards_are_joined_in_list_order_and_checked() -> None:
-    def row(*indices: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def row(*indices: int) -> tuple[torch.Tensor, ...]:
         places = torch.tensor(indices)
-        return places, places % 3, torch.eye(3)[places % 3]
+        return places, places % 3, torch.eye(3)[places % 3], torch.ones(len(indices), 2)
 
     failure = Failure("v.mp4", "test", "decord", "broken", "")
     predictions = _join([([row(0, 1), row(4)], []), ([row(2)], [failure])], total=5)

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from stvit_video import run
 from stvit_video.common.cli import EXIT_STOPPED
 from stvit_video.runs.checkpoint import list_checkpoints
 from stvit_video.runs.log import read_metrics
+from stvit_video.training.trainer import Trainer
 from tests.conftest import REPOSITORY, small_arguments
 
 # Dropout, augmentation, mixing and workers: all that is random, and all that could be out of step.
@@ -94,6 +96,41 @@ def test_a_run_killed_within_an_epoch_ends_with_the_same_weights(
     rows = [[(row["split"], row["step"]) for row in read_metrics(folder / "metrics.jsonl")]
             for folder in (two_epochs, tmp_path / "run")]  # fmt: skip
     assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, 1), (signal.SIGSTOP, EXIT_STOPPED)])
+def test_a_run_whose_workers_die_or_hang_is_kept_and_continues(
+    two_epochs: Path,
+    small_run: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    code: int,
+) -> None:
+    """A killed worker ends the run; one that is stopped would be waited for, but a SIGTERM ends that."""
+    arguments = small_run(*EVERYTHING, "TRAIN.EPOCHS", "2", "CHECKPOINT.EVERY_STEPS", "100")
+    take_step = Trainer.take_step
+
+    def disturb(self: Trainer, batches: Iterator) -> torch.Tensor:
+        if self.step == 1:  # of four: two more are read by now, or being read
+            for worker in self.loader._started:
+                os.kill(worker.process.pid or 0, number)
+            if number == signal.SIGSTOP:
+                threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return take_step(self, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "take_step", disturb)
+        assert run.main(arguments) == code
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    ends = "loader worker 1 of 1 (process" if code == 1 else "stopped by SIGTERM after step "
+    assert ends in said.splitlines()[-1]
+    assert said.splitlines()[-1].endswith("the same command, without OVERWRITE, continues")
+    assert 1 <= newest_step(tmp_path / "run") <= 3
+    assert run.main(arguments) == 0
+    assert equal(tmp_path / "run", load_file(two_epochs / "model.safetensors"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR2, marks=pytest.mark.long)])

@@ -14,7 +14,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader
 
 from stvit_video import run
 from stvit_video.common.charts import plot_transfer
@@ -22,6 +21,7 @@ from stvit_video.config import load_config
 from stvit_video.data.failures import Failure
 from stvit_video.data.lists.videos import build_lists
 from stvit_video.data.loader import build_test_loader
+from stvit_video.data.workers import Loader
 from stvit_video.evaluation.scores import Predictions, fingerprint, read_features, write_features
 from stvit_video.models import create_model
 from stvit_video.models.weights.files import read_checkpoint
@@ -203,7 +203,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     titles: list[str] = []
     describe = transfer_module.describe_videos
 
-    def watched(describer: Callable, loader: DataLoader, world: World, precision: str, title: str) -> Predictions:
+    def watched(describer: Callable, loader: Loader, world: World, precision: str, title: str) -> Predictions:
         if "stop" in titles and title.startswith("test"):
             raise Killed
         titles.append(title)

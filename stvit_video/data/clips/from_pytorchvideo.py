@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from pytorchvideo.data.clip_sampling import ConstantClipsPerVideoSampler, RandomClipSampler
 
-from stvit_video.data.clips.sampling import TOLERANCE_S
+from stvit_video.data.clips.sampling import TOLERANCE_S, Sampling, places_in_time
 from stvit_video.data.decode.types import Indices, Timeline
 from stvit_video.data.lists.annotations import Video
 
@@ -33,8 +33,8 @@ def videos_of(dataset: Any) -> list[Video]:
 
 
 @dataclass(frozen=True)
-class SecondsSampler:
-    """A ``Sampling`` of clips of a duration, placed as by PyTorchVideo's Random- and ConstantClipsPerVideoSampler.
+class SecondsSampler(Sampling):
+    """Takes clips of a duration, placed as by PyTorchVideo's Random- and ConstantClipsPerVideoSampler.
 
     The frames of a clip are evenly spaced, as by its UniformTemporalSubsample.
     """
@@ -42,8 +42,15 @@ class SecondsSampler:
     frames: int
     seconds: float
 
-    def __call__(self, video: Timeline, clips: int, seed: tuple[int, ...] | None = None) -> Indices:
-        times = video.times()
+    def places(self, run: Timeline) -> float:
+        times = run.times()
+        return places_in_time(times, self.seconds - float(times[-1]) / max(1, len(times) - 1))
+
+    def describe(self) -> tuple[str, str]:
+        return f"{self.seconds:g} s", "clips of them are slower than others: lower DATA.CLIP_SECONDS"
+
+    def choose(self, run: Timeline, clips: int, seed: tuple[int, ...] | None) -> Indices:
+        times = run.times()
         seconds = Fraction(self.seconds)
         last_frame = times[-1] - times[-2] if len(times) > 1 else 0.0  # assumed to last as long as the one before
         duration = Fraction(float(times[-1] + last_frame)).limit_denominator(10**6)

@@ -1,30 +1,35 @@
 """Clips of a labelled part of a longer video, as if it were a file of its own."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from stvit_video.data.clips.sampling import TOLERANCE_S
 from stvit_video.data.clips.timeline import Part
-from stvit_video.data.decode.types import Choice, DecodeError, Frames, Indices, Reader, Times
+from stvit_video.data.decode.types import DecodeError, Frames, Indices, Reader, Times
 from stvit_video.data.lists.annotations import Section
 
 SLACK_S = 1.0  # lists give times rounded to seconds: a section may end so much later than its video
 
 
-class SectionReader(Part):
-    """The frames of a section as a ``Reader``. Raises DecodeError where the video does not reach so far."""
+class SectionReader(Part, Reader):
+    """The frames of a section as a ``Reader``. Raises DecodeError where the video does not reach so far.
+
+    The video is closed by who opened it.
+    """
 
     def __init__(self, video: Reader, section: Section, path: str) -> None:
-        self.reader = video
+        self.path, self.reader = path, video
         start, stop = _frames_of(video, section, path)
         super().__init__(video, start, stop)
 
-    def frames(self, indices: Indices) -> Frames:
+    def _read(self, indices: Indices) -> Frames:
         return self.reader.frames(indices + self.start)
 
-    def close(self) -> None:
-        """Do nothing: the video is closed by who opened it."""
+    def check(self) -> None:
+        self.reader.check()
 
 
 def _frames_of(video: Reader, section: Section, path: str) -> tuple[int, int]:
@@ -38,6 +43,11 @@ def _frames_of(video: Reader, section: Section, path: str) -> tuple[int, int]:
         except DecodeError as error:
             problem = f"its section is given in seconds ({given}), but {error.message}; give DATA.COLUMNS with frames"
             raise DecodeError(path, problem, error.decoder) from error
+        if (np.diff(times) < 0).any():
+            problem = (
+                f"its section is given in seconds ({given}), but its clock goes back; give DATA.COLUMNS with frames"
+            )
+            raise DecodeError(path, problem, "pyav")
         end, slack, unit = _end(times), SLACK_S, "s"
         start, stop = np.searchsorted(times, np.array([section.start, section.stop]) - TOLERANCE_S).tolist()
     if section.may_be_file and end <= section.stop - section.start + slack:
@@ -56,17 +66,18 @@ def _end(times: Times) -> float:
 
 @dataclass(frozen=True)
 class InSection:
-    """A ``Choice`` of frames inside a section; the indices are those of the whole video."""
+    """A function of a video, called with a section of it. Indices of frames become those of the whole video."""
 
-    choice: Choice
+    function: Callable[[Reader], Any]
     section: Section
     path: str  # for errors
 
-    def __call__(self, video: Reader) -> Indices:
+    def __call__(self, video: Reader) -> Any:
         part = SectionReader(video, self.section, self.path)
-        return part.start + self.choice(part)
+        found = self.function(part)
+        return part.start + found if isinstance(found, np.ndarray) else found
 
 
-def within(choice: Choice, section: Section | None, path: str) -> Choice:
-    """Return a choice of frames inside ``section``; the same choice where there is none."""
-    return choice if section is None else InSection(choice, section, path)
+def within(function: Callable[[Reader], Any], section: Section | None, path: str) -> Callable[[Reader], Any]:
+    """Return a function, such as a ``Choice``, of ``section`` alone; the same function where there is none."""
+    return function if section is None else InSection(function, section, path)

@@ -97,6 +97,14 @@ class TrainViews:
         pixels = torch.from_numpy(frames)
         return pixels if self.late else self._crop_all(pixels, seed)
 
+    def drop_copies(self, pixels: Tensor) -> tuple[Tensor, list[int]]:
+        """Return the pixels unchanged, and the place of each clip in them: none is the same as another."""
+        return pixels, list(range(self.clips))
+
+    def different_crops(self, shape: torch.Size) -> int:
+        """Return how many crops of a clip of pixels (n, h, w, 3) differ."""
+        return self.crops
+
     def finish(self, pixels: Tensor, seed: Seed, out: Tensor) -> None:
         """Write normalised float views (clips * crops, 3, frames, size, size) to ``out``, where the pixels are."""
         rng = np.random.default_rng((*seed, 2))
@@ -153,11 +161,29 @@ class TestViews:
         size = [max(self.size, round(side * scale)) for side in clip.shape[-2:]]
         return F.resize(clip, size, antialias=True).permute(0, 2, 3, 1)
 
+    def drop_copies(self, pixels: Tensor) -> tuple[Tensor, list[int]]:
+        """Return the pixels (n, h, w, 3) of the clips that differ, and the place among these of each clip.
+
+        Clips of a video that is shorter than a clip are the same: one is enough to score it.
+        """
+        kept: list[Tensor] = []
+        places = []
+        for clip in pixels.chunk(self.clips):
+            # Most differ in their first frame already.
+            same = (i for i, other in enumerate(kept) if torch.equal(other[0], clip[0]) and torch.equal(other, clip))
+            places.append(next(same, len(kept)))
+            kept += [clip] if places[-1] == len(kept) else []
+        return pixels if len(kept) == self.clips else torch.cat(kept), places
+
+    def different_crops(self, shape: torch.Size) -> int:
+        """Return how many crops of a clip of pixels (n, h, w, 3) differ: one where a crop is the whole picture."""
+        return self.crops if max(shape[1:3]) > self.size else 1
+
     def finish(self, pixels: Tensor, seed: Seed, out: Tensor) -> None:
-        """Write normalised float views (clips * crops, 3, frames, size, size) to ``out``, where the pixels are."""
+        """Write the normalised float views (n, 3, frames, size, size) that differ to ``out``, where the pixels are."""
         rows, columns = pixels.shape[1] - self.size, pixels.shape[2] - self.size  # how far a crop can move
-        shares = (0.5,) if self.crops == 1 else (0.0, 0.5, 1.0)
-        for (clip, share), view in zip(product(pixels.chunk(self.clips), shares), out, strict=True):
+        shares = (0.5,) if self.different_crops(pixels.shape) == 1 else (0.0, 0.5, 1.0)
+        for (clip, share), view in zip(product(pixels.split(self.frames), shares), out, strict=True):
             top = round(rows * (share if rows > columns else 0.5))
             left = round(columns * (0.5 if rows > columns else share))
             self.normalise(clip[:, top : top + self.size, left : left + self.size], view)

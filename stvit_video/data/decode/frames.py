@@ -15,29 +15,37 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
-from typing import IO, Any
+from typing import Any
 
-import decord
 import numpy as np
 from numpy.typing import NDArray
 
-from stvit_video.common.errors import UsageError
+from stvit_video.common.errors import RunFailure, UsageError
+from stvit_video.data.decode.index import IndexCache
 from stvit_video.data.decode.pictures import ImageReader, is_pattern
 from stvit_video.data.decode.readers import AvReader, DecordReader, TorchCodecReader
-from stvit_video.data.decode.types import IMAGE_SUFFIXES, Choice, DecodeError, Reader, Times
+from stvit_video.data.decode.types import (
+    IMAGE_SUFFIXES,
+    Choice,
+    DecodeError,
+    DecoderKilled,
+    Indices,
+    Reader,
+    Times,
+)
+from stvit_video.data.shared_memory import open_memory_file
 from stvit_video.runtime.stopping import end_with_parent, ignore_stop_signals
 
 IN_FLIGHT = 2  # requests sent to the child at once; each has a slot of the shared memory
+POLL_S = 0.5  # between two looks for an answer
 START_S = 120.0  # for the child's imports, which may come from slow storage
-# In the order in which they are tried. PyAV comes first: it gives the same pixels as decord in two thirds of the time,
-# is right where groups of pictures are open, reads AV1, and reports damaged frames instead of repeating others.
-DECODERS: dict[str, Callable[[str, int | None], Reader]] = {
+# PyAV reads what FFmpeg shows. The others would return wrong frames of some files; those they refuse.
+DECODERS: dict[str, Callable[[str, int | None, IndexCache | None], Reader]] = {
     "pyav": AvReader,
     "decord": DecordReader,
     "torchcodec": TorchCodecReader,
@@ -45,7 +53,7 @@ DECODERS: dict[str, Callable[[str, int | None], Reader]] = {
 
 
 def find_decoders(name: str, option: str = "decoder") -> tuple[str, ...]:
-    """Return the decoders to try in order: the named one, or with ``auto`` all that are installed.
+    """Return the decoders to try in order: the named one, with ``auto`` PyAV.
 
     Raises UsageError, naming the ``option``, for one that is unknown or not installed.
     """
@@ -55,24 +63,29 @@ def find_decoders(name: str, option: str = "decoder") -> tuple[str, ...]:
         problem = f"is not installed; pip install {name}, or" if known else "is unknown;"
         choices = ", ".join(installed if known else DECODERS)
         raise UsageError(f"{option}: decoder {name!r} {problem} choose auto, {choices}.")
-    return installed if name == "auto" else (name,)
+    return ("pyav",) if name == "auto" else (name,)
 
 
-def open_video(path: str, short_side: int | None = None, decoder: str = "decord") -> Reader:
+def open_video(
+    path: str | os.PathLike[str],
+    *,
+    short_side: int | None = None,
+    decoder: str = "pyav",
+    cache: IndexCache | None = None,
+) -> Reader:
     """Open a folder, or one with a pattern of names, as its images, and a file by its ending: as an image or a video.
 
-    Much larger frames are reduced to ``short_side``. Raises DecodeError.
+    Much larger frames are reduced to ``short_side``. ``cache`` saves the pass over a file that is opened again. Raises
+    DecodeError.
     """
+    path = os.fspath(path)
     if is_pattern(path):
         return ImageReader(path, short_side)
     if not os.path.isfile(path) and not os.path.isdir(path):
         raise DecodeError(path, "is not a regular file" if os.path.exists(path) else "no such file")
     if os.path.isdir(path) or path.lower().endswith(IMAGE_SUFFIXES):
         return ImageReader(path, short_side)
-    reader = DECODERS[decoder](path, short_side)
-    if reader.length == 0:
-        raise DecodeError(path, "has no frames", decoder)
-    return reader
+    return DECODERS[decoder](path, short_side, cache)
 
 
 @dataclass(frozen=True)
@@ -82,11 +95,20 @@ class FrameRequest:
     path: str
     choice: Choice | None  # returns the indices of the frames to read, once the file is open; None: asks for times
     short_side: int | None = None  # see ``open_video``
-    decoders: tuple[str, ...] = ("pyav", "decord")  # in the order in which they are tried
+    decoders: tuple[str, ...] = ("pyav",)  # in the order in which they are tried
     keep_open: bool = False  # more requests for this file follow
+    judge: Callable[[Reader], object] | None = None  # also asked about the file, see ``Decoding.judgement``
 
 
-def read_file(request: FrameRequest, opened: dict[Any, Reader] | None = None) -> NDArray[Any]:
+def check_whole(video: Reader) -> Indices:
+    """Read all of a video, and choose its first frame, which is then sent back. Raises DecodeError."""
+    video.check()
+    return np.zeros(1, np.int64)
+
+
+def read_file(
+    request: FrameRequest, opened: dict[Any, Reader] | None = None, cache: IndexCache | None = None
+) -> NDArray[Any]:
     """Return the chosen frames (N, H, W, 3) in the order of the choice, or the times (length,) in seconds.
 
     Decoders are tried in turn. Each makes its own choice, since they may not agree on how long a damaged file is.
@@ -100,8 +122,10 @@ def read_file(request: FrameRequest, opened: dict[Any, Reader] | None = None) ->
         try:
             if key not in opened:
                 _close(opened)
-                opened[key] = open_video(*key)
-            answer = _answer(opened[key], request.choice)
+                path, short_side, _ = key
+                opened[key] = open_video(path, short_side=short_side, decoder=decoder, cache=cache)
+            video, choice = opened[key], request.choice
+            answer = video.times() if choice is None else video.frames(choice(video))
             keep_open = request.keep_open
             return answer
         except DecodeError as error:
@@ -116,18 +140,13 @@ def read_file(request: FrameRequest, opened: dict[Any, Reader] | None = None) ->
     raise DecodeError(request.path, message, "+".join(dict.fromkeys(error.decoder for error in errors)))
 
 
-def _answer(reader: Reader, choice: Choice | None) -> NDArray[Any]:
-    if choice is None:
-        return reader.times()
-    indices = choice(reader)
-    ascending, positions = np.unique(indices, return_inverse=True)  # readers accept no other order or repetitions
-    decoded = reader.frames(ascending)
-    return decoded if np.array_equal(ascending, indices) else decoded[positions]
-
-
 def _close(opened: dict[Any, Reader]) -> None:
     while opened:
         opened.popitem()[1].close()
+
+
+def report_nothing() -> None:
+    """Take no note of progress."""
 
 
 @dataclass(eq=False, repr=False)
@@ -140,9 +159,13 @@ class Decoding:
     decoders: tuple[str, ...]  # in the order in which they are tried
     deadline_s: float  # for each request; a child that takes longer is killed
     short_side: int | None = None  # see ``open_video``
+    cache: str | None = None  # a folder for indexes that took decoding; see ``IndexCache``
+    judgement: Any = field(default=None, init=False)  # what the ``judge`` of the request answered last says
     _child: "_Child | None" = field(default=None, init=False)
     _waiting: deque[FrameRequest] = field(default_factory=deque, init=False)  # sent to the child, not answered yet
     _stuck: set[str] = field(default_factory=set, init=False)  # paths that took too long; they are not tried again
+    on_progress: Callable[[], None] = field(default=report_nothing, init=False)  # called while a long file is indexed
+    _killed: set[str] = field(default_factory=set, init=False)  # paths at which the child was killed once
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_child": None, "_waiting": deque()}
@@ -190,7 +213,7 @@ class Decoding:
             return
         child = self._child
         if child is None or child.parent != os.getpid() or not (self._waiting or child.process.poll() is None):
-            child = self._child = _Child()
+            child = self._child = _Child(self.cache)
         with contextlib.suppress(OSError):  # the child has died with a request before this: ``_receive`` finds out
             child.connection.send(request)
 
@@ -201,12 +224,16 @@ class Decoding:
         if request.path in self._stuck:
             return DecodeError(request.path, f"took more than {self.deadline_s:g} s before and is not tried again")
         assert child is not None
+        killed = False
         try:
-            if child.connection.poll(self.deadline_s):
+            while wait_awake(child.connection, self.deadline_s):
                 answer = child.connection.recv()
+                if answer is None:  # a long file is being decoded for its index, and goes forward
+                    self.on_progress()
+                    continue
                 if isinstance(answer, DecodeError):
                     return answer
-                slot, shape, dtype = answer
+                slot, shape, dtype, self.judgement = answer
                 array = np.empty(shape, dtype)
                 left = array.reshape(-1).view(np.uint8).data
                 while left:
@@ -216,23 +243,31 @@ class Decoding:
             self._stuck.add(request.path)
         except (EOFError, OSError):
             message = f"made its decoder crash ({child.exit_status()})"
+            if killed := child.process.returncode == -signal.SIGKILL:
+                message = "does not fit into memory: its decoder was killed twice (signal 9)"
         child.stop()
         self._child = None
+        again = killed and request.path not in self._killed
+        if again:  # memory may have been short for another's sake
+            self._killed.add(request.path)
+            self._waiting.appendleft(request)
         for other in self._waiting:
             self._send(other)
-        return DecodeError(request.path, message, "+".join(request.decoders))
+        if again:
+            return self._receive()
+        return (DecoderKilled if killed else DecodeError)(request.path, message, "+".join(request.decoders))
 
 
 class _Child:
     """The child process: the parent's end of the socket, and files in memory to which the child writes arrays."""
 
-    def __init__(self) -> None:
+    def __init__(self, cache: str | None) -> None:
         self.parent = os.getpid()
         ours, theirs = socket.socketpair()
-        self.slots = [_memory_file() for _ in range(IN_FLIGHT)]
+        self.slots = [open_memory_file() for _ in range(IN_FLIGHT)]
         fds = (theirs.fileno(), *(slot.fileno() for slot in self.slots))
         self.process = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import serve; serve{fds}"],
+            [sys.executable, "-c", f"from {__name__} import serve; serve({cache!r}, *{fds})"],
             pass_fds=fds,
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C in a terminal reaches the parent only, with which the child ends
@@ -246,7 +281,8 @@ class _Child:
         except (EOFError, OSError):
             ready = False
         if not ready:
-            raise RuntimeError(f"The decoding process did not start within {START_S:g} s ({self.exit_status()}).")
+            why = self.exit_status().replace("signal 9", "killed, as systems do where memory is short")
+            raise RunFailure(f"a decoding process did not start within {START_S:g} s ({why})")
 
     def exit_status(self) -> str:
         """Say how the child ended."""
@@ -257,11 +293,11 @@ class _Child:
         return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
-def _memory_file() -> IO[bytes]:
-    """Return a file in memory, where the system has them; it vanishes when the last process closes it."""
-    if hasattr(os, "memfd_create"):
-        return os.fdopen(os.memfd_create("frames"), "r+b", 0)
-    return tempfile.TemporaryFile(buffering=0)
+def wait_awake(connection: Connection, seconds: float) -> bool:
+    """Return whether there is something to receive within ``seconds``; those of a suspended run do not count."""
+    while seconds > 0 and not connection.poll(min(POLL_S, seconds)):
+        seconds -= POLL_S
+    return seconds > 0
 
 
 def _end(process: subprocess.Popen, connection: Connection, parent: int) -> None:
@@ -274,21 +310,25 @@ def _end(process: subprocess.Popen, connection: Connection, parent: int) -> None
         process.wait(timeout=1)
 
 
-def serve(socket_fd: int, *memory_fds: int) -> None:
+def serve(cache_folder: str | None, socket_fd: int, *memory_fds: int) -> None:
     """Answer requests until the parent closes the socket: the main function of the child process."""
     end_with_parent(signal.SIGKILL)  # a hanging decoder would never see the closed socket
     ignore_stop_signals()
-    decord.logging.set_level(decord.logging.QUIET)  # it raises what it would print about a damaged file
     connection = Connection(socket_fd)
-    connection.send(True)
+    try:
+        connection.send(True)
+    except OSError:  # the parent has ended meanwhile
+        return
     opened: dict[Any, Reader] = {}
+    cache = IndexCache(cache_folder, progress=lambda: connection.send(None))
     for slot, fd in itertools.cycle(enumerate(memory_fds)):
         try:
             request = connection.recv()
         except EOFError:
             return
         try:
-            answer = np.ascontiguousarray(read_file(request, opened))
+            judgements: list[object] = []  # of each decoder that opens the file
+            answer = np.ascontiguousarray(read_file(_judging(request, judgements), opened, cache))
         except DecodeError as error:
             connection.send(error)
         except MemoryError:
@@ -297,4 +337,17 @@ def serve(socket_fd: int, *memory_fds: int) -> None:
             left = answer.reshape(-1).view(np.uint8).data
             while left:  # a call writes 2 GB at most
                 left = left[os.pwrite(fd, left, answer.nbytes - len(left)) :]
-            connection.send((slot, answer.shape, answer.dtype.str))
+            connection.send((slot, answer.shape, answer.dtype.str, judgements[-1] if judgements else None))
+
+
+def _judging(request: FrameRequest, judgements: list[object]) -> FrameRequest:
+    """Return the request, whose choice also appends to ``judgements`` what its judge says of the file."""
+    choice, judge = request.choice, request.judge
+    if choice is None or judge is None:
+        return request
+
+    def choose(reader: Reader) -> Indices:
+        judgements.append(judge(reader))
+        return choice(reader)
+
+    return replace(request, choice=choose)

@@ -16,6 +16,8 @@ from stvit_video.data.decode.types import (
     DecodeError,
     Frames,
     Indices,
+    Reader,
+    Segments,
     Times,
     decode_errors,
     natural_order,
@@ -40,9 +42,10 @@ def is_picture(name: str) -> bool:
 
 
 def is_pattern(path: str) -> bool:
-    """Say whether a path is a folder with a pattern of its frames' names, as ``FOLDER/img_{:05}.jpg``."""
-    name = os.path.basename(path)
-    return bool(PLACE.search(name) or any(sign in name for sign in "*?[")) and not os.path.lexists(path)
+    """Say whether a path is a folder with a pattern of its frames' names: ``FOLDER/img_{:05}.jpg``, or ``img_*``."""
+    name = os.path.basename(path).lower()
+    is_open = "*" in name or "?" in name or PLACE.search(name)
+    return bool(is_open) and name.endswith((*IMAGE_SUFFIXES, "*")) and not os.path.lexists(path)
 
 
 def match_frames(names: Iterable[str], pattern: str) -> list[str]:
@@ -123,7 +126,7 @@ def find_frames(path: str) -> list[str]:
     return [os.path.join(folder, name) for name in chosen]
 
 
-class ImageReader:
+class ImageReader(Reader):
     """Reads an image as a video of one frame, a folder of images of one size as a video of its frames.
 
     ``path`` may end in a pattern of the frames' names, see ``find_frames``. Raises DecodeError.
@@ -140,10 +143,10 @@ class ImageReader:
             return np.zeros(1)
         raise DecodeError(self.path, "is a folder of frames without a frame rate; unset DATA.FPS", "pillow")
 
-    def segments(self) -> list[tuple[int, int]]:
+    def segments(self) -> Segments:
         return [(0, self.length)]
 
-    def frames(self, indices: Indices) -> Frames:
+    def _read(self, indices: Indices) -> Frames:
         images = []
         for index in indices:
             image = self._first if index == 0 else read_image(self.paths[index], self.short_side)
@@ -152,9 +155,6 @@ class ImageReader:
                 raise DecodeError(self.path, f"{name} is of another size than the first frame", "pillow")
             images.append(image)
         return np.stack(images)
-
-    def close(self) -> None:
-        """Do nothing: no file is held open."""
 
 
 def read_image(path: str, short_side: int | None) -> Frames:

@@ -1,12 +1,13 @@
 """What all readers of videos and images share: types, errors and sizes."""
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 # In lower case; a file's ending is compared in lower case too.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -20,6 +21,8 @@ MEDIA_SUFFIXES = IMAGE_SUFFIXES + VIDEO_SUFFIXES
 # Measured with decord: reducing 256 pixels to 224 in the decoder adds 55 % to its time, reducing 1080 saves a third.
 WORTH_REDUCING = 1.5
 
+BLOCK_BYTES = 64 * 2**20  # of frames in memory at once, where all of a video are read
+
 Frames = NDArray[np.uint8]  # (N, H, W, 3), RGB
 Indices = NDArray[np.int64]
 Times = NDArray[np.float64]
@@ -28,7 +31,8 @@ Segments = list[tuple[int, int]]  # (start, stop) in frames: runs of continuous 
 # A longer step between frames is a gap. FFmpeg too takes more than ten seconds for a break (``dts_delta_threshold``):
 # screen recordings and phones leave out frames for some seconds while nothing moves, and networks lose some.
 GAP_S = 10.0
-GAP_STEPS = 10.0  # if it is also so many median steps: in time lapses and slide shows every step is long
+# It is also much longer than the quarter of the steps that are shortest: in time lapses and slide shows all are long.
+GAP_STEPS = 20.0
 
 
 class DecodeError(Exception):
@@ -40,6 +44,10 @@ class DecodeError(Exception):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.message}"
+
+
+class DecoderKilled(DecodeError):
+    """The process that decoded a video was killed twice, as systems do where memory is short: not the file's fault."""
 
 
 @contextmanager
@@ -66,14 +74,52 @@ class Timeline(Protocol):
         """Return the runs of continuous time, which hold all frames; one where frames have no times."""
 
 
-class Reader(Timeline, Protocol):
-    """An open file. Frames are numbered in the order in which they are shown."""
+class Reader(ABC):
+    """An open video, image or folder of frames: a Timeline with pixels. Frames are numbered as they are shown."""
 
-    def frames(self, indices: Indices) -> Frames:
+    path: str
+    length: int
+
+    @abstractmethod
+    def times(self) -> Times:
+        """See Timeline."""
+
+    @abstractmethod
+    def _read(self, indices: Indices) -> Frames:
         """Return the frames (N, H, W, 3) at ascending ``indices`` without repetitions. Raises DecodeError."""
 
-    def close(self) -> None:
+    def segments(self) -> Segments:
+        """See Timeline."""
+        return find_segments(self.times())
+
+    def frames(self, indices: ArrayLike) -> Frames:
+        """Return the frames (N, H, W, 3) at ``indices``, in any order and with repetitions. Raises DecodeError."""
+        wanted = np.asarray(indices).reshape(-1)
+        if wanted.size == 0:
+            return self._read(np.zeros(1, np.int64))[:0]
+        if wanted.dtype.kind not in "iu":
+            raise DecodeError(self.path, f"frames are asked for as {wanted.dtype.name}; give whole numbers")
+        outside = wanted[(wanted < 0) | (wanted >= self.length)]
+        if outside.size:
+            raise DecodeError(self.path, f"frame {outside[0]} does not exist; give 0 to {self.length - 1}")
+        ascending, positions = np.unique(wanted.astype(np.int64), return_inverse=True)
+        decoded = self._read(ascending)
+        return decoded if np.array_equal(ascending, wanted) else decoded[positions]
+
+    def check(self) -> None:
+        """Read every frame. Raises DecodeError for what is damaged."""
+        block = max(1, BLOCK_BYTES // self.frames([0]).nbytes)
+        for start in range(0, self.length, block):
+            self.frames(np.arange(start, min(start + block, self.length)))
+
+    def close(self) -> None:  # noqa: B027 - images hold nothing open
         """Close the file."""
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 Choice = Callable[[Reader], Indices]  # which frames to read, in any order; called with the open file
@@ -86,10 +132,15 @@ def find_segments(times: Times) -> Segments:
     was set). Videos of few or changing frames per second are one run.
     """
     steps = np.diff(times)
-    forward = steps[steps > 0]
-    gap = max(GAP_S, GAP_STEPS * float(np.median(forward))) if len(forward) else GAP_S
+    gap = gap_length(steps) if (steps > GAP_S).any() else GAP_S
     cuts = (np.flatnonzero((steps < 0) | (steps > gap)) + 1).tolist()
     return list(zip([0, *cuts], [*cuts, len(times)], strict=True))
+
+
+def gap_length(steps: Times) -> float:
+    """Return how many seconds a step between frames takes at least to be a gap among ``steps`` (N,)."""
+    forward = steps[steps > 0]
+    return max(GAP_S, GAP_STEPS * float(np.quantile(forward, 0.25, method="lower"))) if len(forward) else GAP_S
 
 
 def reduced_size(size: tuple[int, int], short_side: int | None) -> tuple[int, int] | None:

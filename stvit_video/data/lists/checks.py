@@ -92,10 +92,10 @@ def check_lists(
     keys = {split: _keys_of(found) for split, found in videos.items()}
     notes = []
     for split, found in videos.items():
-        labels: dict[object, set[tuple[int, ...]]] = {}
-        for key, video in zip(keys[split], found, strict=True):
-            labels.setdefault(key, set()).add(labels_of(video))
-        if again := len(found) - len(labels):
+        if again := len(found) - len(set(keys[split])):
+            labels: dict[object, set[tuple[int, ...]]] = {}
+            for key, video in zip(keys[split], found, strict=True):
+                labels.setdefault(key, set()).add(labels_of(video))
             other = sum(len(several) > 1 for several in labels.values())
             text = f"{again:,} of {len(found):,} {split} videos are in the list more than once"
             notes.append(f"{text}, {other:,} files with different labels" if other else text)
@@ -128,10 +128,10 @@ def check_lists(
     return notes
 
 
-def _keys_of(videos: Sequence[Video]) -> list[tuple[object, ...]]:
+def _keys_of(videos: Sequence[Video]) -> list[object]:
     """Return what makes a sample what it is: its file and, where it is a part of that, which."""
     paths = real_paths([video.path for video in videos])
-    return [(path, video.section) for path, video in zip(paths, videos, strict=True)]
+    return [(path, video.section) if video.section else path for path, video in zip(paths, videos, strict=True)]
 
 
 def find_copies(first: Iterable[str], second: Iterable[str]) -> list[tuple[str, str]]:

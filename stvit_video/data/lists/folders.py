@@ -90,16 +90,12 @@ def find_media(root: str, *, frames: int = 1, pattern: str = "", base: str = "")
         within = within or bool(videos and folder != root)
         stems = {os.path.splitext(name)[0] for name in videos} if pictures or folders else set()
         # Videos' frames or previews lie beside them: the videos are taken.
-        spare = set(pictures) if within else set()
-        spare |= {name for name in pictures if os.path.splitext(name)[0] in stems | beside} if pictures else set()
+        shown = {name: os.path.splitext(name)[0] for name in pictures}
+        is_spare = within or (bool(beside) and beside.issuperset(shown.values()))
+        spare = {name for name, stem in shown.items() if is_spare or stem in stems}
         kept = [name for name in pictures if name not in spare]
-        if pattern:
-            matching = match_frames(kept, pattern)
-            is_frames = len(matching) > 1 and folder != root
-        else:
-            is_frames = frames > 1 and len(kept) > 1 and folder != root
-            matching = kept
-        if is_frames:
+        matching = match_frames(kept, pattern) if pattern else kept if frames > 1 else []
+        if len(matching) > 1 and folder != root:
             frame_folders.append(os.path.join(folder, pattern) if pattern else folder)
             spare |= set(kept) - set(matching)
             kept = []
@@ -114,11 +110,11 @@ def find_media(root: str, *, frames: int = 1, pattern: str = "", base: str = "")
             is_flow = parallel and FLOW_FOLDER.fullmatch(name) and "rgb" not in name.lower()
             is_flow = is_flow and len(folders) + len(name) > 2  # a lone folder "x" is a video of that name
             is_preview = (stems or beside) and PREVIEW_FOLDER.fullmatch(name)
-            is_spare = bool(name in FOREIGN_FOLDERS or name in stems or is_flow or is_preview)
+            is_unused = bool(name in FOREIGN_FOLDERS or name in stems or is_flow or is_preview)
             real = os.path.realpath(path) if is_link else path
-            is_spare = is_spare or (is_link and (real in entered or _leads_back(path, base or root)))
+            is_unused = is_unused or (is_link and (real in entered or _leads_back(path, base or root)))
             entered.add(real)
-            if is_spare:
+            if is_unused:
                 found.passed_over.append(path + os.sep)
             else:
                 waiting.append((path, stems, within))

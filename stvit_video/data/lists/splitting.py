@@ -10,7 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from stvit_video.common.errors import UsageError
-from stvit_video.data.decode.types import IMAGE_SUFFIXES
+from stvit_video.data.decode.types import IMAGE_SUFFIXES, MEDIA_SUFFIXES
 from stvit_video.data.lists.annotations import Video
 
 MAX_LINKS = 20_000  # files of a list that are asked whether they are links: on slow storage, more would take minutes
@@ -73,7 +73,8 @@ def find_origins(videos: Sequence[Video], root: str | Path, group: str) -> list[
         elif folder in numbered and path.lower().endswith(IMAGE_SUFFIXES) and len(of_class[video.label]) > 1:
             origins.append(folder)
         else:
-            origins.append(os.path.splitext(path)[0] if group == "auto" else path)
+            is_file = group == "auto" and path.lower().endswith(MEDIA_SUFFIXES)  # a.avi was made from a.mp4
+            origins.append(os.path.splitext(path)[0] if is_file else path)
     return origins
 
 

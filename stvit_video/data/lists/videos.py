@@ -46,6 +46,11 @@ class ListReader:
     reading: Reading = AS_IT_SAYS  # of lists that can be read in several ways
 
     def __post_init__(self) -> None:
+        if self.frame_pattern and not is_pattern(os.path.join(os.devnull, self.frame_pattern)):
+            raise UsageError(
+                f"DATA.FRAME_PATTERN {self.frame_pattern!r} names no frames; give a template or a glob with the ending "
+                f"of the pictures, as img_{{:05}}.jpg or img_*.jpg."
+            )
         self._catalogue = cache(lambda source: read_catalogue(source, self.root, self.reading))
         self._find_clips = cache(lambda clip_folder: find_clips(self.root, clip_folder))
         self._lists: dict[tuple[Path, str], list[Video]] = {}
@@ -216,8 +221,8 @@ def check_frames(videos: Sequence[Video], source: Path) -> None:
     errors = []
     for path in folders[:: max(1, len(folders) // 4)]:
         try:
-            if os.path.isfile(path) or not find_frames(path):
-                return
+            if not os.path.isfile(path):
+                find_frames(path)
             return
         except DecodeError as error:
             errors.append(error)
