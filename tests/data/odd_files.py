@@ -473,7 +473,7 @@ EDITED = {
     "joined.mpg": joined("mpeg1.mpg", "mpeg1.mpg", starts=(50,)),
     "joined.h264": joined("bare.h264", "bare.h264"),
     "joined.mkv": joined("pyramid.mkv", "pyramid.mkv", starts=None, damaged=None),
-    "joined.ogv": joined("theora.ogv", "theora.ogv", starts=None),
+    "joined.ogv": joined("theora.ogv", "theora.ogv", starts=None, damaged=None),  # the second header is no frame
     "joined.mp4": joined("b_frames.mp4", "_small.mp4"),
     "joined.avi": joined("mpeg4.avi", "mpeg4.avi"),
     "joined.wmv": joined("windows.wmv", "windows.wmv", starts=None, damaged=None),
@@ -501,7 +501,7 @@ EDITED = {
             "stretched": (2, 0, 0, 1),
         }.items()
     },
-    "turned_30.mp4": changed("b_frames.mp4", matrix(0.866, 0.5, -0.5, 0.866), damaged=None),  # refused
+    "turned_30.mp4": changed("b_frames.mp4", matrix(0.866, 0.5, -0.5, 0.866), damaged=None),  # may be refused
     "turned_movie.mp4": changed("b_frames.mp4", matrix(0, 1, -1, 0, (b"mvhd", 40))),
     "turned_sei.mp4": copied("-i b_frames.mp4 -bsf:v h264_metadata=display_orientation=insert:rotate=90"),
     "mirrored_sei.ts": copied("-i b_frames.mp4 -bsf:v h264_metadata=display_orientation=insert:flip=horizontal"),
