@@ -213,7 +213,7 @@ class Decoding:
             return
         child = self._child
         if child is None or child.parent != os.getpid() or not (self._waiting or child.process.poll() is None):
-            child = self._child = _Child(self.cache)
+            child = self._child = _Child(self.cache, self.decoders)
         with contextlib.suppress(OSError):  # the child has died with a request before this: ``_receive`` finds out
             child.connection.send(request)
 
@@ -261,13 +261,13 @@ class Decoding:
 class _Child:
     """The child process: the parent's end of the socket, and files in memory to which the child writes arrays."""
 
-    def __init__(self, cache: str | None) -> None:
+    def __init__(self, cache: str | None, decoders: tuple[str, ...]) -> None:
         self.parent = os.getpid()
         ours, theirs = socket.socketpair()
         self.slots = [open_memory_file() for _ in range(IN_FLIGHT)]
         fds = (theirs.fileno(), *(slot.fileno() for slot in self.slots))
         self.process = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import serve; serve({cache!r}, *{fds})"],
+            [sys.executable, "-c", f"from {__name__} import serve; serve({cache!r}, {decoders!r}, *{fds})"],
             pass_fds=fds,
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C in a terminal reaches the parent only, with which the child ends
@@ -310,7 +310,7 @@ def _end(process: subprocess.Popen, connection: Connection, parent: int) -> None
         process.wait(timeout=1)
 
 
-def serve(cache_folder: str | None, socket_fd: int, *memory_fds: int) -> None:
+def serve(cache_folder: str | None, decoders: tuple[str, ...], socket_fd: int, *memory_fds: int) -> None:
     """Answer requests until the parent closes the socket: the main function of the child process."""
     end_with_parent(signal.SIGKILL)  # a hanging decoder would never see the closed socket
     ignore_stop_signals()

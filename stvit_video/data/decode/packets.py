@@ -30,6 +30,7 @@ class Proof:
     stamps: list[int]
     keys: list[int]  # of the frames from which decoding may begin, without anything before
     steady: bool  # whether no frame is missing between others
+    sure: bool  # whether decoding need not confirm it
     plain: str  # why a decoder that takes every packet for a frame, and every key for a beginning, is wrong; or empty
 
 
@@ -137,8 +138,6 @@ def _put_in_order(container: InputContainer, stream: VideoStream, found: _Packet
     if longest > max(GAP * usual, 1 / float(stream.time_base or 1)):
         return "has gaps in its time"
     steady = longest < MISSING * usual
-    if context.codec.canonical_name in STARTS and len(steps) and not steady and len(stamps) < LONG:
-        return "may lack frames that others need"  # which are then not shown, without an error
     # How many frames a decoder must hold back to show them in order. FFmpeg's drops what comes later than announced;
     # where none is ever held, times may be those of decoding.
     held, depth = int((np.arange(len(order)) - order.argsort()).max()), context.reorder_depth
@@ -153,7 +152,9 @@ def _put_in_order(container: InputContainer, stream: VideoStream, found: _Packet
     elif not found.all_idr or (stamps < latest_key).any():
         # A frame is stored after a key frame that is shown later: after a seek there, frames are miscounted.
         plain = "has open groups of pictures"
-    return Proof(shown.tolist(), sorted(found.keys), steady, plain)
+    # Without those that were dropped, a decoder may not show others either, and reports no error.
+    sure = steady or len(stamps) == 1 or len(stamps) >= LONG or context.codec.canonical_name not in STARTS
+    return Proof(shown.tolist(), sorted(found.keys), steady, sure, plain)
 
 
 def _length_size(codec: str, extradata: bytes) -> int:
