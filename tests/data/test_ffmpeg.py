@@ -79,7 +79,7 @@ TOLERANCES = dict.fromkeys(
         "size_changes.ts",
         "size_changes.h264",
         "size_changes.webm",
-        "turned_30.mp4",
+        "turned_sei.mp4",
     ],
     2,
 )

@@ -59,6 +59,14 @@ def test_an_index_that_took_decoding_is_kept(
     assert len(decoded) == 3
 
 
+def test_a_decoding_process_keeps_indexes_in_its_folder(clip: Path, tmp_path: Path, decoded: list[str]) -> None:
+    folder = tmp_path / "index"
+    decoding = Decoding(("pyav",), 60, cache=str(folder))
+    assert read_number(decoding.read(decoding.request(str(clip), Frozen((9,))))[0]) == 9
+    assert length(clip, IndexCache(str(folder))) == 30
+    assert not decoded
+
+
 @pytest.mark.parametrize("place", ["missing/index", "file/index"])
 def test_without_a_place_to_write_only_speed_is_lost(
     clip: Path, tmp_path: Path, place: str, decoded: list[str]

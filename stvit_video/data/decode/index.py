@@ -65,12 +65,16 @@ def read_index(path: str, container: InputContainer, stream: VideoStream, decode
     with decode_errors(path, NOT_OPENED, "pyav", AV_ERRORS):
         proof = prove(container, stream)
     number, unit = stream.index, float(stream.time_base or 0)
-    if not isinstance(proof, str) and not decode:
+    if isinstance(proof, str):
+        index = _decode_index(path, number, proof, cache.progress)
+    elif proof.sure and not decode:
         index = Index(number, np.asarray(proof.stamps, np.int64), unit, proof.keys, proof.plain, proof.steady)
     else:
-        index = _decode_index(path, number, proof if isinstance(proof, str) else proof.plain, cache.progress)
-        if not isinstance(proof, str) and np.array_equal(index.stamps, proof.stamps):
+        index = _decode_index(path, number, proof.plain, cache.progress)
+        if np.array_equal(index.stamps, proof.stamps):
             index = replace(index, keys=proof.keys, steady=proof.steady)
+        else:
+            index = replace(index, plain=index.plain or "has packets that are not shown")
     cache.put(path, index)
     return index
 

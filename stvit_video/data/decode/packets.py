@@ -20,6 +20,7 @@ RECOVERY_POINT, ORIENTATION = 6, 47  # messages
 HIGH_PROFILES = (44, 83, 86, 100, 110, 118, 122, 128, 134, 135, 138, 139, 244)  # their SPS has more fields
 RECOVERY, IDR, TURNED = 1, 2, 3  # kinds of starts; the last states how its frames are turned
 GAP, MISSING = 10.0, 1.5  # times the usual distance of frames
+LONG = 3000  # frames of a variable rate that are not decoded to make sure that none is missing; reading finds it too
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Proof:
     stamps: list[int]
     keys: list[int]  # of the frames from which decoding may begin, without anything before
     steady: bool  # whether no frame is missing between others
+    sure: bool  # whether decoding need not confirm it
     plain: str  # why a decoder that takes every packet for a frame, and every key for a beginning, is wrong; or empty
 
 
@@ -135,6 +137,7 @@ def _put_in_order(container: InputContainer, stream: VideoStream, found: _Packet
     longest, usual = (float(steps.max()), float(np.median(steps))) if len(steps) else (0.0, 0.0)
     if longest > max(GAP * usual, 1 / float(stream.time_base or 1)):
         return "has gaps in its time"
+    steady = longest < MISSING * usual
     # How many frames a decoder must hold back to show them in order. FFmpeg's drops what comes later than announced;
     # where none is ever held, times may be those of decoding.
     held, depth = int((np.arange(len(order)) - order.argsort()).max()), context.reorder_depth
@@ -149,7 +152,9 @@ def _put_in_order(container: InputContainer, stream: VideoStream, found: _Packet
     elif not found.all_idr or (stamps < latest_key).any():
         # A frame is stored after a key frame that is shown later: after a seek there, frames are miscounted.
         plain = "has open groups of pictures"
-    return Proof(shown.tolist(), sorted(found.keys), longest < MISSING * usual, plain)
+    # Without those that were dropped, a decoder may not show others either, and reports no error.
+    sure = steady or len(stamps) == 1 or len(stamps) >= LONG or context.codec.canonical_name not in STARTS
+    return Proof(shown.tolist(), sorted(found.keys), steady, sure, plain)
 
 
 def _length_size(codec: str, extradata: bytes) -> int:
