@@ -164,7 +164,8 @@ class Decoding:
     _child: "_Child | None" = field(default=None, init=False)
     _waiting: deque[FrameRequest] = field(default_factory=deque, init=False)  # sent to the child, not answered yet
     _stuck: set[str] = field(default_factory=set, init=False)  # paths that took too long; they are not tried again
-    on_progress: Callable[[], None] = field(default=report_nothing, init=False)  # called while a long file is indexed
+    # Called while a long file is indexed. A default would be a method of the class.
+    on_progress: Callable[[], None] = field(default_factory=lambda: report_nothing, init=False)
     _killed: set[str] = field(default_factory=set, init=False)  # paths at which the child was killed once
 
     def __getstate__(self) -> dict[str, object]:
