@@ -10,8 +10,6 @@ import pickle
 import tempfile
 from typing import IO, Any
 
-import torch
-
 ALIGNMENT = 64  # of arrays in a file, in bytes
 
 Spans = list[tuple[int, int]]  # start and stop in a file, in bytes
@@ -28,6 +26,8 @@ class _Pickler(pickle.Pickler):
     """Pickles tensors as arrays, whose content protocol 5 leaves to the caller."""
 
     def reducer_override(self, value: Any) -> Any:
+        import torch  # the decoding processes, which import this file, do without
+
         return (torch.from_numpy, (value.numpy(),)) if isinstance(value, torch.Tensor) else NotImplemented
 
 
