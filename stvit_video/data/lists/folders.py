@@ -82,11 +82,12 @@ def find_media(root: str, *, frames: int = 1, pattern: str = "", base: str = "")
     while waiting:
         folder, beside, within = waiting.pop()
         try:
-            listed = _list_folder(folder, quick=frames > 1 and not pattern and folder != root)
+            videos, pictures, others, folders = _list_folder(
+                folder, quick=frames > 1 and not pattern and folder != root
+            )
         except OSError:  # it may not be read
             found.passed_over.append(folder + os.sep)
             continue
-        videos, pictures, others, folders = listed
         within = within or bool(videos and folder != root)
         stems = {os.path.splitext(name)[0] for name in videos} if pictures or folders else set()
         # Videos' frames or previews lie beside them: the videos are taken.
