@@ -82,9 +82,7 @@ def find_media(root: str, *, frames: int = 1, pattern: str = "", base: str = "")
     while waiting:
         folder, beside, within = waiting.pop()
         try:
-            videos, pictures, others, folders = _list_folder(
-                folder, quick=frames > 1 and not pattern and folder != root
-            )
+            videos, pictures, rest, folders = _list_folder(folder, quick=frames > 1 and not pattern and folder != root)
         except OSError:  # it may not be read
             found.passed_over.append(folder + os.sep)
             continue
@@ -104,7 +102,7 @@ def find_media(root: str, *, frames: int = 1, pattern: str = "", base: str = "")
             spare, kept = set(pictures), []
         found.videos += [os.path.join(folder, name) for name in sorted(videos)]
         found.pictures += [os.path.join(folder, name) for name in sorted(kept)]
-        found.passed_over += [os.path.join(folder, name) for name in sorted((*others, *spare))]
+        found.passed_over += [os.path.join(folder, name) for name in sorted((*rest, *spare))]
         parallel = all(FRAMES_FOLDER.fullmatch(name) or FLOW_FOLDER.fullmatch(name) for name in folders)
         for name, is_link in folders.items():
             path = os.path.join(folder, name)
