@@ -143,6 +143,11 @@ class SwinArguments(NetworkArguments):
     num_heads: PerStage = argument("attention heads of each stage")
     stem: Literal["patch", "conv"] = argument("Swin's patch embedding, or the released STViT-R's", "patch", key="unset")
     window: Grid = argument("Swin's window along time, height, width", (8, 7, 7), key="unset")
+    window_fit: Literal["pad", "timm"] = argument(
+        "of a Swin, on maps that are no multiple of the window: pad as torchvision, or windows cut to the map as timm",
+        "pad",
+        key="unset",
+    )
     window_frames: PerStage | None = argument("frames of the windows of each stage; None: those of window", None)
     init: Literal["normal", "xavier"] = argument(
         "initial weights: normal as published (deviation 0.02), or xavier, which trains sooner with few channels",
