@@ -65,13 +65,10 @@ IMPOSTORS = (
     (b"\x1f\x8b", "compressed with gzip; unpack it"),
     (b"GGUF", "a GGUF file; give the .safetensors that it was made from"),
 )
-# Those in which a folder of Hugging Face's ``save_pretrained``, or of a run, has its weights; the first that is there.
-FOLDER_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+# The weights in a folder of Hugging Face's ``save_pretrained``, or of a run; the first that is there.
+FOLDER_FILES = [
+    f"{stem}{index}" for stem in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")
+]
 SHARD = re.compile(r"^(.+)-\d+-of-0*([2-9]|[1-9]\d+)(\.[^.]+)$")
 
 
@@ -93,17 +90,15 @@ class Checkpoint:
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read a ``.safetensors`` or ``torch.save`` file, opened once, without running code from it.
 
-    The bytes say which of the two it is. An index of shards, or a folder with one of FOLDER_FILES, is read too. Wrappers
-    are opened, and prefixes of parallel and compiled models are stripped. Raises UsageError on a missing or unreadable
-    file, or one that would have to run code to load.
+    The bytes say which of the two it is. An index of shards, or a folder with one of FOLDER_FILES, is read too.
+    Wrappers are opened, and prefixes of parallel and compiled models are stripped. Raises UsageError on a missing or
+    unreadable file, or one that would have to run code to load.
     """
     name = str(path)
     path = _find_file(Path(path))
     if SHARD.match(path.name):
-        index = SHARD.sub(r"\1\3.index.json", path.name)
-        raise UsageError(
-            f"Checkpoint {path} is one shard of several; give {path.with_name(index)}, which lists them all."
-        )
+        index = path.with_name(SHARD.sub(r"\1\3.index.json", path.name))
+        raise UsageError(f"Checkpoint {path} is one shard of several; give {index}, which lists them all.")
     with _plain_errors(path):
         content, metadata = _read(path)
     notes: list[str] = []
@@ -118,9 +113,7 @@ def _find_file(path: Path) -> Path:
     """Return a checkpoint's file, of a folder the one with its weights; raise UsageError where there is none."""
     found = [path / name for name in FOLDER_FILES if (path / name).is_file()]
     if path.is_dir() and not found:
-        raise UsageError(
-            f"Checkpoint {path} is a folder without {', '.join(FOLDER_FILES[:3])}; give a file of weights."
-        )
+        raise UsageError(f"Checkpoint {path} is a folder without {' or '.join(FOLDER_FILES)}; give a file of weights.")
     if not path.is_dir() and not path.is_file():
         raise UsageError(f"Checkpoint {path} is not a file; give the path of a .safetensors or .pth file.")
     return found[0] if found else path
@@ -268,7 +261,7 @@ def _read_index(path: Path) -> StateDict | None:
     missing = [name for name in names if Path(name).name != name or not path.with_name(name).is_file()]
     if missing:
         raise UsageError(
-            f"Checkpoint {path} lists {len(names)} shards; {', '.join(missing[:4])} is not beside it. Fetch all of them."
+            f"Checkpoint {path} lists {len(names)} shards; not beside it: {', '.join(missing[:4])}. Fetch all of them."
         )
     tensors: StateDict = {}
     for name in names:
@@ -276,8 +269,8 @@ def _read_index(path: Path) -> StateDict | None:
     absent = sorted(places.keys() - tensors.keys())
     if absent:
         raise UsageError(
-            f"Checkpoint {path} promises {len(absent)} tensors that its shards lack ({', '.join(absent[:3])}); fetch all "
-            f"shards again."
+            f"Checkpoint {path} lists {len(absent)} tensors that its shards lack ({', '.join(absent[:3])}); fetch all "
+            f"of them again."
         )
     return tensors
 

@@ -128,9 +128,7 @@ def from_vit(source: StateDict, renames: Renames = ()) -> Converted:
     result.tokens = tuple(state[name].shape[-2] for name in TOKENS if name in state)
     if result.tokens:
         result.drop(rf"^({'|'.join(TOKENS)})$", "class or distillation token(s) dropped: tokens are averaged instead")
-        result.differs.append(
-            "it has a class token, which no model here has: a start for training, not the same network"
-        )
+        result.differs.append("it has a class token, which no model here has, so outputs differ from its own")
     result.drop(r"mask_token$", "token of hidden patches dropped")
     result.drop(r"^head_dist\.", "weights of the distillation head dropped")
     result.drop(r"^pooler\.", "weights of the pooler of the class token dropped")
@@ -163,6 +161,10 @@ def from_videomae(source: StateDict, renames: Renames = ()) -> Converted:
     """Convert VideoMAE's ViT, fine-tuned or pre-trained (its encoder), whose positions are fixed sines."""
     result = from_vit(source, renames)
     result.needs.update(positions="clip", base_attention="joint")
+    if not result.needs["fc_norm"]:
+        del result.needs["fc_norm"]
+        if "head.proj.weight" in result.state:
+            result.differs.append("its classifier reads its first token, here the mean of all")
     return result
 
 
@@ -234,9 +236,7 @@ LAYOUTS = (
     Layout("timm ViT", r"blocks\.0\.attn\.qkv\.weight", from_vit, OTHER_VITS + r"|attn\.q_bias$"),
 )
 # Keys beside the network itself that belong to its classifier.
-CLASSIFIER = re.compile(
-    r"(head|head_dist|fc_norm|classifier|cls_classifier|distillation_classifier|cls_head\.fc_cls)\."
-)
+CLASSIFIER = re.compile(r"(head|heads\.head|head_dist|fc_norm|(cls_|distillation_)?classifier|cls_head\.fc_cls)\.")
 NOT_ENCODERS = re.compile(r"(^|[._])(decoder|predictor)")
 
 

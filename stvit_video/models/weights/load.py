@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from stvit_video.common.errors import UsageError, first_line
 from stvit_video.models.layers import Grid
 from stvit_video.models.weights.files import DAMAGE, Checkpoint, StateDict, check_tensors, read_checkpoint
-from stvit_video.models.weights.layouts import LAYOUTS, Converted, Layout, fold_scales, recognise
+from stvit_video.models.weights.layouts import LAYOUTS, Converted, fold_scales, recognise
 from stvit_video.models.weights.report import (
     MIN_COVERAGE,
     LoadReport,
@@ -79,8 +79,6 @@ def load_pretrained(
     report = LoadReport(name, layout.name, notes=[*checkpoint.notes, *converted.notes], dropped=converted.dropped)
     if checkpoint.metadata:
         report.arguments = {"name": checkpoint.metadata["name"], **checkpoint.metadata["arguments"]}
-    if layout.name.startswith("Hugging Face"):
-        check_config(checkpoint.config, model, name)
     target = model.state_dict().keys()
     wanted = {key for key in target if not (new_head and key.startswith("head."))}
     if depth is not None:
@@ -99,7 +97,9 @@ def load_pretrained(
         raise _misfit(name, layout.name, error) from error
     check_values(fitted, f"{name}, in the model's precision,")
     check_report(report, model, given, wanted, min_coverage, depth)
-    _add_notes(report, layout, converted, state, model)
+    if layout.name.startswith("Hugging Face"):
+        check_config(checkpoint.config, model, name)
+    _add_notes(report, converted, state, model)
     if left_out:
         what = "of the classifier" if depth is None else f"above depth {depth}"
         report.notes.append(f"{len(left_out)} keys {what} left out, as asked: they start anew")
@@ -266,7 +266,7 @@ def fit(name: str, value: Tensor, target: Tensor, model: nn.Module, image: bool)
     return fitted.to(target.dtype), status
 
 
-def _add_notes(report: LoadReport, layout: Layout, converted: Converted, state: StateDict, model: nn.Module) -> None:
+def _add_notes(report: LoadReport, converted: Converted, state: StateDict, model: nn.Module) -> None:
     """Add notes on what the table of keys does not show; ``state`` are the unused keys."""
     biases = [name for name in sorted(state) if name.endswith("relative_position_bias_table")]
     if biases:
@@ -281,7 +281,7 @@ def _add_notes(report: LoadReport, layout: Layout, converted: Converted, state: 
         report.notes.append("it has no classifier: the model's own starts anew")
     for why in converted.differs:
         report.differ(why)
-    stages = getattr(model, "layers", ())
+    stages: Any = getattr(model, "layers", ())
     partial_windows = any(
         side % size for stage in stages for side, size in zip(stage.grid[1:], stage.window[1:], strict=True)
     )
@@ -299,10 +299,10 @@ def _add_notes(report: LoadReport, layout: Layout, converted: Converted, state: 
     if "fc_norm" in needs:
         where = "after" if needs["fc_norm"] else "before"
         report.notes.append(f"its last norm comes {where} the mean over tokens")
-    _compare_clips(report, layout, stages, model)
+    _compare_clips(report, stages, model)
 
 
-def _compare_clips(report: LoadReport, layout: Layout, stages: Any, model: nn.Module) -> None:
+def _compare_clips(report: LoadReport, stages: Any, model: Any) -> None:
     """Note where the published video Swins pad and cut otherwise than a network whose still clip is an image may."""
     if report.layout not in ("torchvision Swin3D", "Video Swin"):
         return

@@ -1,4 +1,4 @@
-"""What became of every key of a checkpoint, and the refusal of files that are not, or not all of, the model's network."""
+"""The report on every key of a checkpoint, and the refusal of files that are of another network, or parts of one."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from stvit_video.models.zoo import FAMILIES
 
 STATUSES = ("loaded", "inflated", "interpolated", "new", "unused", "wrong shape")
 MIN_COVERAGE = 0.5  # whoever asks for less takes parts of networks too
-# Parts that a model may have beyond the network of its checkpoint. Where the file has some of a kind, it needs them all.
+# Parts that a model may have beyond the network of its checkpoint; a file that has some of a kind must have them all.
 ADDED = re.compile(r"(time_embed|global_centres|pooling\.mask_|pooling\.offset_|gamma_[12]$|^reducer\.|^head\.)")
 
 
@@ -136,10 +136,12 @@ def advise(found: Build | None, model: nn.Module, report: LoadReport) -> str:
     own = Build.of(model.state_dict())
     if found is None or own is None or found == own:
         return ""
-    sizes = [("family", found.family, own.family)] if found.family != own.family else []
-    sizes += [("width", str(found.width), str(own.width))] if found.width != own.width else []
-    if found.depths != own.depths:
-        sizes.append(("depth", *("-".join(map(str, depths)) for depths in (found.depths, own.depths))))
+    sizes: list[tuple[str, Any, Any]] = [("width", found.width, own.width)] if found.width != own.width else []
+    if found.family != own.family:
+        sizes = [("family", found.family, own.family)]
+    elif found.depths != own.depths:
+        theirs, ours = ("-".join(map(str, depths)) for depths in (found.depths, own.depths))
+        sizes.append(("depth", theirs, ours))
     name = report.arguments.get("name") or found.model(getattr(model, "name", ""))
     depth = f"depth={found.depths[0]}" if found.family == "vit" else f"depths={found.depths}"
     return (
@@ -165,9 +167,10 @@ def check_report(
     found, own = Build.of(given), Build.of(model.state_dict())
     advice = advise(found, model, report)
     kernels = [state.get("patch_embed.proj.weight") for state in (given, model.state_dict())]
-    if found and own and found.family == own.family and found.width != own.width:
+    same_family = found is not None and own is not None and found.family == own.family
+    if found and own and same_family and found.width != own.width:
         raise UsageError(f"{source}: {advice}.")
-    if "patch_embed.proj.weight" in keys["wrong shape"]:
+    if same_family and "patch_embed.proj.weight" in keys["wrong shape"]:
         theirs, ours = ("x".join(map(str, kernel.shape[-2:])) for kernel in kernels if kernel is not None)
         raise UsageError(f"{source}: patches of {theirs} pixels, this model {ours}; build it with that patch_size.")
     if report.coverage < min_coverage:
@@ -190,16 +193,12 @@ def check_report(
         f"{MIN_COVERAGE} (depth, min_coverage)."
     )
     kinds = {match[1] for match in map(ADDED.search, given) if match}
-    headless = "^head\\." if "head." in kinds else r"^(head|norm)\."
-    lacking = []
-    for name in keys["new"] + keys["wrong shape"]:
-        added = ADDED.search(name)
-        if (
-            name in wanted
-            and not (added and added[1] not in kinds)
-            and (not re.match(headless, name) or "head." in kinds)
-        ):
-            lacking.append(name)
+    absent = keys["new"] + keys["wrong shape"]
+    lacking = [
+        name for name in absent if name in wanted and not ((kind := ADDED.search(name)) and kind[1] not in kinds)
+    ]
+    if not any(name.startswith(("norm.", "head.")) for name in given):  # encoders of Hugging Face end before the norm
+        lacking = [name for name in lacking if not name.startswith("norm.")]
     if lacking:
         positions = "pos_embed" in lacking and "pos_embed" not in given
         what = " It has no table of positions, as networks with rotary or relative ones." if positions else ""
@@ -213,6 +212,6 @@ def check_report(
     strange = [name for name in strange if name not in report.dropped]
     if strange and depth is None:
         raise UsageError(
-            f"{source} has {len(strange)} tensors in its blocks that this model has not: {shorten(strange, 4)}. It is of "
-            f"another network{f' ({advice})' if advice else ''}. {remedy}"
+            f"{source} has {len(strange)} tensors in its blocks that this model has not: {shorten(strange, 4)}. It is "
+            f"of another network{f' ({advice})' if advice else ''}. {remedy}"
         )
