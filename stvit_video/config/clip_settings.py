@@ -43,7 +43,7 @@ def adopted_settings(init: str) -> dict[str, Any]:
     if not init:
         raise UsageError("MODEL.NAME auto takes the network from MODEL.INIT, which is empty; give MODEL.INIT FILE.")
     weights = Path(init)
-    if not weights.is_file():
+    if not weights.exists():
         return {}
     from stvit_video.models.weights.files import read_metadata  # imports torch, which other configurations do not need
 

@@ -93,7 +93,14 @@ KEYS = (
     # --- model
     Key("MODEL.NAME", "stvit_vit_small_patch16", "see stvit_video.models.list_models(); auto: that of MODEL.INIT"),
     Key("MODEL.INIT", "", "checkpoint to start from (.pth or .safetensors); in MODE test the weights to test"),
-    Key("MODEL.INIT_MIN_COVERAGE", 0.5, "least share of the weights that MODEL.INIT must cover", low=0, high=1),
+    Key(
+        "MODEL.INIT_MIN_COVERAGE",
+        0.5,
+        "least share of the weights that MODEL.INIT must cover; below 0.5 parts of a network are taken too",
+        low=0,
+        high=1,
+    ),
+    Key("MODEL.INIT_ANTIALIAS", True, "positions of another size: resampled as timm does; False: as Hugging Face"),
     Key("MODEL.INIT_DEPTH", None, "take blocks up to this one only; deeper ones start anew", kind=int, low=0),
     Key("MODEL.INIT_MOTION", 0.0, "random differences between frames in kernels inflated from an image", low=0),
     Key("MODEL.NEW_HEAD", False, "train a new classifier in place of the one in MODEL.INIT"),

@@ -133,13 +133,14 @@ def build_filled_batch(cfg: CfgNode, world: World, videos: int, kept: int | None
 
 def build_weights(cfg: CfgNode, model: nn.Module, checkpoint: Checkpoint, classes: list[str]) -> LoadReport:
     """Load a checkpoint into the model as MODE asks. Raises UsageError where it is not of this model or its classes."""
+    antialias = cfg.MODEL.INIT_ANTIALIAS
     if cfg.MODE == "test":
-        report = load_pretrained(model, checkpoint, min_coverage=0.9)
+        report = load_pretrained(model, checkpoint, min_coverage=0.9, antialias=antialias)
         check_all_loaded(report, model)
         return report
     least = cfg.MODEL.INIT_MIN_COVERAGE
     if cfg.MODE == "transfer":  # its classifier is not used
-        return load_pretrained(model, checkpoint, min_coverage=least, new_head=True)
+        return load_pretrained(model, checkpoint, min_coverage=least, new_head=True, antialias=antialias)
     known = checkpoint.metadata.get("classes")
     if known not in (None, classes) and not cfg.MODEL.NEW_HEAD and cfg.MODEL.INIT_DEPTH is None:
         raise UsageError(
@@ -147,7 +148,7 @@ def build_weights(cfg: CfgNode, model: nn.Module, checkpoint: Checkpoint, classe
             f"data's ({', '.join(classes[:4])} ...). Set MODEL.NEW_HEAD True to train a new one."
         )
     options = {"new_head": cfg.MODEL.NEW_HEAD, "motion": cfg.MODEL.INIT_MOTION, "depth": cfg.MODEL.INIT_DEPTH}
-    return load_pretrained(model, checkpoint, min_coverage=least, **options)
+    return load_pretrained(model, checkpoint, min_coverage=least, antialias=antialias, **options)
 
 
 def open_lists(cfg: CfgNode, world: World, *, needs_weights: bool) -> tuple[list[str], dict[str, list[Video]]]:
@@ -162,7 +163,7 @@ def open_lists(cfg: CfgNode, world: World, *, needs_weights: bool) -> tuple[list
         if cfg.DATA.GENERATE:  # takes minutes: first what can be wrong before
             if not sample.is_complete(cfg.DATA.ROOT):
                 build_model(cfg, cfg.MODEL.NUM_CLASSES or SOME_CLASSES)
-            if weights and not Path(weights).is_file():
+            if weights and not Path(weights).exists():
                 raise UsageError(f"MODEL.INIT {weights} is missing; {WEIGHTS_ADVICE}.")
             sample.prepare(cfg.DATA.ROOT, sample.Spec(clips=tuple(cfg.DATA.GENERATE_CLIPS), name=cfg.DATA.GENERATE))
         advice: dict[str, str] = {}  # by what is missing: all of it is named at once
@@ -177,7 +178,7 @@ def open_lists(cfg: CfgNode, world: World, *, needs_weights: bool) -> tuple[list
         if lists.class_file and not (lists.root / lists.class_file).is_file():
             missing = f"DATA.CLASSES {lists.root / lists.class_file}"
             advice[missing] = "DATA.CLASSES holds one class name a line, or is '' for numbers"
-        if weights and not Path(weights).is_file():
+        if weights and not Path(weights).exists():
             advice[f"MODEL.INIT {weights}"] = WEIGHTS_ADVICE
         if advice:
             raise UsageError(

@@ -1,7 +1,6 @@
 """Checkpoint files: read tensors by name without running code from the file, with plain errors for what is wrong."""
 
 import argparse
-import collections
 import contextlib
 import datetime
 import errno
@@ -29,11 +28,23 @@ StateDict = dict[str, Tensor]
 
 # What torch.load raises on a damaged file, depending on where the damage is.
 DAMAGE = (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError, struct.error)
+
+
+def _empty_dict(*_: object) -> dict[Any, Any]:
+    """Stand in for a dictionary of another class, which is filled afterwards."""
+    return {}
+
+
+def _empty_list(*_: object) -> list[Any]:
+    return []
+
+
 # What stands in training checkpoints beside the weights: command lines (DeiT, VideoMAE), configurations (Swin), paths,
 # NumPy's numbers and arrays. They hold values and run no code. Classes that may be absent are read as their base.
 _SCALAR, _ARRAY = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
 CONTAINERS: list[Any] = [
-    *(argparse.Namespace, types.SimpleNamespace, collections.defaultdict, collections.deque),
+    *(argparse.Namespace, types.SimpleNamespace, frozenset, slice, range),
+    *((_empty_dict, "collections.defaultdict"), (_empty_list, "collections.deque")),
     *(datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone),
     *(int, float, bool, str, bytes, list, tuple, dict, set),
     *(np.dtype, np.ndarray, *{type(np.dtype(code)) for code in np.typecodes["All"]}),
@@ -135,9 +146,8 @@ def _networks(content: object) -> dict[str, Any]:
     if not isinstance(content, dict):
         return {}
     inner = {key: value for key, value in content.items() if isinstance(key, str) and _holds_tensors(value)}
-    known = {key: value for key, value in inner.items() if key in WRAPPERS}
-    if known or any(isinstance(value, Tensor) for value in content.values()):
-        return known
+    if any(isinstance(value, Tensor) for value in content.values()):
+        return {key: value for key, value in inner.items() if key in WRAPPERS}
     return {key: value for key, value in inner.items() if not NO_NETWORK.search(key)}
 
 
@@ -233,8 +243,9 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
     if path.suffix in (".pt2", ".onnx"):
         raise UsageError(f"Checkpoint {path} is an exported graph; give the run's folder, or a .safetensors of it.")
     try:
-        with torch.serialization.safe_globals(CONTAINERS):
-            return torch.load(path, map_location="cpu", weights_only=True), {}
+        # Given the open file: by its name torch would take it for a safetensors file.
+        with torch.serialization.safe_globals(CONTAINERS), open(path, "rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True), {}
     except pickle.UnpicklingError as error:
         refused = sorted(set(re.findall(r"GLOBAL (\S+)", str(error))))
         what = "is neither a safetensors nor a torch file; fetch it again."

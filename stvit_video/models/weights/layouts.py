@@ -48,7 +48,8 @@ class Converted:
         for kind in ("weight", "bias"):  # the released STViT-R's semantic blocks have q and kv
             for parts in (("query", "key", "value"), ("q", "kv")):
                 ends = [f".attn.{part}.{kind}" for part in parts]
-                for root in [name.removesuffix(ends[0]) for name in self.state if name.endswith(ends[0])]:
+                roots = [name.removesuffix(ends[0]) for name in self.state if name.endswith(ends[0])]
+                for root in [root for root in roots if all(root + end in self.state for end in ends)]:
                     self.state[f"{root}.attn.qkv.{kind}"] = torch.cat([self.state.pop(root + end) for end in ends])
         weights = [name for name in self.state if name.endswith(".attn.qkv.weight")]
         biases = [f"{name.removesuffix('weight')}bias" for name in weights]
@@ -139,6 +140,9 @@ def from_vit(source: StateDict, renames: Renames = ()) -> Converted:
         if (key := name.replace(".query.", ".key.")) not in result.state:  # VideoMAE has no bias on keys
             result.state[key] = torch.zeros_like(result.state[name])
     result.join_projections()
+    kernel = result.state.get("patch_embed.proj.weight")
+    if kernel is not None and "norm_pre.weight" in result.state:  # CLIP's patches have no bias
+        result.state.setdefault("patch_embed.proj.bias", kernel.new_zeros(len(kernel)))
     return result
 
 
@@ -220,6 +224,7 @@ LAYOUTS = (
         r"encoder\.layer\.0\.attention\.attention\.(q_bias|query\.bias)",
         partial(from_videomae, renames=HUGGING_FACE),
         OTHER_VITS + r"|cls_token|position_embeddings|key\.bias",
+        video=True,
     ),
     Layout(
         "Hugging Face ViT",
@@ -232,11 +237,12 @@ LAYOUTS = (
         r"encoder\.layers\.encoder_layer_0\.self_attention\.in_proj_weight",
         partial(from_vit, renames=TORCHVISION_VIT),
     ),
-    Layout("VideoMAE", r"blocks\.0\.attn\.q_bias", from_videomae, OTHER_VITS + "|cls_token"),
+    Layout("VideoMAE", r"blocks\.0\.attn\.q_bias", from_videomae, OTHER_VITS + "|cls_token", video=True),
     Layout("timm ViT", r"blocks\.0\.attn\.qkv\.weight", from_vit, OTHER_VITS + r"|attn\.q_bias$"),
 )
 # Keys beside the network itself that belong to its classifier.
 CLASSIFIER = re.compile(r"(head|heads\.head|head_dist|fc_norm|(cls_|distillation_)?classifier|cls_head\.fc_cls)\.")
+KERNELS = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")
 NOT_ENCODERS = re.compile(r"(^|[._])(decoder|predictor)")
 
 
@@ -256,7 +262,7 @@ def recognise(state: StateDict, source: str) -> tuple[Layout, Converted] | None:
             continue
         prefix = choose(prefixes, source, notes)
         own, outside = _strip(state, prefix)
-        kernel = own.get("patch_embed.proj.weight")
+        kernel = next((own[name] for name in KERNELS if name in own), None)
         is_video = kernel is not None and kernel.ndim == 5 and kernel.shape[2] > 1
         if any(re.search(layout.without, name) for name in own) or layout.video not in (None, is_video):
             continue

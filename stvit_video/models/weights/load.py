@@ -68,6 +68,8 @@ def load_pretrained(
     check_values(tensors, name)
     try:
         recognised = recognise(tensors, name)
+    except UsageError:
+        raise
     except DAMAGE as error:
         raise _misfit(name, "known", error) from error
     if recognised is None:
@@ -271,6 +273,9 @@ def _add_notes(report: LoadReport, converted: Converted, state: StateDict, model
     biases = [name for name in sorted(state) if name.endswith("relative_position_bias_table")]
     if biases:
         report.notes.append(f"{len(biases)} position bias tables unused: semantic tokens have no position bias")
+    resampled = [name for name in report.keys["interpolated"] if name.endswith("relative_position_bias_table")]
+    if resampled and report.layout != "stvit_video":
+        report.differ(f"{len(resampled)} position bias tables resampled: its source has windows of another size there")
     others = [name for name in sorted(state) if name not in biases and not name.startswith("head.")]
     if others:
         shown = f"{len(others)} keys have no place in this model ({shorten(others, 3)})"
