@@ -256,6 +256,8 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
         what = f"is damaged or cut short ({first_line(error)}); fetch it again."
         if "weights_only" in str(error):  # torch refuses such archives by this name
             what = "is a TorchScript or tar archive, which may hold code; save its state dict alone."
+        elif "not in a subdirectory" in str(error):
+            what = "is a zip archive of other files, such as NumPy's .npz; save the weights as .safetensors."
         raise UsageError(f"Checkpoint {path} {what}") from error
 
 

@@ -215,7 +215,7 @@ def adapt_positions(
     else:
         if grid[0] > 1:
             given, state["time_embed"] = split_positions(given, grid)
-            changed["time_embed"] = "interpolated"
+            changed.update(pos_embed="interpolated", time_embed="interpolated")
             report.notes.append("positions of a clip split into space and time; positions='clip' keeps them as is")
         grid, target = (1, grid[1], grid[2]), (1, target[1], target[2])
     state["pos_embed"] = resample(given, grid, target, antialias)
