@@ -132,6 +132,12 @@ class ViTArguments(NetworkArguments):
     base_attention: Literal["frame", "joint"] = argument("of a ViT: frame or joint", "frame", key="unset")
     positions: Literal["frame", "clip"] = argument("of a ViT: frame, or clip as in VideoMAE", "frame", key="unset")
     fc_norm: bool = argument("of a ViT: last norm after the mean over tokens, as in VideoMAE", False, key="unset")
+    norm_eps: float | None = argument(
+        "of a ViT: added to the variance in its last norm; if unset 1e-6, with clip positions and fc_norm 1e-5",
+        None,
+        low=0,
+        key="unset",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

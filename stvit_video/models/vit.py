@@ -51,7 +51,10 @@ class VisionTransformer(Network):
             Block(dim, heads, network.mlp_ratio, rate)
             for rate in torch.linspace(0, network.drop_path, self.depth).tolist()
         )
-        self.add_head(dim, 1e-6, network)
+        # Hugging Face's VideoMAE has another value in its last norm than the authors' (1e-6).
+        like_videomae = self.positions == "clip" and self.fc_norm
+        self.norm_eps = (1e-5 if like_videomae else 1e-6) if network.norm_eps is None else network.norm_eps
+        self.add_head(dim, self.norm_eps, network)
         # Checkpoints have the semantic token generator's weights under a name of its own.
         self._reducer_name = "stgm" if semantic is not None and semantic.reducer == "stgm" else "reducer"
         if semantic is not None:

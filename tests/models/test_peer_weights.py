@@ -67,7 +67,7 @@ def test_videomae_in_memory_and_what_equality_needs() -> None:
     other = build("vit_tiny_patch16", 4, 64, **VIT)
     report = load_pretrained(other, oracle.state_dict())
     assert "set MODEL.FC_NORM True MODEL.POSITIONS clip" in report.differences[0]
-    with pytest.raises(UsageError, match="of another network than vit_tiny_patch16.*MODEL.FC_NORM True"):
+    with pytest.raises(UsageError, match=r"of another network than vit_tiny_patch16.*MODEL\.FC_NORM True"):
         check_all_loaded(report, other)
 
 

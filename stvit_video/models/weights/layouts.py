@@ -165,7 +165,9 @@ def from_videomae(source: StateDict, renames: Renames = ()) -> Converted:
     """Convert VideoMAE's ViT, fine-tuned or pre-trained (its encoder), whose positions are fixed sines."""
     result = from_vit(source, renames)
     result.needs.update(positions="clip", base_attention="joint")
-    if not result.needs["fc_norm"]:
+    if result.needs["fc_norm"]:
+        result.needs["norm_eps"] = 1e-5 if renames else 1e-6
+    else:
         del result.needs["fc_norm"]
         if "head.proj.weight" in result.state:
             result.differs.append("its classifier reads its first token, here the mean of all")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from stvit_video.common.errors import UsageError, first_line
 from stvit_video.models.layers import Grid
 from stvit_video.models.weights.files import DAMAGE, Checkpoint, StateDict, check_tensors, read_checkpoint
-from stvit_video.models.weights.layouts import LAYOUTS, Converted, fold_scales, recognise
+from stvit_video.models.weights.layouts import LAYOUTS, Converted, Layout, fold_scales, recognise
 from stvit_video.models.weights.report import (
     MIN_COVERAGE,
     LoadReport,
@@ -66,18 +66,7 @@ def load_pretrained(
         checkpoint = Checkpoint("state dict", check_tensors(checkpoint, "state dict"), {})
     name, tensors = checkpoint.path, checkpoint.tensors
     check_values(tensors, name)
-    try:
-        recognised = recognise(tensors, name)
-    except UsageError:
-        raise
-    except DAMAGE as error:
-        raise _misfit(name, "known", error) from error
-    if recognised is None:
-        raise UsageError(
-            f"{name}: the layout of its {len(tensors)} keys ({', '.join(sorted(tensors)[:3])} ...) is not known; "
-            f"allowed: {', '.join(layout.name for layout in LAYOUTS)}. Check that the file belongs to such a model."
-        )
-    layout, converted = recognised
+    layout, converted = _recognise(tensors, name)
     report = LoadReport(name, layout.name, notes=[*checkpoint.notes, *converted.notes], dropped=converted.dropped)
     if checkpoint.metadata:
         report.arguments = {"name": checkpoint.metadata["name"], **checkpoint.metadata["arguments"]}
@@ -111,6 +100,22 @@ def load_pretrained(
             report.notes.append(f"{key}: random differences between frames added, {motion:g} times its own spread")
     model.load_state_dict(fitted, strict=False)
     return report
+
+
+def _recognise(tensors: StateDict, name: str) -> tuple[Layout, Converted]:
+    """Return the layout and its conversion. Raises UsageError where the layout is not known."""
+    try:
+        recognised = recognise(tensors, name)
+    except UsageError:
+        raise
+    except DAMAGE as error:
+        raise _misfit(name, "known", error) from error
+    if recognised is None:
+        raise UsageError(
+            f"{name}: the layout of its {len(tensors)} keys ({', '.join(sorted(tensors)[:3])} ...) is not known; "
+            f"allowed: {', '.join(layout.name for layout in LAYOUTS)}. Check that the file belongs to such a model."
+        )
+    return recognised
 
 
 def _misfit(name: str, layout: str, error: Exception) -> UsageError:
@@ -292,7 +297,7 @@ def _add_notes(report: LoadReport, converted: Converted, state: StateDict, model
     )
     known = report.arguments if report.layout == "stvit_video" else converted.needs
     needs: dict[str, Any] = {}
-    for key in ("fc_norm", "positions", "base_attention", "window_fit"):
+    for key in ("fc_norm", "norm_eps", "positions", "base_attention", "window_fit"):
         if key in known and hasattr(model, key) and getattr(model, key) != known[key]:
             needs[key] = known[key]
     if not partial_windows:
@@ -302,6 +307,7 @@ def _add_notes(report: LoadReport, converted: Converted, state: StateDict, model
         settings = " ".join(f"MODEL.{key.upper()} {value}" for key, value in needs.items())
         report.differ(f"its network has {arguments}, this model not; to compute as it does, set {settings}")
     if "fc_norm" in needs:
+        needs.pop("norm_eps", None)  # follows from the others
         where = "after" if needs["fc_norm"] else "before"
         report.notes.append(f"its last norm comes {where} the mean over tokens")
     _compare_clips(report, stages, model)

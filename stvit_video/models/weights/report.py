@@ -186,8 +186,13 @@ def check_report(
             f"{report.source}: its classifier ({', '.join(heads)}) has another class count than the model. "
             f"Set MODEL.NEW_HEAD True (new_head=True) to train a new one, or build the model with its class count."
         )
-    if min_coverage < MIN_COVERAGE:
-        return
+    if min_coverage >= MIN_COVERAGE:
+        _check_whole(report, given, wanted, depth, advice)
+
+
+def _check_whole(report: LoadReport, given: StateDict, wanted: Collection[str], depth: int | None, advice: str) -> None:
+    """Raise UsageError for a part of a network, or a network whose blocks compute something else."""
+    keys, source = report.keys, f"{report.source} ({report.layout} layout)"
     remedy = (
         f"To start from a part, set MODEL.INIT_DEPTH to its last whole block, or MODEL.INIT_MIN_COVERAGE below "
         f"{MIN_COVERAGE} (depth, min_coverage)."
