@@ -310,11 +310,15 @@ def _add_notes(report: LoadReport, converted: Converted, state: StateDict, model
         needs.pop("norm_eps", None)  # follows from the others
         where = "after" if needs["fc_norm"] else "before"
         report.notes.append(f"its last norm comes {where} the mean over tokens")
-    _compare_clips(report, stages, model)
+    _compare_windows(report, stages, model)
 
 
-def _compare_clips(report: LoadReport, stages: Any, model: Any) -> None:
-    """Note where the published video Swins pad and cut otherwise than a network whose still clip is an image may."""
+def _compare_windows(report: LoadReport, stages: Any, model: Any) -> None:
+    """Note where a published Swin pads, cuts and shifts otherwise than any model here."""
+    if report.layout == "Hugging Face Swin" and any(
+        min(stage.grid[1:]) <= stage.window[1] < max(stage.grid[1:]) for stage in stages
+    ):
+        report.differ("where a window covers one side of a map, its source shifts along neither, here along the other")
     if report.layout not in ("torchvision Swin3D", "Video Swin"):
         return
     sides = [(side, size) for stage in stages for side, size in zip(stage.grid[1:], stage.window[1:], strict=True)]
