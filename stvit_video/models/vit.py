@@ -18,6 +18,8 @@ from stvit_video.models.layers import Block, Intermediates, Network, PatchEmbed,
 from stvit_video.models.reducers import Reducer, create_reducer, key_bias, mean_token
 from stvit_video.models.reducers.semantic import check_depths, default_regions
 
+VIDEOMAE_EPS = 1e-5  # of the last norm in Hugging Face's VideoMAE; its authors' has 1e-6
+
 
 class VisionTransformer(Network):
     """ViT whose deep layers may run on a few semantic tokens in place of the image tokens.
@@ -51,9 +53,8 @@ class VisionTransformer(Network):
             Block(dim, heads, network.mlp_ratio, rate)
             for rate in torch.linspace(0, network.drop_path, self.depth).tolist()
         )
-        # Hugging Face's VideoMAE has another value in its last norm than the authors' (1e-6).
         like_videomae = self.positions == "clip" and self.fc_norm
-        self.norm_eps = (1e-5 if like_videomae else 1e-6) if network.norm_eps is None else network.norm_eps
+        self.norm_eps = network.norm_eps if network.norm_eps is not None else VIDEOMAE_EPS if like_videomae else 1e-6
         self.add_head(dim, self.norm_eps, network)
         # Checkpoints have the semantic token generator's weights under a name of its own.
         self._reducer_name = "stgm" if semantic is not None and semantic.reducer == "stgm" else "reducer"

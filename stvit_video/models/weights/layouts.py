@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from stvit_video.common.errors import UsageError
+from stvit_video.models.vit import VIDEOMAE_EPS
 from stvit_video.models.weights.files import StateDict, choose
 
 Renames = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
@@ -166,7 +167,7 @@ def from_videomae(source: StateDict, renames: Renames = ()) -> Converted:
     result = from_vit(source, renames)
     result.needs.update(positions="clip", base_attention="joint")
     if result.needs["fc_norm"]:
-        result.needs["norm_eps"] = 1e-5 if renames else 1e-6
+        result.needs["norm_eps"] = VIDEOMAE_EPS if renames else 1e-6
     else:
         del result.needs["fc_norm"]
         if "head.proj.weight" in result.state:

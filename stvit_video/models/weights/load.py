@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from stvit_video.common.errors import UsageError, first_line
 from stvit_video.models.layers import Grid
+from stvit_video.models.vit import VIDEOMAE_EPS
 from stvit_video.models.weights.files import DAMAGE, Checkpoint, StateDict, check_tensors, read_checkpoint
 from stvit_video.models.weights.layouts import LAYOUTS, Converted, Layout, fold_scales, recognise
 from stvit_video.models.weights.report import (
@@ -297,17 +298,20 @@ def _add_notes(report: LoadReport, converted: Converted, state: StateDict, model
     )
     known = report.arguments if report.layout == "stvit_video" else converted.needs
     needs: dict[str, Any] = {}
-    for key in ("fc_norm", "norm_eps", "positions", "base_attention", "window_fit"):
+    for key in ("fc_norm", "positions", "base_attention", "window_fit", "norm_eps"):
         if key in known and hasattr(model, key) and getattr(model, key) != known[key]:
             needs[key] = known[key]
     if not partial_windows:
         needs.pop("window_fit", None)
+    if needs.keys() & {"fc_norm", "positions"} and "norm_eps" in known:  # whose default follows from these
+        needs.pop("norm_eps", None)
+        if known["norm_eps"] != VIDEOMAE_EPS:
+            needs["norm_eps"] = known["norm_eps"]
     if needs:
         arguments = ", ".join(f"{key}={value!r}" for key, value in needs.items())
         settings = " ".join(f"MODEL.{key.upper()} {value}" for key, value in needs.items())
         report.differ(f"its network has {arguments}, this model not; to compute as it does, set {settings}")
     if "fc_norm" in needs:
-        needs.pop("norm_eps", None)  # follows from the others
         where = "after" if needs["fc_norm"] else "before"
         report.notes.append(f"its last norm comes {where} the mean over tokens")
     _compare_windows(report, stages, model)
