@@ -200,7 +200,7 @@ class Layout:
 
 
 OTHER_VITS = r"relative_position_bias|rel_pos|rope"  # of BEiT, EVA and others that compute something else
-SWIN_TABLE = r"layers\.0\.blocks\.0\.attn\.relative_position_bias_table"
+SWIN_TABLE = r"layers\.\d+\.blocks\.\d+\.attn\.relative_position_bias_table"
 # The first that fits is used.
 LAYOUTS = (
     Layout("stvit_video", r"head\.proj\.weight", lambda source: Converted(dict(source))),
@@ -219,29 +219,29 @@ LAYOUTS = (
     Layout("Swin", SWIN_TABLE, partial(from_swin, window_fit="timm")),  # Microsoft's and timm's
     Layout(
         "Hugging Face Swin",
-        r"encoder\.layers\.0\.blocks\.0\.attention\.\w+\.relative_position_bias_table",
+        r"encoder\.layers\.\d+\.blocks\.\d+\.attention\.\w+\.relative_position_bias_table",
         partial(from_swin, renames=HUGGING_FACE),
     ),
     Layout(
         "Hugging Face VideoMAE",
-        r"encoder\.layer\.0\.attention\.attention\.(q_bias|query\.bias)",
+        r"encoder\.layer\.\d+\.attention\.attention\.(q_bias|query\.bias)",
         partial(from_videomae, renames=HUGGING_FACE),
         OTHER_VITS + r"|cls_token|position_embeddings|key\.bias",
         video=True,
     ),
     Layout(
         "Hugging Face ViT",
-        r"(encoder\.layer|layers)\.0\.attention\.(attention\.query|q_proj)\.weight",
+        r"(encoder\.layer|layers)\.\d+\.attention\.(attention\.query|q_proj)\.weight",
         partial(from_vit, renames=HUGGING_FACE),
         OTHER_VITS,
     ),
     Layout(
         "torchvision ViT",
-        r"encoder\.layers\.encoder_layer_0\.self_attention\.in_proj_weight",
+        r"encoder\.layers\.encoder_layer_\d+\.self_attention\.in_proj_weight",
         partial(from_vit, renames=TORCHVISION_VIT),
     ),
-    Layout("VideoMAE", r"blocks\.0\.attn\.q_bias", from_videomae, OTHER_VITS + "|cls_token", video=True),
-    Layout("timm ViT", r"blocks\.0\.attn\.qkv\.weight", from_vit, OTHER_VITS + r"|attn\.q_bias$"),
+    Layout("VideoMAE", r"blocks\.\d+\.attn\.q_bias", from_videomae, OTHER_VITS + "|cls_token", video=True),
+    Layout("timm ViT", r"blocks\.\d+\.attn\.qkv\.weight", from_vit, OTHER_VITS + r"|attn\.q_bias$"),
 )
 # Keys beside the network itself that belong to its classifier.
 CLASSIFIER = re.compile(r"(head|heads\.head|head_dist|fc_norm|(cls_|distillation_)?classifier|cls_head\.fc_cls)\.")
