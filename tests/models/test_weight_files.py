@@ -27,10 +27,9 @@ def build(**overrides: object) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def state() -> State:
-    settings = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
-    return timm.create_model(
-        "vit_tiny_patch16_224", class_token=False, global_pool="avg", fc_norm=False, **settings
-    ).state_dict()
+    settings: dict = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
+    settings.update(class_token=False, global_pool="avg", fc_norm=False)
+    return timm.create_model("vit_tiny_patch16_224", **settings).state_dict()
 
 
 def check_loaded(source: object, state: State) -> list[str]:
