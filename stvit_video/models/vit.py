@@ -19,6 +19,7 @@ from stvit_video.models.reducers import Reducer, create_reducer, key_bias, mean_
 from stvit_video.models.reducers.semantic import check_depths, default_regions
 
 VIDEOMAE_EPS = 1e-5  # of the last norm in Hugging Face's VideoMAE; its authors' has 1e-6
+EARLIER_EPS = 1e-6  # of the last norm in all models before there was a choice
 
 
 class VisionTransformer(Network):
@@ -53,8 +54,8 @@ class VisionTransformer(Network):
             Block(dim, heads, network.mlp_ratio, rate)
             for rate in torch.linspace(0, network.drop_path, self.depth).tolist()
         )
-        like_videomae = self.positions == "clip" and self.fc_norm
-        self.norm_eps = network.norm_eps if network.norm_eps is not None else VIDEOMAE_EPS if like_videomae else 1e-6
+        eps = VIDEOMAE_EPS if self.positions == "clip" and self.fc_norm else EARLIER_EPS
+        self.norm_eps = eps if network.norm_eps is None else network.norm_eps
         self.add_head(dim, self.norm_eps, network)
         # Checkpoints have the semantic token generator's weights under a name of its own.
         self._reducer_name = "stgm" if semantic is not None and semantic.reducer == "stgm" else "reducer"

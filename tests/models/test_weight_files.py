@@ -226,3 +226,12 @@ def test_windows_of_swin_name_the_right_model_too() -> None:
 def test_a_file_without_classifier_says_so(state: State) -> None:
     encoder = {name: value for name, value in state.items() if not name.startswith("head.")}
     assert "it has no classifier: the model's own starts anew" in load_pretrained(build(), encoder).notes
+
+
+def test_earlier_checkpoints_in_the_form_of_videomae_keep_their_epsilon(tmp_path: Path) -> None:
+    model = build(positions="clip", fc_norm=True)
+    assert (model.norm.eps, model.arguments["norm_eps"], build().norm.eps) == (1e-5, 1e-5, 1e-6)
+    earlier = {name: value for name, value in model.arguments.items() if name != "norm_eps"}
+    header = {"name": model.name, "arguments": json.dumps(earlier), "classes": "null", "views": "null"}
+    save_file(model.state_dict(), tmp_path / "earlier.safetensors", metadata=header)
+    assert read_metadata(tmp_path / "earlier.safetensors")["arguments"]["norm_eps"] == 1e-6

@@ -222,7 +222,10 @@ def _read_safetensors(path: Path, *, tensors: bool) -> tuple[StateDict, dict[str
 def _parse_metadata(header: dict[str, str]) -> dict[str, Any]:
     try:
         values = {key: json.loads(header.get(key, "null")) for key in ("arguments", "classes", "views")}
-        return {**values, "name": header["name"], "arguments": dict(values["arguments"])}
+        arguments = dict(values["arguments"])
+        if arguments.get("positions") == "clip" and arguments.get("fc_norm"):
+            arguments.setdefault("norm_eps", 1e-6)  # that of such models before they recorded it
+        return {**values, "name": header["name"], "arguments": arguments}
     except (ValueError, LookupError, TypeError):
         return {}  # written by another program
 
