@@ -65,8 +65,10 @@ WRAPPERS = ("model_state", "model_state_dict", "model_ema", "teacher", "target_e
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_any_wrapper_is_opened(wrapper: str, state: State, tmp_path: Path) -> None:
     optimizer = {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": []}
-    torch.save({wrapper: state, "optimizer": optimizer, "epoch": 3}, tmp_path / "weights.pth")
+    content = {wrapper: state, "optimizer": optimizer, "epoch": 3}
+    torch.save(content, tmp_path / "weights.pth")
     check_loaded(tmp_path / "weights.pth", state)
+    check_loaded(content, state)
 
 
 @pytest.mark.parametrize(

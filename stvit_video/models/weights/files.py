@@ -106,21 +106,25 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     unreadable file, or one that would have to run code to load.
     """
     name = str(path)
-    path = _find_file(Path(path))
+    path = find_file(Path(path))
     if SHARD.match(path.name):
         index = path.with_name(SHARD.sub(r"\1\3.index.json", path.name))
         raise UsageError(f"Checkpoint {path} is one shard of several; give {index}, which lists them all.")
     with _plain_errors(path):
         content, metadata = _read(path)
+    tensors, notes = open_wrappers(content, f"Checkpoint {path}")
+    return Checkpoint(name, tensors, metadata, _read_config(path.with_name("config.json")), notes)
+
+
+def open_wrappers(content: object, source: str) -> tuple[StateDict, tuple[str, ...]]:
+    """Return the state dict inside dictionaries, and notes on what was chosen. Raises UsageError if there is none."""
     notes: list[str] = []
     while inner := _networks(content):
-        chosen = choose(inner, f"Checkpoint {name}", notes)
-        content = inner[chosen]
-    tensors = check_tensors(content, f"Checkpoint {path}")
-    return Checkpoint(name, tensors, metadata, _read_config(path.with_name("config.json")), tuple(notes))
+        content = inner[choose(inner, source, notes)]
+    return check_tensors(content, source), tuple(notes)
 
 
-def _find_file(path: Path) -> Path:
+def find_file(path: Path) -> Path:
     """Return a checkpoint's file, of a folder the one with its weights; raise UsageError where there is none."""
     found = [path / name for name in FOLDER_FILES if (path / name).is_file()]
     if path.is_dir() and not found:
@@ -190,7 +194,7 @@ def check_tensors(content: object, name: str, *, strip: bool = True) -> StateDic
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """Return the ``metadata`` of a ``.safetensors`` without its tensors; empty for other files."""
-    path = _find_file(Path(path))
+    path = find_file(Path(path))
     with _plain_errors(path), open(path, "rb") as file:
         found = _is_safetensors(file.read(9))
     return _read_safetensors(path, tensors=False)[1] if found else {}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from stvit_video.common.errors import UsageError, first_line
 from stvit_video.models.layers import Grid
 from stvit_video.models.vit import VIDEOMAE_EPS
-from stvit_video.models.weights.files import DAMAGE, Checkpoint, StateDict, check_tensors, read_checkpoint
+from stvit_video.models.weights.files import DAMAGE, Checkpoint, StateDict, open_wrappers, read_checkpoint
 from stvit_video.models.weights.layouts import LAYOUTS, Converted, Layout, fold_scales, recognise
 from stvit_video.models.weights.report import (
     MIN_COVERAGE,
@@ -63,7 +63,8 @@ def load_pretrained(
     """
     checkpoint = read_checkpoint(source) if isinstance(source, str | Path) else source
     if not isinstance(checkpoint, Checkpoint):
-        checkpoint = Checkpoint("state dict", check_tensors(checkpoint, "state dict"), {})
+        state, notes = open_wrappers(checkpoint, "state dict")
+        checkpoint = Checkpoint("state dict", state, {}, notes=notes)
     name, tensors = checkpoint.path, checkpoint.tensors
     check_values(tensors, name)
     layout, converted = _recognise(tensors, name)
