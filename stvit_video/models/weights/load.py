@@ -50,9 +50,7 @@ def load_pretrained(
     depth: int | None = None,
     antialias: bool = True,
 ) -> LoadReport:
-    """Load weights of a known layout into a model of this package, image or video, and report on every key.
-
-    The layouts are those of LAYOUTS, under any prefix.
+    """Load weights of one of LAYOUTS into a model of this package, image or video, and report on every key.
 
     ``new_head`` leaves out the classifier: the model keeps its own. ``depth`` takes only weights up to that block (see
     ``layer_id``). With ``motion`` above 0, kernels inflated from an image distinguish frames from the first step (see
