@@ -14,8 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stvit_video.common.errors import UsageError
+from stvit_video.config import load_config
 from stvit_video.models import create_model, load_pretrained
-from stvit_video.models.weights.files import read_metadata
+from stvit_video.models.weights.files import Checkpoint, read_metadata
+from stvit_video.runs.preflight import build_weights
 
 State = dict[str, Tensor]
 
@@ -237,3 +239,14 @@ def test_earlier_checkpoints_in_the_form_of_videomae_keep_their_epsilon(tmp_path
     header = {"name": model.name, "arguments": json.dumps(earlier), "classes": "null", "views": "null"}
     save_file(model.state_dict(), tmp_path / "earlier.safetensors", metadata=header)
     assert read_metadata(tmp_path / "earlier.safetensors")["arguments"]["norm_eps"] == 1e-6
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+def test_a_key_chooses_how_positions_are_resampled(antialias: bool, state: State) -> None:
+    words = ["MODEL.INIT_DEPTH", "null", "MODEL.INIT_MOTION", "0", "MODEL.INIT_ANTIALIAS", str(antialias)]
+    cfg = load_config(Path(__file__).parents[2] / "configs" / "sample_stvit.yaml", words)
+    by_key, by_argument = build(image_size=64), build(image_size=64)
+    report = build_weights(cfg, by_key, Checkpoint("file", state, {}), [*"01234"])
+    load_pretrained(by_argument, state, antialias=antialias)
+    assert f"bicubic with{'' if antialias else 'out'} antialiasing" in "".join(report.notes)
+    assert torch.equal(by_key.pos_embed, by_argument.pos_embed)
