@@ -212,7 +212,8 @@ def describe_changes(recorded: Mapping[str, Any], current: Mapping[str, Any]) ->
     new = flatten(current)
     for key in PATH_KEYS:
         old, new = ({**values, key: os.path.abspath(values[key]) if values.get(key) else ""} for values in (old, new))
-    old.setdefault("MODEL.INIT_ANTIALIAS", True)  # what the code did before there was a choice
+    if "MODEL.INIT_ANTIALIAS" in new:
+        old.setdefault("MODEL.INIT_ANTIALIAS", True)  # what the code did before there was a choice
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and key not in FREE_KEYS]
     shown = ", ".join(f"{key} {old.get(key)!r} (now {new.get(key)!r})" for key in changed[:5])
     return f"{shown} ..." if len(changed) > 5 else shown
