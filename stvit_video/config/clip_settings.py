@@ -43,10 +43,12 @@ def adopted_settings(init: str) -> dict[str, Any]:
     if not init:
         raise UsageError("MODEL.NAME auto takes the network from MODEL.INIT, which is empty; give MODEL.INIT FILE.")
     weights = Path(init)
-    if not weights.is_file():
+    if not weights.exists():
         return {}
-    from stvit_video.models.weights.files import read_metadata  # imports torch, which other configurations do not need
+    # Imports torch, which other configurations do not need.
+    from stvit_video.models.weights.files import find_file, read_metadata
 
+    weights = find_file(weights)
     metadata = read_metadata(weights)
     if not metadata:
         raise UsageError(

@@ -13,7 +13,7 @@ from fvcore.common.config import CfgNode
 
 from stvit_video.common.errors import UsageError, nearest
 from stvit_video.config.clip_settings import adopted_settings, config_beside
-from stvit_video.config.schema import BY_NAME, KEYS, flatten
+from stvit_video.config.schema import BY_NAME, KEYS, complete, flatten
 
 
 def default_config() -> CfgNode:
@@ -59,7 +59,6 @@ def _values_before(path: Path, given: dict[str, Any]) -> dict[str, Any]:
 
     Its record is the file at ``path`` itself, or lies in OUTPUT_DIR, or beside the weights of a test.
     """
-    newer = [key for key in KEYS if key.before is not None and key.name not in given]
     files = [path] if path.name == "config.yaml" else []
     files += [] if given.get("OVERWRITE") else [Path(given["OUTPUT_DIR"]) / "config.yaml"]
     files += (
@@ -71,7 +70,7 @@ def _values_before(path: Path, given: dict[str, Any]) -> dict[str, Any]:
         except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
             continue
         if {"OUTPUT_DIR", "SEED", "DATA.ROOT", "MODEL.NAME"} <= recorded.keys():
-            return {key.name: key.before for key in newer if key.name not in recorded}
+            return {name: value for name, value in complete(recorded).items() if name not in recorded}
     return {}
 
 

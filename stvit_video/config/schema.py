@@ -94,7 +94,19 @@ KEYS = (
     # --- model
     Key("MODEL.NAME", "stvit_vit_small_patch16", "see stvit_video.models.list_models(); auto: that of MODEL.INIT"),
     Key("MODEL.INIT", "", "checkpoint to start from (.pth or .safetensors); in MODE test the weights to test"),
-    Key("MODEL.INIT_MIN_COVERAGE", 0.5, "least share of the weights that MODEL.INIT must cover", low=0, high=1),
+    Key(
+        "MODEL.INIT_MIN_COVERAGE",
+        0.5,
+        "least share of the weights that MODEL.INIT must cover; below 0.5 parts of a network are taken too",
+        low=0,
+        high=1,
+    ),
+    Key(
+        "MODEL.INIT_ANTIALIAS",
+        True,
+        "positions of another size: resampled as timm does; False: as Hugging Face",
+        before=True,
+    ),
     Key("MODEL.INIT_DEPTH", None, "take blocks up to this one only; deeper ones start anew", kind=int, low=0),
     Key("MODEL.INIT_MOTION", 0.0, "random differences between frames in kernels inflated from an image", low=0),
     Key("MODEL.NEW_HEAD", False, "train a new classifier in place of the one in MODEL.INIT"),
@@ -228,3 +240,11 @@ def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         nested = isinstance(value, Mapping) and full not in BY_NAME  # no key takes a mapping: it is refused as a value
         flat |= flatten(value, f"{full}.") if nested and (value or full in SECTIONS) else {full: value}
     return flat
+
+
+def complete(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recorded configuration, of full names, with the values that stand for keys which are newer."""
+    values = {key.name: key.before for key in KEYS if key.before is not None}
+    if recorded.get("MODEL.POSITIONS") == "clip" and recorded.get("MODEL.FC_NORM"):
+        values["MODEL.NORM_EPS"] = 1e-6  # not set, it now follows the classifier of Hugging Face's VideoMAE
+    return {**values, **recorded}

@@ -4,7 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stvit_video.models.weights.load import LoadReport, load_pretrained
+    from stvit_video.models.weights.load import load_pretrained
+    from stvit_video.models.weights.report import LoadReport
     from stvit_video.models.zoo import create_model, list_models
 
 __all__ = ["LoadReport", "create_model", "list_models", "load_pretrained"]

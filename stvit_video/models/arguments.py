@@ -132,6 +132,12 @@ class ViTArguments(NetworkArguments):
     base_attention: Literal["frame", "joint"] = argument("of a ViT: frame or joint", "frame", key="unset")
     positions: Literal["frame", "clip"] = argument("of a ViT: frame, or clip as in VideoMAE", "frame", key="unset")
     fc_norm: bool = argument("of a ViT: last norm after the mean over tokens, as in VideoMAE", False, key="unset")
+    norm_eps: float | None = argument(
+        "of a ViT: added to the variance in its last norm; if unset 1e-6, with clip positions and fc_norm 1e-5",
+        None,
+        low=0,
+        key="unset",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +149,11 @@ class SwinArguments(NetworkArguments):
     num_heads: PerStage = argument("attention heads of each stage")
     stem: Literal["patch", "conv"] = argument("Swin's patch embedding, or the released STViT-R's", "patch", key="unset")
     window: Grid = argument("Swin's window along time, height, width", (8, 7, 7), key="unset")
+    window_fit: Literal["pad", "timm"] = argument(
+        "of a Swin, on maps that are no multiple of the window: pad as torchvision, or windows cut to the map as timm",
+        "pad",
+        key="unset",
+    )
     window_frames: PerStage | None = argument("frames of the windows of each stage; None: those of window", None)
     init: Literal["normal", "xavier"] = argument(
         "initial weights: normal as published (deviation 0.02), or xavier, which trains sooner with few channels",

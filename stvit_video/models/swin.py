@@ -65,6 +65,7 @@ class Stage(BlockRunner):
         self.sizes, self.mlp_ratio = (network.dim * 2**index, network.num_heads[index]), network.mlp_ratio
         # An image model's bias tables have one entry in time, which makes them Swin's.
         self.window = (1 if network.num_frames == 1 else network.window[0], *network.window[1:])
+        self.window_fit = network.window_fit
         self.window_frames = (network.window_frames or 4 * network.window[:1])[index]
         self.windowed = semantic is None
         self.layer_scale = None if semantic is None else semantic.layer_scale
@@ -83,7 +84,8 @@ class Stage(BlockRunner):
     def add_block(self, drop_path: float, windowed: bool, shifted: bool) -> None:
         """Add a block that attends inside windows, or to all tokens that it is given, or to a context."""
         if windowed:
-            attention = WindowAttention(*self.sizes, self.grid, self.window, self.window_frames, shifted)
+            frames = self.window_frames
+            attention = WindowAttention(*self.sizes, self.grid, self.window, frames, shifted, self.window_fit)
             self.blocks.append(WindowBlock(*self.sizes, self.mlp_ratio, drop_path, EPS, attention=attention))
         else:
             self.blocks.append(Block(*self.sizes, self.mlp_ratio, drop_path, EPS, self.layer_scale))
@@ -182,7 +184,7 @@ class SwinTransformer(Network):
         super().__init__()
         self.input_size = network.input_size
         self.patch: Grid = (network.tubelet_frames, network.patch_size, network.patch_size)
-        self.depths = network.depths
+        self.depths, self.window_fit = network.depths, network.window_fit
         grid = count_windows(self.input_size, self.patch)
         dim = network.dim
         self.patch_embed = (PatchStem if network.stem == "patch" else ConvStem)(dim, self.patch)

@@ -18,6 +18,9 @@ from stvit_video.models.layers import Block, Intermediates, Network, PatchEmbed,
 from stvit_video.models.reducers import Reducer, create_reducer, key_bias, mean_token
 from stvit_video.models.reducers.semantic import check_depths, default_regions
 
+VIDEOMAE_EPS = 1e-5  # of the last norm in Hugging Face's VideoMAE; its authors' has 1e-6
+EARLIER_EPS = 1e-6  # of the last norm in all models before there was a choice
+
 
 class VisionTransformer(Network):
     """ViT whose deep layers may run on a few semantic tokens in place of the image tokens.
@@ -51,7 +54,9 @@ class VisionTransformer(Network):
             Block(dim, heads, network.mlp_ratio, rate)
             for rate in torch.linspace(0, network.drop_path, self.depth).tolist()
         )
-        self.add_head(dim, 1e-6, network)
+        eps = VIDEOMAE_EPS if self.positions == "clip" and self.fc_norm else EARLIER_EPS
+        self.norm_eps = eps if network.norm_eps is None else network.norm_eps
+        self.add_head(dim, self.norm_eps, network)
         # Checkpoints have the semantic token generator's weights under a name of its own.
         self._reducer_name = "stgm" if semantic is not None and semantic.reducer == "stgm" else "reducer"
         if semantic is not None:

@@ -4,6 +4,7 @@ Sources: Liu et al. (Swin, arXiv 2103.14030; Video Swin, arXiv 2106.13230).
 
 A map that is not a multiple of its windows is padded at the end. Padding in space takes part as zeros, as in the
 published networks; padding in time is masked, since otherwise a clip of equal frames would differ from its image.
+timm cuts windows to small maps, and pads shifted maps only after the shift (``fit``).
 
 Legend: B clips, (T, H, W) token grid, (t, h, w) window, (nt, nh, nw) windows along each axis, P = t*h*w positions of a
 window, C channels, k heads.
@@ -12,6 +13,7 @@ window, C channels, k heads.
 import functools
 import math
 from itertools import pairwise, product
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,12 +44,25 @@ class WindowAttention(Attention):
     """Self-attention inside (shifted) windows of a fixed grid, with relative position bias.
 
     ``window`` is the reach of the bias table; in time, ``window_frames`` and the clip itself may be shorter. The table
-    keeps its shape, so that weights fit clips of any length. Parameter names are Swin's.
+    keeps its shape, so that weights fit clips of any length. Parameter names are Swin's. ``fit`` "timm" cuts windows
+    and their tables to the map in space.
     """
 
-    def __init__(self, dim: int, num_heads: int, grid: Grid, window: Grid, window_frames: int, shifted: bool) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid: Grid,
+        window: Grid,
+        window_frames: int,
+        shifted: bool,
+        fit: Literal["pad", "timm"] = "pad",
+    ) -> None:
         super().__init__(dim, num_heads)
         self.grid = grid
+        self.shift_first = fit == "timm"
+        if fit == "timm":
+            window = (window[0], min(window[1], grid[1]), min(window[2], grid[2]))
         self.window = (min(window_frames, window[0], grid[0]), window[1], window[2])
         # No shift along an axis with a single window, as in the published networks.
         self.shift = tuple(
@@ -84,12 +99,17 @@ class WindowAttention(Attention):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Map (B, T, H, W, C) to the same shape."""
         T, H, W = self.grid
-        padding = [-length % size for length, size in zip(self.grid, self.window, strict=True)]
-        if any(padding):
-            x = F.pad(x, (0, 0, 0, padding[2], 0, padding[1], 0, padding[0]))
+        frames, rows, columns = (-length % size for length, size in zip(self.grid, self.window, strict=True))
+        late = self.shift_first and (rows or columns)  # in time padding always comes first: it is masked there
+        if frames or rows or columns:
+            x = F.pad(x, (0, 0, 0, 0 if late else columns, 0, 0 if late else rows, 0, frames))
         if any(self.shift):
             x = x.roll([-step for step in self.shift], dims=(1, 2, 3))
+        if late:
+            x = F.pad(x, (0, 0, 0, columns, 0, rows))
         x = window_reverse(self.proj(self._attend(self.qkv(window_partition(x, self.window)))), self.window)
+        if late:
+            x = x[:, :, :H, :W]
         if any(self.shift):
             x = x.roll(self.shift, dims=(1, 2, 3))
         return x[:, :T, :H, :W]

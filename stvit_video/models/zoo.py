@@ -24,7 +24,7 @@ from stvit_video.models.arguments import (
     read_rules,
 )
 from stvit_video.models.swin import SEMANTIC_STAGE, SwinTransformer
-from stvit_video.models.vit import VisionTransformer
+from stvit_video.models.vit import EARLIER_EPS, VisionTransformer
 
 Settings = dict[str, Any]  # arguments by name
 
@@ -136,6 +136,8 @@ def create_model(
         model = family.constructor(*arguments)
     except ValueError as error:
         raise UsageError(f"{name}: {error}") from error
+    if getattr(model, "norm_eps", EARLIER_EPS) != EARLIER_EPS:  # recorded, as checkpoints without it have that one
+        overrides["norm_eps"] = model.norm_eps
     model.name, model.arguments = name, overrides  # type: ignore[assignment]
     return model
 

@@ -148,6 +148,8 @@ def check_all_loaded(report: LoadReport, model: nn.Module) -> None:
             f"{report.source} is not a whole checkpoint of {model.name}: {', '.join(strange[:8])}"
             f"{' ...' if len(strange) > 8 else ''}. Give the MODEL settings that it was trained with."
         )
+    if report.differences:
+        raise UsageError(f"{report.source} is of another network than {model.name}: {'; '.join(report.differences)}.")
     given, built = report.arguments, dict(model.arguments, name=model.name)  # type: ignore[arg-type]
     for key in sorted(given.keys() | built.keys()) if given else ():
         old, new = (arguments.get(key, IMPLIED_ARGUMENTS.get(key)) for arguments in (given, built))

@@ -21,7 +21,7 @@ from fvcore.common.config import CfgNode
 from stvit_video.common.errors import UsageError
 from stvit_video.common.files import wait_for_lock, write_atomically, write_json
 from stvit_video.common.tables import to_csv
-from stvit_video.config.schema import KEYS, flatten
+from stvit_video.config.schema import complete, flatten
 from stvit_video.data.failures import Failure, failures_csv
 from stvit_video.runs.checkpoint import list_checkpoints
 
@@ -210,8 +210,7 @@ def build_run_folder(cfg: CfgNode) -> RunFolder:
 
 def describe_changes(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> str:
     """Return which settings differ that must not between a run and its continuation; "" for none."""
-    before = {key.name: key.before for key in KEYS}
-    old, new = {**before, **flatten(recorded)}, {**before, **flatten(current)}
+    old, new = complete(flatten(recorded)), complete(flatten(current))
     for key in PATH_KEYS:
         old, new = ({**values, key: os.path.abspath(values[key]) if values.get(key) else ""} for values in (old, new))
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and key not in FREE_KEYS]

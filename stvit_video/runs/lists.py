@@ -89,7 +89,7 @@ def open_lists(
         if cfg.DATA.GENERATE:  # takes minutes: first what can be wrong before
             if not sample.is_complete(cfg.DATA.ROOT):
                 build_model(cfg, cfg.MODEL.NUM_CLASSES or SOME_CLASSES)
-            if weights and not Path(weights).is_file():
+            if weights and not Path(weights).exists():
                 raise UsageError(f"MODEL.INIT {weights} is missing; {WEIGHTS_ADVICE}.")
             sample.prepare(cfg.DATA.ROOT, sample.Spec(clips=tuple(cfg.DATA.GENERATE_CLIPS), name=cfg.DATA.GENERATE))
         advice: dict[str, str] = {}  # by what is missing: all of it is named at once
@@ -104,7 +104,7 @@ def open_lists(
         if lists.class_file and not (lists.root / lists.class_file).is_file():
             missing = f"DATA.CLASSES {lists.root / lists.class_file}"
             advice[missing] = "DATA.CLASSES holds one class name a line, or is '' for numbers"
-        if weights and not Path(weights).is_file():
+        if weights and not Path(weights).exists():
             advice[f"MODEL.INIT {weights}"] = WEIGHTS_ADVICE
         if advice:
             raise UsageError(

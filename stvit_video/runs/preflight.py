@@ -197,7 +197,7 @@ def build_weights(
     cfg: CfgNode, model: nn.Module, checkpoint: Checkpoint, classes: list[str], multi_label: bool = False
 ) -> LoadReport:
     """Load a checkpoint into the model as MODE asks. Raises UsageError where it is not of this model or its classes."""
-    known = checkpoint.metadata.get("classes")
+    known, antialias = checkpoint.metadata.get("classes"), cfg.MODEL.INIT_ANTIALIAS
     if cfg.MODE == "test":
         check_classes(cfg.MODEL.INIT, known, classes)
         trained = checkpoint.metadata.get("multi_label", multi_label)
@@ -207,19 +207,19 @@ def build_weights(
                 f"{cfg.DATA.TEST_LIST} have {LABELS[multi_label]}; give a list of that kind and DATA.MULTI_LABEL "
                 f"{trained}, or other weights."
             )
-        report = load_pretrained(model, checkpoint, min_coverage=0.9)
+        report = load_pretrained(model, checkpoint, min_coverage=0.9, antialias=antialias)
         check_all_loaded(report, model)
         return report
     least = cfg.MODEL.INIT_MIN_COVERAGE
     if cfg.MODE == "transfer":  # its classifier is not used
-        return load_pretrained(model, checkpoint, min_coverage=least, new_head=True)
+        return load_pretrained(model, checkpoint, min_coverage=least, new_head=True, antialias=antialias)
     if known not in (None, classes) and not cfg.MODEL.NEW_HEAD and cfg.MODEL.INIT_DEPTH is None:
         raise UsageError(
             f"{cfg.MODEL.INIT}: its classifier is for other classes ({', '.join(map(str, known[:4]))} ...) than the "
             f"data's ({', '.join(classes[:4])} ...). Set MODEL.NEW_HEAD True to train a new one."
         )
     options = {"new_head": cfg.MODEL.NEW_HEAD, "motion": cfg.MODEL.INIT_MOTION, "depth": cfg.MODEL.INIT_DEPTH}
-    return load_pretrained(model, checkpoint, min_coverage=least, **options)
+    return load_pretrained(model, checkpoint, min_coverage=least, antialias=antialias, **options)
 
 
 def check_classes(source: str, known: list[str] | None, classes: list[str]) -> None:

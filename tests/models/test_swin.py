@@ -25,6 +25,8 @@ VARIANTS = [
         ("swin_tiny", 224, {}),  # 56, 28, 14 and 7 tokens a side: no padding, shifted windows
         ("swin_tiny", 100, {}),  # 25, 13, 7, 4: padding everywhere
         ("swin_tiny", (72, 130), {"window": (4, 7, 7)}),
+        ("swin_tiny", 100, {"window_fit": "timm"}),  # windows cut to the last map, padding after the shift
+        ("stvit_swin_tiny", 250, {"window_fit": "timm"}),
         ("stvit_swin_tiny", 224, {}),
         ("stvit_swin_tiny", 224, {"preset": "fast"}),
         ("stvit_swin_tiny", 250, {"preset": "fast"}),  # 16 tokens a side in stage 3: windows of unequal reach

@@ -1,16 +1,22 @@
 """Checkpoint files: read tensors by name without running code from the file, with plain errors for what is wrong."""
 
 import argparse
+import contextlib
+import datetime
 import errno
 import json
+import pathlib
 import pickle
 import re
 import struct
+import types
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,17 +28,59 @@ StateDict = dict[str, Tensor]
 
 # What torch.load raises on a damaged file, depending on where the damage is.
 DAMAGE = (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError, struct.error)
-# Containers in published training checkpoints, beside the weights: the command line (DeiT, VideoMAE) and the
-# configuration (Swin), which is read as an ordinary dictionary. They hold values and run no code.
-CONTAINERS: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
-WRAPPERS = ("model", "state_dict", "module")
-PREFIXES = re.compile(r"^((module|_orig_mod)\.)+")  # of DistributedDataParallel and torch.compile
+
+
+def _empty_dict(*_: object) -> dict[Any, Any]:
+    """Stand in for a dictionary of another class, which is filled afterwards."""
+    return {}
+
+
+def _empty_list(*_: object) -> list[Any]:
+    return []
+
+
+# What stands in training checkpoints beside the weights: command lines (DeiT, VideoMAE), configurations (Swin), paths,
+# NumPy's numbers and arrays. They hold values and run no code. Classes that may be absent are read as their base.
+_SCALAR, _ARRAY = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
+CONTAINERS: list[Any] = [
+    *(argparse.Namespace, types.SimpleNamespace, frozenset, slice, range),
+    *((_empty_dict, "collections.defaultdict"), (_empty_list, "collections.deque")),
+    *(datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone),
+    *(int, float, bool, str, bytes, list, tuple, dict, set),
+    *(np.dtype, np.ndarray, *{type(np.dtype(code)) for code in np.typecodes["All"]}),
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((_ARRAY, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    *((OrderedDict, name) for name in ("yacs.config.CfgNode", "fvcore.common.config.CfgNode")),
+    *((OrderedDict, f"{room}.utilities.data.AttributeDict") for room in ("lightning_fabric", "lightning.fabric")),
+    *(
+        (pathlib.PurePosixPath, f"{room}.{name}")
+        for room in ("pathlib", "pathlib._local")
+        for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+    ),
+]
+# Names under which checkpoints have their networks, the one that is taken first: the trained network before its moving
+# average, but of a student and its teacher the teacher, which such methods publish.
+WRAPPERS = (
+    *("model", "state_dict", "module", "model_state_dict", "model_state", "net", "network", "weights", "params"),
+    *("teacher", "target_encoder", "ema_model", "model_ema", "state_dict_ema", "ema", "encoder", "backbone"),
+)
+NO_NETWORK = re.compile(r"optim|sched|scaler|loss|queue|rng|config|args", re.IGNORECASE)  # names of other dictionaries
+# Of DistributedDataParallel, torch.compile, FSDP and activation checkpointing.
+PREFIXES = re.compile(r"^(module\.)+|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.(module\.)*")
 # Files that are often mistaken for checkpoints, by their first bytes.
 IMPOSTORS = (
     (b"version https://git-lfs", "a Git-LFS pointer, not the file it points to; run `git lfs pull` and give that file"),
     (b"<", "a web page, probably an error message saved under this name; download the file again"),
-    (b"{", "JSON text, not a checkpoint; download the file again"),
+    (b"{", "JSON text, not a checkpoint; give the file of weights beside it, or download it again"),
+    (b"\x89HDF", "an HDF5 file of Keras; save the weights as .safetensors"),
+    (b"\x1f\x8b", "compressed with gzip; unpack it"),
+    (b"GGUF", "a GGUF file; give the .safetensors that it was made from"),
 )
+# The weights in a folder of Hugging Face's ``save_pretrained``, or of a run; the first that is there.
+FOLDER_FILES = [
+    f"{stem}{index}" for stem in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")
+]
+SHARD = re.compile(r"^(.+)-\d+-of-0*([2-9]|[1-9]\d+)(\.[^.]+)$")
 
 
 @dataclass(frozen=True)
@@ -40,44 +88,103 @@ class Checkpoint:
     """The tensors of a checkpoint file, and the metadata that this package saves with them.
 
     ``metadata`` has ``name``, ``arguments``, ``classes``, ``views`` and ``multi_label`` (see ``pack_weights``), or is
-    empty.
+    empty. ``config`` is the ``config.json`` that Hugging Face's libraries save beside, ``notes`` say what was chosen in
+    the file.
     """
 
     path: str
     tensors: StateDict
     metadata: dict[str, Any]
+    config: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read a ``.safetensors`` or ``torch.save`` file, opened once, without running code from it.
 
-    Wrappers (``model``, ``state_dict``, ``module``) are opened and a ``module.`` prefix is stripped. Raises UsageError
-    on a missing or unreadable file, or one that would have to run code to load.
+    The bytes say which of the two it is. An index of shards, or a folder with one of FOLDER_FILES, is read too.
+    Wrappers are opened, and prefixes of parallel and compiled models are stripped. Raises UsageError on a missing or
+    unreadable file, or one that would have to run code to load.
     """
     name = str(path)
-    path = Path(path)
-    if not path.is_file():
-        raise UsageError(f"Checkpoint {path} is not a file; give the path of a .safetensors or .pth file.")
-    try:
+    path = find_file(Path(path))
+    if SHARD.match(path.name):
+        index = path.with_name(SHARD.sub(r"\1\3.index.json", path.name))
+        raise UsageError(f"Checkpoint {path} is one shard of several; give {index}, which lists them all.")
+    with _plain_errors(path):
         content, metadata = _read(path)
+    tensors, notes = open_wrappers(content, f"Checkpoint {path}")
+    return Checkpoint(name, tensors, metadata, _read_config(path.with_name("config.json")), notes)
+
+
+def open_wrappers(content: object, source: str) -> tuple[StateDict, tuple[str, ...]]:
+    """Return the state dict inside dictionaries, and notes on what was chosen. Raises UsageError if there is none."""
+    notes: list[str] = []
+    while inner := _networks(content):
+        content = inner[choose(inner, source, notes)]
+    return check_tensors(content, source), tuple(notes)
+
+
+def find_file(path: Path) -> Path:
+    """Return a checkpoint's file, of a folder the one with its weights; raise UsageError where there is none."""
+    found = [path / name for name in FOLDER_FILES if (path / name).is_file()]
+    if path.is_dir() and not found:
+        raise UsageError(f"Checkpoint {path} is a folder without {' or '.join(FOLDER_FILES)}; give a file of weights.")
+    if not path.is_dir() and not path.is_file():
+        raise UsageError(f"Checkpoint {path} is not a file; give the path of a .safetensors or .pth file.")
+    return found[0] if found else path
+
+
+@contextlib.contextmanager
+def _plain_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         what = f"cannot be read ({error.strerror}); check the file and its rights."
         if error.errno == errno.EINVAL:  # torch seeks past the end of a file that was cut short
             what = "is damaged or cut short; fetch it again."
         raise UsageError(f"Checkpoint {path} {what}") from error
-    while isinstance(content, dict):
-        inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), None)
-        if inner is None:
-            break
-        content = inner
-    return Checkpoint(name, check_tensors(content, f"Checkpoint {path}"), metadata)
 
 
-def check_tensors(content: object, name: str) -> StateDict:
+def _networks(content: object) -> dict[str, Any]:
+    """Return the dictionaries of tensors in a wrapper by name; empty where ``content`` is a state dict itself."""
+    if not isinstance(content, dict):
+        return {}
+    inner = {key: value for key, value in content.items() if isinstance(key, str) and _holds_tensors(value)}
+    if any(isinstance(value, Tensor) for value in content.values()):
+        return {key: value for key, value in inner.items() if key in WRAPPERS}
+    return {key: value for key, value in inner.items() if not NO_NETWORK.search(key)}
+
+
+def _holds_tensors(value: object) -> bool:
+    """Return whether a value is a dictionary with tensors, or with such dictionaries; an optimizer's state is not."""
+    if not isinstance(value, dict) or "param_groups" in value:
+        return False
+    return any(isinstance(inner, Tensor) or _holds_tensors(inner) for inner in value.values())
+
+
+def choose(names: Collection[str], source: str, notes: list[str]) -> str:
+    """Return the network to take of several, dotted names of one or more words, and note it; UsageError if unclear."""
+
+    def rank(name: str) -> int:
+        return min((WRAPPERS.index(word) for word in name.split(".") if word in WRAPPERS), default=len(WRAPPERS))
+
+    first, *others = sorted(names, key=lambda name: (name != "", rank(name), name))
+    listed = [name.rstrip(".") or "the top level" for name in (first, *others)]
+    if others and first and rank(first) == rank(others[0]):
+        raise UsageError(f"{source} holds several networks: {', '.join(listed)}; save the one to use alone.")
+    if others:
+        notes.append(f"it holds several networks: {listed[0]} taken, not {', '.join(listed[1:])}")
+    return first
+
+
+def check_tensors(content: object, name: str, *, strip: bool = True) -> StateDict:
     """Return the tensors of a mapping, prefixes of wrappers stripped; raise UsageError unless all are dense."""
     tensors = {}
     if isinstance(content, dict):
-        tensors = {PREFIXES.sub("", str(key)): value for key, value in content.items() if isinstance(value, Tensor)}
+        tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    if strip:
+        tensors = {PREFIXES.sub("", key): value for key, value in tensors.items()}
     if not tensors:
         raise UsageError(f"{name} holds no tensors by name; give a file with a model's state dict.")
     odd = [key for key, value in tensors.items() if value.is_meta or value.layout != torch.strided]
@@ -88,7 +195,24 @@ def check_tensors(content: object, name: str) -> StateDict:
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """Return the ``metadata`` of a ``.safetensors`` without its tensors; empty for other files."""
-    return _read_safetensors(Path(path), tensors=False)[1] if Path(path).suffix == ".safetensors" else {}
+    path = find_file(Path(path))
+    with _plain_errors(path), open(path, "rb") as file:
+        found = _is_safetensors(file.read(9))
+    return _read_safetensors(path, tensors=False)[1] if found else {}
+
+
+def _is_safetensors(start: bytes) -> bool:
+    """Return whether a file starts with the length of a JSON header and its brace."""
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**30
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Return Hugging Face's configuration of a model, empty if there is none."""
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) and "model_type" in config else {}
 
 
 def _read_safetensors(path: Path, *, tensors: bool) -> tuple[StateDict, dict[str, Any]]:
@@ -104,7 +228,10 @@ def _parse_metadata(header: dict[str, str]) -> dict[str, Any]:
     try:
         values = {key: json.loads(header.get(key, "null")) for key in ("arguments", "classes", "views", "multi_label")}
         values["multi_label"] = bool(values["multi_label"])
-        return {**values, "name": header["name"], "arguments": dict(values["arguments"])}
+        arguments = dict(values["arguments"])
+        if arguments.get("positions") == "clip" and arguments.get("fc_norm"):
+            arguments.setdefault("norm_eps", 1e-6)  # that of such models before they recorded it
+        return {**values, "name": header["name"], "arguments": arguments}
     except (ValueError, LookupError, TypeError):
         return {}  # written by another program
 
@@ -115,19 +242,22 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
         start = file.read(64)
     if not start:
         raise UsageError(f"Checkpoint {path} is empty; download or save it again.")
+    if _is_safetensors(start):
+        return _read_safetensors(path, tensors=True)
+    if start.lstrip().startswith(b"{") and (shards := _read_index(path)) is not None:
+        return shards, {}
     for signature, what in IMPOSTORS:
         if b"\0" not in start and start.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(signature):
             raise UsageError(f"Checkpoint {path} is {what}.")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path, tensors=True)
     if path.suffix in (".pt2", ".onnx"):
         raise UsageError(f"Checkpoint {path} is an exported graph; give the run's folder, or a .safetensors of it.")
     try:
-        with torch.serialization.safe_globals(CONTAINERS):
-            return torch.load(path, map_location="cpu", weights_only=True), {}
+        # Given the open file: by its name torch would take it for a safetensors file.
+        with torch.serialization.safe_globals(CONTAINERS), open(path, "rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True), {}
     except pickle.UnpicklingError as error:
         refused = sorted(set(re.findall(r"GLOBAL (\S+)", str(error))))
-        what = "is not a torch file; fetch it again."
+        what = "is neither a safetensors nor a torch file; fetch it again."
         if refused:
             what = f"needs code to load, which is refused ({', '.join(refused)}); save its state dict alone."
         raise UsageError(f"Checkpoint {path} {what}") from error
@@ -135,7 +265,36 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
         what = f"is damaged or cut short ({first_line(error)}); fetch it again."
         if "weights_only" in str(error):  # torch refuses such archives by this name
             what = "is a TorchScript or tar archive, which may hold code; save its state dict alone."
+        elif "not in a subdirectory" in str(error):
+            what = "is a zip archive of other files, such as NumPy's .npz; save the weights as .safetensors."
         raise UsageError(f"Checkpoint {path} {what}") from error
+
+
+def _read_index(path: Path) -> StateDict | None:
+    """Return the tensors of all shards that an index lists; None where the file is no index.
+
+    Raises UsageError where a shard, or a tensor that the index promises, is missing.
+    """
+    try:
+        places = json.loads(path.read_text())["weight_map"]
+        names = sorted(set(places.values()))
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
+    missing = [name for name in names if Path(name).name != name or not path.with_name(name).is_file()]
+    if missing:
+        raise UsageError(
+            f"Checkpoint {path} lists {len(names)} shards; not beside it: {', '.join(missing[:4])}. Fetch all of them."
+        )
+    tensors: StateDict = {}
+    for name in names:
+        tensors.update(check_tensors(_read(path.with_name(name))[0], f"Checkpoint {path.with_name(name)}", strip=False))
+    absent = sorted(places.keys() - tensors.keys())
+    if absent:
+        raise UsageError(
+            f"Checkpoint {path} lists {len(absent)} tensors that its shards lack ({', '.join(absent[:3])}); fetch all "
+            f"of them again."
+        )
+    return tensors
 
 
 def pack_weights(

@@ -7,93 +7,66 @@ not known, it is not guessed: its status is "wrong shape".
 Legend: (t, h, w) token grid, n = t*h*w or h*w positions, C channels.
 """
 
-import json
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stvit_video.common.errors import UsageError, first_line
 from stvit_video.models.layers import Grid
-from stvit_video.models.weights.files import DAMAGE, Checkpoint, StateDict, check_tensors, read_checkpoint
-from stvit_video.models.weights.layouts import LAYOUTS, VIDEOMAE_GRID, recognise
+from stvit_video.models.vit import VIDEOMAE_EPS
+from stvit_video.models.weights.files import DAMAGE, Checkpoint, StateDict, open_wrappers, read_checkpoint
+from stvit_video.models.weights.layouts import LAYOUTS, Converted, Layout, fold_scales, recognise
+from stvit_video.models.weights.report import (
+    MIN_COVERAGE,
+    LoadReport,
+    check_config,
+    check_report,
+    check_values,
+    shorten,
+)
+from stvit_video.models.weights.resize import (
+    Fitted,
+    add_motion,
+    interleaved_sines,
+    resample,
+    resample_bias,
+    split_positions,
+    tile_centres,
+)
 
-STATUSES = ("loaded", "inflated", "interpolated", "new", "unused", "wrong shape")
-Fitted = tuple[Tensor | None, str]  # the tensor, None if it cannot be fitted, and its status
-
-
-@dataclass
-class LoadReport:
-    """The status of every key: ``keys[status]`` lists names; ``coverage`` is the share of the model's weights loaded.
-
-    "unused" are keys of the source, under its own names if they were dropped in conversion; others are the model's.
-    """
-
-    source: str
-    layout: str
-    keys: dict[str, list[str]] = field(default_factory=lambda: {status: [] for status in STATUSES})
-    weights: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STATUSES, 0))
-    notes: list[str] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)  # those of "unused" that no model here has
-    coverage: float = 0.0
-    arguments: dict[str, Any] = field(default_factory=dict)  # of the source model, if its file has them
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.source}: {self.layout} layout, {100 * self.coverage:.1f} % of the weights covered",
-            f"  {'':12} {'keys':>5} {'weights':>12}",
-        ]
-        for status in STATUSES:
-            names = self.keys[status]
-            shown = "" if status == "loaded" else _shorten(names, 4)
-            lines.append(f"  {status:12} {len(names):5} {self.weights[status]:12,}  {shown}".rstrip())
-        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
-
-    def to_json(self) -> str:
-        """Return all of it as JSON text."""
-        return json.dumps(asdict(self), indent=2)
-
-    def add(self, status: str, name: str, weights: int) -> None:
-        """Add a key."""
-        self.keys[status].append(name)
-        self.weights[status] += weights
+VIDEOMAE_GRID: Grid = (8, 14, 14)  # 16 frames of 224x224, the size of its published models
 
 
 def load_pretrained(
     model: nn.Module,
     source: str | Path | Checkpoint | StateDict,
     *,
-    min_coverage: float = 0.5,
+    min_coverage: float = MIN_COVERAGE,
     new_head: bool = False,
     motion: float = 0.0,
     depth: int | None = None,
+    antialias: bool = True,
 ) -> LoadReport:
-    """Load weights of a known layout into a model of this package, image or video, and report on every key.
-
-    Known layouts: this package's own (other frame counts, sizes and the image model included), timm's and DeiT's ViT,
-    VideoMAE (fine-tuned and pre-trained), Swin as Microsoft, torchvision and timm have it, Video Swin, torchvision's
-    ``swin3d`` and the released STViT-R-Swin.
+    """Load weights of one of LAYOUTS into a model of this package, image or video, and report on every key.
 
     ``new_head`` leaves out the classifier: the model keeps its own. ``depth`` takes only weights up to that block (see
     ``layer_id``). With ``motion`` above 0, kernels inflated from an image distinguish frames from the first step (see
-    ``add_motion``). Raises UsageError when a file cannot be read, its layout is not known, or less than
-    ``min_coverage`` of the weights asked for fit; the model is then as it was.
+    ``add_motion``). ``antialias`` is how positions of another size are resampled. Raises UsageError when a file cannot
+    be read, its layout is not known, it is part of a network or of another one, holds values that are not finite, or
+    less than ``min_coverage`` of the weights asked for fit; the model is then as it was. A ``min_coverage`` below the
+    default admits parts of a network.
     """
     checkpoint = read_checkpoint(source) if isinstance(source, str | Path) else source
     if not isinstance(checkpoint, Checkpoint):
-        checkpoint = Checkpoint("state dict", check_tensors(checkpoint, "state dict"), {})
+        state, notes = open_wrappers(checkpoint, "state dict")
+        checkpoint = Checkpoint("state dict", state, {}, notes=notes)
     name, tensors = checkpoint.path, checkpoint.tensors
-    if (recognised := recognise(tensors)) is None:
-        raise UsageError(
-            f"{name}: the layout of its {len(tensors)} keys ({', '.join(sorted(tensors)[:3])} ...) is not known; "
-            f"allowed: {', '.join(layout for layout, *_ in LAYOUTS)}. Check that the file belongs to such a model."
-        )
-    layout, convert = recognised
-    report = LoadReport(name, layout)
+    check_values(tensors, name)
+    layout, converted = _recognise(tensors, name)
+    report = LoadReport(name, layout.name, notes=[*checkpoint.notes, *converted.notes], dropped=converted.dropped)
     if checkpoint.metadata:
         report.arguments = {"name": checkpoint.metadata["name"], **checkpoint.metadata["arguments"]}
     target = model.state_dict().keys()
@@ -101,28 +74,54 @@ def load_pretrained(
     if depth is not None:
         wanted = {key for key in wanted if model.layer_id(key) <= depth}  # type: ignore[operator]
     try:
-        converted = convert(tensors)
-        state, report.notes, report.dropped = converted.state, converted.notes, converted.dropped
-        left_out = [state.pop(key) for key in target - wanted if key in state]
+        state = dict(converted.state)
+        fold_scales(state, target, report.notes)
         kernel = find_kernel(state)
         image = kernel is None or kernel.shape[2] == 1
-        fitted = _fit_all(tensors, state, model, report, wanted, image)
+        given = dict(state)
+        left_out = [state.pop(key) for key in target - wanted if key in state]
+        _prepare_positions(state, converted, model, report, image)
+        positions = adapt_positions(state, model, report, image, antialias)
+        fitted = _fit_all(tensors, state, model, report, wanted, image, positions)
     except DAMAGE as error:
-        raise UsageError(
-            f"{name} looks like a {layout} checkpoint, but its tensors do not fit together ({first_line(error)}); "
-            f"fetch it again."
-        ) from error
-    _add_notes(report, state, model, "fc_norm.weight" in tensors)
+        raise _misfit(name, layout.name, error) from error
+    check_values(fitted, f"{name}, in the model's precision,")
+    check_report(report, model, given, wanted, min_coverage, depth)
+    if layout.name.startswith("Hugging Face"):
+        check_config(checkpoint.config, model, name)
+    _add_notes(report, converted, state, model)
     if left_out:
         what = "of the classifier" if depth is None else f"above depth {depth}"
         report.notes.append(f"{len(left_out)} keys {what} left out, as asked: they start anew")
-    _check(report, min_coverage)
     if motion > 0 and image:
         for key in [key for key in report.keys["inflated"] if fitted[key].ndim == 5]:
             fitted[key] = add_motion(fitted[key], motion)
             report.notes.append(f"{key}: random differences between frames added, {motion:g} times its own spread")
     model.load_state_dict(fitted, strict=False)
     return report
+
+
+def _recognise(tensors: StateDict, name: str) -> tuple[Layout, Converted]:
+    """Return the layout and its conversion. Raises UsageError where the layout is not known."""
+    try:
+        recognised = recognise(tensors, name)
+    except UsageError:
+        raise
+    except DAMAGE as error:
+        raise _misfit(name, "known", error) from error
+    if recognised is None:
+        raise UsageError(
+            f"{name}: the layout of its {len(tensors)} keys ({', '.join(sorted(tensors)[:3])} ...) is not known; "
+            f"allowed: {', '.join(layout.name for layout in LAYOUTS)}. Check that the file belongs to such a model."
+        )
+    return recognised
+
+
+def _misfit(name: str, layout: str, error: Exception) -> UsageError:
+    return UsageError(
+        f"{name} looks like a {layout} checkpoint, but its tensors do not fit together ({first_line(error)}); "
+        f"fetch it again."
+    )
 
 
 def find_kernel(state: StateDict) -> Tensor | None:
@@ -135,11 +134,19 @@ def find_kernel(state: StateDict) -> Tensor | None:
 
 
 def _fit_all(
-    source: StateDict, state: StateDict, model: nn.Module, report: LoadReport, wanted: set[str], image: bool
+    source: StateDict,
+    state: StateDict,
+    model: nn.Module,
+    report: LoadReport,
+    wanted: Collection[str],
+    image: bool,
+    positions: dict[str, str],
 ) -> StateDict:
-    """Return the tensors that fit, and report the status of each key and the coverage; ``state`` keeps unused ones."""
+    """Return the tensors that fit, and report the status of each key and the coverage; ``state`` keeps unused ones.
+
+    ``positions`` is the status of position embeddings that were changed before.
+    """
     target = model.state_dict()
-    positions = adapt_positions(state, model, report, image)
     fitted = {}
     for name, value in target.items():
         status = positions.get(name, "new")
@@ -159,7 +166,34 @@ def _fit_all(
     return fitted
 
 
-def adapt_positions(state: StateDict, model: nn.Module, report: LoadReport, image: bool) -> dict[str, str]:
+def _prepare_positions(
+    state: StateDict, converted: Converted, model: nn.Module, report: LoadReport, image: bool
+) -> None:
+    """Give the position embeddings of patches alone, in place; VideoMAE's, which its files leave out, are computed."""
+    target: Grid | None = getattr(model, "grid", None)
+    table = state.get("pos_embed")
+    if target is None:
+        return
+    if table is None:
+        if "VideoMAE" in report.layout:
+            # The formula counts the positions of the network's own grid, whatever the file was trained on.
+            width = state["patch_embed.proj.weight"].shape[0]
+            state["pos_embed"] = interleaved_sines(math.prod(target), width)
+            grid = "x".join(map(str, target))
+            report.notes.append(f"positions are VideoMAE's fixed sines, computed for this model's {grid} tokens")
+        return
+    # Files differ in which of their tokens beside the patches have a position.
+    counts = sorted({0, sum(converted.tokens), *converted.tokens[:1], sum(converted.tokens[:2])}, reverse=True)
+    sizes = {table.shape[1] - count: count for count in counts}
+    frame, clip = math.prod(target[1:]), math.prod(target)
+    exact = [count for size, count in sizes.items() if size == (frame if image else clip)]
+    square = [count for size, count in sizes.items() if image and math.isqrt(size) ** 2 == size]
+    state["pos_embed"] = table[:, (exact or square or counts)[0] :]
+
+
+def adapt_positions(
+    state: StateDict, model: nn.Module, report: LoadReport, image: bool, antialias: bool
+) -> dict[str, str]:
     """Convert position embeddings to the model's grid and kind, in place; return the status of those that change."""
     kind = getattr(model, "positions", None)
     given = state.get("pos_embed")
@@ -167,6 +201,10 @@ def adapt_positions(state: StateDict, model: nn.Module, report: LoadReport, imag
         return {}
     target: Grid = model.grid  # type: ignore[assignment]
     grid = _position_grid(state, report, target, image)
+    if grid is not None and grid[1:] != target[1:]:
+        way = "with antialiasing, as timm does" if antialias else "without antialiasing, as Hugging Face does"
+        sizes = " to ".join("x".join(map(str, each[1:])) for each in (grid, target))
+        report.notes.append(f"positions resampled from {sizes}, bicubic {way} (MODEL.INIT_ANTIALIAS)")
     del state["pos_embed"]
     if grid is None or given.shape[1] != math.prod(grid):
         return {"pos_embed": "wrong shape"}
@@ -181,10 +219,10 @@ def adapt_positions(state: StateDict, model: nn.Module, report: LoadReport, imag
     else:
         if grid[0] > 1:
             given, state["time_embed"] = split_positions(given, grid)
-            changed["time_embed"] = "interpolated"
+            changed.update(pos_embed="interpolated", time_embed="interpolated")
             report.notes.append("positions of a clip split into space and time; positions='clip' keeps them as is")
         grid, target = (1, grid[1], grid[2]), (1, target[1], target[2])
-    state["pos_embed"] = resample(given, grid, target)
+    state["pos_embed"] = resample(given, grid, target, antialias)
     return changed
 
 
@@ -192,8 +230,8 @@ def _position_grid(state: StateDict, report: LoadReport, target: Grid, image: bo
     """Return the grid of the source's positions, None if unknown."""
     count = state["pos_embed"].shape[1]
     kernel = find_kernel(state)
-    if report.layout == "VideoMAE" and count == math.prod(VIDEOMAE_GRID):
-        return VIDEOMAE_GRID
+    if "VideoMAE" in report.layout:  # the last: learned positions, which some of its models have
+        return next((grid for grid in (target, VIDEOMAE_GRID) if count == math.prod(grid)), None)
     one_frame = image or "time_embed" in state
     if kernel is not None and "num_frames" in report.arguments:
         frames, size = report.arguments["num_frames"], report.arguments["image_size"]
@@ -204,14 +242,9 @@ def _position_grid(state: StateDict, report: LoadReport, target: Grid, image: bo
     if one_frame and count != target[1] * target[2]:
         side = math.isqrt(count)
         return (1, side, side) if side * side == count else None
-    return None if rest else (frames, target[1], target[2])
-
-
-def split_positions(positions: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Return parts in space (1, h*w, C) and time (1, t, C) whose sum is nearest to positions (1, t*h*w, C)."""
-    frames = positions.reshape(grid[0], grid[1] * grid[2], -1)
-    space = frames.mean(dim=0)
-    return space.unsqueeze(0), (frames.mean(dim=1) - space.mean(dim=0)).unsqueeze(0)
+    if rest or (report.layout != "stvit_video" and not one_frame and count != math.prod(target)):
+        return None  # as many positions may be fewer frames of larger images
+    return (frames, target[1], target[2])
 
 
 def fit(name: str, value: Tensor, target: Tensor, model: nn.Module, image: bool) -> Fitted:
@@ -234,100 +267,72 @@ def fit(name: str, value: Tensor, target: Tensor, model: nn.Module, image: bool)
     elif leaf == "relative_position_bias_table" and value.ndim == 2:
         shape: Grid = model.get_submodule(root).table_shape  # type: ignore[assignment]
         fitted, status = resample_bias(value, shape, image)
-    if fitted is None or fitted.shape != target.shape:
+    if fitted is None or fitted.shape != target.shape or value.is_floating_point() != target.is_floating_point():
         return None, "wrong shape"
     return fitted.to(target.dtype), status
 
 
-def _add_notes(report: LoadReport, state: StateDict, model: nn.Module, fc_norm: bool) -> None:
-    """Add notes on what the table of keys does not show: on the unused keys in ``state``, and the place of the norm."""
+def _add_notes(report: LoadReport, converted: Converted, state: StateDict, model: nn.Module) -> None:
+    """Add notes on what the table of keys does not show; ``state`` are the unused keys."""
     biases = [name for name in sorted(state) if name.endswith("relative_position_bias_table")]
-    if biases and report.layout != "timm ViT":
+    if biases:
         report.notes.append(f"{len(biases)} position bias tables unused: semantic tokens have no position bias")
+    resampled = [name for name in report.keys["interpolated"] if name.endswith("relative_position_bias_table")]
+    if resampled and report.layout != "stvit_video":
+        report.differ(f"{len(resampled)} position bias tables resampled: its source has windows of another size there")
     others = [name for name in sorted(state) if name not in biases and not name.startswith("head.")]
     if others:
-        shown = f"{len(others)} keys have no place in this model ({_shorten(others, 3)})"
-        report.notes.append(f"{shown}, so its outputs will differ from the source's")
+        shown = f"{len(others)} keys have no place in this model ({shorten(others, 3)})"
+        report.differ(f"{shown}, so its outputs will differ from the source's")
     if report.keys["wrong shape"]:
-        report.notes.append(f"of another shape, so they start anew: {_shorten(report.keys['wrong shape'], 3)}")
-    known = report.arguments.get("fc_norm", None if report.layout == "stvit_video" else fc_norm)
-    if known is not None and hasattr(model, "fc_norm") and known != model.fc_norm:
-        where = "after" if known else "before"
-        report.notes.append(f"its last norm comes {where} the mean over tokens: fc_norm={known} gives equal outputs")
+        report.notes.append(f"of another shape, so they start anew: {shorten(report.keys['wrong shape'], 3)}")
+    if report.layout != "stvit_video" and not {"head.proj.weight", "head.proj.bias"} & converted.state.keys():
+        report.notes.append("it has no classifier: the model's own starts anew")
+    for why in converted.differs:
+        report.differ(why)
+    stages: Any = getattr(model, "layers", ())
+    partial_windows = any(
+        side % size for stage in stages for side, size in zip(stage.grid[1:], stage.window[1:], strict=True)
+    )
+    known = report.arguments if report.layout == "stvit_video" else converted.needs
+    needs: dict[str, Any] = {}
+    for key in ("fc_norm", "positions", "base_attention", "window_fit", "norm_eps"):
+        if key in known and hasattr(model, key) and getattr(model, key) != known[key]:
+            needs[key] = known[key]
+    if not partial_windows:
+        needs.pop("window_fit", None)
+    if needs.keys() & {"fc_norm", "positions"} and "norm_eps" in known:  # whose default follows from these
+        needs.pop("norm_eps", None)
+        if known["norm_eps"] != VIDEOMAE_EPS:
+            needs["norm_eps"] = known["norm_eps"]
+    if needs:
+        arguments = ", ".join(f"{key}={value!r}" for key, value in needs.items())
+        settings = " ".join(f"MODEL.{key.upper()} {value}" for key, value in needs.items())
+        report.differ(f"its network has {arguments}, this model not; to compute as it does, set {settings}")
+    if "fc_norm" in needs:
+        where = "after" if needs["fc_norm"] else "before"
+        report.notes.append(f"its last norm comes {where} the mean over tokens")
+    _compare_windows(report, stages, model)
 
 
-def _check(report: LoadReport, min_coverage: float) -> None:
-    """Raise UsageError where too little of the model is covered, or the classifier has other classes."""
-    keys = report.keys
-    if report.coverage < min_coverage:
-        raise UsageError(
-            f"{report.source} ({report.layout} layout): only {100 * report.coverage:.1f} % of the model's weights "
-            f"found, {100 * min_coverage:.0f} % required (MODEL.INIT_MIN_COVERAGE). Not covered: "
-            f"{_shorten(keys['new'] + keys['wrong shape'], 20)}. Unused: {_shorten(keys['unused'], 10) or 'none'}. "
-            f"Check that the file belongs to this architecture."
+def _compare_windows(report: LoadReport, stages: Any, model: Any) -> None:
+    """Note where a published Swin pads, cuts and shifts otherwise than any model here."""
+    if report.layout == "Hugging Face Swin" and any(
+        min(stage.grid[1:]) <= stage.window[1] < max(stage.grid[1:]) for stage in stages
+    ):
+        report.differ("where a window covers one side of a map, its source shifts along neither, here along the other")
+    if report.layout not in ("torchvision Swin3D", "Video Swin"):
+        return
+    sides = [(side, size) for stage in stages for side, size in zip(stage.grid[1:], stage.window[1:], strict=True)]
+    if any(side < size for side, size in sides):
+        least = max(model.patch[1] * 2 ** (len(stages) - 1) * (size - 1) + 1 for _, size in sides)
+        report.differ(
+            f"on maps smaller than a window its source reads other entries of its bias tables, which no model here "
+            f"does; equal outputs take images of at least {least} pixels"
         )
-    heads = [name for name in keys["wrong shape"] if name.startswith("head.")]
-    if heads:
-        raise UsageError(
-            f"{report.source}: its classifier ({', '.join(heads)}) has another class count than the model. "
-            f"Set MODEL.NEW_HEAD True (new_head=True) to train a new one, or build the model with its class count."
+    frames, size = stages[0].grid[0], stages[0].window[0]
+    if (frames > size and frames % size) or model.input_size[0] % model.patch[0]:
+        report.differ(
+            "its source pads clips with zeros that take part, here padding in time is hidden; equal outputs take "
+            f"a multiple of {size * model.patch[0]} frames, or fewer than that in whole tubelets"
         )
-
-
-def _shorten(names: list[str], count: int) -> str:
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
-
-
-def add_motion(kernel: Tensor, amount: float) -> Tensor:
-    """Add noise that sums to zero over the frames of a kernel (C, 3, k, h, w): equal frames keep their response.
-
-    An inflated kernel is equal for all its frames and cannot respond to changes between them. ``amount`` is the
-    standard deviation of the noise in multiples of the kernel's. It is drawn from torch's global generator.
-    """
-    noise = torch.randn_like(kernel)
-    return kernel + amount * kernel.std() * (noise - noise.mean(dim=2, keepdim=True))
-
-
-def resample(embedding: Tensor, grid: Grid, target: Grid) -> Tensor:
-    """Resize an embedding (1, t*h*w, C) to another grid: bicubic with antialiasing in space, then linear in time."""
-    maps = embedding.float().reshape(*grid, -1).permute(0, 3, 1, 2)  # (t, C, h, w)
-    if grid[1:] != target[1:]:
-        maps = F.interpolate(maps, size=target[1:], mode="bicubic", antialias=True)
-    places = maps.flatten(2).permute(2, 1, 0)  # (h*w, C, t)
-    places = F.interpolate(places, size=target[0], mode="linear", align_corners=True)  # a single frame is repeated
-    return places.permute(2, 0, 1).reshape(1, math.prod(target), -1)
-
-
-def resample_bias(table: Tensor, shape: Grid, image: bool) -> Fitted:
-    """Fit a relative position bias table (t*h*w, heads) to another reach (t, h, w), all odd; return it and its status.
-
-    In space tables are interpolated (bicubic): windows of another size cover the same field. In time an offset keeps
-    its meaning: longer tables repeat their ends (an image's single entry everywhere), shorter ones drop them.
-    """
-    count, heads = table.shape
-    frames, rest = divmod(count, shape[1] * shape[2])
-    rows, columns = shape[1], shape[2]
-    if image or rest or frames % 2 == 0:
-        # Windows are square: the largest odd square that divides the count is the reach in space, the quotient in time.
-        sides = [side for side in range(1, math.isqrt(count) + 1, 2) if count % side**2 == 0 and count % 2]
-        rows = columns = sides[-1] if sides else 1
-        frames = count // rows**2
-        if rows == 1 or (image and frames > 1):
-            return None, "wrong shape"
-    maps = table.reshape(frames, rows, columns, heads)
-    if (rows, columns) != shape[1:]:
-        maps = F.interpolate(maps.float().permute(0, 3, 1, 2), size=shape[1:], mode="bicubic").permute(0, 2, 3, 1)
-    offsets = torch.arange(shape[0]) - shape[0] // 2 + frames // 2
-    inflated = frames == 1 and (rows, columns) == shape[1:]
-    return maps[offsets.clamp(0, frames - 1)].reshape(-1, heads), "inflated" if inflated else "interpolated"
-
-
-def tile_centres(centres: Tensor, regions: Grid, image: bool) -> Fitted:
-    """Fit global centres (1, n, C) to other regions: an image's are repeated over time, a clip's resampled in time."""
-    _, h, w = regions
-    count, side = centres.shape[1], math.isqrt(centres.shape[1])
-    grid = (1, side, side) if image and count != h * w else (count // (h * w), h, w)
-    if math.prod(grid) != count:
-        return None, "wrong shape"
-    status = "inflated" if image and grid[1:] == (h, w) else "interpolated"
-    return resample(centres, grid, regions), "loaded" if grid == regions else status
