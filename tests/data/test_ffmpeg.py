@@ -83,6 +83,8 @@ TOLERANCES = dict.fromkeys(
     ],
     2,
 )
+# The lost part of this picture is what was in memory before: no two decodes of it need be equal.
+UNDEFINED = {"half_zero_mjpeg.avi": 20}
 CLIPS = "STVIT_VIDEO_REAL_CLIPS"  # the variable with the folder of real clips
 
 pytestmark = pytest.mark.skipif(COMMAND is None, reason="no ffmpeg command: pip install imageio-ffmpeg, or apt-get")
@@ -213,7 +215,9 @@ def check_damaged(shown: Shown) -> None:
             assert video.length > 0
             for index in range(video.length):
                 try:
-                    check_frames(video.frames([index]), shown.frames[[index]], shown.name)
+                    frames = video.frames([index])
+                    if index != UNDEFINED.get(shown.name):
+                        check_frames(frames, shown.frames[[index]], shown.name)
                 except DecodeError as error:
                     errors.append(error)
     except DecodeError as error:
@@ -235,6 +239,7 @@ def test_decord_is_exact_or_refuses(shown: Shown, decord: Decoding) -> None:
         except DecodeError:
             continue
         indices = range(len(shown.frames)) if isinstance(choice, Every) else choice.indices
+        assert shown.name not in UNDEFINED
         check_frames(frames, shown.frames[list(indices)], shown.name)
 
 
