@@ -61,15 +61,14 @@ class Batch:
     failures: list[Failure]
     missing: int  # samples without pixels
     short: Tensor  # (videos,), see ``Sample``
-    sources: list[list[int]]  # of each video, which of its stored clips each of its clips is
+    places: list[list[int]]  # of each view of each video among the different views of that video
 
     def make_clips(self) -> Tensor:
         """Compute the different views (n, 3, T, H, W), on the device of the pixels; call it once per step.
 
         In training these are all (videos * views); ``expand`` gives each view what was computed for its equal.
         """
-        views = self.views
-        counts = [len(set(places)) for places in self._places()]
+        views, counts = self.views, self.different_views
         shape = (sum(counts), 3, views.frames, views.size, views.size)
         if self.pixels.device.type == "cpu":  # NumPy asks for huge pages: the first write takes a third of the time
             clips = torch.from_numpy(np.empty(shape, np.float32))
@@ -83,23 +82,13 @@ class Batch:
 
     def expand(self, rows: Tensor) -> Tensor:
         """Return the rows (videos, views, ...) of all views, given those (n, ...) of the different ones."""
-        return rows[torch.tensor(self._places(), device=rows.device)]
+        parts = rows.split(self.different_views)
+        return torch.stack([part[places] for part, places in zip(parts, self.places, strict=True)])
 
     @property
-    def different_views(self) -> Tensor:
-        """How many views of each video differ (videos,)."""
-        return torch.tensor([len(set(places)) for places in self._places()])
-
-    def _places(self) -> list[list[int]]:
-        """Return the place of each view of each video among the different views of the batch."""
-        found: list[list[int]] = []
-        start = 0
-        for shape, source in zip(self.shapes, self.sources, strict=True):
-            crops = self.views.different_crops(shape)
-            spread = [min(crop, crops - 1) for crop in range(self.views.crops)]
-            found.append([start + clip * crops + crop for clip in source for crop in spread])
-            start = max(found[-1]) + 1
-        return found
+    def different_views(self) -> list[int]:
+        """How many views of each video differ."""
+        return [max(places) + 1 for places in self.places]
 
     @property
     def clip_labels(self) -> Tensor:
@@ -130,7 +119,7 @@ def collate(samples: list[Sample], views: TrainViews | TestViews) -> Batch:
         failures=[failure for sample in samples for failure in sample.failures],
         missing=len(samples) - len(read),
         short=torch.tensor([sample.is_short for sample, *_ in read], dtype=torch.bool),
-        sources=[source for *_, source in read],
+        places=[places for *_, places in read],
     )
 
 

@@ -72,7 +72,7 @@ def describe_videos(
                 clips = batch.to(world.device).make_clips()
                 with autocast(world.device, precision):
                     figures = batch.expand(describe(clips).float()).mean(dim=1).cpu()
-                computed = torch.stack([batch.different_views, batch.short.long()], dim=1)
+                computed = torch.stack([torch.tensor(batch.different_views), batch.short.long()], dim=1)
                 rows.append((batch.indices, batch.labels, figures, computed))
                 if partial is not None and not batch.failures:
                     partial.add(rows[-1])

@@ -98,12 +98,8 @@ class TrainViews:
         return pixels if self.late else self._crop_all(pixels, seed)
 
     def drop_copies(self, pixels: Tensor) -> tuple[Tensor, list[int]]:
-        """Return the pixels unchanged, and the place of each clip in them: none is the same as another."""
+        """Return the pixels unchanged, and the place of each view: none is the same as another."""
         return pixels, list(range(self.clips))
-
-    def different_crops(self, shape: torch.Size) -> int:
-        """Return how many crops of a clip of pixels (n, h, w, 3) differ."""
-        return self.crops
 
     def finish(self, pixels: Tensor, seed: Seed, out: Tensor) -> None:
         """Write normalised float views (clips * crops, 3, frames, size, size) to ``out``, where the pixels are."""
@@ -162,7 +158,7 @@ class TestViews:
         return F.resize(clip, size, antialias=True).permute(0, 2, 3, 1)
 
     def drop_copies(self, pixels: Tensor) -> tuple[Tensor, list[int]]:
-        """Return the pixels (n, h, w, 3) of the clips that differ, and the place among these of each clip.
+        """Return the pixels (n, h, w, 3) of the clips that differ, and of each view its place among those that differ.
 
         Clips of a video that is shorter than a clip are the same: one is enough to score it.
         """
@@ -173,7 +169,9 @@ class TestViews:
             same = (i for i, other in enumerate(kept) if torch.equal(other[0], clip[0]) and torch.equal(other, clip))
             places.append(next(same, len(kept)))
             kept += [clip] if places[-1] == len(kept) else []
-        return pixels if len(kept) == self.clips else torch.cat(kept), places
+        crops = self.different_crops(pixels.shape)
+        views = [place * crops + min(crop, crops - 1) for place, crop in product(places, range(self.crops))]
+        return pixels if len(kept) == self.clips else torch.cat(kept), views
 
     def different_crops(self, shape: torch.Size) -> int:
         """Return how many crops of a clip of pixels (n, h, w, 3) differ: one where a crop is the whole picture."""
