@@ -46,7 +46,7 @@ def write_shared(value: Any) -> tuple[IO[bytes], Spans]:
 
 
 def read_shared(fd: int, spans: Spans) -> Any:
-    """Return the object in a file, which is closed; its arrays stay in the file's memory."""
+    """Return the object in a file, which is closed; its arrays stay in the file's memory, which each of them keeps."""
     try:
         memory = memoryview(mmap.mmap(fd, spans[-1][1], flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)))
     finally:

@@ -73,7 +73,8 @@ def describe_videos(
                 with autocast(world.device, precision):
                     figures = batch.expand(describe(clips).float()).mean(dim=1).cpu()
                 computed = torch.stack([torch.tensor(batch.different_views), batch.short.long()], dim=1)
-                rows.append((batch.indices, batch.labels, figures, computed))
+                # Copies: one array of a batch that a worker has sent keeps the memory of all.
+                rows.append((batch.indices.clone(), batch.labels.clone(), figures, computed))
                 if partial is not None and not batch.failures:
                     partial.add(rows[-1])
                 done += len(batch.labels)
