@@ -279,7 +279,7 @@ def report_failure(store: Any, place: Place, error: Exception) -> str:
     """
     who = f"rank {place.rank} of {place.size} on {place.host}"
     text = f"{type(error).__name__}: {first_line(error)}"
-    if room := next((line.strip() for line in str(error).splitlines() if "/dev/shm" in line), ""):
+    if room := next((line.strip() for line in str(error).splitlines() if "/dev/shm/nccl" in line), ""):
         return f"{who} ends: {room}; NCCL needs more room there (docker run --shm-size=1g), or NCCL_SHM_DISABLE=1"
     if not isinstance(error, dist.DistError) and "gloo" not in str(error):
         if not isinstance(error, UsageError):  # which the command prints as one line

@@ -11,7 +11,7 @@ import pytest
 
 from stvit_video.common.errors import UsageError
 from stvit_video.runtime.launchers import SLURM_VARIABLES, TORCHRUN_VARIABLES, Place, find_place
-from stvit_video.runtime.world import PORTS_TRIED, _find_problem, join_world, on_main
+from stvit_video.runtime.world import PORTS_TRIED, _find_problem, join_world, on_main, report_failure
 
 TORCHRUN = dict(zip(TORCHRUN_VARIABLES, ("3", "4", "1", "2", "10.0.0.1", "29500"), strict=True))
 # What srun sets for the last of five tasks on three nodes, as printed by one.
@@ -189,6 +189,13 @@ def test_failure_is_reported_with_its_rank_on_all_ranks() -> None:
     assert right != 0
     assert "rank 1 of 2 on right failed: ArithmeticError: nothing adds up" in right_said
     assert "rank 0 of 2 on left ends: rank 1 of 2 on right failed: ArithmeticError" in left_said
+
+
+def test_only_the_room_that_nccl_lacks_is_called_so() -> None:
+    place, store = Place("torchrun", 1, 2, 1, 2, "n1"), mock.Mock(add=lambda key, count: count)
+    lacking = "NCCL error\nError while creating shared memory segment /dev/shm/nccl-TLJr (size 9637888)"
+    assert "/dev/shm/nccl-TLJr (size 9637888); NCCL needs more room" in report_failure(store, place, OSError(lacking))
+    assert report_failure(store, place, UsageError("DATA.ROOT /dev/shm/set is missing")) == ""
 
 
 def test_hanging_process_is_named_within_the_timeout() -> None:
