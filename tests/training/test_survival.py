@@ -63,11 +63,11 @@ def newest_step(output: Path) -> int:
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
     """Wait until ``condition`` holds or the process has ended."""
-    for _ in range(6000):
+    for _ in range(30_000):
         if condition() or process.poll() is not None:
             return
         time.sleep(0.01)
-    pytest.fail("nothing happened for a minute")
+    pytest.fail("nothing happened for five minutes")
 
 
 @pytest.fixture(scope="module")
