@@ -195,7 +195,7 @@ class _Worker:
             file = None if isinstance(answer, Exception) else recv_handle(self.connection)
         except (EOFError, ConnectionError):
             raise self._death() from None
-        except RuntimeError:  # the message has come without its descriptor
+        except (RuntimeError, OSError):  # the message has come, but its descriptor cannot
             raise LoaderFailure(f"no place for a batch of {self.name}: out of open files (ulimit -n)") from None
         self.asked.popleft()
         if file is not None:

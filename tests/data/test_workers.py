@@ -223,6 +223,20 @@ def test_room_for_open_files_is_made_or_asked_for(small_set: Path, monkeypatch: 
         build_loader(small_set)
 
 
+@pytest.mark.parametrize("left", [0, 1])
+def test_batches_that_find_no_descriptor_end_with_one_line(loader: Loader, left: int) -> None:
+    def load() -> None:
+        list(loader)
+        lowest = os.dup(0)  # numbers of descriptors are given out from the lowest on
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + left, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        os.close(lowest)
+        list(loader)
+
+    says = str(in_a_fork(load))
+    assert says.startswith("LoaderFailure: no place for a batch of loader worker 1 of 2"), says
+    assert says.endswith("out of open files (ulimit -n)")
+
+
 def test_limits_of_a_container_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "CGROUPS", tmp_path)
     assert limits.memory_limit()[1] == "the machine"
