@@ -11,7 +11,8 @@ from typing import Any
 from stvit_video.common.errors import UsageError, nearest
 from stvit_video.data.decode.types import MEDIA_SUFFIXES
 from stvit_video.data.lists.annotations import Section
-from stvit_video.data.lists.catalogues import TRIMMED, Catalogue, Entry, is_media, some_of
+from stvit_video.data.lists.catalogues import TRIMMED, Catalogue, Entry, some_of
+from stvit_video.data.lists.folders import is_media
 
 MAX_LABEL = 999_999  # more classes than any data set has: a larger number is an id or a time, read as a label
 # What data sets call their columns, the likeliest first; compared in lower case, with _ for blanks.
