@@ -362,6 +362,7 @@ def test_a_run_trains_and_tests_on_a_published_list(
         ("path,start,end,label\na.mp4,1,x,ski\n", r"line 2: time 'x'; give seconds, as in 12.5"),
         ("path,start_frame,end_frame,label\na.mp4,1,2.5,ski\n", r"line 2: frame '2.5'; give a whole number"),
         ("path,label\na.mp4,ski\nb.mp4,\n", r"line 3: label '' is empty"),
+        ('path,labels\na.mp4,"[0, 1, 1]"\n', r"line 2: labels 0 1 1 say yes or no to each class"),
         ("path,label\na.mp4,-1\n", r"line 2: label -1 is negative"),
         ("path,label\na.mp4,ski\nb.mp4,yoga,mat\n", r"line 3 has 3 fields, not 2"),
         ('{"a": 1}', r"is not a JSON list of videos"),
@@ -420,6 +421,7 @@ def test_a_file_name_in_two_folders_is_not_guessed(tmp_path: Path) -> None:
         ("c,1\na b,0\n", ["a b", "c"], []),
         ("id,key,instances\n0,a b,\"['a', 'b']\"\n1,c,['c']\n", ["a b", "c"], []),
         ("label\na b\nc\n", ["a b", "c"], []),
+        ("nr,action\n1,c\n0,a b\n", ["a b", "c"], []),
         ('{"0": "a b", "1": "c"}', ["a b", "c"], []),
         ('{"\\"a b\\"": 0, "c": 1}', ["a b", "c"], []),  # as PyTorchVideo has Kinetics' names
         ('[["a b"], "c"]', ["a b", "c"], []),
@@ -506,3 +508,9 @@ def test_habits_of_other_writers(
     (tmp_path / "list").write_text(content)
     found = read_list(tmp_path / "list", tmp_path)
     assert [(os.path.relpath(video.path, tmp_path), video.label, video.labels) for video in found] == expected
+
+
+def test_labels_that_are_a_flag_for_each_class_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "list").write_text("a.mp4 1 0\nb.mp4 0 1 1\n")
+    says = refusal(lambda: read_list(tmp_path / "list", tmp_path, multi_label=True))
+    assert "line 2: labels 0 1 1 say yes or no to each class" in says

@@ -101,6 +101,8 @@ def _read_numbered(lines: list[str], path: str | Path) -> ClassNames | None:
         return _in_order([(match[2], match[1]) for match in last if match], path)
     if all(re.fullmatch(r"(.*\S)\s+([0-9]+)", line) for line in lines):
         return _in_order([(line.split()[-1], line.rsplit(None, 1)[0]) for line in lines], path, required=False)
+    if len(lines) > 2 and (all(first[1:]) or all(last[1:])):  # the first line names the columns
+        return _read_numbered(lines[1:], path)
     return None
 
 

@@ -15,6 +15,7 @@ from stvit_video.data.lists.tables import (
     COLUMNS,
     NUMBER,
     Reading,
+    check_one_hot,
     find_separator,
     read_table,
     wrong_number,
@@ -68,6 +69,8 @@ def read_lines_list(lines: Sequence[str], path: str | Path, root: str | Path, re
         labels = [label.removesuffix(".0")]  # pandas writes whole numbers so where some are missing
         if reading.multi_label and name[-1].isdigit() and (wide := WIDE.fullmatch(name)):
             name, labels = wide[1], [*re.split(r"[\s,;]+", wide[2].strip(" \t,;")), label]
+        if problem := check_one_hot(labels):
+            raise UsageError(f"{path}, line {number}: {problem}")
         for one in labels:
             if problem := wrong_number(one) if NUMBER.fullmatch(one) else f"{one} is no whole number; give labels.":
                 raise UsageError(f"{path}, line {number}: {problem}")

@@ -269,13 +269,21 @@ def split_labels(
     for row, labels in found.items():
         if not multi_label and not row[0]:
             raise LabelError(row, f"label {row[0]!r} is empty; give a class.")
-        for problem in (wrong_number(label.removesuffix(".0")) for label in labels if are_numbers):
+        problems = [wrong_number(label.removesuffix(".0")) for label in labels if are_numbers]
+        for problem in (check_one_hot(labels), *problems):
             if problem:
                 raise LabelError(row, problem)
     return {
         row: tuple(int(label.removesuffix(".0")) for label in labels) if are_numbers else labels
         for row, labels in found.items()
     }, multi_label
+
+
+def check_one_hot(labels: Sequence[str]) -> str:
+    """Return what is wrong with labels that are a 0 or 1 for each class; empty where there is nothing."""
+    if len(labels) < 3 or not set(labels) <= {"0", "1"}:
+        return ""
+    return f"labels {' '.join(labels)[:40]} say yes or no to each class; give the numbers of those that are there."
 
 
 def wrong_number(label: str) -> str:
