@@ -363,6 +363,8 @@ def test_a_run_trains_and_tests_on_a_published_list(
         ("path,start_frame,end_frame,label\na.mp4,1,2.5,ski\n", r"line 2: frame '2.5'; give a whole number"),
         ("path,label\na.mp4,ski\nb.mp4,\n", r"line 3: label '' is empty"),
         ('path,labels\na.mp4,"[0, 1, 1]"\n', r"line 2: labels 0 1 1 say yes or no to each class"),
+        ("path,label\na.mp4,0.25\nb.mp4,1\n", r"line 2: label 0.25 is no whole number; give"),
+        ('[{"path": "a.mp4", "label": null}]', r"entry 1: label '' is empty"),
         ("path,label\na.mp4,-1\n", r"line 2: label -1 is negative"),
         ("path,label\na.mp4,ski\nb.mp4,yoga,mat\n", r"line 3 has 3 fields, not 2"),
         ('{"a": 1}', r"is not a JSON list of videos"),

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,7 +53,7 @@ class Catalogue:
     expected: str = "{name}"  # path, from the root, of a video that is not found: a form of label and name
     has_ids: bool = False  # the names are not paths
     multi_label: bool = False
-    notes: tuple[str, ...] = field(default=())  # what the user has to know about how it was understood
+    notes: tuple[str, ...] = ()  # what the user has to know about how it was understood
 
     def classes(self) -> list[str] | None:
         """Return the sorted names of all classes that occur; None where they are numbers or not given."""

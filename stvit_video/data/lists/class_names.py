@@ -22,7 +22,6 @@ class ClassNames:
 
     names: Sequence[str]
     ids: Sequence[str] = ()  # as many as names; empty: their places, from 0
-    source: str = "DATA.CLASSES"
     _places: dict[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

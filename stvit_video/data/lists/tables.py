@@ -32,6 +32,7 @@ KINETICS_COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 IDENTIFIER = re.compile(r"[\w-]+")
 DIGITS = re.compile("[0-9]+")
 NUMBER = re.compile(r"[+-]?[0-9]+")
+DECIMAL = re.compile(r"[+-]?[0-9]*\.?[0-9]+(e[+-]?[0-9]+)?", re.IGNORECASE)
 CHARADES = re.compile(r"^(c[0-9]{3}) [0-9.]+ [0-9.]+")  # a class with its start and end in seconds
 SEVERAL = re.compile(r"[|;]|^\[.*\]$|^[0-9]+(\s*,\s*[0-9]+)+$")  # a field that holds several labels
 
@@ -266,7 +267,11 @@ def split_labels(
     found = {row: tuple(_split(row, several)) if multi_label else row for row in rows}
     # pandas writes whole numbers as 3.0 where some are missing.
     are_numbers = all(NUMBER.fullmatch(label.removesuffix(".0")) for labels in found.values() for label in labels)
+    are_scores = not are_numbers and all(DECIMAL.fullmatch(label) for labels in found.values() for label in labels)
     for row, labels in found.items():
+        score = next((label for label in labels if are_scores and not NUMBER.fullmatch(label.removesuffix(".0"))), "")
+        if score:
+            raise LabelError(row, f"label {score[:20]} is no whole number; give the number or the name of a class.")
         if not multi_label and not row[0]:
             raise LabelError(row, f"label {row[0]!r} is empty; give a class.")
         problems = [wrong_number(label.removesuffix(".0")) for label in labels if are_numbers]
@@ -297,7 +302,9 @@ def wrong_number(label: str) -> str:
 
 def _to_text(field: Any) -> str:
     """Return a field of labels as text; JSON may hold numbers and lists."""
-    return field if isinstance(field, str) else "|".join(map(str, field)) if isinstance(field, list) else str(field)
+    if isinstance(field, list):
+        return "|".join(map(str, field))
+    return "" if field is None else str(field)
 
 
 def _split(fields: Sequence[str], several: re.Pattern[str]) -> list[str]:
