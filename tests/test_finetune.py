@@ -282,10 +282,10 @@ def test_mistakes_are_one_line(
 def test_a_folder_that_is_split_already_is_refused(
     my_videos: Path, checkpoint: Path, tmp_path: Path, refused: Callable[[list[str]], str]
 ) -> None:
-    for split in ("train", "val"):
+    for split in ("Train", "val"):
         shutil.copytree(my_videos, tmp_path / "both" / split)
     words = ["--cfg", str(CONFIG), "DATA.ROOT", str(tmp_path / "both"), "MODEL.INIT", str(checkpoint)]
     said = refused([*words, "OUTPUT_DIR", str(tmp_path / "run")])
-    assert "is split already (train, val); give DATA.SPLIT None" in said
-    lists = ["DATA.SPLIT", "None", "DATA.TRAIN_LIST", "train", "DATA.VAL_LIST", "val", "DATA.TEST_LIST", "val"]
+    assert "is split already (Train, val); give DATA.SPLIT None" in said
+    lists = ["DATA.SPLIT", "None", "DATA.TRAIN_LIST", "Train", "DATA.VAL_LIST", "val", "DATA.TEST_LIST", "val"]
     assert len(build_lists(load_config(words[1], [*words[2:], *lists])).videos("train")) == 16

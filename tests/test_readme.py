@@ -31,7 +31,7 @@ PAGES = [page for page in PAGES if page.parent.name != "golden"]  # about files 
 OTHERS = PAGES[1:]
 PYTHON = {".venv/bin/python", "python"}
 # Programs that are not this package's: only that the files exist which they are given.
-PROGRAMS = {"python3", "source", "pip", "pytest", "ruff", "mypy", ".ci/run"}
+PROGRAMS = {"apt-get", "sudo", "tar", "python3", "source", "pip", "pytest", "ruff", "mypy", ".ci/run"}
 TO_BE_MADE = ("configs/NAME.yaml", "slurm/profiles/mine.yaml")  # files that the reader makes
 LARGEST_PICTURE = 300_000
 

@@ -145,4 +145,4 @@ def _build_account(cfg: CfgNode, lists: ListReader, videos: dict[str, list[Video
             f"DATA.SPLIT: {' / '.join(map(str, lists.shares))} % of each class for training / validation / test, "
             f"drawn from file names, {ways} (DATA.GROUP {cfg.DATA.GROUP!r})"
         )
-    return [*lines, *(f"note: {note}" for note in [*lists.notes, *notes])]
+    return [*lines, *(f"note: {note}" for note in dict.fromkeys([*lists.notes, *notes]))]

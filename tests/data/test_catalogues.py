@@ -166,6 +166,8 @@ def test_equal_names_hidden_folders_and_circular_links_change_nothing(tmp_path: 
     found = find_clips(root, re.compile("[0-9]+"))
     assert found.paths == {"1": f"{root}/a/1.mp4", "3": f"{root}/linked/3.mp4"}
     assert found.repeated == {"1"}
+    (root / "b" / "4").write_bytes(b"\0\0\0\x20ftypisom")  # a video without ending
+    assert find_clips(root, None).paths["4"] == f"{root}/b/4"
     assert find_clips(tmp_path / "absent", re.compile("[0-9]+")).paths == {}
 
 

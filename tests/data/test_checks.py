@@ -22,6 +22,10 @@ def videos_of(*names: str, label: int = 0) -> list[Video]:
     return [Video(f"/set/{name}", label) for name in names]
 
 
+def part_of(name: str, start: float, stop: float) -> Video:
+    return Video(f"/set/{name}", 0, section=Section(start, stop))
+
+
 def notes_of(group: str = "auto", **lists: list[Video]) -> list[str]:
     sources = {split: f"/set/{split}.csv" for split in lists}
     return check_lists(lists, sources, name_recordings(lists, "/set", group), group)
@@ -38,7 +42,7 @@ def test_classes_are_counted() -> None:
 
 def test_lists_are_described_with_recordings_and_gaps() -> None:
     train = videos_of(*(f"v_A_g{g:02d}_c{c:02d}.avi" for g in (1, 2) for c in (1, 2)))
-    lists = {"train": train, "val": (same := videos_of("x.mp4", label=2)), "test": same}
+    lists = {"train": train, "val": videos_of("x.mp4", label=2), "test": videos_of("x.mp4", label=2)}
     lines = describe_lists(["a", "b", "c"], lists, name_recordings(lists, "/set", "auto"))
     assert lines[0] == "3 classes: a 4, b 0, c 1"  # a list that serves twice is counted once
     assert lines[1].startswith("train: 4 videos of 2 recordings, 4 (100.0 %) missing")
@@ -75,6 +79,17 @@ def test_what_would_leak_is_refused(train: str, test: str, says: str) -> None:
         notes_of("([0-9])_" if "_" in train else "auto", **lists)
 
 
+@pytest.mark.parametrize("train", [part_of("a", 1, 6), Video("/set/a", 0)])
+@pytest.mark.parametrize("source", ["/set/train.csv", "/set/test.csv"])
+def test_parts_of_a_file_with_frames_in_common_are_refused(train: Video, source: str) -> None:
+    lists = {"train": [train], "test": [part_of("a", 9, 10), part_of("a", 5, 9)]}
+    lists["train"] += [part_of("b", 0, 99)]
+    sources = {"train": "/set/train.csv", "test": source}  # one file may hold both, in two subsets
+    says = rf"{2 - bool(train.section)} of 2 videos of {source} are in /set/train.csv too, the first /set/a#t="
+    with pytest.raises(UsageError, match=says):
+        check_lists(lists, sources, name_recordings(lists, "/set", "auto"), "auto")
+
+
 def test_the_same_file_behind_a_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"content")
     (tmp_path / "link.mp4").symlink_to("a.mp4")
@@ -90,8 +105,9 @@ def test_what_lists_share_otherwise_is_said(tmp_path: Path) -> None:
         "1 of 1 videos of /set/val.csv are in /set/train.csv too, the first /set/a.mp4",
     ]
     assert "1 files with different labels" in notes_of(test=videos_of("a") + videos_of("a", label=1))[0]
-    cuts = {split: [Video("/set/a", 0, section=Section(i, i + 5.0))] for i, split in enumerate(("train", "test"))}
-    assert notes_of(**cuts) == []  # segments of one file are videos of their own
+    parts = {"train": [part_of("a", 0, 5)], "test": [part_of("a", 5, 9)]}
+    assert notes_of(**parts) == ["1 of 1 test videos are of recordings that training has too, the first /set/a"]
+    assert notes_of("", **parts) == []
     ucf = {"train": videos_of("v_A_g01_c01.avi"), "test": videos_of("v_A_g01_c02.avi")}
     assert notes_of(**ucf) == ["1 of 1 test videos are of recordings that training has too, the first v_A_g01"]
     same = {"train": (videos := videos_of("a.mp4")), "test": videos}

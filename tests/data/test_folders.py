@@ -10,17 +10,18 @@ from PIL import Image
 from stvit_video.common.errors import UsageError
 from stvit_video.data.decode.frames import open_video
 from stvit_video.data.lists.annotations import Video
+from stvit_video.data.lists.class_names import ClassNames
 from stvit_video.data.lists.folders import class_folders, find_media, read_file, read_folder
 from stvit_video.data.streams import find_sources
 
 
 @pytest.mark.parametrize("name", ["yoga/a b.MP4", "yoga/a.JPG"])
 def test_one_file_is_labelled_by_its_folder(tmp_path: Path, name: str) -> None:
-    assert read_file(tmp_path / name, ["ski", "yoga"]) == [Video(str(tmp_path / name), 1)]
+    assert read_file(tmp_path / name, ClassNames(["ski", "yoga"])) == [Video(str(tmp_path / name), 1)]
     with pytest.raises(UsageError, match=r"'yoga' is none of the 1 class names; .* `path label`.* Did you mean yogi\?"):
-        read_file(tmp_path / name, ["yogi"])
+        read_file(tmp_path / name, ClassNames(["yogi"]))
     with pytest.raises(UsageError, match=r"'yoga' is none of the 0 class names; .* `path label`"):
-        read_file(tmp_path / name, [])
+        read_file(tmp_path / name, ClassNames([]))
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def folders(tmp_path: Path) -> Path:
 def test_class_folders_are_labelled_in_order(folders: Path) -> None:
     found = [(str(Path(video.path).relative_to(folders)), video.label) for video in read_folder(folders)[0]]
     assert found == [("cat/v.MP4", 0), ("dog/a.png", 1), ("dog/b.JPG", 1), ("dog/more/c.webp", 1)]
-    named, _ = read_folder(folders, ["ant", "eel", "dog", "cat"])
+    named, _ = read_folder(folders, ClassNames(["ant", "eel", "dog", "cat"]))
     assert {(Path(video.path).relative_to(folders).parts[0], video.label) for video in named} == {
         ("dog", 2),
         ("cat", 3),
@@ -50,9 +51,14 @@ def test_a_hidden_folder_above_hides_nothing(folders: Path) -> None:
     assert len(read_folder(folders.with_name(".cache"))[0]) == 4
 
 
+def test_class_folders_may_be_named_by_another_system(tmp_path: Path) -> None:
+    lay(tmp_path, "cafe\u0301/a.mp4")
+    assert [video.label for video in read_folder(tmp_path, ClassNames(["bar", "caf\u00e9"]))[0]] == [1]
+
+
 def test_wrong_class_folders_are_named(folders: Path) -> None:
-    with pytest.raises(UsageError, match=r"set/eel is of none of the 3 classes \(dog to eels\).*Did you mean eels\?"):
-        read_folder(folders, ["dog", "cat", "eels"])
+    with pytest.raises(UsageError, match=r"set/eel is none of the 3 classes \(dog to eels\).*Did you mean eels\?"):
+        read_folder(folders, ClassNames(["dog", "cat", "eels"]))
     with pytest.raises(UsageError, match="no class folders; put files at"):
         read_folder(folders / "eel")
     for name in ("cat", "dog"):

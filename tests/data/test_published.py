@@ -356,11 +356,15 @@ def test_a_run_trains_and_tests_on_a_published_list(
         ("f 3 0\n", r"'f 3 0' has several numbers"),  # the folder has two frames
         ("clip,gt\na.mp4,yoga\n", r"columns clip, gt, none of which is known to hold labels"),
         ("which,gt\na.mp4,yoga\nb.mp4,ski\n", r"'which,gt' names columns, none of which is known"),
+        (",which,gt\n0,a.mp4,yoga\n1,b.mp4,ski\n", r"',which,gt' names columns, none of which is known"),
         ("which gt\na.mp4 3\n", r"line 1: 'which gt' has no label"),
         ("path,score\na.mp4,3\n", r"columns path, score, none of which is known to hold labels.*DATA.LABEL"),
         ("path,start,end,label\na.mp4,1,x,ski\n", r"line 2: time 'x'; give seconds, as in 12.5"),
         ("path,start_frame,end_frame,label\na.mp4,1,2.5,ski\n", r"line 2: frame '2.5'; give a whole number"),
         ("path,label\na.mp4,ski\nb.mp4,\n", r"line 3: label '' is empty"),
+        ('path,labels\na.mp4,"[0, 1, 1]"\n', r"line 2: labels 0 1 1 say yes or no to each class"),
+        ("path,label\na.mp4,0.25\nb.mp4,1\n", r"line 2: label 0.25 is no whole number; give"),
+        ('[{"path": "a.mp4", "label": null}]', r"entry 1: label '' is empty"),
         ("path,label\na.mp4,-1\n", r"line 2: label -1 is negative"),
         ("path,label\na.mp4,ski\nb.mp4,yoga,mat\n", r"line 3 has 3 fields, not 2"),
         ('{"a": 1}', r"is not a JSON list of videos"),
@@ -419,7 +423,9 @@ def test_a_file_name_in_two_folders_is_not_guessed(tmp_path: Path) -> None:
         ("c,1\na b,0\n", ["a b", "c"], []),
         ("id,key,instances\n0,a b,\"['a', 'b']\"\n1,c,['c']\n", ["a b", "c"], []),
         ("label\na b\nc\n", ["a b", "c"], []),
+        ("nr,action\n1,c\n0,a b\n", ["a b", "c"], []),
         ('{"0": "a b", "1": "c"}', ["a b", "c"], []),
+        ('{"\\"a b\\"": 0, "c": 1}', ["a b", "c"], []),  # as PyTorchVideo has Kinetics' names
         ('[["a b"], "c"]', ["a b", "c"], []),
         ("3 pointer, 2 pointer\nsomething, something\n", ["3 pointer, 2 pointer", "something, something"], []),
     ],
@@ -472,6 +478,9 @@ def test_lists_of_one_run_are_of_one_kind(tmp_path: Path) -> None:
         ("# path label\na.mp4 3\n", "a.mp4", [("a.mp4", 3, None)]),
         ("sep=;\npath;label\na.mp4;ski\n", "a.mp4", [("a.mp4", 0, None)]),
         ("a.mp4,3.0\n", "a.mp4", [("a.mp4", 3, None)]),
+        ("a, b.mp4 3\n", "a.mp4", [("a, b.mp4", 3, None)]),
+        ("walk/1 2 5\n", "rgb/walk/1/1.jpg rgb/walk/1/2.jpg", [("rgb/walk/1", 5, None)]),
+        ("a.mp4,caf\u00e9\nb.mp4,cafe\u0301\n", "a.mp4", [("a.mp4", 0, None), ("b.mp4", 0, None)]),
         ("path,label\na.mp4,3.0\n", "a.mp4", [("a.mp4", 3, None)]),
         (
             "run/a.mp4 run\nski jump/b.mp4 ski jump\n",
@@ -501,3 +510,9 @@ def test_habits_of_other_writers(
     (tmp_path / "list").write_text(content)
     found = read_list(tmp_path / "list", tmp_path)
     assert [(os.path.relpath(video.path, tmp_path), video.label, video.labels) for video in found] == expected
+
+
+def test_labels_that_are_a_flag_for_each_class_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "list").write_text("a.mp4 1 0\nb.mp4 0 1 1\n")
+    says = refusal(lambda: read_list(tmp_path / "list", tmp_path, multi_label=True))
+    assert "line 2: labels 0 1 1 say yes or no to each class" in says

@@ -51,6 +51,9 @@ def test_files_without_recordings_are_split_as_ever(group: str) -> None:
     [
         ("v_Archery_g01_c02.avi", "v_Archery_g01"),
         ("v_HandstandPushups_g12_c03", "v_HandstandPushups_g12"),
+        ("v_A_g01_c02/img_00001.jpg", "v_A_g01"),
+        ("v_A_g01_c02/img_{:05}.jpg", "v_A_g01"),
+        ("v_A_g01_c02_00001.jpg", "v_A_g01"),
         ("v_biking_03_02.mpg", "v_biking_03"),
         ("April_09_brush_hair_u_nm_np1_ba_goo_0.avi", "April_09"),
         ("RATRACE_wave_f_nm_np1_fr_goo_37.avi", "RATRACE"),

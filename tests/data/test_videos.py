@@ -10,7 +10,7 @@ from PIL import Image
 
 from stvit_video.common.errors import UsageError
 from stvit_video.data.lists.annotations import Video, find_missing
-from stvit_video.data.lists.videos import build_lists
+from stvit_video.data.lists.videos import ListReader, build_lists
 from tests.conftest import data_config
 
 
@@ -36,7 +36,7 @@ def test_class_names_of_folders_are_those_of_the_training_list(small_set: Path, 
     with pytest.raises(UsageError, match="names 8; unset the first"):
         _ = build_lists(data_config(small_set, *folders, "MODEL.NUM_CLASSES", "9")).classes
     (root / "val" / "bars").mkdir()
-    with pytest.raises(UsageError, match=r"val/bars is of none of the 8 classes.*Did you mean bar\?"):
+    with pytest.raises(UsageError, match=r"val/bars is none of the 8 classes.*Did you mean bar\?"):
         build_lists(cfg).videos("test")
     unnamed = ["DATA.TRAIN_LIST", "shape/train.csv", "DATA.TEST_LIST", "stills/val", "DATA.CLASSES", ""]
     with pytest.raises(UsageError, match=r"labels of .*train\.csv have no names; give DATA\.CLASSES"):
@@ -95,6 +95,17 @@ def test_numbered_training_lists_give_named_test_lists_no_labels(kinetics: Path)
     (kinetics / "numbers.txt").write_text("videos/aaa_000001_000011.mp4 1\n")
     with pytest.raises(UsageError, match=r"test\.csv gives its classes by name, but the labels of .*numbers\.txt have"):
         build_lists(named_config(kinetics, "DATA.TRAIN_LIST", "numbers.txt")).videos("test")
+
+
+def test_an_id_of_several_folders_is_said(tmp_path: Path) -> None:
+    for name in ("old/1.mp4", "new/1.mp4", "new/2.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "list").write_text("id,label\n1,ski\n2,yoga\n")
+    reader = ListReader(root=tmp_path, lists={"train": "list", "val": "", "test": "list"})
+    assert [video.path for video in reader.videos("train")] == [f"{tmp_path}/new/1.mp4", f"{tmp_path}/new/2.mp4"]
+    (note,) = reader.notes
+    assert f"1 of 2 videos lie under one name in several folders; the first is taken, as {tmp_path}/new/1.mp4" in note
 
 
 def test_something_labels_are_those_of_the_labels_file(tmp_path: Path) -> None:

@@ -2,11 +2,10 @@
 
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stvit_video.common.errors import UsageError, nearest
+from stvit_video.common.errors import UsageError
 from stvit_video.data.decode.pictures import is_pattern
 
 MAX_LOOKS = 512  # files to look at where a list is checked: a wrong root shows within seconds on any storage
@@ -53,13 +52,6 @@ def parse_name(name: str) -> tuple[str, Section | None]:
     if match is None:
         return name, None
     return match[1], Section(float(match[3]), float(match[4]), match[2] == "frames", may_be_file=match[2] == "t")
-
-
-def label_of(name: str, classes: Sequence[str], refusal: str) -> int:
-    """Return the place of a class; UsageError with the ``refusal`` and the nearest name where there is none."""
-    if name not in classes:
-        raise UsageError(refusal + nearest(name, classes))
-    return classes.index(name)
 
 
 def check_labels(videos: list[Video], num_classes: int, source: str | Path) -> None:

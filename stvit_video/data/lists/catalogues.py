@@ -3,18 +3,16 @@
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from stvit_video.common.errors import UsageError
-from stvit_video.data.decode.types import IMAGE_SUFFIXES, MEDIA_SUFFIXES, VIDEO_SUFFIXES
 from stvit_video.data.lists.annotations import Section, Video
-from stvit_video.data.lists.class_names import ClassNames
-from stvit_video.data.lists.folders import FLOW_FOLDER, FOREIGN_FOLDERS, PREVIEW_FOLDER
+from stvit_video.data.lists.class_names import ClassNames, compared
+from stvit_video.data.lists.folders import FLOW_FOLDER, FOREIGN_FOLDERS, PREVIEW_FOLDER, is_media, list_folder
 from stvit_video.data.lists.text import find_file
 
-FRAMES_SEEN = 64  # so many images and nothing else at the start of a folder: it holds the frames of a video
 LOOKS = 32  # entries of a list that are looked up to see what its names are
 TRIMMED = re.compile(".+_[0-9]{6}_[0-9]{6}")  # names of Kinetics' clips: id, start and end
 SUBSETS = {
@@ -55,12 +53,14 @@ class Catalogue:
     expected: str = "{name}"  # path, from the root, of a video that is not found: a form of label and name
     has_ids: bool = False  # the names are not paths
     multi_label: bool = False
-    notes: tuple[str, ...] = field(default=())  # what the user has to know about how it was understood
+    notes: tuple[str, ...] = ()  # what the user has to know about how it was understood
 
     def classes(self) -> list[str] | None:
         """Return the sorted names of all classes that occur; None where they are numbers or not given."""
-        names = {str(label) for entry in self.entries for label in entry.labels}
-        return sorted(names) if names and not self.has_numbers else None
+        if self.has_numbers:
+            return None
+        names = sorted({str(label) for entry in self.entries for label in entry.labels})
+        return list({compared(name): name for name in reversed(names)}.values())[::-1] or None
 
     @property
     def has_numbers(self) -> bool:
@@ -133,6 +133,24 @@ def _without_slash(catalogue: Catalogue, root: str) -> Catalogue:
     return replace(catalogue, entries=entries)
 
 
+def find_start(names: Sequence[str], root: str) -> str | None:
+    """Return the root if one of the paths leads somewhere from there, else the only folder in it of which that is true.
+
+    Return None where there is none. Names without a folder start from the root alone.
+    """
+
+    def leads_somewhere(folder: str) -> bool:
+        return any(os.path.lexists(find_file(folder, name)) for name in names)
+
+    if leads_somewhere(root):
+        return root
+    if not all("/" in name or "\\" in name for name in names) or not os.path.isdir(root):
+        return None
+    folders = [item.path for item in os.scandir(root) if item.name[0] != "." and item.is_dir()]
+    found = [folder for folder in folders if leads_somewhere(folder)]
+    return found[0] if len(found) == 1 else None
+
+
 def _where(
     catalogue: Catalogue, root: str, search: Callable[[re.Pattern[str] | None], Clips]
 ) -> tuple[str, Clips | None]:
@@ -141,19 +159,10 @@ def _where(
     Where names are ids, return also what was found of these.
     """
     names = [entry.names[0] for entry in some_of(catalogue.entries)]
-
-    def leads_somewhere(folder: str) -> bool:
-        return any(os.path.lexists(find_file(folder, name)) for name in names)
-
-    if not catalogue.has_ids and leads_somewhere(root):
-        return root, None
-    if not catalogue.has_ids and any("/" in name or "\\" in name or is_media(name) for name in names):
-        if all("/" in name or "\\" in name for name in names) and os.path.isdir(root):
-            folders = [item.path for item in os.scandir(root) if item.name[0] != "." and item.is_dir()]
-            found = [folder for folder in folders if leads_somewhere(folder)]
-            if len(found) == 1:
-                return found[0], None
-        return root, None
+    if not catalogue.has_ids:
+        start = find_start(names, root)
+        if start or any("/" in name or "\\" in name or is_media(name) for name in names):
+            return start or root, None
     clips = search(catalogue.clip_folder)
     if not catalogue.has_ids:
         for name in filter(clips.repeated.__contains__, names):
@@ -202,11 +211,6 @@ def _by_folder(video: Video, classes: ClassNames, source: str | Path) -> Video:
     return replace(video, label=classes.label_of(folder, given))
 
 
-def is_media(name: str) -> bool:
-    """Say whether a name ends like that of an image or a video."""
-    return name.lower().endswith(MEDIA_SUFFIXES)
-
-
 def find_clips(root: str | Path, clip_folder: re.Pattern[str] | None) -> Clips:
     """Find each video file and each folder of frames anywhere under ``root``.
 
@@ -224,14 +228,14 @@ def find_clips(root: str | Path, clip_folder: re.Pattern[str] | None) -> Clips:
             if (status.st_dev, status.st_ino) in seen:  # links that lead back up would have no end
                 continue
             seen.add((status.st_dev, status.st_ino))
-            folders, files, is_video = _list(place)
+            files, pictures, _, folders = list_folder(place, quick=True)
         except OSError:
             continue
-        if is_video and place != str(root):
+        if pictures and not folders and not files and place != str(root):
             _add(found, os.path.basename(place), place)
         for name in sorted(files):
             _add(found, os.path.splitext(name)[0], os.path.join(place, name))
-        inside = sorted(name for name in folders if name[0] != "." and not _holds_no_frames(name))
+        inside = sorted(name for name in folders if not _holds_no_frames(name))
         for name in inside:
             if clip_folder and clip_folder.fullmatch(name):
                 _add(found, name, os.path.join(place, name))
@@ -246,27 +250,6 @@ def _holds_no_frames(folder: str) -> bool:
     return folder in FOREIGN_FOLDERS or bool(
         len(folder) > 1 and (FLOW_FOLDER.fullmatch(folder) or PREVIEW_FOLDER.fullmatch(folder))
     )
-
-
-def _list(place: str) -> tuple[list[str], list[str], bool]:
-    """Return the names of folders and of video files in a folder, and whether it holds the frames of a video."""
-    folders: list[str] = []
-    files: list[str] = []
-    images = others = 0
-    with os.scandir(place) as items:
-        for item in items:
-            ending = os.path.splitext(item.name)[1].lower()
-            if ending in IMAGE_SUFFIXES:
-                images += 1
-            elif item.is_dir():
-                folders.append(item.name)
-            elif ending in VIDEO_SUFFIXES:
-                files.append(item.name)
-            else:
-                others += 1
-            if images >= FRAMES_SEEN and not folders and not files:
-                break
-    return folders, files, bool(images) and not folders and not files
 
 
 def _add(found: Clips, stem: str, path: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from stvit_video.common.errors import UsageError
-from stvit_video.data.lists.annotations import Video, summarise_videos
+from stvit_video.data.lists.annotations import Section, Video, summarise_videos
 from stvit_video.data.lists.folders import are_numbers
 from stvit_video.data.lists.splitting import find_recordings, real_paths
 
@@ -27,13 +27,16 @@ def name_recordings(videos: Mapping[str, list[Video]], root: str | Path, group: 
             f"DATA.GROUP {group!r} matches none of the paths, the first being {next(iter(videos.values()))[0].path}; "
             f"correct it, or give auto."
         )
+    for split, part in videos.items():  # parts of one file are of one recording
+        names = zip(found[split], part, strict=True)
+        found[split] = [name or (video.path if group and video.section else None) for name, video in names]
     return found
 
 
 def describe_lists(classes: Sequence[str], videos: Mapping[str, list[Video]], recordings: Recordings) -> list[str]:
     """Return lines with the videos of each class and of each split."""
-    lists = {id(found): found for found in videos.values()}  # one list may be that of several splits
-    counts = Counter(label for found in lists.values() for video in found for label in labels_of(video))
+    lists = {tuple(found) for found in videos.values()}  # one list may be that of several splits
+    counts = Counter(label for found in lists for video in found for label in labels_of(video))
     lines = [describe_classes(classes, counts)]
     for split, found in videos.items():
         lines.append(summarise_videos(found, split, len({*recordings[split]} - {None})))
@@ -102,13 +105,20 @@ def check_lists(
     train = videos.get("train")
     if train is None:
         return notes
-    learned, trained = set(keys["train"]), {*recordings["train"]} - {None}
+    learned: dict[str, list[Section | None]] = {}  # parts by file
+    for path, section in keys["train"]:
+        learned.setdefault(path, []).append(section)
+    trained = {*recordings["train"]} - {None}
     for split in [name for name in videos if name != "train"]:
         found = videos[split]
-        shared = [video.path for key, video in zip(keys[split], found, strict=True) if key in learned]
+        shared = [
+            video.name
+            for (path, section), video in zip(keys[split], found, strict=True)
+            if any(_overlap(section, other) for other in learned.get(path, ()))
+        ]
         cuts = [name for name in recordings[split] if name in trained]
         text = ""
-        if shared and sources[split] == sources["train"]:
+        if shared and found == train and sources[split] == sources["train"]:
             notes.append(f"{split} is the training list: its accuracy is of videos that were learned")
             continue
         if shared:
@@ -121,17 +131,25 @@ def check_lists(
             raise UsageError(f"{text}: the test would be of videos that were learned. Remove them from one list.")
         notes += [text] if text else []
         if not shared and len(train) + len(found) <= MAX_COMPARED:
-            copies = find_copies([video.path for video in train], [video.path for video in found])
+            others = [video.path for (path, _), video in zip(keys[split], found, strict=True) if path not in learned]
+            copies = find_copies([video.path for video in train], others)
             if copies:
                 text = f"{len(copies):,} {split} videos have the same content as training videos"
                 notes.append(f"{text}, the first {copies[0][1]} and {copies[0][0]}")
     return notes
 
 
-def _keys_of(videos: Sequence[Video]) -> list[object]:
+def _keys_of(videos: Sequence[Video]) -> list[tuple[str, Section | None]]:
     """Return what makes a sample what it is: its file and, where it is a part of that, which."""
     paths = real_paths([video.path for video in videos])
-    return [(path, video.section) if video.section else path for path, video in zip(paths, videos, strict=True)]
+    return [(path, video.section) for path, video in zip(paths, videos, strict=True)]
+
+
+def _overlap(one: Section | None, other: Section | None) -> bool:
+    """Return whether two parts of a file are known to share frames; None is all of it."""
+    if one is None or other is None:
+        return True
+    return one.in_frames == other.in_frames and one.start < other.stop and other.start < one.stop
 
 
 def find_copies(first: Iterable[str], second: Iterable[str]) -> list[tuple[str, str]]:

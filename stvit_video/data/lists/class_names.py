@@ -22,20 +22,19 @@ class ClassNames:
 
     names: Sequence[str]
     ids: Sequence[str] = ()  # as many as names; empty: their places, from 0
-    source: str = "DATA.CLASSES"
     _places: dict[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         places: dict[str, int] = {}
         for place, name in enumerate(self.names):  # of equal names the first gives the label
-            places.setdefault(_compared(name), place)
+            places.setdefault(compared(name), place)
         object.__setattr__(self, "_places", {**places, **{key: place for place, key in enumerate(self.ids)}})
 
     def find(self, label: str | int) -> int | None:
         """Return the label of a class from its name, its id or its number; None where there is none."""
         if isinstance(label, int) and not self.ids:
             return label  # whether it is out of range is checked with all others
-        return self._places.get(_compared(str(label)))
+        return self._places.get(compared(str(label)))
 
     def label_of(self, label: str | int, given: str) -> int:
         """Return what ``find`` returns; UsageError, which begins with what was ``given``, where that is None."""
@@ -49,7 +48,7 @@ class ClassNames:
         return place
 
 
-def _compared(name: str) -> str:
+def compared(name: str) -> str:
     """Return the form in which names are compared: macOS writes letters and their accents apart."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
@@ -101,6 +100,8 @@ def _read_numbered(lines: list[str], path: str | Path) -> ClassNames | None:
         return _in_order([(match[2], match[1]) for match in last if match], path)
     if all(re.fullmatch(r"(.*\S)\s+([0-9]+)", line) for line in lines):
         return _in_order([(line.split()[-1], line.rsplit(None, 1)[0]) for line in lines], path, required=False)
+    if len(lines) > 2 and (all(first[1:]) or all(last[1:])):  # the first line names the columns
+        return _read_numbered(lines[1:], path)
     return None
 
 
@@ -133,7 +134,8 @@ def _read_json(text: str, path: str | Path) -> list[str]:
         names = ["_".join(map(str, item)) if isinstance(item, list) else item for item in content]
         if all(isinstance(name, str) and name for name in names):
             return names
-    labels = content if isinstance(content, dict) else {}
+    # The names of Kinetics' classes circulate in quotes of their own.
+    labels = {key.strip('"'): label for key, label in content.items()} if isinstance(content, dict) else {}
     numbers = [str(label) for label in range(len(labels))]
     by_label = {str(label): name for name, label in labels.items()}  # published as text and as numbers
     if labels and by_label.keys() != set(numbers) and labels.keys() == set(numbers):

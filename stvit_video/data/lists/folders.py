@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stvit_video.common.errors import UsageError
+from stvit_video.common.errors import UsageError, nearest
 from stvit_video.data.decode.pictures import is_picture, match_frames
 from stvit_video.data.decode.types import MEDIA_SUFFIXES, VIDEO_SUFFIXES
-from stvit_video.data.lists.annotations import Video, label_of
+from stvit_video.data.lists.annotations import Video
+from stvit_video.data.lists.class_names import ClassNames
 
 ENOUGH = 64  # entries of a folder, all of them pictures, that show it to hold frames: it is not read further
 # Folders that systems and archives add, and folders of pictures that are no frames.
@@ -82,7 +83,7 @@ def find_media(root: str, *, frames: int = 1, pattern: str = "", base: str = "")
     while waiting:
         folder, beside, within = waiting.pop()
         try:
-            videos, pictures, rest, folders = _list_folder(folder, quick=frames > 1 and not pattern and folder != root)
+            videos, pictures, rest, folders = list_folder(folder, quick=frames > 1 and not pattern and folder != root)
         except OSError:  # it may not be read
             found.passed_over.append(folder + os.sep)
             continue
@@ -124,7 +125,7 @@ def find_media(root: str, *, frames: int = 1, pattern: str = "", base: str = "")
     return found
 
 
-def _list_folder(folder: str, quick: bool) -> tuple[list[str], list[str], list[str], dict[str, bool]]:
+def list_folder(folder: str, quick: bool) -> tuple[list[str], list[str], list[str], dict[str, bool]]:
     """Return the names of a folder's videos, pictures and other files, and of its folders, which may be links.
 
     Where it is read ``quick``, it is not read further once it is certain to hold frames alone.
@@ -188,19 +189,18 @@ def are_numbers(names: Iterable[str]) -> bool:
 
 
 def read_folder(
-    path: str | Path, classes: Sequence[str] | None = None, *, frames: int = 1, pattern: str = ""
+    path: str | Path, classes: ClassNames | None = None, *, frames: int = 1, pattern: str = ""
 ) -> tuple[list[Video], list[str]]:
     """Read class folders of images and videos, their sub-folders included, sorted by path; see ``find_media``.
 
     A label is the folder's place in ``classes``, or else among ``class_folders``; a class may have no files and no
     folder. Pictures that are not frames are samples where they are not beside videos. The second value are sentences
-    that say what was taken for what. Raises UsageError where a folder is not in
-    ``classes``, or where there are no class folders or no images and videos at all.
+    that say what was taken for what. Raises UsageError where a folder is not in ``classes``, or where there are no
+    class folders or no images and videos at all.
     """
     path, folders = Path(path), class_folders(path)
-    names = folders if classes is None else classes
-    of_none = f"is of none of the {len(names)} classes ({names[0]} to {names[-1]}); rename it or correct DATA.CLASSES."
-    labels = {name: label_of(name, names, f"Folder {path / name} {of_none}") for name in folders}
+    names = classes or ClassNames(folders)
+    labels = {name: names.label_of(name, f"Folder {path / name}") for name in folders}
     found = {
         name: find_media(str(path / name), frames=frames, pattern=pattern, base=str(path)) for name in sorted(folders)
     }
@@ -247,11 +247,14 @@ def describe_passed_over(paths: Sequence[str], root: str) -> str:
     )
 
 
-def read_file(path: str | Path, classes: Sequence[str]) -> list[Video]:
+def read_file(path: str | Path, classes: ClassNames) -> list[Video]:
     """Return one image or video as a list, labelled by the folder it lies in; UsageError where that is no class."""
     folder = Path(path).absolute().parent.name
-    refusal = (
-        f"{path} is one file without a label: its folder {folder!r} is none of the {len(classes)} class names; put it "
-        f"into the folder of its class, or give a text file with the line `path label`."
-    )
-    return [Video(str(path), label_of(folder, classes, refusal))]
+    label = classes.find(folder)
+    if label is None:
+        raise UsageError(
+            f"{path} is one file without a label: its folder {folder!r} is none of the {len(classes.names)} class "
+            f"names; put it into the folder of its class, or give a text file with the line `path label`."
+            f"{nearest(folder, classes.names)}"
+        )
+    return [Video(str(path), label)]

@@ -9,11 +9,13 @@ from pathlib import Path
 
 from stvit_video.common.errors import UsageError
 from stvit_video.data.decode.types import IMAGE_SUFFIXES, MEDIA_SUFFIXES
-from stvit_video.data.lists.catalogues import LOOKS, TRIMMED, Catalogue, Entry, is_media
+from stvit_video.data.lists.catalogues import LOOKS, TRIMMED, Catalogue, Entry, find_start
+from stvit_video.data.lists.folders import is_media
 from stvit_video.data.lists.tables import (
     COLUMNS,
     NUMBER,
     Reading,
+    check_one_hot,
     find_separator,
     read_table,
     wrong_number,
@@ -67,6 +69,8 @@ def read_lines_list(lines: Sequence[str], path: str | Path, root: str | Path, re
         labels = [label.removesuffix(".0")]  # pandas writes whole numbers so where some are missing
         if reading.multi_label and name[-1].isdigit() and (wide := WIDE.fullmatch(name)):
             name, labels = wide[1], [*re.split(r"[\s,;]+", wide[2].strip(" \t,;")), label]
+        if problem := check_one_hot(labels):
+            raise UsageError(f"{path}, line {number}: {problem}")
         for one in labels:
             if problem := wrong_number(one) if NUMBER.fullmatch(one) else f"{one} is no whole number; give labels.":
                 raise UsageError(f"{path}, line {number}: {problem}")
@@ -103,13 +107,14 @@ def _named(lines: Iterable[str], path: str | Path) -> tuple[list[str], list[str]
         return None
     if len({len(row) for row in rows}) > 1 or len(rows[0]) < 2:
         return None
-    if any(not row[0] or is_media(row[1]) or not re.search(r"[^\W\d_]", row[1]) for row in rows):
-        return None
-    if not is_media(rows[0][0]) and len(rows) > 1 and all(is_media(row[0]) for row in rows[1:]):
+    is_header = len(rows) > 1 and not any(is_media(cell) or cell.isdecimal() for cell in rows[0])
+    if is_header and all(any(map(is_media, row)) for row in rows[1:]):
         raise UsageError(
             f"List {path}: its first line {some[0][:80]!r} names columns, none of which is known to hold paths; call "
             f"them path and label there."
         )
+    if any(not row[0] or AFTER_ENDING.search(f"{row[1]} ") or not re.search(r"[^\W\d_]", row[1]) for row in rows):
+        return None
     return list(lines), ["path", "label", *["-"] * (len(rows[0]) - 2)]
 
 
@@ -120,9 +125,10 @@ def _find_columns(rows: Sequence[tuple[int, str, str, str]], path: str | Path, r
     """
     wide = [(name, match) for _, _, name, _ in rows if name[-1:].isdigit() and (match := WIDE.fullmatch(name))]
     some = wide[:: max(1, len(wide) // LOOKS)]
-    if not wide or any(os.path.lexists(find_file(root, name)) for name, _ in some):
+    if not wide or find_start([name for name, _ in some], str(root)):
         return None
-    there = [(file, match) for _, match in some if os.path.lexists(file := find_file(root, match[1]))]
+    start = find_start([match[1] for _, match in some], str(root)) or root
+    there = [(file, match) for _, match in some if os.path.lexists(file := find_file(start, match[1]))]
     if not there and len(wide) < len(rows) and not all(is_media(match[1]) for _, match in some):
         return None
     numbers = [[float(text) for text in re.split(r"[\s,;]+", match[2].strip(" \t,;"))] for _, match in wide]

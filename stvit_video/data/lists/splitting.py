@@ -16,7 +16,9 @@ from stvit_video.data.lists.annotations import Video
 MAX_LINKS = 20_000  # files of a list that are asked whether they are links: on slow storage, more would take minutes
 # Names of cuts of one recording, without ending, by a text that they hold; the group names the recording.
 CUTS = {
-    "v_": re.compile(r"(v_.+_g[0-9]+)_c[0-9]+|(v_[a-z_]+_[0-9]{2})_[0-9]{2}"),  # UCF101: v_Archery_g01_c02; UCF11
+    "v_": re.compile(
+        r"(v_.+?_g[0-9]+)_c[0-9]+(?:_.+)?|(v_[a-z_]+_[0-9]{2})_[0-9]{2}"
+    ),  # UCF101: v_Archery_g01_c02; UCF11
     # HMDB51: NAME_VERB_f_cm_np1_fr_bad_0, where some verbs are of two words
     "_np": re.compile(
         r"(.+?)_(?:brush_hair|climb_stairs|draw_sword|fall_floor|flic_flac|kick_ball|ride_bike|ride_horse|shake_hands"
@@ -29,21 +31,30 @@ CUTS = {
 def find_recordings(paths: Sequence[str], root: str | Path, group: str) -> list[str | None]:
     """Return what names the recording of each path, None where nothing does.
 
-    ``group`` is a regular expression that is searched in paths below ``root``; ``auto`` knows the names of CUTS.
+    ``group`` is a regular expression that is searched in paths below ``root``; ``auto`` knows the names of CUTS, for
+    pictures and patterns of frames also as those of their folders.
     """
     if not group:
         return [None] * len(paths)
     if group != "auto":
         matches = [re.search(group, os.path.relpath(path, root)) for path in paths]
         return [next(filter(None, match.groups()), None) if match else None for match in matches]
-    names = [path[path.rfind("/") + 1 :] for path in paths]
-    stems = [name[: name.rfind(".")] if "." in name else name for name in names]
-    found: list[str | None] = [None] * len(paths)
-    for part, pattern in CUTS.items():
-        for i, stem in enumerate(stems):
-            if part in stem and found[i] is None and (match := pattern.fullmatch(stem)):
-                found[i] = match[match.lastindex or 0]
+    found = []
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        recording = _recording_of(name[: name.rfind(".")] if "." in name else name)
+        if recording is None and path.lower().endswith((*IMAGE_SUFFIXES, "*")):
+            recording = _recording_of(folder.rpartition("/")[2])
+        found.append(recording)
     return found
+
+
+def _recording_of(name: str) -> str | None:
+    """Return the recording in the name of a cut, without ending; None where it is of none of CUTS."""
+    for part, pattern in CUTS.items():
+        if part in name and (match := pattern.fullmatch(name)):
+            return match[match.lastindex or 0]
+    return None
 
 
 def find_origins(videos: Sequence[Video], root: str | Path, group: str) -> list[str]:

@@ -11,7 +11,8 @@ from typing import Any
 from stvit_video.common.errors import UsageError, nearest
 from stvit_video.data.decode.types import MEDIA_SUFFIXES
 from stvit_video.data.lists.annotations import Section
-from stvit_video.data.lists.catalogues import TRIMMED, Catalogue, Entry, is_media, some_of
+from stvit_video.data.lists.catalogues import TRIMMED, Catalogue, Entry, some_of
+from stvit_video.data.lists.folders import is_media
 
 MAX_LABEL = 999_999  # more classes than any data set has: a larger number is an id or a time, read as a label
 # What data sets call their columns, the likeliest first; compared in lower case, with _ for blanks.
@@ -31,6 +32,7 @@ KINETICS_COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 IDENTIFIER = re.compile(r"[\w-]+")
 DIGITS = re.compile("[0-9]+")
 NUMBER = re.compile(r"[+-]?[0-9]+")
+DECIMAL = re.compile(r"[+-]?[0-9]*\.?[0-9]+(e[+-]?[0-9]+)?", re.IGNORECASE)
 CHARADES = re.compile(r"^(c[0-9]{3}) [0-9.]+ [0-9.]+")  # a class with its start and end in seconds
 SEVERAL = re.compile(r"[|;]|^\[.*\]$|^[0-9]+(\s*,\s*[0-9]+)+$")  # a field that holds several labels
 
@@ -265,16 +267,28 @@ def split_labels(
     found = {row: tuple(_split(row, several)) if multi_label else row for row in rows}
     # pandas writes whole numbers as 3.0 where some are missing.
     are_numbers = all(NUMBER.fullmatch(label.removesuffix(".0")) for labels in found.values() for label in labels)
+    are_scores = not are_numbers and all(DECIMAL.fullmatch(label) for labels in found.values() for label in labels)
     for row, labels in found.items():
+        score = next((label for label in labels if are_scores and not NUMBER.fullmatch(label.removesuffix(".0"))), "")
+        if score:
+            raise LabelError(row, f"label {score[:20]} is no whole number; give the number or the name of a class.")
         if not multi_label and not row[0]:
             raise LabelError(row, f"label {row[0]!r} is empty; give a class.")
-        for problem in (wrong_number(label.removesuffix(".0")) for label in labels if are_numbers):
+        problems = [wrong_number(label.removesuffix(".0")) for label in labels if are_numbers]
+        for problem in (check_one_hot(labels), *problems):
             if problem:
                 raise LabelError(row, problem)
     return {
         row: tuple(int(label.removesuffix(".0")) for label in labels) if are_numbers else labels
         for row, labels in found.items()
     }, multi_label
+
+
+def check_one_hot(labels: Sequence[str]) -> str:
+    """Return what is wrong with labels that are a 0 or 1 for each class; empty where there is nothing."""
+    if len(labels) < 3 or not set(labels) <= {"0", "1"}:
+        return ""
+    return f"labels {' '.join(labels)[:40]} say yes or no to each class; give the numbers of those that are there."
 
 
 def wrong_number(label: str) -> str:
@@ -288,7 +302,9 @@ def wrong_number(label: str) -> str:
 
 def _to_text(field: Any) -> str:
     """Return a field of labels as text; JSON may hold numbers and lists."""
-    return field if isinstance(field, str) else "|".join(map(str, field)) if isinstance(field, list) else str(field)
+    if isinstance(field, list):
+        return "|".join(map(str, field))
+    return "" if field is None else str(field)
 
 
 def _split(fields: Sequence[str], several: re.Pattern[str]) -> list[str]:

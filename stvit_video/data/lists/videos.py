@@ -13,9 +13,9 @@ from stvit_video.common.errors import UsageError
 from stvit_video.data.decode.pictures import find_frames, is_pattern, is_picture
 from stvit_video.data.decode.types import DecodeError
 from stvit_video.data.lists.annotations import Video, check_files, check_labels
-from stvit_video.data.lists.catalogues import Catalogue, find_clips, find_videos
+from stvit_video.data.lists.catalogues import SUBSETS, Catalogue, find_clips, find_videos
 from stvit_video.data.lists.checks import check_names, label_by_name
-from stvit_video.data.lists.class_names import ClassNames, read_classes
+from stvit_video.data.lists.class_names import ClassNames, compared, read_classes
 from stvit_video.data.lists.folders import are_numbers, class_folders, is_media, read_file, read_folder
 from stvit_video.data.lists.formats import find_hmdb, read_catalogue
 from stvit_video.data.lists.splitting import take_part
@@ -74,7 +74,8 @@ class ListReader:
         videos = self._read_once(split)
         if self.shares is not None:
             found = [entry.name for entry in source.iterdir() if entry.is_dir()] if source.is_dir() else []
-            if set(found) & {"train", "training"} and set(found) & {"val", "valid", "validation", "test"}:
+            parts = {part for part, words in SUBSETS.items() for name in found if name.lower() in words}
+            if len(parts) > 1 and "train" in parts:
                 raise UsageError(
                     f"Folder {source} is split already ({', '.join(sorted(found))}); give DATA.SPLIT None and its "
                     f"parts, for example DATA.TRAIN_LIST train DATA.VAL_LIST val DATA.TEST_LIST test."
@@ -131,18 +132,24 @@ class ListReader:
             )
         names = self._named_classes or ClassNames(())
         if catalogue is None and not source.is_dir():
-            videos = read_file(source, names.names)
+            videos = read_file(source, names)
         elif not names.names and (catalogue is None or not catalogue.has_numbers):
             raise UsageError(
                 f"DATA.{split.upper()}_LIST {source} gives its classes by name, but the labels of "
                 f"{self.source(self._naming_split)} have no names; give DATA.CLASSES, the names in their order."
             )
         elif catalogue is None:
-            videos, notes = read_folder(source, names.names, frames=self.frames, pattern=self.frame_pattern)
+            videos, notes = read_folder(source, names, frames=self.frames, pattern=self.frame_pattern)
             self.notes += notes
         else:
             videos = find_videos(catalogue, self.root, names, self._find_clips)
             self.notes += catalogue.notes
+            repeated = self._find_clips(catalogue.clip_folder).repeated if catalogue.has_ids else ()
+            if several := [video.path for video in videos if repeated and Path(video.path).stem in repeated]:
+                self.notes.append(
+                    f"{source}: {len(several):,} of {len(videos):,} videos lie under one name in several folders; the "
+                    f"first is taken, as {several[0]}"
+                )
             if catalogue.has_numbers and not names.ids and not catalogue.multi_label:
                 videos = self._label(videos, names.names, split)
             check_files(videos, self.max_failures, source, self.root)
@@ -211,8 +218,9 @@ class ListReader:
                 return ClassNames(self.trained) if self.trained and is_test else None
             names = listed
         names = sorted(names, key=int) if self.natural and are_numbers(names) else sorted(names)
-        is_part = is_test and set(names) < set(self.trained)  # a test may be of some classes
-        return ClassNames(self.trained if is_part or set(names) == set(self.trained) else names)
+        given, known = ({compared(name) for name in some} for some in (names, self.trained))
+        is_part = is_test and given < known  # a test may be of some classes
+        return ClassNames(self.trained if is_part or given == known else names)
 
 
 def check_frames(videos: Sequence[Video], source: Path) -> None:
