@@ -109,9 +109,7 @@ def build_train_loader(cfg: CfgNode, world: World, videos: list[Video], label_co
         ),
         late=cfg.DATA.TRANSFORM_ON == "device",
     )
-    decoding = build_decoding(
-        cfg, cfg.DATA.SHORT_SIDE[1], cache=cfg.OUTPUT_DIR and os.path.join(cfg.OUTPUT_DIR, "index")
-    )
+    decoding = build_decoding(cfg, cfg.DATA.SHORT_SIDE[1])
     dataset = VideoDataset(
         videos=videos,
         sampler=build_sampler(cfg),
@@ -157,7 +155,7 @@ def build_test_loader(
 ) -> Loader:
     """Return a loader of ``clips`` x ``crops`` views of each of the videos of ``split``."""
     views = build_test_views(cfg, clips, crops)
-    decoding = build_decoding(cfg, cfg.TEST.SHORT_SIDE, os.path.join(cfg.OUTPUT_DIR, "index"))
+    decoding = build_decoding(cfg, cfg.TEST.SHORT_SIDE)
     dataset = VideoDataset(
         videos=videos,
         sampler=build_sampler(cfg),
@@ -196,8 +194,9 @@ def build_sampler(cfg: CfgNode) -> Sampling:
     return ClipSampler(cfg.DATA.SAMPLING, cfg.DATA.FRAMES, cfg.DATA.STRIDE, cfg.DATA.FPS)
 
 
-def build_decoding(cfg: CfgNode, short_side: int, cache: str | None = None) -> Decoding:
-    """Return what reads frames, with the configured decoders and deadline; the rest as in ``Decoding``."""
+def build_decoding(cfg: CfgNode, short_side: int, in_run: bool = True) -> Decoding:
+    """Return what reads frames, with the configured decoders and deadline, and indexes kept in the run's folder."""
+    cache = os.path.join(cfg.OUTPUT_DIR, "index") if in_run and cfg.OUTPUT_DIR else None
     return Decoding(find_decoders(cfg.DATA.DECODER, "DATA.DECODER"), cfg.DATA.DEADLINE_S, short_side, cache)
 
 

@@ -18,9 +18,11 @@ from stvit_video import run
 from stvit_video.data.decode.frames import Decoding, read_file
 from stvit_video.data.decode.types import DecodeError, DecoderKilled
 from stvit_video.data.failures import read_ledger
+from stvit_video.data.lists.annotations import Video
+from stvit_video.data.short_videos import count_short
 from stvit_video.runtime.stopping import STOP_SIGNALS
 from tests.conftest import numbered_frames, read_number
-from tests.data.choices import Crashing, Frozen, Killed, Sleeping
+from tests.data.choices import Crashing, FailingSampler, Frozen, Killed, Sleeping
 
 BOTH = ("pyav", "decord")
 
@@ -114,6 +116,18 @@ def test_a_request_is_repeated_once_where_the_child_was_killed(path: str, tmp_pa
         else:
             assert isinstance(killed, DecoderKilled)
             assert killed.message == "does not fit into memory: its decoder was killed twice (signal 9)"
+
+
+def test_files_that_hang_or_crash_are_left_out_of_the_count_of_short_videos(
+    write_clip: Callable[..., Path],
+) -> None:
+    paths = [write_clip(numbered_frames(length), f"{length}.mp4") for length in (5, 6, 7, 20)]
+    videos = [Video(str(path), 0) for path in [*paths, "/nowhere/a.mp4"]]
+    ((short, looked_at, line),) = count_short(
+        videos, "train", [FailingSampler("dense", 8, crashes=5, hangs=6)], Decoding(BOTH, 1.0)
+    )
+    assert (short, looked_at) == (1, 2)
+    assert line.startswith("1 of 2 training videos looked at are shorter than a clip of 8 frames;")
 
 
 def test_a_killed_child_is_replaced(path: str) -> None:
