@@ -17,6 +17,7 @@ from stvit_video.data.clips.sections import SectionReader, within
 from stvit_video.data.clips.transforms import Normalise, TestViews
 from stvit_video.data.dataset import VideoDataset
 from stvit_video.data.decode.frames import Decoding, FrameRequest, check_whole, open_video, read_file
+from stvit_video.data.decode.readers import AvReader
 from stvit_video.data.decode.types import Choice, DecodeError
 from stvit_video.data.failures import merge, read_ledger
 from stvit_video.data.lists.annotations import Section, Video, parse_name
@@ -134,6 +135,17 @@ def test_check_videos_finds_sections_outside_of_their_video(clip: str, tmp_path:
     (failure,) = read_ledger(tmp_path / "out" / "failures.csv")
     assert failure.path == f"{clip}#t=8,9"
     assert "is outside of the video" in failure.message
+
+
+def test_a_file_of_many_sections_is_checked_once(clip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked, check = [], AvReader.check
+    monkeypatch.setattr(AvReader, "check", lambda video: checked.append(video.path) or check(video))
+    opened: dict = {}
+    for start in range(3):
+        choice = within(check_whole, Section(start, start + 1.0), clip)
+        (frame,) = read_file(FrameRequest(clip, choice, keep_open=True), opened)
+        assert read_number(frame) == start * 25
+    assert checked == [clip]
 
 
 def test_check_videos_keeps_the_form_of_segments_in_json(clip: str, tmp_path: Path) -> None:
