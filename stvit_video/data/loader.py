@@ -13,7 +13,7 @@ from stvit_video.data.clips.from_pytorchvideo import SecondsSampler
 from stvit_video.data.clips.sampling import ClipSampler, Sampling
 from stvit_video.data.clips.transforms import Augment, Mix, Normalise, TestViews, TrainViews
 from stvit_video.data.dataset import SampleKey, VideoDataset, collate
-from stvit_video.data.decode.frames import Decoding, find_decoders
+from stvit_video.data.decode.frames import Decoding, find_decoder
 from stvit_video.data.lists.annotations import Video
 from stvit_video.data.workers import FILES_PER_WORKER, Loader
 from stvit_video.runtime.limits import reserve_files
@@ -195,9 +195,9 @@ def build_sampler(cfg: CfgNode) -> Sampling:
 
 
 def build_decoding(cfg: CfgNode, short_side: int, in_run: bool = True) -> Decoding:
-    """Return what reads frames, with the configured decoders and deadline, and indexes kept in the run's folder."""
+    """Return what reads frames, with the configured decoder and deadline, and indexes kept in the run's folder."""
     cache = os.path.join(cfg.OUTPUT_DIR, "index") if in_run and cfg.OUTPUT_DIR else None
-    return Decoding(find_decoders(cfg.DATA.DECODER, "DATA.DECODER"), cfg.DATA.DEADLINE_S, short_side, cache)
+    return Decoding(find_decoder(cfg.DATA.DECODER, "DATA.DECODER"), cfg.DATA.DEADLINE_S, short_side, cache)
 
 
 def _build_loader(cfg: CfgNode, world: World, dataset: VideoDataset, sampler: EpochSampler | ShardedBatches) -> Loader:

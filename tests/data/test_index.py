@@ -61,7 +61,7 @@ def test_an_index_that_took_decoding_is_kept(
 
 def test_a_decoding_process_keeps_indexes_in_its_folder(clip: Path, tmp_path: Path, decoded: list[str]) -> None:
     folder = tmp_path / "index"
-    decoding = Decoding(("pyav",), 60, cache=str(folder))
+    decoding = Decoding("pyav", 60, cache=str(folder))
     assert read_number(decoding.read(decoding.request(str(clip), Frozen((9,))))[0]) == 9
     assert length(clip, IndexCache(str(folder))) == 30
     assert not decoded
@@ -104,7 +104,7 @@ def test_a_long_pass_reports_that_it_goes_forward(clip: Path, monkeypatch: pytes
         def recv(self) -> object:
             return next(self.answers)
 
-    decoding, child = Decoding(("pyav",), 1.0), Slow()
+    decoding, child = Decoding("pyav", 1.0), Slow()
     child.connection = child
     decoding._child = child  # type: ignore[assignment]
     decoding._waiting.append(decoding.request("clip.avi", Frozen((0,))))

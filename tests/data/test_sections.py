@@ -46,7 +46,7 @@ def clip(write_clip: Callable[..., Path]) -> str:
 def test_clips_are_those_of_a_file_of_the_section_alone(
     clip: str, section: Section, choice: Choice, numbers: list[int]
 ) -> None:
-    frames = read_file(FrameRequest(clip, within(choice, section, clip), decoders=("pyav",)))
+    frames = read_file(FrameRequest(clip, within(choice, section, clip)))
     assert [read_number(frame) for frame in frames] == numbers
 
 
@@ -113,7 +113,7 @@ def test_two_sections_of_a_file_are_two_samples(clip: str) -> None:
         views=TestViews(
             clips=1, crops=1, frames=2, size=48, normalise=Normalise((0.0,) * 3, (1.0,) * 3), short_side=48
         ),
-        decoding=Decoding(("pyav",), 60.0),
+        decoding=Decoding("pyav", 60.0),
         stage="test",
     )
     first, second, *wrong, whole = dataset.__getitems__([0, 1, 2, 3, 4])

@@ -4,11 +4,12 @@
 both share. A child that does not answer in time is killed and replaced; some endless loops of decord end no other way.
 
 The child calls ``answer`` for each ``FrameRequest``. That opens the file, calls the request's choice with the open
-``Reader`` to get frame indices, and has the reader decode those; where one decoder fails, it tries the next. A request
-of ``Decoding.ask`` has a function of its own, which is called instead.
+``Reader`` to get frame indices, and has the reader decode those. A request of ``Decoding.ask`` has a function of its
+own, which is called instead.
 """
 
 import contextlib
+import importlib
 import importlib.util
 import itertools
 import os
@@ -54,18 +55,18 @@ DECODERS: dict[str, Callable[[str, int | None, IndexCache | None], Reader]] = {
 }
 
 
-def find_decoders(name: str, option: str = "decoder") -> tuple[str, ...]:
-    """Return the decoders to try in order: the named one, with ``auto`` PyAV.
+def find_decoder(name: str, option: str = "decoder") -> str:
+    """Return the decoder to read with: the named one, with ``auto`` PyAV.
 
     Raises UsageError, naming the ``option``, for one that is unknown or not installed.
     """
-    installed = tuple(key for key in DECODERS if key != "torchcodec" or importlib.util.find_spec("torchcodec"))
+    installed = tuple(key for key in DECODERS if key == "pyav" or importlib.util.find_spec(key))
     if name != "auto" and name not in installed:
         known = name in DECODERS
         problem = f"is not installed; pip install {name}, or" if known else "is unknown;"
         choices = ", ".join(installed if known else DECODERS)
         raise UsageError(f"{option}: decoder {name!r} {problem} choose auto, {choices}.")
-    return ("pyav",) if name == "auto" else (name,)
+    return "pyav" if name == "auto" else name
 
 
 def open_video(
@@ -97,7 +98,7 @@ class FrameRequest:
     path: str
     choice: Choice | None  # returns the indices of the frames to read, once the file is open; None: see ``question``
     short_side: int | None = None  # see ``open_video``
-    decoders: tuple[str, ...] = ("pyav",)  # in the order in which they are tried
+    decoder: str = "pyav"
     keep_open: bool = False  # more requests for this file follow
     judge: Callable[[Reader], object] | None = None  # called with the open file too, see ``Decoding.judgement``
     question: Callable[[str, IndexCache], Any] | None = None  # called instead of all this, see ``Decoding.ask``
@@ -117,36 +118,28 @@ def read_file(request: FrameRequest, opened: dict[Any, Reader] | None = None) ->
 def answer(opened: dict[Any, Reader], cache: IndexCache, request: FrameRequest) -> tuple[Frames, Any]:
     """Return the chosen frames (N, H, W, 3) in the order of the choice, and what the request's judge says of the file.
 
-    Decoders are tried in turn. Each makes its own choice, since they may not agree on how long a damaged file is.
     ``opened`` keeps a file open from one request to the next, since opening a long video takes a pass through all of
-    it. Raises DecodeError with what each decoder reported.
+    it. Raises DecodeError.
     """
     if request.question is not None:
         return np.empty((0, 0, 0, 3), np.uint8), request.question(request.path, cache)
     assert request.choice is not None
-    errors: list[DecodeError] = []
-    for decoder in request.decoders:
-        key, keep_open = (request.path, request.short_side, decoder), False
-        try:
-            if key not in opened:
-                _close(opened)
-                path, short_side, _ = key
-                opened[key] = open_video(path, short_side=short_side, decoder=decoder, cache=cache)
-            video = opened[key]
-            frames = video.frames(request.choice(video))
-            judgement = request.judge and request.judge(video)
-            keep_open = request.keep_open
-            return frames, judgement
-        except DecodeError as error:
-            errors.append(error)
-            if error.decoder in ("", "pillow"):  # no video decoder can help
-                break
-        finally:  # after any other error too, such as a lack of memory
-            if not keep_open:
-                _close(opened)
-    messages = list(dict.fromkeys(error.message for error in errors))
-    message = messages[0] if len(messages) == 1 else "; ".join(f"{e.decoder}: {e.message}" for e in errors)
-    raise DecodeError(request.path, message, "+".join(dict.fromkeys(error.decoder for error in errors)))
+    path, key, keep_open = request.path, (request.path, request.short_side, request.decoder), False
+    try:
+        if key not in opened:
+            _close(opened)
+            opened[key] = open_video(path, short_side=request.short_side, decoder=request.decoder, cache=cache)
+        video = opened[key]
+        frames = video.frames(request.choice(video))
+        judgement = request.judge and request.judge(video)
+        keep_open = request.keep_open
+        return frames, judgement
+    except DecodeError as error:
+        inside = "" if error.path == path else f"{os.path.basename(error.path)} "  # of a folder of images
+        raise DecodeError(path, f"{inside}{error.message}", error.decoder) from error
+    finally:  # after any other error too, such as a lack of memory
+        if not keep_open:
+            _close(opened)
 
 
 def _close(opened: dict[Any, Reader]) -> None:
@@ -154,8 +147,8 @@ def _close(opened: dict[Any, Reader]) -> None:
         opened.popitem()[1].close()
 
 
-def _read_times(decoders: tuple[str, ...], path: str, cache: IndexCache) -> Times:
-    with open_video(path, decoder=decoders[0], cache=cache) as video:
+def _read_times(decoder: str, path: str, cache: IndexCache) -> Times:
+    with open_video(path, decoder=decoder, cache=cache) as video:
         return video.times()
 
 
@@ -166,7 +159,7 @@ class Decoding:
     After a fork, and in a loader's workers, each process starts its own child.
     """
 
-    decoders: tuple[str, ...]  # in the order in which they are tried
+    decoder: str
     deadline_s: float  # for each request; a child that takes longer is killed
     short_side: int | None = None  # see ``open_video``
     cache: str | None = None  # a folder for indexes that took decoding; see ``IndexCache``
@@ -181,8 +174,8 @@ class Decoding:
         return {**self.__dict__, "_child": None, "_waiting": deque()}
 
     def request(self, path: str, choice: Choice, keep_open: bool = False) -> FrameRequest:
-        """Return a request for frames of ``path`` with this object's decoders and size."""
-        return FrameRequest(path, choice, self.short_side, self.decoders, keep_open)
+        """Return a request for frames of ``path`` with this object's decoder and size."""
+        return FrameRequest(path, choice, self.short_side, self.decoder, keep_open)
 
     def read(self, request: FrameRequest) -> Frames:
         """Return the chosen frames (N, H, W, 3). Raises DecodeError, also for a child that hangs or crashes."""
@@ -193,11 +186,11 @@ class Decoding:
 
     def read_times(self, path: str) -> Times:
         """Return the times of a file's frames, in seconds after the first. Raises DecodeError as ``read``."""
-        return self.ask(partial(_read_times, self.decoders), path)
+        return self.ask(partial(_read_times, self.decoder), path)
 
     def ask(self, question: Callable[[str, IndexCache], Any], path: str) -> Any:
         """Return what a function, called in the child, says of a file. Raises DecodeError as ``read``."""
-        self.read(FrameRequest(path, None, decoders=self.decoders, question=question))
+        self.read(FrameRequest(path, None, decoder=self.decoder, question=question))
         return self.judgement
 
     def read_all(self, requests: Iterable[FrameRequest]) -> Iterator[Frames | DecodeError]:
@@ -228,7 +221,7 @@ class Decoding:
             return
         child = self._child
         if child is None or child.parent != os.getpid() or not (self._waiting or child.process.poll() is None):
-            child = self._child = _Child(self.cache, self.decoders)
+            child = self._child = _Child(self.cache, self.decoder)
         with contextlib.suppress(OSError):  # the child has died with a request before this: ``_receive`` finds out
             child.connection.send(request)
 
@@ -271,19 +264,19 @@ class Decoding:
             self._send(other)
         if again:
             return self._receive()
-        return (DecoderKilled if killed else DecodeError)(request.path, message, "+".join(request.decoders))
+        return (DecoderKilled if killed else DecodeError)(request.path, message, request.decoder)
 
 
 class _Child:
     """The child process: the parent's end of the socket, and files in memory to which the child writes arrays."""
 
-    def __init__(self, cache: str | None, decoders: tuple[str, ...]) -> None:
+    def __init__(self, cache: str | None, decoder: str) -> None:
         self.parent = os.getpid()
         ours, theirs = socket.socketpair()
         self.slots = [open_memory_file() for _ in range(IN_FLIGHT)]
         fds = (theirs.fileno(), *(slot.fileno() for slot in self.slots))
         self.process = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import serve; serve({cache!r}, {decoders!r}, *{fds})"],
+            [sys.executable, "-c", f"from {__name__} import serve; serve({cache!r}, {decoder!r}, *{fds})"],
             pass_fds=fds,
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C in a terminal reaches the parent only, with which the child ends
@@ -326,10 +319,12 @@ def _end(process: subprocess.Popen, connection: Connection, parent: int) -> None
         process.wait(timeout=1)
 
 
-def serve(cache_folder: str | None, decoders: tuple[str, ...], socket_fd: int, *memory_fds: int) -> None:
+def serve(cache_folder: str | None, decoder: str, socket_fd: int, *memory_fds: int) -> None:
     """Answer requests until the parent closes the socket: the main function of the child process."""
     end_with_parent(signal.SIGKILL)  # a hanging decoder would never see the closed socket
     ignore_stop_signals()
+    if decoder != "pyav":
+        importlib.import_module(decoder)  # which takes long, before the deadline of a file counts
     connection = Connection(socket_fd)
     try:
         connection.send(True)
@@ -347,7 +342,7 @@ def serve(cache_folder: str | None, decoders: tuple[str, ...], socket_fd: int, *
         except DecodeError as error:
             connection.send(error)
         except MemoryError:
-            connection.send(DecodeError(request.path, "does not fit into memory", "+".join(request.decoders)))
+            connection.send(DecodeError(request.path, "does not fit into memory", request.decoder))
         else:
             left = np.ascontiguousarray(frames).reshape(-1).data
             while left:  # a call writes 2 GB at most
