@@ -59,6 +59,22 @@ def test_an_index_that_took_decoding_is_kept(
     assert len(decoded) == 3
 
 
+def test_the_index_of_a_long_file_is_kept(
+    write_clip: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be one of hundreds, and too large to stay in memory until the file comes again."""
+    monkeypatch.setattr(index, "LONG", 30)
+    for frames in (29, 30):
+        path = write_clip(numbered_frames(frames))
+        length(path, IndexCache(str(tmp_path / "index")))
+    assert len(list((tmp_path / "index").iterdir())) == 1
+    known = IndexCache(str(tmp_path / "index")).get(str(path))
+    assert known is not None
+    assert (len(known.stamps), known.size, known.decoded) == (30, None, False)
+    monkeypatch.setattr(index, "prove", None)
+    assert length(path, IndexCache(str(tmp_path / "index"))) == 30
+
+
 def test_a_decoding_process_keeps_indexes_in_its_folder(clip: Path, tmp_path: Path, decoded: list[str]) -> None:
     folder = tmp_path / "index"
     decoding = Decoding("pyav", 60, cache=str(folder))

@@ -162,7 +162,7 @@ class Decoding:
     decoder: str
     deadline_s: float  # for each request; a child that takes longer is killed
     short_side: int | None = None  # see ``open_video``
-    cache: str | None = None  # a folder for indexes that took decoding; see ``IndexCache``
+    cache: str | None = None  # a folder for indexes that took long; see ``IndexCache``
     judgement: Any = field(default=None, init=False)  # what the judge or question of the request answered last says
     on_progress: Callable[[], None] | None = field(default=None, init=False)  # called while a long file is indexed
     _child: "_Child | None" = field(default=None, init=False)
