@@ -160,6 +160,12 @@ def test_a_pattern_chooses_the_frames(tmp_path: Path, picture: np.ndarray, patte
             open_video(f"{tmp_path}/{name}")
 
 
+def test_floating_point_images_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.full((20, 30), 0.5, np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(DecodeError, match=r"cannot be read as an image \(its pixels are floating-point numbers"):
+        open_video(tmp_path / "a.tif")
+
+
 def test_the_damaged_frame_of_a_folder_is_named(tmp_path: Path, picture: np.ndarray) -> None:
     for number in range(3):
         Image.fromarray(picture).save(tmp_path / f"{number}.jpg")
