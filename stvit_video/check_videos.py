@@ -14,7 +14,7 @@ from pathlib import Path
 from stvit_video.common.cli import Parser, number, run_command
 from stvit_video.common.errors import UsageError
 from stvit_video.data.clips.sampling import ClipSampler
-from stvit_video.data.decode.frames import DECODERS, check_whole, find_decoders
+from stvit_video.data.decode.frames import DECODERS, check_whole, find_decoder
 from stvit_video.runtime.limits import usable_cores
 
 
@@ -36,7 +36,7 @@ def check(arguments: Sequence[str] | None) -> int:
     add("--frames", type=most, help="read so many frames of each, evenly spread")
     add("--all-frames", action="store_true", help="read every frame (the default)")
     options = parser.parse_args(arguments)
-    decoders = find_decoders(options.decoder, "--decoder")
+    decoder = find_decoder(options.decoder, "--decoder")
     root = options.list.parent if options.root is None else options.root
     if options.root is not None and not root.is_dir():
         raise UsageError(f"--root {root} is not a folder; give the one where the paths of {options.list} start.")
@@ -44,7 +44,7 @@ def check(arguments: Sequence[str] | None) -> int:
 
     # Clips of one frame, from the first to the last.
     choice = partial(ClipSampler("dense", 1), clips=options.frames) if options.frames else check_whole
-    check_list(options.list, root, options.output, options.workers, choice, decoders, options.deadline)
+    check_list(options.list, root, options.output, options.workers, choice, decoder, options.deadline)
     return 0
 
 

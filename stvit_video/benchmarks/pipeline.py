@@ -100,7 +100,7 @@ def build_timers(cfg: CfgNode, count: int, peers: Sequence[str], training: bool)
             requests.pop(request, None)
     if not requests:
         raise UsageError("decord, which is the reference, can read none of the videos; give DATA.ROOT others.")
-    decoding, views = Decoding(("pyav",), 600.0), dataset.views
+    decoding, views = Decoding("pyav", 600.0), dataset.views
     frames = read_file(next(iter(requests)))
     sample = Sample(views.prepare(frames, (0, 0, 0)), 0, 0, (0, 0, 0), [])
     some = range(min(len(requests), 8))

@@ -16,7 +16,7 @@ from stvit_video.common.errors import RunFailure
 from stvit_video.data.clips.sampling import Sampling
 from stvit_video.data.clips.sections import within
 from stvit_video.data.clips.transforms import Seed, TestViews, TrainViews
-from stvit_video.data.decode.frames import Decoding, FrameRequest, report_nothing
+from stvit_video.data.decode.frames import Decoding, FrameRequest
 from stvit_video.data.decode.types import Choice, DecodeError, DecoderKilled
 from stvit_video.data.failures import Failure
 from stvit_video.data.lists.annotations import Video
@@ -138,7 +138,7 @@ class VideoDataset(Dataset[Sample]):
     stage: str  # that of the failures
     label_columns: int | None = None  # the classes of a multi-label set; None: one label a video
     seed: int = 0  # of training
-    on_video: Callable[[], None] = report_nothing  # called after each video
+    on_video: Callable[[], None] | None = None  # called after each video
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -176,7 +176,8 @@ class VideoDataset(Dataset[Sample]):
             else:
                 pixels = self.views.prepare(frames, seed)
                 samples.append(Sample(pixels, label, index, seed, [], bool(self.decoding.judgement)))
-            self.on_video()
+            if self.on_video is not None:
+                self.on_video()
         return samples
 
     def _label(self, video: Video) -> int | Tensor:

@@ -13,7 +13,7 @@ from stvit_video.data.clips.from_pytorchvideo import SecondsSampler
 from stvit_video.data.clips.sampling import ClipSampler, Sampling
 from stvit_video.data.clips.transforms import Augment, Mix, Normalise, TestViews, TrainViews
 from stvit_video.data.dataset import SampleKey, VideoDataset, collate
-from stvit_video.data.decode.frames import Decoding, find_decoders
+from stvit_video.data.decode.frames import Decoding, find_decoder
 from stvit_video.data.lists.annotations import Video
 from stvit_video.data.workers import FILES_PER_WORKER, Loader
 from stvit_video.runtime.limits import reserve_files
@@ -109,9 +109,7 @@ def build_train_loader(cfg: CfgNode, world: World, videos: list[Video], label_co
         ),
         late=cfg.DATA.TRANSFORM_ON == "device",
     )
-    decoding = build_decoding(
-        cfg, cfg.DATA.SHORT_SIDE[1], cache=cfg.OUTPUT_DIR and os.path.join(cfg.OUTPUT_DIR, "index")
-    )
+    decoding = build_decoding(cfg, cfg.DATA.SHORT_SIDE[1])
     dataset = VideoDataset(
         videos=videos,
         sampler=build_sampler(cfg),
@@ -157,7 +155,7 @@ def build_test_loader(
 ) -> Loader:
     """Return a loader of ``clips`` x ``crops`` views of each of the videos of ``split``."""
     views = build_test_views(cfg, clips, crops)
-    decoding = build_decoding(cfg, cfg.TEST.SHORT_SIDE, os.path.join(cfg.OUTPUT_DIR, "index"))
+    decoding = build_decoding(cfg, cfg.TEST.SHORT_SIDE)
     dataset = VideoDataset(
         videos=videos,
         sampler=build_sampler(cfg),
@@ -196,9 +194,10 @@ def build_sampler(cfg: CfgNode) -> Sampling:
     return ClipSampler(cfg.DATA.SAMPLING, cfg.DATA.FRAMES, cfg.DATA.STRIDE, cfg.DATA.FPS)
 
 
-def build_decoding(cfg: CfgNode, short_side: int, cache: str | None = None) -> Decoding:
-    """Return what reads frames, with the configured decoders and deadline; the rest as in ``Decoding``."""
-    return Decoding(find_decoders(cfg.DATA.DECODER, "DATA.DECODER"), cfg.DATA.DEADLINE_S, short_side, cache)
+def build_decoding(cfg: CfgNode, short_side: int, in_run: bool = True) -> Decoding:
+    """Return what reads frames, with the configured decoder and deadline, and indexes kept in the run's folder."""
+    cache = os.path.join(cfg.OUTPUT_DIR, "index") if in_run and cfg.OUTPUT_DIR else None
+    return Decoding(find_decoder(cfg.DATA.DECODER, "DATA.DECODER"), cfg.DATA.DEADLINE_S, short_side, cache)
 
 
 def _build_loader(cfg: CfgNode, world: World, dataset: VideoDataset, sampler: EpochSampler | ShardedBatches) -> Loader:

@@ -71,7 +71,7 @@ def cause(error: DecodeError) -> str:
 
 
 def check_list(
-    path: Path, root: Path, output: Path, workers: int, choice: Choice, decoders: tuple[str, ...], deadline_s: float
+    path: Path, root: Path, output: Path, workers: int, choice: Choice, decoder: str, deadline_s: float
 ) -> None:
     """Read the chosen frames of each video of a list; write ``clean.txt`` and ``failures.csv``, and print a summary."""
     videos, places, without = read_listing(path, root)
@@ -82,7 +82,7 @@ def check_list(
     thread = threading.local()
 
     def start() -> None:
-        thread.decoding = Decoding(decoders, deadline_s, SHORT_SIDE)
+        thread.decoding = Decoding(decoder, deadline_s, SHORT_SIDE)
 
     def read(samples: list[Video]) -> list[tuple[str, DecodeError]]:
         """Read the sections of one file, which stays open from one to the next."""

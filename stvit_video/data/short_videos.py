@@ -1,7 +1,9 @@
 """How many videos of a list are shorter than a clip."""
 
+import contextlib
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import av
@@ -9,23 +11,16 @@ import numpy as np
 
 from stvit_video.data.clips.sampling import Sampling
 from stvit_video.data.clips.timeline import KnownTimes
-from stvit_video.data.decode.av_file import AV_ERRORS
-from stvit_video.data.decode.frames import open_video
+from stvit_video.data.decode.av_file import AV_ERRORS, NOT_OPENED
+from stvit_video.data.decode.frames import Decoding, open_video
 from stvit_video.data.decode.index import IndexCache
-from stvit_video.data.decode.types import IMAGE_SUFFIXES, DecodeError
-from stvit_video.data.lists.annotations import Video
+from stvit_video.data.decode.types import IMAGE_SUFFIXES, DecodeError, decode_errors
+from stvit_video.data.lists.annotations import Section, Video
 
 MAX_LOOKS = 64  # files that are opened at the start of a run, for which they may be on slow storage
 MAX_BYTES = 64 * 2**20  # of a file that is read whole to count its frames
 MAX_FRAMES = 100_000  # to which a header is believed
 NAMES = {"train": "training", "test": "test"}
-
-
-class _Quiet(IndexCache):
-    """Leaves remarks on files to the process that decodes them."""
-
-    def note(self, kind: str, text: str) -> None:
-        pass
 
 
 class ShortCount(NamedTuple):
@@ -36,7 +31,9 @@ class ShortCount(NamedTuple):
     line: str
 
 
-def count_short(videos: Sequence[Video], split: str, samplers: Sequence[Sampling]) -> list[ShortCount]:
+def count_short(
+    videos: Sequence[Video], split: str, samplers: Sequence[Sampling], decoding: Decoding
+) -> list[ShortCount]:
     """Count the videos of a list that are shorter than each sampler's clip, among at most MAX_LOOKS of it.
 
     They are evenly spread over the list; those that cannot be read are left out.
@@ -44,7 +41,10 @@ def count_short(videos: Sequence[Video], split: str, samplers: Sequence[Sampling
     if all(sampler.frames == 1 for sampler in samplers):
         return [ShortCount(0, 0, "")] * len(samplers)
     places = np.linspace(0, len(videos) - 1, min(len(videos), MAX_LOOKS)).round().astype(int)
-    found = [one for place in places if (one := _is_short(videos[place], samplers)) is not None]
+    found = []
+    for video in (videos[place] for place in places):
+        with contextlib.suppress(DecodeError):
+            found += decoding.ask(_IsShort(video.section, tuple(samplers)), video.path)
     looked_at = "" if len(found) == len(videos) else " looked at"
     counts = []
     for i, sampler in enumerate(samplers):
@@ -55,33 +55,38 @@ def count_short(videos: Sequence[Video], split: str, samplers: Sequence[Sampling
     return counts
 
 
-def _is_short(video: Video, samplers: Sequence[Sampling]) -> list[bool] | None:
-    """Say whether a video is shorter than each sampler's clip; None where it cannot be read.
+@dataclass(frozen=True)
+class _IsShort:
+    """Says whether a video is shorter than each sampler's clip; a list of one answer, or none for a large file.
 
-    Files of which the header says that they are twice as long, and labelled sections, are not read for that.
+    Files of which the header says that they are twice as long, and labelled sections, are not read for that. It is
+    called in a decoding process: even a header can make a decoder hang or crash.
     """
-    path, section = video.path, video.section
-    try:
+
+    section: Section | None
+    samplers: tuple[Sampling, ...]
+
+    def __call__(self, path: str, cache: IndexCache) -> list[list[bool]]:
         if os.path.isfile(path) and not path.lower().endswith(IMAGE_SUFFIXES):
             length, rate = _read_header(path)
-            if section is not None:
-                length = (section.stop - section.start) * (1 if section.in_frames else rate)
+            if self.section is not None:
+                length = (self.section.stop - self.section.start) * (1 if self.section.in_frames else rate)
             times = np.arange(max(1, min(round(length), MAX_FRAMES))) / rate
-            stated = [sampler.is_short(KnownTimes(times)) for sampler in samplers]
             half = KnownTimes(times[: (len(times) + 1) // 2])
-            if section is not None or not any(sampler.is_short(half) for sampler in samplers):
-                return stated
+            if self.section is not None or not any(sampler.is_short(half) for sampler in self.samplers):
+                return [[sampler.is_short(KnownTimes(times)) for sampler in self.samplers]]
             if os.path.getsize(path) > MAX_BYTES:
-                return None
-        with open_video(path, cache=_Quiet()) as reader:
-            return [sampler.is_short(reader) for sampler in samplers]
-    except (DecodeError, *AV_ERRORS):
-        return None
+                return []
+        with open_video(path, cache=cache) as reader:
+            return [[sampler.is_short(reader) for sampler in self.samplers]]
 
 
 def _read_header(path: str) -> tuple[float, float]:
     """Return how many frames the header of a video file states, 0 where it does not, and how many a second."""
-    with av.open(os.path.abspath(path), metadata_errors="ignore") as container:
+    with (
+        decode_errors(path, NOT_OPENED, "pyav", AV_ERRORS),
+        av.open(os.path.abspath(path), metadata_errors="ignore") as container,
+    ):
         found = [(0.0, 25.0)]
         for stream in container.streams.video:
             rate = float(stream.average_rate or stream.guessed_rate or 25)

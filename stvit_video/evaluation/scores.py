@@ -119,7 +119,7 @@ def fingerprint(model: nn.Module, weights: str, dataset: VideoDataset, precision
         "model": [str(model.name), model.arguments],
         "weights": weights,
         "videos": [[video.name, video.label] for video in dataset.videos],
-        "decoders": dataset.decoding.decoders,
+        "decoders": [dataset.decoding.decoder],
         "views": [repr(dataset.sampler), repr(dataset.views), dataset.decoding.short_side],
         "precision": precision,
         "seed": seed,  # of the random weights, and of those that a checkpoint does not hold

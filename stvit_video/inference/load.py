@@ -84,7 +84,7 @@ def build_input(cfg: CfgNode) -> VideoInput:
         settings=view_settings(cfg),
         sampler=build_sampler(cfg),
         views=build_test_views(cfg, cfg.TEST.CLIPS, cfg.TEST.CROPS),
-        start_decoding=lambda: build_decoding(cfg, cfg.TEST.SHORT_SIDE),
+        start_decoding=lambda: build_decoding(cfg, cfg.TEST.SHORT_SIDE, in_run=False),
         batch_size=cfg.TEST.BATCH_SIZE,
         precision=cfg.PRECISION,
     )

@@ -16,7 +16,7 @@ from stvit_video.common.charts import Point, image_of_points, png_of_confusion, 
 from stvit_video.config.schema import flatten
 from stvit_video.data.clips.sampling import ClipSampler
 from stvit_video.data.clips.sections import within
-from stvit_video.data.decode.frames import Decoding, find_decoders
+from stvit_video.data.decode.frames import Decoding
 from stvit_video.data.decode.types import DecodeError
 from stvit_video.data.lists.annotations import parse_name
 from stvit_video.pages.html import data_uri, picture_uri, printable, render
@@ -201,7 +201,7 @@ def _confusion(run: RunRecord) -> dict[str, Any] | None:
 
 def _mistake_rows(run: RunRecord, mistakes: Sequence[ScoredVideo]) -> list[dict[str, Any]]:
     """Return each mistake with three frames of its video, or the reason why there are none."""
-    decoding = Decoding(find_decoders("auto"), DEADLINE_S, THUMBNAIL)
+    decoding = Decoding("pyav", DEADLINE_S, THUMBNAIL)
     choice = partial(ClipSampler("uniform", 3), clips=1)
     rows = []
     for mistake in mistakes:

@@ -18,7 +18,7 @@ from stvit_video.config.load import override
 from stvit_video.data.lists.annotations import Video
 from stvit_video.data.lists.folders import are_numbers
 from stvit_video.data.lists.videos import build_lists
-from stvit_video.data.loader import build_sampler
+from stvit_video.data.loader import build_decoding, build_sampler
 from stvit_video.data.short_videos import count_short
 from stvit_video.models import LoadReport, load_pretrained
 from stvit_video.models.cost import Cost, count_training_memory, measure_cost
@@ -185,7 +185,8 @@ def build_fitting_sampling(
     uniform = override(cfg, [("DATA.SAMPLING", "uniform")], "DATA.SHORT_VIDEOS")
     samplers = [build_sampler(cfg), build_sampler(uniform)]
     split = "train" if "train" in videos else "test"
-    own, spread = on_main(world, lambda: count_short(videos[split], split, samplers))
+    decoding = build_decoding(cfg, cfg.TEST.SHORT_SIDE)
+    own, spread = on_main(world, lambda: count_short(videos[split], split, samplers, decoding))
     sampling = known or ("uniform" if 2 * own.short > own.looked_at else cfg.DATA.SAMPLING)
     if sampling == cfg.DATA.SAMPLING:
         return cfg, own.line

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stvit_video.data.decode.types import Indices, Reader
+from stvit_video.data.clips.sampling import ClipSampler
+from stvit_video.data.decode.types import Indices, Reader, Timeline
 
 
 @dataclass(frozen=True)
@@ -60,3 +61,18 @@ class Killed:
         if left > 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return np.asarray([7])
+
+
+@dataclass(frozen=True)
+class FailingSampler(ClipSampler):
+    """Crashes at videos of one length, as native code does, and hangs at those of another."""
+
+    crashes: int = 0
+    hangs: int = 0
+
+    def is_short(self, video: Timeline) -> bool:
+        if video.length == self.crashes:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if video.length == self.hangs:
+            time.sleep(1e6)
+        return super().is_short(video)

@@ -103,12 +103,12 @@ def damaged(write_clip: Callable[..., Path], write_sound: Callable[..., Path], t
     return files
 
 
-def read_files(paths: Sequence[Path], decoders: tuple[str, ...]) -> dict[Path, Outcome]:
+def read_files(paths: Sequence[Path], decoder: str) -> dict[Path, Outcome]:
     """Read 16 frames of each, in two threads."""
     outcomes: dict[Path, Outcome] = {}
 
     def work(share: Sequence[Path]) -> None:
-        decoding = Decoding(decoders, DEADLINE_S)
+        decoding = Decoding(decoder, DEADLINE_S)
         results = decoding.read_all(decoding.request(str(path), SPREAD) for path in share)
         outcomes.update(zip(share, results, strict=True))
 
@@ -135,20 +135,20 @@ def check_outcome(path: Path, outcome: Outcome) -> None:
 
 
 def test_damaged_files_give_frames_or_a_reason(damaged: dict[str, Path]) -> None:
-    readable: dict[tuple[str, ...], set[str]] = {}
-    for decoders in (("decord",), ("pyav",), ("pyav", "decord")):
-        outcomes = read_files(list(damaged.values()), decoders)
+    readable: dict[str, set[str]] = {}
+    for decoder in ("decord", "pyav"):
+        outcomes = read_files(list(damaged.values()), decoder)
         assert len(outcomes) == 300
         for path, outcome in outcomes.items():
             check_outcome(path, outcome)
         errors = {path.name: str(outcome) for path, outcome in outcomes.items() if isinstance(outcome, DecodeError)}
-        readable[decoders] = damaged.keys() - errors.keys()
-        assert "clip.avi" in readable[decoders]  # the content counts, not the name
+        readable[decoder] = damaged.keys() - errors.keys()
+        assert "clip.avi" in readable[decoder]  # the content counts, not the name
         for part in ("cannot be opened as video", "frames cannot be decoded", "has no video stream"):
             assert any(part in message for message in errors.values()), part
         assert "cannot be read as an image" in errors["clip.png"]
         assert errors.keys() >= {*TEXTS, "head.mp4", "index.mp4"}
-    assert readable["pyav", "decord"] == readable["pyav",] | readable["decord",]
+    assert readable["decord"] < readable["pyav"]
 
 
 def resident(process: int) -> float:
@@ -168,7 +168,7 @@ def test_opening_thousands_of_files_leaks_no_memory(
     flipped.write_bytes(flip_many(bytearray(clips[0].read_bytes()), np.random.default_rng(0)))
     half.write_bytes(clips[1].read_bytes()[: clips[1].stat().st_size // 2])
     text.write_bytes(TEXTS["text.mp4"])
-    decoding = Decoding((decoder,), DEADLINE_S)
+    decoding = Decoding(decoder, DEADLINE_S)
 
     def read(count: int) -> int:
         files = itertools.islice(itertools.cycle([*clips, flipped, half, text]), count)

@@ -1,10 +1,10 @@
 """Readers, on files whose frames show their number: each gives the requested frames, or a reason why not."""
 
+import importlib.util
 import struct
 from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import av
@@ -13,16 +13,16 @@ import pytest
 
 from stvit_video.data.clips.sampling import ClipSampler
 from stvit_video.data.decode import index, readers
-from stvit_video.data.decode.frames import DECODERS, FrameRequest, find_decoders, open_video, read_file
+from stvit_video.data.decode.frames import DECODERS, FrameRequest, find_decoder, open_video, read_file
 from stvit_video.data.decode.types import DecodeError, Frames
 from tests.conftest import numbered_frames, read_number
 from tests.data.choices import Frozen
 
-INSTALLED = tuple(name for name in DECODERS if name != "torchcodec" or find_spec("torchcodec"))
+INSTALLED = tuple(name for name in DECODERS if name != "torchcodec" or importlib.util.find_spec("torchcodec"))
 
 
-def read(path: Path, *indices: int, side: int | None = None, decoders: tuple[str, ...] = INSTALLED) -> Frames:
-    return read_file(FrameRequest(str(path), Frozen(indices), side, decoders))
+def read(path: Path, *indices: int, side: int | None = None, decoder: str = "pyav") -> Frames:
+    return read_file(FrameRequest(str(path), Frozen(indices), side, decoder))
 
 
 GROUPS = [{}, {"g": "250", "bf": "3", "b-pyramid": "normal"}, {"g": "12", "flags": "-cgop", "bf": "2"}, {"g": "1"}]
@@ -37,11 +37,11 @@ def test_requested_frames_are_returned_in_order(write_clip: Callable[..., Path],
     orders += [rng.integers(0, 250, 16).tolist() for _ in range(8)]
     if decoder != "pyav" and "-cgop" in options.values():
         with pytest.raises(DecodeError, match=f"where {decoder} finds wrong frames"):
-            read(path, 249, decoders=(decoder,))
+            read(path, 249, decoder=decoder)
         decoder = "pyav"  # the next one
     assert open_video(str(path), decoder=decoder).length == 250
     for indices in orders:
-        frames = read(path, *indices, decoders=(decoder,))
+        frames = read(path, *indices, decoder=decoder)
         assert [read_number(frame) for frame in frames] == list(indices)
 
 
@@ -57,7 +57,7 @@ def test_a_file_read_in_pieces_is_opened_once(
 
     def numbers(path: str, first: int, more: bool) -> list[int]:
         wanted = tuple(range(first, first + 10, 3))
-        request = FrameRequest(path, Frozen(wanted), None, ("pyav",), keep_open=more)
+        request = FrameRequest(path, Frozen(wanted), None, "pyav", keep_open=more)
         return [read_number(frame) for frame in read_file(request, cache)]
 
     for first in range(0, 200, 10):
@@ -103,14 +103,14 @@ def test_frames_are_exact_in_all_formats(
     orders = [[7, 119, 0, 30, 31], range(60, 92, 2), *(rng.integers(0, 120, 16).tolist() for _ in range(6))]
     for indices in orders:
         understood = 0
-        for decoders in (*((decoder,) for decoder in INSTALLED), INSTALLED):
+        for decoder in INSTALLED:
             try:
-                frames = read(path, *indices, decoders=decoders)
+                frames = read(path, *indices, decoder=decoder)
             except DecodeError:  # decord has no AV1, and refuses what it would get wrong
                 continue
             understood += 1
             assert [read_number(frame) for frame in frames] == list(indices)
-        assert understood >= 2  # one of them, and all together
+        assert understood >= 1
 
 
 @pytest.mark.parametrize("decoder", INSTALLED)
@@ -122,10 +122,10 @@ def test_frames_are_upright(write_clip: Callable[..., Path], decoder: str) -> No
     for turns, (a, b, c, d) in {1: (0, 1, -1, 0), 2: (-1, 0, 0, -1), 3: (0, -1, 1, 0)}.items():
         data[matrix : matrix + 36] = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
         path.write_bytes(data)
-        (frame,) = read(path, 7, decoders=(decoder,))
+        (frame,) = read(path, 7, decoder=decoder)
         assert frame.shape == ((128, 96, 3) if turns % 2 else (96, 128, 3))
         assert read_number(np.rot90(frame, turns)) == 7  # as clockwise quarter turns, undone
-        (small,) = read(path, 7, side=64, decoders=(decoder,))
+        (small,) = read(path, 7, side=64, decoder=decoder)
         assert abs(small.shape[0] / small.shape[1] - frame.shape[0] / frame.shape[1]) < 0.05
         assert read_number(np.rot90(small, turns)) == 7
 
@@ -136,10 +136,10 @@ def test_only_large_frames_are_resized(write_clip: Callable[..., Path], height: 
     frames = numbered_frames(12).repeat(height // 48 + 1, axis=1).repeat(width // 64 + 1, axis=2)
     path = write_clip(frames[:, :height, :width], pixels="yuv444p")  # odd sizes have no 4:2:0
     if decoder != "torchcodec":
-        small = read(path, 1, 5, side=60, decoders=(decoder,))
+        small = read(path, 1, 5, side=60, decoder=decoder)
         assert min(small.shape[1:3]) == 60
         assert small.shape[1] / small.shape[2] == pytest.approx(height / width, rel=0.02)
-    assert read(path, 0, side=400, decoders=(decoder,)).shape == (1, height, width, 3)
+    assert read(path, 0, side=400, decoder=decoder).shape == (1, height, width, 3)
 
 
 @pytest.mark.parametrize("decoder", INSTALLED)
@@ -159,12 +159,12 @@ def test_a_variable_frame_rate_is_sampled_by_time(tmp_path: Path, decoder: str) 
     reader = open_video(str(path), decoder=decoder)
     np.testing.assert_allclose(reader.times(), stamps / 1000, atol=1e-4)
     clip = ClipSampler("dense", 6, 5, rate=10)  # a frame each half second: 2.5 s of the 2.975
-    frames = read_file(FrameRequest(str(path), partial(clip, clips=1), None, (decoder,)))
+    frames = read_file(FrameRequest(str(path), partial(clip, clips=1), None, decoder))
     moments = (2975 - 2500) / 2 + 500 * np.arange(6)
     expected = [int(np.searchsorted(stamps, moment, side="right")) - 1 for moment in moments]
     assert [read_number(frame) for frame in frames] == expected
     by_number = ClipSampler("dense", 6, 5)
-    frames = read_file(FrameRequest(str(path), partial(by_number, clips=1), None, (decoder,)))
+    frames = read_file(FrameRequest(str(path), partial(by_number, clips=1), None, decoder))
     assert [read_number(frame) for frame in frames] == [17, 22, 27, 32, 37, 42]
 
 
@@ -209,9 +209,9 @@ def test_unreadable_files_give_a_reason(write_clip: Callable[..., Path], write_s
     }
     for name, content in cases.items():
         (folder / name).write_bytes(content)
-        for decoders in (*((decoder,) for decoder in INSTALLED), INSTALLED):
+        for decoder in INSTALLED:
             with pytest.raises(DecodeError) as error:
-                read(folder / name, 0, 4, side=32, decoders=decoders)
+                read(folder / name, 0, 4, side=32, decoder=decoder)
             assert error.value.path == str(folder / name)
             assert error.value.message
             assert "\n" not in error.value.message
@@ -221,23 +221,24 @@ def test_unreadable_files_give_a_reason(write_clip: Callable[..., Path], write_s
             read(folder / name, 0)
 
 
-def test_the_next_decoder_is_tried_after_a_failure(write_clip: Callable[..., Path], tmp_path: Path) -> None:
+def test_errors_name_their_decoder(write_clip: Callable[..., Path], tmp_path: Path) -> None:
     path = write_clip(numbered_frames(20), "av1.mp4", "libsvtav1", preset="10")
     with pytest.raises(DecodeError, match="cannot be opened as video") as error:
-        read(path, 5, decoders=("decord",))
+        read(path, 5, decoder="decord")
     assert error.value.decoder == "decord"
-    assert read_number(read(path, 5, decoders=("decord", "pyav"))[0]) == 5
+    assert read_number(read(path, 5)[0]) == 5
     (tmp_path / "text.mp4").write_bytes(b"text" * 100)
     with pytest.raises(DecodeError) as error:
-        read(tmp_path / "text.mp4", 0, decoders=("pyav", "decord"))
+        read(tmp_path / "text.mp4", 0)
     assert error.value.decoder == "pyav"
 
 
-def test_decoders_are_chosen_by_name() -> None:
-    assert find_decoders("pyav") == ("pyav",)
-    assert find_decoders("auto") == ("pyav",)
+def test_decoders_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_decoder("pyav") == find_decoder("auto") == "pyav"
+    assert find_decoder("decord") == "decord"
     with pytest.raises(ValueError, match="'gstreamer' is unknown; choose auto, pyav, decord, torchcodec"):
-        find_decoders("gstreamer")
-    if "torchcodec" not in INSTALLED:
-        with pytest.raises(ValueError, match=r"'torchcodec' is not installed; pip install torchcodec, or choose"):
-            find_decoders("torchcodec")
+        find_decoder("gstreamer")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for name in ("decord", "torchcodec"):
+        with pytest.raises(ValueError, match=f"'{name}' is not installed; pip install {name}, or choose auto, pyav"):
+            find_decoder(name)

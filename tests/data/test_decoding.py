@@ -18,11 +18,11 @@ from stvit_video import run
 from stvit_video.data.decode.frames import Decoding, read_file
 from stvit_video.data.decode.types import DecodeError, DecoderKilled
 from stvit_video.data.failures import read_ledger
+from stvit_video.data.lists.annotations import Video
+from stvit_video.data.short_videos import count_short
 from stvit_video.runtime.stopping import STOP_SIGNALS
 from tests.conftest import numbered_frames, read_number
-from tests.data.choices import Crashing, Frozen, Killed, Sleeping
-
-BOTH = ("pyav", "decord")
+from tests.data.choices import Crashing, FailingSampler, Frozen, Killed, Sleeping
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def children() -> set[int]:
 
 
 def test_the_child_returns_the_same_frames_as_this_process(path: str) -> None:
-    decoding = Decoding(BOTH, 60)
+    decoding = Decoding("pyav", 60)
     for indices in ((3, 1, 1, 59), (0,), tuple(range(60))):  # less and more memory than before
         request = decoding.request(path, Frozen(indices))
         np.testing.assert_array_equal(decoding.read(request), read_file(request))
@@ -52,7 +52,7 @@ def test_the_child_returns_the_same_frames_as_this_process(path: str) -> None:
 
 
 def test_batches_keep_order_and_failures(path: str) -> None:
-    decoding = Decoding(BOTH, 60)
+    decoding = Decoding("pyav", 60)
     paths = [path, "/nowhere/a.mp4", path, path, "/nowhere/b.mp4"]
     results = list(decoding.read_all(decoding.request(name, Frozen((i,))) for i, name in enumerate(paths)))
     assert [isinstance(result, DecodeError) for result in results] == [False, True, False, False, True]
@@ -61,7 +61,7 @@ def test_batches_keep_order_and_failures(path: str) -> None:
 
 
 def test_an_abandoned_batch_does_not_mix_up_later_answers(path: str) -> None:
-    decoding = Decoding(BOTH, 60)
+    decoding = Decoding("pyav", 60)
     results = decoding.read_all(decoding.request(path, Frozen((i,))) for i in range(5))
     assert read_number(next(results)[0]) == 0
     with pytest.raises(AssertionError, match="still being answered"):
@@ -71,7 +71,7 @@ def test_an_abandoned_batch_does_not_mix_up_later_answers(path: str) -> None:
 
 
 def test_a_hanging_decoder_is_killed_and_its_file_not_retried(path: str, tmp_path: Path) -> None:
-    decoding, others = Decoding(BOTH, 1.0), children()
+    decoding, others = Decoding("pyav", 1.0), children()
     other = tmp_path / "other.mp4"
     other.write_bytes(Path(path).read_bytes())
     decoding.read(decoding.request(path, Frozen((0,))))  # so that the child has started
@@ -92,7 +92,7 @@ def test_a_hanging_decoder_is_killed_and_its_file_not_retried(path: str, tmp_pat
 
 
 def test_a_crash_costs_one_video(path: str) -> None:
-    decoding = Decoding(BOTH, 60)
+    decoding = Decoding("pyav", 60)
     choices = [Frozen((0,)), Crashing(), Frozen((2,))]
     first, crashed, last = decoding.read_all(decoding.request(path, choice) for choice in choices)
     assert isinstance(crashed, DecodeError)
@@ -104,7 +104,7 @@ def test_a_request_is_repeated_once_where_the_child_was_killed(path: str, tmp_pa
     """By the system's OOM killer, for example, which may have taken it for the memory that others used."""
     count = tmp_path / "count"
     for deaths in (1, 2):
-        decoding = Decoding(BOTH, 60)
+        decoding = Decoding("pyav", 60)
         count.write_text(str(deaths))
         choices = [Frozen((0,)), Killed(str(count)), Frozen((2,))]
         first, killed, last = decoding.read_all(decoding.request(path, choice) for choice in choices)
@@ -116,8 +116,20 @@ def test_a_request_is_repeated_once_where_the_child_was_killed(path: str, tmp_pa
             assert killed.message == "does not fit into memory: its decoder was killed twice (signal 9)"
 
 
+def test_files_that_hang_or_crash_are_left_out_of_the_count_of_short_videos(
+    write_clip: Callable[..., Path],
+) -> None:
+    paths = [write_clip(numbered_frames(length), f"{length}.mp4") for length in (5, 6, 7, 20)]
+    videos = [Video(str(path), 0) for path in [*paths, "/nowhere/a.mp4"]]
+    ((short, looked_at, line),) = count_short(
+        videos, "train", [FailingSampler("dense", 8, crashes=5, hangs=6)], Decoding("pyav", 1.0)
+    )
+    assert (short, looked_at) == (1, 2)
+    assert line.startswith("1 of 2 training videos looked at are shorter than a clip of 8 frames;")
+
+
 def test_a_killed_child_is_replaced(path: str) -> None:
-    decoding = Decoding(BOTH, 60)
+    decoding = Decoding("pyav", 60)
     before = children()
     decoding.read(decoding.request(path, Frozen((0,))))
     (child,) = children() - before
@@ -127,7 +139,7 @@ def test_a_killed_child_is_replaced(path: str) -> None:
 
 
 def test_the_child_ignores_stop_signals(path: str) -> None:
-    decoding = Decoding(BOTH, 60)
+    decoding = Decoding("pyav", 60)
     before = children()
     decoding.read(decoding.request(path, Frozen((0,))))
     (child,) = children() - before
@@ -139,7 +151,7 @@ def test_the_child_ignores_stop_signals(path: str) -> None:
 
 def test_children_end_with_their_owner(path: str) -> None:
     before = children()
-    decoding = Decoding(BOTH, 60)
+    decoding = Decoding("pyav", 60)
     decoding.read(decoding.request(path, Frozen((0,))))
     another = copy.copy(decoding)  # a pickled copy, as in a loader's workers, starts its own child
     another.read(another.request(path, Frozen((0,))))
@@ -154,7 +166,7 @@ def test_a_hanging_child_dies_with_its_parent(path: str) -> None:
 import os, sys
 from stvit_video.data.decode.frames import Decoding
 from tests.data.choices import Sleeping
-decoding = Decoding(("decord",), 1e6)
+decoding = Decoding("decord", 1e6)
 decoding._send(decoding.request({path!r}, Sleeping()))
 print(decoding._child.process.pid, flush=True)
 os.kill(os.getpid(), 9)

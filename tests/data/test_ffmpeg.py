@@ -228,7 +228,7 @@ def check_damaged(shown: Shown) -> None:
 
 @pytest.fixture(scope="module")
 def decord() -> Decoding:
-    return Decoding(("decord",), deadline_s=20)
+    return Decoding("decord", deadline_s=20)
 
 
 def test_decord_is_exact_or_refuses(shown: Shown, decord: Decoding) -> None:

@@ -47,7 +47,7 @@ def test_both_decoders_equal_sequential_reading(name: str) -> None:
         shown = itertools.islice(enumerate(container.decode(video=0)), int(chosen[-1]) + 1)
         expected = [frame.to_ndarray(format="rgb24") for number, frame in shown if number in chosen]
     for decoder in BOTH:
-        frames = read_file(FrameRequest(str(path), Frozen(tuple(chosen)), None, (decoder,)))
+        frames = read_file(FrameRequest(str(path), Frozen(tuple(chosen)), None, decoder))
         # In two of the clips, every frame is more than 1.6 away from the next.
         assert np.abs(frames - np.asarray(expected, np.float32)).mean(axis=(1, 2, 3)).max() < 1, decoder
 
@@ -56,7 +56,7 @@ def test_both_decoders_equal_sequential_reading(name: str) -> None:
 def test_both_decoders_reduce_frames_alike(name: str) -> None:
     _, height, width, _ = CLIPS[name]
     side = 72
-    decord, pyav = (read_file(FrameRequest(str(FOLDER / name), SPREAD, side, (decoder,))) for decoder in BOTH)
+    decord, pyav = (read_file(FrameRequest(str(FOLDER / name), SPREAD, side, decoder)) for decoder in BOTH)
     assert decord.shape == pyav.shape == (16, side, round(width * side / height), 3)
     assert np.abs(decord - pyav.astype(np.float32)).mean(axis=(1, 2, 3)).max() < 1
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stvit_video.data.decode.frames import open_video
+from stvit_video.data.decode.frames import FrameRequest, open_video, read_file
 from stvit_video.data.decode.pictures import order_frames
 from stvit_video.data.decode.types import DecodeError
+from tests.data.choices import Frozen
 
 
 def read_image(path: Path, short_side: int | None = None) -> np.ndarray:
@@ -157,6 +158,21 @@ def test_a_pattern_chooses_the_frames(tmp_path: Path, picture: np.ndarray, patte
     for name in ("What is it? [abc].mp4", "100 %d.mp4", "a{1}.avi"):  # absent files
         with pytest.raises(DecodeError, match="no such file"):
             open_video(f"{tmp_path}/{name}")
+
+
+def test_floating_point_images_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.full((20, 30), 0.5, np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(DecodeError, match=r"cannot be read as an image \(its pixels are floating-point numbers"):
+        open_video(tmp_path / "a.tif")
+
+
+def test_the_damaged_frame_of_a_folder_is_named(tmp_path: Path, picture: np.ndarray) -> None:
+    for number in range(3):
+        Image.fromarray(picture).save(tmp_path / f"{number}.jpg")
+    (tmp_path / "1.jpg").write_bytes(b"")
+    with pytest.raises(DecodeError, match=r": 1\.jpg cannot be read as an image") as error:
+        read_file(FrameRequest(str(tmp_path), Frozen((0, 1))))
+    assert error.value.path == str(tmp_path)
 
 
 def test_damaged_images_give_a_reason(tmp_path: Path, picture: np.ndarray) -> None:

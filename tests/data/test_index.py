@@ -59,9 +59,25 @@ def test_an_index_that_took_decoding_is_kept(
     assert len(decoded) == 3
 
 
+def test_the_index_of_a_long_file_is_kept(
+    write_clip: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be one of hundreds, and too large to stay in memory until the file comes again."""
+    monkeypatch.setattr(index, "LONG", 30)
+    for frames in (29, 30):
+        path = write_clip(numbered_frames(frames))
+        length(path, IndexCache(str(tmp_path / "index")))
+    assert len(list((tmp_path / "index").iterdir())) == 1
+    known = IndexCache(str(tmp_path / "index")).get(str(path))
+    assert known is not None
+    assert (len(known.stamps), known.size, known.decoded) == (30, None, False)
+    monkeypatch.setattr(index, "prove", None)
+    assert length(path, IndexCache(str(tmp_path / "index"))) == 30
+
+
 def test_a_decoding_process_keeps_indexes_in_its_folder(clip: Path, tmp_path: Path, decoded: list[str]) -> None:
     folder = tmp_path / "index"
-    decoding = Decoding(("pyav",), 60, cache=str(folder))
+    decoding = Decoding("pyav", 60, cache=str(folder))
     assert read_number(decoding.read(decoding.request(str(clip), Frozen((9,))))[0]) == 9
     assert length(clip, IndexCache(str(folder))) == 30
     assert not decoded
@@ -104,7 +120,7 @@ def test_a_long_pass_reports_that_it_goes_forward(clip: Path, monkeypatch: pytes
         def recv(self) -> object:
             return next(self.answers)
 
-    decoding, child = Decoding(("pyav",), 1.0), Slow()
+    decoding, child = Decoding("pyav", 1.0), Slow()
     child.connection = child
     decoding._child = child  # type: ignore[assignment]
     decoding._waiting.append(decoding.request("clip.avi", Frozen((0,))))

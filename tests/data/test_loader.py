@@ -98,7 +98,7 @@ def test_views_are_clips_times_crops(write_clip: Callable[..., Path]) -> None:
         videos=[Video(str(path), 3)],
         sampler=ClipSampler("dense", 4, 5),
         views=TestViews(clips=3, crops=3, frames=4, size=48, normalise=PLAIN, short_side=48),
-        decoding=Decoding(("decord",), 60, 48),
+        decoding=Decoding("decord", 60, 48),
         stage="test",
     )
     views = collate([dataset[0]], dataset.views).make_clips()
@@ -187,7 +187,7 @@ def test_testing_replaces_no_video(damaged_set: Path) -> None:
 def test_training_gives_up_after_max_tries(tmp_path: Path) -> None:
     videos = [Video(str(tmp_path / f"{i}.mp4"), 0) for i in range(30)]
     sampler = ClipSampler("dense", 2)
-    decoding = Decoding(("decord",), 60)
+    decoding = Decoding("decord", 60)
     views = TrainViews(clips=1, frames=2, size=32, normalise=PLAIN, short_side=(32, 32))
     dataset = VideoDataset(videos=videos, sampler=sampler, views=views, decoding=decoding, stage="train")
     batch = collate([dataset[SampleKey(0, 0)]], views)
@@ -223,7 +223,7 @@ def test_equal_views_are_computed_once(write_clip: Callable[..., Path]) -> None:
         videos=[Video(str(path), 0) for path in paths],
         sampler=sampler,
         views=TestViews(clips=3, crops=3, frames=4, size=48, normalise=PLAIN, short_side=48),
-        decoding=Decoding(("pyav",), 60.0),
+        decoding=Decoding("pyav", 60.0),
         stage="test",
     )
     batch = collate(dataset.__getitems__(range(4)), dataset.views)
@@ -262,7 +262,7 @@ def test_clips_of_a_file_with_a_gap_are_on_one_side(
     path = copy_packets(write_clip(numbered_frames(60, 64, 64), "dense.mkv", bf="0"), tmp_path / "gap.mkv", wait)
     views = TestViews(clips=3, crops=1, frames=4, size=64, normalise=PLAIN, short_side=64)
     dataset = VideoDataset(
-        videos=[Video(str(path), 0)], sampler=sampler, views=views, decoding=Decoding(("pyav",), 60.0), stage="test"
+        videos=[Video(str(path), 0)], sampler=sampler, views=views, decoding=Decoding("pyav", 60.0), stage="test"
     )
     keys = [0, *(SampleKey(epoch, 0) for epoch in range(12))]
     batch = collate(dataset.__getitems__(keys), dataset.views)

@@ -26,7 +26,7 @@ def check_frames(path: Path, numbers: Sequence[int]) -> None:
     choices += [tuple(rng.integers(0, len(numbers), 8).tolist()) for _ in range(8)]
     assert open_video(str(path), decoder="pyav").length == len(numbers)
     for indices in choices:
-        frames = read_file(FrameRequest(str(path), Frozen(indices), None, ("pyav",)))
+        frames = read_file(FrameRequest(str(path), Frozen(indices), None, "pyav"))
         assert [read_number(frame) for frame in frames] == [numbers[index] for index in indices]
     with pytest.raises(DecodeError, match=r"where decord finds wrong frames; DATA\.DECODER pyav reads it"):
         open_video(path, decoder="decord")

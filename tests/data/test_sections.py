@@ -17,6 +17,7 @@ from stvit_video.data.clips.sections import SectionReader, within
 from stvit_video.data.clips.transforms import Normalise, TestViews
 from stvit_video.data.dataset import VideoDataset
 from stvit_video.data.decode.frames import Decoding, FrameRequest, check_whole, open_video, read_file
+from stvit_video.data.decode.readers import AvReader
 from stvit_video.data.decode.types import Choice, DecodeError
 from stvit_video.data.failures import merge, read_ledger
 from stvit_video.data.lists.annotations import Section, Video, parse_name
@@ -45,7 +46,7 @@ def clip(write_clip: Callable[..., Path]) -> str:
 def test_clips_are_those_of_a_file_of_the_section_alone(
     clip: str, section: Section, choice: Choice, numbers: list[int]
 ) -> None:
-    frames = read_file(FrameRequest(clip, within(choice, section, clip), decoders=("pyav",)))
+    frames = read_file(FrameRequest(clip, within(choice, section, clip)))
     assert [read_number(frame) for frame in frames] == numbers
 
 
@@ -112,7 +113,7 @@ def test_two_sections_of_a_file_are_two_samples(clip: str) -> None:
         views=TestViews(
             clips=1, crops=1, frames=2, size=48, normalise=Normalise((0.0,) * 3, (1.0,) * 3), short_side=48
         ),
-        decoding=Decoding(("pyav",), 60.0),
+        decoding=Decoding("pyav", 60.0),
         stage="test",
     )
     first, second, *wrong, whole = dataset.__getitems__([0, 1, 2, 3, 4])
@@ -134,6 +135,17 @@ def test_check_videos_finds_sections_outside_of_their_video(clip: str, tmp_path:
     (failure,) = read_ledger(tmp_path / "out" / "failures.csv")
     assert failure.path == f"{clip}#t=8,9"
     assert "is outside of the video" in failure.message
+
+
+def test_a_file_of_many_sections_is_checked_once(clip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked, check = [], AvReader.check
+    monkeypatch.setattr(AvReader, "check", lambda video: checked.append(video.path) or check(video))
+    opened: dict = {}
+    for start in range(3):
+        choice = within(check_whole, Section(start, start + 1.0), clip)
+        (frame,) = read_file(FrameRequest(clip, choice, keep_open=True), opened)
+        assert read_number(frame) == start * 25
+    assert checked == [clip]
 
 
 def test_check_videos_keeps_the_form_of_segments_in_json(clip: str, tmp_path: Path) -> None:

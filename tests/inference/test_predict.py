@@ -119,7 +119,7 @@ def test_precision_and_batch_are_those_of_the_run(run_folder: Path, small_set: P
     save_weights(tmp_path / "model.safetensors", trained.model, trained.classes, view_settings(cfg))
     (tmp_path / "config.yaml").write_text(cfg.dump())
     found = predict.Predictor.load(tmp_path)
-    assert (found.precision, found.input.batch_size, found.input.start_decoding().decoders) == ("bf16", 3, ("pyav",))
+    assert (found.precision, found.input.batch_size, found.input.start_decoding().decoder) == ("bf16", 3, "pyav")
     loader = build_test_loader(cfg, WORLD, build_lists(cfg).videos("test"), clips=2, crops=3)
     expected = evaluate.describe_videos(evaluate.class_probabilities(trained.model), loader, WORLD, "bf16").scores
     scores = torch.stack([result.scores for result in found.predict([video.path for video in loader.dataset.videos])])

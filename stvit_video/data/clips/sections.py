@@ -29,7 +29,9 @@ class SectionReader(Part, Reader):
         return self.reader.frames(indices + self.start)
 
     def check(self) -> None:
-        self.reader.check()
+        if not self.reader.is_whole:  # a video of a hundred sections is read once
+            self.reader.check()
+            self.reader.is_whole = True
 
 
 def _frames_of(video: Reader, section: Section, path: str) -> tuple[int, int]:

@@ -3,11 +3,13 @@
 ``Decoding`` starts a child that runs ``serve``, sends it requests over a socket and copies frames out of memory that
 both share. A child that does not answer in time is killed and replaced; some endless loops of decord end no other way.
 
-The child calls ``read_file`` for each ``FrameRequest``. That opens the file, calls the request's choice with the open
-``Reader`` to get frame indices, and has the reader decode those; where one decoder fails, it tries the next.
+The child calls ``answer`` for each ``FrameRequest``. That opens the file, calls the request's choice with the open
+``Reader`` to get frame indices, and has the reader decode those. A request of ``Decoding.ask`` has a function of its
+own, which is called instead.
 """
 
 import contextlib
+import importlib
 import importlib.util
 import itertools
 import os
@@ -18,12 +20,12 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from stvit_video.common.errors import RunFailure, UsageError
 from stvit_video.data.decode.index import IndexCache
@@ -34,6 +36,7 @@ from stvit_video.data.decode.types import (
     Choice,
     DecodeError,
     DecoderKilled,
+    Frames,
     Indices,
     Reader,
     Times,
@@ -52,18 +55,18 @@ DECODERS: dict[str, Callable[[str, int | None, IndexCache | None], Reader]] = {
 }
 
 
-def find_decoders(name: str, option: str = "decoder") -> tuple[str, ...]:
-    """Return the decoders to try in order: the named one, with ``auto`` PyAV.
+def find_decoder(name: str, option: str = "decoder") -> str:
+    """Return the decoder to read with: the named one, with ``auto`` PyAV.
 
     Raises UsageError, naming the ``option``, for one that is unknown or not installed.
     """
-    installed = tuple(key for key in DECODERS if key != "torchcodec" or importlib.util.find_spec("torchcodec"))
+    installed = tuple(key for key in DECODERS if key == "pyav" or importlib.util.find_spec(key))
     if name != "auto" and name not in installed:
         known = name in DECODERS
         problem = f"is not installed; pip install {name}, or" if known else "is unknown;"
         choices = ", ".join(installed if known else DECODERS)
         raise UsageError(f"{option}: decoder {name!r} {problem} choose auto, {choices}.")
-    return ("pyav",) if name == "auto" else (name,)
+    return "pyav" if name == "auto" else name
 
 
 def open_video(
@@ -90,14 +93,15 @@ def open_video(
 
 @dataclass(frozen=True)
 class FrameRequest:
-    """Asks for frames of one file, or for the times of all. It is pickled to reach the decoding process."""
+    """Asks for frames of one file, or only about it. It is pickled to reach the decoding process."""
 
     path: str
-    choice: Choice | None  # returns the indices of the frames to read, once the file is open; None: asks for times
+    choice: Choice | None  # returns the indices of the frames to read, once the file is open; None: see ``question``
     short_side: int | None = None  # see ``open_video``
-    decoders: tuple[str, ...] = ("pyav",)  # in the order in which they are tried
+    decoder: str = "pyav"
     keep_open: bool = False  # more requests for this file follow
-    judge: Callable[[Reader], object] | None = None  # also asked about the file, see ``Decoding.judgement``
+    judge: Callable[[Reader], object] | None = None  # called with the open file too, see ``Decoding.judgement``
+    question: Callable[[str, IndexCache], Any] | None = None  # called instead of all this, see ``Decoding.ask``
 
 
 def check_whole(video: Reader) -> Indices:
@@ -106,38 +110,36 @@ def check_whole(video: Reader) -> Indices:
     return np.zeros(1, np.int64)
 
 
-def read_file(
-    request: FrameRequest, opened: dict[Any, Reader] | None = None, cache: IndexCache | None = None
-) -> NDArray[Any]:
-    """Return the chosen frames (N, H, W, 3) in the order of the choice, or the times (length,) in seconds.
+def read_file(request: FrameRequest, opened: dict[Any, Reader] | None = None) -> Frames:
+    """Return the chosen frames (N, H, W, 3) in the order of the choice. Raises DecodeError."""
+    return answer({} if opened is None else opened, IndexCache(), request)[0]
 
-    Decoders are tried in turn. Each makes its own choice, since they may not agree on how long a damaged file is.
+
+def answer(opened: dict[Any, Reader], cache: IndexCache, request: FrameRequest) -> tuple[Frames, Any]:
+    """Return the chosen frames (N, H, W, 3) in the order of the choice, and what the request's judge says of the file.
+
     ``opened`` keeps a file open from one request to the next, since opening a long video takes a pass through all of
-    it. Raises DecodeError with what each decoder reported.
+    it. Raises DecodeError.
     """
-    opened = {} if opened is None else opened
-    errors: list[DecodeError] = []
-    for decoder in request.decoders:
-        key, keep_open = (request.path, request.short_side, decoder), False
-        try:
-            if key not in opened:
-                _close(opened)
-                path, short_side, _ = key
-                opened[key] = open_video(path, short_side=short_side, decoder=decoder, cache=cache)
-            video, choice = opened[key], request.choice
-            answer = video.times() if choice is None else video.frames(choice(video))
-            keep_open = request.keep_open
-            return answer
-        except DecodeError as error:
-            errors.append(error)
-            if error.decoder in ("", "pillow"):  # no video decoder can help
-                break
-        finally:  # after any other error too, such as a lack of memory
-            if not keep_open:
-                _close(opened)
-    messages = list(dict.fromkeys(error.message for error in errors))
-    message = messages[0] if len(messages) == 1 else "; ".join(f"{e.decoder}: {e.message}" for e in errors)
-    raise DecodeError(request.path, message, "+".join(dict.fromkeys(error.decoder for error in errors)))
+    if request.question is not None:
+        return np.empty((0, 0, 0, 3), np.uint8), request.question(request.path, cache)
+    assert request.choice is not None
+    path, key, keep_open = request.path, (request.path, request.short_side, request.decoder), False
+    try:
+        if key not in opened:
+            _close(opened)
+            opened[key] = open_video(path, short_side=request.short_side, decoder=request.decoder, cache=cache)
+        video = opened[key]
+        frames = video.frames(request.choice(video))
+        judgement = request.judge and request.judge(video)
+        keep_open = request.keep_open
+        return frames, judgement
+    except DecodeError as error:
+        inside = "" if error.path == path else f"{os.path.basename(error.path)} "  # of a folder of images
+        raise DecodeError(path, f"{inside}{error.message}", error.decoder) from error
+    finally:  # after any other error too, such as a lack of memory
+        if not keep_open:
+            _close(opened)
 
 
 def _close(opened: dict[Any, Reader]) -> None:
@@ -145,8 +147,9 @@ def _close(opened: dict[Any, Reader]) -> None:
         opened.popitem()[1].close()
 
 
-def report_nothing() -> None:
-    """Take no note of progress."""
+def _read_times(decoder: str, path: str, cache: IndexCache) -> Times:
+    with open_video(path, decoder=decoder, cache=cache) as video:
+        return video.times()
 
 
 @dataclass(eq=False, repr=False)
@@ -156,26 +159,25 @@ class Decoding:
     After a fork, and in a loader's workers, each process starts its own child.
     """
 
-    decoders: tuple[str, ...]  # in the order in which they are tried
+    decoder: str
     deadline_s: float  # for each request; a child that takes longer is killed
     short_side: int | None = None  # see ``open_video``
-    cache: str | None = None  # a folder for indexes that took decoding; see ``IndexCache``
-    judgement: Any = field(default=None, init=False)  # what the ``judge`` of the request answered last says
+    cache: str | None = None  # a folder for indexes that took long; see ``IndexCache``
+    judgement: Any = field(default=None, init=False)  # what the judge or question of the request answered last says
+    on_progress: Callable[[], None] | None = field(default=None, init=False)  # called while a long file is indexed
     _child: "_Child | None" = field(default=None, init=False)
     _waiting: deque[FrameRequest] = field(default_factory=deque, init=False)  # sent to the child, not answered yet
     _stuck: set[str] = field(default_factory=set, init=False)  # paths that took too long; they are not tried again
-    # Called while a long file is indexed. A default would be a method of the class.
-    on_progress: Callable[[], None] = field(default_factory=lambda: report_nothing, init=False)
     _killed: set[str] = field(default_factory=set, init=False)  # paths at which the child was killed once
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_child": None, "_waiting": deque()}
 
     def request(self, path: str, choice: Choice, keep_open: bool = False) -> FrameRequest:
-        """Return a request for frames of ``path`` with this object's decoders and size."""
-        return FrameRequest(path, choice, self.short_side, self.decoders, keep_open)
+        """Return a request for frames of ``path`` with this object's decoder and size."""
+        return FrameRequest(path, choice, self.short_side, self.decoder, keep_open)
 
-    def read(self, request: FrameRequest) -> NDArray[Any]:
+    def read(self, request: FrameRequest) -> Frames:
         """Return the chosen frames (N, H, W, 3). Raises DecodeError, also for a child that hangs or crashes."""
         (result,) = self.read_all([request])
         if isinstance(result, DecodeError):
@@ -184,9 +186,14 @@ class Decoding:
 
     def read_times(self, path: str) -> Times:
         """Return the times of a file's frames, in seconds after the first. Raises DecodeError as ``read``."""
-        return self.read(FrameRequest(path, None, None, self.decoders))
+        return self.ask(partial(_read_times, self.decoder), path)
 
-    def read_all(self, requests: Iterable[FrameRequest]) -> Iterator[NDArray[Any] | DecodeError]:
+    def ask(self, question: Callable[[str, IndexCache], Any], path: str) -> Any:
+        """Return what a function, called in the child, says of a file. Raises DecodeError as ``read``."""
+        self.read(FrameRequest(path, None, decoder=self.decoder, question=question))
+        return self.judgement
+
+    def read_all(self, requests: Iterable[FrameRequest]) -> Iterator[Frames | DecodeError]:
         """Yield the answer to each request, or the reason why there is none. Read it to the end before the next.
 
         The child always has the next two requests: it decodes one while the caller works on the last answer.
@@ -214,11 +221,11 @@ class Decoding:
             return
         child = self._child
         if child is None or child.parent != os.getpid() or not (self._waiting or child.process.poll() is None):
-            child = self._child = _Child(self.cache, self.decoders)
+            child = self._child = _Child(self.cache, self.decoder)
         with contextlib.suppress(OSError):  # the child has died with a request before this: ``_receive`` finds out
             child.connection.send(request)
 
-    def _receive(self) -> NDArray[Any] | DecodeError:
+    def _receive(self) -> Frames | DecodeError:
         """Return the answer to the first request; where it ended the child, send the others again."""
         request = self._waiting.popleft()
         child = self._child
@@ -230,16 +237,17 @@ class Decoding:
             while wait_awake(child.connection, self.deadline_s):
                 answer = child.connection.recv()
                 if answer is None:  # a long file is being decoded for its index, and goes forward
-                    self.on_progress()
+                    if self.on_progress is not None:
+                        self.on_progress()
                     continue
                 if isinstance(answer, DecodeError):
                     return answer
-                slot, shape, dtype, self.judgement = answer
-                array = np.empty(shape, dtype)
-                left = array.reshape(-1).view(np.uint8).data
+                slot, shape, self.judgement = answer
+                frames = np.empty(shape, np.uint8)
+                left = frames.reshape(-1).data
                 while left:
-                    left = left[os.preadv(child.slots[slot].fileno(), [left], array.nbytes - len(left)) :]
-                return array
+                    left = left[os.preadv(child.slots[slot].fileno(), [left], frames.nbytes - len(left)) :]
+                return frames
             message = f"took more than {self.deadline_s:g} s (DATA.DEADLINE_S); its decoder was stopped"
             self._stuck.add(request.path)
         except (EOFError, OSError):
@@ -256,19 +264,19 @@ class Decoding:
             self._send(other)
         if again:
             return self._receive()
-        return (DecoderKilled if killed else DecodeError)(request.path, message, "+".join(request.decoders))
+        return (DecoderKilled if killed else DecodeError)(request.path, message, request.decoder)
 
 
 class _Child:
     """The child process: the parent's end of the socket, and files in memory to which the child writes arrays."""
 
-    def __init__(self, cache: str | None, decoders: tuple[str, ...]) -> None:
+    def __init__(self, cache: str | None, decoder: str) -> None:
         self.parent = os.getpid()
         ours, theirs = socket.socketpair()
         self.slots = [open_memory_file() for _ in range(IN_FLIGHT)]
         fds = (theirs.fileno(), *(slot.fileno() for slot in self.slots))
         self.process = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import serve; serve({cache!r}, {decoders!r}, *{fds})"],
+            [sys.executable, "-c", f"from {__name__} import serve; serve({cache!r}, {decoder!r}, *{fds})"],
             pass_fds=fds,
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C in a terminal reaches the parent only, with which the child ends
@@ -311,10 +319,12 @@ def _end(process: subprocess.Popen, connection: Connection, parent: int) -> None
         process.wait(timeout=1)
 
 
-def serve(cache_folder: str | None, decoders: tuple[str, ...], socket_fd: int, *memory_fds: int) -> None:
+def serve(cache_folder: str | None, decoder: str, socket_fd: int, *memory_fds: int) -> None:
     """Answer requests until the parent closes the socket: the main function of the child process."""
     end_with_parent(signal.SIGKILL)  # a hanging decoder would never see the closed socket
     ignore_stop_signals()
+    if decoder != "pyav":
+        importlib.import_module(decoder)  # which takes long, before the deadline of a file counts
     connection = Connection(socket_fd)
     try:
         connection.send(True)
@@ -328,27 +338,13 @@ def serve(cache_folder: str | None, decoders: tuple[str, ...], socket_fd: int, *
         except EOFError:
             return
         try:
-            judgements: list[object] = []  # of each decoder that opens the file
-            answer = np.ascontiguousarray(read_file(_judging(request, judgements), opened, cache))
+            frames, judgement = answer(opened, cache, request)
         except DecodeError as error:
             connection.send(error)
         except MemoryError:
-            connection.send(DecodeError(request.path, "does not fit into memory", "+".join(request.decoders)))
+            connection.send(DecodeError(request.path, "does not fit into memory", request.decoder))
         else:
-            left = answer.reshape(-1).view(np.uint8).data
+            left = np.ascontiguousarray(frames).reshape(-1).data
             while left:  # a call writes 2 GB at most
-                left = left[os.pwrite(fd, left, answer.nbytes - len(left)) :]
-            connection.send((slot, answer.shape, answer.dtype.str, judgements[-1] if judgements else None))
-
-
-def _judging(request: FrameRequest, judgements: list[object]) -> FrameRequest:
-    """Return the request, whose choice also appends to ``judgements`` what its judge says of the file."""
-    choice, judge = request.choice, request.judge
-    if choice is None or judge is None:
-        return request
-
-    def choose(reader: Reader) -> Indices:
-        judgements.append(judge(reader))
-        return choice(reader)
-
-    return replace(request, choice=choose)
+                left = left[os.pwrite(fd, left, frames.nbytes - len(left)) :]
+            connection.send((slot, frames.shape, judgement))

@@ -1,7 +1,7 @@
 """Which frames a video file shows and when, in the order of display: an ``Index``.
 
 A frame is what FFmpeg's decoder shows. Where the packets of a file prove which these are, a pass over them is enough;
-else all of the file is decoded once, and the index cached, since that takes as long as reading the file.
+else all of the file is decoded once. Indexes of which either took long are cached.
 """
 
 import hashlib
@@ -28,6 +28,7 @@ from stvit_video.data.decode.types import DecodeError, Times, decode_errors, rea
 # FLV has no exact index, but its times are right: one can tell from them where a seek landed.
 TIMED_CONTAINERS = (*EXACT_CONTAINERS, "flv")
 KEPT_FRAMES = 4_000_000  # in the indexes that a process keeps in memory: 64 MB
+LONG = 10_000  # frames, from which on a pass over the packets takes long: the file is read whole for it
 FORMAT = 1  # of cached files; others are not read
 
 
@@ -118,7 +119,7 @@ def _decode_index(path: str, number: int, plain: str, progress: Callable[[], Non
 
 
 class IndexCache:
-    """Indexes of files that have not changed since, in memory, and those that took decoding in a folder too.
+    """Indexes of files that have not changed since, in memory, and those that took long in a folder too.
 
     Without a folder, or where it cannot be written to, only speed is lost.
     """
@@ -142,7 +143,7 @@ class IndexCache:
         """Keep the index of a file."""
         state = _state(path)
         self._keep(path, state, index)
-        if self.folder is None or not index.decoded:
+        if self.folder is None or not (index.decoded or len(index.stamps) >= LONG):
             return
         fields = {**index.__dict__, "path": path, "state": state, "format": FORMAT}
         arrays = {"stamps": fields.pop("stamps"), "keys": np.asarray(fields.pop("keys"), np.int64)}
@@ -170,10 +171,8 @@ class IndexCache:
 
     def _file(self, path: str) -> Path:
         assert self.folder is not None
-        return (
-            self.folder
-            / f"{hashlib.sha256(os.path.abspath(path).encode(errors='surrogateescape')).hexdigest()[:32]}.npz"
-        )
+        name = hashlib.sha256(os.path.abspath(path).encode(errors="surrogateescape")).hexdigest()
+        return self.folder / f"{name[:32]}.npz"
 
     def _load(self, path: str) -> None:
         if self.folder is None:
@@ -181,7 +180,7 @@ class IndexCache:
         try:
             with np.load(self._file(path), allow_pickle=False) as stored:
                 fields = json.loads(str(stored["fields"]))
-                fields["size"] = tuple(fields["size"])
+                fields["size"] = fields["size"] and tuple(fields["size"])
                 if fields.pop("format") != FORMAT or fields.pop("path") != path:
                     return
                 state = fields.pop("state")

@@ -177,11 +177,11 @@ def _nal_units(data: memoryview, length_size: int) -> list[memoryview]:
 
 
 def _count_h264(data: memoryview, length_size: int) -> int:
-    return int(any(unit[0] & 31 in H264_SLICES for unit in _nal_units(data, length_size)))
+    return any(unit[0] & 31 in H264_SLICES for unit in _nal_units(data, length_size))
 
 
 def _count_hevc(data: memoryview, length_size: int) -> int:
-    return int(any(unit[0] >> 1 & 63 in HEVC_SLICES for unit in _nal_units(data, length_size)))
+    return any(unit[0] >> 1 & 63 in HEVC_SLICES for unit in _nal_units(data, length_size))
 
 
 def _count_vp8(data: memoryview, _: int) -> int:
@@ -199,15 +199,9 @@ def _count_vp9(data: memoryview, _: int) -> int:
             starts = [sum(sizes[:i]) for i in range(count) if sizes[i]]
     shown = 0
     for start in starts:
-        header = BitReader(bytes(data[start : start + 1]))
-        header.read(2)
-        if header.read(2) == 3:
-            header.read(1)
-        if header.read(1):  # show_existing_frame
-            shown += 1
-        else:
-            header.read(1)
-            shown += header.read(1)
+        # Its bits: 10, the profile (11 has a reserved bit after it), show_existing_frame, frame_type, show_frame.
+        header = data[start] << (data[start] & 0b110000 == 0b110000)
+        shown += bool(header & 0b1010)
     return shown
 
 

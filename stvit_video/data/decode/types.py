@@ -79,6 +79,7 @@ class Reader(ABC):
 
     path: str
     length: int
+    is_whole = False  # whether ``check`` has found nothing
 
     @abstractmethod
     def times(self) -> Times:
