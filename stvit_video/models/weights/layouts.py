@@ -17,6 +17,7 @@ from stvit_video.models.vit import VIDEOMAE_EPS
 from stvit_video.models.weights.files import StateDict, choose
 
 Renames = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
+COMPUTED = r"(relative_position_index|relative_coords_table|attn_mask)$"  # buffers of Swin
 TOKENS = ("cls_token", "dist_token", "reg_token")  # of a ViT, beside those of the patches
 
 
@@ -150,8 +151,7 @@ def from_vit(source: StateDict, renames: Renames = ()) -> Converted:
 def from_swin(source: StateDict, renames: Renames = (), window_fit: str = "pad") -> Converted:
     """Convert Swin or Video Swin of Microsoft, timm, torchvision or Hugging Face, or the released STViT-R-Swin."""
     result = Converted(dict(source), needs={"window_fit": window_fit})
-    computed = r"(relative_position_index|relative_coords_table|attn_mask)$"
-    result.drop(computed, "buffers dropped: they are computed here")
+    result.drop(COMPUTED, "buffers dropped: they are computed here")
     result.rename((*renames, *HEADS))
     # timm merges patches at the start of a stage, the others at the end of the one before.
     if not any(name.startswith("layers.0.downsample.") for name in result.state):
@@ -181,6 +181,8 @@ def fold_scales(state: StateDict, target: Collection[str], notes: list[str]) -> 
     for name in scales:
         root, _, gamma = name.rpartition(".")
         layer = f"{root}.attn.proj" if gamma == "gamma_1" else f"{root}.mlp.fc2"
+        if not {f"{layer}.weight", f"{layer}.bias"} <= state.keys():
+            return  # a branch of another kind, such as SwiGLU, which is refused
         factor = state.pop(name)
         state[f"{layer}.weight"] = state[f"{layer}.weight"] * factor.unsqueeze(1)
         state[f"{layer}.bias"] = state[f"{layer}.bias"] * factor
@@ -255,7 +257,7 @@ def recognise(state: StateDict, source: str) -> tuple[Layout, Converted] | None:
     Names may stand behind a prefix such as ``backbone.``. Raises UsageError where several networks have one, and for
     adapters that are not merged with their weights.
     """
-    if any(re.search(r"\.(lora_\w+|base_layer)\.", name) for name in state):
+    if any(re.search(r"\.(lora_\w+|base_layer)\.|^base_model\.model\.", name) for name in state):
         raise UsageError(f"{source} holds adapters beside weights; merge them first (PEFT: merge_and_unload()).")
     for layout in LAYOUTS:
         matches = [re.fullmatch(rf"((?:[A-Za-z_]\w*\.)*?){layout.anchor}", name) for name in state]
