@@ -181,6 +181,19 @@ def test_rectangular_positions_stay(name: str, token: bool) -> None:
     assert torch.equal(model.pos_embed, oracle.pos_embed[:, -12:])
 
 
+def test_positions_are_resampled_as_timm_does() -> None:
+    settings = {"class_token": False, "global_pool": "avg", "fc_norm": False, "dynamic_img_size": True}
+    sizes = {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
+    oracle = perturb(timm.create_model("vit_tiny_patch16_224", **sizes, **settings))
+    for size in ((96, 96), (48, 112)):
+        model = build("vit_tiny_patch16", 1, size, **VIT)
+        load_pretrained(model, oracle.state_dict())
+        image = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            expected = oracle(image)
+        assert largest_difference(model, image, expected) < EQUAL
+
+
 @pytest.mark.parametrize("said", [True, False])
 def test_positions_that_fit_two_grids(said: bool, tmp_path: Path) -> None:
     """16 positions are 4x4 or 2x8: config.json says it, and where it is absent the report does."""

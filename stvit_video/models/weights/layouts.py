@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from stvit_video.common.errors import UsageError
+from stvit_video.common.errors import UsageError, first_line
 from stvit_video.models.vit import VIDEOMAE_EPS
-from stvit_video.models.weights.files import StateDict, choose
+from stvit_video.models.weights.files import DAMAGE, StateDict, choose
 
 Renames = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
 COMPUTED = r"(relative_position_index|relative_coords_table|attn_mask)$"  # buffers of Swin
@@ -251,11 +251,11 @@ KERNELS = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.we
 NOT_ENCODERS = re.compile(r"(^|[._])(decoder|predictor)")
 
 
-def recognise(state: StateDict, source: str) -> tuple[Layout, Converted] | None:
-    """Return the layout of a state dict and its conversion; None if it is not known.
+def recognise(state: StateDict, source: str) -> tuple[Layout, Converted]:
+    """Return the layout of a state dict and its conversion.
 
-    Names may stand behind a prefix such as ``backbone.``. Raises UsageError where several networks have one, and for
-    adapters that are not merged with their weights.
+    Names may stand behind a prefix such as ``backbone.``. Raises UsageError where none of LAYOUTS fits, where several
+    networks have one, and for adapters that are not merged with their weights.
     """
     if any(re.search(r"\.(lora_\w+|base_layer)\.|^base_model\.model\.", name) for name in state):
         raise UsageError(f"{source} holds adapters beside weights; merge them first (PEFT: merge_and_unload()).")
@@ -271,7 +271,10 @@ def recognise(state: StateDict, source: str) -> tuple[Layout, Converted] | None:
         is_video = kernel is not None and kernel.ndim == 5 and kernel.shape[2] > 1
         if any(re.search(layout.without, name) for name in own) or layout.video not in (None, is_video):
             continue
-        converted = layout.convert(own)
+        try:
+            converted = layout.convert(own)
+        except DAMAGE as error:
+            raise misfit(source, layout.name, error) from error
         converted.notes[:0] = notes
         converted.dropped = [prefix + name if prefix + name in state else name for name in converted.dropped]
         if outside:
@@ -279,7 +282,18 @@ def recognise(state: StateDict, source: str) -> tuple[Layout, Converted] | None:
             converted.notes.append(f"{len(outside)} keys outside the network dropped ({shown})")
             converted.dropped += outside
         return layout, converted
-    return None
+    raise UsageError(
+        f"{source}: the layout of its {len(state)} keys ({', '.join(sorted(state)[:3])} ...) is not known; "
+        f"allowed: {', '.join(layout.name for layout in LAYOUTS)}. Check that the file belongs to such a model."
+    )
+
+
+def misfit(source: str, layout: str, error: Exception) -> UsageError:
+    """Return the error for tensors whose shapes contradict each other."""
+    return UsageError(
+        f"{source} looks like a {layout} checkpoint, but its tensors do not fit together ({first_line(error)}); "
+        f"fetch it again."
+    )
 
 
 def _strip(state: StateDict, prefix: str) -> tuple[StateDict, list[str]]:

@@ -14,11 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stvit_video.common.errors import UsageError, first_line
 from stvit_video.models.layers import Grid
 from stvit_video.models.vit import VIDEOMAE_EPS
 from stvit_video.models.weights.files import DAMAGE, Checkpoint, StateDict, open_wrappers, read_checkpoint
-from stvit_video.models.weights.layouts import LAYOUTS, Converted, Layout, fold_scales, recognise
+from stvit_video.models.weights.layouts import Converted, fold_scales, misfit, recognise
 from stvit_video.models.weights.report import (
     MIN_COVERAGE,
     LoadReport,
@@ -50,7 +49,7 @@ def load_pretrained(
     depth: int | None = None,
     antialias: bool = True,
 ) -> LoadReport:
-    """Load weights of one of LAYOUTS into a model of this package, image or video, and report on every key.
+    """Load weights of a published layout into a model of this package, image or video, and report on every key.
 
     ``new_head`` leaves out the classifier: the model keeps its own. ``depth`` takes only weights up to that block (see
     ``layer_id``). With ``motion`` above 0, kernels inflated from an image distinguish frames from the first step (see
@@ -64,7 +63,7 @@ def load_pretrained(
         state, notes = open_wrappers(checkpoint, "state dict")
         checkpoint = Checkpoint("state dict", state, {}, notes=notes)
     name, tensors = checkpoint.path, checkpoint.tensors
-    layout, converted = _recognise(tensors, name)
+    layout, converted = recognise(tensors, name)
     check_values({key: value for key, value in tensors.items() if key not in converted.dropped}, name)
     config = checkpoint.config if layout.name.startswith("Hugging Face") else {}
     report = LoadReport(name, layout.name, notes=[*checkpoint.notes, *converted.notes], dropped=converted.dropped)
@@ -85,7 +84,7 @@ def load_pretrained(
         positions = adapt_positions(state, model, report, image, antialias, report.arguments or config)
         fitted = _fit_all(tensors, state, model, report, wanted, image, positions)
     except DAMAGE as error:
-        raise _misfit(name, layout.name, error) from error
+        raise misfit(name, layout.name, error) from error
     check_values(fitted, f"{name}, in the model's precision,")
     check_report(report, model, given, wanted, min_coverage, depth)
     check_config(config, model, name)
@@ -99,29 +98,6 @@ def load_pretrained(
             report.notes.append(f"{key}: random differences between frames added, {motion:g} times its own spread")
     model.load_state_dict(fitted, strict=False)
     return report
-
-
-def _recognise(tensors: StateDict, name: str) -> tuple[Layout, Converted]:
-    """Return the layout and its conversion. Raises UsageError where the layout is not known."""
-    try:
-        recognised = recognise(tensors, name)
-    except UsageError:
-        raise
-    except DAMAGE as error:
-        raise _misfit(name, "known", error) from error
-    if recognised is None:
-        raise UsageError(
-            f"{name}: the layout of its {len(tensors)} keys ({', '.join(sorted(tensors)[:3])} ...) is not known; "
-            f"allowed: {', '.join(layout.name for layout in LAYOUTS)}. Check that the file belongs to such a model."
-        )
-    return recognised
-
-
-def _misfit(name: str, layout: str, error: Exception) -> UsageError:
-    return UsageError(
-        f"{name} looks like a {layout} checkpoint, but its tensors do not fit together ({first_line(error)}); "
-        f"fetch it again."
-    )
 
 
 def find_kernel(state: StateDict) -> Tensor | None:
