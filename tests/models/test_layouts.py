@@ -273,7 +273,7 @@ def test_unknown_keys_are_noted() -> None:
 
 @pytest.mark.parametrize("damage", ["blocks.0.ls1.gamma", "pos_embed"])
 def test_inconsistent_tensors_give_one_line(damage: str) -> None:
-    state = timm.create_model("vit_tiny_patch16_224", depth=3).state_dict()
+    state = timm.create_model("vit_tiny_patch16_224", depth=3, init_values=0.5).state_dict()
     state[damage] = torch.zeros(3)
     model = create_model("vit_tiny_patch16", num_frames=1, image_size=224, num_classes=1000, depth=3)
     with pytest.raises(UsageError, match="do not fit together"):

@@ -181,6 +181,14 @@ def test_rectangular_positions_stay(name: str, token: bool) -> None:
     assert torch.equal(model.pos_embed, oracle.pos_embed[:, -12:])
 
 
+def test_a_bias_that_is_missing_is_no_bias_that_is_zero() -> None:
+    """VideoMAE has no bias on any keys, so one key bias less is a part of another network."""
+    state = hugging_face("IJepa", image_size=64, patch_size=16).state_dict()
+    del state["ijepa.layers.1.attention.k_proj.bias"]
+    with pytest.raises(UsageError, match=r"lacks 1 tensors .*blocks\.1\.attn\.qkv\.bias"):
+        load_pretrained(build("vit_tiny_patch16", 1, 64, **VIT), state)
+
+
 def test_positions_are_resampled_as_timm_does() -> None:
     settings = {"class_token": False, "global_pool": "avg", "fc_norm": False, "dynamic_img_size": True}
     sizes = {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}

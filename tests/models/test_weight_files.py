@@ -203,6 +203,14 @@ SPOILS: dict[str, tuple[Callable[[State], State], str]] = {
     "quantised": (lambda s: {**s, "head.weight": s["head.weight"].to(torch.int8)}, r"head\.weight is quantised"),
     "adapters": (lambda s: {**s, "blocks.0.attn.qkv.lora_A.default.weight": torch.ones(2, 48)}, "merge them first"),
     "adapters of PEFT": (lambda s: {**s, "base_model.model.blocks.0.attn.qkv.ia3_l": torch.ones(48)}, "merge them"),
+    "one scale less": (
+        lambda s: {
+            **s,
+            **{f"blocks.{block}": torch.ones(48) for block in ("0.ls1.gamma", "0.ls2.gamma", "1.ls1.gamma")},
+        },
+        r"3 tensors in its blocks .*blocks\.0\.gamma_1",
+    ),
+    "a scalar for a norm": (lambda s: {**s, "blocks.0.norm1.weight": torch.tensor(1.0)}, r"width 1, this model 48"),
     "grey": (lambda s: {**s, "patch_embed.proj.weight": torch.ones(48, 1, 16, 16)}, r"lacks 1 .*patch_embed\.proj"),
     "SwiGLU": (
         lambda s: (

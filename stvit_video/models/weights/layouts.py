@@ -138,9 +138,9 @@ def from_vit(source: StateDict, renames: Renames = ()) -> Converted:
     result.needs["fc_norm"] = "fc_norm.weight" in state
     result.rename((*HEADS, (r"^fc_norm\.", "norm.")))
     result.rename(((r"\.q_bias$", ".query.bias"), (r"\.v_bias$", ".value.bias")))
-    for name in [name for name in result.state if name.endswith(".query.bias")]:
-        if (key := name.replace(".query.", ".key.")) not in result.state:  # VideoMAE has no bias on keys
-            result.state[key] = torch.zeros_like(result.state[name])
+    if not any(name.endswith(".key.bias") for name in result.state):  # VideoMAE has none
+        for name in [name for name in result.state if name.endswith(".query.bias")]:
+            result.state[name.replace(".query.", ".key.")] = torch.zeros_like(result.state[name])
     result.join_projections()
     kernel = result.state.get("patch_embed.proj.weight")
     if kernel is not None and "norm_pre.weight" in result.state:  # CLIP's patches have no bias
@@ -178,6 +178,9 @@ def from_videomae(source: StateDict, renames: Renames = ()) -> Converted:
 def fold_scales(state: StateDict, target: Collection[str], notes: list[str]) -> None:
     """Multiply layer scales that the model lacks into the last layer of their branch, which computes the same."""
     scales = [name for name in state if re.search(r"\.gamma_[12]$", name) and name not in target]
+    blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
+    if blocks and len(scales) != 2 * len(blocks):
+        return  # some are missing, and the rest is refused
     for name in scales:
         root, _, gamma = name.rpartition(".")
         layer = f"{root}.attn.proj" if gamma == "gamma_1" else f"{root}.mlp.fc2"

@@ -120,7 +120,7 @@ class Build:
         first = state.get(f"{min(stages)}blocks.0.norm1.weight") if stages else None
         if first is None:
             return None
-        return cls("vit" if "" in stages else "swin", len(first), tuple(len(stages[key]) for key in sorted(stages)))
+        return cls("vit" if "" in stages else "swin", first.numel(), tuple(len(stages[key]) for key in sorted(stages)))
 
     def model(self, like: str) -> str:
         """Return the name of the model of this size, of the kind of the model ``like``; empty if there is none."""
