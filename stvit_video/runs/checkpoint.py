@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import pickle
+import re
 import time
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,7 @@ from stvit_video.common.files import write_atomically
 from stvit_video.config.clip_settings import NOT_ADOPTED
 from stvit_video.models import LoadReport
 from stvit_video.models.weights.files import DAMAGE, pack_weights
+from stvit_video.models.weights.layouts import COMPUTED
 from stvit_video.models.zoo import IMPLIED_ARGUMENTS
 
 REQUIRED = {
@@ -142,7 +144,7 @@ def check_all_loaded(report: LoadReport, model: nn.Module) -> None:
     Only the time embedding, which starts at zero, may be new: so an image model is tested on video.
     """
     strange = [f"{key} ({status})" for status in ("new", "wrong shape", "unused") for key in report.keys[status]]
-    strange = [key for key in strange if key != "time_embed (new)"]
+    strange = [key for key in strange if key != "time_embed (new)" and not re.search(COMPUTED, key.split()[0])]
     if strange:
         raise UsageError(
             f"{report.source} is not a whole checkpoint of {model.name}: {', '.join(strange[:8])}"

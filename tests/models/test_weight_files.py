@@ -3,6 +3,7 @@
 import collections
 import datetime
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from stvit_video.common.errors import UsageError
 from stvit_video.config import load_config
 from stvit_video.models import create_model, load_pretrained
 from stvit_video.models.weights.files import Checkpoint, read_metadata
+from stvit_video.models.weights.report import Build
 from stvit_video.runs.preflight import build_weights
 
 State = dict[str, Tensor]
@@ -59,6 +61,22 @@ def test_a_classifier_beside_the_backbone_is_found(outer: str, state: State) -> 
 
 def test_names_of_compiled_blocks_are_those_of_the_blocks(state: State) -> None:
     check_loaded({name.replace("blocks.1.", "blocks.1._orig_mod."): value for name, value in state.items()}, state)
+
+
+def test_what_stands_beside_a_network_does_no_harm(state: State) -> None:
+    averaged = {"n_averaged": torch.tensor(3), **{f"module.{name}": value for name, value in state.items()}}
+    assert check_loaded(averaged, state) == []
+    metric = {"best.value": torch.tensor(float("inf")), **{f"model.{name}": value for name, value in state.items()}}
+    assert check_loaded(metric, state) == ["1 keys outside the network dropped (best.value)"]
+    callbacks = {"Checkpoint": {"score": torch.tensor(3.0)}}
+    assert check_loaded({"state_dict": state, "callbacks": callbacks}, state) == []
+
+
+def test_an_archive_of_other_files_is_said_to_be_one(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "weights.pth", "w") as archive:
+        archive.writestr("folder/readme.txt", "text")
+    with pytest.raises(UsageError, match=r"zip archive of other files.*give the file of weights itself"):
+        load_pretrained(build(), tmp_path / "weights.pth")
 
 
 WRAPPERS = ("model_state", "model_state_dict", "model_ema", "teacher", "target_encoder", "network_of_mine")
@@ -184,6 +202,23 @@ SPOILS: dict[str, tuple[Callable[[State], State], str]] = {
     "overflow": (lambda s: {**s, "norm.bias": torch.full((48,), 1e300, dtype=torch.float64)}, "not finite"),
     "quantised": (lambda s: {**s, "head.weight": s["head.weight"].to(torch.int8)}, r"head\.weight is quantised"),
     "adapters": (lambda s: {**s, "blocks.0.attn.qkv.lora_A.default.weight": torch.ones(2, 48)}, "merge them first"),
+    "adapters of PEFT": (lambda s: {**s, "base_model.model.blocks.0.attn.qkv.ia3_l": torch.ones(48)}, "merge them"),
+    "one scale less": (
+        lambda s: {
+            **s,
+            **{f"blocks.{block}": torch.ones(48) for block in ("0.ls1.gamma", "0.ls2.gamma", "1.ls1.gamma")},
+        },
+        r"3 tensors in its blocks .*blocks\.0\.gamma_1",
+    ),
+    "a scalar for a norm": (lambda s: {**s, "blocks.0.norm1.weight": torch.tensor(1.0)}, r"width 1, this model 48"),
+    "grey": (lambda s: {**s, "patch_embed.proj.weight": torch.ones(48, 1, 16, 16)}, r"lacks 1 .*patch_embed\.proj"),
+    "SwiGLU": (
+        lambda s: (
+            {k.replace("fc1", "weights_in"): v for k, v in s.items() if "fc2" not in k}
+            | {f"blocks.{i}.ls2.gamma": torch.ones(48) for i in range(2)}
+        ),
+        r"lacks 8 .*mlp\.fc1",
+    ),
     "other patches": (lambda s: {**s, "patch_embed.proj.weight": torch.ones(48, 3, 8, 8)}, "patches of 8x8 pixels"),
 }
 
@@ -207,24 +242,27 @@ def test_parts_are_taken_on_request(state: State) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "settings", "said"),
     [
-        ("stvit_vit_small_patch16", r"width 192, this model 384: use stvit_vit_tiny_patch16"),
-        ("vit_base_patch16", r"width 192, this model 768: use vit_tiny_patch16"),
-        ("stvit_swin_tiny", r"family vit, this model swin: use stvit_vit_tiny_patch16"),
+        ("stvit_vit_small_patch16", {}, r"width 192, this model 384: use stvit_vit_tiny_patch16"),
+        ("vit_small_patch16", {"depth": 6}, r"width 192, this model 384, depth 12, this model 6: use vit_tiny_patch16"),
+        ("stvit_swin_tiny", {"dim": 24}, r"family vit, this model swin: use stvit_vit_tiny_patch16"),
     ],
 )
-def test_a_wrong_width_names_the_right_model(name: str, said: str) -> None:
+def test_a_wrong_width_names_the_right_model(name: str, settings: dict, said: str) -> None:
     state = create_model("vit_tiny_patch16", num_frames=1, image_size=32, num_classes=5).state_dict()
     with pytest.raises(UsageError, match=said):
-        load_pretrained(create_model(name, num_frames=1, image_size=32, num_classes=5), state)
+        load_pretrained(create_model(name, num_frames=1, image_size=32, num_classes=5, **settings), state)
 
 
-def test_windows_of_swin_name_the_right_model_too() -> None:
-    state = timm.create_model("swin_small_patch4_window7_224", num_classes=5).state_dict()
-    model = create_model("swin_tiny", num_frames=1, image_size=224, num_classes=5)
-    with pytest.raises(UsageError, match=r"depth 2-2-18-2, this model 2-2-6-2: use swin_small"):
+def test_a_wrong_depth_of_swin_names_the_right_model_too() -> None:
+    settings = {"embed_dim": 24, "depths": (2, 2, 8, 2), "num_classes": 5}
+    state = timm.create_model("swin_tiny_patch4_window7_224", **settings).state_dict()
+    model = create_model("swin_tiny", num_frames=1, image_size=224, num_classes=5, dim=24)
+    said = r"depth 2-2-8-2, this model 2-2-6-2: use create_model\(..., dim=24, depths=\(2, 2, 8, 2\)\)"
+    with pytest.raises(UsageError, match=said):
         load_pretrained(model, state)
+    assert Build("swin", 96, (2, 2, 18, 2)).model("swin_tiny") == "swin_small"
 
 
 def test_a_file_without_classifier_says_so(state: State) -> None:

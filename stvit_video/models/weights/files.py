@@ -64,7 +64,8 @@ WRAPPERS = (
     *("model", "state_dict", "module", "model_state_dict", "model_state", "net", "network", "weights", "params"),
     *("teacher", "target_encoder", "ema_model", "model_ema", "state_dict_ema", "ema", "encoder", "backbone"),
 )
-NO_NETWORK = re.compile(r"optim|sched|scaler|loss|queue|rng|config|args", re.IGNORECASE)  # names of other dictionaries
+# Names of other dictionaries.
+NO_NETWORK = re.compile(r"optim|sched|scaler|loss|queue|rng|config|args|callback|loops|message_hub", re.IGNORECASE)
 # Of DistributedDataParallel, torch.compile, FSDP and activation checkpointing.
 PREFIXES = re.compile(r"^(module\.)+|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.(module\.)*")
 # Files that are often mistaken for checkpoints, by their first bytes.
@@ -185,6 +186,7 @@ def check_tensors(content: object, name: str, *, strip: bool = True) -> StateDic
         tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     if strip:
         tensors = {PREFIXES.sub("", key): value for key, value in tensors.items()}
+        tensors.pop("n_averaged", None)  # a counter of torch's AveragedModel
     if not tensors:
         raise UsageError(f"{name} holds no tensors by name; give a file with a model's state dict.")
     odd = [key for key, value in tensors.items() if value.is_meta or value.layout != torch.strided]
@@ -265,8 +267,8 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
         what = f"is damaged or cut short ({first_line(error)}); fetch it again."
         if "weights_only" in str(error):  # torch refuses such archives by this name
             what = "is a TorchScript or tar archive, which may hold code; save its state dict alone."
-        elif "not in a subdirectory" in str(error):
-            what = "is a zip archive of other files, such as NumPy's .npz; save the weights as .safetensors."
+        elif "not in a subdirectory" in str(error) or "hasRecord" in str(error):
+            what = "is a zip archive of other files, such as NumPy's .npz; give the file of weights itself."
         raise UsageError(f"Checkpoint {path} {what}") from error
 
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from stvit_video.common.errors import UsageError
+from stvit_video.common.errors import UsageError, first_line
 from stvit_video.models.vit import VIDEOMAE_EPS
-from stvit_video.models.weights.files import StateDict, choose
+from stvit_video.models.weights.files import DAMAGE, StateDict, choose
 
 Renames = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
+COMPUTED = r"(relative_position_index|relative_coords_table|attn_mask)$"  # buffers of Swin
 TOKENS = ("cls_token", "dist_token", "reg_token")  # of a ViT, beside those of the patches
 
 
@@ -137,9 +138,9 @@ def from_vit(source: StateDict, renames: Renames = ()) -> Converted:
     result.needs["fc_norm"] = "fc_norm.weight" in state
     result.rename((*HEADS, (r"^fc_norm\.", "norm.")))
     result.rename(((r"\.q_bias$", ".query.bias"), (r"\.v_bias$", ".value.bias")))
-    for name in [name for name in result.state if name.endswith(".query.bias")]:
-        if (key := name.replace(".query.", ".key.")) not in result.state:  # VideoMAE has no bias on keys
-            result.state[key] = torch.zeros_like(result.state[name])
+    if not any(name.endswith(".key.bias") for name in result.state):  # VideoMAE has none
+        for name in [name for name in result.state if name.endswith(".query.bias")]:
+            result.state[name.replace(".query.", ".key.")] = torch.zeros_like(result.state[name])
     result.join_projections()
     kernel = result.state.get("patch_embed.proj.weight")
     if kernel is not None and "norm_pre.weight" in result.state:  # CLIP's patches have no bias
@@ -150,8 +151,7 @@ def from_vit(source: StateDict, renames: Renames = ()) -> Converted:
 def from_swin(source: StateDict, renames: Renames = (), window_fit: str = "pad") -> Converted:
     """Convert Swin or Video Swin of Microsoft, timm, torchvision or Hugging Face, or the released STViT-R-Swin."""
     result = Converted(dict(source), needs={"window_fit": window_fit})
-    computed = r"(relative_position_index|relative_coords_table|attn_mask)$"
-    result.drop(computed, "buffers dropped: they are computed here")
+    result.drop(COMPUTED, "buffers dropped: they are computed here")
     result.rename((*renames, *HEADS))
     # timm merges patches at the start of a stage, the others at the end of the one before.
     if not any(name.startswith("layers.0.downsample.") for name in result.state):
@@ -178,9 +178,14 @@ def from_videomae(source: StateDict, renames: Renames = ()) -> Converted:
 def fold_scales(state: StateDict, target: Collection[str], notes: list[str]) -> None:
     """Multiply layer scales that the model lacks into the last layer of their branch, which computes the same."""
     scales = [name for name in state if re.search(r"\.gamma_[12]$", name) and name not in target]
+    blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
+    if blocks and len(scales) != 2 * len(blocks):
+        return  # some are missing, and the rest is refused
     for name in scales:
         root, _, gamma = name.rpartition(".")
         layer = f"{root}.attn.proj" if gamma == "gamma_1" else f"{root}.mlp.fc2"
+        if not {f"{layer}.weight", f"{layer}.bias"} <= state.keys():
+            return  # a branch of another kind, such as SwiGLU, which is refused
         factor = state.pop(name)
         state[f"{layer}.weight"] = state[f"{layer}.weight"] * factor.unsqueeze(1)
         state[f"{layer}.bias"] = state[f"{layer}.bias"] * factor
@@ -249,13 +254,13 @@ KERNELS = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.we
 NOT_ENCODERS = re.compile(r"(^|[._])(decoder|predictor)")
 
 
-def recognise(state: StateDict, source: str) -> tuple[Layout, Converted] | None:
-    """Return the layout of a state dict and its conversion; None if it is not known.
+def recognise(state: StateDict, source: str) -> tuple[Layout, Converted]:
+    """Return the layout of a state dict and its conversion.
 
-    Names may stand behind a prefix such as ``backbone.``. Raises UsageError where several networks have one, and for
-    adapters that are not merged with their weights.
+    Names may stand behind a prefix such as ``backbone.``. Raises UsageError where none of LAYOUTS fits, where several
+    networks have one, and for adapters that are not merged with their weights.
     """
-    if any(re.search(r"\.(lora_\w+|base_layer)\.", name) for name in state):
+    if any(re.search(r"\.(lora_\w+|base_layer)\.|^base_model\.model\.", name) for name in state):
         raise UsageError(f"{source} holds adapters beside weights; merge them first (PEFT: merge_and_unload()).")
     for layout in LAYOUTS:
         matches = [re.fullmatch(rf"((?:[A-Za-z_]\w*\.)*?){layout.anchor}", name) for name in state]
@@ -269,7 +274,10 @@ def recognise(state: StateDict, source: str) -> tuple[Layout, Converted] | None:
         is_video = kernel is not None and kernel.ndim == 5 and kernel.shape[2] > 1
         if any(re.search(layout.without, name) for name in own) or layout.video not in (None, is_video):
             continue
-        converted = layout.convert(own)
+        try:
+            converted = layout.convert(own)
+        except DAMAGE as error:
+            raise misfit(source, layout.name, error) from error
         converted.notes[:0] = notes
         converted.dropped = [prefix + name if prefix + name in state else name for name in converted.dropped]
         if outside:
@@ -277,7 +285,18 @@ def recognise(state: StateDict, source: str) -> tuple[Layout, Converted] | None:
             converted.notes.append(f"{len(outside)} keys outside the network dropped ({shown})")
             converted.dropped += outside
         return layout, converted
-    return None
+    raise UsageError(
+        f"{source}: the layout of its {len(state)} keys ({', '.join(sorted(state)[:3])} ...) is not known; "
+        f"allowed: {', '.join(layout.name for layout in LAYOUTS)}. Check that the file belongs to such a model."
+    )
+
+
+def misfit(source: str, layout: str, error: Exception) -> UsageError:
+    """Return the error for tensors whose shapes contradict each other."""
+    return UsageError(
+        f"{source} looks like a {layout} checkpoint, but its tensors do not fit together ({first_line(error)}); "
+        f"fetch it again."
+    )
 
 
 def _strip(state: StateDict, prefix: str) -> tuple[StateDict, list[str]]:

@@ -14,11 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stvit_video.common.errors import UsageError, first_line
 from stvit_video.models.layers import Grid
 from stvit_video.models.vit import VIDEOMAE_EPS
 from stvit_video.models.weights.files import DAMAGE, Checkpoint, StateDict, open_wrappers, read_checkpoint
-from stvit_video.models.weights.layouts import LAYOUTS, Converted, Layout, fold_scales, recognise
+from stvit_video.models.weights.layouts import Converted, fold_scales, misfit, recognise
 from stvit_video.models.weights.report import (
     MIN_COVERAGE,
     LoadReport,
@@ -50,7 +49,7 @@ def load_pretrained(
     depth: int | None = None,
     antialias: bool = True,
 ) -> LoadReport:
-    """Load weights of one of LAYOUTS into a model of this package, image or video, and report on every key.
+    """Load weights of a published layout into a model of this package, image or video, and report on every key.
 
     ``new_head`` leaves out the classifier: the model keeps its own. ``depth`` takes only weights up to that block (see
     ``layer_id``). With ``motion`` above 0, kernels inflated from an image distinguish frames from the first step (see
@@ -64,8 +63,9 @@ def load_pretrained(
         state, notes = open_wrappers(checkpoint, "state dict")
         checkpoint = Checkpoint("state dict", state, {}, notes=notes)
     name, tensors = checkpoint.path, checkpoint.tensors
-    check_values(tensors, name)
-    layout, converted = _recognise(tensors, name)
+    layout, converted = recognise(tensors, name)
+    check_values({key: value for key, value in tensors.items() if key not in converted.dropped}, name)
+    config = checkpoint.config if layout.name.startswith("Hugging Face") else {}
     report = LoadReport(name, layout.name, notes=[*checkpoint.notes, *converted.notes], dropped=converted.dropped)
     if checkpoint.metadata:
         report.arguments = {"name": checkpoint.metadata["name"], **checkpoint.metadata["arguments"]}
@@ -81,14 +81,13 @@ def load_pretrained(
         given = dict(state)
         left_out = [state.pop(key) for key in target - wanted if key in state]
         _prepare_positions(state, converted, model, report, image)
-        positions = adapt_positions(state, model, report, image, antialias)
+        positions = adapt_positions(state, model, report, image, antialias, report.arguments or config)
         fitted = _fit_all(tensors, state, model, report, wanted, image, positions)
     except DAMAGE as error:
-        raise _misfit(name, layout.name, error) from error
+        raise misfit(name, layout.name, error) from error
     check_values(fitted, f"{name}, in the model's precision,")
     check_report(report, model, given, wanted, min_coverage, depth)
-    if layout.name.startswith("Hugging Face"):
-        check_config(checkpoint.config, model, name)
+    check_config(config, model, name)
     _add_notes(report, converted, state, model)
     if left_out:
         what = "of the classifier" if depth is None else f"above depth {depth}"
@@ -99,29 +98,6 @@ def load_pretrained(
             report.notes.append(f"{key}: random differences between frames added, {motion:g} times its own spread")
     model.load_state_dict(fitted, strict=False)
     return report
-
-
-def _recognise(tensors: StateDict, name: str) -> tuple[Layout, Converted]:
-    """Return the layout and its conversion. Raises UsageError where the layout is not known."""
-    try:
-        recognised = recognise(tensors, name)
-    except UsageError:
-        raise
-    except DAMAGE as error:
-        raise _misfit(name, "known", error) from error
-    if recognised is None:
-        raise UsageError(
-            f"{name}: the layout of its {len(tensors)} keys ({', '.join(sorted(tensors)[:3])} ...) is not known; "
-            f"allowed: {', '.join(layout.name for layout in LAYOUTS)}. Check that the file belongs to such a model."
-        )
-    return recognised
-
-
-def _misfit(name: str, layout: str, error: Exception) -> UsageError:
-    return UsageError(
-        f"{name} looks like a {layout} checkpoint, but its tensors do not fit together ({first_line(error)}); "
-        f"fetch it again."
-    )
 
 
 def find_kernel(state: StateDict) -> Tensor | None:
@@ -192,15 +168,18 @@ def _prepare_positions(
 
 
 def adapt_positions(
-    state: StateDict, model: nn.Module, report: LoadReport, image: bool, antialias: bool
+    state: StateDict, model: nn.Module, report: LoadReport, image: bool, antialias: bool, known: dict[str, Any]
 ) -> dict[str, str]:
-    """Convert position embeddings to the model's grid and kind, in place; return the status of those that change."""
+    """Convert position embeddings to the model's grid and kind, in place; return the status of those that change.
+
+    ``known`` are arguments of the source's network, among them its ``image_size`` if the file says it.
+    """
     kind = getattr(model, "positions", None)
     given = state.get("pos_embed")
     if kind is None or given is None or given.ndim != 3:
         return {}
     target: Grid = model.grid  # type: ignore[assignment]
-    grid = _position_grid(state, report, target, image)
+    grid = _position_grid(state, report, target, image, known)
     if grid is not None and grid[1:] != target[1:]:
         way = "with antialiasing, as timm does" if antialias else "without antialiasing, as Hugging Face does"
         sizes = " to ".join("x".join(map(str, each[1:])) for each in (grid, target))
@@ -226,22 +205,29 @@ def adapt_positions(
     return changed
 
 
-def _position_grid(state: StateDict, report: LoadReport, target: Grid, image: bool) -> Grid | None:
+def _position_grid(
+    state: StateDict, report: LoadReport, target: Grid, image: bool, known: dict[str, Any]
+) -> Grid | None:
     """Return the grid of the source's positions, None if unknown."""
     count = state["pos_embed"].shape[1]
     kernel = find_kernel(state)
     if "VideoMAE" in report.layout:  # the last: learned positions, which some of its models have
         return next((grid for grid in (target, VIDEOMAE_GRID) if count == math.prod(grid)), None)
     one_frame = image or "time_embed" in state
-    if kernel is not None and "num_frames" in report.arguments:
-        frames, size = report.arguments["num_frames"], report.arguments["image_size"]
+    if kernel is not None and "image_size" in known:
+        frames, size = known.get("num_frames", 1), known["image_size"]
         sides = [size, size] if isinstance(size, int) else size
         t, h, w = (length // step for length, step in zip((frames, *sides), kernel.shape[2:], strict=True))
         return (1 if one_frame else t, h, w)
     frames, rest = divmod(count, target[1] * target[2])
+    side = math.isqrt(count)
     if one_frame and count != target[1] * target[2]:
-        side = math.isqrt(count)
         return (1, side, side) if side * side == count else None
+    if one_frame and side * side == count and side != target[1] and report.layout != "stvit_video":
+        report.notes.append(
+            f"its {count} positions are taken for the model's {target[1]}x{target[2]} tokens; of square images they "
+            f"are {side}x{side}, and then out of place"
+        )
     if rest or (report.layout != "stvit_video" and not one_frame and count != math.prod(target)):
         return None  # as many positions may be fewer frames of larger images
     return (frames, target[1], target[2])

@@ -97,6 +97,9 @@ def check_config(config: dict[str, Any], model: nn.Module, source: str) -> None:
     activation = config.get("hidden_act", "gelu")
     if activation not in ("gelu", "gelu_python"):
         raise UsageError(f"{source}: its config.json has the activation {activation!r}; models here have gelu.")
+    eps = config.get("layer_norm_eps", 0)
+    if eps > 2e-5:
+        raise UsageError(f"{source}: its config.json has layer_norm_eps {eps}; models here have at most 1e-05.")
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ class Build:
         first = state.get(f"{min(stages)}blocks.0.norm1.weight") if stages else None
         if first is None:
             return None
-        return cls("vit" if "" in stages else "swin", len(first), tuple(len(stages[key]) for key in sorted(stages)))
+        return cls("vit" if "" in stages else "swin", first.numel(), tuple(len(stages[key]) for key in sorted(stages)))
 
     def model(self, like: str) -> str:
         """Return the name of the model of this size, of the kind of the model ``like``; empty if there is none."""
@@ -167,11 +170,11 @@ def check_report(
     found, own = Build.of(given), Build.of(model.state_dict())
     advice = advise(found, model, report)
     kernels = [state.get("patch_embed.proj.weight") for state in (given, model.state_dict())]
+    theirs, ours = ("" if kernel is None else "x".join(map(str, kernel.shape[-2:])) for kernel in kernels)
     same_family = found is not None and own is not None and found.family == own.family
     if found and own and same_family and found.width != own.width:
         raise UsageError(f"{source}: {advice}.")
-    if same_family and "patch_embed.proj.weight" in keys["wrong shape"]:
-        theirs, ours = ("x".join(map(str, kernel.shape[-2:])) for kernel in kernels if kernel is not None)
+    if same_family and theirs and theirs != ours:
         raise UsageError(f"{source}: patches of {theirs} pixels, this model {ours}; build it with that patch_size.")
     if report.coverage < min_coverage:
         raise UsageError(
