@@ -196,11 +196,15 @@ def check_tensors(content: object, name: str, *, strip: bool = True) -> StateDic
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """Return the ``metadata`` of a ``.safetensors`` without its tensors; empty for other files."""
+    """Return the ``metadata`` of a ``.safetensors`` without its tensors; empty for PyTorch's files and indexes.
+
+    Raises UsageError for a damaged file.
+    """
     path = find_file(Path(path))
     with _plain_errors(path), open(path, "rb") as file:
-        found = _is_safetensors(file.read(9))
-    return _read_safetensors(path, tensors=False)[1] if found else {}
+        start = file.read(9)
+    named = path.suffix == ".safetensors" and not start.startswith((b"PK", b"\x80"))  # a zip, or a pickle
+    return _read_safetensors(path, tensors=False)[1] if named or _is_safetensors(start) else {}
 
 
 def _is_safetensors(start: bytes) -> bool:
