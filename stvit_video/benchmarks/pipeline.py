@@ -48,7 +48,7 @@ from stvit_video.runtime.world import World, pick_device
 from stvit_video.training.loop import open_records, run_epochs
 from stvit_video.training.trainer import build_trainer
 
-BATCH = 8  # videos of the loader: with fewer batches the first, which nothing overlaps with, would count too much
+BATCH = 8  # training clips of a batch of the loader; a test video, of many views, is one alone
 WORKERS = (1, 2, 4)  # from files to logits
 MIN_BATCHES = 8  # per round, from files to logits
 PLAIN_TRAINING = {"TRAIN.ACCUMULATE": 1, "TRAIN.MIXUP": 0.0, "TRAIN.CUTMIX": 0.0}  # as ``train_step``
@@ -85,9 +85,9 @@ def bare_decord(path: str, indices: Indices) -> Frames:
 def build_timers(cfg: CfgNode, count: int, peers: Sequence[str], training: bool) -> dict[str, Callable[[], float]]:
     """Return timers per training clip, or per test video, the reference first; a round reads ``count`` of them."""
     repeats = cfg.DATA.REPEATS if training else 1
-    sizes = {"TRAIN.BATCH_SIZE": BATCH * repeats, "TRAIN.ACCUMULATE": 1, "TEST.BATCH_SIZE": BATCH}
+    sizes = {"TRAIN.BATCH_SIZE": BATCH * repeats, "TRAIN.ACCUMULATE": 1, "TEST.BATCH_SIZE": 1}
     run = open_benchmark(cfg, sizes, "cpu")
-    batches = -(-count // (BATCH * repeats))
+    batches = -(-count // (BATCH * repeats)) if training else count
     dataset: Any = build_loader(run, 0, training, batches).dataset
     requests: dict[FrameRequest, Indices] = {}  # those that decord can answer, with the frames that each asks for
     for i in range(min(len(dataset), -(-count // repeats))):
