@@ -78,7 +78,7 @@ class Trainer:
     world: World
     settings: TrainSettings
     total_steps: int
-    setup: dict[str, Any]  # what may change between a run and its continuation, and changes rounding
+    setup: dict[str, Any]  # what a continuation compares: what may change, and then changes rounding, and what may not
     ema_model: AveragedModel | None = None  # follows the weights of ``model``
     eval_model: nn.Module | None = None  # an unsharded copy, to test a sharded model with
     val_loader: Loader | None = None
@@ -339,15 +339,19 @@ def build_trainer(run: OpenRun) -> Trainer:
         mix=build_mix(cfg, world, len(run.classes)),
         multi_label=run.multi_label,
     )
-    setup = {"processes": world.size, "strategy": cfg.PARALLEL.STRATEGY, "accumulation": cfg.TRAIN.ACCUMULATE}
-    setup |= {
+    setup = {
+        "processes": world.size,
+        "strategy": cfg.PARALLEL.STRATEGY,
+        "accumulation": cfg.TRAIN.ACCUMULATE,
         "compile": cfg.COMPILE,
         "device": world.device.type,
+        # A run that continues keeps these: see open_run.
         "batch": cfg.TRAIN.BATCH_SIZE,
         "sampling": cfg.DATA.SAMPLING,
         "multi_label": run.multi_label,
+        "classes": run.classes,
+        "videos": len(run.videos["train"]),
     }
-    setup |= {"classes": run.classes, "videos": len(run.videos["train"])}  # open_run keeps them
     scheduler = build_scheduler(cfg, optimizer, steps_per_epoch, total)
     return Trainer(
         model, wrapped, optimizer, scheduler, loader, world, settings, total, setup, ema_model, eval_model, val_loader
