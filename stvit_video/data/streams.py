@@ -163,7 +163,7 @@ def windows_of(times: Times, window: float, step: float) -> list[Excerpt]:
 def clips_of_windows(video: Timeline, sampler: Sampling, clips: int, windows: Sequence[Excerpt]) -> Indices:
     """Return the indices (windows * clips * frames,) of test clips of each window, as if it were a file of its own."""
     times = video.times()
-    parts = [KnownTimes(times[window.start : window.stop] - times[window.start]) for window in windows]
+    parts = [KnownTimes(times[window.start : window.stop]) for window in windows]
     chosen = [sampler.choose(part, clips, None) for part in parts]
     return np.concatenate([window.start + indices for window, indices in zip(windows, chosen, strict=True)])
 
@@ -200,7 +200,7 @@ def _cut_run(
     def cut(start: float, end: float, until: float) -> LiveWindow:
         shown = [pair for pair in held if start - TOLERANCE_S <= pair[0] < until - TOLERANCE_S]
         times = np.array([time for time, _ in shown])
-        return LiveWindow(Span(start, end), segment, KnownTimes(times - times[:1]), [frame for _, frame in shown])
+        return LiveWindow(Span(start, end), segment, KnownTimes(times), [frame for _, frame in shown])
 
     origin: float | None = None
     start = end = 0.0

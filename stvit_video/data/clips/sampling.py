@@ -77,7 +77,7 @@ def split(video: Timeline) -> list[Timeline]:
     if len(segments) == 1:
         return [video]
     times = video.times()
-    return [KnownTimes(times[start:stop] - times[start]) for start, stop in segments]
+    return [KnownTimes(times[start:stop]) for start, stop in segments]
 
 
 @dataclass(frozen=True)

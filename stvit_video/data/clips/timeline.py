@@ -4,11 +4,11 @@ from stvit_video.data.decode.types import Segments, Timeline, Times, find_segmen
 
 
 class KnownTimes:
-    """A ``Timeline`` of known times (length,), in seconds."""
+    """A ``Timeline`` of known times (length,) in seconds, which are counted from the first."""
 
     def __init__(self, times: Times) -> None:
         self.length = len(times)
-        self._times = times
+        self._times = times - times[:1]
 
     def times(self) -> Times:
         return self._times
