@@ -18,7 +18,7 @@ import numpy as np
 from av.video.frame import VideoFrame
 
 from stvit_video.common.errors import UsageError
-from stvit_video.data.clips.sampling import TOLERANCE_S, Sampling
+from stvit_video.data.clips.sampling import TOLERANCE_S, Sampling, mean_step
 from stvit_video.data.clips.timeline import KnownTimes
 from stvit_video.data.decode.av_file import AV_ERRORS
 from stvit_video.data.decode.types import (
@@ -136,8 +136,7 @@ def windows_of(times: Times, window: float, step: float) -> list[Excerpt]:
     found = []
     for segment, (first, stop) in enumerate(find_segments(times)):
         run = times[first:stop] - times[first]
-        frame = float(run[-1]) / max(1, len(run) - 1)  # how long the last frame is shown: the mean
-        duration = float(run[-1]) + frame
+        duration = float(run[-1]) + mean_step(run)
         starts = [0.0]
         if duration > window + TOLERANCE_S:
             last = int((duration - window + TOLERANCE_S) // step)  # the number of the last window that fits

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from stvit_video.data.clips.sampling import TOLERANCE_S
+from stvit_video.data.clips.sampling import TOLERANCE_S, mean_step
 from stvit_video.data.decode.types import DecodeError, Frames, Indices, Reader, Segments, Times
 from stvit_video.data.lists.annotations import Section
 
@@ -57,7 +57,7 @@ def _frames_of(video: Reader, section: Section, path: str) -> tuple[int, int]:
                 f"its section is given in seconds ({given}), but its clock goes back; give DATA.COLUMNS with frames"
             )
             raise DecodeError(path, problem, "pyav")
-        end, slack, unit = _end(times), SLACK_S, "s"
+        end, slack, unit = float(times[-1]) + mean_step(times), SLACK_S, "s"
         start, stop = np.searchsorted(times, np.array([section.start, section.stop]) - TOLERANCE_S).tolist()
     if section.may_be_file and end <= section.stop - section.start + slack:
         return 0, video.length
@@ -66,11 +66,6 @@ def _frames_of(video: Reader, section: Section, path: str) -> tuple[int, int]:
     if start >= video.length or section.stop > end + slack:
         raise DecodeError(path, f"its section ({given} {unit}) is outside of the video, which ends at {end:g} {unit}")
     return start, min(max(stop, start + 1), video.length)
-
-
-def _end(times: Times) -> float:
-    """Return when the last frame ends, if it is shown as long as the others on average."""
-    return float(times[-1] + (times[-1] / (len(times) - 1) if len(times) > 1 else 0.0))
 
 
 @dataclass(frozen=True)
