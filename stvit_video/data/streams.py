@@ -20,7 +20,7 @@ from av.video.frame import VideoFrame
 from stvit_video.common.errors import UsageError
 from stvit_video.data.clips.sampling import TOLERANCE_S, Sampling, mean_step
 from stvit_video.data.clips.timeline import KnownTimes
-from stvit_video.data.decode.av_file import AV_ERRORS
+from stvit_video.data.decode.av_file import AV_ERRORS, frame_rate
 from stvit_video.data.decode.types import (
     GAP_S,
     MEDIA_SUFFIXES,
@@ -242,7 +242,7 @@ def _read(address: str) -> Iterator[LiveFrame]:
         if not container.streams.video:
             raise DecodeError(address, "has no video stream", "pyav")
         stream = container.streams.video[0]
-        rate = float(stream.average_rate or stream.guessed_rate or 25)
+        rate = frame_rate(stream)
         offset = previous = None
         segment = 0
         steps: deque[float] = deque(maxlen=RECENT_STEPS)
