@@ -11,7 +11,7 @@ import numpy as np
 
 from stvit_video.data.clips.sampling import Sampling
 from stvit_video.data.clips.timeline import KnownTimes
-from stvit_video.data.decode.av_file import AV_ERRORS, NOT_OPENED
+from stvit_video.data.decode.av_file import AV_ERRORS, NOT_OPENED, frame_rate
 from stvit_video.data.decode.frames import Decoding, open_video
 from stvit_video.data.decode.index import IndexCache
 from stvit_video.data.decode.types import IMAGE_SUFFIXES, DecodeError, decode_errors
@@ -89,7 +89,7 @@ def _read_header(path: str) -> tuple[float, float]:
     ):
         found = [(0.0, 25.0)]
         for stream in container.streams.video:
-            rate = float(stream.average_rate or stream.guessed_rate or 25)
+            rate = frame_rate(stream)
             seconds = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
             seconds = seconds or (container.duration or 0) / 1e6
             found.append((stream.frames or seconds * rate, rate))

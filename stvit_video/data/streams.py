@@ -18,9 +18,9 @@ import numpy as np
 from av.video.frame import VideoFrame
 
 from stvit_video.common.errors import UsageError
-from stvit_video.data.clips.sampling import TOLERANCE_S, Sampling
+from stvit_video.data.clips.sampling import TOLERANCE_S, Sampling, mean_step
 from stvit_video.data.clips.timeline import KnownTimes
-from stvit_video.data.decode.av_file import AV_ERRORS
+from stvit_video.data.decode.av_file import AV_ERRORS, frame_rate
 from stvit_video.data.decode.types import (
     GAP_S,
     MEDIA_SUFFIXES,
@@ -136,8 +136,7 @@ def windows_of(times: Times, window: float, step: float) -> list[Excerpt]:
     found = []
     for segment, (first, stop) in enumerate(find_segments(times)):
         run = times[first:stop] - times[first]
-        frame = float(run[-1]) / max(1, len(run) - 1)  # how long the last frame is shown: the mean
-        duration = float(run[-1]) + frame
+        duration = float(run[-1]) + mean_step(run)
         starts = [0.0]
         if duration > window + TOLERANCE_S:
             last = int((duration - window + TOLERANCE_S) // step)  # the number of the last window that fits
@@ -163,7 +162,7 @@ def windows_of(times: Times, window: float, step: float) -> list[Excerpt]:
 def clips_of_windows(video: Timeline, sampler: Sampling, clips: int, windows: Sequence[Excerpt]) -> Indices:
     """Return the indices (windows * clips * frames,) of test clips of each window, as if it were a file of its own."""
     times = video.times()
-    parts = [KnownTimes(times[window.start : window.stop] - times[window.start]) for window in windows]
+    parts = [KnownTimes(times[window.start : window.stop]) for window in windows]
     chosen = [sampler.choose(part, clips, None) for part in parts]
     return np.concatenate([window.start + indices for window, indices in zip(windows, chosen, strict=True)])
 
@@ -200,7 +199,7 @@ def _cut_run(
     def cut(start: float, end: float, until: float) -> LiveWindow:
         shown = [pair for pair in held if start - TOLERANCE_S <= pair[0] < until - TOLERANCE_S]
         times = np.array([time for time, _ in shown])
-        return LiveWindow(Span(start, end), segment, KnownTimes(times - times[:1]), [frame for _, frame in shown])
+        return LiveWindow(Span(start, end), segment, KnownTimes(times), [frame for _, frame in shown])
 
     origin: float | None = None
     start = end = 0.0
@@ -243,7 +242,7 @@ def _read(address: str) -> Iterator[LiveFrame]:
         if not container.streams.video:
             raise DecodeError(address, "has no video stream", "pyav")
         stream = container.streams.video[0]
-        rate = float(stream.average_rate or stream.guessed_rate or 25)
+        rate = frame_rate(stream)
         offset = previous = None
         segment = 0
         steps: deque[float] = deque(maxlen=RECENT_STEPS)

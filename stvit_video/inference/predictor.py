@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stvit_video.data.clips.timeline import KnownTimes, Part
+from stvit_video.data.clips.timeline import KnownTimes
 from stvit_video.data.dataset import Batch, Sample, collate
 from stvit_video.data.decode.frames import Decoding
 from stvit_video.data.decode.types import DecodeError, Frames
@@ -171,7 +171,7 @@ class Predictor:
             choice = partial(clips_of_windows, sampler=sampler, clips=clips, windows=part)
             frames = decoding.read(decoding.request(path, choice, keep_open=first + together < len(windows)))
             for found, shown in zip(part, np.split(frames, len(part)), strict=True):
-                is_short = not sampler.places(Part(KnownTimes(times), found.start, found.stop))
+                is_short = not sampler.places(KnownTimes(times[found.start : found.stop]))
                 yield self._prepare(shown, started, found.span, found.segment, is_short)
                 started = time.perf_counter()
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from pytorchvideo.data.clip_sampling import ConstantClipsPerVideoSampler, RandomClipSampler
 
-from stvit_video.data.clips.sampling import TOLERANCE_S, Sampling, places_in_time
+from stvit_video.data.clips.sampling import TOLERANCE_S, Sampling, mean_step, places_in_time
 from stvit_video.data.decode.types import Indices, Timeline
 from stvit_video.data.lists.annotations import Video
 
@@ -44,7 +44,7 @@ class SecondsSampler(Sampling):
 
     def places(self, run: Timeline) -> float:
         times = run.times()
-        return places_in_time(times, self.seconds - float(times[-1]) / max(1, len(times) - 1))
+        return places_in_time(times, self.seconds - mean_step(times))
 
     def describe(self) -> tuple[str, str]:
         return f"{self.seconds:g} s", "clips of them are slower than others: lower DATA.CLIP_SECONDS"

@@ -77,7 +77,7 @@ def split(video: Timeline) -> list[Timeline]:
     if len(segments) == 1:
         return [video]
     times = video.times()
-    return [KnownTimes(times[start:stop] - times[start]) for start, stop in segments]
+    return [KnownTimes(times[start:stop]) for start, stop in segments]
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,11 @@ class ClipSampler(Sampling):
         return np.searchsorted(times, start + self.stride / self.rate * steps + TOLERANCE_S, side="right") - 1
 
 
+def mean_step(times: Times) -> float:
+    """Return how long each frame of ``times`` (N,), from 0, is shown on average; 0 for a single one."""
+    return float(times[-1]) / max(1, len(times) - 1)
+
+
 def places_in_time(times: Times, last: float) -> float:
     """Return at how many frames a clip can start that reaches ``last`` seconds on; the last frame is as long as others.
 
@@ -169,5 +174,5 @@ def places_in_time(times: Times, last: float) -> float:
     """
     if len(times) == 1:
         return float(last <= 0)
-    step = float(times[-1]) / (len(times) - 1)
+    step = mean_step(times)
     return max(0.0, round((float(times[-1]) - last) / step + 1, 6)) if step else 0.0

@@ -6,32 +6,39 @@ from typing import Any
 
 import numpy as np
 
-from stvit_video.data.clips.sampling import TOLERANCE_S
-from stvit_video.data.clips.timeline import Part
-from stvit_video.data.decode.types import DecodeError, Frames, Indices, Reader, Times
+from stvit_video.data.clips.sampling import TOLERANCE_S, mean_step
+from stvit_video.data.decode.types import DecodeError, Frames, Indices, Reader, Segments, Times
 from stvit_video.data.lists.annotations import Section
 
 SLACK_S = 1.0  # lists give times rounded to seconds: a section may end so much later than its video
 
 
-class SectionReader(Part, Reader):
+class SectionReader(Reader):
     """The frames of a section as a ``Reader``. Raises DecodeError where the video does not reach so far.
 
     The video is closed by who opened it.
     """
 
     def __init__(self, video: Reader, section: Section, path: str) -> None:
-        self.path, self.reader = path, video
-        start, stop = _frames_of(video, section, path)
-        super().__init__(video, start, stop)
+        self.path, self.video = path, video
+        self.start, stop = _frames_of(video, section, path)
+        self.length = stop - self.start
+
+    def times(self) -> Times:
+        times = self.video.times()[self.start : self.start + self.length]
+        return times - times[:1]
+
+    def segments(self) -> Segments:
+        inside = [(a - self.start, b - self.start) for a, b in self.video.segments()]
+        return [(max(a, 0), min(b, self.length)) for a, b in inside if a < self.length and b > 0]
 
     def _read(self, indices: Indices) -> Frames:
-        return self.reader.frames(indices + self.start)
+        return self.video.frames(indices + self.start)
 
     def check(self) -> None:
-        if not self.reader.is_whole:  # a video of a hundred sections is read once
-            self.reader.check()
-            self.reader.is_whole = True
+        if not self.video.is_whole:  # a video of a hundred sections is read once
+            self.video.check()
+            self.video.is_whole = True
 
 
 def _frames_of(video: Reader, section: Section, path: str) -> tuple[int, int]:
@@ -50,7 +57,7 @@ def _frames_of(video: Reader, section: Section, path: str) -> tuple[int, int]:
                 f"its section is given in seconds ({given}), but its clock goes back; give DATA.COLUMNS with frames"
             )
             raise DecodeError(path, problem, "pyav")
-        end, slack, unit = _end(times), SLACK_S, "s"
+        end, slack, unit = float(times[-1]) + mean_step(times), SLACK_S, "s"
         start, stop = np.searchsorted(times, np.array([section.start, section.stop]) - TOLERANCE_S).tolist()
     if section.may_be_file and end <= section.stop - section.start + slack:
         return 0, video.length
@@ -59,11 +66,6 @@ def _frames_of(video: Reader, section: Section, path: str) -> tuple[int, int]:
     if start >= video.length or section.stop > end + slack:
         raise DecodeError(path, f"its section ({given} {unit}) is outside of the video, which ends at {end:g} {unit}")
     return start, min(max(stop, start + 1), video.length)
-
-
-def _end(times: Times) -> float:
-    """Return when the last frame ends, if it is shown as long as the others on average."""
-    return float(times[-1] + (times[-1] / (len(times) - 1) if len(times) > 1 else 0.0))
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,11 @@ def _choose_stream(path: str, container: InputContainer, streams: list[VideoStre
     return max(real, key=rank).index
 
 
+def frame_rate(stream: VideoStream) -> float:
+    """Return the frames per second that a file states, or 25."""
+    return float(stream.average_rate or stream.guessed_rate or 25)
+
+
 def shown_frames(
     container: InputContainer,
     stream: VideoStream,
@@ -119,13 +124,17 @@ def upright(pixels: Frames, matrix: Matrix) -> Frames:
     return pixels[:: b or d, :: a or c]
 
 
+def shown_size(frame: VideoFrame, matrix: Matrix) -> tuple[int, int]:
+    """Return the (width, height) at which a frame is shown."""
+    return (frame.height, frame.width) if matrix[1] else (frame.width, frame.height)
+
+
 def first_size(path: str, number: int) -> tuple[int, int]:
     """Return the (width, height) at which the first frame of a file is shown."""
     container, stream = open_av(path, number)
     with container:
         frame = next(shown_frames(container, stream, []))
-        size = frame.width, frame.height
-        return size[::-1] if display_matrix(frame, path)[1] else size
+        return shown_size(frame, display_matrix(frame, path))
 
 
 class Survey:
@@ -146,8 +155,7 @@ class Survey:
                 self.errors_before = len(self.errors)
             self.shown += 1
             self._flagged += frame.is_corrupt
-            size = frame.width, frame.height
-            self.sizes[size[::-1] if display_matrix(frame, self._path)[1] else size] = None
+            self.sizes[shown_size(frame, display_matrix(frame, self._path))] = None
             if time.monotonic() - reported > PROGRESS_S:
                 reported = time.monotonic()
                 self._progress()

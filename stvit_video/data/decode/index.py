@@ -21,7 +21,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from stvit_video.common.files import whole_file
-from stvit_video.data.decode.av_file import AV_ERRORS, NOT_DECODED, NOT_OPENED, Clock, Survey, open_av
+from stvit_video.data.decode.av_file import AV_ERRORS, NOT_DECODED, NOT_OPENED, Clock, Survey, frame_rate, open_av
 from stvit_video.data.decode.packets import EXACT_CONTAINERS, prove
 from stvit_video.data.decode.types import DecodeError, Times, decode_errors, reason
 
@@ -89,7 +89,7 @@ def _decode_index(path: str, number: int, plain: str, progress: Callable[[], Non
     keys: list[int] = []
     clock = Clock(trusts_pts=container.format.name != "avi")  # which states when to decode a packet only
     unit = float(stream.time_base or 0)
-    duration = step = round(1 / (float(stream.average_rate or stream.guessed_rate or 25) * unit)) if unit else 1
+    duration = step = round(1 / (frame_rate(stream) * unit)) if unit else 1
     for frame in survey.frames(container, stream):
         stamp = clock.read(frame)
         if stamp is None:

@@ -25,6 +25,7 @@ from stvit_video.data.decode.av_file import (
     first_size,
     open_av,
     shown_frames,
+    shown_size,
     upright,
 )
 from stvit_video.data.decode.index import IndexCache, read_index
@@ -129,7 +130,7 @@ class AvReader(Reader):
         with decode_errors(self.path, NOT_DECODED, "pyav", AV_ERRORS):
             for frame in frames:
                 matrix = display_matrix(frame, self.path)
-                own = (frame.height, frame.width) if matrix[1] else (frame.width, frame.height)
+                own = shown_size(frame, matrix)
                 if self._index.size is None and (frame.width, frame.height) != self._size:
                     self._index = replace(self._index, size=first_size(self.path, self._index.stream))
                 first = self._index.size or own
@@ -271,8 +272,7 @@ def _prove_plain(
     container, stream = open_av(path, index.stream)
     with container, decode_errors(path, NOT_OPENED, "pyav", AV_ERRORS):
         frame = next(container.decode(stream))
-    size = reduced_size((frame.width, frame.height), short_side)
-    a, b, c, d = display_matrix(frame, path)
+    a, b, c, d = matrix = display_matrix(frame, path)
     if a * d < b * c:
         raise DecodeError(path, f"is mirrored, which {decoder} ignores; {REMEDY}", decoder)
-    return index.times(), size[::-1] if size and b else size  # decord turns frames before it resizes them
+    return index.times(), reduced_size(shown_size(frame, matrix), short_side)  # decord turns frames, then resizes
