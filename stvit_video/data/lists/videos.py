@@ -18,7 +18,7 @@ from stvit_video.data.lists.checks import check_names, label_by_name
 from stvit_video.data.lists.class_names import ClassNames, compared, read_classes
 from stvit_video.data.lists.folders import are_numbers, class_folders, is_media, read_file, read_folder
 from stvit_video.data.lists.formats import find_hmdb, read_catalogue
-from stvit_video.data.lists.splitting import take_part
+from stvit_video.data.lists.splitting import split_videos
 from stvit_video.data.lists.tables import AS_IT_SAYS, Reading
 
 SPLITS = ("train", "val", "test")
@@ -53,6 +53,7 @@ class ListReader:
             )
         self._catalogue = cache(lambda source: read_catalogue(source, self.root, self.reading))
         self._find_clips = cache(lambda clip_folder: find_clips(self.root, clip_folder))
+        self._parts = cache(self._split)
         self._lists: dict[tuple[Path, str], list[Video]] = {}
         self.notes: list[str] = []  # on what was taken for what in the lists that were read
 
@@ -70,18 +71,9 @@ class ListReader:
 
         Raises UsageError where the list is of no known form, a label is out of range, or too many files are missing.
         """
-        source = self.source(split)
         videos = self._read_once(split)
         if self.shares is not None:
-            found = [entry.name for entry in source.iterdir() if entry.is_dir()] if source.is_dir() else []
-            parts = {part for part, words in SUBSETS.items() for name in found if name.lower() in words}
-            if len(parts) > 1 and "train" in parts:
-                raise UsageError(
-                    f"Folder {source} is split already ({', '.join(sorted(found))}); give DATA.SPLIT None and its "
-                    f"parts, for example DATA.TRAIN_LIST train DATA.VAL_LIST val DATA.TEST_LIST test."
-                )
-            root = source if source.is_dir() else self.root
-            videos = take_part(videos, SPLITS.index(split), self.shares, root, self.group)
+            videos = self._parts(self.source(split))[SPLITS.index(split)]
         check_labels(videos, len(self.classes), self.lists[split])
         naming = self._read_once(self._naming_split)
         if (videos[0].labels is None) != (naming[0].labels is None):
@@ -107,6 +99,19 @@ class ListReader:
             origin = "DATA.CLASSES" if self.class_file else self.source(self._naming_split)
             raise UsageError(f"MODEL.NUM_CLASSES {self.num_classes}: {origin} names {len(names)}; unset the first.")
         return names
+
+    def _split(self, source: Path) -> list[list[Video]]:
+        """Return the videos of each split in the list that serves as all of them."""
+        assert self.shares is not None
+        found = [entry.name for entry in source.iterdir() if entry.is_dir()] if source.is_dir() else []
+        parts = {part for part, words in SUBSETS.items() for name in found if name.lower() in words}
+        if len(parts) > 1 and "train" in parts:
+            raise UsageError(
+                f"Folder {source} is split already ({', '.join(sorted(found))}); give DATA.SPLIT None and its parts, "
+                f"for example DATA.TRAIN_LIST train DATA.VAL_LIST val DATA.TEST_LIST test."
+            )
+        root = source if source.is_dir() else self.root
+        return split_videos(self._lists[source, ""], self.shares, root, self.group)
 
     def _read_once(self, split: str) -> list[Video]:
         """Return all videos of the list of ``split``, which may be that of other splits too."""
