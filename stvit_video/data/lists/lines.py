@@ -9,6 +9,7 @@ from pathlib import Path
 
 from stvit_video.common.errors import UsageError
 from stvit_video.data.decode.types import IMAGE_SUFFIXES, MEDIA_SUFFIXES
+from stvit_video.data.lists.annotations import some_of
 from stvit_video.data.lists.catalogues import LOOKS, TRIMMED, Catalogue, Entry, find_start
 from stvit_video.data.lists.folders import is_media
 from stvit_video.data.lists.tables import (
@@ -124,7 +125,7 @@ def _find_columns(rows: Sequence[tuple[int, str, str, str]], path: str | Path, r
     A path may itself end with a number. Raises UsageError where the numbers may mean several things.
     """
     wide = [(name, match) for _, _, name, _ in rows if name[-1:].isdigit() and (match := WIDE.fullmatch(name))]
-    some = wide[:: max(1, len(wide) // LOOKS)]
+    some = some_of(wide, LOOKS)
     if not wide or find_start([name for name, _ in some], str(root)):
         return None
     start = find_start([match[1] for _, match in some], str(root)) or root

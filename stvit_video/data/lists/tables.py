@@ -10,8 +10,8 @@ from typing import Any
 
 from stvit_video.common.errors import UsageError, nearest
 from stvit_video.data.decode.types import MEDIA_SUFFIXES
-from stvit_video.data.lists.annotations import Section
-from stvit_video.data.lists.catalogues import TRIMMED, Catalogue, Entry, some_of
+from stvit_video.data.lists.annotations import Section, some_of
+from stvit_video.data.lists.catalogues import LOOKS, TRIMMED, Catalogue, Entry
 from stvit_video.data.lists.folders import is_media
 
 MAX_LABEL = 999_999  # more classes than any data set has: a larger number is an id or a time, read as a label
@@ -136,7 +136,7 @@ def read_rows(rows: Rows, header: Sequence[str], path: str | Path, reading: Read
         raise UsageError(f"List {path}, {unit} {place + 1}: {error}") from None
     if any(fields != some for fields, some in found.items()):
         entries = [entry._replace(labels=found[tuple(map(str, entry.labels))]) for entry in entries]
-    some = [entry.names[0] for entry in some_of(entries)]
+    some = [entry.names[0] for entry in some_of(entries, LOOKS)]
     has_ids = not any("/" in name or "\\" in name or is_media(name) for name in some)
     are_clips = is_kinetics or ("youtube_id" in header and entries[0].section is None)
     folder = DIGITS if all(map(str.isdecimal, some)) else TRIMMED if are_clips else None

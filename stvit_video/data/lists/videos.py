@@ -12,7 +12,7 @@ from fvcore.common.config import CfgNode
 from stvit_video.common.errors import UsageError
 from stvit_video.data.decode.pictures import find_frames, is_pattern, is_picture
 from stvit_video.data.decode.types import DecodeError
-from stvit_video.data.lists.annotations import Video, check_files, check_labels
+from stvit_video.data.lists.annotations import Video, check_files, check_labels, some_of
 from stvit_video.data.lists.catalogues import SUBSETS, Catalogue, find_clips, find_videos
 from stvit_video.data.lists.checks import check_names, label_by_name
 from stvit_video.data.lists.class_names import ClassNames, compared, read_classes
@@ -232,7 +232,7 @@ def check_frames(videos: Sequence[Video], source: Path) -> None:
     """Raise UsageError where of a few folders of frames, evenly spread, none can be read."""
     folders = [video.path for video in videos if not is_media(video.path) or is_pattern(video.path)]
     errors = []
-    for path in folders[:: max(1, len(folders) // 4)]:
+    for path in some_of(folders, 4):
         try:
             if not os.path.isfile(path):
                 find_frames(path)
