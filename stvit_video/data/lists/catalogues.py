@@ -10,7 +10,7 @@ from typing import NamedTuple
 from stvit_video.common.errors import UsageError
 from stvit_video.data.lists.annotations import Section, Video, some_of
 from stvit_video.data.lists.class_names import ClassNames, compared
-from stvit_video.data.lists.folders import FLOW_FOLDER, FOREIGN_FOLDERS, PREVIEW_FOLDER, is_media, list_folder
+from stvit_video.data.lists.folders import FLOW_FOLDER, FOREIGN_FOLDERS, PREVIEW_FOLDER, is_path, list_folder
 from stvit_video.data.lists.text import find_file
 
 LOOKS = 32  # entries of a list that are looked up to see what its names are
@@ -156,7 +156,7 @@ def _where(
     names = [entry.names[0] for entry in some_of(catalogue.entries, LOOKS)]
     if not catalogue.has_ids:
         start = find_start(names, root)
-        if start or any("/" in name or "\\" in name or is_media(name) for name in names):
+        if start or any(map(is_path, names)):
             return start or root, None
     clips = search(catalogue.clip_folder)
     if not catalogue.has_ids:
