@@ -49,6 +49,11 @@ class Video:
         )
 
 
+def labels_of(video: Video) -> tuple[int, ...]:
+    """Return the labels of a video."""
+    return (video.label,) if video.labels is None else video.labels
+
+
 def parse_name(name: str) -> tuple[str, Section | None]:
     """Return the path and the section in the ``name`` of a video."""
     match = re.fullmatch(r"(.*)#(t|frames)=([0-9.e+]+),([0-9.e+]+)", name, re.DOTALL)
