@@ -115,17 +115,18 @@ class ListReader:
 
     def _read_once(self, split: str) -> list[Video]:
         """Return all videos of the list of ``split``, which may be that of other splits too."""
-        source = self.source(split)
-        catalogue = None
-        if not source.is_dir() and self.exists(split) and not is_media(source):
-            whole = self._catalogue(source)
-            catalogue = whole if self.shares is not None else whole.of_split(split)
-            key = source, "" if catalogue is whole else split
-        else:
-            key = source, ""
+        whole = self._whole_list(split)
+        catalogue = whole.of_split(split) if whole and self.shares is None else whole
+        key = self.source(split), "" if catalogue is whole else split
         if key not in self._lists:
             self._lists[key] = self._read(split, catalogue)
         return self._lists[key]
+
+    def _whole_list(self, split: str) -> Catalogue | None:
+        """Return the list file of ``split`` with all of its subsets; None for a folder, a video or a missing file."""
+        source = self.source(split)
+        is_list = not source.is_dir() and self.exists(split) and not is_media(source)
+        return self._catalogue(source) if is_list else None
 
     def _read(self, split: str, catalogue: Catalogue | None) -> list[Video]:
         """Return all videos of the list of ``split``; relative paths start from root."""
@@ -217,8 +218,8 @@ class ListReader:
                 )
             names = class_folders(source)
         else:
-            is_list = self.exists(self._naming_split) and not is_media(source)
-            listed = self._catalogue(source).classes() if is_list else None
+            catalogue = self._whole_list(self._naming_split)
+            listed = catalogue.classes() if catalogue else None
             if listed is None:
                 return ClassNames(self.trained) if self.trained and is_test else None
             names = listed
