@@ -265,22 +265,20 @@ def split_labels(
         raise LabelError(rows[0], "its videos have several actions each; unset DATA.MULTI_LABEL.")
     found = {row: tuple(_split(row, several)) if multi_label else row for row in rows}
     # pandas writes whole numbers as 3.0 where some are missing.
-    are_numbers = all(NUMBER.fullmatch(label.removesuffix(".0")) for labels in found.values() for label in labels)
+    whole = {row: [label.removesuffix(".0") for label in labels] for row, labels in found.items()}
+    are_numbers = all(NUMBER.fullmatch(number) for numbers in whole.values() for number in numbers)
     are_scores = not are_numbers and all(DECIMAL.fullmatch(label) for labels in found.values() for label in labels)
     for row, labels in found.items():
-        score = next((label for label in labels if are_scores and not NUMBER.fullmatch(label.removesuffix(".0"))), "")
-        if score:
-            raise LabelError(row, f"label {score[:20]} is no whole number; give the number or the name of a class.")
+        for label, number in zip(labels, whole[row], strict=True) if are_scores else ():
+            if not NUMBER.fullmatch(number):
+                raise LabelError(row, f"label {label[:20]} is no whole number; give the number or the name of a class.")
         if not multi_label and not row[0]:
             raise LabelError(row, f"label {row[0]!r} is empty; give a class.")
-        problems = [wrong_number(label.removesuffix(".0")) for label in labels if are_numbers]
+        problems = map(wrong_number, whole[row]) if are_numbers else ()
         for problem in (check_one_hot(labels), *problems):
             if problem:
                 raise LabelError(row, problem)
-    return {
-        row: tuple(int(label.removesuffix(".0")) for label in labels) if are_numbers else labels
-        for row, labels in found.items()
-    }, multi_label
+    return {row: tuple(map(int, whole[row])) if are_numbers else labels for row, labels in found.items()}, multi_label
 
 
 def check_one_hot(labels: Sequence[str]) -> str:
