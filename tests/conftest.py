@@ -53,6 +53,13 @@ def read_number(frame: np.ndarray) -> int:
     return sum(int(frame[y, x].mean() > 127) << bit for bit, (y, x) in enumerate(places))
 
 
+def write_empty(root: Path, names: str) -> None:
+    """Write empty files, whose paths ``names`` lists with blanks between them."""
+    for name in names.split():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
 @pytest.fixture
 def write_clip(tmp_path: Path) -> Callable[..., Path]:
     """Encode frames (N, H, W, 3) with PyAV; returns the file's path."""

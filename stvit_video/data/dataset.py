@@ -19,7 +19,7 @@ from stvit_video.data.clips.transforms import Seed, TestViews, TrainViews
 from stvit_video.data.decode.frames import Decoding, FrameRequest
 from stvit_video.data.decode.types import Choice, DecodeError, DecoderKilled
 from stvit_video.data.failures import Failure
-from stvit_video.data.lists.annotations import Video
+from stvit_video.data.lists.annotations import Video, labels_of
 from stvit_video.runtime.limits import describe_memory
 
 MAX_TRIES = 10
@@ -183,8 +183,8 @@ class VideoDataset(Dataset[Sample]):
     def _label(self, video: Video) -> int | Tensor:
         if self.label_columns is None:
             return video.label
-        labels = (video.label,) if video.labels is None else video.labels
-        return torch.zeros(self.label_columns).index_fill_(0, torch.tensor(labels, dtype=torch.int64), 1)
+        labels = torch.tensor(labels_of(video), dtype=torch.int64)
+        return torch.zeros(self.label_columns).index_fill_(0, labels, 1)
 
     def request(self, key: SampleKey | int) -> FrameRequest:
         """Return which frames to decode for ``key``."""

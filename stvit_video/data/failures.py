@@ -22,10 +22,10 @@ class Failure:
     first_seen: str = field(compare=False)
 
     @classmethod
-    def of(cls, error: DecodeError, stage: str, name: str = "") -> "Failure":
-        """Return the row for an error that has just happened, of a video whose ``name`` may say which part it is."""
+    def of(cls, error: DecodeError, stage: str, name: str) -> "Failure":
+        """Return the row for an error that has just happened, of the video or part of one that ``name`` says."""
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        return cls(name or error.path, stage, error.decoder, error.message, now)
+        return cls(name, stage, error.decoder, error.message, now)
 
 
 def merge(failures: Iterable[Failure]) -> list[Failure]:

@@ -10,16 +10,9 @@ from stvit_video.common.errors import UsageError
 from stvit_video.data.lists.annotations import Video
 from stvit_video.data.lists.catalogues import find_clips
 from stvit_video.data.lists.formats import read_catalogue
-from tests.conftest import read_list, refusal
+from tests.conftest import read_list, refusal, write_empty
 
 HEADER = "label,youtube_id,time_start,time_end,split\n"
-
-
-def write(root: Path, names: str) -> None:
-    """Write empty files, whose paths ``names`` lists with blanks between them."""
-    for name in names.split():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
 
 
 def read_videos(path: Path, root: Path, *classes: str) -> list[tuple[str, int, bool]]:
@@ -39,7 +32,7 @@ def test_kinetics_videos_are_found_wherever_they_lie(tmp_path: Path) -> None:
         "riding a/b,absent12345,123456,123466,train",
     ]
     (tmp_path / "train.csv").write_text(HEADER + "\n".join(rows))
-    write(
+    write_empty(
         tmp_path,
         "flat1234567_000005_000015.MP4 flat1234567.mp4 tai_chi/-class_0000_000083_000093.webm "
         "train/passing/_split-0000_000000_000010.mkv old/plain123456.avi frames12345_000100_000110/img_00001.jpg",
@@ -67,7 +60,7 @@ def test_kinetics_videos_are_found_wherever_they_lie(tmp_path: Path) -> None:
 )
 def test_kinetics_columns_may_come_in_any_form(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "train.csv").write_bytes(content)
-    write(tmp_path, "x/abc_000001_000011.mp4")
+    write_empty(tmp_path, "x/abc_000001_000011.mp4")
     assert read_videos(tmp_path / "train.csv", tmp_path, "walk", "yoga") == [("x/abc_000001_000011.mp4", 1, False)]
 
 
@@ -102,7 +95,7 @@ def test_something_videos_are_found_wherever_they_lie(tmp_path: Path) -> None:
     names = ["78687", 2, "3", "4", "1", "78687"]
     content = [{"id": name, **holding} for name in names] + [{"id": "5", "template": "Closing [something]"}]
     path = something(tmp_path / "train.json", content)
-    write(tmp_path, "78687.webm 20bn/2.MP4 frames/3/1.jpg frames/3/1.mp4 4/img_00001.jpg a/b/5.webm")
+    write_empty(tmp_path, "78687.webm 20bn/2.MP4 frames/3/1.jpg frames/3/1.mp4 4/img_00001.jpg a/b/5.webm")
     assert read_videos(path, tmp_path) == [
         ("78687.webm", 1, False),
         ("20bn/2.MP4", 1, False),
@@ -156,7 +149,7 @@ def test_a_class_that_is_not_known_is_named_with_its_nearest(tmp_path: Path) -> 
 
 
 def test_equal_names_hidden_folders_and_circular_links_change_nothing(tmp_path: Path) -> None:
-    write(tmp_path, "b/1.mp4 a/1.webm a/1.mp4 a/2.txt .trash/2.mp4 away/3.mp4")
+    write_empty(tmp_path, "b/1.mp4 a/1.webm a/1.mp4 a/2.txt .trash/2.mp4 away/3.mp4")
     root = tmp_path / "root"
     root.mkdir()
     for name in ("b", "a", ".trash"):

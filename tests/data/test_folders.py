@@ -13,6 +13,7 @@ from stvit_video.data.lists.annotations import Video
 from stvit_video.data.lists.class_names import ClassNames
 from stvit_video.data.lists.folders import class_folders, find_media, read_file, read_folder
 from stvit_video.data.streams import find_sources
+from tests.conftest import write_empty
 
 
 @pytest.mark.parametrize("name", ["yoga/a b.MP4", "yoga/a.JPG"])
@@ -29,9 +30,7 @@ def folders(tmp_path: Path) -> Path:
     """Class folders with sub-folders, hidden files, other files, an empty class and endings in capitals."""
     root = tmp_path / "set"
     names = "dog/b.JPG dog/a.png dog/more/c.webp dog/.hidden.png dog/notes.txt cat/v.MP4 cat/.cache/x.png .git/d/e.png"
-    for name in [*names.split(), "README.png"]:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
+    write_empty(root, f"{names} README.png")
     (root / "eel").mkdir()
     return root
 

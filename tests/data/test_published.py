@@ -18,7 +18,7 @@ from stvit_video.data.lists.annotations import Section, Video
 from stvit_video.data.lists.class_names import read_classes
 from stvit_video.data.lists.tables import Reading
 from stvit_video.data.lists.videos import ListReader
-from tests.conftest import numbered_frames, read_list, refusal
+from tests.conftest import numbered_frames, read_list, refusal, write_empty
 
 # path from the root, class or classes, section
 Row = tuple[str, str | tuple[str, ...], Section | None]
@@ -375,9 +375,7 @@ def test_a_run_trains_and_tests_on_a_published_list(
     ],
 )
 def test_a_list_that_may_mean_several_things_is_refused(tmp_path: Path, content: str, says: str) -> None:
-    (tmp_path / "f").mkdir()
-    for i in (1, 2):
-        (tmp_path / "f" / f"{i}.jpg").touch()
+    write_empty(tmp_path, "f/1.jpg f/2.jpg")
     (tmp_path / "list").write_text(content)
     assert re.search(says, refusal(read_list, tmp_path / "list", tmp_path))
 
@@ -403,9 +401,7 @@ def test_a_folder_that_ends_with_a_number_is_no_count_of_frames(tmp_path: Path) 
 
 
 def test_a_file_name_in_two_folders_is_not_guessed(tmp_path: Path) -> None:
-    for name in ("x/a.mp4", "y/a.mp4"):
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).touch()
+    write_empty(tmp_path, "x/a.mp4 y/a.mp4")
     (tmp_path / "list").write_text("a 1\n")
     assert "a lies in several folders" in refusal(read_list, tmp_path / "list", tmp_path)
     (tmp_path / "x" / "a.mp4").unlink()
@@ -504,9 +500,7 @@ def test_lists_of_one_run_are_of_one_kind(tmp_path: Path) -> None:
 def test_habits_of_other_writers(
     tmp_path: Path, content: str, files: str, expected: list[tuple[str, int, tuple[int, ...] | None]]
 ) -> None:
-    for name in files.split():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
+    write_empty(tmp_path, files)
     (tmp_path / "list").write_text(content)
     found = read_list(tmp_path / "list", tmp_path)
     assert [(os.path.relpath(video.path, tmp_path), video.label, video.labels) for video in found] == expected

@@ -11,7 +11,7 @@ from PIL import Image
 from stvit_video.common.errors import UsageError
 from stvit_video.data.lists.annotations import Video, find_missing
 from stvit_video.data.lists.videos import ListReader, build_lists
-from tests.conftest import data_config
+from tests.conftest import data_config, write_empty
 
 
 def test_class_count_comes_from_the_data(small_set: Path) -> None:
@@ -98,9 +98,7 @@ def test_numbered_training_lists_give_named_test_lists_no_labels(kinetics: Path)
 
 
 def test_an_id_of_several_folders_is_said(tmp_path: Path) -> None:
-    for name in ("old/1.mp4", "new/1.mp4", "new/2.mp4"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
+    write_empty(tmp_path, "old/1.mp4 new/1.mp4 new/2.mp4")
     (tmp_path / "list").write_text("id,label\n1,ski\n2,yoga\n")
     reader = ListReader(root=tmp_path, lists={"train": "list", "val": "", "test": "list"})
     assert [video.path for video in reader.videos("train")] == [f"{tmp_path}/new/1.mp4", f"{tmp_path}/new/2.mp4"]

@@ -2,14 +2,17 @@
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from stvit_video.common.errors import UsageError
 from stvit_video.data.decode.pictures import is_pattern
 
 MAX_LOOKS = 512  # files to look at where a list is checked: a wrong root shows within seconds on any storage
 LIST_FORM = "a text file with lines `path label`, or a CSV or JSON as data sets publish it"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +49,22 @@ class Video:
         )
 
 
+def labels_of(video: Video) -> tuple[int, ...]:
+    """Return the labels of a video."""
+    return (video.label,) if video.labels is None else video.labels
+
+
 def parse_name(name: str) -> tuple[str, Section | None]:
     """Return the path and the section in the ``name`` of a video."""
     match = re.fullmatch(r"(.*)#(t|frames)=([0-9.e+]+),([0-9.e+]+)", name, re.DOTALL)
     if match is None:
         return name, None
     return match[1], Section(float(match[3]), float(match[4]), match[2] == "frames", may_be_file=match[2] == "t")
+
+
+def some_of(items: Sequence[T], count: int) -> Sequence[T]:
+    """Return about ``count`` evenly spread items."""
+    return items[:: max(1, len(items) // count)]
 
 
 def check_labels(videos: list[Video], num_classes: int, source: str | Path) -> None:
@@ -98,7 +111,7 @@ def find_missing(videos: list[Video]) -> tuple[list[str], int]:
     unfound = [video.path for video in videos if video.missing]
     if unfound:
         return unfound, len(videos)
-    looked_at = [video.path for video in videos[:: max(1, len(videos) // MAX_LOOKS)]]
+    looked_at = [video.path for video in some_of(videos, MAX_LOOKS)]
     return [path for path in looked_at if not _is_there(path)], len(looked_at)
 
 

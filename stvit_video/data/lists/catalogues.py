@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from stvit_video.common.errors import UsageError
-from stvit_video.data.lists.annotations import Section, Video
+from stvit_video.data.lists.annotations import Section, Video, some_of
 from stvit_video.data.lists.class_names import ClassNames, compared
-from stvit_video.data.lists.folders import FLOW_FOLDER, FOREIGN_FOLDERS, PREVIEW_FOLDER, is_media, list_folder
+from stvit_video.data.lists.folders import FLOW_FOLDER, FOREIGN_FOLDERS, PREVIEW_FOLDER, is_path, list_folder
 from stvit_video.data.lists.text import find_file
 
 LOOKS = 32  # entries of a list that are looked up to see what its names are
@@ -117,14 +117,9 @@ def find_videos(
     return videos
 
 
-def some_of(entries: Sequence[Entry]) -> Sequence[Entry]:
-    """Return about LOOKS evenly spread entries."""
-    return entries[:: max(1, len(entries) // LOOKS)]
-
-
 def _without_slash(catalogue: Catalogue, root: str) -> Catalogue:
     """Return a catalogue whose paths are relative where they begin with a slash at the root, as on Kaggle."""
-    names = [entry.names[0] for entry in some_of(catalogue.entries)]
+    names = [entry.names[0] for entry in some_of(catalogue.entries, LOOKS)]
     if not all(name[:1] == "/" for name in names) or any(map(os.path.lexists, names)):
         return catalogue
     if not any(os.path.lexists(root + name) for name in names):
@@ -158,10 +153,10 @@ def _where(
 
     Where names are ids, return also what was found of these.
     """
-    names = [entry.names[0] for entry in some_of(catalogue.entries)]
+    names = [entry.names[0] for entry in some_of(catalogue.entries, LOOKS)]
     if not catalogue.has_ids:
         start = find_start(names, root)
-        if start or any("/" in name or "\\" in name or is_media(name) for name in names):
+        if start or any(map(is_path, names)):
             return start or root, None
     clips = search(catalogue.clip_folder)
     if not catalogue.has_ids:

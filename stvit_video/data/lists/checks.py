@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from stvit_video.common.errors import UsageError
-from stvit_video.data.lists.annotations import Section, Video, summarise_videos
+from stvit_video.data.lists.annotations import Section, Video, labels_of, summarise_videos
 from stvit_video.data.lists.folders import are_numbers
 from stvit_video.data.lists.splitting import find_recordings, real_paths
 
@@ -42,11 +42,6 @@ def describe_lists(classes: Sequence[str], videos: Mapping[str, list[Video]], re
         lines.append(summarise_videos(found, split, len({*recordings[split]} - {None})))
         lines += _describe_gaps(split, classes, found)
     return lines
-
-
-def labels_of(video: Video) -> tuple[int, ...]:
-    """Return the labels of a video."""
-    return (video.label,) if video.labels is None else video.labels
 
 
 def describe_classes(classes: Sequence[str], counts: Mapping[int, int]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stvit_video.common.errors import UsageError, nearest
-from stvit_video.data.lists.text import read_lines
+from stvit_video.data.lists.text import read_lines, unquoted
 
 CLASS_FORM = "one class name a line, in the order of the labels"
 HEADERS = {"class", "classes", "class_name", "classname", "name", "label", "labels", "action", "category", "key"}
@@ -66,13 +66,12 @@ def read_classes(path: str | Path) -> ClassNames:
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines:
         raise UsageError(f"Class file {path} is empty; give {CLASS_FORM}.")
-    return _read_table(lines, path) or _read_numbered(lines, path) or _read_names(lines, path)
+    return _read_table(lines, path) or _read_numbered(lines, path) or _read_names(lines)
 
 
-def _read_names(lines: list[str], path: str | Path) -> ClassNames:
+def _read_names(lines: list[str]) -> ClassNames:
     has_header = lines[0].lower() in HEADERS and len(lines) > 1
-    names = [line[1:-1] if len(line) > 1 and line[0] == line[-1] == '"' else line for line in lines[has_header:]]
-    return ClassNames(names)
+    return ClassNames(list(map(unquoted, lines[has_header:])))
 
 
 def _read_table(lines: list[str], path: str | Path) -> ClassNames | None:

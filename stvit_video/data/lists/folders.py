@@ -50,6 +50,11 @@ def is_media(name: str | Path) -> bool:
     return str(name).lower().endswith(MEDIA_SUFFIXES)
 
 
+def is_path(name: str) -> bool:
+    """Return whether a list calls a video by its path, with a folder or an ending, and not by an id."""
+    return "/" in name or "\\" in name or is_media(name)
+
+
 def is_video(path: str) -> bool:
     """Return whether a file is a video, by its ending or, where that is not known, by its first bytes."""
     name = os.path.basename(path)

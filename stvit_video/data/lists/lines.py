@@ -9,6 +9,7 @@ from pathlib import Path
 
 from stvit_video.common.errors import UsageError
 from stvit_video.data.decode.types import IMAGE_SUFFIXES, MEDIA_SUFFIXES
+from stvit_video.data.lists.annotations import some_of
 from stvit_video.data.lists.catalogues import LOOKS, TRIMMED, Catalogue, Entry, find_start
 from stvit_video.data.lists.folders import is_media
 from stvit_video.data.lists.tables import (
@@ -20,7 +21,7 @@ from stvit_video.data.lists.tables import (
     read_table,
     wrong_number,
 )
-from stvit_video.data.lists.text import find_file
+from stvit_video.data.lists.text import find_file, unquoted
 
 WIDE = re.compile(r"(.*?\S)((?:[\s,;]+[0-9]+(?:\.[0-9]+)?)+)")  # a path and more numbers than the label
 LABEL_FIRST = re.compile(r"[0-9]+[\s,;]+\S.*")
@@ -43,7 +44,7 @@ def read_lines_list(lines: Sequence[str], path: str | Path, root: str | Path, re
     rows = [(number, *_cut(line.strip())) for number, line in enumerate(lines, start=1) if line.strip()]
     if not rows:
         raise UsageError(f"List {path} is empty; give at least one line `path label`.")
-    if all(is_media(_unquoted(line)) for _, line, _, _ in rows):
+    if all(is_media(unquoted(line)) for _, line, _, _ in rows):
         if all(LABEL_FIRST.fullmatch(line) for _, line, _, _ in rows) and not os.path.lexists(
             find_file(root, rows[0][1])
         ):
@@ -51,7 +52,7 @@ def read_lines_list(lines: Sequence[str], path: str | Path, root: str | Path, re
                 f"List {path}: {rows[0][1][:120]!r} seems to begin with its label; write the path first, or separate "
                 f"them by commas and give DATA.COLUMNS 'label path'."
             )
-        return Catalogue(path, [Entry((_unquoted(line),), (), place=number - 1) for number, line, _, _ in rows])
+        return Catalogue(path, [Entry((unquoted(line),), (), place=number - 1) for number, line, _, _ in rows])
     if all(YOUTUBE_ID.fullmatch(line) and not NUMBER.fullmatch(line) for _, line, _, _ in rows):  # Mini-Kinetics
         entries = [Entry((line,), (), place=number - 1) for number, line, _, _ in rows]
         return Catalogue(path, entries, TRIMMED, "{name}.mp4", has_ids=True)
@@ -68,7 +69,7 @@ def read_lines_list(lines: Sequence[str], path: str | Path, root: str | Path, re
             )
         labels = [label.removesuffix(".0")]  # pandas writes whole numbers so where some are missing
         if reading.multi_label and name[-1].isdigit() and (wide := WIDE.fullmatch(name)):
-            name, labels = wide[1], [*re.split(r"[\s,;]+", wide[2].strip(" \t,;")), label]
+            name, labels = wide[1], [*_numbers_of(wide), label]
         if problem := check_one_hot(labels):
             raise UsageError(f"{path}, line {number}: {problem}")
         for one in labels:
@@ -81,11 +82,12 @@ def read_lines_list(lines: Sequence[str], path: str | Path, root: str | Path, re
 def _cut(line: str) -> tuple[str, str, str]:
     """Return a line, and the path and the label in it."""
     cut = max(line.rfind(" "), line.rfind(","), line.rfind("\t"), line.rfind(";"))
-    return line, _unquoted(line[: max(cut, 0)].rstrip(" ,\t;")), _unquoted(line[cut + 1 :])
+    return line, unquoted(line[: max(cut, 0)].rstrip(" ,\t;")), unquoted(line[cut + 1 :])
 
 
-def _unquoted(text: str) -> str:
-    return text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text
+def _numbers_of(wide: re.Match[str]) -> list[str]:
+    """Return the numbers in a match of WIDE."""
+    return re.split(r"[\s,;]+", wide[2].strip(" \t,;"))
 
 
 def _named(lines: Iterable[str], path: str | Path) -> tuple[list[str], list[str]] | None:
@@ -124,14 +126,14 @@ def _find_columns(rows: Sequence[tuple[int, str, str, str]], path: str | Path, r
     A path may itself end with a number. Raises UsageError where the numbers may mean several things.
     """
     wide = [(name, match) for _, _, name, _ in rows if name[-1:].isdigit() and (match := WIDE.fullmatch(name))]
-    some = wide[:: max(1, len(wide) // LOOKS)]
+    some = some_of(wide, LOOKS)
     if not wide or find_start([name for name, _ in some], str(root)):
         return None
     start = find_start([match[1] for _, match in some], str(root)) or root
     there = [(file, match) for _, match in some if os.path.lexists(file := find_file(start, match[1]))]
     if not there and len(wide) < len(rows) and not all(is_media(match[1]) for _, match in some):
         return None
-    numbers = [[float(text) for text in re.split(r"[\s,;]+", match[2].strip(" \t,;"))] for _, match in wide]
+    numbers = [[float(text) for text in _numbers_of(match)] for _, match in wide]
     counts = {len(found) for found in numbers} | ({0} if len(wide) < len(rows) else set())
     if counts == {1} and there and all(_count_frames(file) == float(match[2].strip(" \t,;")) for file, match in there):
         return ["path", "frames", "label"]

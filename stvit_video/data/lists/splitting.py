@@ -111,10 +111,10 @@ def _are_numbered(names: Sequence[str]) -> bool:
     return len(names) > 1 and len(texts) == 1 and None not in texts and max(numbers) - min(numbers) < len(names)
 
 
-def take_part(
-    videos: Sequence[Video], part: int, shares: Sequence[int], root: str | Path, group: str = ""
-) -> list[Video]:
-    """Return the videos of ``part`` (its place in ``shares``, percentages that add up to 100), in their order.
+def split_videos(
+    videos: Sequence[Video], shares: Sequence[int], root: str | Path, group: str = ""
+) -> list[list[Video]]:
+    """Return the videos of each part, in their order; ``shares`` are their percentages, which add up to 100.
 
     What is of one origin (see ``find_origins``) is in one part. Each class is split by itself, in an order that depends
     on the names of its files below ``root`` alone: it is the same on every machine and for every seed. A share above 0
@@ -150,7 +150,10 @@ def take_part(
             parts |= dict.fromkeys(free[edges[i] : edges[i + 1]], i)
             if share and not left[i] and not taken[i]:
                 raise UsageError(_too_few(next(iter(members.values())), members, shares, sizes))
-    return [video for video, origin in zip(videos, origins, strict=True) if parts[origin] == part]
+    found: list[list[Video]] = [[] for _ in shares]
+    for video, origin in zip(videos, origins, strict=True):
+        found[parts[origin]].append(video)
+    return found
 
 
 def _sizes(count: int, shares: Sequence[int]) -> list[int]:

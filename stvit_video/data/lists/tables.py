@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from stvit_video.common.errors import UsageError, nearest
-from stvit_video.data.decode.types import MEDIA_SUFFIXES
-from stvit_video.data.lists.annotations import Section
-from stvit_video.data.lists.catalogues import TRIMMED, Catalogue, Entry, some_of
-from stvit_video.data.lists.folders import is_media
+from stvit_video.data.lists.annotations import Section, some_of
+from stvit_video.data.lists.catalogues import LOOKS, TRIMMED, Catalogue, Entry
+from stvit_video.data.lists.folders import is_media, is_path
 
 MAX_LABEL = 999_999  # more classes than any data set has: a larger number is an id or a time, read as a label
 # What data sets call their columns, the likeliest first; compared in lower case, with _ for blanks.
@@ -68,7 +67,7 @@ def read_header(line: str) -> list[str] | None:
     cells = line.split() if separator == " " else next(csv.reader([line], delimiter=separator))
     header = [normalise(cell) for cell in cells]
     known = [kind for kind, names in COLUMNS.items() if set(names.split()) & set(header)]
-    if len(header) < 2 or any(cell.endswith(MEDIA_SUFFIXES) for cell in header):
+    if len(header) < 2 or any(map(is_media, header)):
         return None
     # A single known word may be part of a path; a line of data has numbers, too.
     return header if len(known) > 1 or (known and not re.search("[0-9]", line)) else None
@@ -136,8 +135,8 @@ def read_rows(rows: Rows, header: Sequence[str], path: str | Path, reading: Read
         raise UsageError(f"List {path}, {unit} {place + 1}: {error}") from None
     if any(fields != some for fields, some in found.items()):
         entries = [entry._replace(labels=found[tuple(map(str, entry.labels))]) for entry in entries]
-    some = [entry.names[0] for entry in some_of(entries)]
-    has_ids = not any("/" in name or "\\" in name or is_media(name) for name in some)
+    some = [entry.names[0] for entry in some_of(entries, LOOKS)]
+    has_ids = not any(map(is_path, some))
     are_clips = is_kinetics or ("youtube_id" in header and entries[0].section is None)
     folder = DIGITS if all(map(str.isdecimal, some)) else TRIMMED if are_clips else None
     expected = "{label}/{name}.mp4" if is_kinetics else "{name}.mp4" if has_ids else "{name}"
@@ -266,22 +265,20 @@ def split_labels(
         raise LabelError(rows[0], "its videos have several actions each; unset DATA.MULTI_LABEL.")
     found = {row: tuple(_split(row, several)) if multi_label else row for row in rows}
     # pandas writes whole numbers as 3.0 where some are missing.
-    are_numbers = all(NUMBER.fullmatch(label.removesuffix(".0")) for labels in found.values() for label in labels)
+    whole = {row: [label.removesuffix(".0") for label in labels] for row, labels in found.items()}
+    are_numbers = all(NUMBER.fullmatch(number) for numbers in whole.values() for number in numbers)
     are_scores = not are_numbers and all(DECIMAL.fullmatch(label) for labels in found.values() for label in labels)
     for row, labels in found.items():
-        score = next((label for label in labels if are_scores and not NUMBER.fullmatch(label.removesuffix(".0"))), "")
-        if score:
-            raise LabelError(row, f"label {score[:20]} is no whole number; give the number or the name of a class.")
+        for label, number in zip(labels, whole[row], strict=True) if are_scores else ():
+            if not NUMBER.fullmatch(number):
+                raise LabelError(row, f"label {label[:20]} is no whole number; give the number or the name of a class.")
         if not multi_label and not row[0]:
             raise LabelError(row, f"label {row[0]!r} is empty; give a class.")
-        problems = [wrong_number(label.removesuffix(".0")) for label in labels if are_numbers]
+        problems = map(wrong_number, whole[row]) if are_numbers else ()
         for problem in (check_one_hot(labels), *problems):
             if problem:
                 raise LabelError(row, problem)
-    return {
-        row: tuple(int(label.removesuffix(".0")) for label in labels) if are_numbers else labels
-        for row, labels in found.items()
-    }, multi_label
+    return {row: tuple(map(int, whole[row])) if are_numbers else labels for row, labels in found.items()}, multi_label
 
 
 def check_one_hot(labels: Sequence[str]) -> str:

@@ -33,6 +33,11 @@ def read_lines(path: str | Path, what: str, form: str) -> list[str]:
         raise UsageError(f"{what} {path} is not UTF-8 text ({problem}); give {form}.") from error
 
 
+def unquoted(text: str) -> str:
+    """Return a text without the quotes around it, if there are any."""
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text
+
+
 def find_file(root: str | Path, name: str) -> str:
     """Return the path of a file that a list names; relative names start from ``root``.
 

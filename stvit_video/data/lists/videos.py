@@ -12,13 +12,13 @@ from fvcore.common.config import CfgNode
 from stvit_video.common.errors import UsageError
 from stvit_video.data.decode.pictures import find_frames, is_pattern, is_picture
 from stvit_video.data.decode.types import DecodeError
-from stvit_video.data.lists.annotations import Video, check_files, check_labels
+from stvit_video.data.lists.annotations import Video, check_files, check_labels, some_of
 from stvit_video.data.lists.catalogues import SUBSETS, Catalogue, find_clips, find_videos
 from stvit_video.data.lists.checks import check_names, label_by_name
 from stvit_video.data.lists.class_names import ClassNames, compared, read_classes
 from stvit_video.data.lists.folders import are_numbers, class_folders, is_media, read_file, read_folder
 from stvit_video.data.lists.formats import find_hmdb, read_catalogue
-from stvit_video.data.lists.splitting import take_part
+from stvit_video.data.lists.splitting import split_videos
 from stvit_video.data.lists.tables import AS_IT_SAYS, Reading
 
 SPLITS = ("train", "val", "test")
@@ -53,6 +53,7 @@ class ListReader:
             )
         self._catalogue = cache(lambda source: read_catalogue(source, self.root, self.reading))
         self._find_clips = cache(lambda clip_folder: find_clips(self.root, clip_folder))
+        self._parts = cache(self._split)
         self._lists: dict[tuple[Path, str], list[Video]] = {}
         self.notes: list[str] = []  # on what was taken for what in the lists that were read
 
@@ -70,18 +71,9 @@ class ListReader:
 
         Raises UsageError where the list is of no known form, a label is out of range, or too many files are missing.
         """
-        source = self.source(split)
         videos = self._read_once(split)
         if self.shares is not None:
-            found = [entry.name for entry in source.iterdir() if entry.is_dir()] if source.is_dir() else []
-            parts = {part for part, words in SUBSETS.items() for name in found if name.lower() in words}
-            if len(parts) > 1 and "train" in parts:
-                raise UsageError(
-                    f"Folder {source} is split already ({', '.join(sorted(found))}); give DATA.SPLIT None and its "
-                    f"parts, for example DATA.TRAIN_LIST train DATA.VAL_LIST val DATA.TEST_LIST test."
-                )
-            root = source if source.is_dir() else self.root
-            videos = take_part(videos, SPLITS.index(split), self.shares, root, self.group)
+            videos = self._parts(self.source(split))[SPLITS.index(split)]
         check_labels(videos, len(self.classes), self.lists[split])
         naming = self._read_once(self._naming_split)
         if (videos[0].labels is None) != (naming[0].labels is None):
@@ -108,19 +100,33 @@ class ListReader:
             raise UsageError(f"MODEL.NUM_CLASSES {self.num_classes}: {origin} names {len(names)}; unset the first.")
         return names
 
+    def _split(self, source: Path) -> list[list[Video]]:
+        """Return the videos of each split in the list that serves as all of them."""
+        assert self.shares is not None
+        found = [entry.name for entry in source.iterdir() if entry.is_dir()] if source.is_dir() else []
+        parts = {part for part, words in SUBSETS.items() for name in found if name.lower() in words}
+        if len(parts) > 1 and "train" in parts:
+            raise UsageError(
+                f"Folder {source} is split already ({', '.join(sorted(found))}); give DATA.SPLIT None and its parts, "
+                f"for example DATA.TRAIN_LIST train DATA.VAL_LIST val DATA.TEST_LIST test."
+            )
+        root = source if source.is_dir() else self.root
+        return split_videos(self._lists[source, ""], self.shares, root, self.group)
+
     def _read_once(self, split: str) -> list[Video]:
         """Return all videos of the list of ``split``, which may be that of other splits too."""
-        source = self.source(split)
-        catalogue = None
-        if not source.is_dir() and self.exists(split) and not is_media(source):
-            whole = self._catalogue(source)
-            catalogue = whole if self.shares is not None else whole.of_split(split)
-            key = source, "" if catalogue is whole else split
-        else:
-            key = source, ""
+        whole = self._whole_list(split)
+        catalogue = whole.of_split(split) if whole and self.shares is None else whole
+        key = self.source(split), "" if catalogue is whole else split
         if key not in self._lists:
             self._lists[key] = self._read(split, catalogue)
         return self._lists[key]
+
+    def _whole_list(self, split: str) -> Catalogue | None:
+        """Return the list file of ``split`` with all of its subsets; None for a folder, a video or a missing file."""
+        source = self.source(split)
+        is_list = not source.is_dir() and self.exists(split) and not is_media(source)
+        return self._catalogue(source) if is_list else None
 
     def _read(self, split: str, catalogue: Catalogue | None) -> list[Video]:
         """Return all videos of the list of ``split``; relative paths start from root."""
@@ -212,8 +218,8 @@ class ListReader:
                 )
             names = class_folders(source)
         else:
-            is_list = self.exists(self._naming_split) and not is_media(source)
-            listed = self._catalogue(source).classes() if is_list else None
+            catalogue = self._whole_list(self._naming_split)
+            listed = catalogue.classes() if catalogue else None
             if listed is None:
                 return ClassNames(self.trained) if self.trained and is_test else None
             names = listed
@@ -227,7 +233,7 @@ def check_frames(videos: Sequence[Video], source: Path) -> None:
     """Raise UsageError where of a few folders of frames, evenly spread, none can be read."""
     folders = [video.path for video in videos if not is_media(video.path) or is_pattern(video.path)]
     errors = []
-    for path in folders[:: max(1, len(folders) // 4)]:
+    for path in some_of(folders, 4):
         try:
             if not os.path.isfile(path):
                 find_frames(path)
