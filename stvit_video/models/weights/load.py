@@ -74,11 +74,10 @@ def load_pretrained(
     if depth is not None:
         wanted = {key for key in wanted if model.layer_id(key) <= depth}  # type: ignore[operator]
     try:
-        state = dict(converted.state)
-        fold_scales(state, target, report.notes)
-        kernel = find_kernel(state)
+        fold_scales(converted.state, target, report.notes)
+        kernel = find_kernel(converted.state)
         image = kernel is None or kernel.shape[2] == 1
-        given = dict(state)
+        state = dict(converted.state)  # what is not used yet
         left_out = [state.pop(key) for key in target - wanted if key in state]
         _prepare_positions(state, converted, model, report, image)
         positions = adapt_positions(state, model, report, image, antialias, report.arguments or config)
@@ -86,7 +85,7 @@ def load_pretrained(
     except DAMAGE as error:
         raise misfit(name, layout.name, error) from error
     check_values(fitted, f"{name}, in the model's precision,")
-    check_report(report, model, given, wanted, min_coverage, depth)
+    check_report(report, model, converted.state, wanted, min_coverage, depth)
     check_config(config, model, name)
     _add_notes(report, converted, state, model)
     if left_out:
