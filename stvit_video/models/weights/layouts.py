@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from stvit_video.common.errors import UsageError, first_line
-from stvit_video.models.vit import VIDEOMAE_EPS
+from stvit_video.models.arguments import VIDEOMAE_EPS
 from stvit_video.models.weights.files import DAMAGE, StateDict, choose
 
 Renames = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]

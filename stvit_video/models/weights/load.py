@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from stvit_video.models.arguments import VIDEOMAE_EPS
 from stvit_video.models.layers import Grid
-from stvit_video.models.vit import VIDEOMAE_EPS
 from stvit_video.models.weights.files import DAMAGE, Checkpoint, StateDict, open_wrappers, read_checkpoint
 from stvit_video.models.weights.layouts import Converted, fold_scales, misfit, recognise
 from stvit_video.models.weights.report import (
