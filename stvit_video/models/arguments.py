@@ -17,6 +17,8 @@ PoolingKind = Literal["mask", "max", "mean"]
 ReducerName = Literal["stgm", "random", "mean", "tome", "dynamicvit", "ats", "spot"]
 REDUCERS: tuple[str, ...] = get_args(ReducerName)
 GRID_REDUCERS = ("stgm", "random", "mean")  # those that can leave one token for each region, as windows need it
+VIDEOMAE_EPS = 1e-5  # of the last norm in Hugging Face's VideoMAE; its authors' has 1e-6
+EARLIER_EPS = 1e-6  # of the last norm in all models before there was a choice
 
 
 def argument(about: str, default: Any = MISSING, **limits: Any) -> Any:

@@ -12,14 +12,11 @@ from collections import deque
 import torch
 from torch import Tensor, nn
 
-from stvit_video.models.arguments import SemanticArguments, ViTArguments
+from stvit_video.models.arguments import EARLIER_EPS, VIDEOMAE_EPS, SemanticArguments, ViTArguments
 from stvit_video.models.grids import count_windows
 from stvit_video.models.layers import Block, Intermediates, Network, PatchEmbed, init_linear, note
 from stvit_video.models.reducers import Reducer, create_reducer, key_bias, mean_token
 from stvit_video.models.reducers.semantic import check_depths, default_regions
-
-VIDEOMAE_EPS = 1e-5  # of the last norm in Hugging Face's VideoMAE; its authors' has 1e-6
-EARLIER_EPS = 1e-6  # of the last norm in all models before there was a choice
 
 
 class VisionTransformer(Network):

@@ -15,6 +15,7 @@ from torch import nn
 from stvit_video.common.errors import UsageError, nearest
 from stvit_video.models.arguments import (
     CONFIGURED,
+    EARLIER_EPS,
     Arguments,
     SemanticArguments,
     STGMArguments,
@@ -24,7 +25,7 @@ from stvit_video.models.arguments import (
     read_rules,
 )
 from stvit_video.models.swin import SEMANTIC_STAGE, SwinTransformer
-from stvit_video.models.vit import EARLIER_EPS, VisionTransformer
+from stvit_video.models.vit import VisionTransformer
 
 Settings = dict[str, Any]  # arguments by name
 

@@ -25,6 +25,7 @@ transformers.utils.logging.disable_progress_bar()
 EQUAL = 2e-5
 VIT = {"dim": 48, "num_heads": 3, "depth": 2, "num_classes": 5}
 HF = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 192, "num_labels": 5}
+TIMM = {"embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
 SWIN = {"dim": 12, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 2, 4), "num_classes": 5}
 
 
@@ -156,9 +157,7 @@ def test_layer_scales_give_equal_outputs(name: str, names: str) -> None:
         "init_values": 0.5,
         "no_embed_class": False,
     }
-    oracle = perturb(
-        timm.create_model(name, img_size=64, embed_dim=48, depth=2, num_heads=3, num_classes=5, **settings)
-    )
+    oracle = perturb(timm.create_model(name, img_size=64, **TIMM, **settings))
     state = oracle.state_dict()
     if names == "official":
         state = {key.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): state[key] for key in state}
@@ -174,7 +173,7 @@ def test_layer_scales_give_equal_outputs(name: str, names: str) -> None:
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
 def test_rectangular_positions_stay(name: str, token: bool) -> None:
     settings = {} if "distilled" in name else {"class_token": token, "global_pool": "avg", "fc_norm": False}
-    oracle = timm.create_model(name, img_size=(32, 96), embed_dim=48, depth=2, num_heads=3, num_classes=5, **settings)
+    oracle = timm.create_model(name, img_size=(32, 96), **TIMM, **settings)
     model = build("vit_tiny_patch16", 1, (32, 96), **VIT)
     report = load_pretrained(model, oracle.state_dict())
     assert "pos_embed" in report.keys["loaded"]
@@ -191,8 +190,7 @@ def test_a_bias_that_is_missing_is_no_bias_that_is_zero() -> None:
 
 def test_positions_are_resampled_as_timm_does() -> None:
     settings = {"class_token": False, "global_pool": "avg", "fc_norm": False, "dynamic_img_size": True}
-    sizes = {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
-    oracle = perturb(timm.create_model("vit_tiny_patch16_224", **sizes, **settings))
+    oracle = perturb(timm.create_model("vit_tiny_patch16_224", img_size=64, **TIMM, **settings))
     for size in ((96, 96), (48, 112)):
         model = build("vit_tiny_patch16", 1, size, **VIT)
         load_pretrained(model, oracle.state_dict())

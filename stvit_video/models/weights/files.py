@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from stvit_video.common.errors import UsageError, first_line
+from stvit_video.models.arguments import EARLIER_EPS
 
 StateDict = dict[str, Tensor]
 
@@ -236,7 +237,7 @@ def _parse_metadata(header: dict[str, str]) -> dict[str, Any]:
         values["multi_label"] = bool(values["multi_label"])
         arguments = dict(values["arguments"])
         if arguments.get("positions") == "clip" and arguments.get("fc_norm"):
-            arguments.setdefault("norm_eps", 1e-6)  # that of such models before they recorded it
+            arguments.setdefault("norm_eps", EARLIER_EPS)  # such models did not record it then
         return {**values, "name": header["name"], "arguments": arguments}
     except (ValueError, LookupError, TypeError):
         return {}  # written by another program

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from stvit_video.common.errors import UsageError, first_line
-from stvit_video.models.vit import VIDEOMAE_EPS
+from stvit_video.models.arguments import VIDEOMAE_EPS
 from stvit_video.models.weights.files import DAMAGE, StateDict, choose
 
 Renames = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
@@ -83,9 +83,9 @@ HUGGING_FACE: Renames = (
     (r"^stages\.", "layers."),
     (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
     (r"\.attention\.((attention|self|relative_position_bias)\.)?", ".attn."),
-    (r"\.q(_proj\.|_(?=bias))", ".query."),
+    (r"\.q_proj\.", ".query."),
     (r"\.k_proj\.", ".key."),
-    (r"\.v(_proj\.|_(?=bias))", ".value."),
+    (r"\.v_proj\.", ".value."),
     (r"\.layernorm_before\.", ".norm1."),
     (r"\.layernorm_after\.", ".norm2."),
     (r"\.intermediate\.dense\.", ".mlp.fc1."),

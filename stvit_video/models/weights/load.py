@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from stvit_video.models.arguments import VIDEOMAE_EPS
 from stvit_video.models.layers import Grid
-from stvit_video.models.vit import VIDEOMAE_EPS
 from stvit_video.models.weights.files import DAMAGE, Checkpoint, StateDict, open_wrappers, read_checkpoint
 from stvit_video.models.weights.layouts import Converted, fold_scales, misfit, recognise
 from stvit_video.models.weights.report import (
@@ -74,11 +74,10 @@ def load_pretrained(
     if depth is not None:
         wanted = {key for key in wanted if model.layer_id(key) <= depth}  # type: ignore[operator]
     try:
-        state = dict(converted.state)
-        fold_scales(state, target, report.notes)
-        kernel = find_kernel(state)
+        fold_scales(converted.state, target, report.notes)
+        kernel = find_kernel(converted.state)
         image = kernel is None or kernel.shape[2] == 1
-        given = dict(state)
+        state = dict(converted.state)  # what is not used yet
         left_out = [state.pop(key) for key in target - wanted if key in state]
         _prepare_positions(state, converted, model, report, image)
         positions = adapt_positions(state, model, report, image, antialias, report.arguments or config)
@@ -86,7 +85,7 @@ def load_pretrained(
     except DAMAGE as error:
         raise misfit(name, layout.name, error) from error
     check_values(fitted, f"{name}, in the model's precision,")
-    check_report(report, model, given, wanted, min_coverage, depth)
+    check_report(report, model, converted.state, wanted, min_coverage, depth)
     check_config(config, model, name)
     _add_notes(report, converted, state, model)
     if left_out:
@@ -276,16 +275,13 @@ def _add_notes(report: LoadReport, converted: Converted, state: StateDict, model
         report.notes.append("it has no classifier: the model's own starts anew")
     for why in converted.differs:
         report.differ(why)
-    stages: Any = getattr(model, "layers", ())
-    partial_windows = any(
-        side % size for stage in stages for side, size in zip(stage.grid[1:], stage.window[1:], strict=True)
-    )
     known = report.arguments if report.layout == "stvit_video" else converted.needs
     needs: dict[str, Any] = {}
     for key in ("fc_norm", "positions", "base_attention", "window_fit", "norm_eps"):
         if key in known and hasattr(model, key) and getattr(model, key) != known[key]:
             needs[key] = known[key]
-    if not partial_windows:
+    stages: Any = getattr(model, "layers", ())
+    if not any(side % size for side, size in _window_sides(stages)):
         needs.pop("window_fit", None)
     if needs.keys() & {"fc_norm", "positions"} and "norm_eps" in known:  # whose default follows from these
         needs.pop("norm_eps", None)
@@ -301,6 +297,11 @@ def _add_notes(report: LoadReport, converted: Converted, state: StateDict, model
     _compare_windows(report, stages, model)
 
 
+def _window_sides(stages: Any) -> list[tuple[int, int]]:
+    """Return the sides of the maps of Swin's stages, height and width, each with that of its windows."""
+    return [pair for stage in stages for pair in zip(stage.grid[1:], stage.window[1:], strict=True)]
+
+
 def _compare_windows(report: LoadReport, stages: Any, model: Any) -> None:
     """Note where a published Swin pads, cuts and shifts otherwise than any model here."""
     if report.layout == "Hugging Face Swin" and any(
@@ -309,7 +310,7 @@ def _compare_windows(report: LoadReport, stages: Any, model: Any) -> None:
         report.differ("where a window covers one side of a map, its source shifts along neither, here along the other")
     if report.layout not in ("torchvision Swin3D", "Video Swin"):
         return
-    sides = [(side, size) for stage in stages for side, size in zip(stage.grid[1:], stage.window[1:], strict=True)]
+    sides = _window_sides(stages)
     if any(side < size for side, size in sides):
         least = max(model.patch[1] * 2 ** (len(stages) - 1) * (size - 1) + 1 for _, size in sides)
         report.differ(

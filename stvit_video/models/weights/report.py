@@ -134,9 +134,8 @@ class Build:
         return ""
 
 
-def advise(found: Build | None, model: nn.Module, report: LoadReport) -> str:
-    """Return how the network of a file differs from the model in size, and what to use; empty if it does not."""
-    own = Build.of(model.state_dict())
+def advise(found: Build | None, own: Build | None, model: nn.Module, report: LoadReport) -> str:
+    """Return how the network of a file differs in size from the model's own, and what to use; empty if alike."""
     if found is None or own is None or found == own:
         return ""
     sizes: list[tuple[str, Any, Any]] = [("width", found.width, own.width)] if found.width != own.width else []
@@ -167,15 +166,16 @@ def check_report(
     ``min_coverage`` below MIN_COVERAGE admits parts.
     """
     keys, source = report.keys, f"{report.source} ({report.layout} layout)"
-    found, own = Build.of(given), Build.of(model.state_dict())
-    advice = advise(found, model, report)
-    kernels = [state.get("patch_embed.proj.weight") for state in (given, model.state_dict())]
-    theirs, ours = ("" if kernel is None else "x".join(map(str, kernel.shape[-2:])) for kernel in kernels)
-    same_family = found is not None and own is not None and found.family == own.family
-    if found and own and same_family and found.width != own.width:
-        raise UsageError(f"{source}: {advice}.")
-    if same_family and theirs and theirs != ours:
-        raise UsageError(f"{source}: patches of {theirs} pixels, this model {ours}; build it with that patch_size.")
+    states = (given, model.state_dict())
+    found, own = map(Build.of, states)
+    advice = advise(found, own, model, report)
+    if found and own and found.family == own.family:
+        if found.width != own.width:
+            raise UsageError(f"{source}: {advice}.")
+        kernels = [state.get("patch_embed.proj.weight") for state in states]
+        theirs, ours = ("" if kernel is None else "x".join(map(str, kernel.shape[-2:])) for kernel in kernels)
+        if theirs and theirs != ours:
+            raise UsageError(f"{source}: patches of {theirs} pixels, this model {ours}; build it with that patch_size.")
     if report.coverage < min_coverage:
         raise UsageError(
             f"{source}: only {100 * report.coverage:.1f} % of the model's weights "
