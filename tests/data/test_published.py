@@ -371,6 +371,7 @@ def test_a_run_trains_and_tests_on_a_published_list(
         ('[{"label": "a", "score": 1}]', r"columns label, score, none of which is known to name the videos"),
         ('[{"path": "a.mp4", "label": "a"}, {"path": "b.mp4"}]', r"entry 2 has other keys than the first"),
         ('{"a": {"annotations": [{"label": "x"}]}}', r"video a: .* is no segment; give"),
+        ("a.mp4\u00a01.5 3\n", r"has several numbers"),  # a blank that no line breaks at
         ('{"a": {"annotations": {"segment": [0, 1]}}}', r"no labelled videos: test lists are published without"),
     ],
 )

@@ -87,7 +87,7 @@ def _cut(line: str) -> tuple[str, str, str]:
 
 def _numbers_of(wide: re.Match[str]) -> list[str]:
     """Return the numbers in a match of WIDE."""
-    return re.split(r"[\s,;]+", wide[2].strip(" \t,;"))
+    return re.findall(r"[0-9.]+", wide[2])
 
 
 def _named(lines: Iterable[str], path: str | Path) -> tuple[list[str], list[str]] | None:
@@ -135,7 +135,7 @@ def _find_columns(rows: Sequence[tuple[int, str, str, str]], path: str | Path, r
         return None
     numbers = [[float(text) for text in _numbers_of(match)] for _, match in wide]
     counts = {len(found) for found in numbers} | ({0} if len(wide) < len(rows) else set())
-    if counts == {1} and there and all(_count_frames(file) == float(match[2].strip(" \t,;")) for file, match in there):
+    if counts == {1} and there and all(_count_frames(file) == float(_numbers_of(match)[0]) for file, match in there):
         return ["path", "frames", "label"]
     if counts == {2} and any(second <= first for first, second in numbers):
         return ["path", "offset", "frames", "label"]
