@@ -156,6 +156,11 @@ def _check(cfg: CfgNode) -> CfgNode:
         raise UsageError("COMPILE model with PARALLEL.STRATEGY fsdp, which shards block by block; set COMPILE blocks.")
     if cfg.TEST.CROPS == 2:
         raise UsageError("TEST.CROPS is 2; allowed: 1 (centre) or 3 (both ends and the centre).")
+    trains = cfg.MODE == "train" or (cfg.MODE == "transfer" and cfg.TRANSFER.FINETUNE)
+    if trains and cfg.TEST.WEIGHTS == "best" and not data.VAL_LIST:
+        raise UsageError("TEST.WEIGHTS best needs validation; give DATA.VAL_LIST, or TEST.WEIGHTS last.")
+    if trains and cfg.TEST.WEIGHTS == "average" and not cfg.TRAIN.EMA:
+        raise UsageError("TEST.WEIGHTS average with TRAIN.EMA 0.0; give TRAIN.EMA 0.999, or TEST.WEIGHTS last.")
     if not data.ROOT:
         raise UsageError("DATA.ROOT is empty; give the folder that holds the videos: DATA.ROOT /path/to/videos.")
     return cfg

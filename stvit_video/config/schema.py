@@ -210,6 +210,14 @@ KEYS = (
     Key("TEST.CLIPS", 4, "clips a test video, evenly spaced", low=1),
     Key("TEST.CROPS", 3, "crops a clip along its longer side: 1 (centre) or 3", low=1, high=3),
     Key("TEST.SHORT_SIDE", 224, "short side of the frame that crops are cut from, in pixels", low=1),
+    Key(
+        "TEST.WEIGHTS",
+        "last",
+        "saved and tested after training: last (their average where TRAIN.EMA is set), best in validation, or average, "
+        "which needs TRAIN.EMA",
+        ("last", "best", "average"),
+        before="last",
+    ),
     Key("TEST.BATCH_SIZE", 2, "videos a test batch; fixes how figures are summed: keep it when comparing", low=1),
     Key("TRANSFER.NEIGHBOURS", 20, "k of the nearest-neighbour score in MODE transfer", low=1),
     Key("TRANSFER.TEMPERATURE", 0.07, "how much nearer neighbours weigh more; smaller is more", low=1e-4),

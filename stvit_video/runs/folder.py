@@ -9,7 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,17 +25,19 @@ from stvit_video.config.schema import complete, flatten
 from stvit_video.data.failures import Failure, failures_csv
 from stvit_video.runs.checkpoint import list_checkpoints
 
-# Keys that may change between a run and its continuation: they do not change which videos a step sees, and its result
-# at most by rounding (Trainer.setup).
+# Keys that may change between a run and its continuation: a step sees the same clips. Those of Trainer.setup change how
+# sums are rounded, and with them how videos are paired for mixing and what dropout draws; the others change neither.
 FREE_KEYS = (
     "MODE", "OUTPUT_DIR", "OVERWRITE", "DEVICE", "COMPILE", "DATA.WORKERS", "DATA.GENERATE", "DATA.MAX_FAILURES",
     "DATA.DEADLINE_S", "DATA.TRANSFORM_ON", "TRAIN.ACCUMULATE", "TRAIN.RESUME", "TRAIN.MAX_BAD_STEPS",
+    "MODEL.GRAD_CHECKPOINTING",
     "CHECKPOINT.EVERY_STEPS", "CHECKPOINT.EVERY_MINUTES", "CHECKPOINT.KEEP", "LOG.WANDB", "PARALLEL.STRATEGY",
     "PARALLEL.TIMEOUT_S", "DATA.SHORT_VIDEOS",  # a checkpoint says what was chosen
     "TRANSFER.NEIGHBOURS", "TRANSFER.TEMPERATURE", "TRANSFER.WEIGHT_DECAY", "TRANSFER.RANDOM_BASELINE",
     "TRANSFER.FINETUNE",
 )  # fmt: skip
 PATH_KEYS = ("DATA.ROOT", "MODEL.INIT")  # the same place may be written in two ways
+ROOT_PATH_KEYS = ("DATA.TRAIN_LIST", "DATA.VAL_LIST", "DATA.TEST_LIST", "DATA.CLASSES")  # these start from DATA.ROOT
 # What each mode writes and replaces; training writes TRAINING_FILES too. The cached features of a transfer are kept:
 # each file carries a fingerprint of what it was computed from.
 TEST_FILES = (
@@ -99,9 +101,10 @@ class RunFolder:
             return
         problem, remedy = "", ""
         if mode == "train":
-            if changed := describe_changes(recorded, self.settings):
-                problem = f"a run with other settings: {changed}"
-            elif self.settings["TRAIN"]["RESUME"] == "never" and list_checkpoints(self.checkpoints):
+            # What lies in DATA.ROOT is compared by its lists, see ``check_continued``.
+            if changed := describe_changes(recorded, self.settings, (*FREE_KEYS, "DATA.ROOT")):
+                raise UsageError(f"OUTPUT_DIR {path} holds a run with other settings: {changed}; {self.way_on()}")
+            if self.settings["TRAIN"]["RESUME"] == "never" and list_checkpoints(self.checkpoints):
                 problem, remedy = "checkpoints, and TRAIN.RESUME is never", "set that to auto to continue, "
             elif self.results.exists() and not self.weights.exists():
                 problem = "results of a test, not of a training run"
@@ -112,6 +115,13 @@ class RunFolder:
                 remedy = f"set MODEL.INIT {self.settings['MODEL']['INIT'] or self.weights} and "
         if problem:
             raise UsageError(f"OUTPUT_DIR {path} holds {problem}; {remedy}give another OUTPUT_DIR, or OVERWRITE True.")
+
+    def way_on(self, *, new_head: bool = False) -> str:
+        """Return how to train with other data or settings than the run here; ``new_head`` for other classes."""
+        weights = next((file for file in (self.weights, *list_checkpoints(self.checkpoints)) if file.is_file()), None)
+        head = " MODEL.NEW_HEAD True" if new_head else ""
+        start = f" (with MODEL.INIT {weights}{head} to go on from its weights, in a schedule of its own)"
+        return f"give another OUTPUT_DIR{start if weights else ''}, or OVERWRITE True."
 
     def claim(self) -> None:
         """Make the folder this run's, clearing what it replaces; ``check`` comes first."""
@@ -208,11 +218,19 @@ def build_run_folder(cfg: CfgNode) -> RunFolder:
     return RunFolder(cfg.OUTPUT_DIR, yaml.safe_load(cfg.dump()))
 
 
-def describe_changes(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> str:
-    """Return which settings differ that must not between a run and its continuation; "" for none."""
-    old, new = complete(flatten(recorded)), complete(flatten(current))
-    for key in PATH_KEYS:
-        old, new = ({**values, key: os.path.abspath(values[key]) if values.get(key) else ""} for values in (old, new))
-    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and key not in FREE_KEYS]
+def describe_changes(recorded: Mapping[str, Any], current: Mapping[str, Any], free: Container[str] = FREE_KEYS) -> str:
+    """Return which settings differ, but for ``free`` ones; "" for none."""
+
+    def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+        values = complete(flatten(settings))
+        root = os.path.abspath(values.get("DATA.ROOT") or "")
+        places = {key: os.path.abspath(values[key]) for key in PATH_KEYS if values.get(key)}
+        named = {
+            key: os.path.relpath(os.path.join(root, values[key]), root) for key in ROOT_PATH_KEYS if values.get(key)
+        }
+        return {**dict.fromkeys(PATH_KEYS, ""), **values, **places, **named}
+
+    old, new = plain(recorded), plain(current)
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and key not in free]
     shown = ", ".join(f"{key} {old.get(key)!r} (now {new.get(key)!r})" for key in changed[:5])
     return f"{shown} ..." if len(changed) > 5 else shown

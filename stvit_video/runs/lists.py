@@ -45,27 +45,6 @@ def build_known(
     return read(source).metadata.get("classes") or ()
 
 
-def check_continued(
-    state: dict[str, Any] | None, classes: list[str], videos: dict[str, list[Video]], multi_label: bool
-) -> None:
-    """Raise UsageError where a run would continue on other data than it recorded."""
-    if state is None:
-        return
-    if state["setup"].get("multi_label", False) != multi_label:
-        raise UsageError(
-            f"the run began with videos of {LABELS[not multi_label]} each, and those of DATA.TRAIN_LIST now have "
-            f"{LABELS[multi_label]}; put the list back, give another OUTPUT_DIR, or OVERWRITE True."
-        )
-    found: dict[str, object] = {"classes": classes, "videos": len(videos["train"])}
-    for name, value in found.items():
-        then = state["setup"].get(name, value)
-        if then != value:
-            raise UsageError(
-                f"the run began with {name} {str(then)[:200]}, and now they are {str(value)[:200]}; restore the "
-                f"data, or OVERWRITE True starts the training again."
-            )
-
-
 def open_lists(
     cfg: CfgNode,
     world: World,

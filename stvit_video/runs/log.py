@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,4 +65,15 @@ def describe_results(results: dict[str, Any]) -> str:
     return (
         f"{accuracy}  on {scored} videos "
         f"({100 * results['coverage']:.1f} % coverage, {views['clips']} x {views['crops']} views{short}){speed}"
+        f"{'; ' if 'weights' in results else ''}{describe_weights(results)}"
     )
+
+
+def describe_weights(about: Mapping[str, Any]) -> str:
+    """Return which weights results are of, in some words; "" where they do not say it."""
+    kind = about.get("weights", "")
+    if "weights_step" not in about:
+        return f"weights of {kind}" if kind else ""
+    score = f", {about['weights_validation']:.2f} % there" if "weights_validation" in about else ""
+    words = {"best": "best weights in validation", "average": "moving average of the weights"}
+    return f"{words.get(kind, f'{kind} weights')} (step {about['weights_step']}{score})"

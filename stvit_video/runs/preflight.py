@@ -2,7 +2,8 @@
 
 import importlib.util
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from stvit_video.config.clip_settings import view_settings
 from stvit_video.config.load import override
 from stvit_video.data.lists.annotations import Video
 from stvit_video.data.lists.folders import are_numbers
-from stvit_video.data.lists.videos import build_lists
+from stvit_video.data.lists.videos import SPLITS, build_lists
 from stvit_video.data.loader import build_decoding, build_sampler
 from stvit_video.data.short_videos import count_short
 from stvit_video.models import LoadReport, load_pretrained
@@ -25,8 +26,9 @@ from stvit_video.models.cost import Cost, count_training_memory, measure_cost
 from stvit_video.models.weights.files import Checkpoint, read_checkpoint
 from stvit_video.models.zoo import build_model
 from stvit_video.runs.checkpoint import check_all_loaded, load_newest, save_weights
-from stvit_video.runs.folder import RunFolder, build_run_folder
-from stvit_video.runs.lists import LABELS, build_known, check_continued, is_multi_label, open_lists
+from stvit_video.runs.fingerprint import Lists, check_continued, check_finished, classes_of, record_lists
+from stvit_video.runs.folder import RunFolder, build_run_folder, describe_changes
+from stvit_video.runs.lists import LABELS, build_known, is_multi_label, open_lists
 from stvit_video.runs.log import describe_results
 from stvit_video.runtime.limits import usable_cores
 from stvit_video.runtime.world import World, gather_objects, on_main
@@ -47,6 +49,7 @@ class OpenRun:
     classes: list[str]
     videos: dict[str, list[Video]]  # by split
     account: list[str]  # lines for the user on both
+    lists: Lists  # the videos as checkpoints keep them
     views: dict[str, Any]  # how videos become clips, to be saved beside weights
     model: nn.Module  # on the CPU, with its weights
     cost: Cost
@@ -55,15 +58,16 @@ class OpenRun:
     report: LoadReport | None = None  # which of the checkpoint's weights were loaded
     state: dict[str, Any] | None = None  # the training state to continue from
     multi_label: bool = False  # a video may have several labels, or none
+    weights: Mapping[str, Any] = field(default_factory=dict)  # which those of MODEL.INIT are, of their run
 
     @property
     def label_columns(self) -> int | None:
         """The number of classes of a multi-label set; None where a video has one label."""
         return len(self.classes) if self.multi_label else None
 
-    def save_weights(self, path: Path, model: nn.Module) -> None:
-        """Write a model with all that using it takes."""
-        save_weights(path, model, self.classes, self.views, self.multi_label)
+    def save_weights(self, path: Path, model: nn.Module, weights: Mapping[str, Any]) -> None:
+        """Write a model with all that using it takes, and which ``weights`` of the run these are."""
+        save_weights(path, model, self.classes, self.views, self.multi_label, weights)
 
     def claim(self, *, keep_report: bool = True) -> None:
         """Make the folder this run's, and say what it is; from here on files are written."""
@@ -94,9 +98,8 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
             raise UsageError(f"LOG.WANDB {cfg.LOG.WANDB}: wandb is not installed; pip install wandb, or LOG.WANDB ''.")
     if purpose == "run" and cfg.MODE == "train":
         if on_main(world, folder.is_finished) and not cfg.OVERWRITE:
-            if world.is_main:
-                results = describe_results(json.loads(folder.results.read_text()))
-                print(f"{cfg.OUTPUT_DIR} is finished (OVERWRITE True runs it again):\n{results}", flush=True)
+            said = build_finished_answer(cfg, world, folder, opened)
+            print(said if world.is_main else "", end="", flush=True)
             return None
         state = _build_state(cfg, world, folder)
     needs_weights = purpose != "measure" and state is None
@@ -115,7 +118,8 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
         )
     checkpoint = opened.checkpoint if opened else read(source) if source else None
     multi_label = is_multi_label(videos)
-    check_continued(state, classes, videos, multi_label)
+    lists = on_main(world, lambda: record_lists(cfg.DATA.ROOT, videos))
+    notes = on_main(world, lambda: check_continued(folder, state, lists, classes, multi_label) if state else [])
     asked = cfg.TRAIN.BATCH_SIZE
     if purpose != "measure" and cfg.MODE == "train":
         kept = None if state is None else state["setup"].get("batch")  # its steps go on with the same videos
@@ -131,10 +135,32 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
     if world.is_main and asked > cfg.TRAIN.BATCH_SIZE:
         reason = "as the run began" if state is not None else "there are no more training videos"
         summary += f"\nTRAIN.BATCH_SIZE {asked} is lowered to {cfg.TRAIN.BATCH_SIZE}: {reason}"
-    summary = "\n".join(filter(None, [summary, short if world.is_main else ""]))
+    summary = "\n".join(filter(None, [summary, *([short, *notes] if world.is_main else [])]))
+    weights = {"weights": checkpoint.path, **(checkpoint.metadata.get("weights") or {})} if checkpoint else {}
     checkpoint = checkpoint if cfg.MODE == "transfer" else None
-    read_in = (cfg, world, folder, classes, videos, account, view_settings(cfg))
-    return OpenRun(*read_in, model, cost, summary, checkpoint, report, state, multi_label)
+    read_in = (cfg, world, folder, classes, videos, account, lists, view_settings(cfg))
+    return OpenRun(*read_in, model, cost, summary, checkpoint, report, state, multi_label, weights)
+
+
+def build_finished_answer(cfg: CfgNode, world: World, folder: RunFolder, opened: OpenRun | None) -> str:
+    """Return the results of a finished run that is started again. Raises UsageError where its data were others.
+
+    Data that are gone cannot be compared, which the answer says; nothing is generated.
+    """
+    results = on_main(world, lambda: json.loads(folder.results.read_text()))
+    answer = f"{cfg.OUTPUT_DIR} is finished (OVERWRITE True runs it again):\n{describe_results(results)}\n"
+    if opened:
+        classes, videos = opened.classes, opened.videos
+    else:
+        cfg = override(cfg, [("DATA.GENERATE", ""), ("DATA.MAX_FAILURES", 1.0)], "a finished run")
+        lists = build_lists(cfg)
+        gone = on_main(world, lambda: [split for split in SPLITS if lists.lists[split] and not lists.exists(split)])
+        if gone and on_main(world, lambda: describe_changes(folder.recorded_config() or {}, folder.settings)) == "":
+            return f"{answer}note: its data are gone ({lists.source(gone[0])}), so they cannot be compared with now's\n"
+        known = partial(classes_of, folder)
+        classes, videos, _ = open_lists(cfg, world, needs_weights=False, known=known, continues=True)
+    rest = partial(record_lists, cfg.DATA.ROOT, videos)
+    return answer + on_main(world, lambda: check_finished(folder, results, rest(), classes))
 
 
 def _build_state(cfg: CfgNode, world: World, folder: RunFolder) -> dict[str, Any] | None:
@@ -175,10 +201,10 @@ def build_fitting_sampling(
     What fits is found, where DATA.SHORT_VIDEOS asks for it, when a training run begins. After that it is the run's.
     """
     known, reason = None, ""
-    if cfg.DATA.SHORT_VIDEOS == "repeat" or cfg.MODE == "transfer":
-        known = cfg.DATA.SAMPLING
-    elif state is not None:
+    if state is not None:
         known, reason = state["setup"].get("sampling", cfg.DATA.SAMPLING), "as the run began"
+    elif cfg.DATA.SHORT_VIDEOS == "repeat" or cfg.MODE == "transfer":
+        known = cfg.DATA.SAMPLING
     elif cfg.MODE == "test" and checkpoint is not None:
         known = (checkpoint.metadata.get("views") or {}).get("DATA.SAMPLING", cfg.DATA.SAMPLING)
         reason = "as for training"

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stvit_video.common.accuracy import ACCURACIES, accuracy_key
 from stvit_video.common.charts import plot_curves
@@ -19,14 +19,16 @@ from stvit_video.common.progress import Progress
 from stvit_video.data.failures import check_failures, merge, read_ledger
 from stvit_video.data.workers import Loader, LoaderFailure
 from stvit_video.evaluation.evaluate import build_tested_model, build_tester, class_probabilities, describe_videos
-from stvit_video.runs.checkpoint import CheckpointWriter
-from stvit_video.runs.log import MetricsLog, read_metrics
+from stvit_video.models.weights.files import read_checkpoint
+from stvit_video.runs.checkpoint import CheckpointWriter, list_checkpoints
+from stvit_video.runs.folder import RunFolder
+from stvit_video.runs.log import MetricsLog, describe_weights, read_metrics
 from stvit_video.runs.preflight import OpenRun
 from stvit_video.runtime.clock import PARTS, peak_memory
 from stvit_video.runtime.precision import autocast
 from stvit_video.runtime.stopping import StopSignals
 from stvit_video.runtime.world import any_of, gather_objects, on_main
-from stvit_video.training.trainer import Trainer, build_trainer
+from stvit_video.training.trainer import ROUNDING, Trainer, build_trainer
 
 
 def run_epochs(
@@ -97,8 +99,32 @@ def validate(run: OpenRun, trainer: Trainer, loader: Loader, signals: StopSignal
     accuracy = values[accuracy_key(values)]
     if accuracy > trainer.best:
         trainer.best = accuracy
-        on_main(run.world, lambda: run.save_weights(run.folder.best_weights, model))
+        about = {"weights": "best", "weights_step": trainer.step, "weights_validation": accuracy}
+        on_main(run.world, lambda: run.save_weights(run.folder.best_weights, model, about))
     return values
+
+
+def choose_weights(trainer: Trainer, folder: RunFolder) -> tuple[nn.Module, dict[str, Any], str]:
+    """Return the network to test after training, which weights it has, and a note on best ones that are not tested.
+
+    Collective. Raises UsageError where the best are asked for and are not there.
+    """
+    model = trainer.model_to_test()
+    best = read_checkpoint(folder.best_weights) if folder.best_weights.is_file() else None
+    about = {"weights": "average" if trainer.ema_model else "last", "weights_step": trainer.step}
+    if trainer.settings.tested == "best":
+        if best is None:
+            raise UsageError(
+                f"TEST.WEIGHTS best: {folder.best_weights} is missing; put it back, or test the last weights: MODE "
+                f"test MODEL.INIT {list_checkpoints(folder.checkpoints)[0]} with another OUTPUT_DIR."
+            )
+        model.load_state_dict(best.tensors)
+        about = best.metadata["weights"] or {"weights": "best"}
+    known = best.metadata["weights"] if best else None
+    if known is None or known["weights_step"] == about.get("weights_step"):
+        return model, about, ""
+    how = "TEST.WEIGHTS best tests them in another run, MODE test with that file as MODEL.INIT now"
+    return model, about, f"note: {folder.best_weights} holds the {describe_weights(known)}, not tested here; {how}"
 
 
 def write_failures(run: OpenRun, trainer: Trainer) -> None:
@@ -113,11 +139,12 @@ def resume(run: OpenRun, trainer: Trainer, state: dict[str, Any]) -> None:
     trainer.failures = on_main(run.world, lambda: read_ledger(run.folder.path / "failures.csv"))
     if run.world.is_main:
         print(f"continuing at step {trainer.step} in epoch {trainer.epoch + 1}", flush=True)
-        before_and_now = [(name, old, trainer.setup[name]) for name, old in state["setup"].items()]
-        if changed := [f"{name} {old} (now {new})" for name, old, new in before_and_now if old != new]:
+        setups = state["setup"], trainer.setup
+        both = [(name, *(setup[name] for setup in setups)) for name in ROUNDING if name in state["setup"]]
+        if changed := [f"{name} {old} (now {new})" for name, old, new in both if old != new]:
             print(
                 f"note: the run was with {', '.join(changed)}: its steps see the same videos, but sums are rounded "
-                f"differently, so weights will not be equal bit for bit",
+                f"differently, mixed pairs and dropout drawn anew, so weights will not be equal bit for bit",
                 flush=True,
             )
 
@@ -136,16 +163,17 @@ def train(run: OpenRun) -> None:
     with StopSignals(world.launched) as signals:
         with open_records(run, trainer.step) as (log, writer):
             run_epochs(run, trainer, log, writer, signals)
-        model = trainer.model_to_test()
+        model, about, note = choose_weights(trainer, folder)
 
         def finish() -> None:
-            run.save_weights(folder.weights, model)
+            print("\n".join(filter(None, [f"testing the {describe_weights(about)}", note])), flush=True)
+            run.save_weights(folder.weights, model, about)
             plot_curves(read_metrics(folder.path / "metrics.jsonl"), folder.path / "curves.png")
 
         on_main(world, finish)
         for loader in filter(None, (trainer.loader, trainer.val_loader)):  # the test needs the memory
             loader.close()
-        tester.test(model, trainer.failures, signals)
+        tester.test(model, trainer.failures, signals, about)
 
 
 @contextmanager

@@ -17,11 +17,13 @@ from torch.optim.swa_utils import AveragedModel
 
 from stvit_video.common.errors import UsageError
 from stvit_video.common.progress import Progress
+from stvit_video.config.schema import flatten
 from stvit_video.data.clips.transforms import Mix
 from stvit_video.data.dataset import MAX_TRIES, Batch
 from stvit_video.data.failures import Failure, check_failures
 from stvit_video.data.loader import build_mix, build_test_loader, build_train_loader
 from stvit_video.data.workers import Loader
+from stvit_video.runs.folder import RunFolder
 from stvit_video.runs.log import MetricsLog
 from stvit_video.runs.preflight import OpenRun
 from stvit_video.runtime import parallel
@@ -33,6 +35,7 @@ from stvit_video.training.optim import average_weights, build_optimizer, build_s
 
 LOG_EVERY = 8  # steps between rows of metrics.jsonl
 COUNTERS = ("epoch", "step", "bad_steps", "best")  # of a trainer, in its checkpoints
+ROUNDING = ("processes", "strategy", "accumulation", "compile", "device")  # of a setup: may change, with a note
 
 
 class WaitEnded(Exception):
@@ -54,6 +57,7 @@ class TrainSettings:
     val_every: int = 1  # epochs between validations
     mix: Mix | None = None
     multi_label: bool = False  # labels are those of each class by itself (clips, classes)
+    tested: str = "last"  # which weights are tested at the end
 
 
 def classification_loss(logits: Tensor, targets: Tensor, smoothing: float, multi_label: bool) -> Tensor:
@@ -78,7 +82,7 @@ class Trainer:
     world: World
     settings: TrainSettings
     total_steps: int
-    setup: dict[str, Any]  # what a continuation compares: what may change, and then changes rounding, and what may not
+    setup: dict[str, Any]  # what a continuation compares, see ``check_continued`` and ROUNDING
     ema_model: AveragedModel | None = None  # follows the weights of ``model``
     eval_model: nn.Module | None = None  # an unsharded copy, to test a sharded model with
     val_loader: Loader | None = None
@@ -302,6 +306,21 @@ class Trainer:
         }
 
 
+def check_schedule(scheduler: LambdaLR, state: dict[str, Any], folder: RunFolder) -> None:
+    """Raise UsageError where a checkpoint has other learning rates than its step now has.
+
+    The schedule depends on the length of the training list, which checkpoints of older versions do not record.
+    """
+    factors = [factor(state["step"]) for factor in scheduler.lr_lambdas]
+    bases = np.array(scheduler.base_lrs, dtype=float)
+    then, now = np.array(state["scheduler"]["_last_lr"]), bases * factors
+    if not np.allclose(then, now, rtol=1e-6, atol=1e-9 * bases.max()):
+        raise UsageError(
+            f"{folder.checkpoints}: step {state['step']} was at a learning rate of {then.max():.4g}, which is now "
+            f"{now.max():.4g}: the training list had another length. Put it back, or {folder.way_on()}"
+        )
+
+
 def build_trainer(run: OpenRun) -> Trainer:
     """Return a trainer at step 0 of the run's model: on the device, frozen, compiled, sharded or replicated."""
     cfg, world = run.cfg, run.world
@@ -338,6 +357,7 @@ def build_trainer(run: OpenRun) -> Trainer:
         val_every=cfg.TRAIN.VAL_EVERY,
         mix=build_mix(cfg, world, len(run.classes)),
         multi_label=run.multi_label,
+        tested=cfg.TEST.WEIGHTS,
     )
     setup = {
         "processes": world.size,
@@ -350,9 +370,12 @@ def build_trainer(run: OpenRun) -> Trainer:
         "sampling": cfg.DATA.SAMPLING,
         "multi_label": run.multi_label,
         "classes": run.classes,
-        "videos": len(run.videos["train"]),
+        "lists": run.lists,
+        "settings": flatten(run.folder.settings),
     }
     scheduler = build_scheduler(cfg, optimizer, steps_per_epoch, total)
+    if run.state is not None:
+        check_schedule(scheduler, run.state, run.folder)
     return Trainer(
         model, wrapped, optimizer, scheduler, loader, world, settings, total, setup, ema_model, eval_model, val_loader
     )

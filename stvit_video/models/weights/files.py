@@ -11,7 +11,7 @@ import re
 import struct
 import types
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,9 +89,9 @@ SHARD = re.compile(r"^(.+)-\d+-of-0*([2-9]|[1-9]\d+)(\.[^.]+)$")
 class Checkpoint:
     """The tensors of a checkpoint file, and the metadata that this package saves with them.
 
-    ``metadata`` has ``name``, ``arguments``, ``classes``, ``views`` and ``multi_label`` (see ``pack_weights``), or is
-    empty. ``config`` is the ``config.json`` that Hugging Face's libraries save beside, ``notes`` say what was chosen in
-    the file.
+    ``metadata`` has ``name``, ``arguments``, ``classes``, ``views``, ``multi_label`` and ``weights`` (see
+    ``pack_weights``), or is empty. ``config`` is the ``config.json`` that Hugging Face's libraries save beside,
+    ``notes`` say what was chosen in the file.
     """
 
     path: str
@@ -233,7 +233,8 @@ def _read_safetensors(path: Path, *, tensors: bool) -> tuple[StateDict, dict[str
 
 def _parse_metadata(header: dict[str, str]) -> dict[str, Any]:
     try:
-        values = {key: json.loads(header.get(key, "null")) for key in ("arguments", "classes", "views", "multi_label")}
+        keys = ("arguments", "classes", "views", "multi_label", "weights")
+        values = {key: json.loads(header.get(key, "null")) for key in keys}
         values["multi_label"] = bool(values["multi_label"])
         arguments = dict(values["arguments"])
         if arguments.get("positions") == "clip" and arguments.get("fc_norm"):
@@ -305,12 +306,16 @@ def _read_index(path: Path) -> StateDict | None:
 
 
 def pack_weights(
-    model: nn.Module, classes: list[str], views: dict[str, Any] | None = None, multi_label: bool = False
+    model: nn.Module,
+    classes: list[str],
+    views: dict[str, Any] | None = None,
+    multi_label: bool = False,
+    weights: Mapping[str, Any] | None = None,
 ) -> bytes:
     """Return a ``.safetensors`` of a model with its name and arguments: enough to build and use it again.
 
     ``views`` are the configuration keys that say how a video becomes clips. ``multi_label`` says that each logit is of
-    a class by itself.
+    a class by itself, ``weights`` which of a run these are, as its results say it.
     """
     metadata = {
         "format": "pt",
@@ -318,6 +323,7 @@ def pack_weights(
         "arguments": json.dumps(model.arguments),
         "classes": json.dumps(classes),
         "views": json.dumps(views or {}),
+        "weights": json.dumps(weights),
     }
     if multi_label:
         metadata["multi_label"] = "true"
