@@ -129,7 +129,6 @@ def train(run: OpenRun) -> None:
     trainer = build_trainer(run)
     tester = build_tester(run)
     run.claim()
-    on_main(world, folder.lock)  # of a new folder; an old one is locked already
     if run.state is not None:
         resume(run, trainer, run.state)
         run.state = None  # frees as much memory as the weights and the optimiser take
