@@ -1,36 +1,13 @@
-"""Files and folders: atomic writing, locks, and errors in one line where a folder cannot be written."""
+"""Files and folders: atomic writing, and errors in one line where a folder cannot be written."""
 
 import json
 import os
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from stvit_video.common.errors import UsageError
-
-POLL_S = 0.2
-
-
-def wait_for_lock(take: Callable[[], None], patience: float, note: Callable[[], str]) -> bool:
-    """Return whether ``take`` took a lock within ``patience`` seconds; print ``note`` once if it has to wait.
-
-    ``take`` is a non-blocking lock of fcntl: it raises BlockingIOError or, as POSIX allows too, PermissionError while
-    another process holds the lock. Other errors are raised.
-    """
-    until, told = time.monotonic() + patience, False
-    while True:
-        try:
-            take()
-            return True
-        except (BlockingIOError, PermissionError):
-            if time.monotonic() > until:
-                return False
-        if not told:
-            print(note(), flush=True)
-        told = True
-        time.sleep(POLL_S)
 
 
 @contextmanager

@@ -92,6 +92,8 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
         raise UsageError("MODE transfer needs a checkpoint to evaluate; give MODEL.INIT FILE.")
     folder = build_run_folder(cfg)
     state = None
+    if purpose == "run":
+        on_main(world, folder.lock)  # what is decided by a look at the folder is decided under its lock
     if purpose != "measure":
         on_main(world, folder.check)
         if cfg.LOG.WANDB and importlib.util.find_spec("wandb") is None:
@@ -164,8 +166,7 @@ def build_finished_answer(cfg: CfgNode, world: World, folder: RunFolder, opened:
 
 
 def _build_state(cfg: CfgNode, world: World, folder: RunFolder) -> dict[str, Any] | None:
-    """Lock the folder of a training run and return the state that it continues from; None where it begins."""
-    on_main(world, folder.lock)
+    """Return the state that a training run continues from; None where it begins."""
     state = None if cfg.OVERWRITE else load_newest(folder.checkpoints)
     steps = gather_objects(world, None if state is None else int(state["step"]))
     if len(set(steps)) > 1:
@@ -211,7 +212,8 @@ def build_fitting_sampling(
     uniform = override(cfg, [("DATA.SAMPLING", "uniform")], "DATA.SHORT_VIDEOS")
     samplers = [build_sampler(cfg), build_sampler(uniform)]
     split = "train" if "train" in videos else "test"
-    decoding = build_decoding(cfg, cfg.TEST.SHORT_SIDE)
+    # Indexes are kept in the folder once it is the run's.
+    decoding = build_decoding(cfg, cfg.TEST.SHORT_SIDE, in_run=Path(cfg.OUTPUT_DIR, "config.yaml").exists())
     own, spread = on_main(world, lambda: count_short(videos[split], split, samplers, decoding))
     sampling = known or ("uniform" if 2 * own.short > own.looked_at else cfg.DATA.SAMPLING)
     if sampling == cfg.DATA.SAMPLING:

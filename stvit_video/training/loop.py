@@ -45,14 +45,11 @@ def run_epochs(
         state = trainer.state()
         on_main(world, partial(writer.save, state))
 
-    def stop_waiting() -> bool:  # several processes save together, after a step of all
-        return world.size == 1 and signals.received is not None
-
     epochs = math.ceil(trainer.total_steps / trainer.steps_per_epoch)  # the last may be cut short
     with Progress("train", trainer.total_steps, trainer.step, enabled=world.is_main) as progress:
         while trainer.epoch < epochs:
             try:
-                for _ in trainer.train_epoch(progress, log, stop_waiting):
+                for _ in trainer.train_epoch(progress, log, lambda: signals.received is not None):
                     stop = any_of(world, signals.received is not None)
                     due = any_of(world, world.is_main and writer.is_due(trainer.step))
                     if stop or due or trainer.steps_left == 0:
@@ -65,8 +62,9 @@ def run_epochs(
                     run.folder.write_failures(trainer.failures)
                 raise
             except LoaderFailure:
-                if world.size == 1 and trainer.step > 0:  # other processes wait for this one in the middle of a step
+                if trainer.step > 0:  # all processes are here
                     save()
+                    on_main(world, writer.wait)
                 raise
             on_main(world, writer.wait)  # before validation forks its workers
             epoch = trainer.epoch + 1
@@ -156,7 +154,6 @@ def train(run: OpenRun) -> None:
     trainer = build_trainer(run)
     tester = build_tester(run)
     run.claim()
-    on_main(world, folder.lock)  # of a new folder; an old one is locked already
     if run.state is not None:
         resume(run, trainer, run.state)
         run.state = None  # frees as much memory as the weights and the optimiser take

@@ -22,7 +22,7 @@ from stvit_video.data.clips.transforms import Mix
 from stvit_video.data.dataset import MAX_TRIES, Batch
 from stvit_video.data.failures import Failure, check_failures
 from stvit_video.data.loader import build_mix, build_test_loader, build_train_loader
-from stvit_video.data.workers import Loader
+from stvit_video.data.workers import Loader, LoaderFailure
 from stvit_video.runs.folder import RunFolder
 from stvit_video.runs.log import MetricsLog
 from stvit_video.runs.preflight import OpenRun
@@ -196,9 +196,7 @@ class Trainer:
         seen = []
         for i in range(self.settings.accumulate):
             with self.clock.part("data"):
-                batch = next(batches, None)
-                if batch is None:
-                    raise WaitEnded
+                batch = self._next_batch(batches)
                 self.failures += batch.failures
                 self.failed.update(failure.path for failure in batch.failures)
                 if batch.missing:
@@ -241,6 +239,23 @@ class Trainer:
             return sums
         self._skip(seen)
         return torch.zeros_like(sums)
+
+    def _next_batch(self, batches: Iterator[Batch]) -> Batch:
+        """Return the next batch, where all processes have theirs.
+
+        Where one has none, all know before they begin to wait for each other in a step, and can still save: raises
+        that one's LoaderFailure on all of them, or WaitEnded.
+        """
+        batch, failure = None, None
+        try:
+            batch = next(batches, None)
+        except LoaderFailure as error:
+            failure = error
+        if any_of(self.world, batch is None):
+            found = filter(None, gather_objects(self.world, failure))
+            raise next(found, WaitEnded())
+        assert batch is not None
+        return batch
 
     def _update_weights(self) -> bool:
         """Clip the gradients and step; where they are not finite, on every process, leave the weights as they are."""
