@@ -223,8 +223,8 @@ def build_image_model(
 ) -> tuple[nn.Module | None, str]:
     """Return the image model of a checkpoint of one frame and exactly these classes; or None, and why not."""
     path, metadata = checkpoint.path, checkpoint.metadata
-    frames, own = metadata.get("arguments", {}).get("num_frames"), metadata.get("classes")
-    if not isinstance(own, list):
+    frames, own = metadata.get("arguments", {}).get("num_frames"), checkpoint.classes
+    if own is None:
         return None, f"{path} carries no class names"
     if frames != 1:
         return None, f"{path} is a model of {frames} frames, not of images"
