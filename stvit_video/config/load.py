@@ -156,6 +156,16 @@ def _check(cfg: CfgNode) -> CfgNode:
         raise UsageError("COMPILE model with PARALLEL.STRATEGY fsdp, which shards block by block; set COMPILE blocks.")
     if cfg.TEST.CROPS == 2:
         raise UsageError("TEST.CROPS is 2; allowed: 1 (centre) or 3 (both ends and the centre).")
+    if cfg.TRAIN.PATIENCE and cfg.MODE == "train" and not data.VAL_LIST:
+        raise UsageError(
+            f"TRAIN.PATIENCE {cfg.TRAIN.PATIENCE} ends a training by its validation, and DATA.VAL_LIST is empty; give "
+            f"a validation list, or TRAIN.PATIENCE 0."
+        )
+    if cfg.TRAIN.BALANCED and cfg.OPTIM.CLASS_WEIGHTS == "balanced":
+        raise UsageError(
+            "TRAIN.BALANCED True and OPTIM.CLASS_WEIGHTS balanced both make up for rare classes, together twice; set "
+            "one of them."
+        )
     if not data.ROOT:
         raise UsageError("DATA.ROOT is empty; give the folder that holds the videos: DATA.ROOT /path/to/videos.")
     return cfg

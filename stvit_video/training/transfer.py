@@ -133,7 +133,7 @@ def transfer(run: OpenRun) -> None:
     if tuned is not None:  # else it is finished already
         train(tuned)
     results = on_main(world, lambda: json.loads((folder.path / FINETUNE / "results.json").read_text()))
-    figures = {name: results[name] for name in rows[0] if name not in ("method", "weights")}
+    figures = {name: results[name] for name in rows[0] if name not in ("method", "weights") and name in results}
     tuned_row = {"method": f"fine-tuned ({tuning.TRAIN.EPOCHS} epochs)", "weights": "fine-tuned", **figures}
     on_main(world, lambda: write([*rows, tuned_row], True))
 

@@ -98,6 +98,40 @@ def test_interrupted_after_an_epoch_equals_uninterrupted(
         assert steps == [4, 8]
 
 
+def test_training_ends_early_also_after_an_interruption(
+    small_run: Callable[..., list[str]],
+    run_killed: Callable[[list[str], int], None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    refused: Callable[[list[str]], str],
+) -> None:
+    """Weights that do not change are never better than in the first epoch."""
+    words = [
+        "TRAIN.EPOCHS",
+        "9",
+        "OPTIM.LR",
+        "0.0",
+        "TRAIN.PATIENCE",
+        "2",
+        "TRAIN.BALANCED",
+        "True",
+        "TRAIN.BATCH_SIZE",
+        "16",
+    ]
+    assert "give a validation list, or TRAIN.PATIENCE 0" in refused(small_run(*words, "DATA.VAL_LIST", ""))
+    run_killed(small_run(*words), 5)
+    for _ in range(2):  # the second time, it ended before its test did
+        assert run.main(small_run(*words)) == 0
+        out, err = capsys.readouterr()
+        assert "continuing at step" in out
+        assert "(TRAIN.PATIENCE): 2 validations have not been better than" in out + err
+        assert "TEST.WEIGHTS best" in out + err
+        rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+        assert [row["step"] for row in rows if row["split"] == "val"] == [2, 4, 6]
+        (tmp_path / "run" / "results.json").unlink()
+        (tmp_path / "run" / "model.safetensors").unlink()
+
+
 def test_augmentation_is_as_configured_and_off_by_default(small_run: Callable[..., list[str]]) -> None:
     def build(*overrides: str) -> Trainer:
         arguments = small_run(*overrides)
