@@ -38,20 +38,23 @@ def label_by_place(videos: Sequence[Video], places: Sequence[int]) -> list[Video
     return moved
 
 
-def check_classes(source: str, known: Sequence[str] | None, classes: Sequence[str], remedy: str) -> str:
+def check_classes(
+    source: str, known: Sequence[str] | None, classes: Sequence[str], remedy: str, *, by_place: bool = False
+) -> str:
     """Return a sentence on classes that no name tells, "" where names do.
 
-    The data's ``classes`` are in the order of the classifier already if they are the same. Raises UsageError, which
-    ends with the ``remedy``, where the classifier is for others.
+    The data's ``classes`` are in the order of the classifier already if they are the same. ``by_place`` says that where
+    one side has numbers alone, they may be places on the other. Raises UsageError, which ends with the ``remedy``,
+    where the classifier is for others.
     """
-    shown = f"{', '.join(classes[:SHOWN])}{', ...' if len(classes) > SHOWN else ''}"
     if known is None:
-        return f"it names no classes: its {len(classes)} outputs are taken for those of the data in order ({shown})"
+        shown = f"its {len(classes)} outputs are taken for those of the data in order ({_shorten(classes)})"
+        return f"it names no classes: {shown}"
     if list(known) == list(classes):
         return ""
-    if are_numbers(known) != are_numbers(classes) and len(known) == len(classes):
-        numbers, names = ("its", "the data's") if are_numbers(known) else ("the data's", "its")
-        return f"{numbers} classes are numbers: they are taken for places among {names} ({', '.join(known[:SHOWN])})"
+    if by_place and are_numbers(known) != are_numbers(classes) and len(known) == len(classes):
+        owner, other, names = ("its", "the data's", classes) if are_numbers(known) else ("the data's", "its", known)
+        return f"{owner} classes are numbers: they are taken for places among {other} ({_shorten(names)})"
     raise UsageError(
         f"{source}: its classifier is for other classes than the data's: {_describe(known, classes)}. {remedy}"
     )

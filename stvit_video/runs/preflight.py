@@ -16,6 +16,7 @@ from stvit_video.common.files import write_atomically
 from stvit_video.config.clip_settings import view_settings
 from stvit_video.config.load import override
 from stvit_video.data.lists.annotations import Video
+from stvit_video.data.lists.folders import are_numbers
 from stvit_video.data.lists.videos import build_lists
 from stvit_video.data.loader import build_decoding, build_sampler
 from stvit_video.data.short_videos import count_short
@@ -201,7 +202,8 @@ def build_weights(
     known, antialias = checkpoint.classes, cfg.MODEL.INIT_ANTIALIAS
     if cfg.MODE == "test":
         remedy = "Test on data of its classes, or correct the names of one of them."
-        note = check_classes(checkpoint.path, known, classes, remedy)
+        by_place = bool(cfg.DATA.CLASSES) or are_numbers(classes)  # else names are sorted, which tells nothing
+        note = check_classes(checkpoint.path, known, classes, remedy, by_place=by_place)
         trained = checkpoint.metadata.get("multi_label", multi_label)
         if trained != multi_label:
             raise UsageError(

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,7 +117,7 @@ def test_weights_without_class_names_say_how_their_outputs_are_taken(
 ) -> None:
     save_file(load_file(trained), tmp_path / "bare.safetensors")
     scored("bare", init=tmp_path / "bare.safetensors")
-    said = "it names no classes: its 8 outputs are taken for those of the data in order (left, right, up, down, ...)"
+    said = "it names no classes: its 8 outputs are taken for those of the data in order (left, right, up, down and 4"
     assert said in capsys.readouterr().out
     assert said in (tmp_path / "bare" / "load_report.json").read_text()
 
@@ -163,8 +164,10 @@ def test_a_refusal_shows_what_differs(known: list[str], classes: list[str], says
 
 
 def test_numbers_for_names_are_said() -> None:
-    assert "its classes are numbers" in check_classes("FILE", ["0", "1"], ["a", "b"], "")
-    assert "the data's classes are numbers" in check_classes("FILE", ["a", "b"], ["0", "1"], "")
+    for known, classes, owner in ((["0", "1"], ["a", "b"], "its"), (["a", "b"], ["0", "1"], "the data's")):
+        said = check_classes("FILE", known, classes, "", by_place=True)
+        assert re.fullmatch(rf"{owner} classes are numbers: they are taken for places among .* \(a, b\)", said)
+        assert "only the file has" in refusal(check_classes, "FILE", known, classes, "")
     assert check_classes("FILE", ["a", "b"], ["a", "b"], "") == ""
 
 
