@@ -161,6 +161,16 @@ def _check(cfg: CfgNode) -> CfgNode:
         raise UsageError("TEST.WEIGHTS best needs validation; give DATA.VAL_LIST, or TEST.WEIGHTS last.")
     if trains and cfg.TEST.WEIGHTS == "average" and not cfg.TRAIN.EMA:
         raise UsageError("TEST.WEIGHTS average with TRAIN.EMA 0.0; give TRAIN.EMA 0.999, or TEST.WEIGHTS last.")
+    if cfg.TRAIN.PATIENCE and cfg.MODE == "train" and not data.VAL_LIST:
+        raise UsageError(
+            f"TRAIN.PATIENCE {cfg.TRAIN.PATIENCE} ends a training by its validation, and DATA.VAL_LIST is empty; give "
+            f"a validation list, or TRAIN.PATIENCE 0."
+        )
+    if cfg.TRAIN.BALANCED and cfg.OPTIM.CLASS_WEIGHTS == "balanced":
+        raise UsageError(
+            "TRAIN.BALANCED True and OPTIM.CLASS_WEIGHTS balanced both make up for rare classes, together twice; set "
+            "one of them."
+        )
     if not data.ROOT:
         raise UsageError("DATA.ROOT is empty; give the folder that holds the videos: DATA.ROOT /path/to/videos.")
     return cfg

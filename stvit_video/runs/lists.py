@@ -13,6 +13,7 @@ from stvit_video.data.lists.checks import check_count, check_lists, describe_lis
 from stvit_video.data.lists.videos import ListReader, build_lists
 from stvit_video.models.weights.files import Checkpoint
 from stvit_video.models.zoo import build_model
+from stvit_video.runs.classes import label_by_place, place_classes
 from stvit_video.runtime.world import World, on_main
 
 SOME_CLASSES = 2  # to see whether a network can be built, before its data are there to count
@@ -42,7 +43,7 @@ def build_known(
         return state["setup"].get("classes")
     if not source or (cfg.MODE == "train" and (cfg.MODEL.NEW_HEAD or cfg.MODEL.INIT_DEPTH is not None)):
         return ()
-    return read(source).metadata.get("classes") or ()
+    return read(source).classes or ()
 
 
 def open_lists(
@@ -94,21 +95,30 @@ def open_lists(
         trained = known()
         lists.trained, lists.natural, lists.continues = trained or (), trained is not None, continues
         videos = {split: lists.videos(split) for split in splits if lists.lists[split]}
-        return lists.classes, videos, _build_account(cfg, lists, videos, continues)
+        classes = lists.classes
+        places = place_classes(trained or (), classes, part=cfg.MODE == "test")
+        if trained and places is not None and classes != list(trained):  # DATA.CLASSES has an order of its own
+            if len(classes) > 1:
+                lists.notes.append(f"labels are those of the {len(trained)} classes in the checkpoint's order, by name")
+            videos = {split: label_by_place(found, places) for split, found in videos.items()}
+            classes = list(trained)
+        return classes, videos, _build_account(cfg, lists, classes, videos, continues)
 
     return on_main(world, read)
 
 
-def _build_account(cfg: CfgNode, lists: ListReader, videos: dict[str, list[Video]], continues: bool) -> list[str]:
+def _build_account(
+    cfg: CfgNode, lists: ListReader, classes: list[str], videos: dict[str, list[Video]], continues: bool
+) -> list[str]:
     """Return lines on the lists that were read. Raises UsageError where labels or splits are certainly wrong."""
     recordings = name_recordings(videos, lists.root, cfg.DATA.GROUP)
-    lines = describe_lists(lists.classes, videos, recordings)
+    lines = describe_lists(classes, videos, recordings)
     if is_multi_label(videos):
         lines.insert(0, "several labels a video: a sigmoid for each class, measured by mAP")
     sources = {split: str(lists.source(split)) for split in videos}
     try:
         if "train" in videos and lists.num_classes is None:
-            check_count(lists.classes, videos, sources["train"])
+            check_count(classes, videos, sources["train"])
         notes = check_lists(videos, sources, recordings, cfg.DATA.GROUP)
     except UsageError as error:
         if not continues:

@@ -47,7 +47,7 @@ def run_epochs(
 
     epochs = math.ceil(trainer.total_steps / trainer.steps_per_epoch)  # the last may be cut short
     with Progress("train", trainer.total_steps, trainer.step, enabled=world.is_main) as progress:
-        while trainer.epoch < epochs:
+        while trainer.epoch < epochs and not trainer.is_stale:
             try:
                 for _ in trainer.train_epoch(progress, log, lambda: signals.received is not None):
                     stop = any_of(world, signals.received is not None)
@@ -75,6 +75,11 @@ def run_epochs(
                 key = accuracy_key(values)
                 accuracy = f"{ACCURACIES[key]} {values[key]:.1f} %"
                 progress.note(f"epoch {epoch}: validation loss {values['loss']:.3f}, {accuracy}")
+                if trainer.is_stale and epoch < epochs:
+                    progress.note(
+                        f"training ends early (TRAIN.PATIENCE): {trainer.stale} validations have not been better than "
+                        f"{trainer.best:.1f} %; TEST.WEIGHTS best tests the weights of that, last the present ones"
+                    )
             trainer.epoch = epoch
             write_failures(run, trainer)
             for stage, loader in (("train", trainer.loader), ("val", trainer.val_loader)):
@@ -95,8 +100,9 @@ def validate(run: OpenRun, trainer: Trainer, loader: Loader, signals: StopSignal
     trainer.failures += predictions.failures
     values = {"loss": predictions.loss, **predictions.figures()}
     accuracy = values[accuracy_key(values)]
+    trainer.stale += 1
     if accuracy > trainer.best:
-        trainer.best = accuracy
+        trainer.best, trainer.stale = accuracy, 0
         about = {"weights": "best", "weights_step": trainer.step, "weights_validation": accuracy}
         on_main(run.world, lambda: run.save_weights(run.folder.best_weights, model, about))
     return values
