@@ -3,11 +3,25 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
-from stvit_video.common.errors import UsageError
+from stvit_video.common.errors import UsageError, find_nearest
+
+MOST_NAMES = 2000  # that a name is compared with
+
+
+def nearest_path(missing: str | Path, pattern: str = "*", folders: Iterable[str | Path] = ()) -> str:
+    """Return " Did you mean X?" for the paths beside a missing one, and in ``folders``, that are named most like it."""
+    missing = Path(missing)
+    paths = (path for folder in dict.fromkeys([missing.parent, *map(Path, folders)]) for path in folder.glob(pattern))
+    found = sorted(islice(paths, MOST_NAMES))
+    stems = [path.stem for path in found]
+    meant = [missing.stem] if missing.stem in stems else find_nearest(missing.stem, stems)
+    near = [str(path) for path in found if path.stem in meant]
+    return f" Did you mean {' or '.join(near[:3])}?" if near else ""
 
 
 @contextmanager

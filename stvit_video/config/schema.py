@@ -45,10 +45,13 @@ class Key:
         several = isinstance(value, tuple | list)
         values = [_convert(one, self.type) for one in (value if several else [value])]
         if several != self.is_list or any(type(one) is not self.type for one in values):
-            takes = f"{self.type.__name__} values" if self.is_list else f"a {self.type.__name__}"
+            article = "an" if self.type is int else "a"
+            takes = f"{self.type.__name__} values" if self.is_list else f"{article} {self.type.__name__}"
+            some = self.default or (["a", "b"] if self.type is str else [1, 2, 2][: self.length])
+            example = f"'{some}', as one word" if self.is_list else f"{self.default!r}"
             raise UsageError(
-                f"{self.name} in {origin} is {value!r}, a {type(value).__name__}; it takes {takes} ({self.about}), for "
-                f"example {self.default!r}."
+                f"{self.name} in {origin} is {value!r} ({type(value).__name__}); it takes {takes} ({self.about}), for "
+                f"example {example}."
             )
         if self.length is not None and len(values) != self.length:
             raise UsageError(f"{self.name} has {len(values)} values; it takes {self.length} ({self.about}).")

@@ -7,6 +7,7 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from stvit_video.common.errors import UsageError
+from stvit_video.common.files import nearest_path
 from stvit_video.data import sample
 from stvit_video.data.lists.annotations import Video
 from stvit_video.data.lists.checks import check_count, check_lists, describe_lists, name_recordings
@@ -85,11 +86,12 @@ def open_lists(
             missing = f"DATA.CLASSES {lists.root / lists.class_file}"
             advice[missing] = "DATA.CLASSES holds one class name a line, or is '' for numbers"
         if weights and not Path(weights).exists():
-            advice[f"MODEL.INIT {weights}"] = WEIGHTS_ADVICE
+            advice[f"MODEL.INIT {weights}"] = f"{WEIGHTS_ADVICE}{nearest_path(weights)}"
         if advice:
+            root = "" if lists.root.is_dir() else f" DATA.ROOT {lists.root} is no folder.{nearest_path(lists.root)}"
             raise UsageError(
                 f"MODE {cfg.MODE} needs files that are missing: {', '.join(advice)}. Put them there or set these keys: "
-                f"{'; '.join(dict.fromkeys(advice.values()))}. Without a download this runs now: "
+                f"{'; '.join(dict.fromkeys(advice.values()))}.{root} Without a download this runs now: "
                 f"python -m stvit_video.run --cfg configs/sample_stvit.yaml"
             )
         trained = known()
