@@ -40,6 +40,7 @@ PATH_KEYS = ("DATA.ROOT", "MODEL.INIT")  # the same place may be written in two 
 # each file carries a fingerprint of what it was computed from.
 TEST_FILES = (
     "results.json", "confusion.png", "average_precision.png", "failures.csv", "per_class.csv", "predictions.csv",
+    "scores.npy",
 )  # fmt: skip
 RESULT_FILES = {
     "train": TEST_FILES,
