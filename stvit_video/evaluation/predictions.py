@@ -103,11 +103,11 @@ class Predictions:
         cells = self.labels * classes + self.scores.argmax(dim=1)
         return torch.bincount(cells, minlength=classes**2).reshape(classes, classes)
 
-    def picture(self, classes: list[str]) -> tuple[str, bytes]:
-        """Return the name and the content of a PNG of the test by class."""
+    def picture(self, classes: list[str], run: str) -> tuple[str, bytes]:
+        """Return the name and the content of a PNG of the test by class; ``run`` is named in its title."""
         from stvit_video.common import charts  # slow to start, and prediction needs none
 
-        return "confusion.png", charts.png_of_confusion(self.confusion(), classes)
+        return "confusion.png", charts.png_of_confusion(self.confusion(), classes, run)
 
 
 class MultiLabelPredictions(Predictions):
@@ -154,12 +154,12 @@ class MultiLabelPredictions(Predictions):
             rows.append({**row, "probability": round(p, 6), "label_probability": round(q, 6) if names else None})
         return rows
 
-    def picture(self, classes: list[str]) -> tuple[str, bytes]:
+    def picture(self, classes: list[str], run: str) -> tuple[str, bytes]:
         """Return the name and the content of a PNG of the average precision of each class."""
         from stvit_video.common import charts
 
         values = (100 * average_precision(self.scores, self.labels)).tolist()
-        return "average_precision.png", charts.png_of_precision(values, classes)
+        return "average_precision.png", charts.png_of_precision(values, classes, f"{run}, {len(self.labels):,} videos")
 
 
 def predictions_for(labels: Tensor) -> type[Predictions]:

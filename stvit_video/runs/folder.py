@@ -42,6 +42,7 @@ ROOT_PATH_KEYS = ("DATA.TRAIN_LIST", "DATA.VAL_LIST", "DATA.TEST_LIST", "DATA.CL
 # each file carries a fingerprint of what it was computed from.
 TEST_FILES = (
     "results.json", "confusion.png", "average_precision.png", "failures.csv", "per_class.csv", "predictions.csv",
+    "scores.npy",
 )  # fmt: skip
 RESULT_FILES = {
     "train": TEST_FILES,
