@@ -173,7 +173,7 @@ def leave_room(colours: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def colour_scale(ticks: Ticks, unit: str, signed: bool = False) -> dict[str, Any]:
     """Return a scale: ``colours`` (n, 3) from left to right, ``ticks`` (place, label), ``unit``."""
-    return {"colours": tint(np.linspace(-1 if signed else 0, 1, 33), signed).tolist(), "ticks": ticks, "unit": unit}
+    return {"colours": tint(np.linspace(-1 if signed else 0, 1, 65), signed).tolist(), "ticks": ticks, "unit": unit}
 
 
 def paint(
