@@ -18,12 +18,13 @@ import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw
 from torchvision.utils import make_grid
 
 from stvit_video.common.charts import PLAIN_TEXT
 from stvit_video.data.decode.types import Frames
 from stvit_video.data.sample import write_video
+from stvit_video.inference.annotate import load_font, shorten
 from stvit_video.models.layers import Grid
 from stvit_video.pages.explain import Array, Explanation, trajectories
 from stvit_video.pages.html import TEMPLATES, printable
@@ -281,13 +282,11 @@ def _describe(axes: Axes, layer: Layer) -> None:
 
 def write_panels(path: Path, layers: Sequence[Layer], seconds_per_frame: float) -> None:
     """Write an H.264 video with all layers side by side, each below its title."""
-    font = ImageFont.load_default(17)
+    font = load_font(17)
     panels = []
     for layer in layers:
         count, _, width, _ = layer.frames.shape
-        title = layer.title
-        while font.getlength(title) > width and len(title) > 4:
-            title = title[:-2].rstrip(" …”") + "…"
+        title = shorten(layer.title, width, font)
         strip = Image.new("RGB", (width + 8, TITLE_HEIGHT), PAPER)
         ImageDraw.Draw(strip).text((4, 8), title, fill=INK, font=font)
         below = np.pad(layer.frames, ((0, 0), (0, 0), (4, 4), (0, 0)), constant_values=255)
