@@ -110,6 +110,17 @@ class AvReader(Reader):
         shown = self._decode(None)
         return self._stack(self._find(shown, stamp, index) for stamp, index in positions.items())
 
+    def all_frames(self) -> Iterator[Frames]:
+        """See Reader. The file is decoded once from its start; damage is shown as FFmpeg conceals it."""
+        self._reopen()
+        self._numbered = None
+        decoded = shown_frames(self._container, self._stream, [])
+        for index in range(self.length):
+            frame = next(decoded, None)
+            if frame is None:
+                raise DecodeError(self.path, f"frame {index} is missing: the file ends before", "pyav")
+            yield self._stack(iter([frame]))[0]
+
     def check(self) -> None:
         self.frames([0])
         container, stream = open_av(self.path, self._index.stream)
