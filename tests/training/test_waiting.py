@@ -81,8 +81,9 @@ def hung(monkeypatch: pytest.MonkeyPatch) -> str:
     return "_00003.mp4"
 
 
-@pytest.mark.parametrize("mode", ["train", pytest.param("transfer", marks=LONG)])
-@pytest.mark.parametrize("count", ["0", pytest.param("1", marks=LONG)])
+@LONG
+@pytest.mark.parametrize("mode", ["train", "transfer"])
+@pytest.mark.parametrize("count", ["0", "1"])
 def test_a_video_that_hangs_is_in_the_ledger(
     mode: str, count: str, hung: str, small_run: Callable[..., list[str]], trained: Path, tmp_path: Path
 ) -> None:
