@@ -161,7 +161,8 @@ class RunFolder:
         """
         if self._lock is not None or (self.path.is_dir() and not os.access(self.path, os.W_OK)):  # nobody writes there
             return
-        self._check_place()
+        if not (self.path / LOCK).exists():  # else another process may be clearing it
+            self._check_place()
         made = [path for path in (self.path, *self.path.parents) if not path.exists()]
         before = self._results_time()
         lock = Lock(self.path / LOCK)
