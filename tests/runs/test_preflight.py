@@ -95,19 +95,3 @@ def test_classes_of_a_checkpoint_are_compared_by_name(known: list[str], classes:
         return
     with pytest.raises(UsageError, match=f"FILE: its classifier is for other classes .*{other}"):
         preflight.check_classes("FILE", known, classes)
-
-
-def test_a_run_does_not_continue_on_other_data(
-    small_set: Path,
-    small_run: Callable[..., list[str]],
-    run_killed: Callable[[list[str], int], None],
-    tmp_path: Path,
-    refused: Callable[[list[str]], str],
-) -> None:
-    lines = (small_set / "motion" / "train.csv").read_text()
-    lists = ["DATA.TRAIN_LIST", str(tmp_path / "train.csv"), "DATA.VAL_LIST", ""]
-    (tmp_path / "train.csv").write_text(lines)
-    words = small_run("TRAIN.EPOCHS", "2", *lists)
-    run_killed(words, 5)
-    (tmp_path / "train.csv").write_text(lines + lines.splitlines()[0])
-    assert "the run began with videos 32, and now they are 33; restore the data" in refused(words)
