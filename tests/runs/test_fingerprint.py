@@ -116,10 +116,7 @@ def test_a_run_continues_on_its_own_data_alone(
     refuses("classes.txt", names[::-1], "the classes are in another order", "MODEL.NEW_HEAD True")
     refuses("classes.txt", ["leftwards", *names[1:]], "class 'left' is now 'leftwards'", "MODEL.NEW_HEAD True")
     said = refused([*words, "TRAIN.EPOCHS", "3"])
-    assert (
-        f"TRAIN.EPOCHS 2 (now 3); give another OUTPUT_DIR ({way_on} MODEL.INIT_DEPTH None MODEL.INIT_MOTION 0.0 to go on"
-        in said
-    )
+    assert f"2 (now 3); give another OUTPUT_DIR ({way_on} MODEL.INIT_DEPTH None MODEL.INIT_MOTION 0.0 to go on" in said
     config = tmp_path / "run" / "config.yaml"
     recorded = config.read_text()
     config.write_text(recorded.replace("LR: 0.0005", "LR: 0.5"))  # the checkpoint knows better
