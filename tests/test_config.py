@@ -97,6 +97,8 @@ def test_the_result_cannot_be_changed(cfg_file: Path) -> None:
         (["MODEL.REGIONS", "[2.0, 4, 4]"], "it takes int values"),
         (["DATA.SHORT_SIDE", "[256.5, 320]"], "it takes int values"),
         (["OPTIM.BETAS", "[0.9, 1.0]"], "0 to 0.9999"),
+        (["TEST.WEIGHTS", "best", "DATA.VAL_LIST", ""], "TEST.WEIGHTS best needs validation"),
+        (["TEST.WEIGHTS", "average"], "TEST.WEIGHTS average with TRAIN.EMA 0.0"),
     ],
 )
 def test_mistakes_are_named_with_what_is_allowed(cfg_file: Path, words: list[str], says: str) -> None:

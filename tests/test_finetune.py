@@ -14,6 +14,7 @@ from stvit_video import run
 from stvit_video.common.errors import UsageError
 from stvit_video.config import load_config
 from stvit_video.config.clip_settings import view_settings
+from stvit_video.config.load import override
 from stvit_video.data.lists.videos import SPLITS, build_lists
 from stvit_video.data.loader import build_train_loader
 from stvit_video.inference.load import open_checkpoint
@@ -134,6 +135,8 @@ def test_a_run_that_continues_keeps_its_sampling(my_videos: Path, checkpoint: Pa
     assert chosen(None) == "uniform"
     assert chosen({"setup": {}}) == "dense"
     assert [chosen({"setup": {"sampling": name}}) for name in ("dense", "uniform")] == ["dense", "uniform"]
+    cfg = override(cfg, [("DATA.SHORT_VIDEOS", "repeat")], "a later start")
+    assert chosen({"setup": {"sampling": "uniform"}}) == "uniform"
 
 
 def test_the_network_and_its_clips_are_the_checkpoints(checkpoint: Path, my_videos: Path) -> None:

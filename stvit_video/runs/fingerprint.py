@@ -58,6 +58,8 @@ def find_changes(
         elif then.get(split) != now.get(split):
             old, new = ([(name, tuple(labels)) for name, labels in _unpack(one[split])] for one in (then, now))
             changes[split] = _compare_videos(TITLES[split], old, new, classes_then, classes)
+    if changes.get("train"):  # parts of one folder change together: one line names one list
+        changes = {part: changes[part] for part in ("classes", "train")}
     return {part: words for part, words in changes.items() if words}
 
 
@@ -189,7 +191,7 @@ def check_finished(folder: RunFolder, results: dict[str, Any], lists: Lists, cla
         if results.get("videos", count) != count:
             changes["test"] = f"{TITLES['test']} has {count:,} videos, not {results['videos']:,}"
     if changes:
-        test = f"MODE test MODEL.INIT {folder.weights} and another OUTPUT_DIR tests its weights on the list of now; "
+        test = f"test its weights on the new list (MODE test MODEL.INIT {folder.weights} and another OUTPUT_DIR), or "
         raise UsageError(
             f"OUTPUT_DIR {folder.path} is finished, but on other data: {'; '.join(changes.values())}. Put them back, "
             f"or {test if changes.keys() == {'test'} else ''}{folder.way_on(new_head='classes' in changes)}"

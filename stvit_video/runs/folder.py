@@ -119,8 +119,11 @@ class RunFolder:
     def way_on(self, *, new_head: bool = False) -> str:
         """Return how to train with other data or settings than the run here; ``new_head`` for other classes."""
         weights = next((file for file in (self.weights, *list_checkpoints(self.checkpoints)) if file.is_file()), None)
-        head = " MODEL.NEW_HEAD True" if new_head else ""
-        start = f" (with MODEL.INIT {weights}{head} to go on from its weights, in a schedule of its own)"
+        # Else parts of the weights would start anew.
+        needed = {"NEW_HEAD": new_head, "INIT_DEPTH": None, "INIT_MOTION": 0.0}
+        model = self.settings.get("MODEL", {})
+        keys = "".join(f" MODEL.{key} {value}" for key, value in needed.items() if model.get(key, value) != value)
+        start = f" (with MODEL.INIT {weights}{keys} to go on from its weights, in a schedule of its own)"
         return f"give another OUTPUT_DIR{start if weights else ''}, or OVERWRITE True."
 
     def _check_place(self) -> None:

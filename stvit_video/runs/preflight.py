@@ -152,6 +152,10 @@ def build_finished_answer(cfg: CfgNode, world: World, folder: RunFolder, opened:
     """
     results = on_main(world, lambda: json.loads(folder.results.read_text()))
     answer = f"{cfg.OUTPUT_DIR} is finished (OVERWRITE True runs it again):\n{describe_results(results)}\n"
+    report = folder.path / "load_report.json"
+    dates = [file.stat().st_mtime for file in (Path(cfg.MODEL.INIT), report) if cfg.MODEL.INIT and file.exists()]
+    if len(dates) == 2 and dates[0] > dates[1]:
+        answer += f"note: MODEL.INIT {cfg.MODEL.INIT} was written after this run began, with what it held then\n"
     if opened:
         classes, videos = opened.classes, opened.videos
     else:

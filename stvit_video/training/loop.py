@@ -123,12 +123,11 @@ def choose_weights(trainer: Trainer, folder: RunFolder) -> tuple[nn.Module, dict
                 f"test MODEL.INIT {list_checkpoints(folder.checkpoints)[0]} with another OUTPUT_DIR."
             )
         model.load_state_dict(best.tensors)
-        about = best.metadata["weights"] or {"weights": "best"}
-    known = best.metadata["weights"] if best else None
+        about = best.metadata.get("weights") or {"weights": "best"}
+    known = best.metadata.get("weights") if best else None
     if known is None or known["weights_step"] == about.get("weights_step"):
         return model, about, ""
-    how = "TEST.WEIGHTS best tests them in another run, MODE test with that file as MODEL.INIT now"
-    return model, about, f"note: {folder.best_weights} holds the {describe_weights(known)}, not tested here; {how}"
+    return model, about, f"note: not tested (TEST.WEIGHTS): {describe_weights(known)}, in {folder.best_weights}"
 
 
 def write_failures(run: OpenRun, trainer: Trainer) -> None:

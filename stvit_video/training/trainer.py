@@ -22,6 +22,7 @@ from stvit_video.data.dataset import MAX_TRIES, Batch
 from stvit_video.data.failures import Failure, check_failures
 from stvit_video.data.loader import build_mix, build_test_loader, build_train_loader
 from stvit_video.data.workers import Loader, LoaderFailure
+from stvit_video.models.weights.files import header
 from stvit_video.runs.folder import RunFolder
 from stvit_video.runs.log import MetricsLog
 from stvit_video.runs.preflight import OpenRun
@@ -388,6 +389,7 @@ def build_trainer(run: OpenRun) -> Trainer:
         "classes": run.classes,
         "lists": run.lists,
         "settings": flatten(run.folder.settings),
+        "header": header(model, run.classes, run.views, run.multi_label),  # as in files of weights
     }
     scheduler = build_scheduler(cfg, optimizer, steps_per_epoch, total)
     if run.state is not None:

@@ -75,19 +75,3 @@ def test_a_run_continues_from_a_checkpoint_that_is_read_once(
     run_killed(words, 5)
     assert run.main(words) == 0
     assert reads["file step_00000004.pt"] == 1
-
-
-def test_a_run_does_not_continue_on_other_data(
-    small_set: Path,
-    small_run: Callable[..., list[str]],
-    run_killed: Callable[[list[str], int], None],
-    tmp_path: Path,
-    refused: Callable[[list[str]], str],
-) -> None:
-    lines = (small_set / "motion" / "train.csv").read_text()
-    lists = ["DATA.TRAIN_LIST", str(tmp_path / "train.csv"), "DATA.VAL_LIST", ""]
-    (tmp_path / "train.csv").write_text(lines)
-    words = small_run("TRAIN.EPOCHS", "2", *lists)
-    run_killed(words, 5)
-    (tmp_path / "train.csv").write_text(lines + lines.splitlines()[0])
-    assert "the run began with videos 32, and now they are 33; restore the data" in refused(words)

@@ -93,7 +93,7 @@ class Checkpoint:
     """The tensors of a checkpoint file, and the metadata that this package saves with them.
 
     ``metadata`` has ``name``, ``arguments``, ``classes``, ``views``, ``multi_label`` and ``weights`` (see
-    ``pack_weights``), or is empty. ``config`` is the ``config.json`` that Hugging Face's libraries save beside,
+    ``header``), or is empty. ``config`` is the ``config.json`` that Hugging Face's libraries save beside,
     ``notes`` say what was chosen in the file.
     ``classes`` are the names of the classifier's classes in order, None where nothing says them.
     """
@@ -289,7 +289,9 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
     try:
         # Given the open file: by its name torch would take it for a safetensors file.
         with torch.serialization.safe_globals(CONTAINERS), open(path, "rb") as file:
-            return torch.load(file, map_location="cpu", weights_only=True), {}
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        setup = content.get("setup") if isinstance(content, dict) else None  # of a run's own checkpoint
+        return content, _parse_metadata(setup.get("header") or {}) if isinstance(setup, dict) else {}
     except pickle.UnpicklingError as error:
         refused = sorted(set(re.findall(r"GLOBAL (\S+)", str(error))))
         what = "is neither a safetensors nor a torch file; fetch it again."
@@ -332,14 +334,20 @@ def _read_index(path: Path) -> StateDict | None:
     return tensors
 
 
-def pack_weights(
+def pack_weights(model: nn.Module, classes: list[str], *about: Any) -> bytes:
+    """Return a ``.safetensors`` of a model with its ``header``: enough to build and use it again."""
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    return safetensors.torch.save(state, metadata=header(model, classes, *about))
+
+
+def header(
     model: nn.Module,
     classes: list[str],
     views: dict[str, Any] | None = None,
     multi_label: bool = False,
     weights: Mapping[str, Any] | None = None,
-) -> bytes:
-    """Return a ``.safetensors`` of a model with its name and arguments: enough to build and use it again.
+) -> dict[str, str]:
+    """Return what stands beside the weights of a model: its name and arguments, and how it is used.
 
     ``views`` are the configuration keys that say how a video becomes clips. ``multi_label`` says that each logit is of
     a class by itself, ``weights`` which of a run these are, as its results say it.
@@ -354,5 +362,4 @@ def pack_weights(
     }
     if multi_label:
         metadata["multi_label"] = "true"
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    return safetensors.torch.save(state, metadata=metadata)
+    return metadata
