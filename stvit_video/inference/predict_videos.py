@@ -93,11 +93,10 @@ def watch(predictor: Predictor, address: str, options: argparse.Namespace, resul
     results.append(result)
     print("watching; Ctrl-C ends", flush=True)
     try:
-        for window in predictor.watch(address, window=options.window or LIVE_WINDOW_S, step=options.step):
+        length = options.window or LIVE_WINDOW_S
+        for window in predictor.watch(address, window=length, step=options.step, seconds=options.seconds):
             result.windows.append(window)
             print(describe_windows(result, [window], options.top), flush=True)
-            if options.seconds is not None and window.span is not None and window.span.end >= options.seconds:
-                return
     except DecodeError as error:
         result.error = error.message
         print(describe_result(result, options.top), flush=True)
