@@ -28,12 +28,11 @@ from stvit_video.data.decode.av_file import (
     shown_size,
 )
 from stvit_video.data.decode.types import GAP_S, DecodeError, Frames, decode_errors, gap_length, reason
-from stvit_video.data.streams import Span
+from stvit_video.data.streams import STDIN, Span
 
 TIMEOUT_S = 15.0  # to open a stream, and for each of its packets
 RECENT_STEPS = 250  # from frame to frame of a stream, by which a gap is told
 STILL = 3  # frames in a row at one time: from then on the clock stands still, and the rate counts
-STDIN = "-"
 
 
 class LiveFrame(NamedTuple):

@@ -3,9 +3,12 @@
 import glob
 import os
 import queue
+import shutil
 import stat
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -13,6 +16,7 @@ import numpy as np
 from stvit_video.common.errors import UsageError
 from stvit_video.data.clips.sampling import TOLERANCE_S, Sampling, mean_step
 from stvit_video.data.clips.timeline import KnownTimes
+from stvit_video.data.decode.pictures import image_suffix
 from stvit_video.data.decode.types import (
     MEDIA_SUFFIXES,
     VIDEO_SUFFIXES,
@@ -26,26 +30,31 @@ from stvit_video.data.decode.types import (
 from stvit_video.data.lists.folders import describe_passed_over, find_media
 
 JOIN_S = 2.0  # how long to wait for a thread to end
+STDIN = "-"
 AHEAD = 2  # files begun beyond those that threads are busy with, and unread pieces of each file
 
 Source = TypeVar("Source")
 Piece = TypeVar("Piece")
 
 
-def find_sources(names: Sequence[str], images: bool = False) -> tuple[list[str], str | None, str]:
+def find_sources(
+    names: Sequence[str], images: bool = False, watch_stdin: bool = False
+) -> tuple[list[str], str | None, str]:
     """Return the files that ``names`` stand for, without duplicates, or else the one camera, stream or pipe.
 
     The third value says what folders hold that is not used, or is "". A file is itself, whatever its ending. A folder
     stands for the videos in it and below, which folders of frames are too, with ``images`` for each image instead; a
     folder of images alone is one video, its frames. A pattern (``*``, ``?``, ``[...]``, ``**``) stands
-    for what it matches. Any other name is returned as it is: reading it fails later, with an error of its own.
-    Raises UsageError for a folder or pattern without files, and for a stream beside other names.
+    for what it matches. Standard input is a file, or with ``watch_stdin`` a stream. Any other name is returned as it
+    is: reading it fails later, with an error of its own. Raises UsageError for a folder or pattern without files, and
+    for a stream or standard input beside other names.
     """
-    live = next(filter(is_live, names), None)
+    live = next((name for name in names if name == STDIN or is_live(name)), None)
     if live is not None:
         if len(names) > 1:
-            raise UsageError(f"{live} is a camera or stream, which does not end; give it alone.")
-        return [], live, ""
+            what = "standard input" if live == STDIN else "a camera or stream, which does not end"
+            raise UsageError(f"{live} is {what}; give it alone.")
+        return ([STDIN], None, "") if live == STDIN and not watch_stdin else ([], live, "")
     found: list[str] = []
     unused: list[str] = []
     for name in names:
@@ -59,6 +68,38 @@ def find_sources(names: Sequence[str], images: bool = False) -> tuple[list[str],
             raise UsageError(f"Folder {name} holds no videos; give one with files ending in {', '.join(kinds)}.")
         found += inside
     return list(dict.fromkeys(found)), None, describe_passed_over(unused, os.curdir) if unused else ""
+
+
+def stdin_is_file() -> bool:
+    """Say whether standard input is a regular file. Raises UsageError where nobody gives any."""
+    try:
+        mode = os.fstat(0).st_mode
+    except OSError:
+        mode = 0
+    if not mode or os.isatty(0):
+        raise UsageError(f"{STDIN} is standard input, which is {'a terminal' if mode else 'closed'}; pipe a video in.")
+    return stat.S_ISREG(mode)
+
+
+@contextmanager
+def spooled_stdin() -> Iterator[str]:
+    """Provide standard input as a temporary file: most videos are not read from their start to their end.
+
+    Raises UsageError where it does not fit.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "stdin")
+        try:
+            with open(0, "rb", closefd=False) as given, open(path, "wb") as file:
+                shutil.copyfileobj(given, file, 2**20)
+        except OSError as error:
+            raise UsageError(
+                f"standard input cannot be copied to {folder} ({error.strerror}); set TMPDIR to a larger folder, or "
+                f"give --window to read it as a stream"
+            ) from error
+        suffix = image_suffix(path)
+        os.rename(path, path + suffix)
+        yield path + suffix
 
 
 def _in_folder(folder: str, images: bool, unused: list[str]) -> list[str]:
