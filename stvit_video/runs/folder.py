@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -66,8 +67,12 @@ class RunFolder:
         self.weights = self.path / "model.safetensors"
         self.best_weights = self.checkpoints / "best.safetensors"
         self.partial_scores = self.checkpoints / "test_parts"  # of an interrupted test
-        self.config_text = yaml.safe_dump(dict(self.settings))
         self._lock: TextIO | None = None
+
+    @cached_property
+    def config_text(self) -> str:
+        """The settings as YAML."""
+        return yaml.safe_dump(dict(self.settings))
 
     def is_finished(self) -> bool:
         """Say whether the run here was trained and tested."""
@@ -112,6 +117,23 @@ class RunFolder:
                 remedy = f"set MODEL.INIT {self.settings['MODEL']['INIT'] or self.weights} and "
         if problem:
             raise UsageError(f"OUTPUT_DIR {path} holds {problem}; {remedy}give another OUTPUT_DIR, or OVERWRITE True.")
+
+    def describe_start(self) -> str:
+        """Return in one line what a run finds here, and does; nothing is changed."""
+        try:
+            self.check()
+        except UsageError as error:
+            return f"a run is refused: {error}"
+        checkpoints = list_checkpoints(self.checkpoints)
+        if not self.has_progress():
+            return f"a run begins in {self.path}, which {'has no results' if self.path.exists() else 'is new'}"
+        if self.settings["OVERWRITE"]:
+            return f"a run replaces what {self.path} holds (OVERWRITE True)"
+        if self.settings["MODE"] != "train":
+            return f"a run adds its results to {self.path}"
+        if self.is_finished():
+            return f"{self.path} is finished: a run prints its results and ends"
+        return f"a run continues in {self.path} from {checkpoints[0].name if checkpoints else 'its beginning'}"
 
     def claim(self) -> None:
         """Make the folder this run's, clearing what it replaces; ``check`` comes first."""
@@ -205,7 +227,7 @@ def environment() -> dict[str, Any]:
 
 def build_run_folder(cfg: CfgNode) -> RunFolder:
     """Return the folder of the configured run, OUTPUT_DIR."""
-    return RunFolder(cfg.OUTPUT_DIR, yaml.safe_load(cfg.dump()))
+    return RunFolder(cfg.OUTPUT_DIR, json.loads(json.dumps(cfg)))
 
 
 def describe_changes(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> str:
