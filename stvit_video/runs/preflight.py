@@ -14,6 +14,7 @@ from torch import nn
 
 from stvit_video.common.errors import RunFailure, UsageError
 from stvit_video.common.files import write_atomically
+from stvit_video.common.tables import three_digits
 from stvit_video.config.clip_settings import view_settings
 from stvit_video.config.load import override
 from stvit_video.data.lists.annotations import Video
@@ -29,12 +30,18 @@ from stvit_video.runs.checkpoint import check_all_loaded, load_newest, save_weig
 from stvit_video.runs.classes import check_classes
 from stvit_video.runs.fingerprint import Lists, check_continued, check_finished, classes_of, record_lists
 from stvit_video.runs.folder import RunFolder, build_run_folder, describe_changes
-from stvit_video.runs.lists import LABELS, build_known, is_multi_label, open_lists
+from stvit_video.runs.lists import (
+    KINETICS_CLASSES,
+    LABELS,
+    build_class_count,
+    build_known,
+    is_multi_label,
+    open_lists,
+)
 from stvit_video.runs.log import describe_results
 from stvit_video.runtime.limits import usable_cores
 from stvit_video.runtime.world import World, gather_objects, on_main
 
-KINETICS_CLASSES = 400  # assumed where there are no data to count; the classifier's share of the cost is small
 # run: as MODE says. rehearse: the same, but nothing is written or continued. measure: OUTPUT_DIR and weights are not
 # read, as for a benchmark.
 Purpose = Literal["run", "rehearse", "measure"]
@@ -97,8 +104,8 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
         on_main(world, folder.lock)  # what is decided by a look at the folder is decided under its lock
     if purpose != "measure":
         on_main(world, folder.check)
-        if cfg.LOG.WANDB and importlib.util.find_spec("wandb") is None:
-            raise UsageError(f"LOG.WANDB {cfg.LOG.WANDB}: wandb is not installed; pip install wandb, or LOG.WANDB ''.")
+    if purpose != "measure" and cfg.LOG.WANDB and importlib.util.find_spec("wandb") is None:
+        raise UsageError(f"LOG.WANDB {cfg.LOG.WANDB}: wandb is not installed; pip install wandb, or LOG.WANDB ''.")
     if purpose == "run" and cfg.MODE == "train":
         if on_main(world, folder.is_finished) and not cfg.OVERWRITE:
             said = build_finished_answer(cfg, world, folder, opened)
@@ -264,22 +271,25 @@ def build_weights(
 
 def build_cost_report(cfg: CfgNode) -> str:
     """Return what the configured model costs to run and to train; without data, for Kinetics' 400 classes."""
-    try:
-        classes = len(build_lists(cfg).classes)
-        note = []
-    except UsageError:
-        classes = cfg.MODEL.NUM_CLASSES or KINETICS_CLASSES
-        note = [f"no data found in {cfg.DATA.ROOT}: {classes} classes assumed"]
+    found = build_class_count(cfg)
+    classes = found or KINETICS_CLASSES
+    note = [] if found else [f"no data found in {cfg.DATA.ROOT}: {classes} classes assumed"]
     model = build_model(cfg, classes)
     cost = measure_cost(model, (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE))
+    return "\n".join([*note, _build_model_line(cfg, cost, classes), build_memory_line(cfg, model, cost)])
+
+
+def build_memory_line(cfg: CfgNode, model: nn.Module, cost: Cost) -> str:
+    """Return a line on the tokens of a clip, and on the memory that training takes."""
+    image_tokens, reduced = model.token_counts()  # type: ignore[operator]
+    tokens = f"{image_tokens:,} tokens a clip{f', then {reduced:,}' if reduced else ''}"
     clip = count_training_memory(model, cost.input_size, cfg.PRECISION)
-    training = (
-        f"training: {clip:.2f} GB a clip kept for the backward pass in {cfg.PRECISION}, beside "
-        f"{16 * cost.parameters / 1e9:.2f} GB for weights, gradients and optimiser; a step of "
-        f"{cfg.TRAIN.BATCH_SIZE} clips in {cfg.TRAIN.ACCUMULATE} batch(es) on N processes: "
-        f"{clip * cfg.TRAIN.BATCH_SIZE / cfg.TRAIN.ACCUMULATE:.0f} / N GB"
+    step = three_digits(clip * cfg.TRAIN.BATCH_SIZE / cfg.TRAIN.ACCUMULATE)
+    return (
+        f"{tokens}; training keeps {three_digits(clip)} GB a clip for the backward pass in {cfg.PRECISION}, beside "
+        f"{16 * cost.parameters / 1e9:.2f} GB for weights, gradients and optimiser; a step of {cfg.TRAIN.BATCH_SIZE} "
+        f"clips in {cfg.TRAIN.ACCUMULATE} batch(es) on N processes: {step} / N GB"
     )
-    return "\n".join([*note, _build_model_line(cfg, cost, classes), training])
 
 
 def _build_summary(cfg: CfgNode, world: World, cost: Cost, num_classes: int, account: list[str]) -> str:
@@ -300,6 +310,7 @@ def _build_model_line(cfg: CfgNode, cost: Cost, num_classes: int) -> str:
     (frames, height, width), views = cost.input_size, cfg.TEST.CLIPS * cfg.TEST.CROPS
     return (
         f"{cfg.MODEL.NAME}: {cost.parameters / 1e6:.2f} M parameters, {num_classes} classes, "
-        f"{frames} frames of {height}x{width}, {cost.gflops:.3f} GFLOPs a clip, {cost.gflops * views:.3f} a video "
+        f"{frames} frames of {height}x{width}, {three_digits(cost.gflops, 3)} GFLOPs a clip, "
+        f"{three_digits(cost.gflops * views, 3)} a video "
         f"({cfg.TEST.CLIPS} x {cfg.TEST.CROPS} views)"
     )

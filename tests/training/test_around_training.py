@@ -185,14 +185,42 @@ def test_a_dry_run_prints_the_run_and_writes_nothing(
 ) -> None:
     assert run.main([*small_run("TRAIN.ACCUMULATE", "2", "TEST.CLIPS", "2"), "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "ACCUMULATE: 2" in said
+    assert len(said.splitlines()) <= 20
     assert "2 x clips (4, 3, 8, 64, 64) -> logits (4, 8), loss 2." in said
+    assert "(chance 2.079)" in said  # ln 8
+    assert "256 tokens a clip, then 64; training keeps" in said
+    assert "weights: random, as MODEL.INIT is empty" in said
+    assert f"a run begins in {tmp_path / 'run'}, which is new" in said
     assert "GFLOPs a clip" in said
     assert "peak memory" in said
     assert not (tmp_path / "run").exists()
     assert "TRAIN.BATCH_SIZE 9 does not divide" in refused(
         [*small_run("TRAIN.BATCH_SIZE", "9", "TRAIN.ACCUMULATE", "2"), "--dry-run"]
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "is finished: a run prints its results and ends"),
+        (["OPTIM.LR", "0.5"], "a run is refused: OUTPUT_DIR"),
+        (["OVERWRITE", "True"], "a run replaces what"),
+        (["MODE", "test"], "a run is refused: OUTPUT_DIR"),
+    ],
+)
+def test_a_dry_run_works_beside_a_finished_run(
+    trained: Path, small_run: Arguments, capsys: pytest.CaptureFixture[str], words: list[str], says: str
+) -> None:
+    """It says what a run would do there, and changes no file."""
+    folder = trained.parent
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
+    same = ["TRAIN.MAX_STEPS", "1", "DATA.VAL_LIST", "", "OUTPUT_DIR", str(folder)]
+    assert run.main([*small_run(*same, *words), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert says in said
+    assert ("100.0 % of the weights covered" if "MODE" in words else "weights: random") in said
+    assert len(said.splitlines()) <= 20
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
 
 
 @pytest.mark.parametrize("mode", ["test", "transfer"])
