@@ -59,9 +59,10 @@ def compare(arguments: Sequence[str] | None) -> int:
     parts = describe_comparison(tested, options.videos) if tested else []
     if curves:
         plot_comparison(curves, options.target, options.output, f"{ACCURACIES[next(iter(kinds))]} (%)")
-        parts += [describe_steps(curves, options.target)]
+        parts.append(describe_steps(curves, options.target))
         notes.append(f"picture in {options.output}")
-    print("\n\n".join([*parts, "\n".join(notes)]).encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
+    parts[-1] = "\n".join([parts[-1], *notes])
+    print("\n\n".join(parts).encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
     return 0
 
 
