@@ -73,8 +73,8 @@ def test_the_interval_covers_the_true_difference_95_times_of_100() -> None:
     generator = np.random.default_rng(1)
     for shares in ((0.1, 0.1, 0.8), (0.2, 0.05, 0.75), (0.02, 0.01, 0.97), (0.5, 0.2, 0.3)):
         truth = 100 * (shares[0] - shares[1])
-        intervals = [paired_difference(one, two, 200)[1] for one, two, _ in generator.multinomial(200, shares, 1000)]
-        assert 0.93 < np.mean([low <= truth <= high for low, high in intervals]) < 0.985, shares
+        intervals = [paired_difference(one, two, 200)[1] for one, two, _ in generator.multinomial(200, shares, 500)]
+        assert 0.92 < np.mean([low <= truth <= high for low, high in intervals]) < 0.985, shares
 
 
 def test_resampled_precision_is_that_of_the_list_with_its_repetitions() -> None:
@@ -95,7 +95,7 @@ def test_the_answer_comes_first_and_names_the_videos(tmp_path: Path, said: Any) 
     rows = (tmp_path / "bad" / "predictions.csv").read_text().splitlines()
     (tmp_path / "bad" / "predictions.csv").write_text("\n".join([rows[0], *rows[:0:-1]]) + "\n")
     text = said(bad, good)
-    assert text.startswith("good is better than bad by 38.9 points (95 %: 21.0 to 52.7, p < 0.001, 36 videos).\n")
+    assert text.startswith("good is better than bad by 38.9 points (95 %: 19.9 to 53.8, p < 0.001, 36 videos).\n")
     assert "only good is right on 14 videos:\n  videos/35.mp4: walk (bad: jump)\n  videos/34.mp4: " in text
     assert "only bad is right on 0 videos" in text
     assert "1,080" in text
