@@ -113,11 +113,7 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
             return None
         state = _build_state(cfg, world, folder)
     needs_weights = purpose != "measure" and state is None
-    source = cfg.MODEL.INIT if needs_weights else ""  # where it is missing, that is reported with all missing files
-    if needs_weights and cfg.MODE == "test" and not source:
-        source = str(folder.weights)
-        if not folder.weights.is_file():
-            raise UsageError(f"MODE test: {source} is missing; give MODEL.INIT FILE or a finished run's OUTPUT_DIR.")
+    source = build_source(cfg, folder) if needs_weights else ""
     read = cache(read_checkpoint)
     if opened:
         classes, videos, account = opened.classes, opened.videos, opened.account
@@ -130,22 +126,17 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
     multi_label = is_multi_label(videos)
     lists = on_main(world, lambda: record_lists(cfg.DATA.ROOT, videos))
     notes = on_main(world, lambda: check_continued(folder, state, lists, classes, multi_label) if state else [])
-    asked = cfg.TRAIN.BATCH_SIZE
+    lowered = short = ""  # on a batch larger than the list, on videos that are shorter than a clip
     if purpose != "measure" and cfg.MODE == "train":
-        kept = None if state is None else state["setup"].get("batch")  # its steps go on with the same videos
-        cfg = build_filled_batch(cfg, world, len(videos.get("train", ())), kept)
+        cfg, lowered = build_filled_batch(cfg, world, len(videos.get("train", ())), state)
     torch.manual_seed(cfg.SEED)  # for weights that no file holds
     model = build_model(cfg, len(classes))
     report = build_weights(cfg, model, checkpoint, classes, multi_label) if source and checkpoint else None
-    short = ""  # on videos that are shorter than a clip
     if purpose != "measure":
         cfg, short = build_fitting_sampling(cfg, world, videos, state, checkpoint)
     cost = measure_cost(model, (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE))
     summary = _build_summary(cfg, world, cost, len(classes), account)
-    if world.is_main and asked > cfg.TRAIN.BATCH_SIZE:
-        reason = "as the run began" if state is not None else "there are no more training videos"
-        summary += f"\nTRAIN.BATCH_SIZE {asked} is lowered to {cfg.TRAIN.BATCH_SIZE}: {reason}"
-    summary = "\n".join(filter(None, [summary, *([short, *notes] if world.is_main else [])]))
+    summary = "\n".join(filter(None, [summary, *([lowered, short, *notes] if world.is_main else [])]))
     weights = {"weights": checkpoint.path, **(checkpoint.metadata.get("weights") or {})} if checkpoint else {}
     checkpoint = checkpoint if cfg.MODE == "transfer" else None
     read_in = (cfg, world, folder, classes, videos, account, lists, view_settings(cfg))
@@ -190,16 +181,32 @@ def _build_state(cfg: CfgNode, world: World, folder: RunFolder) -> dict[str, Any
     return state
 
 
-def build_filled_batch(cfg: CfgNode, world: World, videos: int, kept: int | None = None) -> CfgNode:
-    """Return the configuration with the largest batch that a shorter training list fills.
+def build_source(cfg: CfgNode, folder: RunFolder) -> str:
+    """Return the checkpoint that a run begins with, "" for none. A missing MODEL.INIT is reported with the lists."""
+    if cfg.MODE != "test" or cfg.MODEL.INIT:
+        return cfg.MODEL.INIT
+    if not folder.weights.is_file():
+        raise UsageError(
+            f"MODE test: {folder.weights} is missing; give MODEL.INIT FILE or a finished run's OUTPUT_DIR."
+        )
+    return str(folder.weights)
 
-    ``kept`` is the batch of the run that is continued: it stays, also on another number of processes.
+
+def build_filled_batch(
+    cfg: CfgNode, world: World, videos: int, state: dict[str, Any] | None = None
+) -> tuple[CfgNode, str]:
+    """Return the configuration with the largest batch that a shorter training list fills, and a line where it is lower.
+
+    The batch of the run that ``state`` continues stays, also on another number of processes.
     """
     parts = world.size * cfg.TRAIN.ACCUMULATE
+    kept = None if state is None else state["setup"].get("batch")
     most = kept or videos // parts * parts * cfg.DATA.REPEATS
     if not 0 < most < cfg.TRAIN.BATCH_SIZE:
-        return cfg
-    return override(cfg, [("TRAIN.BATCH_SIZE", most)], "the training list")
+        return cfg, ""
+    reason = "there are no more training videos" if state is None else "as the run began"
+    line = f"TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE} is lowered to {most}: {reason}"
+    return override(cfg, [("TRAIN.BATCH_SIZE", most)], "the training list"), line
 
 
 def build_fitting_sampling(
