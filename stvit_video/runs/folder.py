@@ -151,7 +151,8 @@ class RunFolder:
         if self._lock is not None or (self.path.is_dir() and not os.access(self.path, os.W_OK)):  # nobody writes there
             return
         if not (self.path / LOCK).exists():  # else another process may be clearing it
-            self._check_place()
+            with contextlib.suppress(FileNotFoundError):  # or removing it
+                self._check_place()
         made = [path for path in (self.path, *self.path.parents) if not path.exists()]
         before = self._results_time()
         lock = Lock(self.path / LOCK)
@@ -169,7 +170,11 @@ class RunFolder:
             )
 
     def _results_time(self) -> list[int]:
-        return [path.stat().st_mtime_ns for path in (self.results, self.transfer) if path.is_file()]
+        """Return when results were written; [] where there are none."""
+        for path in (self.results, self.transfer):
+            with contextlib.suppress(FileNotFoundError):  # another process may be clearing them
+                return [path.stat().st_mtime_ns]
+        return []
 
     def recorded_config(self) -> dict[str, Any] | None:
         """Return the configuration of the run that owns the folder, None where no run does."""
