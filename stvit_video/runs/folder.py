@@ -170,11 +170,12 @@ class RunFolder:
             )
 
     def _results_time(self) -> list[int]:
-        """Return when results were written; [] where there are none."""
+        """Return when the results were written that are here."""
+        times = []
         for path in (self.results, self.transfer):
             with contextlib.suppress(FileNotFoundError):  # another process may be clearing them
-                return [path.stat().st_mtime_ns]
-        return []
+                times.append(path.stat().st_mtime_ns)
+        return times
 
     def recorded_config(self) -> dict[str, Any] | None:
         """Return the configuration of the run that owns the folder, None where no run does."""
