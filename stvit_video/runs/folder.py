@@ -187,7 +187,8 @@ class RunFolder:
         if self._lock is not None or (self.path.is_dir() and not os.access(self.path, os.W_OK)):  # nobody writes there
             return
         if not (self.path / LOCK).exists():  # else another process may be clearing it
-            self._check_place()
+            with contextlib.suppress(FileNotFoundError):  # or removing it
+                self._check_place()
         made = [path for path in (self.path, *self.path.parents) if not path.exists()]
         before = self._results_time()
         lock = Lock(self.path / LOCK)
@@ -205,7 +206,12 @@ class RunFolder:
             )
 
     def _results_time(self) -> list[int]:
-        return [path.stat().st_mtime_ns for path in (self.results, self.transfer) if path.is_file()]
+        """Return when the results were written that are here."""
+        times = []
+        for path in (self.results, self.transfer):
+            with contextlib.suppress(FileNotFoundError):  # another process may be clearing them
+                times.append(path.stat().st_mtime_ns)
+        return times
 
     def recorded_config(self) -> dict[str, Any] | None:
         """Return the configuration of the run that owns the folder, None where no run does."""
