@@ -5,6 +5,7 @@ import importlib.machinery
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import types
@@ -14,11 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from stvit_video import run
 from stvit_video.common.cli import EXIT_STOPPED
 from stvit_video.evaluation import evaluate
 from stvit_video.evaluation.scores import PartialScores
+from stvit_video.runs.folder import RunFolder
 from stvit_video.runs.log import read_metrics
 from tests.conftest import Killed
 
@@ -201,12 +204,7 @@ def test_a_dry_run_prints_the_run_and_writes_nothing(
 
 @pytest.mark.parametrize(
     ("words", "says"),
-    [
-        ([], "is finished: a run prints its results and ends"),
-        (["OPTIM.LR", "0.5"], "a run is refused: OUTPUT_DIR"),
-        (["OVERWRITE", "True"], "a run replaces what"),
-        (["MODE", "test"], "a run is refused: OUTPUT_DIR"),
-    ],
+    [(["OPTIM.LR", "0.5"], "a run is refused: OUTPUT_DIR"), (["MODE", "test"], "a run is refused: OUTPUT_DIR")],
 )
 def test_a_dry_run_works_beside_a_finished_run(
     trained: Path, small_run: Arguments, capsys: pytest.CaptureFixture[str], words: list[str], says: str
@@ -221,6 +219,21 @@ def test_a_dry_run_works_beside_a_finished_run(
     assert ("100.0 % of the weights covered" if "MODE" in words else "weights: random") in said
     assert len(said.splitlines()) <= 20
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
+
+
+def test_a_folder_says_what_a_run_does_there(trained: Path, tmp_path: Path) -> None:
+    settings = yaml.safe_load((trained.parent / "config.yaml").read_text())
+
+    def says(folder: Path, **changes: object) -> str:
+        return RunFolder(folder, {**settings, **changes}).describe_start()
+
+    assert says(trained.parent) == f"{trained.parent} is finished: a run prints its results and ends"
+    assert says(trained.parent, OVERWRITE=True) == f"a run replaces what {trained.parent} holds (OVERWRITE True)"
+    assert says(tmp_path / "new") == f"a run begins in {tmp_path / 'new'}, which is new"
+    shutil.copytree(trained.parent, tmp_path / "stopped", ignore=shutil.ignore_patterns("results.json"))
+    assert says(tmp_path / "stopped") == f"a run continues in {tmp_path / 'stopped'} from step_1.pt"
+    (tmp_path / "photo.jpg").touch()
+    assert says(tmp_path).startswith(f"a run is refused: OUTPUT_DIR {tmp_path} holds files that are not a run's")
 
 
 @pytest.mark.parametrize("mode", ["test", "transfer"])
