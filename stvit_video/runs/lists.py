@@ -109,7 +109,8 @@ def open_lists(
         videos = {split: lists.videos(split) for split in splits if lists.lists[split]}
         classes = lists.classes
         places = place_classes(trained or (), classes, part=cfg.MODE == "test")
-        if trained and places is not None and classes != list(trained):  # DATA.CLASSES has an order of its own
+        # DATA.CLASSES has an order of its own. A run that continues has to have its own data, which is compared later.
+        if trained and places is not None and classes != list(trained) and not continues:
             if len(classes) > 1:
                 lists.notes.append(f"labels are those of the {len(trained)} classes in the checkpoint's order, by name")
             videos = {split: label_by_place(found, places) for split, found in videos.items()}
