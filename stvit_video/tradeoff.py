@@ -19,7 +19,9 @@ NO_LIMIT = "365-00"  # days; runs on this machine have no time limit
 
 def tradeoff(arguments: Sequence[str] | None) -> int:
     """Parse the arguments and do what they ask for; return the exit code."""
-    parser = Parser(__doc__)
+    from stvit_video.config.schema import BY_NAME
+
+    parser = Parser(__doc__, BY_NAME)
     add = parser.add_argument
     add("--plan", type=Path, required=True, metavar="FILE", help="as configs/tradeoff/*.yaml")
     add("--output", type=Path, metavar="DIR", help="default: runs/tradeoff_<name of the plan>")

@@ -21,7 +21,7 @@ from stvit_video.inference.load import open_checkpoint
 from stvit_video.pages.explain import explain
 from stvit_video.sweeps.plan import SweepRow
 from stvit_video.sweeps.table import columns
-from stvit_video.training.trainer import classification_loss
+from stvit_video.training.losses import classification_loss
 from stvit_video.training.transfer import linear_probe, nearest_neighbours
 from tests.conftest import small_arguments
 from tests.test_run import command

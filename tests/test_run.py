@@ -186,7 +186,7 @@ def test_wrong_use_is_one_line(small_run: Arguments, refused: Refused, tmp_path:
     (tmp_path / "photos" / "me.jpg").touch()
     cases = {
         "Did you mean TRAIN.EPOCHS": ["TRAIN.EPOCS", "3"],
-        "it takes a int": ["TRAIN.EPOCHS", "soon"],
+        "it takes an int": ["TRAIN.EPOCHS", "soon"],
         "has no label": ["DATA.TRAIN_LIST", str(tmp_path / "list.csv")],
         "is empty": ["DATA.TEST_LIST", str(tmp_path / "empty.csv")],
         "allowed: 0 to 7": ["DATA.TRAIN_LIST", str(tmp_path / "range.csv")],

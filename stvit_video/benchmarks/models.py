@@ -300,4 +300,6 @@ def plot_speeds(rows: Sequence[Figures], accuracies: Sequence[float | None], pat
             y = row["gflops"] if accuracy is None else accuracy
             x_range = (min(row["rates"]), max(row["rates"]))
             points.append(Point(row["name"], row["clips_per_second"], y, x_range=x_range, colour=f"C{i % 10}"))
-    plot_points(points, "clips per second", f"{name} (%)" if known else "GFLOPs per clip", path)
+    fastest = max(points, key=lambda point: point.x)
+    title = f"Fastest is {fastest.name}: {fastest.x:.3g} clips per second"
+    plot_points(points, "clips per second", f"{name} (%)" if known else "GFLOPs per clip", path, title)

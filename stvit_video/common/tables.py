@@ -27,3 +27,8 @@ def to_csv(rows: Iterable[Mapping[str, object]], columns: Sequence[str]) -> byte
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def three_digits(value: float) -> str:
+    """Return a number of GFLOPs or the like with three significant digits, never as a power of ten."""
+    return f"{float(f'{value:.3g}'):,.10g}"

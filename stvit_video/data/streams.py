@@ -45,6 +45,7 @@ AHEAD = 2  # files begun beyond those that threads are busy with, and unread pie
 RECENT_STEPS = 250  # from frame to frame of a stream, by which a gap is told
 
 LiveFrame = tuple[int, float, VideoFrame]  # of a stream: the number of its segment, its time in seconds, the frame
+Source = TypeVar("Source")
 Piece = TypeVar("Piece")
 
 
@@ -262,24 +263,22 @@ def _read(address: str) -> Iterator[LiveFrame]:
 
 
 def read_ahead(
-    paths: Sequence[str], start: Callable[[], Callable[[str], Iterator[Piece]]], workers: int
+    sources: Sequence[Source], read: Callable[[Source], Iterator[Piece]], workers: int
 ) -> Iterator[tuple[int, Piece | DecodeError | None]]:
-    """Read files piece by piece in ``workers`` threads; ``start`` makes a reader for each thread.
+    """Read sources piece by piece in ``workers`` threads.
 
-    Yields (index of the file, piece) in the order of the list, and at the end of each file (index, None), or (index,
+    Yields (index of the source, piece) in the order of the list, and at the end of each (index, None), or (index,
     DecodeError) where it cannot be read any further. The threads end when the iterator is closed.
     """
     todo: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-    results: list[queue.Queue[Piece | BaseException | None]] = [queue.Queue(AHEAD) for _ in paths]
+    results: list[queue.Queue[Piece | BaseException | None]] = [queue.Queue(AHEAD) for _ in sources]
     closed = threading.Event()
 
     def work() -> None:
-        read: Callable[[str], Iterator[Piece]] | None = None
         while (i := todo.get()) is not None and not closed.is_set():
             end: BaseException | None = None
             try:
-                read = read or start()
-                for piece in read(paths[i]):
+                for piece in read(sources[i]):
                     results[i].put(piece)
                     if closed.is_set():
                         return
@@ -288,20 +287,20 @@ def read_ahead(
             results[i].put(end)
 
     # Daemons: a thread that waits for a slow file, up to its deadline, does not delay Ctrl-C.
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(workers, len(paths)))]
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(workers, len(sources)))]
     for thread in threads:
         thread.start()
     ahead = len(threads) + AHEAD
-    for i in range(min(ahead, len(paths))):
+    for i in range(min(ahead, len(sources))):
         todo.put(i)
     try:
-        for i in range(len(paths)):
+        for i in range(len(sources)):
             while (item := results[i].get()) is not None and not isinstance(item, BaseException):
                 yield i, item
             if item is not None and not isinstance(item, DecodeError):
                 raise item
             yield i, item
-            if i + ahead < len(paths):
+            if i + ahead < len(sources):
                 todo.put(i + ahead)
     finally:
         closed.set()

@@ -1,5 +1,6 @@
 """Multi-view testing: each video scored once, or listed as failed, for any number of processes."""
 
+import io
 import itertools
 import shutil
 import time
@@ -7,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -179,7 +181,11 @@ class Tester:
             folder.write_table("per_class.csv", predictions.per_class(classes))
             folder.write_table("predictions.csv", predictions.rows(paths, classes))
             write_json(folder.results, results)
-            picture, content = predictions.picture(classes)
+            if self.run.multi_label:  # predictions.csv has no scores of all classes, which mAP needs
+                scores = io.BytesIO()
+                np.save(scores, predictions.scores.numpy())
+                write_atomically(folder.path / "scores.npy", scores.getvalue())
+            picture, content = predictions.picture(classes, folder.path.resolve().name)
             write_atomically(folder.path / picture, content)
             shutil.rmtree(folder.partial_scores, ignore_errors=True)
             print(f"{describe_results(results)}\nresults in {folder.results}", flush=True)

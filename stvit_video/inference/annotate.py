@@ -1,7 +1,7 @@
 """Copies of videos with the predicted classes drawn on the frames."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
@@ -14,20 +14,19 @@ from PIL import Image, ImageDraw, ImageFont
 
 from stvit_video.common.errors import FILESYSTEM_ERRORS, UsageError
 from stvit_video.common.files import whole_file
-from stvit_video.data.decode.av_file import display_matrix, open_av, shown_frames, upright
 from stvit_video.data.decode.frames import open_video
-from stvit_video.data.decode.pictures import ImageReader
-from stvit_video.data.decode.types import DecodeError, Frames, Indices, Reader, Segments, Times, reason
+from stvit_video.data.decode.types import DecodeError, Indices, Reader, Segments, Times, reason
 from stvit_video.inference.predictor import Prediction, Window
 
 MIN_SIDE = 240  # pixels; smaller videos are enlarged so that labels fit
+MIN_TEXT = 13  # pixels of the font
 LINES = 3
 FOLDER_RATE = 25.0  # frames per second of a copy of a folder of frames
 MIN_STEP_S = 1e-4  # from frame to frame of a copy, which a file can tell apart
 
 
 @lru_cache(maxsize=8)
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def load_font(size: int) -> ImageFont.FreeTypeFont:
     """Return Matplotlib's font, which has Latin, Greek and Cyrillic; other scripts show as boxes."""
     import matplotlib  # slow to start, and only copies need it
 
@@ -84,7 +83,7 @@ def _copy(video: Reader, target: av.container.OutputContainer, prediction: Predi
 
     A frame shows the classes of the window whose middle is nearest, among those of its segment of time.
     """
-    labels = [[f"{name} {100 * score:.1f} %" for name, score in prediction.top(LINES, w)] for w in prediction.windows]
+    labels = [prediction.top(LINES, window) for window in prediction.windows]
     try:
         times = video.times()
     except DecodeError:  # a folder of frames
@@ -95,7 +94,7 @@ def _copy(video: Reader, target: av.container.OutputContainer, prediction: Predi
     steps[[start - 1 for start, _ in video.segments()[1:]]] = usual
     moments = np.append(0.0, np.maximum(steps, MIN_STEP_S).cumsum())
     stream = None  # the first frame gives the size of the picture
-    for picture, moment, window in zip(_pictures(video), moments, shown, strict=False):
+    for picture, moment, window in zip(video.all_frames(), moments, shown, strict=True):
         image = Image.fromarray(picture)
         scale = max(1.0, MIN_SIDE / min(image.size))
         width, height = (2 * round(side * scale / 2) for side in image.size)  # H.264 needs even sides
@@ -114,18 +113,6 @@ def _copy(video: Reader, target: av.container.OutputContainer, prediction: Predi
         target.mux(stream.encode())
 
 
-def _pictures(video: Reader) -> Iterator[Frames]:
-    """Yield the frames (H, W, 3) of a video from its first to its last, which a file is decoded for once."""
-    if isinstance(video, ImageReader):
-        yield from (video.frames([i])[0] for i in range(video.length))
-        return
-    container, stream = open_av(video.path)
-    with container:
-        for frame in shown_frames(container, stream, []):
-            pixels = np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
-            yield np.ascontiguousarray(upright(pixels, display_matrix(frame, video.path)))
-
-
 def _nearest_windows(windows: Sequence[Window], times: Times, segments: Segments) -> Indices:
     """Return for each frame the number of the window of its segment whose middle is nearest; 0 for a whole video."""
     found = np.zeros(len(times), np.int64)
@@ -138,16 +125,27 @@ def _nearest_windows(windows: Sequence[Window], times: Times, segments: Segments
     return found
 
 
-def draw(image: Image.Image, lines: Sequence[str]) -> None:
-    """Write lines into the upper left corner of a picture, light on a dark background."""
+def draw(image: Image.Image, scores: Sequence[tuple[str, float]]) -> None:
+    """Write classes and their scores into the upper left corner of a picture, light on a dark background."""
     brush = ImageDraw.Draw(image, "RGBA")
-    size = max(11, min(image.size) // 18)
-    widest = max((brush.textlength(line, font=_font(size)) for line in lines), default=0)
-    if widest > image.width - 2 * size:  # shrink the font to fit long names
-        size = max(8, int(size * (image.width - 2 * size) / widest))
+    size = max(MIN_TEXT, min(image.size) // 18)
+    font = load_font(size)
+    percents = [f" {100 * score:.1f} %" for _, score in scores]
+    room = image.width - 2 * size - max(map(font.getlength, percents), default=0)
+    lines = [f"{shorten(name, room, font)}{percent}" for (name, _), percent in zip(scores, percents, strict=True)]
     row = round(1.35 * size)
-    widest = max((brush.textlength(line, font=_font(size)) for line in lines), default=0)
+    widest = max(map(font.getlength, lines), default=0)
     brush.rectangle((0, 0, widest + size, row * len(lines) + size // 2), fill=(0, 0, 0, 150))
     for i, line in enumerate(lines):
         fill = (255, 255, 255, 255 if i == 0 else 190)
-        brush.text((size // 2, size // 4 + i * row), line, font=_font(size), fill=fill)
+        brush.text((size // 2, size // 4 + i * row), line, font=font, fill=fill)
+
+
+def shorten(text: str, room: float, font: ImageFont.FreeTypeFont) -> str:
+    """Return text in one line, cut at its end where it is wider than ``room`` pixels."""
+    text = " ".join(text.split())
+    if font.getlength(text) <= room:
+        return text
+    while text and font.getlength(text + "…") > room:
+        text = text[:-1].rstrip(" …”")
+    return text + "…"

@@ -104,7 +104,9 @@ def write_clip_page(
     layers = overlays.build_layers(explanation, overlays.enlarge(clip.frames), label)
     order = np.argsort(-explanation.probabilities)[:TOP_CLASSES]
     scores = [{"name": classes[i], "percent": f"{100 * explanation.probabilities[i]:.1f}"} for i in order]
-    answer = f"{scores[0]['name']}, {scores[0]['percent']} %"
+    # Of classes that do not exclude each other, all that are more likely than not.
+    count = max(1, int((explanation.probabilities[order] >= 0.5).sum())) if trained.multi_label else 1
+    answer = "; ".join(f"{score['name']}, {score['percent']} %" for score in scores[:count])
     title = f"{trained.model.name} in {video.name}: {answer}"
     write_atomically(output / "overlays.png", overlays.draw_overview(layers, title, clip.labels))
     movie = None
@@ -117,6 +119,8 @@ def write_clip_page(
         trained=trained,
         command=command,
         scores=scores,
+        answers=scores[:count],
+        ratio=layers[0].frames.shape[2] / layers[0].frames.shape[1],
         explained=label,
         explanation=explanation,
         clip=clip,
@@ -146,12 +150,12 @@ def _script_data(explanation: Explanation, layers: Sequence[overlays.Layer], cli
     height, width = layers[0].frames.shape[1:3]
     parts = []
     for layer in layers:
-        pictures = [picture_uri(frame) for frame in layer.frames]
+        pictures = [picture_uri(frame, sharp=True) for frame in layer.frames]
         of_regions = layer.regions is not None
         parts.append(vars(layer) | {"frames": pictures, "regions": of_regions})
     return {
         "layers": parts,
-        "first": "owners" if explanation.assignment is not None else "gradcam",
+        "first": "drawn" if explanation.assignment is not None else "gradcam",
         "labels": clip.labels,
         "milliseconds": max(40, round(1000 * clip.seconds_per_frame)),
         "width": width,
@@ -172,25 +176,28 @@ def _tokens(explanation: Explanation, frames: Frames, labels: Sequence[str], lab
     own = np.arange(t) * regions[0] // t == slots[:, None]  # the frames that each token is pooled from
     reach = (weights > 0).sum(axis=1) * assignment[0, 0].size  # in Swin, its own frames only
     share, ticks = overlays.ratio_share(assignment * reach[:, None, None, None])
-    colours, opacity = overlays.tint(np.linspace(0, 1, LEVELS))
-    firsts = [-(-i * len(labels) // t) for i in range(t)]  # the first frame of each token frame
+    grey, words = overlays.fade(frames), overlays.read_texts()["token"]
+    texture = (overlays.texture(grey, owners.shape[1:]) + overlays.TEXTURE).round().astype(np.uint8)
     return {
+        **words,
         "count": count,
         "first": int(assignment.max(axis=(1, 2, 3)).argmax()),  # the most concentrated token
         "grid": assignment.shape[1:],
         "slots": _spans(labels, regions[0]),
-        "moments": _spans(labels, t),
-        "frames": [picture_uri(frame) for frame in overlays.fade(frames[firsts])],
+        "frames": [picture_uri(frame) for frame in grey],
+        "texture": [picture_uri(np.repeat(frame[..., None], 3, axis=-1)) for frame in texture],
+        "room": overlays.TEXTURE,
         # Read by ``unpack`` in the script.
         "maps": base64.b64encode((share * (LEVELS - 1)).round().astype(np.uint8).tobytes()).decode(),
-        "ramp": [[*map(int, rgb), round(float(alpha), 3)] for rgb, alpha in zip(colours, opacity, strict=True)],
+        "ramp": overlays.tint(np.linspace(0, 1, LEVELS)).tolist(),
         "owners": owners.reshape(-1).tolist(),
         # In percent: what each token draws from image tokens, and what of that from its own frames.
         "drawn": (100 * weights.sum(axis=1)).round().astype(int).tolist(),
         "own": (100 * (weights * own).sum(axis=1) / weights.sum(axis=1).clip(1e-12)).round().astype(int).tolist(),
         "parts": parts.reshape(-1).tolist() if parts is not None and parts.size == count else None,
+        "mean": 0.0 if parts is None else float(parts.mean()),
         "explained": label,
-        "scale": overlays.colour_scale(ticks, "times the token's even share"),
+        "scale": overlays.colour_scale(ticks, words["unit"]),
     }
 
 

@@ -18,12 +18,13 @@ import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw
 from torchvision.utils import make_grid
 
 from stvit_video.common.charts import PLAIN_TEXT
 from stvit_video.data.decode.types import Frames
 from stvit_video.data.sample import write_video
+from stvit_video.inference.annotate import load_font, shorten
 from stvit_video.models.layers import Grid
 from stvit_video.pages.explain import Array, Explanation, trajectories
 from stvit_video.pages.html import TEMPLATES, printable
@@ -33,7 +34,8 @@ PALETTE = (
     "#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#42d4f4", "#f032e6",
     "#bfef45", "#fabed4", "#469990", "#dcbeff", "#9a6324", "#fffac8", "#aaffc3", "#808000",
 )  # fmt: skip
-HEAT, SIGNED = "inferno", "RdBu_r"  # colour maps of matplotlib
+HEAT, SIGNED = "inferno", "RdBu_r"  # colour maps of matplotlib, which colour-blind people can read too
+TEXTURE = 24  # levels at most by which a frame shows through a painted square, around the square's colour
 MIN_SIDE = 320  # pixels of the shorter side of a painted frame
 MAX_COLUMNS = 8  # of the picture
 TITLE_HEIGHT = 34  # pixels above each panel of the video
@@ -56,28 +58,30 @@ class Layer:
 
 def build_layers(found: Explanation, frames: Frames, label: str) -> list[Layer]:
     """Paint all that the explanation of a clip has over its enlarged frames; ``label`` is the explained class."""
-    texts = yaml.safe_load((TEMPLATES / "layers.yaml").read_text("utf-8"))
+    texts = read_texts()
     grey = fade(frames)
     layers = []
     colours = None if found.regions is None else region_colours(found.regions)
 
-    def add(key: str, painted: Frames, ticks: Ticks = (), signed: bool = False, regions: bool = False) -> None:
-        words = texts[key]
-        scale = colour_scale(ticks, words["unit"], signed) if ticks else None
-        words = (words["short"], words["title"].format(label=label), words["caption"])
-        layers.append(Layer(key, *words, painted, scale, colours if regions else None))
+    def add(
+        key: str, painted: Frames, ticks: Ticks = (), regions: bool = False, mean: float = 0, top: float = 0
+    ) -> None:
+        figures = {"mean": f"{mean:+.2g}", "top": f"{top:.2g}"}
+        words = {name: text.format(label=label, **figures) for name, text in texts[key].items()}
+        scale = colour_scale(ticks, words["unit"], signed=top > 0) if ticks else None
+        layers.append(
+            Layer(key, words["short"], words["title"], words["caption"], painted, scale, colours if regions else None)
+        )
 
     def add_ratios(key: str, ratios: Array) -> None:
         share, ticks = ratio_share(ratios)
-        add(key, paint(grey, *tint(share)), ticks)
+        add(key, paint(grey, tint(share), share > 0), ticks)
 
     def add_owners(key: str, owners: NDArray[np.int64], strength: Array) -> None:
         """Paint semantic tokens in the colours of their regions, where ``strength`` is above 1."""
         assert colours is not None
-        share, _ = ratio_share(strength)
-        opacity = np.where(share > 0, 0.4 + 0.5 * share, 0)
         flat = colours.reshape(-1, 3)
-        add(key, paint(grey, flat[owners % len(flat)], opacity, np.where(share > 0, owners, -1)), regions=True)
+        add(key, paint(grey, flat[owners % len(flat)], strength > 1, np.where(strength > 1, owners, -1)), regions=True)
 
     add("video", frames)
     if found.assignment is not None and found.regions is not None and colours is not None:
@@ -89,22 +93,28 @@ def build_layers(found: Explanation, frames: Frames, label: str) -> list[Layer]:
     if found.recovery is not None and found.regions is not None:
         strongest = found.recovery.max(axis=-1) * np.prod(found.regions[1:])  # relative to an even share
         add_owners("givers", found.recovery.argmax(axis=-1), strongest)
-    add("gradcam", paint(grey, *tint(found.grad_cam)), [(share, f"{share:g}") for share in (0.0, 0.5, 1.0)])
+    cam_ticks = [(share, f"{share:g}") for share in (0.0, 0.5, 1.0)]
+    add("gradcam", paint(grey, tint(found.grad_cam), found.grad_cam > 0), cam_ticks)
     if found.attention is not None:
         add_ratios("attention", found.attention)
     if found.contributions is not None:
-        parts = found.contributions
-        top = max(float(np.abs(parts).max()), 2 * abs(float(parts.mean()))) or 1.0
-        ticks = [(0.0, f"{-top:.2g}"), (0.5, "0"), (1.0, f"+{top:.2g}")]
-        add("contributions", paint(grey, *tint(parts / top, signed=True)), ticks, signed=True)
+        share, mean, top = contrast(found.contributions)
+        ticks = [(0.0, f"{-top:.2g}"), (0.5, "the mean"), (1.0, f"+{top:.2g}")]
+        painted = paint(grey, tint(share, signed=True), found.contributions != 0)
+        add("contributions", painted, ticks, mean=mean, top=top)
     return layers
+
+
+def read_texts() -> dict[str, dict[str, str]]:
+    """Return the words of each layer."""
+    return yaml.safe_load((TEMPLATES / "layers.yaml").read_text("utf-8"))
 
 
 def region_colours(regions: Grid) -> NDArray[np.uint8]:
     """Return the colour (h, w, 3) of each region of a frame; neighbours differ."""
     _, h, w = regions
     number = np.arange(h)[:, None] * w + np.arange(w)
-    return np.array([ImageColor.getrgb(colour) for colour in PALETTE], np.uint8)[number % len(PALETTE)]
+    return leave_room(np.array([ImageColor.getrgb(colour) for colour in PALETTE], np.uint8))[number % len(PALETTE)]
 
 
 def enlarge(frames: Frames) -> Frames:
@@ -125,37 +135,81 @@ def ratio_share(ratios: Array) -> tuple[Array, Ticks]:
 
     The scale ends at 2 at least, so that small differences do not look large.
     """
-    top = max(2.0, float(ratios.max()))
+    top = round_up(max(2.0, float(ratios.max())))
     steps = [step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500) if step <= 0.75 * top]
     ticks = [(float(np.log(step) / np.log(top)), f"{step}") for step in steps]
     return np.log(np.maximum(ratios, 1)) / np.log(top), [*ticks, (1.0, f"{top:.2g}")]
 
 
-def tint(share: Array, signed: bool = False) -> tuple[NDArray[np.uint8], Array]:
-    """Return colours (..., 3) and opacities (...) of values from 0 (or -1 if ``signed``) to 1; 0 is transparent."""
+def round_up(top: float) -> float:
+    """Return the end of a scale: the next number of two digits, so that its label is exact."""
+    unit = 10.0 ** (np.floor(np.log10(top)) - 1)
+    return float(np.ceil(np.round(top / unit, 6)) * unit)
+
+
+def contrast(parts: Array) -> tuple[Array, float, float]:
+    """Return parts less their mean, from -1 to 1, then the mean and the difference from it that 1 stands for.
+
+    Without the mean, which all tokens add, the differences between them would hardly be seen. Parts that are 0 are
+    those of tokens that were dropped.
+    """
+    there = parts != 0
+    mean = float(parts[there].mean()) if there.any() else 0.0
+    differences = np.where(there, parts - mean, 0)
+    top = max(float(np.abs(differences).max()), 1e-3 * abs(mean)) or 1.0  # rounding errors are no differences
+    top = round_up(top)
+    return differences / top, mean, top
+
+
+def tint(share: Array, signed: bool = False) -> NDArray[np.uint8]:
+    """Return the colours (..., 3) of values from 0 (or -1 if ``signed``) to 1."""
     name, place = (SIGNED, (share + 1) / 2) if signed else (HEAT, 0.25 + 0.75 * share)
-    opacity = 0.8 * np.abs(share) ** 0.5 if signed else 0.85 * share**0.5
-    return matplotlib.colormaps[name](place, bytes=True)[..., :3], opacity
+    return leave_room(matplotlib.colormaps[name](place, bytes=True)[..., :3])
+
+
+def leave_room(colours: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return colours with room for TEXTURE above and below."""
+    return (TEXTURE + colours * ((255 - 2 * TEXTURE) / 255)).round().astype(np.uint8)
 
 
 def colour_scale(ticks: Ticks, unit: str, signed: bool = False) -> dict[str, Any]:
-    """Return a scale: ``colours`` (n, 3) from left to right over middle grey, ``ticks`` (place, label), ``unit``."""
-    colours, opacity = tint(np.linspace(-1 if signed else 0, 1, 33), signed)
-    over_grey = (colours * opacity[:, None] + 160 * (1 - opacity[:, None])).round().astype(np.uint8).tolist()
-    return {"colours": over_grey, "ticks": ticks, "unit": unit}
+    """Return a scale: ``colours`` (n, 3) from left to right, ``ticks`` (place, label), ``unit``."""
+    return {"colours": tint(np.linspace(-1 if signed else 0, 1, 65), signed).tolist(), "ticks": ticks, "unit": unit}
 
 
 def paint(
-    frames: Frames, colours: NDArray[np.uint8], opacity: Array, numbers: NDArray[np.int64] | None = None
+    frames: Frames, colours: NDArray[np.uint8], shown: NDArray[np.bool_], numbers: NDArray[np.int64] | None = None
 ) -> Frames:
-    """Paint colours (t, h, w, 3) over frames, and a white line between tokens with different ``numbers`` (t, h, w)."""
-    steps = zip(frames.shape[:3], opacity.shape, strict=True)
+    """Paint colours (t, h, w, 3) over grey frames where ``shown`` (t, h, w), as squares whose mean is that colour.
+
+    Between tokens with different ``numbers`` (t, h, w) there is a white line.
+    """
+    steps = zip(frames.shape[:3], shown.shape, strict=True)
     box = np.ix_(*(np.arange(pixels) * tokens // pixels for pixels, tokens in steps))  # the token of each pixel
-    weight = opacity[box][..., None]
-    painted = (frames * (1 - weight) + colours[box] * weight).round().clip(0, 255).astype(np.uint8)
+    squares = (colours[box] + texture(frames, shown.shape[1:])[..., None]).round().astype(np.uint8)
+    painted = np.where(shown[box][..., None], squares, frames)
     if numbers is not None:
         painted[np.any(np.gradient(numbers[box], axis=(1, 2)), axis=0)] = 255
     return painted
+
+
+def texture(frames: Frames, grid: tuple[int, ...]) -> Array:
+    """Return what grey frames (T, H, W, 3) differ by from the mean of each square of a grid (h, w): (T, H, W).
+
+    Added to a colour it leaves the mean as it is, so that a painted square has the colour of the scale. Blending would
+    make it darker or lighter with the frame. Differences of more than TEXTURE are reduced to that.
+    """
+    places = [np.arange(pixels) * tokens // pixels for pixels, tokens in zip(frames.shape[1:3], grid, strict=True)]
+    starts = [np.flatnonzero(np.diff(place, prepend=-1)) for place in places]
+
+    def of_squares(values: Array, reduce: np.ufunc) -> Array:
+        for axis, start in enumerate(starts, 1):
+            values = reduce.reduceat(values, start, axis=axis)
+        return values[np.ix_(np.arange(len(values)), *places)]
+
+    grey = frames[..., 0].astype(np.float64)
+    detail = grey - of_squares(grey, np.add) / of_squares(np.ones_like(grey), np.add)
+    return detail * np.minimum(1, TEXTURE / of_squares(np.abs(detail), np.maximum).clip(1e-9))
 
 
 def paint_tracks(frames: Frames, paths: Array, colours: NDArray[np.uint8]) -> Frames:
@@ -228,13 +282,11 @@ def _describe(axes: Axes, layer: Layer) -> None:
 
 def write_panels(path: Path, layers: Sequence[Layer], seconds_per_frame: float) -> None:
     """Write an H.264 video with all layers side by side, each below its title."""
-    font = ImageFont.load_default(17)
+    font = load_font(17)
     panels = []
     for layer in layers:
         count, _, width, _ = layer.frames.shape
-        title = layer.title
-        while font.getlength(title) > width and len(title) > 4:
-            title = title[:-2].rstrip(" …”") + "…"
+        title = shorten(layer.title, width, font)
         strip = Image.new("RGB", (width + 8, TITLE_HEIGHT), PAPER)
         ImageDraw.Draw(strip).text((4, 8), title, fill=INK, font=font)
         below = np.pad(layer.frames, ((0, 0), (0, 0), (4, 4), (0, 0)), constant_values=255)

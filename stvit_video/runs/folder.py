@@ -1,25 +1,25 @@
 """The folder of a run: whose it is, what it holds, and what may be written to it."""
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import sys
-from collections.abc import Container, Iterable, Mapping
+import weakref
+from collections.abc import Callable, Container, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import yaml
 from fvcore.common.config import CfgNode
 
 from stvit_video.common.errors import UsageError
-from stvit_video.common.files import wait_for_lock, write_atomically, write_json
+from stvit_video.common.files import write_atomically, write_json
+from stvit_video.common.locks import Lock
 from stvit_video.common.tables import to_csv
 from stvit_video.config.schema import complete, flatten
 from stvit_video.data.failures import Failure, failures_csv
@@ -42,6 +42,7 @@ ROOT_PATH_KEYS = ("DATA.TRAIN_LIST", "DATA.VAL_LIST", "DATA.TEST_LIST", "DATA.CL
 # each file carries a fingerprint of what it was computed from.
 TEST_FILES = (
     "results.json", "confusion.png", "average_precision.png", "failures.csv", "per_class.csv", "predictions.csv",
+    "scores.npy",
 )  # fmt: skip
 RESULT_FILES = {
     "train": TEST_FILES,
@@ -52,6 +53,7 @@ TRAINING_FILES = (
     "metrics.jsonl", "curves.png", "model.safetensors", "load_report.json", "config.yaml", "environment.json",
 )  # fmt: skip
 PACKAGES = ("torch", "torchvision", "pytorchvideo", "decord", "decord2", "av", "fvcore", "numpy", "submitit")
+LOCK = ".lock"
 LOCK_S = 30  # longer than the processes of a killed start need to end
 
 
@@ -69,7 +71,8 @@ class RunFolder:
         self.best_weights = self.checkpoints / "best.safetensors"
         self.partial_scores = self.checkpoints / "test_parts"  # of an interrupted test
         self.config_text = yaml.safe_dump(dict(self.settings))
-        self._lock: TextIO | None = None
+        self._lock: Lock | None = None
+        self.unlock: Callable[[], object] = lambda: None
 
     def is_finished(self) -> bool:
         """Say whether the run here was trained and tested."""
@@ -92,11 +95,8 @@ class RunFolder:
         """Make sure that the run may write here; nothing is changed."""
         path = self.path
         mode = self.settings["MODE"]
+        self._check_place()
         recorded = self.recorded_config()
-        if path.exists() and not path.is_dir():
-            raise UsageError(f"OUTPUT_DIR {path} is a file; give a folder.")
-        if recorded is None and path.is_dir() and any(file.name != ".config.yaml.tmp" for file in path.iterdir()):
-            raise UsageError(f"OUTPUT_DIR {path} holds files that are not a run's; give an empty or new folder.")
         if recorded is None or self.settings["OVERWRITE"] or not self.has_progress():
             return
         problem, remedy = "", ""
@@ -126,6 +126,15 @@ class RunFolder:
         start = f" (with MODEL.INIT {weights}{keys} to go on from its weights, in a schedule of its own)"
         return f"give another OUTPUT_DIR{start if weights else ''}, or OVERWRITE True."
 
+    def _check_place(self) -> None:
+        """Raise UsageError where the folder is no run's and holds something."""
+        path = self.path
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"OUTPUT_DIR {path} is a file; give a folder.")
+        names = {file.name for file in path.iterdir()} if path.is_dir() and self.recorded_config() is None else set()
+        if any(name != ".config.yaml.tmp" and not name.startswith(LOCK) for name in names):
+            raise UsageError(f"OUTPUT_DIR {path} holds files that are not a run's; give an empty or new folder.")
+
     def claim(self) -> None:
         """Make the folder this run's, clearing what it replaces; ``check`` comes first."""
         self.check()
@@ -149,32 +158,31 @@ class RunFolder:
         self.checkpoints.mkdir(exist_ok=True)
 
     def lock(self) -> None:
-        """Keep other processes from training here until this one ends; wait LOCK_S seconds for another one's end."""
-        if self._lock is not None or self.recorded_config() is None:  # a folder that is not a run's is not locked
+        """Keep other processes from the folder until this one ends; wait LOCK_S seconds for another one's end.
+
+        What is then seen in the folder stays so. A folder that is made for that is removed unless it is claimed.
+        """
+        if self._lock is not None or (self.path.is_dir() and not os.access(self.path, os.W_OK)):  # nobody writes there
             return
-        # A lock of the process, not of the open file, which the loader's workers would inherit.
-        file = open(self.path / ".lock", "a+")  # noqa: SIM115 (kept open)
-
-        def holder() -> str:
-            file.seek(0)
-            return file.read() or "another process"
-
-        try:
-            taken = wait_for_lock(
-                lambda: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB),
-                LOCK_S,
-                lambda: f"waiting for {holder()} to end, which still writes {self.path}",
-            )
-        except OSError:  # this file system has no locks
-            taken = True
-        if not taken:
+        self._check_place()
+        made = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        before = self._results_time()
+        lock = Lock(self.path / LOCK)
+        if not lock.take(LOCK_S, lambda holder: f"waiting for {holder} to end, which still writes {self.path}"):
             raise UsageError(
-                f"OUTPUT_DIR {self.path} is being written by {holder()}; wait for its end, end it, or give another."
+                f"OUTPUT_DIR {self.path} is being written by {lock.holder()}; wait for its end, end it, or give "
+                f"another OUTPUT_DIR."
             )
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        self._lock = file
+        self._lock = lock
+        self.unlock = weakref.finalize(self, _leave, lock, self.path, made, os.getpid())
+        if self.settings["OVERWRITE"] and self._results_time() != before:
+            raise UsageError(
+                f"OUTPUT_DIR {self.path} was finished by another process that this one waited for; give each its own, "
+                f"or start this one again: OVERWRITE True then replaces those results."
+            )
+
+    def _results_time(self) -> list[int]:
+        return [path.stat().st_mtime_ns for path in (self.results, self.transfer) if path.is_file()]
 
     def recorded_config(self) -> dict[str, Any] | None:
         """Return the configuration of the run that owns the folder, None where no run does."""
@@ -191,6 +199,17 @@ class RunFolder:
     def write_failures(self, failures: Iterable[Failure]) -> None:
         """Write ``failures.csv``, each video once a stage; a header alone where none failed."""
         write_atomically(self.path / "failures.csv", failures_csv(failures))
+
+
+def _leave(lock: Lock, path: Path, made: list[Path], process: int) -> None:
+    """Release a folder's lock, and remove what was ``made`` of a folder that is still no run's."""
+    if os.getpid() != process:  # a fork inherits the finalizer but not the lock
+        return
+    claimed = (path / "config.yaml").exists()
+    lock.close()
+    with contextlib.suppress(OSError):  # another process may use it by now
+        for folder in made if not claimed else ():
+            folder.rmdir()
 
 
 def environment() -> dict[str, Any]:

@@ -62,6 +62,10 @@ def describe_results(results: dict[str, Any]) -> str:
             accuracy += f" ({without} class{'es' if without > 1 else ''} without a positive video counted as 0; {rest})"
     else:
         accuracy = f"top-1 {results['top1']:.2f} %  top-5 {results['top5']:.2f} %"
+        if "macro_f1" in results:  # older results have none
+            without = results["classes_without_videos"]
+            rest = f" ({without} class{'es' if without > 1 else ''} without a video left out)" if without else ""
+            accuracy += f"  macro top-1 {results['macro_top1']:.2f} %  macro F1 {results['macro_f1']:.2f} %{rest}"
     return (
         f"{accuracy}  on {scored} videos "
         f"({100 * results['coverage']:.1f} % coverage, {views['clips']} x {views['crops']} views{short}){speed}"

@@ -26,6 +26,7 @@ from stvit_video.models.cost import Cost, count_training_memory, measure_cost
 from stvit_video.models.weights.files import Checkpoint, read_checkpoint
 from stvit_video.models.zoo import build_model
 from stvit_video.runs.checkpoint import check_all_loaded, load_newest, save_weights
+from stvit_video.runs.classes import check_classes
 from stvit_video.runs.fingerprint import Lists, check_continued, check_finished, classes_of, record_lists
 from stvit_video.runs.folder import RunFolder, build_run_folder, describe_changes
 from stvit_video.runs.lists import LABELS, build_known, is_multi_label, open_lists
@@ -92,6 +93,8 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
         raise UsageError("MODE transfer needs a checkpoint to evaluate; give MODEL.INIT FILE.")
     folder = build_run_folder(cfg)
     state = None
+    if purpose == "run":
+        on_main(world, folder.lock)  # what is decided by a look at the folder is decided under its lock
     if purpose != "measure":
         on_main(world, folder.check)
         if cfg.LOG.WANDB and importlib.util.find_spec("wandb") is None:
@@ -168,8 +171,7 @@ def build_finished_answer(cfg: CfgNode, world: World, folder: RunFolder, opened:
 
 
 def _build_state(cfg: CfgNode, world: World, folder: RunFolder) -> dict[str, Any] | None:
-    """Lock the folder of a training run and return the state that it continues from; None where it begins."""
-    on_main(world, folder.lock)
+    """Return the state that a training run continues from; None where it begins."""
     state = None if cfg.OVERWRITE else load_newest(folder.checkpoints)
     steps = gather_objects(world, None if state is None else int(state["step"]))
     if len(set(steps)) > 1:
@@ -215,7 +217,8 @@ def build_fitting_sampling(
     uniform = override(cfg, [("DATA.SAMPLING", "uniform")], "DATA.SHORT_VIDEOS")
     samplers = [build_sampler(cfg), build_sampler(uniform)]
     split = "train" if "train" in videos else "test"
-    decoding = build_decoding(cfg, cfg.TEST.SHORT_SIDE)
+    # Indexes are kept in the folder once it is the run's.
+    decoding = build_decoding(cfg, cfg.TEST.SHORT_SIDE, in_run=Path(cfg.OUTPUT_DIR, "config.yaml").exists())
     own, spread = on_main(world, lambda: count_short(videos[split], split, samplers, decoding))
     sampling = known or ("uniform" if 2 * own.short > own.looked_at else cfg.DATA.SAMPLING)
     if sampling == cfg.DATA.SAMPLING:
@@ -228,9 +231,11 @@ def build_weights(
     cfg: CfgNode, model: nn.Module, checkpoint: Checkpoint, classes: list[str], multi_label: bool = False
 ) -> LoadReport:
     """Load a checkpoint into the model as MODE asks. Raises UsageError where it is not of this model or its classes."""
-    known, antialias = checkpoint.metadata.get("classes"), cfg.MODEL.INIT_ANTIALIAS
+    known, antialias = checkpoint.classes, cfg.MODEL.INIT_ANTIALIAS
     if cfg.MODE == "test":
-        check_classes(cfg.MODEL.INIT, known, classes)
+        remedy = "Test on data of its classes, or correct the names of one of them."
+        by_place = bool(cfg.DATA.CLASSES) or are_numbers(classes)  # else names are sorted, which tells nothing
+        note = check_classes(checkpoint.path, known, classes, remedy, by_place=by_place)
         trained = checkpoint.metadata.get("multi_label", multi_label)
         if trained != multi_label:
             raise UsageError(
@@ -240,34 +245,21 @@ def build_weights(
             )
         report = load_pretrained(model, checkpoint, min_coverage=0.9, antialias=antialias)
         check_all_loaded(report, model)
+        report.notes += filter(None, [note])
         return report
     least = cfg.MODEL.INIT_MIN_COVERAGE
     if cfg.MODE == "transfer":  # its classifier is not used
         return load_pretrained(model, checkpoint, min_coverage=least, new_head=True, antialias=antialias)
-    if known not in (None, classes) and not cfg.MODEL.NEW_HEAD and cfg.MODEL.INIT_DEPTH is None:
-        raise UsageError(
-            f"{cfg.MODEL.INIT}: its classifier is for other classes ({', '.join(map(str, known[:4]))} ...) than the "
-            f"data's ({', '.join(classes[:4])} ...). Set MODEL.NEW_HEAD True to train a new one."
-        )
+    note = ""
+    keeps_head = not cfg.MODEL.NEW_HEAD and cfg.MODEL.INIT_DEPTH is None
+    # A published classifier of another size starts anew, and the report says so.
+    if keeps_head and (checkpoint.metadata or known is None or len(known) == len(classes)):
+        remedy = "Set MODEL.NEW_HEAD True to train a new one, or correct the names of one of them."
+        note = check_classes(checkpoint.path, known, classes, remedy)
     options = {"new_head": cfg.MODEL.NEW_HEAD, "motion": cfg.MODEL.INIT_MOTION, "depth": cfg.MODEL.INIT_DEPTH}
-    return load_pretrained(model, checkpoint, min_coverage=least, antialias=antialias, **options)
-
-
-def check_classes(source: str, known: list[str] | None, classes: list[str]) -> None:
-    """Raise UsageError where a checkpoint's classifier is for other classes, by name, than the data's.
-
-    Classes that are numbers on one side alone are lists with and without DATA.CLASSES: their labels are compared.
-    """
-    if known is None or known == classes or are_numbers(known) != are_numbers(classes):
-        return
-    if len(known) == len(classes) or not are_numbers(known):
-        same = f"{len(known)} classes, not {len(classes)}"
-        same = "the same names in another order" if len(known) == len(classes) else same
-        other = next((name for name in classes if name not in known), same)
-        raise UsageError(
-            f"{source}: its classifier is for other classes ({', '.join(map(str, known[:4]))} ...) than the data's "
-            f"({', '.join(classes[:4])} ...): {other}. Test on data of its classes, or correct DATA.CLASSES."
-        )
+    report = load_pretrained(model, checkpoint, min_coverage=least, antialias=antialias, **options)
+    report.notes += [note] if note and "head.proj.weight" in report.keys["loaded"] else []
+    return report
 
 
 def build_cost_report(cfg: CfgNode) -> str:

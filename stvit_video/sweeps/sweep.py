@@ -3,7 +3,6 @@
 A run lives in OUTPUT/ROW/seedN; OUTPUT/ROW/seedN.txt beside it is a link to the log of its newest job.
 """
 
-import fcntl
 import json
 import os
 import signal
@@ -11,7 +10,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -26,7 +25,8 @@ from stvit_video.benchmarks.models import TimedModel, build_speeds
 from stvit_video.benchmarks.rounds import describe_conditions
 from stvit_video.common.accuracy import ACCURACIES, accuracy_key
 from stvit_video.common.errors import Stopped, UsageError
-from stvit_video.common.files import prepare_folder, wait_for_lock, write_json
+from stvit_video.common.files import prepare_folder, write_json
+from stvit_video.common.locks import Lock
 from stvit_video.common.tables import format_table
 from stvit_video.config.load import override
 from stvit_video.config.schema import flatten
@@ -163,11 +163,13 @@ def build_sweep(plan: Plan, output: Path, options: Namespace) -> int:
     """
     chosen = [] if options.no_train else choose_rows(plan, options.rows)
     prepare_folder(output)
-    with open(output / ".tradeoff.lock", "a+") as file:
-        lock = partial(fcntl.flock, file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not wait_for_lock(lock, LOCK_S, lambda: f"waiting for another command that uses {output} to end"):
-            remedy = f"wait for it or end it (fuser {file.name} tells which), or give another folder"
-            raise UsageError(f"--output {output} is in use by another tradeoff command; {remedy}.")
+    lock = Lock(output / ".tradeoff.lock")
+    if not lock.take(LOCK_S, lambda holder: f"waiting for {holder} to end, a tradeoff command that uses {output}"):
+        raise UsageError(
+            f"--output {output} is in use by another tradeoff command, {lock.holder()}; wait for it or end it, or give "
+            f"another folder."
+        )
+    with closing(lock):
         runs = build_runs(plan, output)
         to_train = choose_runs(runs, chosen)
         rows = dict.fromkeys(run.row for run in runs)

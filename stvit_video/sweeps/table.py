@@ -125,4 +125,6 @@ def plot_tradeoff(rows: Sequence[SweepRow], path: Path, accuracy: str = "top-1")
         points.append(Point(row.name, x, mean, y_range=(min(row.found), max(row.found)), **STYLES[row.kind]))
     if points:
         across = "clips per second" if measured else "GFLOPs per clip"
-        plot_points(points, across, f"{accuracy} (%), mean of the seeds and their range", path)
+        best = max(points, key=lambda point: point.y)
+        title = f"{path.resolve().parent.name}: best is {best.name}, {accuracy} {best.y:.1f} % at {best.x:.3g} {across}"
+        plot_points(points, across, f"{accuracy} (%), mean of the seeds and their range", path, title)

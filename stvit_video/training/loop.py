@@ -45,14 +45,11 @@ def run_epochs(
         state = trainer.state()
         on_main(world, partial(writer.save, state))
 
-    def stop_waiting() -> bool:  # several processes save together, after a step of all
-        return world.size == 1 and signals.received is not None
-
     epochs = math.ceil(trainer.total_steps / trainer.steps_per_epoch)  # the last may be cut short
     with Progress("train", trainer.total_steps, trainer.step, enabled=world.is_main) as progress:
-        while trainer.epoch < epochs:
+        while trainer.epoch < epochs and not trainer.is_stale:
             try:
-                for _ in trainer.train_epoch(progress, log, stop_waiting):
+                for _ in trainer.train_epoch(progress, log, lambda: signals.received is not None):
                     stop = any_of(world, signals.received is not None)
                     due = any_of(world, world.is_main and writer.is_due(trainer.step))
                     if stop or due or trainer.steps_left == 0:
@@ -65,8 +62,9 @@ def run_epochs(
                     run.folder.write_failures(trainer.failures)
                 raise
             except LoaderFailure:
-                if world.size == 1 and trainer.step > 0:  # other processes wait for this one in the middle of a step
+                if trainer.step > 0:  # all processes are here
                     save()
+                    on_main(world, writer.wait)
                 raise
             on_main(world, writer.wait)  # before validation forks its workers
             epoch = trainer.epoch + 1
@@ -77,6 +75,11 @@ def run_epochs(
                 key = accuracy_key(values)
                 accuracy = f"{ACCURACIES[key]} {values[key]:.1f} %"
                 progress.note(f"epoch {epoch}: validation loss {values['loss']:.3f}, {accuracy}")
+                if trainer.is_stale and epoch < epochs:
+                    progress.note(
+                        f"training ends early (TRAIN.PATIENCE): {trainer.stale} validations have not been better than "
+                        f"{trainer.best:.1f} %; TEST.WEIGHTS best tests the weights of that, last the present ones"
+                    )
             trainer.epoch = epoch
             write_failures(run, trainer)
             for stage, loader in (("train", trainer.loader), ("val", trainer.val_loader)):
@@ -97,8 +100,9 @@ def validate(run: OpenRun, trainer: Trainer, loader: Loader, signals: StopSignal
     trainer.failures += predictions.failures
     values = {"loss": predictions.loss, **predictions.figures()}
     accuracy = values[accuracy_key(values)]
+    trainer.stale += 1
     if accuracy > trainer.best:
-        trainer.best = accuracy
+        trainer.best, trainer.stale = accuracy, 0
         about = {"weights": "best", "weights_step": trainer.step, "weights_validation": accuracy}
         on_main(run.world, lambda: run.save_weights(run.folder.best_weights, model, about))
     return values
@@ -155,7 +159,6 @@ def train(run: OpenRun) -> None:
     trainer = build_trainer(run)
     tester = build_tester(run)
     run.claim()
-    on_main(world, folder.lock)  # of a new folder; an old one is locked already
     if run.state is not None:
         resume(run, trainer, run.state)
         run.state = None  # frees as much memory as the weights and the optimiser take

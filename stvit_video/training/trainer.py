@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -22,7 +21,7 @@ from stvit_video.data.clips.transforms import Mix
 from stvit_video.data.dataset import MAX_TRIES, Batch
 from stvit_video.data.failures import Failure, check_failures
 from stvit_video.data.loader import build_mix, build_test_loader, build_train_loader
-from stvit_video.data.workers import Loader
+from stvit_video.data.workers import Loader, LoaderFailure
 from stvit_video.models.weights.files import header
 from stvit_video.runs.folder import RunFolder
 from stvit_video.runs.log import MetricsLog
@@ -32,10 +31,11 @@ from stvit_video.runtime.clock import PARTS, StepClock, peak_memory
 from stvit_video.runtime.precision import autocast, matrix_rate, set_precision
 from stvit_video.runtime.stopping import Diverged
 from stvit_video.runtime.world import World, any_of, gather_objects, sum_over_world
+from stvit_video.training.losses import build_class_weights, classification_loss
 from stvit_video.training.optim import average_weights, build_optimizer, build_scheduler, freeze
 
 LOG_EVERY = 8  # steps between rows of metrics.jsonl
-COUNTERS = ("epoch", "step", "bad_steps", "best")  # of a trainer, in its checkpoints
+COUNTERS = ("epoch", "step", "bad_steps", "best", "stale")  # of a trainer, in its checkpoints
 ROUNDING = ("processes", "strategy", "accumulation", "compile", "device")  # of a setup: may change, with a note
 
 
@@ -56,19 +56,11 @@ class TrainSettings:
     peak_clips_per_second: float  # if a training step were nothing but one matrix product, over all processes
     seed: int
     val_every: int = 1  # epochs between validations
+    patience: int = 0  # validations without a better accuracy that end the training; 0: none do
     mix: Mix | None = None
     multi_label: bool = False  # labels are those of each class by itself (clips, classes)
     tested: str = "last"  # which weights are tested at the end
-
-
-def classification_loss(logits: Tensor, targets: Tensor, smoothing: float, multi_label: bool) -> Tensor:
-    """Return the mean cross-entropy of logits (B, classes) and targets (B,) or (B, classes).
-
-    Of a multi-label set, that of a sigmoid for each class; smoothing then draws each target towards a half.
-    """
-    if multi_label:
-        return F.binary_cross_entropy_with_logits(logits, targets.lerp(torch.full_like(targets, 0.5), smoothing))
-    return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+    class_weights: Tensor | None = None  # (classes,)
 
 
 @dataclass(eq=False)
@@ -91,6 +83,7 @@ class Trainer:
     step: int = 0  # steps taken
     bad_steps: int = 0  # those of them that were skipped
     best: float = -1.0  # validation top-1 or mAP in percent; any first one is better
+    stale: int = 0  # validations since then
     failures: list[Failure] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -101,6 +94,11 @@ class Trainer:
     @property
     def steps_per_epoch(self) -> int:
         return len(self.loader) // self.settings.accumulate
+
+    @property
+    def is_stale(self) -> bool:
+        """Say whether the accuracy of validation has not grown for as long as ``patience`` allows."""
+        return 0 < self.settings.patience <= self.stale
 
     @property
     def steps_left(self) -> int:
@@ -132,7 +130,7 @@ class Trainer:
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         for name in COUNTERS:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, 0))  # older checkpoints lack the newest
 
     def model_to_test(self) -> nn.Module:
         """Return the network to test: the moving average where there is one. A collective call of all processes."""
@@ -197,9 +195,7 @@ class Trainer:
         seen = []
         for i in range(self.settings.accumulate):
             with self.clock.part("data"):
-                batch = next(batches, None)
-                if batch is None:
-                    raise WaitEnded
+                batch = self._next_batch(batches)
                 self.failures += batch.failures
                 self.failed.update(failure.path for failure in batch.failures)
                 if batch.missing:
@@ -221,7 +217,8 @@ class Trainer:
                         labels = targets.argmax(dim=1)  # for the hits: the label with the larger share
                     with autocast(self.world.device, self.settings.precision):
                         logits = self.wrapped(clips)
-                    loss = classification_loss(logits.float(), targets, settings.label_smoothing, settings.multi_label)
+                    how = (settings.label_smoothing, settings.multi_label, settings.class_weights)
+                    loss = classification_loss(logits.float(), targets, *how)
                     # A learned reducer's: added for the gradients, not in the logged loss.
                     auxiliary = getattr(self.model, "auxiliary_loss", lambda: None)()
                     total = loss if auxiliary is None else loss + auxiliary
@@ -242,6 +239,23 @@ class Trainer:
             return sums
         self._skip(seen)
         return torch.zeros_like(sums)
+
+    def _next_batch(self, batches: Iterator[Batch]) -> Batch:
+        """Return the next batch, where all processes have theirs.
+
+        Where one has none, all know before they begin to wait for each other in a step, and can still save: raises
+        that one's LoaderFailure on all of them, or WaitEnded.
+        """
+        batch, failure = None, None
+        try:
+            batch = next(batches, None)
+        except LoaderFailure as error:
+            failure = error
+        if any_of(self.world, batch is None):
+            found = filter(None, gather_objects(self.world, failure))
+            raise next(found, WaitEnded())
+        assert batch is not None
+        return batch
 
     def _update_weights(self) -> bool:
         """Clip the gradients and step; where they are not finite, on every process, leave the weights as they are."""
@@ -356,9 +370,11 @@ def build_trainer(run: OpenRun) -> Trainer:
         peak_clips_per_second=float(rate) / (3 * run.cost.gflops),  # the backward pass costs twice the forward pass
         seed=cfg.SEED,
         val_every=cfg.TRAIN.VAL_EVERY,
+        patience=cfg.TRAIN.PATIENCE,
         mix=build_mix(cfg, world, len(run.classes)),
         multi_label=run.multi_label,
         tested=cfg.TEST.WEIGHTS,
+        class_weights=build_class_weights(run),
     )
     setup = {
         "processes": world.size,

@@ -134,7 +134,7 @@ def transfer(run: OpenRun) -> None:
     if tuned is not None:  # else it is finished already
         train(tuned)
     results = on_main(world, lambda: json.loads((folder.path / FINETUNE / "results.json").read_text()))
-    figures = {name: results[name] for name in rows[0] if name not in ("method", "weights")}
+    figures = {name: results[name] for name in rows[0] if name not in ("method", "weights") and name in results}
     tuned_row = {"method": f"fine-tuned ({tuning.TRAIN.EPOCHS} epochs)", "weights": "fine-tuned", **figures}
     on_main(world, lambda: write([*rows, tuned_row], True))
 
@@ -224,8 +224,8 @@ def build_image_model(
 ) -> tuple[nn.Module | None, str]:
     """Return the image model of a checkpoint of one frame and exactly these classes; or None, and why not."""
     path, metadata = checkpoint.path, checkpoint.metadata
-    frames, own = metadata.get("arguments", {}).get("num_frames"), metadata.get("classes")
-    if not isinstance(own, list):
+    frames, own = metadata.get("arguments", {}).get("num_frames"), checkpoint.classes
+    if own is None:
         return None, f"{path} carries no class names"
     if frames != 1:
         return None, f"{path} is a model of {frames} frames, not of images"

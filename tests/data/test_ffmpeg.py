@@ -204,6 +204,8 @@ def test_frames_and_times_are_those_of_ffmpeg(shown: Shown) -> None:
             check_frames(video.frames(indices), shown.frames[indices], shown.name)
         for index in (length - 1, length // 2, 0, length // 3):
             check_frames(video.frames([index]), shown.frames[[index]], shown.name)
+        check_frames(np.stack(list(video.all_frames())), shown.frames, shown.name)
+        check_frames(video.frames([length // 2]), shown.frames[[length // 2]], shown.name)
     check_times(shown)
 
 
@@ -220,6 +222,8 @@ def check_damaged(shown: Shown) -> None:
                         check_frames(frames, shown.frames[[index]], shown.name)
                 except DecodeError as error:
                     errors.append(error)
+            if shown.name not in UNDEFINED:
+                check_frames(np.stack(list(video.all_frames())), shown.frames, shown.name)
     except DecodeError as error:
         errors.append(error)
     assert errors or len(shown.frames)

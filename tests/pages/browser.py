@@ -28,13 +28,22 @@ def start(page: Path, *options: str, fragment: str = "", size: tuple[int, int] =
 def dump(page: Path, script: str = "", **options: object) -> str:
     """Return the page after its own script, and then ``script``, have run."""
     copy = page.with_name("probe.html")
-    probe = f"""<script>
-      window.addEventListener("load", () => {{ const note = (name, value) => {{
-        document.documentElement.setAttribute("probe-" + name, value); }}; {script} }});
+    probe = f"""<script>window.addEventListener("load", async () => {{ {script} }});</script>"""
+    # The page of a phone stands in a frame, as Chromium's own windows are 500 pixels wide at least.
+    notes = """<script>
+      const note = (name, value) => parent === window ? document.documentElement.setAttribute("probe-" + name, value)
+        : parent.postMessage([name, value], "*");
+      window.onerror = (what) => note("error", what);
+      window.onunhandledrejection = (event) => note("error", event.reason);
     </script>"""
-    errors = '<script>window.onerror = (what) => document.documentElement.setAttribute("probe-error", what);</script>'
     text = page.read_text(encoding="utf-8")
-    copy.write_text(text.replace("<head>", f"<head>{errors}", 1).replace("</body>", f"{probe}</body>"), "utf-8")
+    copy.write_text(text.replace("<head>", f"<head>{notes}", 1).replace("</body>", f"{probe}</body>"), "utf-8")
+    width, height = options.get("size", (1280, 900))  # type: ignore[misc]
+    if width < 500:
+        frame = f'<iframe src="probe.html" style="border: 0; width: {width}px; height: {height}px"></iframe>'
+        listen = "document.documentElement.setAttribute('probe-' + event.data[0], event.data[1])"
+        copy = page.with_name("phone.html")
+        copy.write_text(f"<head></head><script>onmessage = (event) => {listen};</script>{frame}")
     found = start(copy, "--dump-dom", **options)  # type: ignore[arg-type]
     assert "probe-error" not in found.split("<head>")[0], found[:500]
     return found

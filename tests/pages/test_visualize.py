@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -182,6 +183,12 @@ def page(known_run: Path, disc: Path, tmp_path_factory: pytest.TempPathFactory) 
     return output / "report.html"
 
 
+def script_data(page: Path) -> dict[str, Any]:
+    """Return the data of a page's script."""
+    (line,) = (line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("const DATA = "))
+    return json.loads(line.removeprefix("const DATA = ").removesuffix(";"))
+
+
 def test_command_writes_a_page_a_picture_and_a_video(page: Path) -> None:
     assert sorted(path.name for path in page.parent.iterdir()) == ["overlays.mp4", "overlays.png", "report.html"]
     assert_self_contained(page)
@@ -207,6 +214,16 @@ def test_the_page_works_in_a_browser(page: Path) -> None:
         """note("images", [...document.images].filter((image) => image.complete && image.naturalWidth).length);
         note("tokens", document.querySelectorAll(".slot button").length);
         note("overflow", document.documentElement.scrollWidth - innerWidth);
+        const view = document.getElementById("view"), box = view.getBoundingClientRect();
+        note("first", document.querySelector("[name=layer]:checked").value === "drawn" ? 1 : 0);
+        note("share", Math.min(box.height, box.width) / innerHeight);
+        note("below", document.querySelector(".controls").getBoundingClientRect().bottom - innerHeight);
+        const at = {clientX: box.left + box.width * 0.99, clientY: box.top + box.height * 0.01};
+        view.dispatchEvent(new MouseEvent("click", at));
+        note("clicked", state.token); note("owner", DATA.tokens.owners[7]);
+        note("shown", state.layer === "token" ? 1 : 0);
+        const slider = document.getElementById("number");
+        slider.value = 12; slider.dispatchEvent(new Event("input")); note("slid", state.token);
         document.querySelectorAll(".slot button")[37].click();
         const frame = document.getElementById("frame"); frame.value = 5; frame.dispatchEvent(new Event("input"));
         note("frame", new URLSearchParams(location.hash.slice(1)).get("frame"));
@@ -219,23 +236,81 @@ def test_the_page_works_in_a_browser(page: Path) -> None:
     assert probed(dom, "overflow") <= 0
     assert (probed(dom, "frame"), probed(dom, "token")) == (5, 37)
     assert probed(dom, "bottom") <= 900, "the scores are not on the first screen"
-    narrow = dump(page, 'note("overflow", document.documentElement.scrollWidth - innerWidth);', size=(500, 900))
-    assert probed(narrow, "overflow") <= 0
+    assert probed(dom, "first") == 1, "does not open on where the model looked"
+    assert probed(dom, "share") > 0.7, "the picture does not fill the screen"
+    assert probed(dom, "below") <= 0
+    assert probed(dom, "shown") == 1
+    assert (probed(dom, "clicked"), probed(dom, "slid")) == (probed(dom, "owner"), 12)
+
+
+@pytest.mark.browser
+def test_the_page_fits_a_phone(page: Path) -> None:
+    dom = dump(
+        page,
+        """const check = () => document.documentElement.scrollWidth - innerWidth, over = [check()];
+        for (const choice of document.querySelectorAll("[name=layer]")) { choice.click(); over.push(check()); }
+        note("overflow", Math.max(...over)); note("views", over.length);
+        note("width", document.getElementById("view").getBoundingClientRect().width);""",
+        size=(390, 844),
+    )
+    assert probed(dom, "overflow") <= 0
+    assert probed(dom, "views") == 9
+    assert probed(dom, "width") >= 385
+
+
+@pytest.mark.browser
+def test_one_token_has_the_colours_of_the_scale(page: Path, known_run: Path, disc: Path) -> None:
+    """The browser paints it: the mean of a square is the colour of its value."""
+    dom = dump(
+        page,
+        """const canvas = document.createElement("canvas"), picture = document.getElementById("view");
+        for (let i = 0; i < 200 && !picture.src.startsWith("data:image/png"); i++)
+          await new Promise((after) => setTimeout(after, 10));
+        await picture.decode();
+        canvas.width = DATA.width; canvas.height = DATA.height;
+        const brush = canvas.getContext("2d"); brush.drawImage(picture, 0, 0);
+        for (let i = 0; i < 64; i++) {
+          const side = DATA.width / 8;
+          const pixels = brush.getImageData(i % 8 * side, Math.floor(i / 8) * side, side, side).data;
+          for (let k = 0; k < 3; k++) {
+            let sum = 0;
+            for (let j = k; j < pixels.length; j += 4) sum += pixels[j];
+            note("c" + i + "-" + k, 4 * sum / pixels.length);
+          }
+        }""",
+        fragment="#layer=token&frame=4&token=20",
+    )
+    seen, _ = explained(known_run, disc)
+    ratios = seen.assignment[20, 2] * seen.assignment[0].size
+    data = script_data(page)["tokens"]
+    top = float(data["scale"]["ticks"][-1][1])
+    assert (ratios > 1).any()
+    for place, ratio in enumerate(ratios.ravel()):
+        colour = [probed(dom, f"c{place}-{channel}") for channel in range(3)]
+        if ratio > 1.02:
+            share = np.log(ratio) / np.log(top)
+            scale = np.array(data["scale"]["colours"]).T
+            expected = [np.interp(share, np.linspace(0, 1, scale.shape[1]), channel) for channel in scale]
+            assert np.abs(np.subtract(colour, expected)).max() < 4, place
+        elif ratio <= 1:
+            assert np.ptp(colour) < 3, "painted"
 
 
 def test_overlays_on_the_screen_follow_the_disc(page: Path) -> None:
+    fixed = page.with_name("fixed.html")  # Chromium's window is lower when it prints the page than for a picture
+    style = "<style>.viewer { grid-template-columns: 600px 1fr !important; }</style></head>"
+    fixed.write_text(page.read_text("utf-8").replace("</head>", style), "utf-8")
     box = dump(
-        page,
+        fixed,
         """const box = document.getElementById("view").getBoundingClientRect();
         for (const side of ["left", "top", "width", "height"]) note(side, box[side]);""",
         fragment="#layer=drawn&frame=0",
     )
     left, top, width, height = (round(probed(box, side)) for side in ("left", "top", "width", "height"))
-    side = min(width, height)  # the picture is centred in its element
-    left, top = left + (width - side) // 2, top + (height - side) // 2
+    side = min(width, height)
     centres = []
     for frame in (0, 7):
-        shot = screenshot(page, fragment=f"#layer=drawn&frame={frame}")
+        shot = screenshot(fixed, fragment=f"#layer=drawn&frame={frame}")
         with Image.open(shot) as screen:
             view = np.asarray(screen.convert("RGB").crop((left, top, left + side, top + side)).resize((SIDE, SIDE)))
         painted = np.ptp(view.astype(int), axis=-1) > 40  # the frame is grey, so colour is overlay
@@ -266,7 +341,7 @@ def test_dense_and_image_models_say_what_is_missing(disc: Path, tmp_path: Path, 
     assert "No config.yaml" in said or "no config.yaml" in said
     text = (tmp_path / "out" / "report.html").read_text()
     assert "This model has no semantic tokens" in text
-    assert "One semantic token at a time" not in text
+    assert 'id="chooser"' not in text
     assert not (tmp_path / "out" / "overlays.mp4").exists()
     assert "Explained here: <b>grün</b>" in text
 
@@ -366,9 +441,8 @@ def test_file_with_any_name_is_drawn(known_run: Path, disc: Path, tmp_path: Path
 
 def test_data_of_the_script_survive_hostile_names(page: Path) -> None:
     (line,) = (line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("const DATA = "))
-    data = line.removeprefix("const DATA = ").removesuffix(";")
-    assert "<" not in data
-    assert "&" not in data
-    (title,) = (layer["title"] for layer in json.loads(data)["layers"] if layer["key"] == "gradcam")
+    assert "<" not in line
+    assert "&" not in line
+    (title,) = (layer["title"] for layer in script_data(page)["layers"] if layer["key"] == "gradcam")
     assert title == "Grad-CAM of “</script>”"
     assert printable("caf\udce9.mp4").encode("utf-8").startswith(b"caf")

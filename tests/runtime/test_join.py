@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 
 from stvit_video.common.errors import UsageError
-from stvit_video.runtime.launchers import SLURM_VARIABLES, TORCHRUN_VARIABLES, Place, find_place
+from stvit_video.runtime.launchers import OTHER_LAUNCHERS, SLURM_VARIABLES, TORCHRUN_VARIABLES, Place, find_place
 from stvit_video.runtime.world import PORTS_TRIED, _find_problem, join_world, on_main, report_failure
 
 TORCHRUN = dict(zip(TORCHRUN_VARIABLES, ("3", "4", "1", "2", "10.0.0.1", "29500"), strict=True))
@@ -26,7 +26,7 @@ STEP = {
 @pytest.fixture(autouse=True)
 def _no_rank_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
-        if name in TORCHRUN_VARIABLES or name.startswith(("SLURM", "SUBMITIT")):
+        if name in (*TORCHRUN_VARIABLES, *OTHER_LAUNCHERS) or name.startswith(("SLURM", "SUBMITIT")):
             monkeypatch.delenv(name)
 
 
@@ -108,6 +108,26 @@ def test_shell_of_a_job_is_a_single_process_or_an_error() -> None:
             place_in(shell | {"SLURM_NTASKS": "2"})
     interactive = STEP | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}  # as `srun --pty bash` in a larger job
     assert place_in(interactive) is None
+
+
+@pytest.mark.parametrize(("rank", "size"), OTHER_LAUNCHERS.items())
+def test_launchers_that_are_not_supported_are_named(rank: str, size: str) -> None:
+    """Alone, as the only process, beside srun, which numbers its tasks so too, and around torchrun."""
+    second = {rank: "1"} | ({size: "2"} if size else {})
+    with pytest.raises(UsageError, match=rf"{rank} is 1.*start them with torchrun .* or srun"):
+        place_in(second)
+    assert place_in({rank: "0"} | ({size: "1"} if size else {})) is None
+    if size:
+        with pytest.raises(UsageError, match=rf"{rank} is 0 and {size} 2"):
+            place_in(second | {rank: "0"})
+    task = place_in(STEP | {rank: "4"} | ({size: "5"} if size else {}))
+    assert task is not None
+    assert (task.launcher, task.rank) == ("SLURM", 4)
+    with pytest.raises(UsageError, match=rank):  # mpirun in a job starts one process a node with srun
+        place_in(STEP | {rank: "9"} | ({size: "10"} if size else {}))
+    around = place_in(TORCHRUN | second)
+    assert around is not None
+    assert around.launcher == "torchrun"
 
 
 def test_rank_has_to_be_a_number() -> None:

@@ -1,7 +1,6 @@
 """Sweeps: jobs that are stopped, killed and continued; what is written; what is refused."""
 
 import csv
-import fcntl
 import json
 import os
 import re
@@ -22,6 +21,7 @@ from stvit_video import run, tradeoff
 from stvit_video.common.cli import EXIT_STOPPED
 from stvit_video.slurm.jobs import ENDED, ClusterJob, read_job
 from stvit_video.sweeps import sweep
+from tests.common.test_locks import held_elsewhere
 from tests.sweeps.plans import ROWS, stub_jobs, write_plan
 
 SMALL = {"MODEL.NAME": "vit_sample_patch8", "MODEL.INIT_DEPTH": None}
@@ -233,8 +233,7 @@ def test_two_commands_do_not_share_a_folder(
 ) -> None:
     monkeypatch.setattr(sweep, "LOCK_S", 0.0)
     plan = write_plan(tmp_path, small_set)
-    with open(tmp_path / ".tradeoff.lock", "a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with held_elsewhere(tmp_path / ".tradeoff.lock"):
         assert make(plan, tmp_path, "--no-train") == 2
         assert "is in use by another tradeoff command" in capsys.readouterr().err
     assert make(plan, tmp_path, "--no-train") == 0

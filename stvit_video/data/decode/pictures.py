@@ -163,11 +163,16 @@ def read_image(path: str, short_side: int | None) -> Frames:
     Reduced with antialiasing where that saves time, see ``reduced_size``. Raises DecodeError.
     """
     with decode_errors(path, "cannot be read as an image", "pillow", IMAGE_ERRORS), Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
-        if image.mode == "F":  # Pillow takes them for 0 to 255, and files mostly hold 0 to 1
-            raise ValueError("its pixels are floating-point numbers of an unknown range; save it with 8 bits")
-        if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow's own conversion clips at 255
-            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
-        image = image.convert("RGB")
+        return convert_image(file, short_side)
+
+
+def convert_image(image: Image.Image, short_side: int | None) -> Frames:
+    """Return an open image as ``read_image`` does. Raises one of IMAGE_ERRORS."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":  # Pillow takes them for 0 to 255, and files mostly hold 0 to 1
+        raise ValueError("its pixels are floating-point numbers of an unknown range; save it with 8 bits")
+    if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow's own conversion clips at 255
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
+    image = image.convert("RGB")
     size = reduced_size(image.size, short_side)
     return np.asarray(image.resize(size, Image.Resampling.BILINEAR) if size else image)

@@ -107,6 +107,10 @@ class Reader(ABC):
         decoded = self._read(ascending)
         return decoded if np.array_equal(ascending, wanted) else decoded[positions]
 
+    def all_frames(self) -> Iterator[Frames]:
+        """Yield all frames (H, W, 3) in their order, one at a time. Raises DecodeError."""
+        return (self.frames([index])[0] for index in range(self.length))
+
     def check(self) -> None:
         """Read every frame. Raises DecodeError for what is damaged."""
         block = max(1, BLOCK_BYTES // self.frames([0]).nbytes)

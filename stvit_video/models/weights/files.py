@@ -65,6 +65,9 @@ WRAPPERS = (
     *("model", "state_dict", "module", "model_state_dict", "model_state", "net", "network", "weights", "params"),
     *("teacher", "target_encoder", "ema_model", "model_ema", "state_dict_ema", "ema", "encoder", "backbone"),
 )
+# Where checkpoints have the names of their classes: this package's states, Hugging Face, torchvision, OpenMMLab.
+CLASS_KEYS = ("classes", "class_names", "CLASSES", "id2label", "class_to_idx")
+CLASS_HOLDERS = ("setup", "meta", "dataset_meta")
 # Names of other dictionaries.
 NO_NETWORK = re.compile(r"optim|sched|scaler|loss|queue|rng|config|args|callback|loops|message_hub", re.IGNORECASE)
 # Of DistributedDataParallel, torch.compile, FSDP and activation checkpointing.
@@ -92,6 +95,7 @@ class Checkpoint:
     ``metadata`` has ``name``, ``arguments``, ``classes``, ``views``, ``multi_label`` and ``weights`` (see
     ``header``), or is empty. ``config`` is the ``config.json`` that Hugging Face's libraries save beside,
     ``notes`` say what was chosen in the file.
+    ``classes`` are the names of the classifier's classes in order, None where nothing says them.
     """
 
     path: str
@@ -99,6 +103,7 @@ class Checkpoint:
     metadata: dict[str, Any]
     config: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    classes: list[str] | None = None
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -116,7 +121,29 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     with _plain_errors(path):
         content, metadata = _read(path)
     tensors, notes = open_wrappers(content, f"Checkpoint {path}")
-    return Checkpoint(name, tensors, metadata, _read_config(path.with_name("config.json")), notes)
+    config = _read_config(path.with_name("config.json"))
+    return Checkpoint(name, tensors, metadata, config, notes, find_classes(metadata, content, config))
+
+
+def find_classes(*places: object) -> list[str] | None:
+    """Return the class names that the first of several mappings holds, itself or in one of CLASS_HOLDERS."""
+    for place in places:
+        inner = [place.get(name) for name in CLASS_HOLDERS] if isinstance(place, dict) else []
+        for holder in [value for value in (place, *inner) if isinstance(value, dict)]:
+            for key in CLASS_KEYS:
+                if names := _class_names(holder.get(key)):
+                    return names
+    return None
+
+
+def _class_names(value: object) -> list[str]:
+    """Return names that are a list, {name: number} or {number: name}; empty for anything else."""
+    if isinstance(value, dict):
+        pairs = [(key, name) if isinstance(name, str) else (name, key) for key, name in value.items()]
+        by_place = {int(number): name for number, name in pairs if str(number).isdecimal()}
+        value = [by_place.get(place) for place in range(len(value))]
+    names = value if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value) else ()
+    return [] if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else list(names)  # Hugging Face's stand-ins
 
 
 def open_wrappers(content: object, source: str) -> tuple[StateDict, tuple[str, ...]]:

@@ -8,14 +8,17 @@ const make = (tag, properties, ...children) => {
 };
 const unpack = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
 const clamp = (number, most) => Math.min(Math.max(number || 0, 0), most);
-const byKey = new Map(DATA.layers.map((layer) => [layer.key, layer]));
+const first = DATA.layers.find((layer) => layer.key === DATA.first);
+const layers = [first, ...DATA.layers.filter((layer) => layer !== first)];
+if (DATA.tokens) layers.splice(3, 0, Object.assign(DATA.tokens, { key: "token" }));
+const byKey = new Map(layers.map((layer) => [layer.key, layer]));
 const start = new URLSearchParams(location.hash.slice(1));
 const state = {
   layer: byKey.has(start.get("layer")) ? start.get("layer") : DATA.first,
   frame: clamp(parseInt(start.get("frame")), DATA.labels.length - 1),
   token: DATA.tokens ? clamp(parseInt(start.get("token") ?? DATA.tokens.first), DATA.tokens.count - 1) : 0,
 };
-let timer = null;
+let timer = null, paintToken = null;
 
 function colour(rgb) { return "rgb(" + rgb.join(",") + ")"; }
 
@@ -49,14 +52,15 @@ function keyOf(layer) {
 
 function show() {
   const layer = byKey.get(state.layer);
-  $("view").src = layer.frames[state.frame];
+  $("view").src = layer === DATA.tokens ? paintToken() : layer.frames[state.frame];
   $("frame").value = state.frame;
   $("moment").textContent = "frame " + (state.frame + 1) + " of " + DATA.labels.length + " \u00b7 " + DATA.labels[state.frame];
   if ($("title").textContent !== layer.title) {
     $("title").textContent = layer.title;
     $("caption").textContent = layer.caption;
     $("key").replaceChildren(keyOf(layer));
-    for (const pill of $("layers").children) pill.setAttribute("aria-checked", pill.dataset.key === state.layer);
+    document.querySelector('[name="layer"][value="' + state.layer + '"]').checked = true;
+    if (DATA.tokens) $("chooser").hidden = layer !== DATA.tokens;
   }
   const words = new URLSearchParams({ layer: state.layer, frame: state.frame });
   if (DATA.tokens) words.set("token", state.token);
@@ -71,11 +75,9 @@ function play(on) {
 }
 
 function buildViewer() {
-  for (const layer of DATA.layers) {
-    const pill = make("button", { type: "button", textContent: layer.short, onclick: () => { state.layer = layer.key; show(); } });
-    pill.setAttribute("role", "radio");
-    pill.dataset.key = layer.key;
-    $("layers").append(pill);
+  for (const layer of layers) {
+    const choice = make("input", { type: "radio", name: "layer", value: layer.key, onchange: () => { state.layer = layer.key; show(); } });
+    $("layers").append(make("label", {}, choice, layer === first ? "where it looked" : layer.short));
   }
   $("frame").oninput = () => { play(false); state.frame = Number($("frame").value); show(); };
   $("play").onclick = () => play(timer === null);
@@ -95,8 +97,8 @@ function buildFilms() {
   }
 }
 
-function buildInspector() {
-  const { slots, first, grid, ramp, maps } = DATA.tokens;
+function buildTokens() {
+  const { slots, grid, ramp, maps, room } = DATA.tokens;
   const drawn = unpack(maps), owners = DATA.tokens.owners, columns = DATA.regions[0].length;
   const perSlot = DATA.regions.flat().length, perFrame = grid[1] * grid[2], size = grid[0] * perFrame;
   slots.forEach((label, slot) => {
@@ -104,40 +106,43 @@ function buildInspector() {
     map.style.gridTemplateColumns = "repeat(" + columns + ",auto)";
     DATA.regions.flat().forEach((rgb, i) => {
       const number = slot * perSlot + i;
-      const button = make("button", { type: "button", title: "token " + (number + 1), onclick: () => choose(number) });
+      // The slider below is the way for the keyboard.
+      const button = make("button", { type: "button", tabIndex: -1, title: "token " + (number + 1), onclick: () => choose(number) });
       button.setAttribute("aria-label", "token " + (number + 1));
       button.style.background = colour(rgb);
       map.append(button);
     });
     $("tokens").append(make("div", { className: "slot" }, label, map));
   });
-  const canvases = DATA.tokens.frames.map((source, i) => {
-    const canvas = make("canvas", { width: 236, height: Math.round(236 * DATA.height / DATA.width) });
-    const picture = new Image();
-    picture.onload = () => draw(i);
-    picture.src = source;
-    $("maps").append(make("figure", {}, canvas, DATA.tokens.moments[i]));
-    return { canvas, picture };
-  });
+  const load = (source) => make("img", { src: source, onload: () => { if (state.layer === "token") show(); } });
+  const [frames, textures] = [DATA.tokens.frames.map(load), DATA.tokens.texture.map(load)];
+  const canvas = make("canvas", { width: DATA.width, height: DATA.height }), brush = canvas.getContext("2d");
+  const moment = () => Math.floor(state.frame * grid[0] / DATA.labels.length);
 
-  function draw(i) {
-    const { canvas, picture } = canvases[i], brush = canvas.getContext("2d");
-    brush.globalAlpha = 1;
-    brush.drawImage(picture, 0, 0, canvas.width, canvas.height);
+  paintToken = () => {
+    const frame = frames[state.frame], texture = textures[state.frame];
+    if (!frame.complete || !texture.complete) return frame.src;
+    // A square is its colour plus the texture, whose mean is ``room``; both parts are added.
+    brush.globalCompositeOperation = "copy";
+    brush.drawImage(texture, 0, 0);
+    const edge = (step, steps, length) => Math.ceil(step * length / steps);
     for (let place = 0; place < perFrame; place++) {
-      const [red, green, blue, alpha] = ramp[drawn[state.token * size + i * perFrame + place]];
+      const level = drawn[state.token * size + moment() * perFrame + place];
       const [row, column] = [Math.floor(place / grid[2]), place % grid[2]];
-      const edge = (step, steps, length) => Math.round(step * length / steps);
       const [top, left] = [edge(row, grid[1], canvas.height), edge(column, grid[2], canvas.width)];
-      brush.globalAlpha = alpha;
-      brush.fillStyle = colour([red, green, blue]);
-      brush.fillRect(left, top, edge(column + 1, grid[2], canvas.width) - left, edge(row + 1, grid[1], canvas.height) - top);
+      const box = [left, top, edge(column + 1, grid[2], canvas.width) - left, edge(row + 1, grid[1], canvas.height) - top];
+      brush.globalCompositeOperation = level ? "lighter" : "source-over";
+      brush.fillStyle = colour(ramp[level].map((part) => part - room));
+      if (level) brush.fillRect(...box);
+      else brush.drawImage(frame, ...box, ...box);
     }
-  }
+    return canvas.toDataURL();
+  };
 
   function describe(number) {
     const [slot, place] = [Math.floor(number / perSlot), number % perSlot], part = DATA.tokens.parts?.[number];
-    const adds = part === undefined ? "" : ". It adds " + (part < 0 ? "" : "+") + part.toFixed(3) + " to the score of \u201c" + DATA.tokens.explained + "\u201d";
+    const adds = part === undefined ? "" : ". It adds " + (part < 0 ? "" : "+") + part.toPrecision(3) + " to the score of \u201c" + DATA.tokens.explained
+      + "\u201d (the mean of all tokens is " + DATA.tokens.mean.toPrecision(3) + ")";
     return "Token " + (number + 1) + " of " + DATA.tokens.count + " starts in row " + (Math.floor(place / columns) + 1)
       + ", column " + (place % columns + 1) + " at " + slots[slot] + ". It draws " + DATA.tokens.drawn[number]
       + " % from image tokens and the rest from semantic tokens; of the former, " + DATA.tokens.own[number]
@@ -146,26 +151,26 @@ function buildInspector() {
 
   function choose(number) {
     state.token = number;
+    $("number").value = number;
     document.querySelectorAll(".slot button").forEach((button, i) => button.setAttribute("aria-pressed", i === number));
     $("token").textContent = describe(number);
-    canvases.forEach((_, i) => draw(i));
-    show();
   }
 
+  $("number").oninput = () => { choose(Number($("number").value)); show(); };
+  $("tokens").onclick = show;
+  $("view").classList.add("choosing");
   $("view").onclick = (event) => {
-    const box = $("view").getBoundingClientRect(), scale = Math.min(box.width / DATA.width, box.height / DATA.height);
-    const x = (event.clientX - box.left - (box.width - DATA.width * scale) / 2) / (DATA.width * scale);
-    const y = (event.clientY - box.top - (box.height - DATA.height * scale) / 2) / (DATA.height * scale);
-    if (x < 0 || x >= 1 || y < 0 || y >= 1) return;
-    const moment = Math.floor(state.frame * grid[0] / DATA.labels.length);
-    choose(owners[moment * perFrame + Math.floor(y * grid[1]) * grid[2] + Math.floor(x * grid[2])]);
+    const box = $("view").getBoundingClientRect();
+    const [row, column] = [(event.clientY - box.top) / box.height * grid[1], (event.clientX - box.left) / box.width * grid[2]];
+    choose(owners[moment() * perFrame + clamp(Math.floor(row), grid[1] - 1) * grid[2] + clamp(Math.floor(column), grid[2] - 1)]);
+    state.layer = "token";
+    show();
   };
-  $("token-key").append(drawScale(DATA.tokens.scale));
   choose(state.token);
 }
 
 buildViewer();
 buildFilms();
-if (DATA.tokens) buildInspector();
+if (DATA.tokens) buildTokens();
 show();
 document.documentElement.dataset.ready = "yes";
