@@ -34,7 +34,7 @@ def compare(arguments: Sequence[str] | None) -> int:
     from stvit_video.evaluation.significance import describe_comparison
     from stvit_video.runs.record import RunRecord, describe_steps, name_runs, read_curves
 
-    tested, curves, kinds, notes = [], {}, {}, []  # kinds: a run of each kind of accuracy
+    tested, curves, kinds, notes, without = [], {}, {}, [], []  # kinds: a run of each kind of accuracy
     for path, name in zip(options.runs, name_runs(options.runs), strict=True):
         has_results = (path / "results.json").is_file()
         if has_results:
@@ -46,7 +46,7 @@ def compare(arguments: Sequence[str] | None) -> int:
         except UsageError:
             if not has_results:
                 raise
-            notes.append(f"note: {name} has no learning curve")
+            without.append(name)
         else:
             if not has_results:
                 notes.append(f"note: {name} was not tested (no results.json), so its curve alone is compared")
@@ -59,9 +59,11 @@ def compare(arguments: Sequence[str] | None) -> int:
     parts = describe_comparison(tested, options.videos) if tested else []
     if curves:
         plot_comparison(curves, options.target, options.output, f"{ACCURACIES[next(iter(kinds))]} (%)")
-        parts += [describe_steps(curves, options.target)]
+        parts.append(describe_steps(curves, options.target))
+        notes += [f"note: {name} has no learning curve" for name in without]
         notes.append(f"picture in {options.output}")
-    print("\n\n".join([*parts, "\n".join(notes)]).encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
+    parts[-1] = "\n".join([parts[-1], *notes])
+    print("\n\n".join(parts).encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
     return 0
 
 

@@ -44,14 +44,14 @@ def dispatch(arguments: Sequence[str] | None) -> int:
     from stvit_video.evaluation.evaluate import test
     from stvit_video.runs.preflight import open_run
     from stvit_video.runtime.world import join_world
-    from stvit_video.training.loop import dry_run, train
+    from stvit_video.training.loop import build_dry_run, train
     from stvit_video.training.transfer import transfer
 
     with join_world(cfg.DEVICE, cfg.PARALLEL.TIMEOUT_S) as world:
         run = open_run(cfg, world, "rehearse" if options.dry_run else "run")
         if run is not None:  # else it is finished already
-            command = dry_run if options.dry_run else {"train": train, "test": test, "transfer": transfer}[cfg.MODE]
-            command(run)
+            commands = {"train": train, "test": test, "transfer": transfer}
+            (build_dry_run if options.dry_run else commands[cfg.MODE])(run)
     return 0
 
 

@@ -202,10 +202,10 @@ def test_a_network_that_no_key_describes_is_refused(tmp_path: Path, my_videos: P
 
 def test_a_run_that_continues_keeps_its_batch(small_set: Path) -> None:
     cfg = data_config(small_set, "TRAIN.BATCH_SIZE", "64", "DATA.REPEATS", "2")
-    assert build_filled_batch(cfg, World(0, 1, torch.device("cpu")), 11).TRAIN.BATCH_SIZE == 22
+    assert build_filled_batch(cfg, World(0, 1, torch.device("cpu")), 11)[0].TRAIN.BATCH_SIZE == 22
     two = World(0, 2, torch.device("cpu"))
-    assert build_filled_batch(cfg, two, 11).TRAIN.BATCH_SIZE == 20
-    kept = build_filled_batch(cfg, two, 11, kept=22)
+    assert build_filled_batch(cfg, two, 11)[0].TRAIN.BATCH_SIZE == 20
+    kept, _ = build_filled_batch(cfg, two, 11, {"setup": {"batch": 22}})
     assert kept.TRAIN.BATCH_SIZE == 22
     with pytest.raises(UsageError, match=r"does not divide by 2 processes.*continue a run with as many as it had"):
         build_train_loader(kept, two, [])

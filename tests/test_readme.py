@@ -9,18 +9,21 @@ import re
 import runpy
 import shlex
 import shutil
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torchvision
 
 from stvit_video.config import load_config
-from stvit_video.config.schema import describe_keys
+from stvit_video.config.schema import BY_NAME
 from stvit_video.models import create_model
 from tests.conftest import REPOSITORY
 
@@ -120,7 +123,7 @@ def test_map_of_the_package_is_complete() -> None:
 
 @each_page
 def test_named_keys_exist(page: Path) -> None:
-    keys = {line.split()[0] for line in describe_keys().splitlines()}
+    keys = set(BY_NAME)
     sections = "|".join(sorted({key.split(".")[0] for key in keys if "." in key}))
     for name in re.findall(rf"\b(?:{sections})\.[A-Z][A-Z_]+\b", page.read_text()):
         assert name in keys, name
@@ -282,6 +285,20 @@ def test_python_that_loads_weights_runs(page: Path, tmp_path: Path, capsys: pyte
 def test_python_that_predicts_runs(page: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_python(page, "Predictor", here)
     assert capsys.readouterr().out.startswith("[(")
+
+
+def test_python_with_opencv_runs(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = [np.full((72, 96, 3), (0, 128, 255), np.uint8)] * 130  # BGR
+    reads = iter([(True, picture) for picture in shown])
+    capture = SimpleNamespace(read=lambda: next(reads, (False, None)), get=lambda key: 25.0)
+    names = {"COLOR_BGR2RGB": 4, "CAP_PROP_FPS": 5, "cvtColor": lambda picture, code: picture[..., ::-1]}
+    monkeypatch.setitem(sys.modules, "cv2", SimpleNamespace(VideoCapture=lambda source: capture, **names))
+    found = run_python(REPOSITORY / "stvit_video" / "inference" / "README.md", "cv2", here)
+    assert capsys.readouterr().out.count("[(") == 2
+    assert len(found["frames"]) == 2
+    assert found["frames"][0][0, 0].tolist() == [255, 128, 0]
 
 
 def test_python_of_torch_hub_runs(here: Path) -> None:

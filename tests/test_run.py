@@ -207,7 +207,10 @@ def test_wrong_use_is_one_line(small_run: Arguments, refused: Refused, tmp_path:
     assert (tmp_path / "photos" / "me.jpg").exists()
     assert "is missing" in refused(["MODE", "test"])
     assert "unrecognized" in refused([*small_run(), "--turbo"])
-    assert "is not a file" in refused(["--cfg", "absent.yaml"])
+    assert "is not there; give a .yaml file" in refused(["--cfg", "absent.yaml"])
+    assert "--cfg is given 2 times" in refused(["--cfg", "a.yaml", "--cfg", "b.yaml"])
+    assert "--cfg FILE is missing; write --cfg configs/finetune.yaml" in refused(["configs/finetune.yaml"])
+    assert "Did you mean OPTIM.LR?" in refused([*small_run(), "--lr", "1e-3"])
 
 
 def test_results_are_never_overwritten_without_being_asked(

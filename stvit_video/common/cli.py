@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from math import inf
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from stvit_video.common.errors import FILESYSTEM_ERRORS, RunFailure, Stopped, UsageError, describe_shortage, nearest
 
@@ -28,6 +28,11 @@ class Parser(argparse.ArgumentParser):
         plain = argparse.RawDescriptionHelpFormatter
         super().__init__(usage=form, description=(about or "").replace("``", ""), formatter_class=plain)
         self.words = words
+        self.given: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.given = sys.argv[1:] if args is None else args
+        return super().parse_known_args(args, namespace)
 
     def format_help(self) -> str:
         return as_called(super().format_help())
@@ -39,6 +44,14 @@ class Parser(argparse.ArgumentParser):
             meant = nearest(wrong[1], [*self._option_string_actions, *self.words])
         elif wrong := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
             meant = nearest(wrong[1], re.findall(r"[\w-]+", wrong[2]))
+        elif "arguments are required" in message:  # said before what is not known, such as --chekpoint
+            options = [word.partition("=")[0] for word in self.given if word.startswith("--")]
+            unknown = [
+                word for word in options if not any(known.startswith(word) for known in self._option_string_actions)
+            ]
+            if unknown:
+                message += f", and {unknown[0]} is no option"
+                meant = nearest(unknown[0], self._option_string_actions)
         use = f".{meant} Use" if meant else "; use"
         raise UsageError(f"{message}{use}: {self.usage or self.prog} (--help says more)")
 

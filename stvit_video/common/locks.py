@@ -13,7 +13,7 @@ from typing import TextIO
 
 POLL_S = 0.2
 BEAT_S = 5.0  # between two signs of life of a holder
-DEAD_S = 20.0  # without one, a holder whose lock this machine cannot see is gone
+DEAD_S = 15.0  # without one, a holder whose lock this machine cannot see is gone
 ENDED = "ended"
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stvit_video.common.errors import UsageError, nearest
+from stvit_video.common.tables import format_table
 from stvit_video.models.arguments import CONFIGURED
 
 
@@ -248,8 +249,10 @@ SECTIONS = {key.name.rpartition(".")[0] for key in KEYS}
 
 
 def describe_keys() -> str:
-    """Return one line a key: name, default, advice."""
-    return "\n".join(f"{key.name:28} {key.default!r:24} {key.about}" for key in KEYS)
+    """Return a table of all keys: name, default, advice."""
+    return format_table(
+        ("key", "default", "advice"), [(key.name, repr(key.default), key.about) for key in KEYS], left=3
+    )
 
 
 def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

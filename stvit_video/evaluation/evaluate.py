@@ -141,8 +141,7 @@ class Tester:
         """
         started = time.monotonic()
         world = self.run.world
-        folder = self.run.folder
-        classes = self.run.classes
+        folder, classes = self.run.folder, self.run.classes
         loader = self.loader
         key = fingerprint(model, weights_hash(model.state_dict()), loader.dataset, self.precision, 0)
         key = f"{key} in batches of {loader.batch_sampler.batch}, views counted"

@@ -13,15 +13,14 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 from stvit_video.common.accuracy import ACCURACIES
-from stvit_video.common.tables import format_table, three_digits
+from stvit_video.common.tables import format_table
 from stvit_video.evaluation.predictions import average_precision
-from stvit_video.runs.record import RunRecord, ScoredVideo, find_warnings, settings_that_differ
+from stvit_video.runs.record import RunRecord, ScoredVideo, describe_cost, find_warnings, settings_that_differ
 
 LEVEL = 0.05  # differences that chance makes more seldom than this count as real
 Z = 1.96  # of a 95 % interval
 RESAMPLES = 1000
 ROUNDING = 0.01  # percent, between results.json and what the other files of a test give
-
 WIDTH = 100  # columns of a table
 
 
@@ -106,23 +105,25 @@ def describe_comparison(runs: Sequence[RunRecord], videos: int) -> list[str]:
 
 
 def _figure_table(runs: Sequence[RunRecord]) -> str:
-    columns: dict[str, list[str]] = {"": [run.name for run in runs]}
+    names = "accuracy in %"
+    columns: dict[str, list[str]] = {names: [run.name for run in runs]}
     keys = {**ACCURACIES, "top5": "top-5", "macro_top1": "macro", "macro_f1": "F1"}
     for key, name in keys.items():
-        columns[f"{name} %"] = [f"{run.results[key]:.1f}" if key in run.results else "-" for run in runs]
+        columns[name] = [f"{run.results[key]:.1f}" if key in run.results else "-" for run in runs]
         if key == "top1":
             intervals = [run.interval() for run in runs]
             columns["95 %"] = ["{:.1f} to {:.1f}".format(*found) if found else "-" for found in intervals]
-    columns["GFLOPs"] = [three_digits(run.cost) if run.cost else "-" for run in runs]
+    columns["GFLOPs"] = [describe_cost(run.cost) if run.cost else "-" for run in runs]
     speeds = [run.results.get("clips_per_second") for run in runs]
     columns["clips/s"] = [f"{speed:.1f}" if speed else "-" for speed in speeds]
     counts = [[run.results.get(key) for key in ("scored", "videos")] for run in runs]
     columns["videos"] = [f"{n:,}" if n == of else f"{n:,} of {of:,}" if n and of else "-" for n, of in counts]
-    columns["views"] = [run.describe_views() for run in runs]
+    if len({run.describe_views() for run in runs}) > 1:
+        columns["views"] = [run.describe_views() for run in runs]
     shown = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
-    widths = [max(len(name) + 2, *map(len, cells)) for name, cells in list(shown.items())[1:]]
-    width = max(12, WIDTH - sum(widths) - 2 * len(widths))
-    shown[""] = ["\n".join(textwrap.wrap(name, width)) for name in shown[""]]
+    widths = [max(len(name) + 2, *map(len, cells)) for name, cells in shown.items() if name != names]
+    width = max(len(names), WIDTH - sum(widths) - 2 * len(widths))
+    shown[names] = ["\n".join(textwrap.wrap(name, width)) for name in shown[names]]
     return format_table(list(shown), zip(*shown.values(), strict=True))
 
 

@@ -128,7 +128,7 @@ def _nearest_windows(windows: Sequence[Window], times: Times, segments: Segments
 def draw(image: Image.Image, scores: Sequence[tuple[str, float]]) -> None:
     """Write classes and their scores into the upper left corner of a picture, light on a dark background."""
     brush = ImageDraw.Draw(image, "RGBA")
-    size = max(MIN_TEXT, min(image.size) // 18)
+    size = max(MIN_TEXT, min(image.size) // 24)
     font = load_font(size)
     percents = [f" {100 * score:.1f} %" for _, score in scores]
     room = image.width - 2 * size - max(map(font.getlength, percents), default=0)

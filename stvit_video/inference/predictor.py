@@ -22,7 +22,8 @@ from stvit_video.data.dataset import Batch, Sample, collate
 from stvit_video.data.decode.frames import Decoding
 from stvit_video.data.decode.memory import MemoryReader, is_several
 from stvit_video.data.decode.types import Choice, DecodeError, Frames, Reader, Times
-from stvit_video.data.streams import Span, check_seconds, clips_of_windows, read_ahead, read_windows, windows_of
+from stvit_video.data.live import read_windows
+from stvit_video.data.streams import Span, check_seconds, clips_of_windows, read_ahead, windows_of
 from stvit_video.evaluation.predictions import probabilities
 from stvit_video.inference.load import Trained, open_checkpoint
 from stvit_video.runtime.precision import autocast, set_precision
@@ -182,13 +183,17 @@ class Predictor:
                 yield Prediction(path, self.classes, windows, None if item is None else item.message)
                 windows = []
 
-    def watch(self, address: str, *, window: float, step: float | None = None) -> Iterator[Window]:
-        """Score a camera, stream or pipe, and yield each window of ``window`` seconds as soon as it is over.
+    def watch(
+        self, address: str, *, window: float, step: float | None = None, seconds: float | None = None
+    ) -> Iterator[Window]:
+        """Score a camera, stream or pipe ("-": standard input), and yield each window of ``window`` seconds once over.
 
-        Ends with the stream, or when the caller closes the iterator. Raises DecodeError.
+        Ends with the stream, after ``seconds`` of it or of waiting, or when the caller closes the iterator. Raises
+        DecodeError.
         """
         check_seconds(window, step)
-        for _, item in self._score_all([address], partial(self._read_live, window, step or window), 1):
+        read = partial(self._read_live, window, step or window, seconds)
+        for _, item in self._score_all([address], read, 1):
             if isinstance(item, DecodeError):
                 raise item
             if item is not None:
@@ -266,8 +271,8 @@ class Predictor:
                 yield self._prepare(shown, started, found.span, found.segment, is_short)
                 started = time.perf_counter()
 
-    def _read_live(self, window: float, step: float, address: str) -> Iterator[Piece]:
-        for found in read_windows(address, window, step, self.views.short_side):
+    def _read_live(self, window: float, step: float, seconds: float | None, address: str) -> Iterator[Piece]:
+        for found in read_windows(address, window, step, self.views.short_side, seconds):
             started = time.perf_counter()
             sampler = self.input.sampler
             shown = np.stack([found.frames[i] for i in sampler.choose(found.times, self.views.clips, None)])

@@ -13,7 +13,6 @@ from torchvision.transforms.functional import resize
 
 from stvit_video.common.accuracy import ACCURACIES
 from stvit_video.common.charts import Point, image_of_points, png_of_confusion, run_style, svg_of_curves
-from stvit_video.common.tables import three_digits
 from stvit_video.data.clips.sampling import ClipSampler
 from stvit_video.data.clips.sections import within
 from stvit_video.data.decode.frames import Decoding
@@ -21,7 +20,7 @@ from stvit_video.data.decode.types import DecodeError
 from stvit_video.data.lists.annotations import parse_name
 from stvit_video.evaluation.significance import NotComparable, compare_runs
 from stvit_video.pages.html import data_uri, picture_uri, printable, render
-from stvit_video.runs.record import RunRecord, ScoredVideo, find_warnings, settings_that_differ
+from stvit_video.runs.record import RunRecord, ScoredVideo, describe_cost, find_warnings, settings_that_differ
 
 MAX_MISTAKES = 12
 MAX_TABLE_CLASSES = 24  # confusions of more classes are drawn as a picture
@@ -83,7 +82,7 @@ def headline(runs: Sequence[RunRecord]) -> str:
     videos = f"{best.results.get('scored') or 'the'} test videos"
     right = f"mAP {best.accuracy:.1f} % on {videos}" if best.multi_label else f"{best.accuracy:.1f} % of {videos} right"
     if not others:
-        return right + (f", at {three_digits(best.cost)} GFLOPs per video." if best.cost else ".")
+        return right + (f", at {describe_cost(best.cost)} GFLOPs per video." if best.cost else ".")
     if len({(run.results.get("videos"), run.test_list) for run in runs}) > 1:
         each = (f"{run.name} {run.accuracy:.1f} %" for run in runs)
         return f"Tested on different videos, so not to be ranked: {', '.join(each)}."
@@ -103,10 +102,10 @@ def headline(runs: Sequence[RunRecord]) -> str:
             words += f" (whether that is chance is not known: {error})"
     cheapest = min(runs, key=lambda run: run.cost or math.inf)
     if cheapest.cost and cheapest is not best:
-        cost = f"{three_digits(cheapest.cost)} GFLOPs per video"
+        cost = f"{describe_cost(cheapest.cost)} GFLOPs per video"
         words += f"; cheapest is {cheapest.name}: {cost}, {cheapest.accuracy:.1f} %"
-    elif best.cost and len({three_digits(run.cost or 0) for run in runs}) > 1:
-        words += f"; at {three_digits(best.cost)} GFLOPs per video it is also the cheapest"
+    elif best.cost and len({describe_cost(run.cost or 0) for run in runs}) > 1:
+        words += f"; at {describe_cost(best.cost)} GFLOPs per video it is also the cheapest"
     return words + "."
 
 
@@ -131,7 +130,7 @@ def _figure_rows(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
 
 
 def _shown(value: Any, form: str) -> str:
-    return three_digits(value) if form == ".3g" else format(value, form)
+    return describe_cost(value) if form == ".3g" else format(value, form)
 
 
 def _figures(run: RunRecord) -> dict[str, tuple[Any, str, Callable[[Iterable[Any]], Any] | None]]:

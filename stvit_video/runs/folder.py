@@ -9,6 +9,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Container, Iterable, Mapping
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,13 @@ class RunFolder:
         self.weights = self.path / "model.safetensors"
         self.best_weights = self.checkpoints / "best.safetensors"
         self.partial_scores = self.checkpoints / "test_parts"  # of an interrupted test
-        self.config_text = yaml.safe_dump(dict(self.settings))
         self._lock: Lock | None = None
         self.unlock: Callable[[], object] = lambda: None
+
+    @cached_property
+    def config_text(self) -> str:
+        """The settings as YAML."""
+        return yaml.safe_dump(dict(self.settings))
 
     def is_finished(self) -> bool:
         """Say whether the run here was trained and tested."""
@@ -135,6 +140,23 @@ class RunFolder:
         if any(name != ".config.yaml.tmp" and not name.startswith(LOCK) for name in names):
             raise UsageError(f"OUTPUT_DIR {path} holds files that are not a run's; give an empty or new folder.")
 
+    def describe_start(self) -> str:
+        """Return in one line what a run finds here, and does; nothing is changed."""
+        try:
+            self.check()
+        except UsageError as error:
+            return f"a run is refused: {error}"
+        checkpoints = list_checkpoints(self.checkpoints)
+        if not self.has_progress():
+            return f"a run begins in {self.path}, which {'has no results' if self.path.exists() else 'is new'}"
+        if self.settings["OVERWRITE"]:
+            return f"a run replaces what {self.path} holds (OVERWRITE True)"
+        if self.settings["MODE"] != "train":
+            return f"a run adds its results to {self.path}"
+        if self.is_finished():
+            return f"{self.path} is finished: a run prints its results and ends"
+        return f"a run continues in {self.path} from {checkpoints[0].name if checkpoints else 'its beginning'}"
+
     def claim(self) -> None:
         """Make the folder this run's, clearing what it replaces; ``check`` comes first."""
         self.check()
@@ -164,7 +186,9 @@ class RunFolder:
         """
         if self._lock is not None or (self.path.is_dir() and not os.access(self.path, os.W_OK)):  # nobody writes there
             return
-        self._check_place()
+        if not (self.path / LOCK).exists():  # else another process may be clearing it
+            with contextlib.suppress(FileNotFoundError):  # or removing it
+                self._check_place()
         made = [path for path in (self.path, *self.path.parents) if not path.exists()]
         before = self._results_time()
         lock = Lock(self.path / LOCK)
@@ -182,7 +206,12 @@ class RunFolder:
             )
 
     def _results_time(self) -> list[int]:
-        return [path.stat().st_mtime_ns for path in (self.results, self.transfer) if path.is_file()]
+        """Return when the results were written that are here."""
+        times = []
+        for path in (self.results, self.transfer):
+            with contextlib.suppress(FileNotFoundError):  # another process may be clearing them
+                times.append(path.stat().st_mtime_ns)
+        return times
 
     def recorded_config(self) -> dict[str, Any] | None:
         """Return the configuration of the run that owns the folder, None where no run does."""
@@ -237,7 +266,7 @@ def environment() -> dict[str, Any]:
 
 def build_run_folder(cfg: CfgNode) -> RunFolder:
     """Return the folder of the configured run, OUTPUT_DIR."""
-    return RunFolder(cfg.OUTPUT_DIR, yaml.safe_load(cfg.dump()))
+    return RunFolder(cfg.OUTPUT_DIR, json.loads(json.dumps(cfg)))
 
 
 def describe_changes(recorded: Mapping[str, Any], current: Mapping[str, Any], free: Container[str] = FREE_KEYS) -> str:

@@ -1,6 +1,7 @@
 """The lists of a run: read by one process, checked, and described for the user."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,18 @@ from stvit_video.models.zoo import build_model
 from stvit_video.runs.classes import label_by_place, place_classes
 from stvit_video.runtime.world import World, on_main
 
+KINETICS_CLASSES = 400  # assumed where there are no data to count; the classifier's share of the cost is small
 SOME_CLASSES = 2  # to see whether a network can be built, before its data are there to count
 LABELS = {False: "one label", True: "several labels"}  # of a video, by whether the set is multi-label
 WEIGHTS_ADVICE = "MODEL.INIT is a .pth or .safetensors file, such as a finished run leaves in its OUTPUT_DIR"
+
+
+def build_class_count(cfg: CfgNode) -> int | None:
+    """Return how many classes the data have, or will have when they are generated; None where that is not known."""
+    with suppress(UsageError):  # there may be no data yet
+        return len(build_lists(cfg).classes)
+    labels, _ = sample.LABELS.get(cfg.DATA.GENERATE, {}).get(Path(cfg.DATA.CLASSES).parent.name, ((), 1))
+    return cfg.MODEL.NUM_CLASSES or len(labels) or None
 
 
 def is_multi_label(videos: Mapping[str, Sequence[Video]]) -> bool:

@@ -14,6 +14,7 @@ from torch import nn
 
 from stvit_video.common.errors import RunFailure, UsageError
 from stvit_video.common.files import write_atomically
+from stvit_video.common.tables import three_digits
 from stvit_video.config.clip_settings import view_settings
 from stvit_video.config.load import override
 from stvit_video.data.lists.annotations import Video
@@ -29,12 +30,18 @@ from stvit_video.runs.checkpoint import check_all_loaded, load_newest, save_weig
 from stvit_video.runs.classes import check_classes
 from stvit_video.runs.fingerprint import Lists, check_continued, check_finished, classes_of, record_lists
 from stvit_video.runs.folder import RunFolder, build_run_folder, describe_changes
-from stvit_video.runs.lists import LABELS, build_known, is_multi_label, open_lists
+from stvit_video.runs.lists import (
+    KINETICS_CLASSES,
+    LABELS,
+    build_class_count,
+    build_known,
+    is_multi_label,
+    open_lists,
+)
 from stvit_video.runs.log import describe_results
 from stvit_video.runtime.limits import usable_cores
 from stvit_video.runtime.world import World, gather_objects, on_main
 
-KINETICS_CLASSES = 400  # assumed where there are no data to count; the classifier's share of the cost is small
 # run: as MODE says. rehearse: the same, but nothing is written or continued. measure: OUTPUT_DIR and weights are not
 # read, as for a benchmark.
 Purpose = Literal["run", "rehearse", "measure"]
@@ -97,8 +104,8 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
         on_main(world, folder.lock)  # what is decided by a look at the folder is decided under its lock
     if purpose != "measure":
         on_main(world, folder.check)
-        if cfg.LOG.WANDB and importlib.util.find_spec("wandb") is None:
-            raise UsageError(f"LOG.WANDB {cfg.LOG.WANDB}: wandb is not installed; pip install wandb, or LOG.WANDB ''.")
+    if purpose != "measure" and cfg.LOG.WANDB and importlib.util.find_spec("wandb") is None:
+        raise UsageError(f"LOG.WANDB {cfg.LOG.WANDB}: wandb is not installed; pip install wandb, or LOG.WANDB ''.")
     if purpose == "run" and cfg.MODE == "train":
         if on_main(world, folder.is_finished) and not cfg.OVERWRITE:
             said = build_finished_answer(cfg, world, folder, opened)
@@ -106,11 +113,7 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
             return None
         state = _build_state(cfg, world, folder)
     needs_weights = purpose != "measure" and state is None
-    source = cfg.MODEL.INIT if needs_weights else ""  # where it is missing, that is reported with all missing files
-    if needs_weights and cfg.MODE == "test" and not source:
-        source = str(folder.weights)
-        if not folder.weights.is_file():
-            raise UsageError(f"MODE test: {source} is missing; give MODEL.INIT FILE or a finished run's OUTPUT_DIR.")
+    source = build_source(cfg, folder) if needs_weights else ""
     read = cache(read_checkpoint)
     if opened:
         classes, videos, account = opened.classes, opened.videos, opened.account
@@ -123,22 +126,17 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
     multi_label = is_multi_label(videos)
     lists = on_main(world, lambda: record_lists(cfg.DATA.ROOT, videos))
     notes = on_main(world, lambda: check_continued(folder, state, lists, classes, multi_label) if state else [])
-    asked = cfg.TRAIN.BATCH_SIZE
+    lowered = short = ""  # on a batch larger than the list, on videos that are shorter than a clip
     if purpose != "measure" and cfg.MODE == "train":
-        kept = None if state is None else state["setup"].get("batch")  # its steps go on with the same videos
-        cfg = build_filled_batch(cfg, world, len(videos.get("train", ())), kept)
+        cfg, lowered = build_filled_batch(cfg, world, len(videos.get("train", ())), state)
     torch.manual_seed(cfg.SEED)  # for weights that no file holds
     model = build_model(cfg, len(classes))
     report = build_weights(cfg, model, checkpoint, classes, multi_label) if source and checkpoint else None
-    short = ""  # on videos that are shorter than a clip
     if purpose != "measure":
         cfg, short = build_fitting_sampling(cfg, world, videos, state, checkpoint)
     cost = measure_cost(model, (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE))
     summary = _build_summary(cfg, world, cost, len(classes), account)
-    if world.is_main and asked > cfg.TRAIN.BATCH_SIZE:
-        reason = "as the run began" if state is not None else "there are no more training videos"
-        summary += f"\nTRAIN.BATCH_SIZE {asked} is lowered to {cfg.TRAIN.BATCH_SIZE}: {reason}"
-    summary = "\n".join(filter(None, [summary, *([short, *notes] if world.is_main else [])]))
+    summary = "\n".join(filter(None, [summary, *([lowered, short, *notes] if world.is_main else [])]))
     weights = {"weights": checkpoint.path, **(checkpoint.metadata.get("weights") or {})} if checkpoint else {}
     checkpoint = checkpoint if cfg.MODE == "transfer" else None
     read_in = (cfg, world, folder, classes, videos, account, lists, view_settings(cfg))
@@ -183,16 +181,32 @@ def _build_state(cfg: CfgNode, world: World, folder: RunFolder) -> dict[str, Any
     return state
 
 
-def build_filled_batch(cfg: CfgNode, world: World, videos: int, kept: int | None = None) -> CfgNode:
-    """Return the configuration with the largest batch that a shorter training list fills.
+def build_source(cfg: CfgNode, folder: RunFolder) -> str:
+    """Return the checkpoint that a run begins with, "" for none. A missing MODEL.INIT is reported with the lists."""
+    if cfg.MODE != "test" or cfg.MODEL.INIT:
+        return cfg.MODEL.INIT
+    if not folder.weights.is_file():
+        raise UsageError(
+            f"MODE test: {folder.weights} is missing; give MODEL.INIT FILE or a finished run's OUTPUT_DIR."
+        )
+    return str(folder.weights)
 
-    ``kept`` is the batch of the run that is continued: it stays, also on another number of processes.
+
+def build_filled_batch(
+    cfg: CfgNode, world: World, videos: int, state: dict[str, Any] | None = None
+) -> tuple[CfgNode, str]:
+    """Return the configuration with the largest batch that a shorter training list fills, and a line where it is lower.
+
+    The batch of the run that ``state`` continues stays, also on another number of processes.
     """
     parts = world.size * cfg.TRAIN.ACCUMULATE
+    kept = None if state is None else state["setup"].get("batch")
     most = kept or videos // parts * parts * cfg.DATA.REPEATS
     if not 0 < most < cfg.TRAIN.BATCH_SIZE:
-        return cfg
-    return override(cfg, [("TRAIN.BATCH_SIZE", most)], "the training list")
+        return cfg, ""
+    reason = "there are no more training videos" if state is None else "as the run began"
+    line = f"TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE} is lowered to {most}: {reason}"
+    return override(cfg, [("TRAIN.BATCH_SIZE", most)], "the training list"), line
 
 
 def build_fitting_sampling(
@@ -264,22 +278,25 @@ def build_weights(
 
 def build_cost_report(cfg: CfgNode) -> str:
     """Return what the configured model costs to run and to train; without data, for Kinetics' 400 classes."""
-    try:
-        classes = len(build_lists(cfg).classes)
-        note = []
-    except UsageError:
-        classes = cfg.MODEL.NUM_CLASSES or KINETICS_CLASSES
-        note = [f"no data found in {cfg.DATA.ROOT}: {classes} classes assumed"]
+    found = build_class_count(cfg)
+    classes = found or KINETICS_CLASSES
+    note = [] if found else [f"no data found in {cfg.DATA.ROOT}: {classes} classes assumed"]
     model = build_model(cfg, classes)
     cost = measure_cost(model, (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE))
+    return "\n".join([*note, _build_model_line(cfg, cost, classes), build_memory_line(cfg, model, cost)])
+
+
+def build_memory_line(cfg: CfgNode, model: nn.Module, cost: Cost) -> str:
+    """Return a line on the tokens of a clip, and on the memory that training takes."""
+    image_tokens, reduced = model.token_counts()  # type: ignore[operator]
+    tokens = f"{image_tokens:,} tokens a clip{f', then {reduced:,}' if reduced else ''}"
     clip = count_training_memory(model, cost.input_size, cfg.PRECISION)
-    training = (
-        f"training: {clip:.2f} GB a clip kept for the backward pass in {cfg.PRECISION}, beside "
-        f"{16 * cost.parameters / 1e9:.2f} GB for weights, gradients and optimiser; a step of "
-        f"{cfg.TRAIN.BATCH_SIZE} clips in {cfg.TRAIN.ACCUMULATE} batch(es) on N processes: "
-        f"{clip * cfg.TRAIN.BATCH_SIZE / cfg.TRAIN.ACCUMULATE:.0f} / N GB"
+    step = three_digits(clip * cfg.TRAIN.BATCH_SIZE / cfg.TRAIN.ACCUMULATE)
+    return (
+        f"{tokens}; training keeps {three_digits(clip)} GB a clip for the backward pass in {cfg.PRECISION}, beside "
+        f"{16 * cost.parameters / 1e9:.2f} GB for weights, gradients and optimiser; a step of {cfg.TRAIN.BATCH_SIZE} "
+        f"clips in {cfg.TRAIN.ACCUMULATE} batch(es) on N processes: {step} / N GB"
     )
-    return "\n".join([*note, _build_model_line(cfg, cost, classes), training])
 
 
 def _build_summary(cfg: CfgNode, world: World, cost: Cost, num_classes: int, account: list[str]) -> str:
@@ -300,6 +317,7 @@ def _build_model_line(cfg: CfgNode, cost: Cost, num_classes: int) -> str:
     (frames, height, width), views = cost.input_size, cfg.TEST.CLIPS * cfg.TEST.CROPS
     return (
         f"{cfg.MODEL.NAME}: {cost.parameters / 1e6:.2f} M parameters, {num_classes} classes, "
-        f"{frames} frames of {height}x{width}, {cost.gflops:.3f} GFLOPs a clip, {cost.gflops * views:.3f} a video "
+        f"{frames} frames of {height}x{width}, {three_digits(cost.gflops, 3)} GFLOPs a clip, "
+        f"{three_digits(cost.gflops * views, 3)} a video "
         f"({cfg.TEST.CLIPS} x {cfg.TEST.CROPS} views)"
     )

@@ -23,7 +23,7 @@ from stvit_video.models.weights.files import read_checkpoint
 from stvit_video.runs.checkpoint import CheckpointWriter, list_checkpoints
 from stvit_video.runs.folder import RunFolder
 from stvit_video.runs.log import MetricsLog, describe_weights, read_metrics
-from stvit_video.runs.preflight import OpenRun
+from stvit_video.runs.preflight import OpenRun, build_memory_line
 from stvit_video.runtime.clock import PARTS, peak_memory
 from stvit_video.runtime.precision import autocast
 from stvit_video.runtime.stopping import StopSignals
@@ -198,14 +198,16 @@ def open_records(run: OpenRun, step: int) -> Iterator[tuple[MetricsLog | None, C
         yield log, writer
 
 
-def dry_run(run: OpenRun) -> None:
-    """Print the configuration, shapes, cost, times and memory of one training step and one test batch; begin no run."""
-    world, lines = run.world, []
-    if world.is_main:
-        print(f"configuration, resolved:\n{run.folder.config_text}{run.summary}")
-    if run.folder.settings["MODE"] == "train":
+def build_dry_run(run: OpenRun) -> None:
+    """Print in about 20 lines what a run would read, load, cost, do and write; begin none, and change no folder."""
+    world = run.world
+    report = run.report.summary() if run.report else "weights: random, as MODEL.INIT is empty"
+    lines = [run.summary, report, build_memory_line(run.cfg, run.model, run.cost)]
+    if run.cfg.MODE == "train":
         trainer = build_trainer(run)
-        lines.append(rehearse_step(trainer))
+        chance = math.log(2 if run.multi_label else len(run.classes))
+        lines.append(rehearse_step(trainer, chance))
+        trainer.loader.close()
         model = trainer.model_to_test()
     else:
         model = build_tested_model(run)
@@ -216,16 +218,21 @@ def dry_run(run: OpenRun) -> None:
     text = "none for this process" if batch is None else "no video of the first could be read"
     if batch is not None and len(batch.labels):
         clips = batch.to(world.device).make_clips()
+        started = time.monotonic()
         with torch.no_grad(), autocast(world.device, tester.precision):
             text = describe_shapes(clips, model.eval()(clips))
-    lines.append(f"test batch: {text}; {waited:.2f} s to load")
+        text += f"; {time.monotonic() - started:.2f} s to score"
+    tester.loader.close()
+    lines.append(f"test batch: {text}, {waited:.2f} s to load; peak memory {peak_memory(world.device):.2f} GB")
     if world.is_main:
-        print("\n".join(lines))
-        print(f"peak memory {peak_memory(world.device):.2f} GB. Nothing was written to {run.folder.path}.", flush=True)
+        print("\n".join([*lines, run.folder.describe_start(), "dry run: nothing was written"]), flush=True)
 
 
-def rehearse_step(trainer: Trainer) -> str:
-    """Take one training step, the first and therefore a slow one, and return a line on it."""
+def rehearse_step(trainer: Trainer, chance: float) -> str:
+    """Take one training step, the first and therefore a slow one, and return a line on it.
+
+    ``chance`` is the loss of a model that gives every class the same probability.
+    """
     seen: list[str] = []
     hook = trainer.wrapped.register_forward_hook(
         lambda module, clips, logits: seen.append(describe_shapes(clips[0], logits))
@@ -237,7 +244,9 @@ def rehearse_step(trainer: Trainer) -> str:
     lap = trainer.clock.lap()
     parts = ", ".join(f"{part} {lap[part]:.2f} s" for part in PARTS)
     batches = f"{trainer.settings.accumulate} x " if trainer.settings.accumulate > 1 else ""
-    outcome = f"loss {loss / count:.3f}" if count else "skipped: its loss or gradients are not finite"
+    outcome = (
+        f"loss {loss / count:.3f} (chance {chance:.3f})" if count else "skipped: its loss or gradients are not finite"
+    )
     return f"first training step: {batches}{seen[0]}, {outcome}; {parts}"
 
 

@@ -17,10 +17,9 @@ from torch.optim.swa_utils import AveragedModel
 from stvit_video.common.errors import UsageError
 from stvit_video.common.progress import Progress
 from stvit_video.config.schema import flatten
-from stvit_video.data.clips.transforms import Mix
 from stvit_video.data.dataset import MAX_TRIES, Batch
 from stvit_video.data.failures import Failure, check_failures
-from stvit_video.data.loader import build_mix, build_test_loader, build_train_loader
+from stvit_video.data.loader import build_test_loader, build_train_loader
 from stvit_video.data.workers import Loader, LoaderFailure
 from stvit_video.models.weights.files import header
 from stvit_video.runs.folder import RunFolder
@@ -28,11 +27,12 @@ from stvit_video.runs.log import MetricsLog
 from stvit_video.runs.preflight import OpenRun
 from stvit_video.runtime import parallel
 from stvit_video.runtime.clock import PARTS, StepClock, peak_memory
-from stvit_video.runtime.precision import autocast, matrix_rate, set_precision
+from stvit_video.runtime.precision import autocast, set_precision
 from stvit_video.runtime.stopping import Diverged
 from stvit_video.runtime.world import World, any_of, gather_objects, sum_over_world
-from stvit_video.training.losses import build_class_weights, classification_loss
+from stvit_video.training.losses import classification_loss
 from stvit_video.training.optim import average_weights, build_optimizer, build_scheduler, freeze
+from stvit_video.training.settings import TrainSettings, build_train_settings
 
 LOG_EVERY = 8  # steps between rows of metrics.jsonl
 COUNTERS = ("epoch", "step", "bad_steps", "best", "stale")  # of a trainer, in its checkpoints
@@ -41,26 +41,6 @@ ROUNDING = ("processes", "strategy", "accumulation", "compile", "device")  # of 
 
 class WaitEnded(Exception):
     """There is no batch for a step, because the run is to stop."""
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How steps are taken."""
-
-    precision: str
-    accumulate: int  # batches a step and process
-    clip_grad: float  # largest norm of the gradients; 0: no clipping
-    label_smoothing: float
-    max_failures: float  # share of the training videos that may be unreadable
-    max_bad_steps: int  # steps that may be skipped because loss or gradients are not finite
-    peak_clips_per_second: float  # if a training step were nothing but one matrix product, over all processes
-    seed: int
-    val_every: int = 1  # epochs between validations
-    patience: int = 0  # validations without a better accuracy that end the training; 0: none do
-    mix: Mix | None = None
-    multi_label: bool = False  # labels are those of each class by itself (clips, classes)
-    tested: str = "last"  # which weights are tested at the end
-    class_weights: Tensor | None = None  # (classes,)
 
 
 @dataclass(eq=False)
@@ -359,23 +339,7 @@ def build_trainer(run: OpenRun) -> Trainer:
     steps_per_epoch = len(loader) // cfg.TRAIN.ACCUMULATE
     total = min(cfg.TRAIN.EPOCHS * steps_per_epoch, cfg.TRAIN.MAX_STEPS or sys.maxsize)
     optimizer = build_optimizer(cfg, model)
-    rate = sum_over_world(world, torch.tensor([matrix_rate(world.device, cfg.PRECISION)], device=world.device))
-    settings = TrainSettings(
-        precision=cfg.PRECISION,
-        accumulate=cfg.TRAIN.ACCUMULATE,
-        clip_grad=cfg.OPTIM.CLIP_GRAD,
-        label_smoothing=cfg.OPTIM.LABEL_SMOOTHING,
-        max_failures=cfg.DATA.MAX_FAILURES,
-        max_bad_steps=cfg.TRAIN.MAX_BAD_STEPS,
-        peak_clips_per_second=float(rate) / (3 * run.cost.gflops),  # the backward pass costs twice the forward pass
-        seed=cfg.SEED,
-        val_every=cfg.TRAIN.VAL_EVERY,
-        patience=cfg.TRAIN.PATIENCE,
-        mix=build_mix(cfg, world, len(run.classes)),
-        multi_label=run.multi_label,
-        tested=cfg.TEST.WEIGHTS,
-        class_weights=build_class_weights(run),
-    )
+    settings = build_train_settings(run)
     setup = {
         "processes": world.size,
         "strategy": cfg.PARALLEL.STRATEGY,

@@ -263,5 +263,5 @@ def build_finetuning(run: OpenRun) -> CfgNode | None:
 
     on_main(run.world, check)  # that run comes last, perhaps hours later: what would stop it is refused now
     videos = run.videos["train"]
-    build_train_loader(build_filled_batch(cfg, run.world, len(videos)), run.world, videos)
+    build_train_loader(build_filled_batch(cfg, run.world, len(videos))[0], run.world, videos)
     return cfg

@@ -180,15 +180,16 @@ def test_what_is_no_likeness_is_not_suggested(name: str, known: str, meant: list
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--lr", "3"], "unrecognized arguments: --lr. Did you mean OPTIM.LR? Use: python -m a.b"),
-        (["--stpes=3"], "Did you mean --steps?"),
+        (["--kind", "train", "--lr", "3"], "unrecognized arguments: --lr. Did you mean OPTIM.LR? Use: python -m a.b"),
+        (["--kind", "train", "--stpes=3"], "Did you mean --steps?"),
         (["--kind", "modle"], "Did you mean model?"),
+        (["--kidn", "model"], "required: --kind, and --kidn is no option. Did you mean --kind? Use: python -m a.b"),
     ],
 )
 def test_options_and_choices_are_suggested(words: list[str], says: str) -> None:
     parser = Parser("Do it: ``python -m a.b [KEY VALUE]``.", ["OPTIM.LR"])
     parser.add_argument("--steps")
-    parser.add_argument("--kind", choices=("model", "train"))
+    parser.add_argument("--kind", choices=("model", "train"), required=True)
     parser.add_argument("overrides", nargs="*")
     with pytest.raises(UsageError) as error:
         parser.parse_intermixed_args(words)

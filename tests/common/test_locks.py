@@ -56,7 +56,7 @@ def refuse(*given: object) -> None:
 def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A file system with locks, one without, and one whose locks hold on each machine alone."""
     monkeypatch.setattr(locks, "BEAT_S", 0.05)
-    monkeypatch.setattr(locks, "DEAD_S", 0.6)
+    monkeypatch.setattr(locks, "DEAD_S", 0.3)
     if request.param != "locks":
         monkeypatch.setattr(fcntl, "lockf", refuse if request.param == "none" else lambda *given: None)
     return request.param
@@ -72,12 +72,10 @@ def test_a_lock_is_of_one_process_until_it_ends(system: str, tmp_path: Path, cap
     lock = Lock(path)
     with forked(path, host) as child:
         holder = f"process {child} on {host}"
-        assert not lock.take(1.0, told)  # for longer than it takes to find that a holder is gone
+        assert not lock.take(0.6, told)  # for longer than it takes to find that a holder is gone
         assert capfd.readouterr().out == f"waiting for {holder}\n"
         assert lock.holder() == holder
-    begun = time.monotonic()
-    assert lock.take(10, told)
-    assert (time.monotonic() - begun < 0.5) == (system == "locks")
+    assert lock.take(0 if system == "locks" else 10, told)
     lock.close()
     assert sorted(os.listdir(path.parent)) == [".lock", ".lock.2"]  # since one has died
     assert lock.take(0, told)

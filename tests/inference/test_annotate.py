@@ -61,10 +61,10 @@ def test_text_is_large_and_inside_of_the_picture(size: tuple[int, int]) -> None:
     dark = np.nonzero((pixels != 90).any(axis=-1))
     assert dark[1].max() < size[1] - 1, "the box is cut at the right"
     text = (pixels[: dark[0].max()] > 180).all(axis=-1)
-    assert text.any(axis=1).sum() > 2 * 0.7 * max(MIN_TEXT, min(size) // 18), "the lines are too small"
+    assert text.any(axis=1).sum() > 2 * 0.7 * max(MIN_TEXT, min(size) // 24), "the lines are too small"
     alone = Image.new("RGB", size[::-1], (90, 90, 90))
     draw(alone, scores[:1])
-    row = round(1.35 * max(MIN_TEXT, min(size) // 18))
+    row = round(1.35 * max(MIN_TEXT, min(size) // 24))
     end = np.nonzero((np.asarray(alone)[:row] > 180).all(axis=-1))[1].max()
     assert end <= dark[1].max(), "the percentage is cut"
 

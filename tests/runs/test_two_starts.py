@@ -33,6 +33,7 @@ for line in sys.stdin:
         starts.append(child)
     print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in starts]), flush=True)
 """
+LONG = pytest.mark.long
 Start = Callable[..., list[tuple[int, str]]]
 
 
@@ -93,11 +94,21 @@ def start_often(start: Start, small_set: Path, trained: Path, tmp_path: Path, mo
     return codes
 
 
-@pytest.mark.parametrize("mode", ["train", "test", "transfer"])
+@pytest.mark.parametrize("mode", ["train", *(pytest.param(mode, marks=LONG) for mode in ("test", "transfer"))])
 def test_two_starts_are_one_run(start: Start, small_set: Path, trained: Path, tmp_path: Path, mode: str) -> None:
     start_often(start, small_set, trained, tmp_path, mode, 1)
 
 
-@pytest.mark.long
+@LONG
+def test_of_two_that_overwrite_the_second_is_refused(start: Start, small_set: Path, tmp_path: Path) -> None:
+    """Later it may overwrite what is there by then."""
+    arguments = small_arguments(small_set, tmp_path / "run", *SMALLEST, "OVERWRITE", "True")
+    (done, _), (refused, said) = sorted(start(arguments, tmp_path, [0.0, 0.0]))
+    assert (done, refused) == (0, 2)
+    assert "was finished by another process that this one waited for" in said
+    assert [code for code, _ in start(arguments, tmp_path, [0.0])] == [0]
+
+
+@LONG
 def test_two_hundred_starts_are_never_two_runs(start: Start, small_set: Path, trained: Path, tmp_path: Path) -> None:
     assert start_often(start, small_set, trained, tmp_path, "train", 200) == {0, 2}

@@ -170,13 +170,18 @@ def test_incompatible_processes_are_named(change: dict[str, str], verdict: str) 
 
 PROGRAM = """
 import os, sys, time
-from stvit_video.runtime.world import any_of, gather_objects, join_world
+from stvit_video.common.errors import RunFailure
+from stvit_video.runtime.world import any_of, gather_objects, join_world, on_main
+def fail():
+    raise RunFailure("no decoder starts")
 with join_world("cpu", timeout_s=int(sys.argv[1])) as world:
     print(gather_objects(world, os.environ["SLURMD_NODENAME"]), flush=True)
     if sys.argv[2] == os.environ["SLURMD_NODENAME"]:
         raise ArithmeticError("nothing adds up")
     if sys.argv[2] == os.environ["SLURMD_NODENAME"] + " hangs":
         time.sleep(int(sys.argv[1]) + 8)
+    if sys.argv[2] == "main":
+        on_main(world, fail)
     any_of(world, False)
 """
 
@@ -209,6 +214,13 @@ def test_failure_is_reported_with_its_rank_on_all_ranks() -> None:
     assert right != 0
     assert "rank 1 of 2 on right failed: ArithmeticError: nothing adds up" in right_said
     assert "rank 0 of 2 on left ends: rank 1 of 2 on right failed: ArithmeticError" in left_said
+
+
+@pytest.mark.long
+def test_a_failure_of_rank_0_is_that_of_all() -> None:
+    for rank, (code, said) in enumerate(run_tasks("90", "main", job="906")):
+        assert code == 1
+        assert f"rank {rank} of 2 on {('left', 'right')[rank]} failed: RunFailure: no decoder starts" in said
 
 
 def test_only_the_room_that_nccl_lacks_is_called_so() -> None:

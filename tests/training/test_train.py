@@ -21,7 +21,8 @@ from stvit_video.models.zoo import build_model
 from stvit_video.runs.log import MetricsLog, read_metrics
 from stvit_video.runs.preflight import open_run
 from stvit_video.runtime.world import World
-from stvit_video.training.trainer import Trainer, TrainSettings, build_trainer
+from stvit_video.training.settings import TrainSettings
+from stvit_video.training.trainer import Trainer, build_trainer
 
 WORLD = World(0, 1, torch.device("cpu"))
 

@@ -40,6 +40,7 @@ from stvit_video.training.transfer import (
 from tests.conftest import REPOSITORY, Killed
 
 Arguments = Callable[..., list[str]]
+MACRO = ("macro_top1", "macro_f1", "classes_without_videos")
 
 
 def described(features: torch.Tensor, labels: torch.Tensor) -> Predictions:
@@ -339,7 +340,7 @@ def test_fine_tuning_runs_last_and_resumes(
     assert content["rows"][2] == {
         "method": "fine-tuned (2 epochs)",
         "weights": "fine-tuned",
-        **{name: results[name] for name in ("top1", "top5", "coverage")},
+        **{name: results[name] for name in ("top1", "top5", *MACRO, "coverage")},
     }
     assert "(k 7," in content["rows"][0]["method"]
     assert "holds results (transfer.json" in refused(small_run(*words))

@@ -54,7 +54,8 @@ class MemoryReader(Reader):
         elif len(shape) == 3 and shape[-1] == 3:
             advice = "frames[None] for a clip of one frame"
         elif len(shape) == dimensions and shape[-3] == 3:
-            advice = f"{wanted}: channels last, frames.{'permute' if array is given else 'transpose'}(0, 2, 3, 1)"
+            how = "permute" if isinstance(array, torch.Tensor) else "transpose"
+            advice = f"{wanted}: channels last, frames.{how}(0, 2, 3, 1)"
         else:
             advice = f"{wanted}; grey pixels three times, and no transparency"
         raise UsageError(f"{self.path}: {str(array.dtype).removeprefix('torch.')} {shape}; give {advice}.")

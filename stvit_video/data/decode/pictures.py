@@ -1,5 +1,6 @@
 """Images, and folders of images as videos of their frames."""
 
+import contextlib
 import fnmatch
 import os
 import re
@@ -155,6 +156,14 @@ class ImageReader(Reader):
                 raise DecodeError(self.path, f"{name} is of another size than the first frame", "pillow")
             images.append(image)
         return np.stack(images)
+
+
+def image_suffix(path: str) -> str:
+    """Return the ending that a file should have by its content, where it is an image; else ""."""
+    with contextlib.suppress(*IMAGE_ERRORS), Image.open(path) as file:
+        suffix = f".{(file.format or '').lower()}"
+        return suffix if suffix in IMAGE_SUFFIXES else ""
+    return ""
 
 
 def read_image(path: str, short_side: int | None) -> Frames:
