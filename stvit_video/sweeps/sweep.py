@@ -195,8 +195,11 @@ def train_all(runs: Sequence[SweepRun], options: Namespace, draw: Callable[[], o
 
 def build_table(plan: Plan, runs: Sequence[SweepRun], output: Path, within: float) -> str:
     """Write table and picture of what is finished; return the table as text."""
+    tested: dict[str, str] = {}  # one run of each test list that there was; the start may have another
     for run in [run for run in runs if run.folder.is_finished()]:
         with reading(run.folder.results) as results:
+            if run.row is not plan.start and "test_list_sha256" in results:
+                tested.setdefault(results["test_list_sha256"], run.name)
             row = run.row  # a run's own count: its data, and so its classes, may be gone
             row.parameters = int(results["parameters"])
             row.gflops = float(results["gflops"])
@@ -212,6 +215,8 @@ def build_table(plan: Plan, runs: Sequence[SweepRun], output: Path, within: floa
         if all(now[key] == others[key] for key in COMMON_KEYS):  # else its accuracy is of another test
             reached += f" ({plan.start.mean:.2f} % {ACCURACIES[plan.start.accuracy_key]})"
         notes = [f"every row starts from the weights of {start.name}, a {reached}"]
+    if len(tested) > 1:
+        notes.append(f"not to be compared: the test list has changed between the runs {' and '.join(tested.values())}")
     return write_table(plan, output, within, notes, build_known_speeds(plan, output))
 
 

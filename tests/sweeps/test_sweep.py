@@ -128,6 +128,17 @@ def test_table_has_the_figures_of_the_runs(made: tuple[Path, Path]) -> None:
         assert row["spread"] == pytest.approx(abs(first["top1"] - second["top1"]))
 
 
+def test_accuracies_on_different_test_lists_are_not_compared(made: tuple[Path, Path], tmp_path: Path) -> None:
+    plan, output = made
+    shutil.copytree(output, tmp_path / "out", symlinks=True)
+    for seed in (0, 1):
+        file = tmp_path / "out" / "full" / f"seed{seed}" / "results.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "test_list_sha256": f"{seed}"}))
+    assert make(plan, tmp_path / "out", "--no-train") == 0
+    says = "the test list has changed between the runs full, seed 0 and full, seed 1"
+    assert says in (tmp_path / "out" / "tradeoff.md").read_text()
+
+
 def test_files_of_the_table_agree(made: tuple[Path, Path]) -> None:
     _, output = made
     content = json.loads((output / "tradeoff.json").read_text())
