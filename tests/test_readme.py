@@ -24,7 +24,7 @@ import torchvision
 
 from stvit_video.config import load_config
 from stvit_video.config.schema import BY_NAME
-from stvit_video.models import create_model
+from stvit_video.models import create_model, load_pretrained
 from tests.conftest import REPOSITORY
 
 MAIN = REPOSITORY / "README.md"
@@ -304,6 +304,15 @@ def test_python_with_opencv_runs(
 def test_python_of_torch_hub_runs(here: Path) -> None:
     found = run_python(REPOSITORY / "stvit_video" / "inference" / "README.md", "torch.hub", here)
     assert found["predictor"](here / "new.mp4").top(1)
+
+
+def test_the_example_of_adapters_gives_weights_that_load(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    sizes = {"num_frames": 4, "image_size": 64, "num_classes": 3}
+    model, clips = create_model("stvit_vit_tiny_patch16", **sizes), torch.zeros(2, 3, 4, 64, 64)
+    given = {"model": model, "clips": clips, "labels": torch.tensor([0, 2])}
+    run_python(REPOSITORY / "stvit_video" / "models" / "README.md", "LoraConfig", tmp_path, **given)
+    assert load_pretrained(create_model("stvit_vit_tiny_patch16", **sizes), tmp_path / "tuned.pth").coverage == 1
 
 
 def test_the_example_of_a_reducer_works_in_a_model(tmp_path: Path) -> None:
