@@ -561,7 +561,7 @@ def test_standard_input(
     assert "cannot be opened as video" in found(given=tmp_path / "empty", code=1)["error"]
     assert "without --window, it is read as a file" in found(*windows, given=tmp_path / "empty", code=1)["error"]
     assert "give it alone" in said(capsys, "-", "clip.mp4", *words, code=2)
-    assert "with --window" in said(capsys, "-", *words, "--seconds", "2", code=2)
+    assert "give --window too" in said(capsys, "-", *words, "--seconds", "2", code=2)
     assert "leave it out" in said(capsys, "-", *words, "--annotate", "x", code=2)
     os.close(0)
     assert "which is closed" in said(capsys, "-", *words, code=2)
