@@ -5,6 +5,7 @@ import os
 import queue
 import shutil
 import stat
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -73,7 +74,7 @@ def find_sources(
 def stdin_is_file() -> bool:
     """Say whether standard input is a regular file. Raises UsageError where nobody gives any."""
     try:
-        mode = os.fstat(0).st_mode
+        mode = os.fstat(0).st_mode if sys.stdin else 0  # what is opened next takes the place of a closed one
     except OSError:
         mode = 0
     if not mode or os.isatty(0):

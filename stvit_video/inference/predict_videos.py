@@ -26,8 +26,8 @@ LIVE_WINDOW_S = 2.0
 
 def predict_videos(options: argparse.Namespace) -> int:
     """Score the videos that the ``options`` of the command name; return the exit code. Raises UsageError."""
-    trained = open_checkpoint(options.checkpoint, options.overrides)
     stdin_is_stream = STDIN in options.videos and not stdin_is_file() and options.window is not None
+    trained = open_checkpoint(options.checkpoint, options.overrides)
     paths, live, unused = find_sources(options.videos, trained.input.views.frames == 1, stdin_is_stream)
     if live is None and options.seconds is not None:
         if STDIN in options.videos:
