@@ -45,6 +45,10 @@ def test_base_files_are_inherited_from_their_own_folder(cfg_file: Path, tmp_path
     child.write_text("_BASE_: ../mine.yaml\nTRAIN:\n  EPOCHS: 7\n")
     cfg = load_config(child)
     assert (cfg.DATA.ROOT, cfg.TRAIN.EPOCHS, cfg.OUTPUT_DIR) == ("videos", 7, "runs/child")
+    both = tmp_path / "both.yaml"
+    both.write_text("_BASE_: [sub/child.yaml, third.yaml]\n")
+    (tmp_path / "third.yaml").write_text("TRAIN:\n  EPOCHS: 8\n")
+    assert (load_config(both).DATA.ROOT, load_config(both).TRAIN.EPOCHS) == ("videos", 8)
 
 
 def test_an_empty_section_changes_nothing(cfg_file: Path, tmp_path: Path) -> None:
@@ -121,8 +125,8 @@ def test_mistakes_are_named_with_what_is_allowed(cfg_file: Path, words: list[str
         ("MODEL: stvit_vit_tiny\n", "MODEL is a section; name one of its keys: MODEL.NAME"),
         ("TRAIN:\n  LR: 0.1\n", "Did you mean OPTIM.LR?"),
         ("_BASE_: absent.yaml\n", "absent.yaml is not there"),
-        ("_BASE_: broken.yaml\n", "its _BASE_ is 'broken.yaml'; name one other .yaml file"),
-        ("_BASE_: [a.yaml, b.yaml]\n", "name one other .yaml file"),
+        ("_BASE_: broken.yaml\n", "its _BASE_ is 'broken.yaml'; name another .yaml file"),
+        ("_BASE_: [broken.yaml]\n", "name another .yaml file"),
         ("DATA:\n  ROTO: x\n", "Did you mean DATA.ROOT?"),
         ("DATA: 3\n", "Key DATA in"),
         ("MODE: {a: 1}\n", "MODE in"),

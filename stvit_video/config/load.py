@@ -80,18 +80,19 @@ def read_yaml(path: Path, *, folders: Sequence[str] = ("configs",)) -> dict[Any,
 
 
 def read_file(path: Path, *heirs: Path) -> dict[str, Any]:
-    """Return the values of a configuration file by full name, on those of the file that ``_BASE_`` names."""
+    """Return the values of a configuration file by full name, on those of the files that ``_BASE_`` names."""
     try:
         content = read_yaml(path)
     except UsageError as error:
         raise UsageError(f"Configuration {f'{heirs[-1]}: its _BASE_ ' if heirs else ''}{error}") from error
-    base = content.pop("_BASE_", None)
-    if base is None:
-        return flatten(content)
-    file = Path(os.path.normpath(path.parent / Path(str(base)).expanduser()))
-    if not isinstance(base, str) or file in (path, *heirs):
-        raise UsageError(f"Configuration {path}: its _BASE_ is {base!r}; name one other .yaml file.")
-    return {**read_file(file, *heirs, path), **flatten(content)}
+    bases = content.pop("_BASE_", [])
+    values: dict[str, Any] = {}
+    for base in bases if isinstance(bases, list) else [bases]:  # of several, the last one wins
+        file = Path(os.path.normpath(path.parent / Path(str(base)).expanduser()))
+        if not isinstance(base, str) or file in (path, *heirs):
+            raise UsageError(f"Configuration {path}: its _BASE_ is {base!r}; name another .yaml file.")
+        values |= read_file(file, *heirs, path)
+    return values | flatten(content)
 
 
 def _values_before(path: Path, given: dict[str, Any]) -> dict[str, Any]:

@@ -231,7 +231,7 @@ def test_a_folder_says_what_a_run_does_there(trained: Path, tmp_path: Path) -> N
     assert says(trained.parent, OVERWRITE=True) == f"a run replaces what {trained.parent} holds (OVERWRITE True)"
     assert says(tmp_path / "new") == f"a run begins in {tmp_path / 'new'}, which is new"
     shutil.copytree(trained.parent, tmp_path / "stopped", ignore=shutil.ignore_patterns("results.json"))
-    assert says(tmp_path / "stopped") == f"a run continues in {tmp_path / 'stopped'} from step_1.pt"
+    assert says(tmp_path / "stopped") == f"a run continues in {tmp_path / 'stopped'} from step_00000001.pt"
     (tmp_path / "photo.jpg").touch()
     assert says(tmp_path).startswith(f"a run is refused: OUTPUT_DIR {tmp_path} holds files that are not a run's")
 
