@@ -130,7 +130,8 @@ def _figure_table(runs: Sequence[RunRecord]) -> str:
 def _list_disagreements(one: RunRecord, two: RunRecord, most: int) -> str:
     lines = []
     for right, wrong, pairs in zip((one, two), (two, one), disagreements(one, two), strict=True):
-        lines.append(f"only {right.name} is right on {len(pairs)} videos" + (":" if pairs and most else ""))
+        count = f"{len(pairs)} video{'' if len(pairs) == 1 else 's'}"
+        lines.append(f"only {right.name} is right on {count}" + (":" if pairs and most else ""))
         for first, second in pairs[:most]:
             said = second.predicted if right is one else first.predicted
             lines.append(f"  {first.path}: {', '.join(first.labels)} ({wrong.name}: {said})")

@@ -103,8 +103,9 @@ def test_the_answer_comes_first_and_names_the_videos(tmp_path: Path, said: Any) 
 
     near = write_run(tmp_path / "near", "x" * 29 + "..." + "xxxx")
     text = said(near, good)
-    assert text.startswith("The difference of 2.8 points between good and near is within chance (95 %: -5.")
+    assert text.startswith("The difference of 2.8 points between good and near is within chance (95 %: -6.3 to 11.5, ")
     assert "p = 1.000, 36 videos)" in text.splitlines()[0]
+    assert "only good is right on 1 video:\n" in text
 
 
 @pytest.mark.parametrize(
