@@ -139,6 +139,8 @@ def test_unequal_tests_are_compared_on_what_both_scored_and_said(tmp_path: Path,
     assert "20 and 40 videos, not paired: part has no predictions.csv" in said(whole, part).splitlines()[0]
     (tmp_path / "part" / "config.yaml").unlink()  # which list it was is not known any more
     assert "not compared: no predictions.csv of part" in said(whole, part).splitlines()[0]
+    (tmp_path / "part" / "results.json").write_text('{"top1": 12.5}')  # of an old version
+    assert "not compared: no predictions.csv of part" in said(whole, part).splitlines()[0]
 
 
 def test_videos_that_a_list_names_twice_stay_two(tmp_path: Path) -> None:
