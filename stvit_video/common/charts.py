@@ -285,7 +285,7 @@ class Point:
 
 def plot_points(points: Sequence[Point], x_label: str, y_label: str, path: Path, title: str) -> None:
     """Write the PNG of ``image_of_points``."""
-    write_atomically(path, image_of_points(points, x_label, y_label, title, "png", (8, 5)))
+    write_atomically(path, image_of_points(points, x_label, y_label, title, "png", (8, 5.5)))
 
 
 @matplotlib.rc_context(STYLE)

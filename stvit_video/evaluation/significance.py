@@ -109,7 +109,7 @@ def _figure_table(runs: Sequence[RunRecord]) -> str:
     columns: dict[str, list[str]] = {names: [run.name for run in runs]}
     keys = {**ACCURACIES, "top5": "top-5", "macro_top1": "macro", "macro_f1": "F1"}
     for key, name in keys.items():
-        columns[name] = [f"{run.results[key]:.1f}" if key in run.results else "-" for run in runs]
+        columns[name] = ["-" if (value := run.results.get(key)) is None else f"{value:.1f}" for run in runs]
         if key == "top1":
             intervals = [run.interval() for run in runs]
             columns["95 %"] = ["{:.1f} to {:.1f}".format(*found) if found else "-" for found in intervals]
@@ -117,7 +117,7 @@ def _figure_table(runs: Sequence[RunRecord]) -> str:
     speeds = [run.results.get("clips_per_second") for run in runs]
     columns["clips/s"] = [f"{speed:.1f}" if speed else "-" for speed in speeds]
     counts = [[run.results.get(key) for key in ("scored", "videos")] for run in runs]
-    columns["videos"] = [f"{n:,}" if n == of else f"{n:,} of {of:,}" if n and of else "-" for n, of in counts]
+    columns["videos"] = ["-" if None in (n, of) else f"{n:,}" if n == of else f"{n:,} of {of:,}" for n, of in counts]
     if len({run.describe_views() for run in runs}) > 1:
         columns["views"] = [run.describe_views() for run in runs]
     shown = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
@@ -130,7 +130,8 @@ def _figure_table(runs: Sequence[RunRecord]) -> str:
 def _list_disagreements(one: RunRecord, two: RunRecord, most: int) -> str:
     lines = []
     for right, wrong, pairs in zip((one, two), (two, one), disagreements(one, two), strict=True):
-        lines.append(f"only {right.name} is right on {len(pairs)} videos" + (":" if pairs and most else ""))
+        count = f"{len(pairs)} video{'' if len(pairs) == 1 else 's'}"
+        lines.append(f"only {right.name} is right on {count}" + (":" if pairs and most else ""))
         for first, second in pairs[:most]:
             said = second.predicted if right is one else first.predicted
             lines.append(f"  {first.path}: {', '.join(first.labels)} ({wrong.name}: {said})")

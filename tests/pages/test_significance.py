@@ -103,8 +103,9 @@ def test_the_answer_comes_first_and_names_the_videos(tmp_path: Path, said: Any) 
 
     near = write_run(tmp_path / "near", "x" * 29 + "..." + "xxxx")
     text = said(near, good)
-    assert text.startswith("The difference of 2.8 points between good and near is within chance (95 %: -5.")
+    assert text.startswith("The difference of 2.8 points between good and near is within chance (95 %: -6.3 to 11.5, ")
     assert "p = 1.000, 36 videos)" in text.splitlines()[0]
+    assert "only good is right on 1 video:\n" in text
 
 
 @pytest.mark.parametrize(
@@ -137,6 +138,8 @@ def test_unequal_tests_are_compared_on_what_both_scored_and_said(tmp_path: Path,
     (tmp_path / "part" / "predictions.csv").unlink()
     assert "20 and 40 videos, not paired: part has no predictions.csv" in said(whole, part).splitlines()[0]
     (tmp_path / "part" / "config.yaml").unlink()  # which list it was is not known any more
+    assert "not compared: no predictions.csv of part" in said(whole, part).splitlines()[0]
+    (tmp_path / "part" / "results.json").write_text('{"top1": 12.5}')  # of an old version
     assert "not compared: no predictions.csv of part" in said(whole, part).splitlines()[0]
 
 
