@@ -32,7 +32,8 @@ def record_lists(root: str, videos: Mapping[str, Sequence[Video]]) -> Lists:
     bases = tuple(os.path.join(base, "") for base in (Path(root), os.path.abspath(root)))
 
     def pack(listed: Sequence[Video]) -> bytes:
-        rows = [(video.name.removeprefix(bases[0]).removeprefix(bases[1]), labels_of(video)) for video in listed]
+        names = [os.path.normpath(video.name.removeprefix(bases[0]).removeprefix(bases[1])) for video in listed]
+        rows = list(zip(names, map(labels_of, listed), strict=True))
         return zlib.compress(json.dumps(rows).encode())
 
     return {split: pack(listed) for split, listed in videos.items()}

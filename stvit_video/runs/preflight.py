@@ -257,6 +257,12 @@ def build_weights(
                 f"{cfg.DATA.TEST_LIST} have {LABELS[multi_label]}; give a list of that kind and DATA.MULTI_LABEL "
                 f"{trained}, or other weights."
             )
+        kind = (checkpoint.metadata.get("weights") or {}).get("weights", cfg.TEST.WEIGHTS)
+        if cfg.TEST.WEIGHTS not in ("last", kind):
+            raise UsageError(
+                f"TEST.WEIGHTS {cfg.TEST.WEIGHTS}: {checkpoint.path} holds the {kind} weights of its run; leave the "
+                f"key out to test these, or give others in MODEL.INIT (checkpoints/best.safetensors of a run)."
+            )
         report = load_pretrained(model, checkpoint, min_coverage=0.9, antialias=antialias)
         check_all_loaded(report, model)
         report.notes += filter(None, [note])

@@ -194,3 +194,15 @@ def test_results_say_which_weights_they_are_of(
     assert {name: found[name] for name in ("weights", "weights_step", "top1")} == {
         name: results[name] for name in ("weights", "weights_step", "top1")
     }
+
+
+def test_a_path_may_be_written_in_another_way() -> None:
+    plain, dotted = (record_lists("data", {"train": [Video(f"data/{name}", 0)]}) for name in ("a.mp4", "./a.mp4"))
+    assert plain == dotted
+
+
+def test_other_weights_of_a_run_than_the_file_holds_are_refused(
+    small_run: Arguments, trained: Path, refused: Refused
+) -> None:
+    said = refused(small_run("MODE", "test", "MODEL.INIT", str(trained), "TEST.WEIGHTS", "best"))
+    assert "holds the last weights" in said
