@@ -14,6 +14,7 @@ from pathlib import Path
 from stvit_video.common.cli import Parser, number, run_command
 from stvit_video.common.errors import UsageError
 from stvit_video.common.hub import check_exists
+from stvit_video.data.decode.pictures import is_pattern
 
 
 def visualize(arguments: Sequence[str] | None) -> int:
@@ -27,7 +28,7 @@ def visualize(arguments: Sequence[str] | None) -> int:
     add("--class", dest="label", metavar="NAME", help="class to explain (default: the most likely one)")
     words = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(words)
-    if not options.video.exists():
+    if not options.video.exists() and not is_pattern(str(options.video)):
         raise UsageError(f"VIDEO {options.video} does not exist; give a video, an image or a folder of images.")
     check_exists(options.checkpoint)
     from stvit_video.pages.clip_page import write_clip_page
