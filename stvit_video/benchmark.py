@@ -27,7 +27,9 @@ PEER = (
 
 def build_parser() -> Parser:
     """Return the parser of the command line."""
-    parser = Parser(__doc__)
+    from stvit_video.config.schema import BY_NAME
+
+    parser = Parser(__doc__, BY_NAME)
     add = parser.add_argument
     count = number(int, 1)
     add("what", choices=("model", "train", "e2e", "loader", "engine"), help=WHAT)

@@ -1,7 +1,10 @@
-"""Compare the learning curves of runs in one chart: ``python -m stvit_video.compare RUN RUN ... [--target 90]``.
+"""Say which run is better, and whether by chance: ``python -m stvit_video.compare RUN RUN ... [--target 90]``.
 
-Each RUN is the folder of a training run. Prints the number of steps after which each reaches the target, in training
-accuracy, averaged over a window of steps, and in validation. In the first epoch, training accuracy is on new clips.
+Each RUN is the folder of a run that was trained or tested. Differences are measured on the test videos that two runs
+both scored, with a 95 % interval over those videos: of top-1 with McNemar's exact test, of mAP by a paired bootstrap.
+Another seed may change an accuracy by more. Of training runs the learning curves are drawn, and the steps are printed
+after which each reaches the target, in training accuracy, averaged over a window of steps, and in validation. In the
+first epoch, training accuracy is on new clips. Exit codes: 0 done; 2 wrong use.
 """
 
 import sys
@@ -15,36 +18,52 @@ from stvit_video.common.files import check_file
 
 
 def compare(arguments: Sequence[str] | None) -> int:
-    """Parse the arguments, draw the chart and print the table; return the exit code."""
+    """Parse the arguments, draw the chart and print the answer and the tables; return the exit code."""
     parser = Parser(__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a training run")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--target", type=float, default=90.0, help="top-1 or mAP in percent (default: %(default)g)")
     parser.add_argument("--window", type=number(int, 1), default=64, help="steps of the average (default: %(default)s)")
+    parser.add_argument(
+        "--videos", type=number(int, 0), default=3, help="to list that only one of two has right (default: %(default)s)"
+    )
     parser.add_argument("--output", type=Path, default=Path("comparison.png"), help="default: %(default)s")
     options = parser.parse_args(arguments)
     check_file("--output", options.output, suffix=".png")
     from stvit_video.common.accuracy import ACCURACIES
     from stvit_video.common.charts import plot_comparison
-    from stvit_video.common.tables import format_table
-    from stvit_video.runs.record import first_step, read_curves
+    from stvit_video.evaluation.significance import describe_comparison
+    from stvit_video.runs.record import RunRecord, describe_steps, name_runs, read_curves
 
-    found = {run: read_curves(Path(run), options.window) for run in options.runs}
-    kinds = {key: run for run, (key, _) in found.items()}
+    tested, curves, kinds, notes, without = [], {}, {}, [], []  # kinds: a run of each kind of accuracy
+    for path, name in zip(options.runs, name_runs(options.runs), strict=True):
+        has_results = (path / "results.json").is_file()
+        if has_results:
+            tested.append(RunRecord(path, name))
+            kinds[tested[-1].accuracy_key] = name
+        try:
+            key, curves[name] = read_curves(path, options.window)
+            kinds[key] = name
+        except UsageError:
+            if not has_results:
+                raise
+            without.append(name)
+        else:
+            if not has_results:
+                notes.append(f"note: {name} was not tested (no results.json), so its curve alone is compared")
+            if key == "top1" and not curves[name]["train"]:
+                few = f"fewer steps than --window {options.window} averages over; give a smaller --window"
+                notes.append(f"note: {name} has {few}")
     if len(kinds) > 1:
-        given = " and ".join(f"the {ACCURACIES[key]} of {run}" for key, run in kinds.items())
+        given = " and ".join(f"the {ACCURACIES[key]} of {name}" for key, name in kinds.items())
         raise UsageError(f"RUN: {given} are not comparable; give runs of one kind.")
-    curves = {run: splits for run, (_, splits) in found.items()}
-    (key,) = kinds
-    plot_comparison(curves, options.target, options.output, f"{ACCURACIES[key]} (%)")
-    rows = []
-    short = [run for run, splits in curves.items() if key == "top1" and not splits["train"]]
-    for run, splits in curves.items():
-        cells = [first_step(splits[split], options.target) if splits[split] else "-" for split in ("train", "val")]
-        rows.append([run, *("never" if cell is None else cell for cell in cells)])
-    print(format_table([f"steps to {options.target:g} %", "training", "validation"], rows))
-    for run in short:
-        print(f"note: {run} has fewer steps than --window {options.window} averages over; give a smaller --window")
-    print(f"picture in {options.output}")
+    parts = describe_comparison(tested, options.videos) if tested else []
+    if curves:
+        plot_comparison(curves, options.target, options.output, f"{ACCURACIES[next(iter(kinds))]} (%)")
+        parts.append(describe_steps(curves, options.target))
+        notes += [f"note: {name} has no learning curve" for name in without]
+        notes.append(f"picture in {options.output}")
+    parts[-1] = "\n".join([parts[-1], *notes])
+    print("\n\n".join(parts).encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
     return 0
 
 

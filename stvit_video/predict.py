@@ -1,10 +1,11 @@
 """Predict the classes of videos: ``python -m stvit_video.predict VIDEO... --checkpoint RUN|FILE``.
 
-VIDEO is a file, a folder (searched recursively), a quoted pattern, a camera number, or the address of a stream. Videos
-are scored as MODE test scores them: the same views, averaged. From Python:
+VIDEO is a file, a folder (searched recursively), a quoted pattern, a camera number, or the address of a stream. "-" is
+standard input: a file, which is copied to TMPDIR first, or with --window a stream. Videos are scored as MODE test
+scores them: the same views, averaged. From Python:
 
     predictor = stvit_video.predict.Predictor.load("runs/sample_stvit")
-    predictor("clip.mp4").top(3)  # [(class, probability), ...]
+    predictor("clip.mp4").top(3)  # [(class, probability), ...]; also for frames in memory
 
 Exit codes: 0 all videos were scored; 1 some could not be read, or not copied for --annotate; 2 wrong use; 130 Ctrl-C,
 after the results so far are written (0 for a camera or stream, which Ctrl-C ends).
@@ -40,7 +41,7 @@ def predict(arguments: Sequence[str] | None) -> int:
     """Parse the arguments, score the videos, print and write results; return the exit code. Raises UsageError."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    video = "file, folder (searched recursively), pattern ('clips/*.mp4'), camera number, stream address or pipe"
+    video = "file, folder (searched recursively), pattern ('clips/*.mp4'), camera number, stream address, pipe, -"
     add("videos", nargs="+", metavar="VIDEO", help=video)
     add("--checkpoint", required=True, metavar="RUN", help="folder of a trained run, or a .safetensors file of one")
     top = number(int, 1, 1_000_000)
@@ -52,7 +53,12 @@ def predict(arguments: Sequence[str] | None) -> int:
     add = parser.add_argument_group("long videos").add_argument
     add("--window", type=float, metavar="SECONDS", help="score each window of this length like a separate video")
     add("--step", type=float, metavar="SECONDS", help="between the starts of windows (default: --window)")
-    add("--seconds", type=seconds, metavar="SECONDS", help="stop watching a camera or stream after this time")
+    add(
+        "--seconds",
+        type=seconds,
+        metavar="SECONDS",
+        help="stop watching a camera or stream after this time, its own or yours",
+    )
     add = parser.add_argument_group("how videos are scored").add_argument
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto (default): a GPU if there is one")
     add("--precision", choices=("fp32", "tf32", "bf16", "fp16"), help="default: that of the run")

@@ -27,13 +27,13 @@ def report(arguments: Sequence[str] | None) -> int:
         raise UsageError(f"--output {output}: give a .html file in a folder that exists.")
     from stvit_video.common.files import write_atomically
     from stvit_video.pages.html import printable
-    from stvit_video.pages.run_page import find_warnings, headline, run_page
+    from stvit_video.pages.run_page import headline, list_notes, run_page
     from stvit_video.runs.record import RunRecord, name_runs
 
     records = [RunRecord(path, name) for path, name in zip(options.runs, name_runs(options.runs), strict=True)]
     page = run_page(records, shlex.join(["python", "-m", "stvit_video.report", *words]))
     write_atomically(output, page.encode())
-    print(printable("\n".join([headline(records), *find_warnings(records), f"open {output}"])))
+    print(printable("\n".join([headline(records), *list_notes(records), f"open {output}"])))
     return 0
 
 

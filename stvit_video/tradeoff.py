@@ -19,7 +19,9 @@ NO_LIMIT = "365-00"  # days; runs on this machine have no time limit
 
 def tradeoff(arguments: Sequence[str] | None) -> int:
     """Parse the arguments and do what they ask for; return the exit code."""
-    parser = Parser(__doc__)
+    from stvit_video.config.schema import BY_NAME
+
+    parser = Parser(__doc__, BY_NAME)
     add = parser.add_argument
     add("--plan", type=Path, required=True, metavar="FILE", help="as configs/tradeoff/*.yaml")
     add("--output", type=Path, metavar="DIR", help="default: runs/tradeoff_<name of the plan>")
@@ -43,15 +45,17 @@ def tradeoff(arguments: Sequence[str] | None) -> int:
         raise UsageError("--profile is for --cluster slurm; leave it out.")
     if options.output and options.output.is_file():
         raise UsageError(f"--output {options.output} is a file; give a folder.")
-    from stvit_video.slurm.request import JobRequest, check_cluster, read_profile
     from stvit_video.sweeps.plan import open_plan
-    from stvit_video.sweeps.sweep import build_sweep, list_rows
+    from stvit_video.sweeps.rows import list_rows
 
     plan = open_plan(options.plan, options.overrides)
     output = options.output or Path("runs") / f"tradeoff_{options.plan.stem}"
     if options.list:
         list_rows(plan, output, options.rows)
         return 0
+    from stvit_video.slurm.request import JobRequest, check_cluster, read_profile  # not needed for --list, and slow
+    from stvit_video.sweeps.sweep import build_sweep
+
     options.jobs = options.jobs or (1 if options.cluster == "local" else sys.maxsize)
     options.profile = read_profile(options.profile, time=NO_LIMIT if options.cluster == "local" else None)
     check_cluster(options.cluster, 1, JobRequest(options.profile, 1, 0, 1, 1, "stvit-tradeoff"))

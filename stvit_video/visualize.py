@@ -13,6 +13,7 @@ from pathlib import Path
 
 from stvit_video.common.cli import Parser, number, run_command
 from stvit_video.common.errors import UsageError
+from stvit_video.common.files import nearest_path
 from stvit_video.common.hub import check_exists
 from stvit_video.data.decode.pictures import is_pattern
 
@@ -29,7 +30,8 @@ def visualize(arguments: Sequence[str] | None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(words)
     if not options.video.exists() and not is_pattern(str(options.video)):
-        raise UsageError(f"VIDEO {options.video} does not exist; give a video, an image or a folder of images.")
+        remedy = f"give a video, an image or a folder of images.{nearest_path(options.video)}"
+        raise UsageError(f"VIDEO {options.video} does not exist; {remedy}")
     check_exists(options.checkpoint)
     from stvit_video.pages.clip_page import write_clip_page
 

@@ -45,6 +45,10 @@ def test_base_files_are_inherited_from_their_own_folder(cfg_file: Path, tmp_path
     child.write_text("_BASE_: ../mine.yaml\nTRAIN:\n  EPOCHS: 7\n")
     cfg = load_config(child)
     assert (cfg.DATA.ROOT, cfg.TRAIN.EPOCHS, cfg.OUTPUT_DIR) == ("videos", 7, "runs/child")
+    both = tmp_path / "both.yaml"
+    both.write_text("_BASE_: [sub/child.yaml, third.yaml]\n")
+    (tmp_path / "third.yaml").write_text("TRAIN:\n  EPOCHS: 8\n")
+    assert (load_config(both).DATA.ROOT, load_config(both).TRAIN.EPOCHS) == ("videos", 8)
 
 
 def test_an_empty_section_changes_nothing(cfg_file: Path, tmp_path: Path) -> None:
@@ -63,13 +67,21 @@ def test_the_result_cannot_be_changed(cfg_file: Path) -> None:
         (["TRAIN.EPOCH", "3"], "Did you mean TRAIN.EPOCHS?"),
         (["MODLE.NAME", "x"], "Did you mean MODEL.NAME?"),
         (["NONSENSE", "3"], "--keys"),
-        (["TRAIN.EPOCHS", "many"], "a str; it takes a int"),
-        (["TRAIN.EPOCHS", "1.5"], "a float; it takes a int"),
+        (["TRAIN.EPOCHS", "=", "3"], "without blanks around ="),
+        (["TRAIN.EPOCHS", "=3"], "without blanks around ="),
+        (["DATA.ROOT", "my", "videos"], "If it belongs to my, quote that: 'my videos'"),
+        (["DATA.SHORT_SIDE", "256", "320"], "for example '[256, 320]', as one word"),
+        (["DATA.SHORT_SIDE", "[256,", "320]", "SEED", "1"], "quote it: DATA.SHORT_SIDE '[256, 320]'."),
+        (["MODEL.REGIONS", "2 4 4"], "for example '[1, 2, 2]', as one word"),
+        (["train"], "Key train in the command line is unknown. Did you mean MODE train?"),
+        (["TRAIN.EPOCHS:3"], "Did you mean TRAIN.EPOCHS?"),
+        (["TRAIN.EPOCHS", "many"], "(str); it takes an int"),
+        (["TRAIN.EPOCHS", "1.5"], "(float); it takes an int"),
         (["DATA.FLIP", "1"], "it takes a bool"),
         (["OPTIM.LR", "fast"], "it takes a float"),
         (["TRAIN", "3"], "Key TRAIN in the command line is unknown"),
         (["TRAIN.EPOCHS"], "has no value"),
-        (["TRAIN.EPOCHS="], "it takes a int"),
+        (["TRAIN.EPOCHS="], "has no value"),
         (["TRAIN.EPOCHS", "0"], "at least 1"),
         (["OPTIM.LR", "-1"], "at least 0"),
         (["OPTIM.LR", ".nan"], "allowed: at least 0"),
@@ -89,6 +101,8 @@ def test_the_result_cannot_be_changed(cfg_file: Path) -> None:
         (["MODEL.REGIONS", "[2.0, 4, 4]"], "it takes int values"),
         (["DATA.SHORT_SIDE", "[256.5, 320]"], "it takes int values"),
         (["OPTIM.BETAS", "[0.9, 1.0]"], "0 to 0.9999"),
+        (["TEST.WEIGHTS", "best", "DATA.VAL_LIST", ""], "TEST.WEIGHTS best needs validation"),
+        (["TEST.WEIGHTS", "average"], "TEST.WEIGHTS average with TRAIN.EMA 0.0"),
     ],
 )
 def test_mistakes_are_named_with_what_is_allowed(cfg_file: Path, words: list[str], says: str) -> None:
@@ -101,16 +115,24 @@ def test_mistakes_are_named_with_what_is_allowed(cfg_file: Path, words: list[str
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("DATA: [1", "is not a YAML mapping"),
-        ("just text", "is not a YAML mapping"),
-        ("- a\n- b\n", "is not a YAML mapping"),
-        ("_BASE_: absent.yaml\n", "_BASE_ names"),
+        ("DATA: [1", "is not YAML that can be used in line 1"),
+        ("just text", "is not a mapping, but 'just text'; write `KEY: VALUE` lines"),
+        ("- a\n- b\n", "is not a mapping"),
+        ("", "broken.yaml is empty"),
+        ("DATA:\n\tROOT: x\n", "in line 2 (found character '\\t' that cannot start any token: indent with blanks)"),
+        ("DATA:\n  ROOT:x\n", "DATA is a section; name one of its keys, and a blank behind the colon: DATA.ROOT"),
+        ("DATA:\n  SIZE: 1\n  SIZE: 2\n", "in line 2 (SIZE is given twice)"),
+        ("MODEL: stvit_vit_tiny\n", "MODEL is a section; name one of its keys: MODEL.NAME"),
+        ("TRAIN:\n  LR: 0.1\n", "Did you mean OPTIM.LR?"),
+        ("_BASE_: absent.yaml\n", "absent.yaml is not there"),
+        ("_BASE_: broken.yaml\n", "its _BASE_ is 'broken.yaml'; name another .yaml file"),
+        ("_BASE_: [broken.yaml]\n", "name another .yaml file"),
         ("DATA:\n  ROTO: x\n", "Did you mean DATA.ROOT?"),
         ("DATA: 3\n", "Key DATA in"),
         ("MODE: {a: 1}\n", "MODE in"),
-        ("_BASE_: .\n", "which is not a file"),
+        ("_BASE_: .\n", "is a folder; give a .yaml file. In it: broken.yaml."),
         ("DATA:\n  ROOT: {a: 1}\n", "DATA.ROOT"),
-        ("MODEL:\n  NAME: !!python/object/apply:os.getcwd []\n", "is not a YAML mapping"),
+        ("MODEL:\n  NAME: !!python/object/apply:os.getcwd []\n", "is not YAML that can be used"),
     ],
 )
 def test_broken_files_are_one_clear_line(tmp_path: Path, content: str, says: str) -> None:
@@ -122,12 +144,20 @@ def test_broken_files_are_one_clear_line(tmp_path: Path, content: str, says: str
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_file_suggests_its_neighbours(cfg_file: Path) -> None:
-    with pytest.raises(UsageError, match=r"Did you mean .*mine\.yaml"):
-        load_config(cfg_file.with_name("mien.yaml"))
+@pytest.mark.parametrize(
+    "given",
+    ["finetune", "finetune.yaml", "configs/finetune", "fine-tune", "config/finetune.yaml", "Finetune.yml", "fintune"],
+)
+def test_a_missing_file_suggests_one_of_like_name(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    with pytest.raises(UsageError) as error:
+        load_config(given)
+    assert str(error.value).endswith(f"{given} is not there; give a .yaml file. Did you mean configs/finetune.yaml?")
 
 
 def test_every_key_is_described_once() -> None:
-    assert len({key.name for key in KEYS}) == len(KEYS) == len(describe_keys().splitlines())
+    assert len({key.name for key in KEYS}) == len(KEYS)
     assert all(key.about for key in KEYS)
+    lines = describe_keys().splitlines()
+    assert [line.split()[0] for line in lines if line[0] != " "] == ["key", *(key.name for key in KEYS)]
     assert default_config().TRAIN.EPOCHS == 30

@@ -4,10 +4,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from stvit_video.config import load_config
 from stvit_video.models.cost import count_gflops
 from stvit_video.models.zoo import build_model
+from stvit_video.runs.preflight import build_filled_batch
+from stvit_video.runtime.world import World
 from tests.conftest import REPOSITORY
 
 LARGE = sorted(path for path in (REPOSITORY / "configs").glob("*.yaml") if path.name.startswith(("k400_", "ssv2_")))
@@ -38,6 +41,15 @@ def test_stated_gflops_are_the_models_own(path: Path) -> None:
         full = float(re.search(r"# ([\d.]+) GFLOPs", path.with_name(f"{saving[2]}.yaml").read_text())[1])
         assert re.sub("^stvit_(r_)?", "", cfg.MODEL.NAME) == twin.MODEL.NAME
         assert 100 * (1 - gflops / full) == pytest.approx(int(saving[1]), abs=0.6)
+
+
+def test_two_training_videos_fill_a_batch_of_every_configuration() -> None:
+    """Three videos of each of two classes leave two for training."""
+    one = World(0, 1, torch.device("cpu"))
+    for path in (REPOSITORY / "configs").glob("*.yaml"):
+        cfg = build_filled_batch(load_config(path), one, videos=2)
+        assert cfg.TRAIN.BATCH_SIZE == 2 * cfg.DATA.REPEATS, path
+        assert cfg.TRAIN.BATCH_SIZE % cfg.TRAIN.ACCUMULATE == 0, path
 
 
 @pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)

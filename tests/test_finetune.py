@@ -14,6 +14,7 @@ from stvit_video import run
 from stvit_video.common.errors import UsageError
 from stvit_video.config import load_config
 from stvit_video.config.clip_settings import view_settings
+from stvit_video.config.load import override
 from stvit_video.data.lists.videos import SPLITS, build_lists
 from stvit_video.data.loader import build_train_loader
 from stvit_video.inference.load import open_checkpoint
@@ -134,6 +135,8 @@ def test_a_run_that_continues_keeps_its_sampling(my_videos: Path, checkpoint: Pa
     assert chosen(None) == "uniform"
     assert chosen({"setup": {}}) == "dense"
     assert [chosen({"setup": {"sampling": name}}) for name in ("dense", "uniform")] == ["dense", "uniform"]
+    cfg = override(cfg, [("DATA.SHORT_VIDEOS", "repeat")], "a later start")
+    assert chosen({"setup": {"sampling": "uniform"}}) == "uniform"
 
 
 def test_the_network_and_its_clips_are_the_checkpoints(checkpoint: Path, my_videos: Path) -> None:
@@ -199,10 +202,10 @@ def test_a_network_that_no_key_describes_is_refused(tmp_path: Path, my_videos: P
 
 def test_a_run_that_continues_keeps_its_batch(small_set: Path) -> None:
     cfg = data_config(small_set, "TRAIN.BATCH_SIZE", "64", "DATA.REPEATS", "2")
-    assert build_filled_batch(cfg, World(0, 1, torch.device("cpu")), 11).TRAIN.BATCH_SIZE == 22
+    assert build_filled_batch(cfg, World(0, 1, torch.device("cpu")), 11)[0].TRAIN.BATCH_SIZE == 22
     two = World(0, 2, torch.device("cpu"))
-    assert build_filled_batch(cfg, two, 11).TRAIN.BATCH_SIZE == 20
-    kept = build_filled_batch(cfg, two, 11, kept=22)
+    assert build_filled_batch(cfg, two, 11)[0].TRAIN.BATCH_SIZE == 20
+    kept, _ = build_filled_batch(cfg, two, 11, {"setup": {"batch": 22}})
     assert kept.TRAIN.BATCH_SIZE == 22
     with pytest.raises(UsageError, match=r"does not divide by 2 processes.*continue a run with as many as it had"):
         build_train_loader(kept, two, [])

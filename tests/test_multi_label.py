@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from stvit_video.inference.load import open_checkpoint
 from stvit_video.pages.explain import explain
 from stvit_video.sweeps.plan import SweepRow
 from stvit_video.sweeps.table import columns
-from stvit_video.training.trainer import classification_loss
+from stvit_video.training.losses import classification_loss
 from stvit_video.training.transfer import linear_probe, nearest_neighbours
 from tests.conftest import small_arguments
 from tests.test_run import command
@@ -212,7 +213,7 @@ def test_a_test_of_the_weights_gives_the_same_figures(trained: Path, tmp_path: P
     before, now = (json.loads((path / "results.json").read_text()) for path in (trained / "run", tmp_path / "again"))
     for name in ("map", "map_with_positives", "classes_without_positives", "coverage", "scored"):
         assert now[name] == before[name], name
-    for name in ("predictions.csv", "per_class.csv"):
+    for name in ("predictions.csv", "per_class.csv", "scores.npy"):
         assert (tmp_path / "again" / name).read_bytes() == (trained / "run" / name).read_bytes()
 
 
@@ -246,6 +247,9 @@ def test_the_page_shows_precision_by_class(trained: Path, tmp_path: Path, capsys
 
     assert compare.main([str(folder), "--target", "0", "--output", str(tmp_path / "compared.png")]) == 0
     assert re.search(r"run +- +1\n", capsys.readouterr().out)
+    shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoints"))
+    assert compare.main([str(folder), str(tmp_path / "copy"), "--output", str(tmp_path / "compared.png")]) == 0
+    assert "The difference of 0.0 points between run and copy is within chance" in capsys.readouterr().out
 
 
 def test_runs_of_both_kinds_are_not_ranked(

@@ -9,19 +9,22 @@ import re
 import runpy
 import shlex
 import shutil
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torchvision
 
 from stvit_video.config import load_config
-from stvit_video.config.schema import describe_keys
-from stvit_video.models import create_model
+from stvit_video.config.schema import BY_NAME
+from stvit_video.models import create_model, load_pretrained
 from tests.conftest import REPOSITORY
 
 MAIN = REPOSITORY / "README.md"
@@ -120,7 +123,7 @@ def test_map_of_the_package_is_complete() -> None:
 
 @each_page
 def test_named_keys_exist(page: Path) -> None:
-    keys = {line.split()[0] for line in describe_keys().splitlines()}
+    keys = set(BY_NAME)
     sections = "|".join(sorted({key.split(".")[0] for key in keys if "." in key}))
     for name in re.findall(rf"\b(?:{sections})\.[A-Z][A-Z_]+\b", page.read_text()):
         assert name in keys, name
@@ -284,9 +287,32 @@ def test_python_that_predicts_runs(page: Path, here: Path, capsys: pytest.Captur
     assert capsys.readouterr().out.startswith("[(")
 
 
+def test_python_with_opencv_runs(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = [np.full((72, 96, 3), (0, 128, 255), np.uint8)] * 130  # BGR
+    reads = iter([(True, picture) for picture in shown])
+    capture = SimpleNamespace(read=lambda: next(reads, (False, None)), get=lambda key: 25.0)
+    names = {"COLOR_BGR2RGB": 4, "CAP_PROP_FPS": 5, "cvtColor": lambda picture, code: picture[..., ::-1]}
+    monkeypatch.setitem(sys.modules, "cv2", SimpleNamespace(VideoCapture=lambda source: capture, **names))
+    found = run_python(REPOSITORY / "stvit_video" / "inference" / "README.md", "cv2", here)
+    assert capsys.readouterr().out.count("[(") == 2
+    assert len(found["frames"]) == 2
+    assert found["frames"][0][0, 0].tolist() == [255, 128, 0]
+
+
 def test_python_of_torch_hub_runs(here: Path) -> None:
     found = run_python(REPOSITORY / "stvit_video" / "inference" / "README.md", "torch.hub", here)
     assert found["predictor"](here / "new.mp4").top(1)
+
+
+def test_the_example_of_adapters_gives_weights_that_load(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    sizes = {"num_frames": 4, "image_size": 64, "num_classes": 3}
+    model, clips = create_model("stvit_vit_tiny_patch16", **sizes), torch.zeros(2, 3, 4, 64, 64)
+    given = {"model": model, "clips": clips, "labels": torch.tensor([0, 2])}
+    run_python(REPOSITORY / "stvit_video" / "models" / "README.md", "LoraConfig", tmp_path, **given)
+    assert load_pretrained(create_model("stvit_vit_tiny_patch16", **sizes), tmp_path / "tuned.pth").coverage == 1
 
 
 def test_the_example_of_a_reducer_works_in_a_model(tmp_path: Path) -> None:

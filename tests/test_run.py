@@ -186,7 +186,7 @@ def test_wrong_use_is_one_line(small_run: Arguments, refused: Refused, tmp_path:
     (tmp_path / "photos" / "me.jpg").touch()
     cases = {
         "Did you mean TRAIN.EPOCHS": ["TRAIN.EPOCS", "3"],
-        "it takes a int": ["TRAIN.EPOCHS", "soon"],
+        "it takes an int": ["TRAIN.EPOCHS", "soon"],
         "has no label": ["DATA.TRAIN_LIST", str(tmp_path / "list.csv")],
         "is empty": ["DATA.TEST_LIST", str(tmp_path / "empty.csv")],
         "allowed: 0 to 7": ["DATA.TRAIN_LIST", str(tmp_path / "range.csv")],
@@ -207,7 +207,10 @@ def test_wrong_use_is_one_line(small_run: Arguments, refused: Refused, tmp_path:
     assert (tmp_path / "photos" / "me.jpg").exists()
     assert "is missing" in refused(["MODE", "test"])
     assert "unrecognized" in refused([*small_run(), "--turbo"])
-    assert "is not a file" in refused(["--cfg", "absent.yaml"])
+    assert "is not there; give a .yaml file" in refused(["--cfg", "absent.yaml"])
+    assert "--cfg is given 2 times" in refused(["--cfg", "a.yaml", "--cfg", "b.yaml"])
+    assert "--cfg FILE is missing; write --cfg configs/finetune.yaml" in refused(["configs/finetune.yaml"])
+    assert "Did you mean OPTIM.LR?" in refused([*small_run(), "--lr", "1e-3"])
 
 
 def test_results_are_never_overwritten_without_being_asked(

@@ -46,6 +46,7 @@ def test_it_holds_the_package_its_types_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (metadata,) = [archive.read(name).decode() for name in names if name.endswith("/METADATA")]
+        (entry_points,) = [archive.read(name).decode() for name in names if name.endswith("/entry_points.txt")]
     found = [path for path in (REPOSITORY / "stvit_video").rglob("*") if path.is_file() and path.suffix != ".pyc"]
     files = {path.relative_to(REPOSITORY).as_posix() for path in found}
     assert any(name.endswith(".html") for name in files)  # the pages' templates are no modules
@@ -53,6 +54,7 @@ def test_it_holds_the_package_its_types_and_nothing_else(wheel: Path) -> None:
     assert "stvit_video/py.typed" in names
     assert {name.split("/")[0] for name in names} <= {"stvit_video", metadata_folder(names)}
     assert "Provides-Extra: export" in metadata
+    assert "stvit-video = stvit_video.__main__:main" in entry_points
 
 
 def test_what_it_imports_it_requires(wheel: Path) -> None:

@@ -17,16 +17,16 @@ from fvcore.common.config import CfgNode
 from pytorchvideo.models import hub
 from torch import Tensor, nn
 
-from stvit_video.benchmarks.rounds import Figures, describe_conditions, min_to_max, run_rounds, train_step
+from stvit_video.benchmarks.rounds import Figures, describe_conditions, run_rounds, train_step
 from stvit_video.common.accuracy import ACCURACIES, accuracy_key
 from stvit_video.common.charts import Point, plot_points
 from stvit_video.common.errors import UsageError, nearest
-from stvit_video.common.tables import format_table
+from stvit_video.common.tables import format_table, three_digits
 from stvit_video.config.load import load_config
 from stvit_video.models.cost import count_operations, count_parameters
 from stvit_video.models.layers import Grid
 from stvit_video.models.zoo import build_model, create_model, list_models
-from stvit_video.runs.preflight import KINETICS_CLASSES
+from stvit_video.runs.lists import KINETICS_CLASSES
 from stvit_video.runtime.parallel import compile_model
 from stvit_video.runtime.precision import HALF, matrix_rate, set_precision
 from stvit_video.runtime.world import pick_device
@@ -224,19 +224,25 @@ def build_speeds(
 
 def describe_speeds(figures: Figures) -> str:
     """Return the table of what ``build_speeds`` measured, and below it what fvcore did not count."""
-    columns = ("", "clip", "GFLOPs", "p50 ms", "p95 ms", "batch", "clips/s", "min to max", "share", "GB", "ratio")
+    columns = ["", "GFLOPs", "p50 ms", "p95 ms", "batch", "clips/s", "min to max", "share", "GB", "ratio"]
     cells, uncounted = [], []
+    sizes = ["x".join(map(str, row["input_size"])) for row in figures["models"]]
     for row in figures["models"]:
-        size = "x".join(map(str, row["input_size"]))
-        spread = min_to_max(row["rates"], digits=2)
-        cost = [f"{row[key]:.1f}" for key in ("gflops", "p50_ms", "p95_ms")]
+        cost = [three_digits(row[key]) for key in ("gflops", "p50_ms", "p95_ms")]
+        rates = [three_digits(rate) for rate in (row["clips_per_second"], min(row["rates"]), max(row["rates"]))]
         memory = "-" if row["memory"] is None else f"{row['memory']:.2f}"
-        rate, share, ratio = (f"{row[key]:.2f}" for key in ("clips_per_second", "share", "ratio"))
-        cells.append((row["name"], size, *cost, row["batch"], rate, spread, share, memory, ratio))
+        share, ratio = (f"{row[key]:.2f}" for key in ("share", "ratio"))
+        speed = rates[0], f"{rates[1]} to {rates[2]}"
+        cells.append([row["name"], *cost, row["batch"], *speed, share, memory, ratio])
         left = ", ".join(f"{name.removeprefix('aten::')} {n}" for name, n in sorted(row["unsupported"].items()))
         uncounted.append(f"not counted by fvcore in {row['name']}: {left or 'nothing'}")
     what = "training steps" if figures["training"] else "inference"
     how = f"{figures['device']}, {describe_conditions(figures)}"
+    if len(set(sizes)) == 1:
+        how += f", clips of {sizes[0]}"
+    else:
+        columns.insert(1, "clip")
+        cells = [[row[0], size, *row[1:]] for row, size in zip(cells, sizes, strict=True)]
     product = f"a matrix product runs at {figures['matrix_product_gmacs_per_second']:.0f} G multiply-adds/s"
     legend = "p50, p95: of a call at batch 1; share: of the matrix product's rate; ratio: clips/s of the first row's"
     return "\n".join([f"{what}: {how}; {product}", format_table(columns, cells), legend, *uncounted])
@@ -300,4 +306,6 @@ def plot_speeds(rows: Sequence[Figures], accuracies: Sequence[float | None], pat
             y = row["gflops"] if accuracy is None else accuracy
             x_range = (min(row["rates"]), max(row["rates"]))
             points.append(Point(row["name"], row["clips_per_second"], y, x_range=x_range, colour=f"C{i % 10}"))
-    plot_points(points, "clips per second", f"{name} (%)" if known else "GFLOPs per clip", path)
+    fastest = max(points, key=lambda point: point.x)
+    title = f"Fastest is {fastest.name}: {fastest.x:.3g} clips per second"
+    plot_points(points, "clips per second", f"{name} (%)" if known else "GFLOPs per clip", path, title)

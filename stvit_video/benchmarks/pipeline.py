@@ -31,7 +31,7 @@ from stvit_video.benchmarks.rounds import (
     train_step,
 )
 from stvit_video.common.errors import Stopped, UsageError
-from stvit_video.common.tables import format_table
+from stvit_video.common.tables import format_table, three_digits
 from stvit_video.config.load import override
 from stvit_video.data.dataset import Batch, Sample, SampleKey, collate
 from stvit_video.data.decode.frames import Decoding, FrameRequest, open_video, read_file
@@ -247,9 +247,11 @@ def build_end_to_end_figures(cfg: CfgNode, clips: int, rounds: int) -> Figures:
             rows.append((what, workers, f"{median(rates):.1f}", min_to_max(rates), f"{100 * median(waiting):.0f} %"))
     shape = f"{cfg.DATA.FRAMES} frames of {cfg.DATA.SIZE}x{cfg.DATA.SIZE}"
     conditions = {"device": device.type, "precision": cfg.PRECISION, "compiled": cfg.COMPILE}
-    print(f"{cfg.MODEL.NAME}, {device.type}, {describe_conditions(conditions)}: from video files, clips of {shape}")
+    cost = f"{three_digits(run.cost.gflops)} GFLOPs a clip"
+    how = describe_conditions(conditions)
+    print(f"{cfg.MODEL.NAME}, {cost}, {device.type}, {how}: from video files, clips of {shape}")
     print(format_table(("", "workers", "clips/s", "min to max", "waits for data"), rows), flush=True)
-    return {"model": cfg.MODEL.NAME, **conditions, "flows": flows}
+    return {"model": cfg.MODEL.NAME, "gflops": run.cost.gflops, **conditions, "flows": flows}
 
 
 class HeldBatches(list[Batch]):
@@ -303,7 +305,8 @@ def build_engine_figures(cfg: CfgNode, steps: int, rounds: int) -> Figures:
         yield trainer.step
 
     timers = {"bare loop": timed(bare_loop, int), "engine": timed(engine_loop, int)}
-    measured = measure_steps(f"training steps of {cfg.TRAIN.BATCH_SIZE} clips held in memory", "step", timers, rounds)
+    clips = f"{cfg.TRAIN.BATCH_SIZE} clips of {three_digits(run.cost.gflops)} GFLOPs held in memory"
+    measured = measure_steps(f"training steps of {clips}", "step", timers, rounds)
     speed = 1 / measured[1]["ratio"]
     print(f"the engine takes {speed:.3f} of the bare loop's steps per second, checkpoint and logs included", flush=True)
     return {"engine": measured, "speed": speed}

@@ -3,12 +3,14 @@
 import argparse
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import inf
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
-from stvit_video.common.errors import FILESYSTEM_ERRORS, RunFailure, Stopped, UsageError, describe_shortage
+from stvit_video.common.errors import FILESYSTEM_ERRORS, RunFailure, Stopped, UsageError, describe_shortage, nearest
 
+PROGRAM = "stvit-video"  # the console command, which has every other command as a subcommand
 EXIT_STOPPED = 75  # EX_TEMPFAIL: the same command continues
 SHORTAGE_ADVICE = "use a smaller batch, clip or model, fewer workers, or raise the limit"
 
@@ -17,17 +19,58 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that raises UsageError with one line.
 
     ``about`` is the docstring of a command's module; what it puts in double backquotes first is the command's form.
+    ``words`` are names that may stand on the command line beside options: configuration keys.
     """
 
-    def __init__(self, about: str | None) -> None:
+    def __init__(self, about: str | None, words: Iterable[str] = ()) -> None:
         found = re.search("``(.+?)``", about or "", re.DOTALL)
-        form = " ".join(found[1].split()) if found else None  # python -OO leaves docstrings out
+        form = as_called(" ".join(found[1].split())) if found else None  # python -OO leaves docstrings out
         plain = argparse.RawDescriptionHelpFormatter
         super().__init__(usage=form, description=(about or "").replace("``", ""), formatter_class=plain)
+        self.words = words
+        self.given: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.given = sys.argv[1:] if args is None else args
+        return super().parse_known_args(args, namespace)
+
+    def format_help(self) -> str:
+        return as_called(super().format_help())
 
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (\S+): (?=\S+ is out of range)", r"\1 ", message)
-        raise UsageError(f"{message}; use: {self.usage or self.prog} (--help says more)")
+        meant = ""
+        if wrong := re.match(r"unrecognized arguments: ([^\s=]+)", message):
+            meant = nearest(wrong[1], [*self._option_string_actions, *self.words])
+        elif wrong := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            meant = nearest(wrong[1], re.findall(r"[\w-]+", wrong[2]))
+        elif "arguments are required" in message:  # said before what is not known, such as --chekpoint
+            options = [word.partition("=")[0] for word in self.given if word.startswith("--")]
+            unknown = [
+                word for word in options if not any(known.startswith(word) for known in self._option_string_actions)
+            ]
+            if unknown:
+                message += f", and {unknown[0]} is no option"
+                meant = nearest(unknown[0], self._option_string_actions)
+        use = f".{meant} Use" if meant else "; use"
+        raise UsageError(f"{message}{use}: {self.usage or self.prog} (--help says more)")
+
+
+def called_as() -> str:
+    """Return how this command was called, without its name; empty where its module or a script was called itself."""
+    program = Path(sys.argv[0])
+    if program.name == PROGRAM:
+        return PROGRAM
+    return "python -m stvit_video" if program.parts[-2:] == ("stvit_video", "__main__.py") else ""
+
+
+def as_called(text: str) -> str:
+    """Return a text whose commands, ``python -m stvit_video.NAME``, have the form in which this one was called."""
+    prefix = called_as()
+    if not prefix:
+        return text
+    text = text.replace("python slurm/submit.py", f"{prefix} slurm")
+    return re.sub(r"python -m stvit_video\.(\w+)", lambda found: f"{prefix} {found[1].replace('_', '-')}", text)
 
 
 def number(kind: type[int] | type[float], least: float, most: float = inf) -> Callable[[str], float]:
@@ -77,5 +120,5 @@ def run_command(
         code, line = 2, f"error: {what}; free space, set its permissions or choose another folder{goes_on}."
     except KeyboardInterrupt:
         code, line = stopped_code, f"\n{stopped}"
-    print(line, file=sys.stderr)
+    print(as_called(line), file=sys.stderr)
     return code

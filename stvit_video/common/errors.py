@@ -3,7 +3,8 @@
 import difflib
 import errno
 import re
-from collections.abc import Collection
+from collections.abc import Iterable, Sequence
+from enum import IntEnum
 
 # System errors on which the user has to act: they are printed as one line.
 FILESYSTEM_ERRORS = {
@@ -61,7 +62,76 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def nearest(name: str, known: Collection[str]) -> str:
-    """Return " Did you mean X?" for the ``known`` name closest to ``name``, or an empty string."""
-    match = [] if name in known else difflib.get_close_matches(name, list(known), n=1, cutoff=0.67)  # above gpu and cpu
-    return f" Did you mean {match[0]}?" if match else ""
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return " Did you mean X?" for the ``known`` names most like ``name``, or an empty string."""
+    found = find_nearest(name, known)
+    return f" Did you mean {' or '.join(found)}?" if found else ""
+
+
+def find_nearest(name: str, known: Iterable[str]) -> list[str]:
+    """Return up to three of the ``known`` names: those most like ``name``, which is none of them.
+
+    First come names whose last part is the same (TRAIN.LR: OPTIM.LR), then those of its family, whose words begin alike
+    (swin_t: swin_tiny), then the one that is spelt most alike. Case and dashes do not count.
+    """
+    known = list(dict.fromkeys(known))
+    if name in known or not any(map(str.isalpha, name)):
+        return []
+    found = sorted(((*_likeness(name, other), other) for other in known), key=lambda found: found[:2], reverse=True)
+    best = [other for kin, _, other in found if kin == found[0][0] > Kin.NONE]
+    return best[: 1 if found and found[0][0] == Kin.SPELLING else 3]
+
+
+class Kin(IntEnum):
+    """How one name is like another, the least first."""
+
+    NONE = 0
+    SPELLING = 1
+    FAMILY = 2
+    LEADING_FAMILY = 3  # the first words are alike
+    SECTION_FAMILY = 4  # and both are in one section
+    LAST_PART = 5
+    SAME = 6  # but for case and dashes
+
+
+def _likeness(name: str, other: str) -> tuple[Kin, float]:
+    """Return how a name is like another one, and how alike they are spelt."""
+    (section, words), (other_section, other_words) = _parts(name), _parts(other)
+    leaf, other_leaf = "_".join(words), "_".join(other_words)
+    whole, other_whole = f"{section}.{leaf}".lstrip("."), f"{other_section}.{other_leaf}".lstrip(".")
+    spelling = difflib.SequenceMatcher(None, whole, other_whole).ratio()
+    leaf_spelling = difflib.SequenceMatcher(None, leaf, other_leaf).ratio()
+    if leaf == other_leaf:
+        return (Kin.SAME if section == other_section else Kin.LAST_PART), spelling
+    initials = "".join(word[0] for word in words)  # LEARNING_RATE: LR
+    if _share_words(words, other_words) or (len(words) > 1 and initials == other_leaf):
+        leads = Kin.LEADING_FAMILY if all(map(_begin_alike, words, other_words)) else Kin.FAMILY
+        return (Kin.SECTION_FAMILY if section == other_section != "" else leads), spelling
+    # 0.67 is above gpu and cpu; in another section the last part alone has to be nearly the same.
+    alike = leaf_spelling > 0.8 or (spelling > 0.67 and leaf_spelling > 0.5)
+    return (Kin.SPELLING if alike else Kin.NONE), max(spelling, leaf_spelling)
+
+
+def _parts(name: str) -> tuple[str, list[str]]:
+    """Return the section before the last part of a name, and the words of that part."""
+    section, _, leaf = name.strip("-").lower().rpartition(".")
+    return section, re.findall(r"[^-_/\s]+", leaf)
+
+
+def _share_words(words: Sequence[str], known: Sequence[str]) -> bool:
+    """Say whether the words of the shorter name stand in the same order in the longer; they may be cut short."""
+    more = len(words) > len(known)
+    left = iter(words if more else known)
+    short = known if more else words
+    return bool(short) and all(
+        any(_begin_alike(other, one) if more else _begin_alike(one, other) for other in left) for one in short
+    )
+
+
+def _begin_alike(word: str, known: str) -> bool:
+    """Say whether a word is a known one, cut short (b: base, 16: patch16; but 1 is not 11) or with something added."""
+    if word == known:
+        return True
+    if word.isdigit():
+        return known.endswith(word) and not known.isdigit()
+    return known.startswith(word) or (len(known) > 2 and word.startswith(known))

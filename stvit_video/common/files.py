@@ -1,36 +1,27 @@
-"""Files and folders: atomic writing, locks, and errors in one line where a folder cannot be written."""
+"""Files and folders: atomic writing, and errors in one line where a folder cannot be written."""
 
 import json
 import os
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
-from stvit_video.common.errors import UsageError
+from stvit_video.common.errors import UsageError, find_nearest
 
-POLL_S = 0.2
+MOST_NAMES = 2000  # that a name is compared with
 
 
-def wait_for_lock(take: Callable[[], None], patience: float, note: Callable[[], str]) -> bool:
-    """Return whether ``take`` took a lock within ``patience`` seconds; print ``note`` once if it has to wait.
-
-    ``take`` is a non-blocking lock of fcntl: it raises BlockingIOError or, as POSIX allows too, PermissionError while
-    another process holds the lock. Other errors are raised.
-    """
-    until, told = time.monotonic() + patience, False
-    while True:
-        try:
-            take()
-            return True
-        except (BlockingIOError, PermissionError):
-            if time.monotonic() > until:
-                return False
-        if not told:
-            print(note(), flush=True)
-        told = True
-        time.sleep(POLL_S)
+def nearest_path(missing: str | Path, pattern: str = "*", folders: Iterable[str | Path] = ()) -> str:
+    """Return " Did you mean X?" for the paths beside a missing one, and in ``folders``, that are named most like it."""
+    missing = Path(missing)
+    paths = (path for folder in dict.fromkeys([missing.parent, *map(Path, folders)]) for path in folder.glob(pattern))
+    found = sorted(islice(paths, MOST_NAMES))
+    stems = [path.stem for path in found]
+    meant = [missing.stem] if missing.stem in stems else find_nearest(missing.stem, stems)
+    near = [str(path) for path in found if path.stem in meant]
+    return f" Did you mean {' or '.join(near[:3])}?" if near else ""
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stvit_video.common.errors import UsageError, first_line
+from stvit_video.common.files import nearest_path
 
 SCHEME = "hf://"  # a checkpoint there is hf://OWNER/NAME or hf://OWNER/NAME/FILE
 DEFAULT = "model.safetensors"
@@ -16,7 +17,8 @@ DEFAULT = "model.safetensors"
 def check_exists(checkpoint: str) -> None:
     """Raise UsageError where a checkpoint is not a file, a folder or on the hub, before torch is imported."""
     if not checkpoint.startswith(SCHEME) and not Path(checkpoint).exists():
-        raise UsageError(f"Checkpoint {checkpoint} does not exist; give the folder of a run or a .safetensors file.")
+        remedy = f"give the folder of a run or a .safetensors file.{nearest_path(checkpoint)}"
+        raise UsageError(f"Checkpoint {checkpoint} does not exist; {remedy}")
 
 
 def pull(checkpoint: str) -> Path:

@@ -2,9 +2,15 @@
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from tabulate import tabulate
+
+WIDTH = 100  # of a plain table, in columns
+GAP = 2  # between its columns, as tabulate has it
+LEAST = 12  # columns of a name that is shortened
 
 
 def format_table(
@@ -13,11 +19,60 @@ def format_table(
     """Return a table as text, with the first ``left`` columns aligned left and the others right.
 
     ``style`` is a format of tabulate, such as ``plain`` or ``pipe`` (Markdown). Cells are not reformatted, so format
-    numbers first.
+    numbers first. A plain table takes up to WIDTH columns: names in the ``left`` columns are wrapped or, where one word
+    is too long, shortened in the middle; further columns that find no room follow below, behind the first again.
     """
-    rows = [list(map(str, row)) for row in rows]
-    align = ["left"] * left + ["right"] * (len(headers) - left)
-    return tabulate(rows, list(headers), tablefmt=style, colalign=align if rows else None, disable_numparse=True)
+    cells = [list(map(str, row)) for row in rows]
+    if style != "plain":
+        align = ["left"] * left + ["right"] * (len(headers) - left)
+        return tabulate(cells, list(headers), tablefmt=style, colalign=align if cells else None, disable_numparse=True)
+    table = [list(headers), *cells]
+    room = [max(len(row[column]) for row in table) for column in range(len(headers))]
+    spare = WIDTH - sum(room) - GAP * (len(room) - 1)
+    for column in sorted(range(left), key=lambda column: -room[column]):  # from the widest on
+        fitting = max(min(room[column], LEAST), room[column] + min(0, spare))
+        spare += room[column] - fitting
+        room[column] = fitting
+    if spare < 0:  # the table needs several parts, which have room for longer names
+        room[:left] = [min(max(len(row[column]) for row in table), WIDTH // 3) for column in range(left)]
+    fitted = [_fit([row[column] for row in table], room[column]) for column in range(left)]
+    fitted += [[row[column] for row in table] for column in range(left, len(headers))]
+    parts, chosen = [], list(range(left))
+    for column in range(left, len(headers)):
+        if len(chosen) > left and sum(room[one] + GAP for one in chosen) + room[column] > WIDTH:
+            parts.append(chosen)
+            chosen = list(range(left))
+        chosen.append(column)
+    return "\n\n".join(_align([fitted[column] for column in part], left) for part in [*parts, chosen])
+
+
+def _align(columns: Sequence[Sequence[str]], left: int) -> str:
+    """Return a plain table of columns, with GAP blanks between them."""
+    align = ["left"] * left + ["right"] * (len(columns) - left)
+    return tabulate(list(zip(*columns, strict=True)), tablefmt="plain", colalign=align, disable_numparse=True)
+
+
+def _fit(cells: Sequence[str], room: int) -> list[str]:
+    """Return cells of up to ``room`` columns, on several lines at blanks; different cells stay different."""
+    half = room // 2
+    ways: list[Callable[[str], str]] = [
+        lambda word: f"{word[:half]}…{word[half + 1 - room :]}",
+        lambda word: f"{word[: room - 1]}…",
+        lambda word: f"…{word[1 - room :]}",
+        lambda word: word,  # broken
+    ]
+    for way in ways:
+        words = [[word if len(word) <= room else way(word) for word in cell.split()] for cell in cells]
+        fitted = ["\n".join(textwrap.wrap(" ".join(some), room)) for some in words]
+        if len(set(fitted)) == len(set(cells)):
+            break
+    return fitted
+
+
+def three_digits(value: float, decimals: int = 0) -> str:
+    """Return a number with three significant digits at least, and with so many ``decimals`` at least."""
+    digits = 2 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:.{max(decimals, digits)}f}"
 
 
 def to_csv(rows: Iterable[Mapping[str, object]], columns: Sequence[str]) -> bytes:

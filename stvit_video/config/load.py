@@ -3,6 +3,8 @@
 Experiment files hold differences only and may inherit through ``_BASE_``; overrides from the command line come last.
 """
 
+import itertools
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,8 +14,9 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from stvit_video.common.errors import UsageError, nearest
+from stvit_video.common.files import nearest_path
 from stvit_video.config.clip_settings import adopted_settings, config_beside
-from stvit_video.config.schema import BY_NAME, KEYS, complete, flatten
+from stvit_video.config.schema import BY_NAME, KEYS, SECTIONS, complete, flatten
 
 
 def default_config() -> CfgNode:
@@ -30,19 +33,7 @@ def load_config(
     Raises UsageError for a missing file, an unknown key (with the nearest known one), a wrong type or value.
     """
     path = Path(path)
-    if not path.is_file():
-        found = sorted(str(file) for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise UsageError(
-            f"Configuration {path} is not a file; give a .yaml file.{nearest(str(path), found)}"
-            + (f" In {path.parent}: {', '.join(Path(f).name for f in found)}." if found else "")
-        )
-    try:
-        given = _read(flatten(CfgNode.load_yaml_with_base(str(path)) or {}).items(), str(path))
-    except OSError as error:
-        raise UsageError(f"Configuration {path}: _BASE_ names {error.filename}, which is not a file.") from error
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError, AssertionError, RecursionError) as error:
-        reason = str(error).replace("\n", " ") or type(error).__name__
-        raise UsageError(f"Configuration {path} is not a YAML mapping of keys ({reason}); correct the file.") from error
+    given = _read(read_file(path).items(), str(path))
     given |= {**_read(parse_overrides(overrides), "the command line"), **_read(values, origin)}
     if given.get("MODEL.NAME") == "auto":
         init = given.get("MODEL.INIT", "")
@@ -52,6 +43,56 @@ def load_config(
     given["OUTPUT_DIR"] = given.get("OUTPUT_DIR") or str(Path("runs") / path.stem)
     given = {**_values_before(path, given), **given}
     return _check(_nest({**flatten(default_config()), **given}))
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """A loader of YAML that refuses a key given twice, where YAML would keep the last one only."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if names.count(key.value) > 1:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path, *, folders: Sequence[str] = ("configs",)) -> dict[Any, Any]:
+    """Return the mapping that a YAML file holds. Raises UsageError, with a file of like name in ``folders``."""
+    try:
+        content = UniqueKeyLoader(path.read_text(encoding="utf-8")).get_single_data()
+    except OSError as error:
+        reasons: dict[type, str] = {FileNotFoundError: "is not there", IsADirectoryError: "is a folder"}
+        reason = reasons.get(type(error), f"cannot be read ({error.strerror})")
+        beside = [file for file in [path / "config.yaml"] if file.is_file()] or sorted(path.glob("*.yaml"))
+        within = f" In it: {', '.join(file.name for file in beside)}." if beside else ""
+        near = within if path.is_dir() else nearest_path(path, "*.yaml", folders)
+        raise UsageError(f"{path} {reason}; give a .yaml file.{near}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: bytes, or an impossible date
+        mark = getattr(error, "problem_mark", None)
+        reason = getattr(error, "problem", None) or " ".join(str(error).split())
+        place = f" in line {mark.line + 1}" if mark else ""
+        tab = ": indent with blanks" if "'\\t'" in reason else ""
+        raise UsageError(f"{path} is not YAML that can be used{place} ({reason}{tab}); correct it.") from error
+    if not isinstance(content, dict):
+        what = "is empty" if content is None else f"is not a mapping, but {content!r:.60}"
+        raise UsageError(f"{path} {what}; write `KEY: VALUE` lines.")
+    return content
+
+
+def read_file(path: Path, *heirs: Path) -> dict[str, Any]:
+    """Return the values of a configuration file by full name, on those of the files that ``_BASE_`` names."""
+    try:
+        content = read_yaml(path)
+    except UsageError as error:
+        raise UsageError(f"Configuration {f'{heirs[-1]}: its _BASE_ ' if heirs else ''}{error}") from error
+    bases = content.pop("_BASE_", [])
+    values: dict[str, Any] = {}
+    for base in bases if isinstance(bases, list) else [bases]:  # of several, the last one wins
+        file = Path(os.path.normpath(path.parent / Path(str(base)).expanduser()))
+        if not isinstance(base, str) or file in (path, *heirs):
+            raise UsageError(f"Configuration {path}: its _BASE_ is {base!r}; name another .yaml file.")
+        values |= read_file(file, *heirs, path)
+    return values | flatten(content)
 
 
 def _values_before(path: Path, given: dict[str, Any]) -> dict[str, Any]:
@@ -84,12 +125,20 @@ def _read(pairs: Iterable[tuple[str, Any]], origin: str) -> dict[str, Any]:
     values = {}
     for name, value in pairs:
         if name not in BY_NAME:
-            raise UsageError(
-                f"Key {name} in {origin} is unknown.{nearest(name, BY_NAME)} "
-                f"All keys are listed by: python -m stvit_video.run --keys"
-            )
+            raise UsageError(f"Key {name} in {origin} is unknown{_describe_unknown(name, value)}")
         values[name] = BY_NAME[name].read(value, origin)
     return values
+
+
+def _describe_unknown(name: str, value: Any, part: str = "") -> str:
+    """Return what may be meant by a name that is no key; ``part`` says what it may be a part of."""
+    if name in SECTIONS:
+        keys = [key for key in BY_NAME if key.startswith(f"{name}.")]
+        blank = ", and a blank behind the colon" if isinstance(value, str) and ":" in value else ""
+        return f": {name} is a section; name one of its keys{blank}: {', '.join(keys[:3])}, ..."
+    chosen = [f" Did you mean {key.name} {name.lower()}?" for key in KEYS if name.lower() in key.choices]
+    meant = chosen[0] if chosen else nearest(name, BY_NAME)
+    return f".{meant}{part} All keys are listed by: python -m stvit_video.run --keys"
 
 
 def _nest(values: dict[str, Any]) -> CfgNode:
@@ -106,19 +155,28 @@ def _nest(values: dict[str, Any]) -> CfgNode:
 def parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """Yield (key, value) from ``KEY VALUE`` pairs and ``KEY=VALUE`` words; values are read as YAML."""
     left = iter(words)
+    before = ""
     for word in left:
-        name, equals, value = word.partition("=")
-        try:
-            value = value if equals else next(left)
-        except StopIteration:
-            raise UsageError(f"Override {word!r} has no value; write {word} VALUE or {word}=VALUE.") from None
-        if name in BY_NAME and BY_NAME[name].type is str and not value.startswith(("[", "None")):
+        name, equals, given = word.partition("=")
+        if name not in BY_NAME:
+            part = f" If it belongs to {before}, quote that: '{before} {word}'." if before and name.islower() else ""
+            raise UsageError(f"Key {name or word} in the command line is unknown{_describe_unknown(name, given, part)}")
+        value = given if equals else next(left, None)
+        forms = f"write {name} VALUE or {name}=VALUE, without blanks around ="
+        key = BY_NAME[name]
+        unset = key.type is str or key.default is None  # what may be empty
+        if value is None or value.startswith("=") or not (value or unset):
+            raise UsageError(f"Override {word!r} has no value; {forms}.")
+        before = value if key.type is str else ""
+        if key.type is str and not value.startswith(("[", "None")):
             yield name, value  # as it was typed: a folder may be named by digits
             continue
         try:
             yield name, yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise UsageError(f"Override {name}: {value!r} is not a value; quote it.") from error
+            more = " ".join(itertools.takewhile(lambda part: part not in BY_NAME, left))
+            whole = f"{name} '{' '.join([value, more]).strip()}'"
+            raise UsageError(f"Override {name}: {value!r} is not a value; quote it: {whole}.") from error
 
 
 def _check(cfg: CfgNode) -> CfgNode:
@@ -156,6 +214,21 @@ def _check(cfg: CfgNode) -> CfgNode:
         raise UsageError("COMPILE model with PARALLEL.STRATEGY fsdp, which shards block by block; set COMPILE blocks.")
     if cfg.TEST.CROPS == 2:
         raise UsageError("TEST.CROPS is 2; allowed: 1 (centre) or 3 (both ends and the centre).")
+    trains = cfg.MODE == "train" or (cfg.MODE == "transfer" and cfg.TRANSFER.FINETUNE)
+    if trains and cfg.TEST.WEIGHTS == "best" and not data.VAL_LIST:
+        raise UsageError("TEST.WEIGHTS best needs validation; give DATA.VAL_LIST, or TEST.WEIGHTS last.")
+    if trains and cfg.TEST.WEIGHTS == "average" and not cfg.TRAIN.EMA:
+        raise UsageError("TEST.WEIGHTS average with TRAIN.EMA 0.0; give TRAIN.EMA 0.999, or TEST.WEIGHTS last.")
+    if cfg.TRAIN.PATIENCE and cfg.MODE == "train" and not data.VAL_LIST:
+        raise UsageError(
+            f"TRAIN.PATIENCE {cfg.TRAIN.PATIENCE} ends a training by its validation, and DATA.VAL_LIST is empty; give "
+            f"a validation list, or TRAIN.PATIENCE 0."
+        )
+    if cfg.TRAIN.BALANCED and cfg.OPTIM.CLASS_WEIGHTS == "balanced":
+        raise UsageError(
+            "TRAIN.BALANCED True and OPTIM.CLASS_WEIGHTS balanced both make up for rare classes, together twice; set "
+            "one of them."
+        )
     if not data.ROOT:
         raise UsageError("DATA.ROOT is empty; give the folder that holds the videos: DATA.ROOT /path/to/videos.")
     return cfg

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stvit_video.common.errors import UsageError, nearest
+from stvit_video.common.tables import format_table
 from stvit_video.models.arguments import CONFIGURED
 
 
@@ -45,10 +46,13 @@ class Key:
         several = isinstance(value, tuple | list)
         values = [_convert(one, self.type) for one in (value if several else [value])]
         if several != self.is_list or any(type(one) is not self.type for one in values):
-            takes = f"{self.type.__name__} values" if self.is_list else f"a {self.type.__name__}"
+            article = "an" if self.type is int else "a"
+            takes = f"{self.type.__name__} values" if self.is_list else f"{article} {self.type.__name__}"
+            some = self.default or (["a", "b"] if self.type is str else [1, 2, 2][: self.length])
+            example = f"'{some}', as one word" if self.is_list else f"{self.default!r}"
             raise UsageError(
-                f"{self.name} in {origin} is {value!r}, a {type(value).__name__}; it takes {takes} ({self.about}), for "
-                f"example {self.default!r}."
+                f"{self.name} in {origin} is {value!r} ({type(value).__name__}); it takes {takes} ({self.about}), for "
+                f"example {example}."
             )
         if self.length is not None and len(values) != self.length:
             raise UsageError(f"{self.name} has {len(values)} values; it takes {self.length} ({self.about}).")
@@ -187,6 +191,7 @@ KEYS = (
         "clips an optimiser step, over all processes; lowered for a shorter list",
         low=1,
     ),
+    Key("TRAIN.BALANCED", False, "an epoch draws as many videos of each class, rare ones repeatedly", before=False),
     Key("TRAIN.ACCUMULATE", 1, "batches a process adds up before a step; raise when memory is short", low=1),
     Key("TRAIN.RESUME", "auto", "auto continues from the newest checkpoint; never stops instead", ("auto", "never")),
     Key("TRAIN.MIXUP", 0.0, "alpha of MixUp, clips blended in pairs; 0.8 is usual for a ViT, 0: none", low=0),
@@ -197,6 +202,7 @@ KEYS = (
     Key("TRAIN.FREEZE", [], "weights not trained, as patterns of names: [patch_embed.*, blocks.0.*]", kind=str),
     Key("TRAIN.MAX_BAD_STEPS", 10, "steps that may be skipped because the loss or a gradient is not finite", low=0),
     Key("TRAIN.VAL_EVERY", 1, "epochs between validations", low=1),
+    Key("TRAIN.PATIENCE", 0, "validations without a better accuracy that end the training; 0: none", low=0, before=0),
     Key("OPTIM.LR", 1e-3, "AdamW's peak learning rate at TRAIN.BATCH_SIZE", low=0),
     Key("OPTIM.LR_BATCH", 0, "batch of OPTIM.LR: the rate grows with TRAIN.BATCH_SIZE; 0: taken as it is", low=0),
     Key("OPTIM.LAYER_DECAY", 1.0, "rate of each layer over the one above; 0.75 with good weights", low=0.01, high=1),
@@ -206,10 +212,25 @@ KEYS = (
     Key("OPTIM.WARMUP_EPOCHS", 2.5, "linear rise of the learning rate, before the cosine", low=0),
     Key("OPTIM.CLIP_GRAD", 1.0, "largest gradient norm; 0: no clipping", low=0),
     Key("OPTIM.LABEL_SMOOTHING", 0.0, "0.1 is usual on Kinetics", low=0, high=0.99),
+    Key(
+        "OPTIM.CLASS_WEIGHTS",
+        "none",
+        "balanced: rare classes weigh more in the loss, by their share of the training list",
+        ("none", "balanced"),
+        before="none",
+    ),
     # --- test and the rest
     Key("TEST.CLIPS", 4, "clips a test video, evenly spaced", low=1),
     Key("TEST.CROPS", 3, "crops a clip along its longer side: 1 (centre) or 3", low=1, high=3),
     Key("TEST.SHORT_SIDE", 224, "short side of the frame that crops are cut from, in pixels", low=1),
+    Key(
+        "TEST.WEIGHTS",
+        "last",
+        "saved and tested after training: last (their average where TRAIN.EMA is set), best in validation, or average, "
+        "which needs TRAIN.EMA",
+        ("last", "best", "average"),
+        before="last",
+    ),
     Key("TEST.BATCH_SIZE", 2, "videos a test batch; fixes how figures are summed: keep it when comparing", low=1),
     Key("TRANSFER.NEIGHBOURS", 20, "k of the nearest-neighbour score in MODE transfer", low=1),
     Key("TRANSFER.TEMPERATURE", 0.07, "how much nearer neighbours weigh more; smaller is more", low=1e-4),
@@ -228,8 +249,10 @@ SECTIONS = {key.name.rpartition(".")[0] for key in KEYS}
 
 
 def describe_keys() -> str:
-    """Return one line a key: name, default, advice."""
-    return "\n".join(f"{key.name:28} {key.default!r:24} {key.about}" for key in KEYS)
+    """Return a table of all keys: name, default, advice."""
+    return format_table(
+        ("key", "default", "advice"), [(key.name, repr(key.default), key.about) for key in KEYS], left=3
+    )
 
 
 def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -31,6 +31,7 @@ class SampleKey:
 
     epoch: int
     index: int
+    draw: int = 0  # how often the epoch has drawn the video before
 
 
 @dataclass
@@ -199,5 +200,5 @@ class VideoDataset(Dataset[Sample]):
         """Return the index of a key's video, the seed of its sample, and the choice of its frames."""
         if isinstance(key, int):
             return key, (), partial(self.sampler, clips=self.views.clips)
-        seed = (self.seed, key.epoch, key.index)
+        seed = (self.seed, key.epoch, key.index, *((key.draw,) if key.draw else ()))
         return key.index, seed, partial(self.sampler, clips=self.views.clips, seed=(*seed, 0))

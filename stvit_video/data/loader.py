@@ -1,7 +1,8 @@
 """Loaders from a configuration: which process reads which videos, in what order."""
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -14,7 +15,7 @@ from stvit_video.data.clips.sampling import ClipSampler, Sampling
 from stvit_video.data.clips.transforms import Augment, Mix, Normalise, TestViews, TrainViews
 from stvit_video.data.dataset import SampleKey, VideoDataset, collate
 from stvit_video.data.decode.frames import Decoding, find_decoder
-from stvit_video.data.lists.annotations import Video
+from stvit_video.data.lists.annotations import Video, labels_of
 from stvit_video.data.workers import FILES_PER_WORKER, Loader
 from stvit_video.runtime.limits import reserve_files
 from stvit_video.runtime.world import World
@@ -28,12 +29,23 @@ class EpochSampler(Sampler[list[SampleKey]]):
 
     A step of ``step_size`` videos is the same set for any number of processes and accumulated batches; a last
     incomplete one is left out. An epoch has ``accumulate`` batches a step, of which the first ``start`` are skipped:
-    epoch and start are the position that ``state_dict`` saves.
+    epoch and start are the position that ``state_dict`` saves. With ``groups``, indices of each class, an epoch draws
+    as many videos of each group, those of small groups several times and of large ones not all.
     """
 
-    def __init__(self, length: int, step_size: int, accumulate: int, rank: int, world: int, seed: int) -> None:
+    def __init__(
+        self,
+        length: int,
+        step_size: int,
+        accumulate: int,
+        rank: int,
+        world: int,
+        seed: int,
+        groups: Sequence[Sequence[int]] = (),
+    ) -> None:
         self.length, self.step_size, self.batch = length, step_size, step_size // accumulate
         self.accumulate, self.rank, self.world, self.seed = accumulate, rank, world, seed
+        self.groups = groups
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
@@ -42,9 +54,30 @@ class EpochSampler(Sampler[list[SampleKey]]):
     def __iter__(self) -> Iterator[list[SampleKey]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.length, generator=generator).tolist()
+        drawn = self._draw_alike(generator) if self.groups else []
         for i in range(self.start, len(self)):
-            batch = order[i * self.batch : (i + 1) * self.batch]
-            yield [SampleKey(self.epoch, index) for index in batch[self.rank :: self.world]]
+            places = order[i * self.batch : (i + 1) * self.batch][self.rank :: self.world]
+            yield [SampleKey(self.epoch, *(drawn[place] if drawn else (place,))) for place in places]
+
+    def _draw_alike(self, generator: torch.Generator) -> list[tuple[int, int]]:
+        """Draw ``length`` videos, of each group as many or one more, and none again before all of its group.
+
+        Return their indices, each with how often the video was drawn before.
+        """
+        quota, rest = divmod(self.length, len(self.groups))
+        larger = torch.randperm(len(self.groups), generator=generator)[:rest].tolist()
+        indices: list[int] = []
+        for place, group in enumerate(self.groups):
+            end = len(indices) + quota + (place in larger)
+            while len(indices) < end:
+                part = torch.randperm(len(group), generator=generator)[: end - len(indices)].tolist()
+                indices += [group[i] for i in part]
+        before: Counter[int] = Counter()
+        drawn = []
+        for index in indices:
+            drawn.append((index, before[index]))
+            before[index] += 1
+        return drawn
 
     def state_dict(self) -> dict[str, int]:
         """Return the position: an epoch, and the batches of it that are done."""
@@ -119,8 +152,18 @@ def build_train_loader(cfg: CfgNode, world: World, videos: list[Video], label_co
         label_columns=label_columns,
         seed=cfg.SEED,
     )
-    sampler = EpochSampler(len(videos), videos_per_step, cfg.TRAIN.ACCUMULATE, world.rank, world.size, cfg.SEED)
+    groups = group_by_class(videos) if cfg.TRAIN.BALANCED else ()
+    sampler = EpochSampler(len(videos), videos_per_step, cfg.TRAIN.ACCUMULATE, world.rank, world.size, cfg.SEED, groups)
     return _build_loader(cfg, world, dataset, sampler)
+
+
+def group_by_class(videos: Sequence[Video]) -> list[list[int]]:
+    """Return the indices of the videos of each class that has any; those without a label are a class of their own."""
+    groups: dict[int, list[int]] = {}
+    for index, video in enumerate(videos):
+        for label in labels_of(video) or (-1,):
+            groups.setdefault(label, []).append(index)
+    return [groups[label] for label in sorted(groups)]
 
 
 def build_mix(cfg: CfgNode, world: World, num_classes: int) -> Mix | None:

@@ -7,10 +7,12 @@ sprite. A folder of stills serves image models. ``sample_hard`` has one label se
 """
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import partial
@@ -23,6 +25,7 @@ from PIL import Image
 from stvit_video.common.cli import Parser, number, run_command
 from stvit_video.common.errors import RunFailure, UsageError
 from stvit_video.common.files import whole_file, write_atomically
+from stvit_video.common.locks import Lock
 from stvit_video.common.progress import Progress
 from stvit_video.data import sprites
 from stvit_video.data.sprites import MOTIONS, SHAPES
@@ -34,6 +37,7 @@ LABELS = {  # of each set: the names of the classes, and how many consecutive vi
     "sample_hard": {"motion_shape": (sprites.CLASSES, 1)},
 }
 SPLITS = ("train", "val", "test")
+RECORD, LOCK = "sample.json", ".lock"
 
 
 @dataclass(frozen=True)
@@ -97,10 +101,24 @@ def _write_file(root: Path, spec: Spec, file: tuple[int, int]) -> None:
 def prepare(root: str | Path, spec: Spec | None = None, *, workers: int | None = None, progress: bool = True) -> None:
     """Generate what is missing of the set in ``root``, with ``LABELS/SPLIT.csv`` (lines `path label`) and class names.
 
-    Raises UsageError where ``root`` holds something else.
+    Another process that does so is waited for. Raises UsageError where ``root`` holds something else.
     """
     root, spec = Path(root), spec or Spec()
-    record = root / "sample.json"
+    if not find_missing(root, spec) and is_complete(root):
+        return
+    lock = Lock(root / LOCK)
+    try:
+        lock.take(math.inf, lambda holder: f"waiting for {holder}, which generates {root}")
+    except OSError as error:
+        raise UsageError(f"{root} cannot be written ({error.strerror}); give another DATA.ROOT.") from error
+    with closing(lock):
+        if (todo := find_missing(root, spec)) or not is_complete(root):
+            _generate(root, spec, todo, workers, progress)
+
+
+def find_missing(root: Path, spec: Spec) -> list[tuple[int, int]]:
+    """Return kind and index of each file of the set that is not there. Raises UsageError for another set."""
+    record = root / RECORD
     content = json.dumps(asdict(spec))
     if record.is_file():
         try:
@@ -111,20 +129,21 @@ def prepare(root: str | Path, spec: Spec | None = None, *, workers: int | None =
             raise UsageError(
                 f"{root} holds the sample set {found}; asked for {content}. Delete it or give another DATA.ROOT."
             )
-    elif root.is_file() or (root.is_dir() and any(path.suffix != ".tmp" for path in root.iterdir())):
+    elif root.is_file() or (root.is_dir() and any(not _is_temporary(path) for path in root.iterdir())):
         raise UsageError(f"{root} exists but holds no sample set; give another DATA.ROOT or an empty folder.")
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{root} cannot be written ({error.strerror}); give another DATA.ROOT.") from error
-    if not record.exists():
-        write_atomically(record, content.encode())
     counts = (*spec.clips, *(spec.stills if spec.name == "sample" else ()))
     paths = {(kind, i): _path_of(root, kind, i) for kind, count in enumerate(counts) for i in range(count)}
-    todo = [file for file, path in paths.items() if not path.is_file() or path.stat().st_size == 0]
-    if not todo and is_complete(root):
-        return
-    for folder in {paths[file].parent for file in todo}:
+    return [file for file, path in paths.items() if not path.is_file() or path.stat().st_size == 0]
+
+
+def _is_temporary(path: Path) -> bool:
+    return path.suffix == ".tmp" or path.name.startswith(LOCK)
+
+
+def _generate(root: Path, spec: Spec, todo: list[tuple[int, int]], workers: int | None, progress: bool) -> None:
+    if not (root / RECORD).exists():
+        write_atomically(root / RECORD, json.dumps(asdict(spec)).encode())
+    for folder in {_path_of(root, *file).parent for file in todo}:
         folder.mkdir(parents=True, exist_ok=True)
     # Threads of torch and decord do not survive a fork, so the workers are spawned.
     processes = min(workers or usable_cores(), len(todo) // 16 + 1)

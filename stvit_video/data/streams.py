@@ -1,67 +1,61 @@
-"""What commands read, and how: files that arguments name, long videos in windows, cameras, threads that read ahead."""
+"""What commands read, and how: files that arguments name, long videos in windows, threads that read ahead."""
 
 import glob
 import os
 import queue
+import shutil
 import stat
 import sys
+import tempfile
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
-from operator import itemgetter
-from pathlib import Path
+from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
-import av
 import numpy as np
-from av.video.frame import VideoFrame
 
 from stvit_video.common.errors import UsageError
 from stvit_video.data.clips.sampling import TOLERANCE_S, Sampling, mean_step
 from stvit_video.data.clips.timeline import KnownTimes
-from stvit_video.data.decode.av_file import AV_ERRORS, frame_rate
+from stvit_video.data.decode.pictures import image_suffix
 from stvit_video.data.decode.types import (
-    GAP_S,
     MEDIA_SUFFIXES,
     VIDEO_SUFFIXES,
     DecodeError,
-    Frames,
     Indices,
     Timeline,
     Times,
-    decode_errors,
     find_segments,
-    gap_length,
     natural_order,
-    reduced_size,
 )
 from stvit_video.data.lists.folders import describe_passed_over, find_media
 
-TIMEOUT_S = 15.0  # to open a stream, and for each of its packets
 JOIN_S = 2.0  # how long to wait for a thread to end
+STDIN = "-"
 AHEAD = 2  # files begun beyond those that threads are busy with, and unread pieces of each file
 
-RECENT_STEPS = 250  # from frame to frame of a stream, by which a gap is told
-
-LiveFrame = tuple[int, float, VideoFrame]  # of a stream: the number of its segment, its time in seconds, the frame
+Source = TypeVar("Source")
 Piece = TypeVar("Piece")
 
 
-def find_sources(names: Sequence[str], images: bool = False) -> tuple[list[str], str | None, str]:
+def find_sources(
+    names: Sequence[str], images: bool = False, watch_stdin: bool = False
+) -> tuple[list[str], str | None, str]:
     """Return the files that ``names`` stand for, without duplicates, or else the one camera, stream or pipe.
 
     The third value says what folders hold that is not used, or is "". A file is itself, whatever its ending. A folder
     stands for the videos in it and below, which folders of frames are too, with ``images`` for each image instead; a
     folder of images alone is one video, its frames. A pattern (``*``, ``?``, ``[...]``, ``**``) stands
-    for what it matches. Any other name is returned as it is: reading it fails later, with an error of its own.
-    Raises UsageError for a folder or pattern without files, and for a stream beside other names.
+    for what it matches. Standard input is a file, or with ``watch_stdin`` a stream. Any other name is returned as it
+    is: reading it fails later, with an error of its own. Raises UsageError for a folder or pattern without files, and
+    for a stream or standard input beside other names.
     """
-    live = next(filter(is_live, names), None)
+    live = next((name for name in names if name == STDIN or is_live(name)), None)
     if live is not None:
         if len(names) > 1:
-            raise UsageError(f"{live} is a camera or stream, which does not end; give it alone.")
-        return [], live, ""
+            what = "standard input" if live == STDIN else "a camera or stream, which does not end"
+            raise UsageError(f"{live} is {what}; give it alone.")
+        return ([STDIN], None, "") if live == STDIN and not watch_stdin else ([], live, "")
     found: list[str] = []
     unused: list[str] = []
     for name in names:
@@ -75,6 +69,38 @@ def find_sources(names: Sequence[str], images: bool = False) -> tuple[list[str],
             raise UsageError(f"Folder {name} holds no videos; give one with files ending in {', '.join(kinds)}.")
         found += inside
     return list(dict.fromkeys(found)), None, describe_passed_over(unused, os.curdir) if unused else ""
+
+
+def stdin_is_file() -> bool:
+    """Say whether standard input is a regular file. Raises UsageError where nobody gives any."""
+    try:
+        mode = os.fstat(0).st_mode if sys.stdin else 0  # what is opened next takes the place of a closed one
+    except OSError:
+        mode = 0
+    if not mode or os.isatty(0):
+        raise UsageError(f"{STDIN} is standard input, which is {'a terminal' if mode else 'closed'}; pipe a video in.")
+    return stat.S_ISREG(mode)
+
+
+@contextmanager
+def spooled_stdin() -> Iterator[str]:
+    """Provide standard input as a temporary file: most videos are not read from their start to their end.
+
+    Raises UsageError where it does not fit.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "stdin")
+        try:
+            with open(0, "rb", closefd=False) as given, open(path, "wb") as file:
+                shutil.copyfileobj(given, file, 2**20)
+        except OSError as error:
+            raise UsageError(
+                f"standard input cannot be copied to {folder} ({error.strerror}); set TMPDIR to a larger folder, or "
+                f"give --window to read it as a stream"
+            ) from error
+        suffix = image_suffix(path)
+        os.rename(path, path + suffix)
+        yield path + suffix
 
 
 def _in_folder(folder: str, images: bool, unused: list[str]) -> list[str]:
@@ -167,119 +193,23 @@ def clips_of_windows(video: Timeline, sampler: Sampling, clips: int, windows: Se
     return np.concatenate([window.start + indices for window, indices in zip(windows, chosen, strict=True)])
 
 
-class LiveWindow(NamedTuple):
-    """A window of a stream: its time, the segment that it lies in, and its frames (H, W, 3) with their times."""
-
-    span: Span
-    segment: int
-    times: KnownTimes
-    frames: list[Frames]
-
-
-def read_windows(address: str, window: float, step: float, short_side: int) -> Iterator[LiveWindow]:
-    """Yield each window of ``window`` seconds, one every ``step``, when the first frame after it arrives.
-
-    Times count from the first frame of the stream. Windows begin anew where time is interrupted, as in ``windows_of``;
-    the last one of a segment ends with it. Much larger frames are reduced to ``short_side``. Raises DecodeError where
-    the stream cannot be read.
-    """
-    segment = -1
-    for segment, run in groupby(_read(address), key=itemgetter(0)):
-        yield from _cut_run(run, segment, window, step, short_side)
-    if segment < 0:
-        raise DecodeError(address, "has no frames", "pyav")
-
-
-def _cut_run(
-    run: Iterator[LiveFrame], segment: int, window: float, step: float, short_side: int
-) -> Iterator[LiveWindow]:
-    """Yield the windows of one run of continuous time."""
-    held: deque[tuple[float, Frames]] = deque()  # the latest frames, with their times in seconds
-
-    def cut(start: float, end: float, until: float) -> LiveWindow:
-        shown = [pair for pair in held if start - TOLERANCE_S <= pair[0] < until - TOLERANCE_S]
-        times = np.array([time for time, _ in shown])
-        return LiveWindow(Span(start, end), segment, KnownTimes(times), [frame for _, frame in shown])
-
-    origin: float | None = None
-    start = end = 0.0
-    for _, time, frame in run:
-        if origin is None:
-            origin = start = end = time
-        while time >= start + window:
-            end = start + window
-            found = cut(start, end, until=end)
-            if found.frames:  # none where no frame has come for that long
-                yield found
-            start += step
-        while held and held[0][0] < min(start, time - window) - TOLERANCE_S:
-            held.popleft()
-        width, height = reduced_size((frame.width, frame.height), short_side) or (frame.width, frame.height)
-        held.append((time, frame.reformat(width, height, "rgb24").to_ndarray().astype(np.uint8, copy=False)))
-    first, last = held[0][0], held[-1][0]
-    if last >= end:
-        stop = last + ((last - first) / (len(held) - 1) if len(held) > 1 else 0.0)
-        yield cut(max(origin or 0.0, stop - window), stop, until=last + 1.0)
-
-
-def _read(address: str) -> Iterator[LiveFrame]:
-    """Yield frames, each with the number of its segment and its time in seconds after the first.
-
-    Where the clock goes back, a segment begins, and time goes on from there.
-    """
-    location = address
-    form = "v4l2" if address.startswith("/dev/video") else None
-    if address.isascii() and address.isdigit():
-        location = f"/dev/video{address}"
-        form = "v4l2" if sys.platform == "linux" else None
-        if not Path(location).exists():
-            found = ", ".join(sorted(path.name[5:] for path in Path("/dev").glob("video*"))) or "none"
-            raise DecodeError(address, f"is no camera here (cameras: {found})")
-    with (
-        decode_errors(address, "cannot be read as a stream", "pyav", AV_ERRORS),
-        av.open(location, "r", form, timeout=TIMEOUT_S, metadata_errors="ignore") as container,
-    ):
-        if not container.streams.video:
-            raise DecodeError(address, "has no video stream", "pyav")
-        stream = container.streams.video[0]
-        rate = frame_rate(stream)
-        offset = previous = None
-        segment = 0
-        steps: deque[float] = deque(maxlen=RECENT_STEPS)
-        for number, frame in enumerate(container.decode(stream)):
-            time = frame.time if frame.time is not None else number / rate
-            if offset is None or previous is None:
-                offset = previous = -time
-            elif time + offset < previous:
-                offset = previous + 1 / rate - time
-                segment += 1
-            else:
-                step_s = time + offset - previous
-                segment += step_s > GAP_S and step_s > gap_length(np.array(steps))
-                steps.append(step_s)
-            previous = time + offset
-            yield segment, previous, frame
-
-
 def read_ahead(
-    paths: Sequence[str], start: Callable[[], Callable[[str], Iterator[Piece]]], workers: int
+    sources: Sequence[Source], read: Callable[[Source], Iterator[Piece]], workers: int
 ) -> Iterator[tuple[int, Piece | DecodeError | None]]:
-    """Read files piece by piece in ``workers`` threads; ``start`` makes a reader for each thread.
+    """Read sources piece by piece in ``workers`` threads.
 
-    Yields (index of the file, piece) in the order of the list, and at the end of each file (index, None), or (index,
+    Yields (index of the source, piece) in the order of the list, and at the end of each (index, None), or (index,
     DecodeError) where it cannot be read any further. The threads end when the iterator is closed.
     """
     todo: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-    results: list[queue.Queue[Piece | BaseException | None]] = [queue.Queue(AHEAD) for _ in paths]
+    results: list[queue.Queue[Piece | BaseException | None]] = [queue.Queue(AHEAD) for _ in sources]
     closed = threading.Event()
 
     def work() -> None:
-        read: Callable[[str], Iterator[Piece]] | None = None
         while (i := todo.get()) is not None and not closed.is_set():
             end: BaseException | None = None
             try:
-                read = read or start()
-                for piece in read(paths[i]):
+                for piece in read(sources[i]):
                     results[i].put(piece)
                     if closed.is_set():
                         return
@@ -288,20 +218,20 @@ def read_ahead(
             results[i].put(end)
 
     # Daemons: a thread that waits for a slow file, up to its deadline, does not delay Ctrl-C.
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(workers, len(paths)))]
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(workers, len(sources)))]
     for thread in threads:
         thread.start()
     ahead = len(threads) + AHEAD
-    for i in range(min(ahead, len(paths))):
+    for i in range(min(ahead, len(sources))):
         todo.put(i)
     try:
-        for i in range(len(paths)):
+        for i in range(len(sources)):
             while (item := results[i].get()) is not None and not isinstance(item, BaseException):
                 yield i, item
             if item is not None and not isinstance(item, DecodeError):
                 raise item
             yield i, item
-            if i + ahead < len(paths):
+            if i + ahead < len(sources):
                 todo.put(i + ahead)
     finally:
         closed.set()

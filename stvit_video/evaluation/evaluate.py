@@ -1,12 +1,14 @@
 """Multi-view testing: each video scored once, or listed as failed, for any number of processes."""
 
+import io
 import itertools
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +20,7 @@ from stvit_video.data.loader import build_test_loader
 from stvit_video.data.workers import Loader, LoaderFailure
 from stvit_video.evaluation.predictions import Predictions, predictions_for, probabilities
 from stvit_video.evaluation.scores import PartialScores, ScoredBatch, fingerprint, weights_hash
+from stvit_video.runs.fingerprint import hash_lists
 from stvit_video.runs.log import describe_results
 from stvit_video.runs.preflight import OpenRun
 from stvit_video.runtime.parallel import compile_model
@@ -128,16 +131,17 @@ class Tester:
     precision: str
     max_failures: float  # share of the list
 
-    def test(self, model: nn.Module, earlier: list[Failure], signals: StopSignals) -> dict[str, Any]:
+    def test(
+        self, model: nn.Module, earlier: list[Failure], signals: StopSignals, weights: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """Test ``model``; write results, tables, failures and a picture; return the results.
 
-        An interrupted test continues. ``earlier`` are failures of training. Raises Stopped after a signal to stop, when
-        the scores so far are written.
+        An interrupted test continues. ``earlier`` are failures of training, ``weights`` say which ones the model has.
+        Raises Stopped after a signal to stop, when the scores so far are written.
         """
         started = time.monotonic()
         world = self.run.world
-        folder = self.run.folder
-        classes = self.run.classes
+        folder, classes = self.run.folder, self.run.classes
         loader = self.loader
         key = fingerprint(model, weights_hash(model.state_dict()), loader.dataset, self.precision, 0)
         key = f"{key} in batches of {loader.batch_sampler.batch}, views counted"
@@ -158,6 +162,7 @@ class Tester:
         fresh = views - predictions.kept_views  # computed by this start, not by an earlier one
         results = {
             **self.about,
+            **weights,
             "gflops_per_video": self.run.cost.gflops * views / scored,  # equal views are computed once
             **predictions.figures(),
             "coverage": predictions.coverage,
@@ -175,7 +180,11 @@ class Tester:
             folder.write_table("per_class.csv", predictions.per_class(classes))
             folder.write_table("predictions.csv", predictions.rows(paths, classes))
             write_json(folder.results, results)
-            picture, content = predictions.picture(classes)
+            if self.run.multi_label:  # predictions.csv has no scores of all classes, which mAP needs
+                scores = io.BytesIO()
+                np.save(scores, predictions.scores.numpy())
+                write_atomically(folder.path / "scores.npy", scores.getvalue())
+            picture, content = predictions.picture(classes, folder.path.resolve().name)
             write_atomically(folder.path / picture, content)
             shutil.rmtree(folder.partial_scores, ignore_errors=True)
             print(f"{describe_results(results)}\nresults in {folder.results}", flush=True)
@@ -194,6 +203,7 @@ def build_tester(run: OpenRun) -> Tester:
         "gflops": run.cost.gflops,
         "precision": cfg.PRECISION,
         "processes": run.world.size,
+        **hash_lists(run.lists, run.classes),  # equal where lists and classes are
     }
     loader = build_test_loader(cfg, run.world, run.videos["test"], **views, label_columns=run.label_columns)
     return Tester(run, loader, about, cfg.PRECISION, cfg.DATA.MAX_FAILURES)
@@ -213,4 +223,4 @@ def test(run: OpenRun) -> None:
     own = run.report is not None and run.report.source == str(run.folder.weights)  # whose report is there already
     run.claim(keep_report=not own)
     with StopSignals(run.world.launched) as signals:
-        tester.test(model, [], signals)
+        tester.test(model, [], signals, run.weights)

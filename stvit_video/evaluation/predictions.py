@@ -1,6 +1,7 @@
 """Predictions for the videos of a list, with one label each or several: the accuracy that follows, and its tables."""
 
 import json
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -47,8 +48,21 @@ class Predictions:
     kept_views: int = 0  # that were computed for them
 
     def figures(self) -> dict[str, float]:
-        """Return top-1 and top-5 accuracy in percent."""
-        return {"top1": self.top(1), "top5": self.top(5)}
+        """Return top-1 and top-5 accuracy in percent, and the means over the classes of top-1 and F1.
+
+        Classes without a scored video are left out of the means, and counted.
+        """
+        recall, _, f1 = self.class_scores()
+        means = {"macro_top1": float(recall.nanmean()), "macro_f1": float(f1.nanmean())}
+        return {"top1": self.top(1), "top5": self.top(5), **means, "classes_without_videos": int(recall.isnan().sum())}
+
+    def class_scores(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return recall, which is top-1, precision and F1 of each class (classes,) in percent; NaN for 0 out of 0."""
+        counts = self.confusion().double()
+        videos, predicted, correct = counts.sum(dim=1), counts.sum(dim=0), counts.diag()
+        # A class that is predicted and never there has an F1 of 0, but is left out of the mean.
+        f1 = (200 * correct / (videos + predicted)).where(videos > 0, torch.nan)
+        return 100 * correct / videos, 100 * correct / predicted, f1
 
     def top(self, k: int) -> float:
         """Return top-k accuracy over the scored videos, in percent; k is cut to the class count."""
@@ -66,12 +80,13 @@ class Predictions:
         return float(-self.scores.gather(1, self.labels[:, None]).double().clamp_min(1e-12).log().mean())
 
     def per_class(self, classes: list[str]) -> list[dict[str, object]]:
-        """Return a row per class: its scored videos, how many of them are correct, and top-1 in percent."""
-        counts = self.confusion()
-        return [
-            {"class": name, "videos": videos, "correct": right, "top1": 100 * right / videos if videos else None}
-            for name, videos, right in zip(classes, counts.sum(dim=1).tolist(), counts.diag().tolist(), strict=True)
-        ]
+        """Return a row per class: its scored videos, how many are correct, and top-1, precision and F1 in percent."""
+        counts, (recall, precision, f1) = self.confusion(), self.class_scores()
+        names = ("class", "videos", "correct", "top1", "precision", "recall", "f1")
+        figures = torch.stack([recall, precision, recall, f1], dim=1).tolist()
+        rows = zip(classes, counts.sum(dim=1).tolist(), counts.diag().tolist(), figures, strict=True)
+        known = [(*row, *(None if math.isnan(value) else value for value in own)) for *row, own in rows]
+        return [dict(zip(names, row, strict=True)) for row in known]
 
     def rows(self, paths: list[str], classes: list[str]) -> list[dict[str, object]]:
         """Return a row per scored video, in list order: its class, the predicted class, and both probabilities."""
@@ -88,11 +103,11 @@ class Predictions:
         cells = self.labels * classes + self.scores.argmax(dim=1)
         return torch.bincount(cells, minlength=classes**2).reshape(classes, classes)
 
-    def picture(self, classes: list[str]) -> tuple[str, bytes]:
-        """Return the name and the content of a PNG of the test by class."""
+    def picture(self, classes: list[str], run: str) -> tuple[str, bytes]:
+        """Return the name and the content of a PNG of the test by class; ``run`` is named in its title."""
         from stvit_video.common import charts  # slow to start, and prediction needs none
 
-        return "confusion.png", charts.png_of_confusion(self.confusion(), classes)
+        return "confusion.png", charts.png_of_confusion(self.confusion(), classes, run)
 
 
 class MultiLabelPredictions(Predictions):
@@ -139,12 +154,12 @@ class MultiLabelPredictions(Predictions):
             rows.append({**row, "probability": round(p, 6), "label_probability": round(q, 6) if names else None})
         return rows
 
-    def picture(self, classes: list[str]) -> tuple[str, bytes]:
+    def picture(self, classes: list[str], run: str) -> tuple[str, bytes]:
         """Return the name and the content of a PNG of the average precision of each class."""
         from stvit_video.common import charts
 
         values = (100 * average_precision(self.scores, self.labels)).tolist()
-        return "average_precision.png", charts.png_of_precision(values, classes)
+        return "average_precision.png", charts.png_of_precision(values, classes, f"{run}, {len(self.labels):,} videos")
 
 
 def predictions_for(labels: Tensor) -> type[Predictions]:

@@ -72,8 +72,14 @@ def open_checkpoint(path: str | Path, overrides: Sequence[str] = ()) -> Trained:
     model = create_model(metadata["name"], **arguments)
     check_all_loaded(load_pretrained(model, checkpoint, min_coverage=0.9), model)
     classes = metadata["classes"] or range(arguments["num_classes"])
+    if len(classes) != arguments["num_classes"]:
+        raise UsageError(
+            f"Checkpoint {weights} names {len(classes)} classes and its classifier has {arguments['num_classes']}; "
+            f"write it again from the run that it is of."
+        )
+    assumed_names = "" if metadata["classes"] else "It names no classes, so they are numbers."
     cfg, assumed = _open_config(weights, arguments, metadata["views"] or {}, overrides)
-    note = " ".join(filter(None, (note, assumed)))
+    note = " ".join(filter(None, (note, assumed_names, assumed)))
     names = [str(name) for name in classes]
     return Trained(model.eval(), names, build_input(cfg), weights, metadata["multi_label"], note)
 

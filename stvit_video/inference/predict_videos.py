@@ -3,7 +3,8 @@
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -15,7 +16,7 @@ from stvit_video.common.files import prepare_folder, write_atomically, write_jso
 from stvit_video.common.progress import Progress, clock
 from stvit_video.common.tables import to_csv
 from stvit_video.data.decode.types import DecodeError
-from stvit_video.data.streams import find_sources
+from stvit_video.data.streams import STDIN, find_sources, spooled_stdin, stdin_is_file
 from stvit_video.inference.annotate import Copies
 from stvit_video.inference.load import Trained, open_checkpoint
 from stvit_video.inference.predictor import Prediction, Predictor, Window
@@ -25,10 +26,17 @@ LIVE_WINDOW_S = 2.0
 
 def predict_videos(options: argparse.Namespace) -> int:
     """Score the videos that the ``options`` of the command name; return the exit code. Raises UsageError."""
+    stdin_is_stream = STDIN in options.videos and not stdin_is_file() and options.window is not None
     trained = open_checkpoint(options.checkpoint, options.overrides)
-    paths, live, unused = find_sources(options.videos, images=trained.input.views.frames == 1)
+    paths, live, unused = find_sources(options.videos, trained.input.views.frames == 1, stdin_is_stream)
     if live is None and options.seconds is not None:
+        if STDIN in options.videos:
+            raise UsageError(
+                f"--seconds {options.seconds:g} ends a stream; give --window too, to watch {STDIN} as one."
+            )
         raise UsageError(f"--seconds {options.seconds:g} ends a camera or stream, which no file is; leave it out.")
+    if STDIN in options.videos and options.annotate is not None:
+        raise UsageError(f"--annotate copies files, and {STDIN} is standard input; leave it out.")
     if live is not None and options.annotate is not None:
         raise UsageError(f"--annotate copies files, and {live} is a camera or stream; leave it out.")
     for folder in filter(None, (options.annotate, options.output and options.output.parent)):
@@ -42,7 +50,10 @@ def predict_videos(options: argparse.Namespace) -> int:
         if live is not None:
             watch(predictor, live, options, results)
         else:
-            score(predictor, paths, options, results, copies)
+            with spooled_stdin() if paths == [STDIN] else nullcontext() as spooled:
+                found = predictor.predict([spooled or path for path in paths], window=options.window, step=options.step)
+                named = (replace(result, path=STDIN) for result in found) if spooled else found
+                score(named, len(paths), options, results, copies)
     finally:  # also after Ctrl-C: the results so far are kept
         if options.output is not None and results:
             write_results(results, options.output, options.top)
@@ -72,13 +83,17 @@ def describe_predictor(trained: Trained, predictor: Predictor) -> str:
 
 
 def score(
-    predictor: Predictor, paths: Sequence[str], options: argparse.Namespace, results: list[Prediction], copies: Copies
+    found: Iterable[Prediction],
+    count: int,
+    options: argparse.Namespace,
+    results: list[Prediction],
+    copies: Copies,
 ) -> None:
-    """Score files in order: print each result, append it to ``results`` and annotate a copy where asked to."""
-    on_terminal = sys.stderr.isatty() and len(paths) > 1  # elsewhere the results themselves show the progress
-    with Progress("predict", len(paths), enabled=on_terminal) as progress:
+    """Print each result of ``count`` files, append it to ``results`` and annotate a copy where asked to."""
+    on_terminal = sys.stderr.isatty() and count > 1  # elsewhere the results themselves show the progress
+    with Progress("predict", count, enabled=on_terminal) as progress:
         say = progress.note if on_terminal else partial(print, flush=True)
-        for result in predictor.predict(paths, window=options.window, step=options.step):
+        for result in found:
             results.append(result)
             text = describe_result(result, options.top)
             if options.annotate is not None and result.error is None:
@@ -93,13 +108,12 @@ def watch(predictor: Predictor, address: str, options: argparse.Namespace, resul
     results.append(result)
     print("watching; Ctrl-C ends", flush=True)
     try:
-        for window in predictor.watch(address, window=options.window or LIVE_WINDOW_S, step=options.step):
+        length = options.window or LIVE_WINDOW_S
+        for window in predictor.watch(address, window=length, step=options.step, seconds=options.seconds):
             result.windows.append(window)
             print(describe_windows(result, [window], options.top), flush=True)
-            if options.seconds is not None and window.span is not None and window.span.end >= options.seconds:
-                return
     except DecodeError as error:
-        result.error = error.message
+        result.error = error.message + ("; without --window, it is read as a file" if address == STDIN else "")
         print(describe_result(result, options.top), flush=True)
     except KeyboardInterrupt:
         print()

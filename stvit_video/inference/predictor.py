@@ -1,21 +1,29 @@
-"""Class scores of a trained model for video files and live streams."""
+"""Class scores of a trained model for video files, frames in memory and live streams."""
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import inf
+from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from stvit_video.common.errors import UsageError
 from stvit_video.data.clips.timeline import KnownTimes
 from stvit_video.data.dataset import Batch, Sample, collate
 from stvit_video.data.decode.frames import Decoding
-from stvit_video.data.decode.types import DecodeError, Frames
-from stvit_video.data.streams import Span, check_seconds, clips_of_windows, read_ahead, read_windows, windows_of
+from stvit_video.data.decode.memory import MemoryReader, is_several
+from stvit_video.data.decode.types import Choice, DecodeError, Frames, Reader, Times
+from stvit_video.data.live import read_windows
+from stvit_video.data.streams import Span, check_seconds, clips_of_windows, read_ahead, windows_of
 from stvit_video.evaluation.predictions import probabilities
 from stvit_video.inference.load import Trained, open_checkpoint
 from stvit_video.runtime.precision import autocast, set_precision
@@ -81,8 +89,10 @@ class Prediction:
 
 # The prepared pixels (n, h, w, 3) of a video or window, and its ``Window``, which takes ``scores`` and ``model_s``.
 Piece = tuple[Tensor, Callable[..., Window]]
-Start = Callable[[], Callable[[str], Iterator[Piece]]]  # makes a thread's reader
 End = DecodeError | None  # of a video: why it could not be read to its end, or None
+Source = str | MemoryReader
+Judge = Callable[[Reader], object] | None  # see ``FrameRequest``
+T = TypeVar("T")
 
 
 class Predictor:
@@ -91,6 +101,9 @@ class Predictor:
     predictor = Predictor.load("runs/sample_stvit")
     print(predictor("clip.mp4").top(3))
     for prediction in predictor.predict(paths): ...
+
+    Decoding processes stay for later calls until ``close``, the end of a ``with`` block or of the program. A predictor
+    may be used by several threads, and after a fork.
     """
 
     def __init__(
@@ -108,6 +121,8 @@ class Predictor:
         self.precision = precision or self.input.precision
         if precision is None and self.precision == "tf32" and self.device.type == "cpu":  # which has no TF32
             self.precision = "fp32"
+        self._idle: list[Decoding] = []  # which no thread uses now
+        self._process = os.getpid()
         set_precision(self.device, self.precision)
 
     @classmethod
@@ -115,68 +130,149 @@ class Predictor:
         """Return the predictor of a checkpoint, named as for ``open_checkpoint``; ``settings`` as above."""
         return cls(open_checkpoint(checkpoint, overrides), **settings)
 
-    def __call__(self, path: str | Path) -> Prediction:
-        """Score one video. Raises DecodeError where it cannot be read."""
-        (prediction,) = self.predict([path])
-        if prediction.error is not None:
-            raise DecodeError(str(path), prediction.error)
-        return prediction
+    def close(self) -> None:
+        """End the decoding processes, which a next call would start again."""
+        while self._idle:
+            self._idle.pop().close()
+
+    def __enter__(self) -> "Predictor":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @overload
+    def __call__(self, source: str | Path | NDArray[Any] | Tensor, fps: float | None = None) -> Prediction: ...
+    @overload
+    def __call__(self, source: Sequence[Any], fps: float | None = None) -> Any: ...
+    def __call__(self, source: Any, fps: float | None = None) -> Any:
+        """Score one video, or frames in memory: uint8 (T, H, W, 3) in RGB, or a list of images of one size.
+
+        A list of paths or clips, or an array of clips, gives a list of predictions. ``fps`` is the rate of frames in
+        memory, where sampling needs it. Raises DecodeError where a video cannot be read, UsageError for wrong frames.
+        """
+        several = is_several(source)
+        predictions = list(self.predict(source if several else [source], fps=fps))
+        for prediction in predictions:
+            if prediction.error is not None:
+                raise DecodeError(prediction.path, prediction.error)
+        return predictions if several else predictions[0]
 
     def predict(
-        self, paths: Sequence[str | Path], *, window: float | None = None, step: float | None = None
+        self,
+        sources: Sequence[Any],
+        *,
+        window: float | None = None,
+        step: float | None = None,
+        fps: float | None = None,
     ) -> Iterator[Prediction]:
-        """Score videos, images and folders of frames, and yield predictions in the order of ``paths``.
+        """Score videos, images, folders of frames and frames in memory, and yield predictions in their order.
 
         A video that cannot be read yields a prediction with an error. With ``window``, each window of that many seconds
         is scored like a separate video; a window starts every ``step`` seconds (default: ``window``).
         """
         check_seconds(window, step)
-        names = [str(path) for path in paths]
-        batch_size = self.input.batch_size
+        readers = self._find(sources, fps)
         windows: list[Window] = []
-        reader = partial(self._read, window, step)
-        for i, item in self._score_all(names, lambda: partial(reader, self.input.start_decoding()), batch_size):
+        for i, item in self._score_all(readers, partial(self._read, window, step), self.input.batch_size):
             if isinstance(item, Window):
                 windows.append(item)
             else:
-                yield Prediction(names[i], self.classes, windows, None if item is None else item.message)
+                source = readers[i]
+                path = source.path if isinstance(source, MemoryReader) else source
+                yield Prediction(path, self.classes, windows, None if item is None else item.message)
                 windows = []
 
-    def watch(self, address: str, *, window: float, step: float | None = None) -> Iterator[Window]:
-        """Score a camera, stream or pipe, and yield each window of ``window`` seconds as soon as it is over.
+    def watch(
+        self, address: str, *, window: float, step: float | None = None, seconds: float | None = None
+    ) -> Iterator[Window]:
+        """Score a camera, stream or pipe ("-": standard input), and yield each window of ``window`` seconds once over.
 
-        Ends with the stream, or when the caller closes the iterator. Raises DecodeError.
+        Ends with the stream, after ``seconds`` of it or of waiting, or when the caller closes the iterator. Raises
+        DecodeError.
         """
         check_seconds(window, step)
-        for _, item in self._score_all([address], lambda: partial(self._read_live, window, step or window), 1):
+        read = partial(self._read_live, window, step or window, seconds)
+        for _, item in self._score_all([address], read, 1):
             if isinstance(item, DecodeError):
                 raise item
             if item is not None:
                 yield item
 
-    def _read(self, window: float | None, step: float | None, decoding: Decoding, path: str) -> Iterator[Piece]:
-        """Read a file whole, or window by window."""
+    def _find(self, sources: Sequence[Any], fps: float | None) -> list[Source]:
+        """Return the paths, and readers of frames in memory. Raises UsageError."""
+        if fps is not None and not (isinstance(fps, Real) and 0 < fps < inf):
+            raise UsageError(f"fps={fps!r}; give the frames per second as a number above 0.")
+        found: list[Source] = []
+        for i, source in enumerate(sources):
+            if isinstance(source, str | os.PathLike):
+                found.append(os.fspath(source))
+            else:
+                name = "frames in memory" + (f" [{i}]" if len(sources) > 1 else "")
+                found.append(MemoryReader(source, fps and float(fps), self.views.short_side, name))
+        path = next((source for source in found if isinstance(source, str)), None)
+        if fps is not None and path is not None:
+            raise UsageError(f"fps={fps}: {path} has times of its own; give fps= with frames in memory only.")
+        return found
+
+    @contextmanager
+    def _decoding(self) -> Iterator[Decoding]:
+        """Provide what reads files, to this thread alone; its process stays for others, unless it is in disorder."""
+        try:
+            decoding = self._idle.pop()
+        except IndexError:
+            decoding = self.input.start_decoding()
+        decoding.forget()
+        try:
+            yield decoding
+        except DecodeError:
+            self._idle.append(decoding)
+            raise
+        except BaseException:  # a caller that reads no further: a file may be open
+            decoding.close()
+            raise
+        self._idle.append(decoding)
+
+    def _read(self, window: float | None, step: float | None, source: Source) -> Iterator[Piece]:
+        """Read a video whole, or window by window."""
+        if isinstance(source, MemoryReader):
+            yield from self._cut(window, step, source.times, source.answer)
+            return
+        with self._decoding() as decoding:
+
+            def ask(choice: Choice, judge: Judge = None, keep_open: bool = False) -> tuple[Frames, object]:
+                frames = decoding.read(replace(decoding.request(source, choice, keep_open), judge=judge))
+                return frames, decoding.judgement
+
+            yield from self._cut(window, step, partial(decoding.read_times, source), ask)
+
+    def _cut(
+        self,
+        window: float | None,
+        step: float | None,
+        read_times: Callable[[], Times],
+        ask: Callable[..., tuple[Frames, object]],
+    ) -> Iterator[Piece]:
         started = time.perf_counter()
         clips, sampler = self.views.clips, self.input.sampler
         if window is None:
-            request = replace(decoding.request(path, partial(sampler, clips=clips)), judge=sampler.is_short)
-            frames = decoding.read(request)
-            yield self._prepare(frames, started, is_short=bool(decoding.judgement))
+            frames, is_short = ask(partial(sampler, clips=clips), sampler.is_short)
+            yield self._prepare(frames, started, is_short=bool(is_short))
             return
-        times = decoding.read_times(path)
+        times = read_times()
         windows = windows_of(times, window, step or window)
         together = max(1, PIECE_FRAMES // (clips * self.views.frames))
         for first in range(0, len(windows), together):
             part = tuple(windows[first : first + together])
             choice = partial(clips_of_windows, sampler=sampler, clips=clips, windows=part)
-            frames = decoding.read(decoding.request(path, choice, keep_open=first + together < len(windows)))
+            frames, _ = ask(choice, keep_open=first + together < len(windows))
             for found, shown in zip(part, np.split(frames, len(part)), strict=True):
                 is_short = not sampler.places(KnownTimes(times[found.start : found.stop]))
                 yield self._prepare(shown, started, found.span, found.segment, is_short)
                 started = time.perf_counter()
 
-    def _read_live(self, window: float, step: float, address: str) -> Iterator[Piece]:
-        for found in read_windows(address, window, step, self.views.short_side):
+    def _read_live(self, window: float, step: float, seconds: float | None, address: str) -> Iterator[Piece]:
+        for found in read_windows(address, window, step, self.views.short_side, seconds):
             started = time.perf_counter()
             sampler = self.input.sampler
             shown = np.stack([found.frames[i] for i in sampler.choose(found.times, self.views.clips, None)])
@@ -189,10 +285,15 @@ class Predictor:
         decode_s = time.perf_counter() - started
         return pixels, partial(Window, span=span, decode_s=decode_s, is_short=is_short, segment=segment)
 
-    def _score_all(self, names: Sequence[str], start: Start, batch_size: int) -> Iterator[tuple[int, Window | End]]:
-        """Read and score videos in order: yield (index, window), and at the end of each (index, error or None)."""
+    def _score_all(
+        self, sources: Sequence[T], read: Callable[[T], Iterator[Piece]], batch_size: int
+    ) -> Iterator[tuple[int, Window | End]]:
+        """Read and score sources in order: yield (index, window), and at the end of each (index, error or None)."""
+        if self._process != os.getpid():  # after a fork, GNU's OpenMP waits for ever for threads that are not there
+            torch.set_num_threads(1)
+            self._process = os.getpid()
         waiting: list[tuple[int, Piece | End]] = []
-        for i, item in read_ahead(names, start, self.workers):
+        for i, item in read_ahead(sources, read, self.workers):
             waiting.append((i, item))
             if sum(isinstance(entry, tuple) for _, entry in waiting) in (0, batch_size):
                 yield from self._score(waiting)
@@ -211,9 +312,9 @@ class Predictor:
         for i, item in waiting:
             yield i, item[1](next(rows), model_s=seconds) if isinstance(item, tuple) else item
 
-    def clips(self, path: str | Path) -> Tensor:
-        """Return the network's input for one video: its different views (V, 3, T, S, S). Raises DecodeError."""
-        ((pixels, _),) = self._read(None, None, self.input.start_decoding(), str(path))
+    def clips(self, source: Any, fps: float | None = None) -> Tensor:
+        """Return the network's input for one video or clip: its different views (V, 3, T, S, S). Raises DecodeError."""
+        ((pixels, _),) = self._read(None, None, *self._find([source], fps))
         return self._collate([pixels]).make_clips()
 
     def _collate(self, videos: Sequence[Tensor]) -> Batch:

@@ -11,6 +11,8 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
 
+from stvit_video.common.errors import nearest
+
 Grid = tuple[int, int, int]  # along time, height, width
 PerStage = tuple[int, int, int, int]
 PoolingKind = Literal["mask", "max", "mean"]
@@ -50,7 +52,8 @@ class Rule:
             return None
         if self.choices:
             if value not in self.choices:
-                raise ValueError(f"{self.name} {value!r} is unknown; choose one of {', '.join(self.choices)}.")
+                known = f"choose one of {', '.join(self.choices)}.{nearest(str(value), self.choices)}"
+                raise ValueError(f"{self.name} {value!r} is unknown; {known}")
             return value
         single = not isinstance(value, tuple | list)
         values = [value] if single else list(value)

@@ -44,7 +44,7 @@ def count_operations(model: nn.Module, input_size: tuple[int, int, int]) -> tupl
         return Counter({"scaled_dot_product_attention": 2 * B * h * N * get_shape(inputs[1])[-2] * d})
 
     was_training = model.training
-    clip = torch.zeros(1, 3, *input_size, device=next(model.parameters()).device)
+    clip = next(model.parameters()).new_zeros(1, 3, *input_size)
     analysis = FlopCountAnalysis(model.eval(), clip)
     analysis.set_op_handle("aten::scaled_dot_product_attention", count_attention)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
@@ -69,7 +69,7 @@ def count_training_memory(model: nn.Module, input_size: tuple[int, int, int], pr
         saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
         return tensor
 
-    clip = torch.zeros(1, 3, *input_size, device=device)
+    clip = next(model.parameters()).new_zeros(1, 3, *input_size)
     with (
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision in ("bf16", "fp16")),  # both have 2 bytes

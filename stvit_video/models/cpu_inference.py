@@ -12,27 +12,31 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pytorchvideo.layers import Mlp
+from pytorchvideo.layers.drop_path import DropPath
 from torch import Tensor, nn
 
 from stvit_video.models.grids import window_partition, window_view
+from stvit_video.models.projections import is_plain
 
 PIECE = 2**23  # bytes of the widest activation of a piece: it then stays in the cache
+TOKENWISE = frozenset({nn.Linear, nn.LayerNorm, nn.GELU, Mlp, DropPath})  # they map each token by itself
 LOGITS = 2**18  # attention logits that are computed at a time where they are materialised
 
 Run = tuple[int, int, int]  # equal windows along an axis: start of the first, number, length of each
 
 
-def applies(module: nn.Module, x: Tensor) -> bool:
-    """Return whether ``module`` may be computed in pieces.
+def applies(x: Tensor, *modules: nn.Module, kinds: frozenset[type[nn.Module]] = TOKENWISE) -> bool:
+    """Return whether ``modules``, their parts included, may be computed in pieces of ``x``.
 
-    Not where each layer has to run once on the whole: training, compilation, export, operation counts, hooks.
+    Not where each layer has to run once on the whole: training, compilation, export, operation counts, hooks, and parts
+    that are not of ``kinds`` and may look at all of their input (adapters, quantisation to int8).
     """
-    if x.device.type != "cpu" or module.training or torch.is_grad_enabled():
+    if x.device.type != "cpu" or torch.is_grad_enabled():
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
-    # PyTorch has no public way to ask for hooks.
-    return not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+    return not any(part.training or not is_plain(part, kinds) for module in modules for part in module.modules())
 
 
 def add_mlp(block: Any, x: Tensor) -> Tensor:
@@ -88,7 +92,7 @@ def _attend(attention: Any, windows: Tensor, bias: Tensor) -> Tensor:
     n, P, C = windows.shape
     heads = attention.num_heads
     q, k, v = attention.qkv(windows).view(n, P, 3, heads, C // heads).permute(2, 0, 3, 1, 4)  # (n, k, P, C/k) each
-    if q.dtype == torch.float32:
+    if q.element_size() >= 4:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(n, -1, -1, -1))
     else:
         # In half precision fused attention is no faster on a CPU than in float32; plain products in the cache are.

@@ -19,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from stvit_video.models import cpu_inference
 from stvit_video.models.arguments import Grid as Grid  # also for the rooms above
 from stvit_video.models.arguments import NetworkArguments
+from stvit_video.models.precision import at_least_single
+from stvit_video.models.projections import project_apart, project_patches
 
 
 @dataclass
@@ -58,13 +60,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(3, dim, kernel_size=patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:
-        # A convolution whose stride equals its kernel is a matrix product, which is faster on a CPU in this form and
-        # does not depend on the memory format of the clip.
-        B, _, T, H, W = x.shape
-        kt, kh, kw = self.patch
-        x = x.reshape(B, 3, T // kt, kt, H // kh, kh, W // kw, kw)
-        x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(B, -1, 3 * kt * kh * kw)
-        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias).unflatten(1, (T // kt, H // kh, W // kw))
+        return project_patches(self.proj, x, self.patch)
 
 
 class Attention(nn.Module):
@@ -83,10 +79,8 @@ class Attention(nn.Module):
         if context is None:
             q, k, v = self.qkv(query).chunk(3, dim=-1)
         else:
-            C = query.shape[-1]
-            weight, bias = self.qkv.weight, self.qkv.bias
-            q = F.linear(query, weight[:C], bias[:C])
-            k, v = F.linear(context, weight[C:], bias[C:]).chunk(2, dim=-1)
+            q, joint = project_apart(self.qkv, query, context)
+            k, v = joint.chunk(2, dim=-1)
         q, k, v = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
         return q, k, v
 
@@ -139,7 +133,9 @@ class Block(nn.Module):
 
     def _add_mlp(self, x: Tensor) -> Tensor:
         """Return x + MLP for tokens (..., C); may be modified in place: the caller must own ``x``."""
-        return cpu_inference.add_mlp(self, x) if cpu_inference.applies(self, x) else x + self.mlp_branch(x)
+        if cpu_inference.applies(x, self.norm2, self.mlp, self.drop_path):
+            return cpu_inference.add_mlp(self, x)
+        return x + self.mlp_branch(x)
 
     def mlp_branch(self, x: Tensor) -> Tensor:
         """Return the MLP's update (..., C) of tokens (..., C)."""
@@ -152,9 +148,9 @@ class Block(nn.Module):
     def attention_probs(
         self, x: Tensor, context: Tensor | None = None, key_bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return the attention probabilities (B, h, N, K), in single precision, and the values (B, h, K, C/h)."""
+        """Return the attention probabilities (B, h, N, K), at least single precision, and the values (B, h, K, C/h)."""
         q, k, v = self.attn.project(self.norm1(x), None if context is None else self.norm1(context))
-        logits = (q @ k.transpose(-2, -1)).float() * q.shape[-1] ** -0.5
+        logits = at_least_single(q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
         if key_bias is not None:
             logits = logits + _by_query(key_bias)
         return logits.softmax(dim=-1), v

@@ -23,6 +23,7 @@ from stvit_video.models import cpu_inference
 from stvit_video.models.arguments import Grid
 from stvit_video.models.grids import window_partition, window_reverse
 from stvit_video.models.layers import Attention, Block
+from stvit_video.models.precision import at_least_single
 
 
 def axis_regions(length: int, window: int, shift: int, hide_padding: bool) -> list[tuple[slice, Tensor]]:
@@ -93,7 +94,7 @@ class WindowAttention(Attention):
         # Contiguous along the keys, or fused attention would copy it for every window. Indexing float32 is several
         # times faster on a CPU than indexing bfloat16.
         positions = math.prod(self.window)
-        table = self.relative_position_bias_table.float().t().contiguous()
+        table = at_least_single(self.relative_position_bias_table).t().contiguous()
         return table.index_select(1, self.get_buffer("relative_position_index")).view(-1, positions, positions)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -139,6 +140,6 @@ class WindowBlock(Block):
     attn: WindowAttention
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        if cpu_inference.applies(self, x):
+        if cpu_inference.applies(x, self, kinds=cpu_inference.TOKENWISE | {WindowBlock, WindowAttention}):
             return cpu_inference.window_block(self, x)
         return self._add_mlp(x + self.drop_path(self.attn(self.norm1(x))))

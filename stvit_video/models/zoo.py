@@ -156,7 +156,8 @@ def _check_overrides(name: str, prefix: str, overrides: Settings) -> None:
         raise ValueError(f"it takes no argument {unknown[0]!r}; known: {', '.join(known)}.{nearest(unknown[0], known)}")
     preset, reducer = (overrides.get(key, default) for key, default in IMPLIED_ARGUMENTS.items())
     if family.presets and preset not in list(family.presets):
-        raise ValueError(f"preset {preset!r} is unknown; choose one of {', '.join(family.presets)}.")
+        known_presets = f"choose one of {', '.join(family.presets)}.{nearest(str(preset), family.presets)}"
+        raise ValueError(f"preset {preset!r} is unknown; {known_presets}")
     foreign = [key for key in read_rules(STGMArguments) if key in overrides]
     if foreign and reducer != IMPLIED_ARGUMENTS["reducer"]:
         raise ValueError(f"reducer {reducer!r} has no {', '.join(foreign)}, which reducer 'stgm' has; leave them out.")

@@ -95,11 +95,12 @@ def explain(model: nn.Module, clip: Tensor, target: int | None = None, multi_lab
             received = attention[-1].mean(dim=1) * attention[-1].shape[2]
             last = next(name for name, size in reversed(seen.grids.items()) if np.prod(size) == received.numel())
             found.attention = _array(_on_grid(received.flatten(), model, seen, last))
-        final = seen.tokens["final"][0].float()  # (tokens, C)
+        final = seen.tokens["final"][0]  # (tokens, C)
         if len(final) > 1:
             # The head is a mean over tokens and a linear map, so these parts and the biases add up to the logit.
-            weight: Tensor = model.get_parameter("head.proj.weight").float()
-            parts = final @ (weight[target] - weight.mean(dim=0)) / len(final)  # relative to the mean of all logits
+            head: Any = model.get_submodule("head.proj")
+            scores = (head(final) - head(torch.zeros_like(final[:1]))).float()  # (tokens, classes), without the biases
+            parts = (scores[:, target] - scores.mean(dim=1)) / len(final)  # relative to the mean of all logits
             found.contributions = _array(_on_grid(parts, model, seen, "final"))
     found.stages = _stages(model, seen, found)
     return found

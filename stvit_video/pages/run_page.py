@@ -13,15 +13,14 @@ from torchvision.transforms.functional import resize
 
 from stvit_video.common.accuracy import ACCURACIES
 from stvit_video.common.charts import Point, image_of_points, png_of_confusion, run_style, svg_of_curves
-from stvit_video.config.schema import flatten
 from stvit_video.data.clips.sampling import ClipSampler
 from stvit_video.data.clips.sections import within
 from stvit_video.data.decode.frames import Decoding
 from stvit_video.data.decode.types import DecodeError
 from stvit_video.data.lists.annotations import parse_name
+from stvit_video.evaluation.significance import NotComparable, compare_runs
 from stvit_video.pages.html import data_uri, picture_uri, printable, render
-from stvit_video.runs.folder import FREE_KEYS
-from stvit_video.runs.record import RunRecord, ScoredVideo
+from stvit_video.runs.record import RunRecord, ScoredVideo, describe_cost, find_warnings, settings_that_differ
 
 MAX_MISTAKES = 12
 MAX_TABLE_CLASSES = 24  # confusions of more classes are drawn as a picture
@@ -35,8 +34,8 @@ NONE = "–"
 def run_page(runs: Sequence[RunRecord], command: str) -> str:
     """Return the page as HTML."""
     metrics = {run.name: run.metrics for run in runs if run.metrics}
-    curves = [
-        {"picture": data_uri(picture, "image/svg+xml"), "alt": label}
+    pictures = [
+        (f"{label} by epoch", picture)
         for value, label in (("top1", "Top-1 (%)"), ("map", "mAP (%)"), ("loss", "Loss"))
         if (picture := svg_of_curves(metrics, value, label)) is not None
     ]
@@ -46,24 +45,19 @@ def run_page(runs: Sequence[RunRecord], command: str) -> str:
         for run, colour in zip(runs, colours, strict=True)
         if run.cost
     ]
-    trade_off = None
     if len(points) == len(runs) > 1 and len({run.accuracy_key for run in runs}) == 1:
-        label = f"{ACCURACIES[runs[0].accuracy_key]} (%)"
-        trade_off = data_uri(image_of_points(points, "GFLOPs per video, all views", label), "image/svg+xml")
-    settings = [flatten(run.config) for run in runs]
-    # Keys that some of the runs do not have are newer than those runs, and are left out.
-    keys = sorted(set.intersection(*map(set, settings)) - set(FREE_KEYS))
-    values = {key: [str(one[key]) for one in settings] for key in keys}
+        name = ACCURACIES[runs[0].accuracy_key]
+        picture = image_of_points(points, "GFLOPs per video, all views", f"{name} (%)", "Accuracy by cost")
+        pictures.insert(1, ("Accuracy by cost", picture))
     return render(
         "report.html",
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
         headline=headline(runs),
-        warnings=find_warnings(runs),
+        warnings=list_notes(runs),
         rows=_figure_rows(runs),
         colours=colours,
-        curves=curves,
-        trade_off=trade_off,
-        differences={key: row for key, row in values.items() if len(set(row)) > 1},
+        pictures=[(title, data_uri(picture, "image/svg+xml")) for title, picture in pictures],
+        differences=settings_that_differ(runs),
         sections=[
             {
                 "run": run,
@@ -88,7 +82,7 @@ def headline(runs: Sequence[RunRecord]) -> str:
     videos = f"{best.results.get('scored') or 'the'} test videos"
     right = f"mAP {best.accuracy:.1f} % on {videos}" if best.multi_label else f"{best.accuracy:.1f} % of {videos} right"
     if not others:
-        return right + (f", at {best.cost:.3g} GFLOPs per video." if best.cost else ".")
+        return right + (f", at {describe_cost(best.cost)} GFLOPs per video." if best.cost else ".")
     if len({(run.results.get("videos"), run.test_list) for run in runs}) > 1:
         each = (f"{run.name} {run.accuracy:.1f} %" for run in runs)
         return f"Tested on different videos, so not to be ranked: {', '.join(each)}."
@@ -101,39 +95,23 @@ def headline(runs: Sequence[RunRecord]) -> str:
         words = f"{best.name} and {second.name} are level: {right}"
     else:
         words = f"Best is {best.name}: {right}, {difference} points more than {second.name}"
-        low, high = best.interval(), second.interval()
-        if low and high and low[0] < high[1]:
-            words += " (the 95 % intervals overlap)"
+        try:
+            found = compare_runs(best, second, len(others))
+            words += f"{'' if found.real else ', which is within chance'} ({found.evidence})"
+        except NotComparable as error:
+            words += f" (whether that is chance is not known: {error})"
     cheapest = min(runs, key=lambda run: run.cost or math.inf)
     if cheapest.cost and cheapest is not best:
-        words += f"; cheapest is {cheapest.name}: {cheapest.cost:.3g} GFLOPs per video, {cheapest.accuracy:.1f} %"
-    elif best.cost and len({f"{run.cost or 0:.3g}" for run in runs}) > 1:
-        words += f"; at {best.cost:.3g} GFLOPs per video it is also the cheapest"
+        cost = f"{describe_cost(cheapest.cost)} GFLOPs per video"
+        words += f"; cheapest is {cheapest.name}: {cost}, {cheapest.accuracy:.1f} %"
+    elif best.cost and len({describe_cost(run.cost or 0) for run in runs}) > 1:
+        words += f"; at {describe_cost(best.cost)} GFLOPs per video it is also the cheapest"
     return words + "."
 
 
-def find_warnings(runs: Sequence[RunRecord]) -> list[str]:
+def list_notes(runs: Sequence[RunRecord]) -> list[str]:
     """Return what a reader of the table must know: unequal tests, videos that were not read, missing figures."""
-    counts = ", ".join(f"{run.name} {run.results.get('videos', '?')}" for run in runs)
-    differences = (
-        ("do not have the same classes", {tuple(one.name for one in run.classes) for run in runs if run.classes}),
-        (f"were not tested on the same number of videos ({counts})", {run.results.get("videos") for run in runs}),
-        ("were not tested on the same list (DATA.TEST_LIST)", {run.test_list for run in runs}),
-    )
-    lines = [f"The runs {what}: compare with care." for what, values in differences if len(values) > 1]
-    lines += [
-        f"{run.name}: {run.results['failed']} of {run.results.get('videos')} test videos could not be read and are not "
-        f"in its figures."
-        for run in runs
-        if run.results.get("failed")
-    ]
-    lines += [
-        f"{run.name}: classes without a positive test video, which count as 0 in its mAP: {without}; "
-        f"{run.results['map_with_positives']:.1f} % over the others."
-        for run in runs
-        if (without := run.results.get("classes_without_positives"))
-    ]
-    return lines + [line for run in runs for line in run.absent]
+    return [*find_warnings(runs), *(line for run in runs for line in run.absent)]
 
 
 def _figure_rows(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
@@ -142,13 +120,17 @@ def _figure_rows(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     rows = []
     for name, (_, form, choose) in columns[0].items():
         values = [column[name][0] for column in columns]
-        cells = [NONE if value is None else format(value, form) for value in values]
+        cells = [NONE if value is None else _shown(value, form) for value in values]
         best = None
         if choose is not None and None not in values and len(set(cells)) > 1:  # as they are shown: rounded
             best = cells[values.index(choose(values))]
         if set(cells) != {NONE}:
             rows.append({"name": name, "cells": [(cell, cell == best) for cell in cells]})
     return rows
+
+
+def _shown(value: Any, form: str) -> str:
+    return describe_cost(value) if form == ".3g" else format(value, form)
 
 
 def _figures(run: RunRecord) -> dict[str, tuple[Any, str, Callable[[Iterable[Any]], Any] | None]]:
@@ -163,10 +145,13 @@ def _figures(run: RunRecord) -> dict[str, tuple[Any, str, Callable[[Iterable[Any
         "top-1 (%)": (results.get("top1"), ".1f", max),
         "95 % interval of top-1": (interval and "{:.1f} to {:.1f}".format(*interval), "", None),
         "top-5 (%)": (results.get("top5"), ".1f", max),
+        "macro accuracy (%)": (results.get("macro_top1"), ".1f", max),
+        "macro F1 (%)": (results.get("macro_f1"), ".1f", max),
         "mAP (%)": (results.get("map"), ".1f", max),
+        "tested weights": (results.get("weights"), "", None),
         "videos scored": (f"{results.get('scored', NONE)} of {results.get('videos', NONE)}", "", None),
         "GFLOPs per clip": (results.get("gflops"), ".3g", min),
-        "views per video": (run.views, "", None),
+        "views per video": (run.describe_views(), "", None),
         "GFLOPs per video": (run.cost, ".3g", min),
         "parameters (M)": (results.get("parameters") and results["parameters"] / 1e6, ".2f", min),
         "tokens per clip": (" → ".join(tokens) or None, "", None),
@@ -192,7 +177,7 @@ def _confusion(run: RunRecord) -> dict[str, Any] | None:
     wrong = [(count, *pair) for pair, count in counts.items() if pair[0] != pair[1]]
     pairs = sorted(wrong, key=lambda row: (-row[0], row[1:]))[:MAX_CONFUSIONS]
     if len(names) > MAX_TABLE_CLASSES:
-        picture = png_of_confusion(matrix, list(map(printable, names)))
+        picture = png_of_confusion(matrix, list(map(printable, names)), printable(run.name))
         return {"pairs": pairs, "picture": data_uri(picture, "image/png"), "names": None}
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     rows = list(zip(names, matrix.tolist(), shares.round(3).tolist(), strict=True))

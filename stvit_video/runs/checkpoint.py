@@ -131,11 +131,9 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
             pending.result()
 
 
-def save_weights(
-    path: Path, model: nn.Module, classes: list[str], views: dict[str, Any] | None = None, multi_label: bool = False
-) -> None:
+def save_weights(path: Path, model: nn.Module, classes: list[str], *about: Any) -> None:
     """Write a ``.safetensors`` with all that building and using the model again takes; see ``pack_weights``."""
-    write_atomically(path, pack_weights(model, classes, views, multi_label))
+    write_atomically(path, pack_weights(model, classes, *about))
 
 
 def check_all_loaded(report: LoadReport, model: nn.Module) -> None:

@@ -1,23 +1,35 @@
 """The lists of a run: read by one process, checked, and described for the user."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fvcore.common.config import CfgNode
 
 from stvit_video.common.errors import UsageError
+from stvit_video.common.files import nearest_path
 from stvit_video.data import sample
 from stvit_video.data.lists.annotations import Video
 from stvit_video.data.lists.checks import check_count, check_lists, describe_lists, name_recordings
 from stvit_video.data.lists.videos import ListReader, build_lists
 from stvit_video.models.weights.files import Checkpoint
 from stvit_video.models.zoo import build_model
+from stvit_video.runs.classes import label_by_place, place_classes
 from stvit_video.runtime.world import World, on_main
 
+KINETICS_CLASSES = 400  # assumed where there are no data to count; the classifier's share of the cost is small
 SOME_CLASSES = 2  # to see whether a network can be built, before its data are there to count
 LABELS = {False: "one label", True: "several labels"}  # of a video, by whether the set is multi-label
 WEIGHTS_ADVICE = "MODEL.INIT is a .pth or .safetensors file, such as a finished run leaves in its OUTPUT_DIR"
+
+
+def build_class_count(cfg: CfgNode) -> int | None:
+    """Return how many classes the data have, or will have when they are generated; None where that is not known."""
+    with suppress(UsageError):  # there may be no data yet
+        return len(build_lists(cfg).classes)
+    labels, _ = sample.LABELS.get(cfg.DATA.GENERATE, {}).get(Path(cfg.DATA.CLASSES).parent.name, ((), 1))
+    return cfg.MODEL.NUM_CLASSES or len(labels) or None
 
 
 def is_multi_label(videos: Mapping[str, Sequence[Video]]) -> bool:
@@ -42,28 +54,7 @@ def build_known(
         return state["setup"].get("classes")
     if not source or (cfg.MODE == "train" and (cfg.MODEL.NEW_HEAD or cfg.MODEL.INIT_DEPTH is not None)):
         return ()
-    return read(source).metadata.get("classes") or ()
-
-
-def check_continued(
-    state: dict[str, Any] | None, classes: list[str], videos: dict[str, list[Video]], multi_label: bool
-) -> None:
-    """Raise UsageError where a run would continue on other data than it recorded."""
-    if state is None:
-        return
-    if state["setup"].get("multi_label", False) != multi_label:
-        raise UsageError(
-            f"the run began with videos of {LABELS[not multi_label]} each, and those of DATA.TRAIN_LIST now have "
-            f"{LABELS[multi_label]}; put the list back, give another OUTPUT_DIR, or OVERWRITE True."
-        )
-    found: dict[str, object] = {"classes": classes, "videos": len(videos["train"])}
-    for name, value in found.items():
-        then = state["setup"].get(name, value)
-        if then != value:
-            raise UsageError(
-                f"the run began with {name} {str(then)[:200]}, and now they are {str(value)[:200]}; restore the "
-                f"data, or OVERWRITE True starts the training again."
-            )
+    return read(source).classes or ()
 
 
 def open_lists(
@@ -105,31 +96,42 @@ def open_lists(
             missing = f"DATA.CLASSES {lists.root / lists.class_file}"
             advice[missing] = "DATA.CLASSES holds one class name a line, or is '' for numbers"
         if weights and not Path(weights).exists():
-            advice[f"MODEL.INIT {weights}"] = WEIGHTS_ADVICE
+            advice[f"MODEL.INIT {weights}"] = f"{WEIGHTS_ADVICE}{nearest_path(weights)}"
         if advice:
+            root = "" if lists.root.is_dir() else f" DATA.ROOT {lists.root} is no folder.{nearest_path(lists.root)}"
             raise UsageError(
                 f"MODE {cfg.MODE} needs files that are missing: {', '.join(advice)}. Put them there or set these keys: "
-                f"{'; '.join(dict.fromkeys(advice.values()))}. Without a download this runs now: "
+                f"{'; '.join(dict.fromkeys(advice.values()))}.{root} Without a download this runs now: "
                 f"python -m stvit_video.run --cfg configs/sample_stvit.yaml"
             )
         trained = known()
         lists.trained, lists.natural, lists.continues = trained or (), trained is not None, continues
         videos = {split: lists.videos(split) for split in splits if lists.lists[split]}
-        return lists.classes, videos, _build_account(cfg, lists, videos, continues)
+        classes = lists.classes
+        places = place_classes(trained or (), classes, part=cfg.MODE == "test")
+        # DATA.CLASSES has an order of its own. A run that continues has to have its own data, which is compared later.
+        if trained and places is not None and classes != list(trained) and not continues:
+            if len(classes) > 1:
+                lists.notes.append(f"labels are those of the {len(trained)} classes in the checkpoint's order, by name")
+            videos = {split: label_by_place(found, places) for split, found in videos.items()}
+            classes = list(trained)
+        return classes, videos, _build_account(cfg, lists, classes, videos, continues)
 
     return on_main(world, read)
 
 
-def _build_account(cfg: CfgNode, lists: ListReader, videos: dict[str, list[Video]], continues: bool) -> list[str]:
+def _build_account(
+    cfg: CfgNode, lists: ListReader, classes: list[str], videos: dict[str, list[Video]], continues: bool
+) -> list[str]:
     """Return lines on the lists that were read. Raises UsageError where labels or splits are certainly wrong."""
     recordings = name_recordings(videos, lists.root, cfg.DATA.GROUP)
-    lines = describe_lists(lists.classes, videos, recordings)
+    lines = describe_lists(classes, videos, recordings)
     if is_multi_label(videos):
         lines.insert(0, "several labels a video: a sigmoid for each class, measured by mAP")
     sources = {split: str(lists.source(split)) for split in videos}
     try:
         if "train" in videos and lists.num_classes is None:
-            check_count(lists.classes, videos, sources["train"])
+            check_count(classes, videos, sources["train"])
         notes = check_lists(videos, sources, recordings, cfg.DATA.GROUP)
     except UsageError as error:
         if not continues:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,22 @@ def describe_results(results: dict[str, Any]) -> str:
             accuracy += f" ({without} class{'es' if without > 1 else ''} without a positive video counted as 0; {rest})"
     else:
         accuracy = f"top-1 {results['top1']:.2f} %  top-5 {results['top5']:.2f} %"
+        if "macro_f1" in results:  # older results have none
+            without = results["classes_without_videos"]
+            rest = f" ({without} class{'es' if without > 1 else ''} without a video left out)" if without else ""
+            accuracy += f"  macro top-1 {results['macro_top1']:.2f} %  macro F1 {results['macro_f1']:.2f} %{rest}"
     return (
         f"{accuracy}  on {scored} videos "
         f"({100 * results['coverage']:.1f} % coverage, {views['clips']} x {views['crops']} views{short}){speed}"
+        f"{'; ' if 'weights' in results else ''}{describe_weights(results)}"
     )
+
+
+def describe_weights(about: Mapping[str, Any]) -> str:
+    """Return which weights results are of, in some words; "" where they do not say it."""
+    kind = about.get("weights", "")
+    if "weights_step" not in about:
+        return f"weights of {kind}" if kind else ""
+    score = f", {about['weights_validation']:.2f} % there" if "weights_validation" in about else ""
+    words = {"best": "best weights in validation", "average": "moving average of the weights"}
+    return f"{words.get(kind, f'{kind} weights')} (step {about['weights_step']}{score})"

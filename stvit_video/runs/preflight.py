@@ -2,7 +2,8 @@
 
 import importlib.util
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,11 +14,12 @@ from torch import nn
 
 from stvit_video.common.errors import RunFailure, UsageError
 from stvit_video.common.files import write_atomically
+from stvit_video.common.tables import three_digits
 from stvit_video.config.clip_settings import view_settings
 from stvit_video.config.load import override
 from stvit_video.data.lists.annotations import Video
 from stvit_video.data.lists.folders import are_numbers
-from stvit_video.data.lists.videos import build_lists
+from stvit_video.data.lists.videos import SPLITS, build_lists
 from stvit_video.data.loader import build_decoding, build_sampler
 from stvit_video.data.short_videos import count_short
 from stvit_video.models import LoadReport, load_pretrained
@@ -25,13 +27,21 @@ from stvit_video.models.cost import Cost, count_training_memory, measure_cost
 from stvit_video.models.weights.files import Checkpoint, read_checkpoint
 from stvit_video.models.zoo import build_model
 from stvit_video.runs.checkpoint import check_all_loaded, load_newest, save_weights
-from stvit_video.runs.folder import RunFolder, build_run_folder
-from stvit_video.runs.lists import LABELS, build_known, check_continued, is_multi_label, open_lists
+from stvit_video.runs.classes import check_classes
+from stvit_video.runs.fingerprint import Lists, check_continued, check_finished, classes_of, record_lists
+from stvit_video.runs.folder import RunFolder, build_run_folder, describe_changes
+from stvit_video.runs.lists import (
+    KINETICS_CLASSES,
+    LABELS,
+    build_class_count,
+    build_known,
+    is_multi_label,
+    open_lists,
+)
 from stvit_video.runs.log import describe_results
 from stvit_video.runtime.limits import usable_cores
 from stvit_video.runtime.world import World, gather_objects, on_main
 
-KINETICS_CLASSES = 400  # assumed where there are no data to count; the classifier's share of the cost is small
 # run: as MODE says. rehearse: the same, but nothing is written or continued. measure: OUTPUT_DIR and weights are not
 # read, as for a benchmark.
 Purpose = Literal["run", "rehearse", "measure"]
@@ -47,6 +57,7 @@ class OpenRun:
     classes: list[str]
     videos: dict[str, list[Video]]  # by split
     account: list[str]  # lines for the user on both
+    lists: Lists  # the videos as checkpoints keep them
     views: dict[str, Any]  # how videos become clips, to be saved beside weights
     model: nn.Module  # on the CPU, with its weights
     cost: Cost
@@ -55,15 +66,16 @@ class OpenRun:
     report: LoadReport | None = None  # which of the checkpoint's weights were loaded
     state: dict[str, Any] | None = None  # the training state to continue from
     multi_label: bool = False  # a video may have several labels, or none
+    weights: Mapping[str, Any] = field(default_factory=dict)  # which those of MODEL.INIT are, of their run
 
     @property
     def label_columns(self) -> int | None:
         """The number of classes of a multi-label set; None where a video has one label."""
         return len(self.classes) if self.multi_label else None
 
-    def save_weights(self, path: Path, model: nn.Module) -> None:
-        """Write a model with all that using it takes."""
-        save_weights(path, model, self.classes, self.views, self.multi_label)
+    def save_weights(self, path: Path, model: nn.Module, weights: Mapping[str, Any]) -> None:
+        """Write a model with all that using it takes, and which ``weights`` of the run these are."""
+        save_weights(path, model, self.classes, self.views, self.multi_label, weights)
 
     def claim(self, *, keep_report: bool = True) -> None:
         """Make the folder this run's, and say what it is; from here on files are written."""
@@ -88,23 +100,20 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
         raise UsageError("MODE transfer needs a checkpoint to evaluate; give MODEL.INIT FILE.")
     folder = build_run_folder(cfg)
     state = None
+    if purpose == "run":
+        on_main(world, folder.lock)  # what is decided by a look at the folder is decided under its lock
     if purpose != "measure":
         on_main(world, folder.check)
-        if cfg.LOG.WANDB and importlib.util.find_spec("wandb") is None:
-            raise UsageError(f"LOG.WANDB {cfg.LOG.WANDB}: wandb is not installed; pip install wandb, or LOG.WANDB ''.")
+    if purpose != "measure" and cfg.LOG.WANDB and importlib.util.find_spec("wandb") is None:
+        raise UsageError(f"LOG.WANDB {cfg.LOG.WANDB}: wandb is not installed; pip install wandb, or LOG.WANDB ''.")
     if purpose == "run" and cfg.MODE == "train":
         if on_main(world, folder.is_finished) and not cfg.OVERWRITE:
-            if world.is_main:
-                results = describe_results(json.loads(folder.results.read_text()))
-                print(f"{cfg.OUTPUT_DIR} is finished (OVERWRITE True runs it again):\n{results}", flush=True)
+            said = build_finished_answer(cfg, world, folder, opened)
+            print(said if world.is_main else "", end="", flush=True)
             return None
         state = _build_state(cfg, world, folder)
     needs_weights = purpose != "measure" and state is None
-    source = cfg.MODEL.INIT if needs_weights else ""  # where it is missing, that is reported with all missing files
-    if needs_weights and cfg.MODE == "test" and not source:
-        source = str(folder.weights)
-        if not folder.weights.is_file():
-            raise UsageError(f"MODE test: {source} is missing; give MODEL.INIT FILE or a finished run's OUTPUT_DIR.")
+    source = build_source(cfg, folder) if needs_weights else ""
     read = cache(read_checkpoint)
     if opened:
         classes, videos, account = opened.classes, opened.videos, opened.account
@@ -115,31 +124,52 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
         )
     checkpoint = opened.checkpoint if opened else read(source) if source else None
     multi_label = is_multi_label(videos)
-    check_continued(state, classes, videos, multi_label)
-    asked = cfg.TRAIN.BATCH_SIZE
+    lists = on_main(world, lambda: record_lists(cfg.DATA.ROOT, videos))
+    notes = on_main(world, lambda: check_continued(folder, state, lists, classes, multi_label) if state else [])
+    lowered = short = ""  # on a batch larger than the list, on videos that are shorter than a clip
     if purpose != "measure" and cfg.MODE == "train":
-        kept = None if state is None else state["setup"].get("batch")  # its steps go on with the same videos
-        cfg = build_filled_batch(cfg, world, len(videos.get("train", ())), kept)
+        cfg, lowered = build_filled_batch(cfg, world, len(videos.get("train", ())), state)
     torch.manual_seed(cfg.SEED)  # for weights that no file holds
     model = build_model(cfg, len(classes))
     report = build_weights(cfg, model, checkpoint, classes, multi_label) if source and checkpoint else None
-    short = ""  # on videos that are shorter than a clip
     if purpose != "measure":
         cfg, short = build_fitting_sampling(cfg, world, videos, state, checkpoint)
     cost = measure_cost(model, (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE))
     summary = _build_summary(cfg, world, cost, len(classes), account)
-    if world.is_main and asked > cfg.TRAIN.BATCH_SIZE:
-        reason = "as the run began" if state is not None else "there are no more training videos"
-        summary += f"\nTRAIN.BATCH_SIZE {asked} is lowered to {cfg.TRAIN.BATCH_SIZE}: {reason}"
-    summary = "\n".join(filter(None, [summary, short if world.is_main else ""]))
+    summary = "\n".join(filter(None, [summary, *([lowered, short, *notes] if world.is_main else [])]))
+    weights = {"weights": checkpoint.path, **(checkpoint.metadata.get("weights") or {})} if checkpoint else {}
     checkpoint = checkpoint if cfg.MODE == "transfer" else None
-    read_in = (cfg, world, folder, classes, videos, account, view_settings(cfg))
-    return OpenRun(*read_in, model, cost, summary, checkpoint, report, state, multi_label)
+    read_in = (cfg, world, folder, classes, videos, account, lists, view_settings(cfg))
+    return OpenRun(*read_in, model, cost, summary, checkpoint, report, state, multi_label, weights)
+
+
+def build_finished_answer(cfg: CfgNode, world: World, folder: RunFolder, opened: OpenRun | None) -> str:
+    """Return the results of a finished run that is started again. Raises UsageError where its data were others.
+
+    Data that are gone cannot be compared, which the answer says; nothing is generated.
+    """
+    results = on_main(world, lambda: json.loads(folder.results.read_text()))
+    answer = f"{cfg.OUTPUT_DIR} is finished (OVERWRITE True runs it again):\n{describe_results(results)}\n"
+    report = folder.path / "load_report.json"
+    dates = [file.stat().st_mtime for file in (Path(cfg.MODEL.INIT), report) if cfg.MODEL.INIT and file.exists()]
+    if len(dates) == 2 and dates[0] > dates[1]:
+        answer += f"note: MODEL.INIT {cfg.MODEL.INIT} was written after this run began, with what it held then\n"
+    if opened:
+        classes, videos = opened.classes, opened.videos
+    else:
+        cfg = override(cfg, [("DATA.GENERATE", ""), ("DATA.MAX_FAILURES", 1.0)], "a finished run")
+        lists = build_lists(cfg)
+        gone = on_main(world, lambda: [split for split in SPLITS if lists.lists[split] and not lists.exists(split)])
+        if gone and on_main(world, lambda: describe_changes(folder.recorded_config() or {}, folder.settings)) == "":
+            return f"{answer}note: its data are gone ({lists.source(gone[0])}), so they cannot be compared with now's\n"
+        known = partial(classes_of, folder)
+        classes, videos, _ = open_lists(cfg, world, needs_weights=False, known=known, continues=True)
+    rest = partial(record_lists, cfg.DATA.ROOT, videos)
+    return answer + on_main(world, lambda: check_finished(folder, results, rest(), classes))
 
 
 def _build_state(cfg: CfgNode, world: World, folder: RunFolder) -> dict[str, Any] | None:
-    """Lock the folder of a training run and return the state that it continues from; None where it begins."""
-    on_main(world, folder.lock)
+    """Return the state that a training run continues from; None where it begins."""
     state = None if cfg.OVERWRITE else load_newest(folder.checkpoints)
     steps = gather_objects(world, None if state is None else int(state["step"]))
     if len(set(steps)) > 1:
@@ -151,16 +181,32 @@ def _build_state(cfg: CfgNode, world: World, folder: RunFolder) -> dict[str, Any
     return state
 
 
-def build_filled_batch(cfg: CfgNode, world: World, videos: int, kept: int | None = None) -> CfgNode:
-    """Return the configuration with the largest batch that a shorter training list fills.
+def build_source(cfg: CfgNode, folder: RunFolder) -> str:
+    """Return the checkpoint that a run begins with, "" for none. A missing MODEL.INIT is reported with the lists."""
+    if cfg.MODE != "test" or cfg.MODEL.INIT:
+        return cfg.MODEL.INIT
+    if not folder.weights.is_file():
+        raise UsageError(
+            f"MODE test: {folder.weights} is missing; give MODEL.INIT FILE or a finished run's OUTPUT_DIR."
+        )
+    return str(folder.weights)
 
-    ``kept`` is the batch of the run that is continued: it stays, also on another number of processes.
+
+def build_filled_batch(
+    cfg: CfgNode, world: World, videos: int, state: dict[str, Any] | None = None
+) -> tuple[CfgNode, str]:
+    """Return the configuration with the largest batch that a shorter training list fills, and a line where it is lower.
+
+    The batch of the run that ``state`` continues stays, also on another number of processes.
     """
     parts = world.size * cfg.TRAIN.ACCUMULATE
+    kept = None if state is None else state["setup"].get("batch")
     most = kept or videos // parts * parts * cfg.DATA.REPEATS
     if not 0 < most < cfg.TRAIN.BATCH_SIZE:
-        return cfg
-    return override(cfg, [("TRAIN.BATCH_SIZE", most)], "the training list")
+        return cfg, ""
+    reason = "there are no more training videos" if state is None else "as the run began"
+    line = f"TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE} is lowered to {most}: {reason}"
+    return override(cfg, [("TRAIN.BATCH_SIZE", most)], "the training list"), line
 
 
 def build_fitting_sampling(
@@ -175,17 +221,18 @@ def build_fitting_sampling(
     What fits is found, where DATA.SHORT_VIDEOS asks for it, when a training run begins. After that it is the run's.
     """
     known, reason = None, ""
-    if cfg.DATA.SHORT_VIDEOS == "repeat" or cfg.MODE == "transfer":
-        known = cfg.DATA.SAMPLING
-    elif state is not None:
+    if state is not None:
         known, reason = state["setup"].get("sampling", cfg.DATA.SAMPLING), "as the run began"
+    elif cfg.DATA.SHORT_VIDEOS == "repeat" or cfg.MODE == "transfer":
+        known = cfg.DATA.SAMPLING
     elif cfg.MODE == "test" and checkpoint is not None:
         known = (checkpoint.metadata.get("views") or {}).get("DATA.SAMPLING", cfg.DATA.SAMPLING)
         reason = "as for training"
     uniform = override(cfg, [("DATA.SAMPLING", "uniform")], "DATA.SHORT_VIDEOS")
     samplers = [build_sampler(cfg), build_sampler(uniform)]
     split = "train" if "train" in videos else "test"
-    decoding = build_decoding(cfg, cfg.TEST.SHORT_SIDE)
+    # Indexes are kept in the folder once it is the run's.
+    decoding = build_decoding(cfg, cfg.TEST.SHORT_SIDE, in_run=Path(cfg.OUTPUT_DIR, "config.yaml").exists())
     own, spread = on_main(world, lambda: count_short(videos[split], split, samplers, decoding))
     sampling = known or ("uniform" if 2 * own.short > own.looked_at else cfg.DATA.SAMPLING)
     if sampling == cfg.DATA.SAMPLING:
@@ -198,9 +245,11 @@ def build_weights(
     cfg: CfgNode, model: nn.Module, checkpoint: Checkpoint, classes: list[str], multi_label: bool = False
 ) -> LoadReport:
     """Load a checkpoint into the model as MODE asks. Raises UsageError where it is not of this model or its classes."""
-    known, antialias = checkpoint.metadata.get("classes"), cfg.MODEL.INIT_ANTIALIAS
+    known, antialias = checkpoint.classes, cfg.MODEL.INIT_ANTIALIAS
     if cfg.MODE == "test":
-        check_classes(cfg.MODEL.INIT, known, classes)
+        remedy = "Test on data of its classes, or correct the names of one of them."
+        by_place = bool(cfg.DATA.CLASSES) or are_numbers(classes)  # else names are sorted, which tells nothing
+        note = check_classes(checkpoint.path, known, classes, remedy, by_place=by_place)
         trained = checkpoint.metadata.get("multi_label", multi_label)
         if trained != multi_label:
             raise UsageError(
@@ -210,54 +259,44 @@ def build_weights(
             )
         report = load_pretrained(model, checkpoint, min_coverage=0.9, antialias=antialias)
         check_all_loaded(report, model)
+        report.notes += filter(None, [note])
         return report
     least = cfg.MODEL.INIT_MIN_COVERAGE
     if cfg.MODE == "transfer":  # its classifier is not used
         return load_pretrained(model, checkpoint, min_coverage=least, new_head=True, antialias=antialias)
-    if known not in (None, classes) and not cfg.MODEL.NEW_HEAD and cfg.MODEL.INIT_DEPTH is None:
-        raise UsageError(
-            f"{cfg.MODEL.INIT}: its classifier is for other classes ({', '.join(map(str, known[:4]))} ...) than the "
-            f"data's ({', '.join(classes[:4])} ...). Set MODEL.NEW_HEAD True to train a new one."
-        )
+    note = ""
+    keeps_head = not cfg.MODEL.NEW_HEAD and cfg.MODEL.INIT_DEPTH is None
+    # A published classifier of another size starts anew, and the report says so.
+    if keeps_head and (checkpoint.metadata or known is None or len(known) == len(classes)):
+        remedy = "Set MODEL.NEW_HEAD True to train a new one, or correct the names of one of them."
+        note = check_classes(checkpoint.path, known, classes, remedy)
     options = {"new_head": cfg.MODEL.NEW_HEAD, "motion": cfg.MODEL.INIT_MOTION, "depth": cfg.MODEL.INIT_DEPTH}
-    return load_pretrained(model, checkpoint, min_coverage=least, antialias=antialias, **options)
-
-
-def check_classes(source: str, known: list[str] | None, classes: list[str]) -> None:
-    """Raise UsageError where a checkpoint's classifier is for other classes, by name, than the data's.
-
-    Classes that are numbers on one side alone are lists with and without DATA.CLASSES: their labels are compared.
-    """
-    if known is None or known == classes or are_numbers(known) != are_numbers(classes):
-        return
-    if len(known) == len(classes) or not are_numbers(known):
-        same = f"{len(known)} classes, not {len(classes)}"
-        same = "the same names in another order" if len(known) == len(classes) else same
-        other = next((name for name in classes if name not in known), same)
-        raise UsageError(
-            f"{source}: its classifier is for other classes ({', '.join(map(str, known[:4]))} ...) than the data's "
-            f"({', '.join(classes[:4])} ...): {other}. Test on data of its classes, or correct DATA.CLASSES."
-        )
+    report = load_pretrained(model, checkpoint, min_coverage=least, antialias=antialias, **options)
+    report.notes += [note] if note and "head.proj.weight" in report.keys["loaded"] else []
+    return report
 
 
 def build_cost_report(cfg: CfgNode) -> str:
     """Return what the configured model costs to run and to train; without data, for Kinetics' 400 classes."""
-    try:
-        classes = len(build_lists(cfg).classes)
-        note = []
-    except UsageError:
-        classes = cfg.MODEL.NUM_CLASSES or KINETICS_CLASSES
-        note = [f"no data found in {cfg.DATA.ROOT}: {classes} classes assumed"]
+    found = build_class_count(cfg)
+    classes = found or KINETICS_CLASSES
+    note = [] if found else [f"no data found in {cfg.DATA.ROOT}: {classes} classes assumed"]
     model = build_model(cfg, classes)
     cost = measure_cost(model, (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE))
+    return "\n".join([*note, _build_model_line(cfg, cost, classes), build_memory_line(cfg, model, cost)])
+
+
+def build_memory_line(cfg: CfgNode, model: nn.Module, cost: Cost) -> str:
+    """Return a line on the tokens of a clip, and on the memory that training takes."""
+    image_tokens, reduced = model.token_counts()  # type: ignore[operator]
+    tokens = f"{image_tokens:,} tokens a clip{f', then {reduced:,}' if reduced else ''}"
     clip = count_training_memory(model, cost.input_size, cfg.PRECISION)
-    training = (
-        f"training: {clip:.2f} GB a clip kept for the backward pass in {cfg.PRECISION}, beside "
-        f"{16 * cost.parameters / 1e9:.2f} GB for weights, gradients and optimiser; a step of "
-        f"{cfg.TRAIN.BATCH_SIZE} clips in {cfg.TRAIN.ACCUMULATE} batch(es) on N processes: "
-        f"{clip * cfg.TRAIN.BATCH_SIZE / cfg.TRAIN.ACCUMULATE:.0f} / N GB"
+    step = three_digits(clip * cfg.TRAIN.BATCH_SIZE / cfg.TRAIN.ACCUMULATE)
+    return (
+        f"{tokens}; training keeps {three_digits(clip)} GB a clip for the backward pass in {cfg.PRECISION}, beside "
+        f"{16 * cost.parameters / 1e9:.2f} GB for weights, gradients and optimiser; a step of {cfg.TRAIN.BATCH_SIZE} "
+        f"clips in {cfg.TRAIN.ACCUMULATE} batch(es) on N processes: {step} / N GB"
     )
-    return "\n".join([*note, _build_model_line(cfg, cost, classes), training])
 
 
 def _build_summary(cfg: CfgNode, world: World, cost: Cost, num_classes: int, account: list[str]) -> str:
@@ -278,6 +317,7 @@ def _build_model_line(cfg: CfgNode, cost: Cost, num_classes: int) -> str:
     (frames, height, width), views = cost.input_size, cfg.TEST.CLIPS * cfg.TEST.CROPS
     return (
         f"{cfg.MODEL.NAME}: {cost.parameters / 1e6:.2f} M parameters, {num_classes} classes, "
-        f"{frames} frames of {height}x{width}, {cost.gflops:.3f} GFLOPs a clip, {cost.gflops * views:.3f} a video "
+        f"{frames} frames of {height}x{width}, {three_digits(cost.gflops, 3)} GFLOPs a clip, "
+        f"{three_digits(cost.gflops * views, 3)} a video "
         f"({cfg.TEST.CLIPS} x {cfg.TEST.CROPS} views)"
     )

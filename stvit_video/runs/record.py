@@ -5,18 +5,23 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 from stvit_video.common.accuracy import accuracy_key
 from stvit_video.common.errors import UsageError, first_line
+from stvit_video.common.tables import format_table
+from stvit_video.config.schema import flatten
 from stvit_video.data.failures import read_ledger
 from stvit_video.models import create_model
 from stvit_video.models.weights.files import read_metadata
-from stvit_video.runs.folder import RunFolder
+from stvit_video.runs.folder import FREE_KEYS, RunFolder
 from stvit_video.runs.log import read_metrics
 
 
@@ -28,6 +33,10 @@ class ScoredVideo(NamedTuple):
     predicted: str
     probability: float  # of the predicted class
     label_probability: float | None  # of the least likely label; None where there is none
+
+    @property
+    def is_right(self) -> bool:
+        return self.predicted in self.labels
 
 
 class ClassScore(NamedTuple):
@@ -59,7 +68,7 @@ class RunRecord:
         self.accuracy = float(self.results[self.accuracy_key])  # percent
         self.cost: float | None = self.results.get("gflops_per_video")  # all views; None where it was not counted
         views = self.results.get("views") or {}
-        self.views = int(views.get("clips", 1)) * int(views.get("crops", 1))
+        self.clips, self.crops = int(views.get("clips", 1)), int(views.get("crops", 1))
         self.config = _read_mapping(path / "config.yaml", yaml.safe_load)
         data = self.config.get("DATA") or {}
         self.test_list = data.get("TEST_LIST")
@@ -69,7 +78,7 @@ class RunRecord:
         self.metrics = [row for row in rows if {"split", "epoch", "step"} <= row.keys()]
         self.failures = read_ledger(path / "failures.csv")
         metadata = read_metadata(folder.weights) if folder.weights.is_file() else {}  # there are none after MODE test
-        self.tokens = count_tokens(metadata)
+        self._metadata = metadata
         names = metadata.get("classes") or []
 
         def named(word: str) -> str:
@@ -92,6 +101,21 @@ class RunRecord:
     def multi_label(self) -> bool:
         return self.accuracy_key == "map"
 
+    def describe_views(self) -> str:
+        return f"{self.clips} x {self.crops}"
+
+    @cached_property
+    def tokens(self) -> tuple[int, int | None] | None:
+        return count_tokens(self._metadata)
+
+    def scores(self) -> NDArray[np.float32] | None:
+        """Return the scores (videos, classes) of a multi-label test, in the order of both tables; None without any."""
+        path = self.path / "scores.npy"
+        try:
+            return np.load(path, allow_pickle=False) if path.is_file() else None
+        except (ValueError, EOFError) as error:
+            raise UsageError(f"{path} is not complete ({first_line(error)}); test the run again.") from error
+
     def interval(self) -> tuple[float, float] | None:
         """Return the 95 % confidence interval of top-1 in percent (Wilson); None of mAP, no share of videos."""
         n = self.results.get("scored")
@@ -107,7 +131,7 @@ class RunRecord:
 
     def mistakes(self) -> list[ScoredVideo]:
         """Return the wrong predictions, the most confident first."""
-        wrong = (row for row in self.predictions if row.predicted not in row.labels)
+        wrong = (row for row in self.predictions if not row.is_right)
         return sorted(wrong, key=lambda row: -row.probability)
 
     def find_video(self, path: str) -> Path | None:
@@ -150,9 +174,15 @@ def _read_classes(path: Path, predictions: list[ScoredVideo], multi_label: bool)
     found = _read_rows(path, {"class": str, "videos": int, "correct": int})
     if not found:
         videos = Counter(row.labels[0] for row in predictions)
-        correct = Counter(row.predicted for row in predictions if row.predicted in row.labels)
+        correct = Counter(row.predicted for row in predictions if row.is_right)
         found = [[name, count, correct[name]] for name, count in sorted(videos.items())]
     return [ClassScore(name, n, right, 100 * right / n if n else math.nan) for name, n, right in found]
+
+
+def describe_cost(gflops: float) -> str:
+    """Return GFLOPs with three significant digits at least, never as a power of ten."""
+    digits = 2 - math.floor(math.log10(gflops)) if gflops > 0 else 0
+    return f"{gflops:,.{max(0, digits)}f}"
 
 
 def count_tokens(metadata: dict[str, Any]) -> tuple[int, int | None] | None:
@@ -172,7 +202,7 @@ def read_curves(folder: Path, window: int) -> tuple[str, dict[str, Points]]:
     key = accuracy_key(set().union(*rows))
     points = [(row["step"], row[key]) for row in rows if row["split"] == "train" and key in row]
     if not any(row["split"] == "train" for row in rows):
-        raise UsageError(f"{folder} has no metrics.jsonl with training rows; give the OUTPUT_DIR of a training run.")
+        raise UsageError(f"{folder} has no metrics.jsonl with training rows, nor results.json; give one with either.")
     if not any(key in row for row in rows):
         raise UsageError(f"{folder} logged no accuracy: of a multi-label set, only validation (DATA.VAL_LIST) has one.")
     smoothed = []  # over the last ``window`` steps, from step ``window`` on
@@ -188,6 +218,15 @@ def first_step(points: Points, target: float) -> int | None:
     return next((step for step, accuracy in points if accuracy >= target), None)
 
 
+def describe_steps(curves: Mapping[str, Mapping[str, Points]], target: float) -> str:
+    """Return a table of the first steps at which runs reach the target, in training and in validation."""
+    rows = []
+    for name, splits in curves.items():
+        cells = [first_step(splits[split], target) if splits[split] else "-" for split in ("train", "val")]
+        rows.append([name, *("never" if cell is None else cell for cell in cells)])
+    return format_table([f"steps to {target:g} %", "training", "validation"], rows)
+
+
 def name_runs(paths: Sequence[Path]) -> list[str]:
     """Return a unique name for each folder, with parents where needed. Raises UsageError where one is given twice."""
     parts = [path.resolve().parts for path in paths]
@@ -198,3 +237,38 @@ def name_runs(paths: Sequence[Path]) -> list[str]:
         depth = next(n for n in itertools.count(1) if sum(other[-n:] == own[-n:] for other in parts) == 1)
         names.append("/".join(own[-depth:]))
     return names
+
+
+def find_warnings(runs: Sequence[RunRecord]) -> list[str]:
+    """Return what a reader of the runs' figures must know: unequal tests, videos that were not read."""
+    counts = ", ".join(f"{run.name} {run.results.get('videos', '?')}" for run in runs)
+    views = ", ".join(f"{run.name} {run.describe_views()}" for run in runs)
+    differences = (
+        ("do not have the same classes", {tuple(one.name for one in run.classes) for run in runs if run.classes}),
+        (f"were not tested on the same number of videos ({counts})", {run.results.get("videos") for run in runs}),
+        ("were not tested on the same list (DATA.TEST_LIST)", {run.test_list for run in runs}),
+        (f"were not tested with the same views ({views})", {run.describe_views() for run in runs}),
+    )
+    lines = [f"The runs {what}: compare with care." for what, values in differences if len(values) > 1]
+    lines += [
+        f"{run.name}: {run.results['failed']} of {run.results.get('videos')} test videos could not be read and are not "
+        f"in its figures."
+        for run in runs
+        if run.results.get("failed")
+    ]
+    lines += [
+        f"{run.name}: classes without a positive test video, which count as 0 in its mAP: {without}; "
+        f"{run.results['map_with_positives']:.1f} % over the others."
+        for run in runs
+        if (without := run.results.get("classes_without_positives"))
+    ]
+    return lines
+
+
+def settings_that_differ(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
+    """Return the value of each run of every key that changes what a run does, and that all have but not alike."""
+    settings = [flatten(run.config) for run in runs]
+    # Keys that some of the runs do not have are newer than those runs, and are left out.
+    keys = sorted(set.intersection(*map(set, settings)) - set(FREE_KEYS))
+    values = {key: [str(one[key]) for one in settings] for key in keys}
+    return {key: row for key, row in values.items() if len(set(row)) > 1}

@@ -35,6 +35,19 @@ class Place:
 
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# How others number their processes, of which we do not know where rank 0 is: Open MPI, MPICH and Intel MPI, MVAPICH2,
+# jsrun of LSF, Flux, Horovod; PMIx, PALS and ALPS do not say how many there are.
+OTHER_LAUNCHERS = {
+    "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE",
+    "PMI_RANK": "PMI_SIZE",
+    "MV2_COMM_WORLD_RANK": "MV2_COMM_WORLD_SIZE",
+    "JSM_NAMESPACE_RANK": "JSM_NAMESPACE_SIZE",
+    "FLUX_TASK_RANK": "FLUX_JOB_SIZE",
+    "HOROVOD_RANK": "HOROVOD_SIZE",
+    "PMIX_RANK": "",
+    "PALS_RANKID": "",
+    "ALPS_APP_PE": "",
+}
 SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_NODELIST")
 
 
@@ -55,7 +68,27 @@ def find_place() -> Place | None:
         host = "localhost"
         size = task.world_size
         return Place("submitit", task.rank, size, task.local_rank, size, host, (host,), (size,), job, host)
-    return _find_slurm_task()
+    place = _find_slurm_task()
+    _check_other_launchers(place)
+    return place
+
+
+def _check_other_launchers(place: Place | None) -> None:
+    """Raise UsageError in one of several processes of another launcher than SLURM, which would all do the same.
+
+    srun sets variables of some of them too (--mpi=pmi2, --mpi=pmix), to its own numbers.
+    """
+    for name, size_name in OTHER_LAUNCHERS.items():
+        if not os.environ.get(name):
+            continue
+        rank = _integer(name)
+        size = _integer(size_name, rank + 1)
+        if size > 1 and (place is None or (rank, size if size_name else place.size) != (place.rank, place.size)):
+            of = f" and {size_name} {size}" if size_name else ""
+            raise UsageError(
+                f"{name} is {rank}{of}: a launcher that is not supported started several processes; start them with "
+                f"torchrun (on each machine, torchrun --nproc_per_node N -m stvit_video.run ...) or srun, or one alone."
+            )
 
 
 def _find_slurm_task() -> Place | None:

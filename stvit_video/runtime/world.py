@@ -80,19 +80,21 @@ def any_so_far(world: World, note: str, flag: bool) -> bool:
 
 
 def on_main(world: World, action: Callable[[], T]) -> T:
-    """Run ``action`` on rank 0 and return its result on all ranks, or raise its UsageError or OSError on all ranks."""
+    """Run ``action`` on rank 0 and return its result on all ranks, or raise its UsageError, RunFailure or OSError."""
     outcome: list[Any] = [None, None]  # value, failure
     if world.is_main:
         try:
             outcome[0] = action()
-        except (UsageError, OSError) as error:
+        except (UsageError, RunFailure, OSError) as error:
             outcome[1] = error
     if world.size > 1:  # sent from the CPU, once: a list of all videos may be large
         dist.broadcast_object_list(outcome, src=0, group=world.cpu_group)
-    value, failure = outcome
-    if failure is not None:
-        raise failure
-    return value
+    if outcome[1] is None:
+        return outcome[0]
+    try:
+        raise outcome[1]
+    finally:  # an error knows this frame, which else would keep all that callers hold, such as a folder's lock
+        outcome.clear()
 
 
 @contextmanager

@@ -16,10 +16,11 @@ from pathlib import Path
 
 from fvcore.common.config import CfgNode
 
-from stvit_video.common.cli import Parser, number, run_command
+from stvit_video.common.cli import Parser, as_called, number, run_command
 from stvit_video.common.errors import UsageError, nearest
 from stvit_video.common.files import write_json
 from stvit_video.config.load import load_config, override
+from stvit_video.config.schema import BY_NAME
 from stvit_video.slurm.jobs import ClusterJob, describe_status, find_jobs, follow, summarise, tail
 from stvit_video.slurm.request import JobRequest, open_job_folders, read_profile, resume, submit
 
@@ -67,7 +68,7 @@ def submit_runs(arguments: Sequence[str] | None) -> int:
 
 def read_options(arguments: Sequence[str]) -> Namespace:
     """Parse the command line of a submission."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, BY_NAME)
     add = parser.add_argument
     count = number(int, 1)
     some = number(int, 0)
@@ -127,7 +128,7 @@ def report(jobs: Sequence[ClusterJob], base: Path, wait: bool) -> int:
     """Print the jobs. With ``wait``, follow them, and write a table of several. Return the exit code."""
     for job in jobs:
         print(f"job {job.id}: run {job.run}, log {job.log()}")
-    print(f"to look at: python slurm/submit.py {'|'.join(VERBS)} {base}", flush=True)
+    print(as_called(f"to look at: python slurm/submit.py {'|'.join(VERBS)} {base}"), flush=True)
     all_done = not wait or follow(jobs)
     if wait and len(jobs) > 1:
         print(summarise(jobs, base / "summary.csv"))

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass, field
 from io import StringIO
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
 import submitit
 import yaml
@@ -28,6 +28,9 @@ from stvit_video.common.files import write_json
 from stvit_video.config.load import load_config, override
 from stvit_video.slurm.jobs import ENDED, ClusterJob, read_job, run_client
 from stvit_video.slurm.task import GUARD, Task
+
+if TYPE_CHECKING:
+    from stvit_video.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -170,10 +173,11 @@ def check_cluster(cluster: str, jobs: int, request: JobRequest) -> None:
         raise UsageError(f"--cluster {cluster} runs {most}; use --cluster slurm for {jobs} of {request.nodes} node(s).")
 
 
-def open_job_folders(configs: Sequence[CfgNode], request: JobRequest, cluster: str, logs: Path) -> list[Path]:
+def open_job_folders(configs: Sequence[CfgNode], request: JobRequest, cluster: str, logs: Path) -> list["RunFolder"]:
     """Claim a run folder for each job, and write into it the configuration, with absolute paths, that the job will run.
 
-    Raises UsageError where a folder belongs to another job and, before any is changed, where the cluster refuses.
+    Each is locked until ``submit`` has recorded the job. Raises UsageError where a folder belongs to another job and,
+    before any is changed, where the cluster refuses.
     """
     from stvit_video.runs.folder import build_run_folder
 
@@ -188,10 +192,9 @@ def open_job_folders(configs: Sequence[CfgNode], request: JobRequest, cluster: s
         paths = [("OUTPUT_DIR", cfg.OUTPUT_DIR), ("DATA.ROOT", cfg.DATA.ROOT), ("MODEL.INIT", cfg.MODEL.INIT)]
         cfg = override(cfg, [(key, os.path.abspath(path)) for key, path in paths if path], "a submission")
         run = build_run_folder(cfg)
-        earlier = read_job(run.path)
-        if earlier is not None and earlier.state()[0] not in ENDED:
-            remedy = f"give another one, or end that job: python slurm/submit.py cancel {run.path}"
-            raise UsageError(f"OUTPUT_DIR {run.path} belongs to job {earlier.id}, which has not ended; {remedy}")
+        _check_no_job(run.path)  # rather than wait for its lock
+        run.lock()
+        _check_no_job(run.path)
         run.check()
         if run.is_finished() and cfg.MODE == "train" and not cfg.OVERWRITE:
             raise UsageError(f"OUTPUT_DIR {run.path} is finished; give another one, or OVERWRITE True to run it again.")
@@ -200,13 +203,21 @@ def open_job_folders(configs: Sequence[CfgNode], request: JobRequest, cluster: s
         folder.mkdir(exist_ok=True)
         # The folder is cleared: from now on each start of the job continues.
         (folder / "config.yaml").write_text(override(cfg, [("OVERWRITE", False)], "a submission").dump())
-        folders.append(run.path)
+        folders.append(run)
     logs.mkdir(parents=True, exist_ok=True)
     return folders
 
 
+def _check_no_job(run: Path) -> None:
+    """Raise UsageError where a run folder belongs to a job that has not ended."""
+    earlier = read_job(run)
+    if earlier is not None and earlier.state()[0] not in ENDED:
+        remedy = f"give another one, or end that job: python slurm/submit.py cancel {run}"
+        raise UsageError(f"OUTPUT_DIR {run} belongs to job {earlier.id}, which has not ended; {remedy}")
+
+
 def submit(
-    folders: Sequence[Path], request: JobRequest, cluster: str, logs: Path, about: dict[str, Any] | None = None
+    folders: Sequence["RunFolder"], request: JobRequest, cluster: str, logs: Path, about: dict[str, Any] | None = None
 ) -> list[ClusterJob]:
     """Submit a job for each run folder, several as one array, and record it there. Raises UsageError on a refusal.
 
@@ -220,7 +231,7 @@ def submit(
     executor = request.executor(cluster, logs)
     profile = request.profile
     limits = (profile.minutes, profile.warning_s, profile.max_timeouts)
-    tasks = [Task(str(folder), uuid.uuid4().hex[:12], *limits) for folder in folders]
+    tasks = [Task(str(folder.path), uuid.uuid4().hex[:12], *limits) for folder in folders]
     with _outside_jobs(), ExitStack() as restore:
         restore.callback(os.chdir, os.getcwd())
         os.chdir(request.source)  # tasks start there, and import the package from there
@@ -233,9 +244,10 @@ def submit(
             raise UsageError(_explain_refusal(str(error))) from error
         jobs = []
         for folder, task, accepted in zip(folders, tasks, submitted, strict=True):
-            jobs.append(ClusterJob(folder, cluster, accepted.job_id, logs, task.submission))
+            jobs.append(ClusterJob(folder.path, cluster, accepted.job_id, logs, task.submission))
             about |= {"id": accepted.job_id, "submission": task.submission, "cluster": cluster, "logs": str(logs)}
-            write_json(folder / "slurm" / "job.json", {**about, "request": asdict(request)})
+            write_json(folder.path / "slurm" / "job.json", {**about, "request": asdict(request)})
+            folder.unlock()  # the job itself waits for it
         if cluster == "debug":
             submitted[0].results()
     return jobs

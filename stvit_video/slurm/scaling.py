@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from stvit_video.common.cli import Parser, number, run_command
-from stvit_video.common.tables import format_table
+from stvit_video.common.tables import format_table, three_digits
 
 GPUS = (1, 8, 64, 512)
 COLUMNS = {
@@ -77,7 +77,7 @@ def calculate(arguments: Sequence[str] | None) -> int:
     from stvit_video.config.load import load_config
     from stvit_video.models.cost import count_gflops, count_parameters
     from stvit_video.models.zoo import build_model
-    from stvit_video.runs.preflight import KINETICS_CLASSES
+    from stvit_video.runs.lists import KINETICS_CLASSES
 
     cfg = load_config(path)
     model = build_model(cfg, cfg.MODEL.NUM_CLASSES or KINETICS_CLASSES)
@@ -89,7 +89,7 @@ def calculate(arguments: Sequence[str] | None) -> int:
     run = {"lr": cfg.OPTIM.LR, "base_batch": cfg.TRAIN.BATCH_SIZE, "epochs": cfg.TRAIN.EPOCHS, **given}
     table = [scale(gpus, parameters, speed, **run) for gpus in GPUS]
     print(
-        f"{cfg.MODEL.NAME}: {parameters / 1e6:.1f} M parameters, {gflops:.1f} GFLOPs a clip forward\n"
+        f"{cfg.MODEL.NAME}: {parameters / 1e6:.1f} M parameters, {three_digits(gflops)} GFLOPs a clip forward\n"
         f"a GPU of {tflops:g} TFLOP/s trains on {speed:.0f} clips/s, and needs "
         f"{speed / core:.0f} cores that decode {core:g} clips/s each\n"
     )

@@ -21,11 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from fvcore.common.config import CfgNode
 
 from stvit_video.common.errors import UsageError, nearest
-from stvit_video.config.load import load_config, parse_overrides
+from stvit_video.config.load import load_config, parse_overrides, read_yaml
 from stvit_video.config.schema import flatten
 
 NEEDED_KEYS = ("cfg", "seeds", "twin", "rows")
@@ -109,29 +108,14 @@ def open_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
         plan = Plan(rows, rows[names.index(twin)], start)
         _build_checks(plan)
     except UsageError as error:
-        raise UsageError(f"Plan {path}: {error}") from error
+        said = str(error)  # what is wrong with the file itself begins with its name
+        raise UsageError(f"Plan {said}" if said.startswith(f"{path} ") else f"Plan {path}: {said}") from error
     return plan
-
-
-class _Loader(yaml.SafeLoader):
-    """A loader that refuses a key given twice, where YAML would keep the last one only."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise yaml.YAMLError(f"{twice} is given twice")
-        return super().construct_mapping(node, deep)
 
 
 def _read(path: Path) -> dict[Any, Any]:
     """Return the content of a plan; its rows are mappings, not yet checked."""
-    try:
-        content = _Loader(path.read_text(encoding="utf-8")).get_single_data()
-    except OSError as error:
-        raise UsageError(f"it cannot be read ({error.strerror}); give a .yaml file.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date
-        raise UsageError(f"it is not YAML that can be used ({' '.join(str(error).split())}); correct it.") from error
-    content = content if isinstance(content, dict) else {}
+    content = read_yaml(path, folders=["configs/tradeoff"])
     if unknown := [str(key) for key in content if key not in PLAN_KEYS]:
         known = ", ".join(PLAN_KEYS)
         raise UsageError(f"{unknown[0]} is no part of a plan; those are {known}.{nearest(unknown[0], PLAN_KEYS)}")

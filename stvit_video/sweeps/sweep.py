@@ -3,7 +3,6 @@
 A run lives in OUTPUT/ROW/seedN; OUTPUT/ROW/seedN.txt beside it is a link to the log of its newest job.
 """
 
-import fcntl
 import json
 import os
 import signal
@@ -11,149 +10,46 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from fvcore.common.config import CfgNode
 from submitit.helpers import environment_variables
 
 from stvit_video.benchmarks.models import TimedModel, build_speeds
 from stvit_video.benchmarks.rounds import describe_conditions
 from stvit_video.common.accuracy import ACCURACIES, accuracy_key
 from stvit_video.common.errors import Stopped, UsageError
-from stvit_video.common.files import prepare_folder, wait_for_lock, write_json
-from stvit_video.common.tables import format_table
-from stvit_video.config.load import override
+from stvit_video.common.files import prepare_folder, write_json
+from stvit_video.common.locks import Lock
 from stvit_video.config.schema import flatten
-from stvit_video.data.lists.videos import build_lists
-from stvit_video.models.cost import measure_cost
-from stvit_video.models.zoo import build_model
-from stvit_video.runs.folder import RunFolder, build_run_folder, describe_changes, environment
+from stvit_video.runs.folder import environment
 from stvit_video.runs.lists import open_lists
-from stvit_video.runs.preflight import KINETICS_CLASSES
 from stvit_video.runtime.stopping import StopSignals
 from stvit_video.runtime.world import World
 from stvit_video.slurm.jobs import ENDED, ClusterJob, Follower, read_job, tail
 from stvit_video.slurm.request import JobRequest, open_job_folders, submit
 from stvit_video.sweeps.plan import COMMON_KEYS, Plan, SweepRow
+from stvit_video.sweeps.rows import (
+    SweepRun,
+    build_costs,
+    build_row_model,
+    build_runs,
+    check_recorded,
+    choose_rows,
+    choose_runs,
+)
 from stvit_video.sweeps.table import write_table
 
 LOCK_S = 10.0  # a command that was killed just now may need a moment to end
 POLL_S = {"local": 0.5, "slurm": 5.0}
 
 
-@dataclass(eq=False)  # hashed by identity: a configuration has no hash
-class SweepRun:
-    """One row trained with one seed."""
-
-    row: SweepRow
-    seed: int
-    name: str
-    cfg: CfgNode
-    folder: RunFolder
-    log: Path
-
-
-def choose_rows(plan: Plan, patterns: Sequence[str]) -> list[SweepRow]:
-    """Return the rows that match any shell pattern. Raises UsageError for a pattern that matches none."""
-    for pattern in patterns:
-        if not any(fnmatchcase(row.name, pattern) for row in plan.rows):
-            names = ", ".join(row.name for row in plan.rows)
-            raise UsageError(f"--rows {pattern} matches no row: {names}. Give one, and KEY VALUE words before --rows.")
-    return [row for row in plan.rows if any(fnmatchcase(row.name, pattern) for pattern in patterns)]
-
-
 def build_timed(row: SweepRow) -> TimedModel:
-    """Return a row's model. Raises UsageError where it cannot be built."""
-    size = (row.cfg.DATA.FRAMES, row.cfg.DATA.SIZE, row.cfg.DATA.SIZE)
-    try:
-        return TimedModel(row.name, build_model(row.cfg, row.classes or KINETICS_CLASSES), size)
-    except UsageError as error:
-        raise UsageError(f"Row {row.name}: {error}") from error
-
-
-def build_cost(row: SweepRow) -> None:
-    """Note in a row how many classes its data have, and what its model costs."""
-    row.classes = row.cfg.MODEL.NUM_CLASSES
-    with suppress(UsageError):  # there may be no data yet
-        row.classes = len(build_lists(row.cfg).classes)
-    timed = build_timed(row)
-    cost = measure_cost(timed.model, timed.input_size)
-    image_tokens, reduced = timed.model.token_counts()  # type: ignore[operator]
-    row.parameters, row.gflops, row.tokens = cost.parameters, cost.gflops, reduced or image_tokens
-
-
-def build_runs(plan: Plan, output: Path) -> list[SweepRun]:
-    """Return the start's run, if any, then those of the rows, seed by seed; UsageError where a folder holds another."""
-    init: dict[str, str] = {}
-    seeds = list(plan.twin.accuracy)
-    runs = []
-    starts = [(plan.start, seeds[0])] if plan.start else []
-    for row, seed in [*starts, *((row, seed) for seed in seeds for row in plan.rows)]:
-        path = output / row.name / f"seed{seed}"
-        cfg = override(row.cfg, {**init, "OUTPUT_DIR": str(path), "SEED": seed}.items(), "a plan")
-        run = SweepRun(row, seed, f"{row.name}, seed {seed}", cfg, build_run_folder(cfg), path.with_suffix(".txt"))
-        if run.folder.has_progress():
-            check_recorded(run)
-        if row is plan.start:
-            init = {"MODEL.INIT": os.path.abspath(run.folder.weights)}
-        runs.append(run)
-    return runs
-
-
-def check_recorded(run: SweepRun) -> None:
-    """Raise UsageError where the folder holds a run of other settings. Its start may have moved with it."""
-    recorded = run.folder.recorded_config()
-    settings = run.folder.settings
-    place = f"{run.folder.path} holds a run"
-    if recorded is None:
-        remedy = "delete that folder, or give another --output"
-        raise UsageError(f"Row {run.row.name}: {place} without a config.yaml that can be read; {remedy}.")
-    before, now = (flatten(config).get("MODEL.INIT") or "." for config in (recorded, settings))
-    place_before = os.path.relpath(str(before), str(recorded["OUTPUT_DIR"]))
-    if isinstance(recorded["MODEL"], dict) and place_before == os.path.relpath(now, settings["OUTPUT_DIR"]):
-        recorded["MODEL"]["INIT"] = settings["MODEL"]["INIT"]
-    if changed := describe_changes(recorded, settings):
-        remedy = "Delete that folder, give another --output, or put the plan back."
-        raise UsageError(f"Row {run.row.name}: {place} with other settings than the plan's: {changed}. {remedy}")
-
-
-def choose_runs(runs: Sequence[SweepRun], rows: Sequence[SweepRow]) -> list[SweepRun]:
-    """Return the runs of ``rows``, after the start where they wait for it; UsageError where its weights are gone."""
-    start = runs[0]
-    chosen = [run for run in runs if run.row in rows]
-    if start.row.kind != "start" or start.folder.is_finished() or all(run.folder.has_progress() for run in chosen):
-        return chosen
-    if begun := [run.folder.path.parent for run in runs[1:] if run.folder.has_progress()]:
-        folders = ", ".join(map(str, dict.fromkeys([start.folder.path, *begun])))
-        what = "is not there, and what is trained now would not have the start of the rest"
-        raise UsageError(f"{start.folder.weights} {what}; put it back, or delete {folders}.")
-    return [start, *chosen]
-
-
-def list_rows(plan: Plan, output: Path, patterns: Sequence[str]) -> None:
-    """Print the rows that match, what they cost, and how many of their runs are done; nothing is written."""
-    chosen = choose_rows(plan, patterns)
-    runs = build_runs(plan, output)
-    table = []
-    for row in plan.rows:
-        build_cost(row)
-    for row in chosen:
-        finished = [run.folder.is_finished() for run in runs if run.row is row]
-        cost = f"{row.gflops:.3f}", f"{row.gflops / plan.twin.gflops:.2f}x", f"{row.parameters / 1e6:.2f} M"
-        table.append((row.name, row.describe_kind(), row.tokens, *cost, f"{sum(finished)} of {len(finished)}"))
-    print(format_table(("row", "kind", "tokens", "GFLOPs", "of twin", "parameters", "runs done"), table, left=2))
-    if any(row.classes is None for row in chosen):
-        print(f"no data there yet: GFLOPs and parameters with {KINETICS_CLASSES} classes")
-    left = [run for run in choose_runs(runs, chosen) if not run.folder.is_finished()]
-    if plan.start:
-        print(f"all start from {runs[0].name}{', which is trained first' if runs[0] in left else ''}")
-    print(f"{len(left)} runs left, in {output}", flush=True)
+    """Return a row's model, to be timed. Raises UsageError where it cannot be built."""
+    return TimedModel(row.name, build_row_model(row), (row.cfg.DATA.FRAMES, row.cfg.DATA.SIZE, row.cfg.DATA.SIZE))
 
 
 def build_sweep(plan: Plan, output: Path, options: Namespace) -> int:
@@ -163,21 +59,21 @@ def build_sweep(plan: Plan, output: Path, options: Namespace) -> int:
     """
     chosen = [] if options.no_train else choose_rows(plan, options.rows)
     prepare_folder(output)
-    with open(output / ".tradeoff.lock", "a+") as file:
-        lock = partial(fcntl.flock, file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not wait_for_lock(lock, LOCK_S, lambda: f"waiting for another command that uses {output} to end"):
-            remedy = f"wait for it or end it (fuser {file.name} tells which), or give another folder"
-            raise UsageError(f"--output {output} is in use by another tradeoff command; {remedy}.")
+    lock = Lock(output / ".tradeoff.lock")
+    if not lock.take(LOCK_S, lambda holder: f"waiting for {holder} to end, a tradeoff command that uses {output}"):
+        raise UsageError(
+            f"--output {output} is in use by another tradeoff command, {lock.holder()}; wait for it or end it, or give "
+            f"another folder."
+        )
+    with closing(lock):
         runs = build_runs(plan, output)
         to_train = choose_runs(runs, chosen)
         rows = dict.fromkeys(run.row for run in runs)
-        for row in rows:
-            build_cost(row)
+        build_costs(rows)
         for row in dict.fromkeys(run.row for run in to_train):  # once, before several runs would generate the same data
             begun = all(run.folder.has_progress() for run in to_train if run.row is row)
             open_lists(row.cfg, World(0, 1, torch.device("cpu")), needs_weights=not begun)
-        for row in [row for row in rows if to_train and row.classes is None]:
-            build_cost(row)  # now that the classes are known
+        build_costs([row for row in rows if to_train and row.classes is None])  # now that the classes are known
         with reading(output / "tradeoff.json") as table:
             failed = {row["row"]: row["failures"] for row in table.get("rows", [])}
             for run in [run for run in runs if run not in to_train and not run.folder.is_finished()]:
@@ -299,8 +195,11 @@ def train_all(runs: Sequence[SweepRun], options: Namespace, draw: Callable[[], o
 
 def build_table(plan: Plan, runs: Sequence[SweepRun], output: Path, within: float) -> str:
     """Write table and picture of what is finished; return the table as text."""
+    tested: dict[str, str] = {}  # one run of each test list that there was; the start may have another
     for run in [run for run in runs if run.folder.is_finished()]:
         with reading(run.folder.results) as results:
+            if run.row is not plan.start and "test_list_sha256" in results:
+                tested.setdefault(results["test_list_sha256"], run.name)
             row = run.row  # a run's own count: its data, and so its classes, may be gone
             row.parameters = int(results["parameters"])
             row.gflops = float(results["gflops"])
@@ -316,6 +215,8 @@ def build_table(plan: Plan, runs: Sequence[SweepRun], output: Path, within: floa
         if all(now[key] == others[key] for key in COMMON_KEYS):  # else its accuracy is of another test
             reached += f" ({plan.start.mean:.2f} % {ACCURACIES[plan.start.accuracy_key]})"
         notes = [f"every row starts from the weights of {start.name}, a {reached}"]
+    if len(tested) > 1:
+        notes.append(f"not to be compared: the test list has changed between the runs {' and '.join(tested.values())}")
     return write_table(plan, output, within, notes, build_known_speeds(plan, output))
 
 

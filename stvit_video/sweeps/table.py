@@ -7,7 +7,7 @@ from typing import Any
 from stvit_video.common.accuracy import ACCURACIES, accuracy_key
 from stvit_video.common.charts import SPLIT_COLOURS, WEIGHTS_COLOURS, Point, plot_points
 from stvit_video.common.files import write_atomically, write_json
-from stvit_video.common.tables import format_table, to_csv
+from stvit_video.common.tables import format_table, three_digits, to_csv
 from stvit_video.sweeps.plan import Plan, SweepRow
 
 STYLES: dict[str, dict[str, Any]] = {  # of the picture, by kind of row
@@ -63,7 +63,7 @@ def verdicts(plan: Plan, within: float) -> list[str]:
 
 
 def columns(row: SweepRow, twin: SweepRow, key: str) -> list[tuple[str, str, str, Any]]:
-    """Return the key, the heading and format in Markdown, where it is shown there, and the value of each figure.
+    """Return the key, the heading and format in the table, where it is shown there, and the value of each figure.
 
     ``key`` is that of the accuracy.
     """
@@ -73,7 +73,7 @@ def columns(row: SweepRow, twin: SweepRow, key: str) -> list[tuple[str, str, str
         ("of", "", "", ", ".join(row.of)),
         ("parameters", "", "", row.parameters),
         ("tokens", "tokens", "{}", row.tokens),
-        ("gflops", "GFLOPs", "{:.3f}", row.gflops),
+        ("gflops", "GFLOPs", three_digits(row.gflops, 3), row.gflops),
         ("gflops_of_twin", "of twin", "{:.2f}x", row.gflops / twin.gflops),
         ("clips_per_second", "clips/s", "{:.1f}", row.rate),
         ("speed_of_twin", "of twin", "{:.2f}x", row.rate and twin.rate and row.rate / twin.rate),
@@ -85,7 +85,7 @@ def columns(row: SweepRow, twin: SweepRow, key: str) -> list[tuple[str, str, str
 
 
 def write_table(plan: Plan, output: Path, within: float, notes: Sequence[str] = (), machine: str = "") -> str:
-    """Write tradeoff.json, .csv, .md and .png; return the table in Markdown, with verdicts and notes below it."""
+    """Write tradeoff.json, .csv, .md and .png; return the table as text, with verdicts and notes below it."""
     records: list[dict[str, Any]] = []
     lines = []
     key = accuracy_key([row.accuracy_key for row in plan.rows])
@@ -111,7 +111,7 @@ def write_table(plan: Plan, output: Path, within: float, notes: Sequence[str] = 
     write_atomically(output / "tradeoff.csv", to_csv(records, list(records[0])))
     write_atomically(output / "tradeoff.md", text.encode())
     plot_tradeoff(plan.rows, output / "tradeoff.png", ACCURACIES[key])
-    return text
+    return f"{format_table(head, lines, left=2)}\n\n{below}"
 
 
 def plot_tradeoff(rows: Sequence[SweepRow], path: Path, accuracy: str = "top-1") -> None:
@@ -125,4 +125,6 @@ def plot_tradeoff(rows: Sequence[SweepRow], path: Path, accuracy: str = "top-1")
         points.append(Point(row.name, x, mean, y_range=(min(row.found), max(row.found)), **STYLES[row.kind]))
     if points:
         across = "clips per second" if measured else "GFLOPs per clip"
-        plot_points(points, across, f"{accuracy} (%), mean of the seeds and their range", path)
+        best = max(points, key=lambda point: point.y)
+        title = f"{path.resolve().parent.name}: best is {best.name}, {accuracy} {best.y:.1f} % at {best.x:.3g} {across}"
+        plot_points(points, across, f"{accuracy} (%), mean of the seeds and their range", path, title)

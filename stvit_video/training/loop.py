@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stvit_video.common.accuracy import ACCURACIES, accuracy_key
 from stvit_video.common.charts import plot_curves
@@ -19,14 +19,16 @@ from stvit_video.common.progress import Progress
 from stvit_video.data.failures import check_failures, merge, read_ledger
 from stvit_video.data.workers import Loader, LoaderFailure
 from stvit_video.evaluation.evaluate import build_tested_model, build_tester, class_probabilities, describe_videos
-from stvit_video.runs.checkpoint import CheckpointWriter
-from stvit_video.runs.log import MetricsLog, read_metrics
-from stvit_video.runs.preflight import OpenRun
+from stvit_video.models.weights.files import read_checkpoint
+from stvit_video.runs.checkpoint import CheckpointWriter, list_checkpoints
+from stvit_video.runs.folder import RunFolder
+from stvit_video.runs.log import MetricsLog, describe_weights, read_metrics
+from stvit_video.runs.preflight import OpenRun, build_memory_line
 from stvit_video.runtime.clock import PARTS, peak_memory
 from stvit_video.runtime.precision import autocast
 from stvit_video.runtime.stopping import StopSignals
 from stvit_video.runtime.world import any_of, gather_objects, on_main
-from stvit_video.training.trainer import Trainer, build_trainer
+from stvit_video.training.trainer import ROUNDING, Trainer, build_trainer
 
 
 def run_epochs(
@@ -43,14 +45,11 @@ def run_epochs(
         state = trainer.state()
         on_main(world, partial(writer.save, state))
 
-    def stop_waiting() -> bool:  # several processes save together, after a step of all
-        return world.size == 1 and signals.received is not None
-
     epochs = math.ceil(trainer.total_steps / trainer.steps_per_epoch)  # the last may be cut short
     with Progress("train", trainer.total_steps, trainer.step, enabled=world.is_main) as progress:
-        while trainer.epoch < epochs:
+        while trainer.epoch < epochs and not trainer.is_stale:
             try:
-                for _ in trainer.train_epoch(progress, log, stop_waiting):
+                for _ in trainer.train_epoch(progress, log, lambda: signals.received is not None):
                     stop = any_of(world, signals.received is not None)
                     due = any_of(world, world.is_main and writer.is_due(trainer.step))
                     if stop or due or trainer.steps_left == 0:
@@ -63,8 +62,9 @@ def run_epochs(
                     run.folder.write_failures(trainer.failures)
                 raise
             except LoaderFailure:
-                if world.size == 1 and trainer.step > 0:  # other processes wait for this one in the middle of a step
+                if trainer.step > 0:  # all processes are here
                     save()
+                    on_main(world, writer.wait)
                 raise
             on_main(world, writer.wait)  # before validation forks its workers
             epoch = trainer.epoch + 1
@@ -75,6 +75,11 @@ def run_epochs(
                 key = accuracy_key(values)
                 accuracy = f"{ACCURACIES[key]} {values[key]:.1f} %"
                 progress.note(f"epoch {epoch}: validation loss {values['loss']:.3f}, {accuracy}")
+                if trainer.is_stale and epoch < epochs:
+                    progress.note(
+                        f"training ends early (TRAIN.PATIENCE): {trainer.stale} validations have not been better than "
+                        f"{trainer.best:.1f} %; TEST.WEIGHTS best tests the weights of that, last the present ones"
+                    )
             trainer.epoch = epoch
             write_failures(run, trainer)
             for stage, loader in (("train", trainer.loader), ("val", trainer.val_loader)):
@@ -95,10 +100,34 @@ def validate(run: OpenRun, trainer: Trainer, loader: Loader, signals: StopSignal
     trainer.failures += predictions.failures
     values = {"loss": predictions.loss, **predictions.figures()}
     accuracy = values[accuracy_key(values)]
+    trainer.stale += 1
     if accuracy > trainer.best:
-        trainer.best = accuracy
-        on_main(run.world, lambda: run.save_weights(run.folder.best_weights, model))
+        trainer.best, trainer.stale = accuracy, 0
+        about = {"weights": "best", "weights_step": trainer.step, "weights_validation": accuracy}
+        on_main(run.world, lambda: run.save_weights(run.folder.best_weights, model, about))
     return values
+
+
+def choose_weights(trainer: Trainer, folder: RunFolder) -> tuple[nn.Module, dict[str, Any], str]:
+    """Return the network to test after training, which weights it has, and a note on best ones that are not tested.
+
+    Collective. Raises UsageError where the best are asked for and are not there.
+    """
+    model = trainer.model_to_test()
+    best = read_checkpoint(folder.best_weights) if folder.best_weights.is_file() else None
+    about = {"weights": "average" if trainer.ema_model else "last", "weights_step": trainer.step}
+    if trainer.settings.tested == "best":
+        if best is None:
+            raise UsageError(
+                f"TEST.WEIGHTS best: {folder.best_weights} is missing; put it back, or test the last weights: MODE "
+                f"test MODEL.INIT {list_checkpoints(folder.checkpoints)[0]} with another OUTPUT_DIR."
+            )
+        model.load_state_dict(best.tensors)
+        about = best.metadata.get("weights") or {"weights": "best"}
+    known = best.metadata.get("weights") if best else None
+    if known is None or known["weights_step"] == about.get("weights_step"):
+        return model, about, ""
+    return model, about, f"note: not tested (TEST.WEIGHTS): {describe_weights(known)}, in {folder.best_weights}"
 
 
 def write_failures(run: OpenRun, trainer: Trainer) -> None:
@@ -113,11 +142,12 @@ def resume(run: OpenRun, trainer: Trainer, state: dict[str, Any]) -> None:
     trainer.failures = on_main(run.world, lambda: read_ledger(run.folder.path / "failures.csv"))
     if run.world.is_main:
         print(f"continuing at step {trainer.step} in epoch {trainer.epoch + 1}", flush=True)
-        before_and_now = [(name, old, trainer.setup[name]) for name, old in state["setup"].items()]
-        if changed := [f"{name} {old} (now {new})" for name, old, new in before_and_now if old != new]:
+        setups = state["setup"], trainer.setup
+        both = [(name, *(setup[name] for setup in setups)) for name in ROUNDING if name in state["setup"]]
+        if changed := [f"{name} {old} (now {new})" for name, old, new in both if old != new]:
             print(
                 f"note: the run was with {', '.join(changed)}: its steps see the same videos, but sums are rounded "
-                f"differently, so weights will not be equal bit for bit",
+                f"differently, mixed pairs and dropout drawn anew, so weights will not be equal bit for bit",
                 flush=True,
             )
 
@@ -129,23 +159,23 @@ def train(run: OpenRun) -> None:
     trainer = build_trainer(run)
     tester = build_tester(run)
     run.claim()
-    on_main(world, folder.lock)  # of a new folder; an old one is locked already
     if run.state is not None:
         resume(run, trainer, run.state)
         run.state = None  # frees as much memory as the weights and the optimiser take
     with StopSignals(world.launched) as signals:
         with open_records(run, trainer.step) as (log, writer):
             run_epochs(run, trainer, log, writer, signals)
-        model = trainer.model_to_test()
+        model, about, note = choose_weights(trainer, folder)
 
         def finish() -> None:
-            run.save_weights(folder.weights, model)
+            print("\n".join(filter(None, [f"testing the {describe_weights(about)}", note])), flush=True)
+            run.save_weights(folder.weights, model, about)
             plot_curves(read_metrics(folder.path / "metrics.jsonl"), folder.path / "curves.png")
 
         on_main(world, finish)
         for loader in filter(None, (trainer.loader, trainer.val_loader)):  # the test needs the memory
             loader.close()
-        tester.test(model, trainer.failures, signals)
+        tester.test(model, trainer.failures, signals, about)
 
 
 @contextmanager
@@ -168,14 +198,16 @@ def open_records(run: OpenRun, step: int) -> Iterator[tuple[MetricsLog | None, C
         yield log, writer
 
 
-def dry_run(run: OpenRun) -> None:
-    """Print the configuration, shapes, cost, times and memory of one training step and one test batch; begin no run."""
-    world, lines = run.world, []
-    if world.is_main:
-        print(f"configuration, resolved:\n{run.folder.config_text}{run.summary}")
-    if run.folder.settings["MODE"] == "train":
+def build_dry_run(run: OpenRun) -> None:
+    """Print in about 20 lines what a run would read, load, cost, do and write; begin none, and change no folder."""
+    world = run.world
+    report = run.report.summary() if run.report else "weights: random, as MODEL.INIT is empty"
+    lines = [run.summary, report, build_memory_line(run.cfg, run.model, run.cost)]
+    if run.cfg.MODE == "train":
         trainer = build_trainer(run)
-        lines.append(rehearse_step(trainer))
+        chance = math.log(2 if run.multi_label else len(run.classes))
+        lines.append(rehearse_step(trainer, chance))
+        trainer.loader.close()
         model = trainer.model_to_test()
     else:
         model = build_tested_model(run)
@@ -186,16 +218,21 @@ def dry_run(run: OpenRun) -> None:
     text = "none for this process" if batch is None else "no video of the first could be read"
     if batch is not None and len(batch.labels):
         clips = batch.to(world.device).make_clips()
+        started = time.monotonic()
         with torch.no_grad(), autocast(world.device, tester.precision):
             text = describe_shapes(clips, model.eval()(clips))
-    lines.append(f"test batch: {text}; {waited:.2f} s to load")
+        text += f"; {time.monotonic() - started:.2f} s to score"
+    tester.loader.close()
+    lines.append(f"test batch: {text}, {waited:.2f} s to load; peak memory {peak_memory(world.device):.2f} GB")
     if world.is_main:
-        print("\n".join(lines))
-        print(f"peak memory {peak_memory(world.device):.2f} GB. Nothing was written to {run.folder.path}.", flush=True)
+        print("\n".join([*lines, run.folder.describe_start(), "dry run: nothing was written"]), flush=True)
 
 
-def rehearse_step(trainer: Trainer) -> str:
-    """Take one training step, the first and therefore a slow one, and return a line on it."""
+def rehearse_step(trainer: Trainer, chance: float) -> str:
+    """Take one training step, the first and therefore a slow one, and return a line on it.
+
+    ``chance`` is the loss of a model that gives every class the same probability.
+    """
     seen: list[str] = []
     hook = trainer.wrapped.register_forward_hook(
         lambda module, clips, logits: seen.append(describe_shapes(clips[0], logits))
@@ -207,7 +244,9 @@ def rehearse_step(trainer: Trainer) -> str:
     lap = trainer.clock.lap()
     parts = ", ".join(f"{part} {lap[part]:.2f} s" for part in PARTS)
     batches = f"{trainer.settings.accumulate} x " if trainer.settings.accumulate > 1 else ""
-    outcome = f"loss {loss / count:.3f}" if count else "skipped: its loss or gradients are not finite"
+    outcome = (
+        f"loss {loss / count:.3f} (chance {chance:.3f})" if count else "skipped: its loss or gradients are not finite"
+    )
     return f"first training step: {batches}{seen[0]}, {outcome}; {parts}"
 
 

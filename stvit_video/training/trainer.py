@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -17,53 +16,31 @@ from torch.optim.swa_utils import AveragedModel
 
 from stvit_video.common.errors import UsageError
 from stvit_video.common.progress import Progress
-from stvit_video.data.clips.transforms import Mix
+from stvit_video.config.schema import flatten
 from stvit_video.data.dataset import MAX_TRIES, Batch
 from stvit_video.data.failures import Failure, check_failures
-from stvit_video.data.loader import build_mix, build_test_loader, build_train_loader
-from stvit_video.data.workers import Loader
+from stvit_video.data.loader import build_test_loader, build_train_loader
+from stvit_video.data.workers import Loader, LoaderFailure
+from stvit_video.models.weights.files import header
+from stvit_video.runs.folder import RunFolder
 from stvit_video.runs.log import MetricsLog
 from stvit_video.runs.preflight import OpenRun
 from stvit_video.runtime import parallel
 from stvit_video.runtime.clock import PARTS, StepClock, peak_memory
-from stvit_video.runtime.precision import autocast, matrix_rate, set_precision
+from stvit_video.runtime.precision import autocast, set_precision
 from stvit_video.runtime.stopping import Diverged
 from stvit_video.runtime.world import World, any_of, gather_objects, sum_over_world
+from stvit_video.training.losses import classification_loss
 from stvit_video.training.optim import average_weights, build_optimizer, build_scheduler, freeze
+from stvit_video.training.settings import TrainSettings, build_train_settings
 
 LOG_EVERY = 8  # steps between rows of metrics.jsonl
-COUNTERS = ("epoch", "step", "bad_steps", "best")  # of a trainer, in its checkpoints
+COUNTERS = ("epoch", "step", "bad_steps", "best", "stale")  # of a trainer, in its checkpoints
+ROUNDING = ("processes", "strategy", "accumulation", "compile", "device")  # of a setup: may change, with a note
 
 
 class WaitEnded(Exception):
     """There is no batch for a step, because the run is to stop."""
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How steps are taken."""
-
-    precision: str
-    accumulate: int  # batches a step and process
-    clip_grad: float  # largest norm of the gradients; 0: no clipping
-    label_smoothing: float
-    max_failures: float  # share of the training videos that may be unreadable
-    max_bad_steps: int  # steps that may be skipped because loss or gradients are not finite
-    peak_clips_per_second: float  # if a training step were nothing but one matrix product, over all processes
-    seed: int
-    val_every: int = 1  # epochs between validations
-    mix: Mix | None = None
-    multi_label: bool = False  # labels are those of each class by itself (clips, classes)
-
-
-def classification_loss(logits: Tensor, targets: Tensor, smoothing: float, multi_label: bool) -> Tensor:
-    """Return the mean cross-entropy of logits (B, classes) and targets (B,) or (B, classes).
-
-    Of a multi-label set, that of a sigmoid for each class; smoothing then draws each target towards a half.
-    """
-    if multi_label:
-        return F.binary_cross_entropy_with_logits(logits, targets.lerp(torch.full_like(targets, 0.5), smoothing))
-    return F.cross_entropy(logits, targets, label_smoothing=smoothing)
 
 
 @dataclass(eq=False)
@@ -78,7 +55,7 @@ class Trainer:
     world: World
     settings: TrainSettings
     total_steps: int
-    setup: dict[str, Any]  # what a continuation compares: what may change, and then changes rounding, and what may not
+    setup: dict[str, Any]  # what a continuation compares, see ``check_continued`` and ROUNDING
     ema_model: AveragedModel | None = None  # follows the weights of ``model``
     eval_model: nn.Module | None = None  # an unsharded copy, to test a sharded model with
     val_loader: Loader | None = None
@@ -86,6 +63,7 @@ class Trainer:
     step: int = 0  # steps taken
     bad_steps: int = 0  # those of them that were skipped
     best: float = -1.0  # validation top-1 or mAP in percent; any first one is better
+    stale: int = 0  # validations since then
     failures: list[Failure] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -96,6 +74,11 @@ class Trainer:
     @property
     def steps_per_epoch(self) -> int:
         return len(self.loader) // self.settings.accumulate
+
+    @property
+    def is_stale(self) -> bool:
+        """Say whether the accuracy of validation has not grown for as long as ``patience`` allows."""
+        return 0 < self.settings.patience <= self.stale
 
     @property
     def steps_left(self) -> int:
@@ -127,7 +110,7 @@ class Trainer:
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         for name in COUNTERS:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, 0))  # older checkpoints lack the newest
 
     def model_to_test(self) -> nn.Module:
         """Return the network to test: the moving average where there is one. A collective call of all processes."""
@@ -192,9 +175,7 @@ class Trainer:
         seen = []
         for i in range(self.settings.accumulate):
             with self.clock.part("data"):
-                batch = next(batches, None)
-                if batch is None:
-                    raise WaitEnded
+                batch = self._next_batch(batches)
                 self.failures += batch.failures
                 self.failed.update(failure.path for failure in batch.failures)
                 if batch.missing:
@@ -216,7 +197,8 @@ class Trainer:
                         labels = targets.argmax(dim=1)  # for the hits: the label with the larger share
                     with autocast(self.world.device, self.settings.precision):
                         logits = self.wrapped(clips)
-                    loss = classification_loss(logits.float(), targets, settings.label_smoothing, settings.multi_label)
+                    how = (settings.label_smoothing, settings.multi_label, settings.class_weights)
+                    loss = classification_loss(logits.float(), targets, *how)
                     # A learned reducer's: added for the gradients, not in the logged loss.
                     auxiliary = getattr(self.model, "auxiliary_loss", lambda: None)()
                     total = loss if auxiliary is None else loss + auxiliary
@@ -237,6 +219,23 @@ class Trainer:
             return sums
         self._skip(seen)
         return torch.zeros_like(sums)
+
+    def _next_batch(self, batches: Iterator[Batch]) -> Batch:
+        """Return the next batch, where all processes have theirs.
+
+        Where one has none, all know before they begin to wait for each other in a step, and can still save: raises
+        that one's LoaderFailure on all of them, or WaitEnded.
+        """
+        batch, failure = None, None
+        try:
+            batch = next(batches, None)
+        except LoaderFailure as error:
+            failure = error
+        if any_of(self.world, batch is None):
+            found = filter(None, gather_objects(self.world, failure))
+            raise next(found, WaitEnded())
+        assert batch is not None
+        return batch
 
     def _update_weights(self) -> bool:
         """Clip the gradients and step; where they are not finite, on every process, leave the weights as they are."""
@@ -302,6 +301,21 @@ class Trainer:
         }
 
 
+def check_schedule(scheduler: LambdaLR, state: dict[str, Any], folder: RunFolder) -> None:
+    """Raise UsageError where a checkpoint has other learning rates than its step now has.
+
+    The schedule depends on the length of the training list, which checkpoints of older versions do not record.
+    """
+    factors = [factor(state["step"]) for factor in scheduler.lr_lambdas]
+    bases = np.array(scheduler.base_lrs, dtype=float)
+    then, now = np.array(state["scheduler"]["_last_lr"]), bases * factors
+    if not np.allclose(then, now, rtol=1e-6, atol=1e-9 * bases.max()):
+        raise UsageError(
+            f"{folder.checkpoints}: step {state['step']} was at a learning rate of {then.max():.4g}, which is now "
+            f"{now.max():.4g}: the training list had another length. Put it back, or {folder.way_on()}"
+        )
+
+
 def build_trainer(run: OpenRun) -> Trainer:
     """Return a trainer at step 0 of the run's model: on the device, frozen, compiled, sharded or replicated."""
     cfg, world = run.cfg, run.world
@@ -325,20 +339,7 @@ def build_trainer(run: OpenRun) -> Trainer:
     steps_per_epoch = len(loader) // cfg.TRAIN.ACCUMULATE
     total = min(cfg.TRAIN.EPOCHS * steps_per_epoch, cfg.TRAIN.MAX_STEPS or sys.maxsize)
     optimizer = build_optimizer(cfg, model)
-    rate = sum_over_world(world, torch.tensor([matrix_rate(world.device, cfg.PRECISION)], device=world.device))
-    settings = TrainSettings(
-        precision=cfg.PRECISION,
-        accumulate=cfg.TRAIN.ACCUMULATE,
-        clip_grad=cfg.OPTIM.CLIP_GRAD,
-        label_smoothing=cfg.OPTIM.LABEL_SMOOTHING,
-        max_failures=cfg.DATA.MAX_FAILURES,
-        max_bad_steps=cfg.TRAIN.MAX_BAD_STEPS,
-        peak_clips_per_second=float(rate) / (3 * run.cost.gflops),  # the backward pass costs twice the forward pass
-        seed=cfg.SEED,
-        val_every=cfg.TRAIN.VAL_EVERY,
-        mix=build_mix(cfg, world, len(run.classes)),
-        multi_label=run.multi_label,
-    )
+    settings = build_train_settings(run)
     setup = {
         "processes": world.size,
         "strategy": cfg.PARALLEL.STRATEGY,
@@ -350,9 +351,13 @@ def build_trainer(run: OpenRun) -> Trainer:
         "sampling": cfg.DATA.SAMPLING,
         "multi_label": run.multi_label,
         "classes": run.classes,
-        "videos": len(run.videos["train"]),
+        "lists": run.lists,
+        "settings": flatten(run.folder.settings),
+        "header": header(model, run.classes, run.views, run.multi_label),  # as in files of weights
     }
     scheduler = build_scheduler(cfg, optimizer, steps_per_epoch, total)
+    if run.state is not None:
+        check_schedule(scheduler, run.state, run.folder)
     return Trainer(
         model, wrapped, optimizer, scheduler, loader, world, settings, total, setup, ema_model, eval_model, val_loader
     )

@@ -30,7 +30,8 @@ from stvit_video.evaluation.scores import fingerprint, read_features, weights_ha
 from stvit_video.models import load_pretrained
 from stvit_video.models.weights.files import Checkpoint
 from stvit_video.models.zoo import build_model
-from stvit_video.runs.checkpoint import check_all_loaded
+from stvit_video.runs.checkpoint import check_all_loaded, load_newest
+from stvit_video.runs.fingerprint import check_continued
 from stvit_video.runs.folder import build_run_folder
 from stvit_video.runs.lists import LABELS
 from stvit_video.runs.preflight import OpenRun, build_filled_batch, open_run
@@ -133,7 +134,7 @@ def transfer(run: OpenRun) -> None:
     if tuned is not None:  # else it is finished already
         train(tuned)
     results = on_main(world, lambda: json.loads((folder.path / FINETUNE / "results.json").read_text()))
-    figures = {name: results[name] for name in rows[0] if name not in ("method", "weights")}
+    figures = {name: results[name] for name in rows[0] if name not in ("method", "weights") and name in results}
     tuned_row = {"method": f"fine-tuned ({tuning.TRAIN.EPOCHS} epochs)", "weights": "fine-tuned", **figures}
     on_main(world, lambda: write([*rows, tuned_row], True))
 
@@ -223,8 +224,8 @@ def build_image_model(
 ) -> tuple[nn.Module | None, str]:
     """Return the image model of a checkpoint of one frame and exactly these classes; or None, and why not."""
     path, metadata = checkpoint.path, checkpoint.metadata
-    frames, own = metadata.get("arguments", {}).get("num_frames"), metadata.get("classes")
-    if not isinstance(own, list):
+    frames, own = metadata.get("arguments", {}).get("num_frames"), checkpoint.classes
+    if own is None:
         return None, f"{path} carries no class names"
     if frames != 1:
         return None, f"{path} is a model of {frames} frames, not of images"
@@ -252,8 +253,15 @@ def build_finetuning(run: OpenRun) -> CfgNode | None:
     output = str(run.folder.path / FINETUNE)
     changes = [("MODE", "train"), ("OUTPUT_DIR", output), ("MODEL.NEW_HEAD", True)]
     cfg = override(run.cfg, changes, "MODE transfer")
-    # That run comes last, perhaps hours later: what would stop it is refused now.
-    on_main(run.world, build_run_folder(cfg).check)
+    folder = build_run_folder(cfg)
+
+    def check() -> None:
+        folder.check()
+        state = None if cfg.OVERWRITE else load_newest(folder.checkpoints)
+        if state is not None:
+            check_continued(folder, state, run.lists, run.classes, run.multi_label)
+
+    on_main(run.world, check)  # that run comes last, perhaps hours later: what would stop it is refused now
     videos = run.videos["train"]
-    build_train_loader(build_filled_batch(cfg, run.world, len(videos)), run.world, videos)
+    build_train_loader(build_filled_batch(cfg, run.world, len(videos))[0], run.world, videos)
     return cfg

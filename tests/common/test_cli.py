@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from stvit_video.common.cli import EXIT_STOPPED, Parser, number, run_command
-from stvit_video.common.errors import FILESYSTEM_ERRORS, RunFailure, Stopped, UsageError
+from stvit_video.common.errors import FILESYSTEM_ERRORS, RunFailure, Stopped, UsageError, find_nearest
+from stvit_video.config.schema import BY_NAME
+from stvit_video.models import list_models
 
 
 def raising(error: BaseException) -> Callable[[Sequence[str] | None], int]:
@@ -122,4 +124,73 @@ def test_options_take_numbers_in_their_range(words: list[str], says: str) -> Non
     assert parser.parse_args(["--steps", "1000", "--share", "0.5"]) == Namespace(steps=1000, share=0.5)
     with pytest.raises(UsageError) as error:
         parser.parse_args(words)
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    {
+        "TRAIN.LR": ["OPTIM.LR"],
+        "MODEL.FRAMES": ["DATA.FRAMES"],
+        "LR": ["OPTIM.LR"],
+        "--lr": ["OPTIM.LR"],
+        "LEARNING_RATE": ["OPTIM.LR"],
+        "epochs": ["TRAIN.EPOCHS"],
+        "OPTIM.EPOCS": ["TRAIN.EPOCHS"],
+        "TRAIN.WORKERS": ["DATA.WORKERS"],
+        "NUM_WORKERS": ["DATA.WORKERS"],
+        "TRAIN.BATCH": ["TRAIN.BATCH_SIZE"],
+        "BATCH_SIZE": ["TEST.BATCH_SIZE", "TRAIN.BATCH_SIZE"],
+        "DATA_ROOT": ["DATA.ROOT"],
+        "NONSENSE": [],
+    }.items(),
+)
+def test_keys_are_suggested_by_their_last_part(name: str, meant: list[str]) -> None:
+    assert find_nearest(name, BY_NAME) == meant
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    {
+        "stvit_vit_tiny": ["stvit_vit_tiny_patch16"],
+        "STViT-ViT-Tiny": ["stvit_vit_tiny_patch16"],
+        "vit_small_patch16_224": ["vit_small_patch16"],
+        "deit_small_patch16_224": ["vit_small_patch16"],
+        "swin_t": ["swin_tiny"],
+        "swin_base_patch4_window7_224": ["swin_base"],
+        "stvit_swin_t": ["stvit_swin_tiny"],
+        "vit_b_16": ["vit_base_patch16"],
+        "stvit_tiny": ["stvit_swin_tiny", "stvit_vit_tiny_patch16"],
+        "resnet50": [],
+    }.items(),
+)
+def test_models_are_suggested_by_their_family(name: str, meant: list[str]) -> None:
+    assert find_nearest(name, list_models()) == meant
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "meant"),
+    [("gpu", "auto cpu cuda", []), ("Running", "walking running", ["running"]), ("1", "10 11 2", []), ("", "a", []),
+     ("check_videos", "check-videos", ["check-videos"]), ("cpu", "cpu", [])],
+)  # fmt: skip
+def test_what_is_no_likeness_is_not_suggested(name: str, known: str, meant: list[str]) -> None:
+    assert find_nearest(name, known.split()) == meant
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--kind", "train", "--lr", "3"], "unrecognized arguments: --lr. Did you mean OPTIM.LR? Use: python -m a.b"),
+        (["--kind", "train", "--stpes=3"], "Did you mean --steps?"),
+        (["--kind", "modle"], "Did you mean model?"),
+        (["--kidn", "model"], "required: --kind, and --kidn is no option. Did you mean --kind? Use: python -m a.b"),
+    ],
+)
+def test_options_and_choices_are_suggested(words: list[str], says: str) -> None:
+    parser = Parser("Do it: ``python -m a.b [KEY VALUE]``.", ["OPTIM.LR"])
+    parser.add_argument("--steps")
+    parser.add_argument("--kind", choices=("model", "train"), required=True)
+    parser.add_argument("overrides", nargs="*")
+    with pytest.raises(UsageError) as error:
+        parser.parse_intermixed_args(words)
     assert says in str(error.value)

@@ -76,3 +76,9 @@ class FailingSampler(ClipSampler):
         if video.length == self.hangs:
             time.sleep(1e6)
         return super().is_short(video)
+
+
+def hang(video: Reader) -> Indices:
+    """Never choose frames."""
+    time.sleep(600)
+    raise AssertionError

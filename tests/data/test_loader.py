@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from stvit_video.data.decode.frames import Decoding
 from stvit_video.data.failures import read_ledger
 from stvit_video.data.lists.annotations import Video
 from stvit_video.data.lists.videos import build_lists
-from stvit_video.data.loader import EpochSampler, ShardedBatches, build_test_loader, build_train_loader
+from stvit_video.data.loader import EpochSampler, ShardedBatches, build_test_loader, build_train_loader, group_by_class
 from stvit_video.data.workers import Loader
 from stvit_video.runtime.world import World
 from tests.conftest import copy_packets, data_config, numbered_frames, read_number
@@ -68,6 +69,46 @@ def test_a_step_has_the_same_videos_for_any_world_size_and_accumulation(world: i
     assert len(found) == 2
     assert all(len(step) == 16 for step in found)
     assert len(set().union(*found)) == 32
+
+
+@pytest.mark.parametrize(("world", "accumulate"), [(1, 2), (2, 1), (3, 1)])
+def test_a_balanced_epoch_draws_each_class_alike(world: int, accumulate: int) -> None:
+    """31 videos of class 0, 6 of 1 and 2 of 2: 13 draws of each, in the same steps for any number of processes."""
+    videos = [Video(str(i), label) for i, label in enumerate([0] * 31 + [1] * 6 + [2] * 2)]
+
+    def epoch(number: int, rank: int = 0, world: int = 1, accumulate: int = 1) -> list[list[SampleKey]]:
+        sampler = EpochSampler(39, 6, accumulate, rank, world, 5, group_by_class(videos))
+        sampler.load_state_dict({"epoch": number, "start": 0})
+        return list(sampler)
+
+    whole = epoch(2)
+    keys = [key for batch in whole for key in batch]
+    assert len(set(keys)) == len(keys) == 36
+    several = EpochSampler(39, 39, 1, 0, 1, 5, group_by_class(videos))
+    drawn = Counter(key.index for key in next(iter(several)))
+    assert Counter(videos[index].label for index in drawn.elements()) == {0: 13, 1: 13, 2: 13}
+    assert [drawn[index] for index in (37, 38)] in ([6, 7], [7, 6])
+    assert {drawn[index] for index in range(31, 37)} == {2, 3}
+    ranks = [epoch(2, rank, world, accumulate) for rank in range(world)]
+    micro = [set().union(*parts) for parts in zip(*ranks, strict=True)]
+    steps = [set().union(*micro[i : i + accumulate]) for i in range(0, len(micro), accumulate)]
+    assert steps == [set(batch) for batch in whole]
+    assert epoch(3) != whole
+    later = EpochSampler(39, 6, 1, 0, 1, 5, group_by_class(videos))
+    later.load_state_dict({"epoch": 2, "start": 4})
+    assert list(later) == whole[4:]
+
+
+def test_a_video_drawn_again_is_augmented_anew(small_set: Path) -> None:
+    loader = train_loader(data_config(small_set))
+    first, again = (views_of(loader, SampleKey(0, 3, draw)) for draw in (0, 1))
+    assert first.shape == again.shape
+    assert not torch.equal(first, again)
+
+
+def test_videos_of_several_labels_are_in_several_groups() -> None:
+    videos = [Video("a", 1, labels=(1, 2)), Video("b", -1, labels=()), Video("c", 2, labels=(2,))]
+    assert group_by_class(videos) == [[1], [0], [0, 2]]
 
 
 def test_epochs_differ_in_order_and_augmentation(small_set: Path) -> None:

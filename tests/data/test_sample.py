@@ -4,8 +4,10 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from stvit_video.common.errors import UsageError
 from stvit_video.data import sample, sprites
 from stvit_video.data.decode.frames import open_video
 from stvit_video.data.lists.class_names import read_classes
+from tests.common.test_locks import forked
 from tests.conftest import read_list
 
 SPEC = sample.Spec(clips=(16, 8, 8), stills=(8, 8))
@@ -247,3 +250,13 @@ def test_a_one_frame_model_stays_at_chance() -> None:
     with torch.no_grad():
         accuracy = (network(new_x).argmax(dim=1) == new_y).float().mean().item()
     assert accuracy < 0.2
+
+
+def test_a_set_that_another_process_generates_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "set"
+    with forked(root / ".lock") as child:
+        threading.Timer(0.5, os.kill, (child, signal.SIGKILL)).start()
+        sample.prepare(root, sample.Spec((8, 8, 8), (8, 8)), workers=1, progress=False)
+        holder = f"process {child} on {socket.gethostname()}"
+        assert capsys.readouterr().out == f"waiting for {holder}, which generates {root}\n"
+    assert sample.is_complete(root)

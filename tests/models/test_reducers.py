@@ -110,18 +110,17 @@ def test_every_parameter_learns_and_grad_checkpointing_changes_nothing(reducer: 
 
 
 @pytest.mark.parametrize("reducer", REDUCERS)
-def test_autocast_and_half_weights_stay_near(reducer: str) -> None:
+def test_autocast_stays_near(reducer: str) -> None:
     model = build(reducer)
     clips = draw(model)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = model(clips).float()
-    half = copy.deepcopy(model).to(torch.bfloat16)
     with torch.no_grad():
-        expected, halved = model(clips), half(clips.to(torch.bfloat16)).float()
-    for logits in (cast, halved):  # a token at the edge of a choice may fall to the other side
-        assert 0 < (logits - expected).abs().max() < 0.3 * expected.abs().max()
+        expected = model(clips)
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.no_grad():
+            logits = model(clips).float()
         model.train()(clips).float().sum().backward()
+    # A token at the edge of a choice may fall to the other side.
+    assert 0 < (logits - expected).abs().max() < 0.3 * expected.abs().max()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 

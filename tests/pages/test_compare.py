@@ -22,8 +22,8 @@ def test_steps_to_the_target_are_counted_and_drawn(tmp_path: Path, capsys: pytes
     picture = tmp_path / "both.png"
     assert compare.main([*runs, "--target", "50", "--window", "16", "--output", str(picture)]) == 0
     lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
-    assert lines[runs[0]] == ["504", "600"]  # the mean of steps 496 and 504 is what 500 would be
-    assert lines[runs[1]] == ["208", "200"]
+    assert lines["slow"] == ["504", "600"]  # the mean of steps 496 and 504 is what 500 would be
+    assert lines["fast"] == ["208", "200"]
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
@@ -38,7 +38,7 @@ def test_the_legend_names_each_run_once_and_covers_no_curve(
     (figure,) = drawn
     figure.draw_without_rendering()
     (axes,), (legend,) = figure.axes, figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == runs
+    assert [text.get_text() for text in legend.get_texts()] == [f"run {number}" for number in range(count)]
     box = legend.get_window_extent()
     assert box.y1 <= axes.get_tightbbox().y0
     assert box.y0 >= 0

@@ -56,6 +56,8 @@ def trained(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         sure = 0.5 + i / 40
         rows.append([str(small_set / "videos" / f"test_{i:05d}.mp4"), label, predicted, sure, 0.1 if wrong else sure])
     write_scores(folder, rows)
+    results = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps({**results, "top1": 75.0}))
     return folder
 
 

@@ -72,3 +72,25 @@ def test_a_finished_run_is_reported_tested_and_predicts(
     assert top == by_path["test_00000.mp4"]
     assert report.main([str(finished), "--output", str(older / "report.html")]) == 0
     assert "12.5" in (older / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("key", "lines", "says"),
+    [
+        ("TRAIN_LIST", slice(24), "was at a learning rate of"),  # all that it recorded of its length
+        ("CLASSES", slice(None, None, -1), "the classes are in another order"),
+    ],
+)
+def test_an_interrupted_run_does_not_continue_on_other_data(
+    older: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[[list[str]], str], key: str, lines: slice, says: str
+) -> None:
+    """Nor does it claim to be finished on them."""
+    monkeypatch.chdir(older)
+    for name in ("interrupted", "finished")[: 1 if key == "TRAIN_LIST" else 2]:
+        file = older / name / "config.yaml"
+        settings = yaml.safe_load(file.read_text())
+        place = Path(settings["DATA"]["ROOT"]) / settings["DATA"][key]
+        (older / place.name).write_text("\n".join(place.read_text().splitlines()[lines]))
+        settings["DATA"][key] = str(older / place.name)
+        file.write_text(yaml.safe_dump(settings))
+        assert says in refused(same_command(older / name))

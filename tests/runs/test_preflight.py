@@ -10,11 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from stvit_video import run
-from stvit_video.common.errors import UsageError
 from stvit_video.data.lists import videos
 from stvit_video.models import create_model
 from stvit_video.models.weights import files
-from stvit_video.runs import checkpoint, preflight
+from stvit_video.runs import checkpoint
 
 
 @pytest.fixture
@@ -76,38 +75,3 @@ def test_a_run_continues_from_a_checkpoint_that_is_read_once(
     run_killed(words, 5)
     assert run.main(words) == 0
     assert reads["file step_00000004.pt"] == 1
-
-
-@pytest.mark.parametrize(
-    ("known", "classes", "other"),
-    [
-        (["a", "b"], ["a", "b"], None),
-        (["0", "1"], ["a", "b"], None),  # one of the lists was without DATA.CLASSES
-        (["a", "b"], ["b", "a"], "the same names in another order"),
-        (["a", "b"], ["a", "c"], "c"),
-        (["a", "b", "c"], ["a", "b"], "3 classes, not 2"),
-        (["1", "0"], ["0", "1"], "the same names in another order"),
-    ],
-)
-def test_classes_of_a_checkpoint_are_compared_by_name(known: list[str], classes: list[str], other: str | None) -> None:
-    if other is None:
-        preflight.check_classes("FILE", known, classes)
-        return
-    with pytest.raises(UsageError, match=f"FILE: its classifier is for other classes .*{other}"):
-        preflight.check_classes("FILE", known, classes)
-
-
-def test_a_run_does_not_continue_on_other_data(
-    small_set: Path,
-    small_run: Callable[..., list[str]],
-    run_killed: Callable[[list[str], int], None],
-    tmp_path: Path,
-    refused: Callable[[list[str]], str],
-) -> None:
-    lines = (small_set / "motion" / "train.csv").read_text()
-    lists = ["DATA.TRAIN_LIST", str(tmp_path / "train.csv"), "DATA.VAL_LIST", ""]
-    (tmp_path / "train.csv").write_text(lines)
-    words = small_run("TRAIN.EPOCHS", "2", *lists)
-    run_killed(words, 5)
-    (tmp_path / "train.csv").write_text(lines + lines.splitlines()[0])
-    assert "the run began with videos 32, and now they are 33; restore the data" in refused(words)

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 
 from stvit_video.common.errors import UsageError
-from stvit_video.runtime.launchers import SLURM_VARIABLES, TORCHRUN_VARIABLES, Place, find_place
+from stvit_video.runtime.launchers import OTHER_LAUNCHERS, SLURM_VARIABLES, TORCHRUN_VARIABLES, Place, find_place
 from stvit_video.runtime.world import PORTS_TRIED, _find_problem, join_world, on_main, report_failure
 
 TORCHRUN = dict(zip(TORCHRUN_VARIABLES, ("3", "4", "1", "2", "10.0.0.1", "29500"), strict=True))
@@ -26,7 +26,7 @@ STEP = {
 @pytest.fixture(autouse=True)
 def _no_rank_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
-        if name in TORCHRUN_VARIABLES or name.startswith(("SLURM", "SUBMITIT")):
+        if name in (*TORCHRUN_VARIABLES, *OTHER_LAUNCHERS) or name.startswith(("SLURM", "SUBMITIT")):
             monkeypatch.delenv(name)
 
 
@@ -110,6 +110,26 @@ def test_shell_of_a_job_is_a_single_process_or_an_error() -> None:
     assert place_in(interactive) is None
 
 
+@pytest.mark.parametrize(("rank", "size"), OTHER_LAUNCHERS.items())
+def test_launchers_that_are_not_supported_are_named(rank: str, size: str) -> None:
+    """Alone, as the only process, beside srun, which numbers its tasks so too, and around torchrun."""
+    second = {rank: "1"} | ({size: "2"} if size else {})
+    with pytest.raises(UsageError, match=rf"{rank} is 1.*start them with torchrun .* or srun"):
+        place_in(second)
+    assert place_in({rank: "0"} | ({size: "1"} if size else {})) is None
+    if size:
+        with pytest.raises(UsageError, match=rf"{rank} is 0 and {size} 2"):
+            place_in(second | {rank: "0"})
+    task = place_in(STEP | {rank: "4"} | ({size: "5"} if size else {}))
+    assert task is not None
+    assert (task.launcher, task.rank) == ("SLURM", 4)
+    with pytest.raises(UsageError, match=rank):  # mpirun in a job starts one process a node with srun
+        place_in(STEP | {rank: "9"} | ({size: "10"} if size else {}))
+    around = place_in(TORCHRUN | second)
+    assert around is not None
+    assert around.launcher == "torchrun"
+
+
 def test_rank_has_to_be_a_number() -> None:
     with pytest.raises(UsageError, match="RANK is 'first'"):
         place_in(TORCHRUN | {"RANK": "first"})
@@ -150,13 +170,18 @@ def test_incompatible_processes_are_named(change: dict[str, str], verdict: str) 
 
 PROGRAM = """
 import os, sys, time
-from stvit_video.runtime.world import any_of, gather_objects, join_world
+from stvit_video.common.errors import RunFailure
+from stvit_video.runtime.world import any_of, gather_objects, join_world, on_main
+def fail():
+    raise RunFailure("no decoder starts")
 with join_world("cpu", timeout_s=int(sys.argv[1])) as world:
     print(gather_objects(world, os.environ["SLURMD_NODENAME"]), flush=True)
     if sys.argv[2] == os.environ["SLURMD_NODENAME"]:
         raise ArithmeticError("nothing adds up")
     if sys.argv[2] == os.environ["SLURMD_NODENAME"] + " hangs":
         time.sleep(int(sys.argv[1]) + 8)
+    if sys.argv[2] == "main":
+        on_main(world, fail)
     any_of(world, False)
 """
 
@@ -189,6 +214,13 @@ def test_failure_is_reported_with_its_rank_on_all_ranks() -> None:
     assert right != 0
     assert "rank 1 of 2 on right failed: ArithmeticError: nothing adds up" in right_said
     assert "rank 0 of 2 on left ends: rank 1 of 2 on right failed: ArithmeticError" in left_said
+
+
+@pytest.mark.long
+def test_a_failure_of_rank_0_is_that_of_all() -> None:
+    for rank, (code, said) in enumerate(run_tasks("90", "main", job="906")):
+        assert code == 1
+        assert f"rank {rank} of 2 on {('left', 'right')[rank]} failed: RunFailure: no decoder starts" in said
 
 
 def test_only_the_room_that_nccl_lacks_is_called_so() -> None:

@@ -115,7 +115,7 @@ def test_wrong_profile_is_one_line(tmp_path: Path, content: str, message: str) -
         (["--gpus-per-node", "0", "--cluster", "local", "--nodes", "2"], "--cluster local runs one configuration"),
         (["--gpus-per-node", "0", "--wiat"], "unrecognized arguments: --wiat"),
         (["--cfg", "configs/sample_stvit.yaml", "--gpus-per-node"], "or status, logs, cancel, resume RUN"),
-        (["--cfg", "configs/nothing.yaml", "--gpus-per-node", "0"], "is not a file"),
+        (["--cfg", "configs/nothing.yaml", "--gpus-per-node", "0"], "is not there"),
     ],
 )
 def test_wrong_use_is_one_line(

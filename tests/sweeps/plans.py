@@ -11,7 +11,7 @@ from fvcore.common.config import CfgNode
 
 from stvit_video.models.cost import measure_cost
 from stvit_video.models.zoo import build_model
-from stvit_video.runs.folder import build_run_folder
+from stvit_video.runs.folder import RunFolder, build_run_folder
 from stvit_video.slurm.jobs import SETTLE_S, ClusterJob
 from stvit_video.sweeps import sweep
 from tests.conftest import REPOSITORY
@@ -48,8 +48,8 @@ def stub_jobs(failing: Sequence[str] = ()) -> Iterator[list[CfgNode]]:
     """
     submitted: list[CfgNode] = []
 
-    def submit(folders: list[Path], request: object, cluster: str, logs: Path) -> list[ClusterJob]:
-        job = ClusterJob(folders[0], cluster, f"stub{len(submitted)}", logs, "key")
+    def submit(folders: list[RunFolder], request: object, cluster: str, logs: Path) -> list[ClusterJob]:
+        job = ClusterJob(folders[0].path, cluster, f"stub{len(submitted)}", logs, "key")
         cfg = CfgNode(yaml.safe_load((job.path / "config.yaml").read_text()))
         submitted.append(cfg)
         if job.run.parent.name in failing:

@@ -20,7 +20,7 @@ WHOLE = ["MODEL.INIT_DEPTH", "null"]  # the sample's configuration takes the fir
     ("changes", "said"),
     [
         ({"rows": {**ROWS, "paper": {"MODEL.PRESTE": "paper"}}}, "Key MODEL.PRESTE in row paper of .* Did you mean"),
-        ({"rows": {**ROWS, "paper": {"DATA.FRAMES": "many"}}}, "DATA.FRAMES in row paper of .* takes a int"),
+        ({"rows": {**ROWS, "paper": {"DATA.FRAMES": "many"}}}, "DATA.FRAMES in row paper of .* takes an int"),
         ({"rows": {**ROWS, "paper": {"MODEL.PRESET": "papr"}}}, "row paper of .*allowed: paper.* Did you mean paper"),
         ({"rows": {**ROWS, "paper": {"SEED": 3}}}, "SEED in row paper of .* leave it out"),
         ({"rows": {**ROWS, "paper": {"MODE": "test"}}}, "MODE in row paper"),
@@ -51,7 +51,7 @@ WHOLE = ["MODEL.INIT_DEPTH", "null"]  # the sample's configuration takes the fir
         ({"seeds": [0, 0]}, "seeds is .*different"),
         ({"seeds": []}, "seeds is"),
         ({"seeds": [0, -1]}, "seeds is"),
-        ({"cfg": "none.yaml"}, "none.yaml is not a file"),
+        ({"cfg": "none.yaml"}, "none.yaml is not there"),
         ({"seed": [0]}, "seed is no part of a plan.* Did you mean seeds"),
     ],
 )
@@ -67,7 +67,7 @@ def test_a_row_given_twice_is_refused(small_set: Path, tmp_path: Path) -> None:
     plan.write_text(plan.read_text().replace("MODEL.PRESET: fast", "LOG.WANDB: 2024-13-45"))
     assert "is not YAML that can be used" in refusal(open_plan, plan)
     plan.unlink()
-    assert "cannot be read" in refusal(open_plan, plan)
+    assert "is not there; give a .yaml file" in refusal(open_plan, plan)
 
 
 def test_models_that_cannot_be_built_are_refused_by_name(small_set: Path, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Sweeps: jobs that are stopped, killed and continued; what is written; what is refused."""
 
 import csv
-import fcntl
 import json
 import os
 import re
@@ -22,6 +21,7 @@ from stvit_video import run, tradeoff
 from stvit_video.common.cli import EXIT_STOPPED
 from stvit_video.slurm.jobs import ENDED, ClusterJob, read_job
 from stvit_video.sweeps import sweep
+from tests.common.test_locks import held_elsewhere
 from tests.sweeps.plans import ROWS, stub_jobs, write_plan
 
 SMALL = {"MODEL.NAME": "vit_sample_patch8", "MODEL.INIT_DEPTH": None}
@@ -126,6 +126,17 @@ def test_table_has_the_figures_of_the_runs(made: tuple[Path, Path]) -> None:
         assert row["parameters"] == first["parameters"]
         assert row["mean"] == pytest.approx((first["top1"] + second["top1"]) / 2)
         assert row["spread"] == pytest.approx(abs(first["top1"] - second["top1"]))
+
+
+def test_accuracies_on_different_test_lists_are_not_compared(made: tuple[Path, Path], tmp_path: Path) -> None:
+    plan, output = made
+    shutil.copytree(output, tmp_path / "out", symlinks=True)
+    for seed in (0, 1):
+        file = tmp_path / "out" / "full" / f"seed{seed}" / "results.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "test_list_sha256": f"{seed}"}))
+    assert make(plan, tmp_path / "out", "--no-train") == 0
+    says = "the test list has changed between the runs full, seed 0 and full, seed 1"
+    assert says in (tmp_path / "out" / "tradeoff.md").read_text()
 
 
 def test_files_of_the_table_agree(made: tuple[Path, Path]) -> None:
@@ -233,8 +244,7 @@ def test_two_commands_do_not_share_a_folder(
 ) -> None:
     monkeypatch.setattr(sweep, "LOCK_S", 0.0)
     plan = write_plan(tmp_path, small_set)
-    with open(tmp_path / ".tradeoff.lock", "a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with held_elsewhere(tmp_path / ".tradeoff.lock"):
         assert make(plan, tmp_path, "--no-train") == 2
         assert "is in use by another tradeoff command" in capsys.readouterr().err
     assert make(plan, tmp_path, "--no-train") == 0

@@ -84,7 +84,9 @@ def test_missing_figures_are_none(tmp_path: Path) -> None:
 
 def test_names_and_kinds_are_aligned_left_and_figures_right(tmp_path: Path) -> None:
     rows = [row("full", 90.0), row("fast", 89.0), row("fast-mean", 88.0)]
-    dashes = write_table(Plan(rows, rows[0]), tmp_path, 0.5).splitlines()[1].strip("|").split("|")
+    printed = write_table(Plan(rows, rows[0]), tmp_path, 0.5).partition("\n\n- ")[0]
+    assert max(map(len, printed.splitlines())) <= 100
+    dashes = (tmp_path / "tradeoff.md").read_text().splitlines()[1].strip("|").split("|")
     assert [cell.strip().endswith(":") for cell in dashes] == [False, False, *[True] * 9]
 
 

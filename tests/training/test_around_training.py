@@ -5,6 +5,7 @@ import importlib.machinery
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import types
@@ -14,11 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from stvit_video import run
 from stvit_video.common.cli import EXIT_STOPPED
 from stvit_video.evaluation import evaluate
 from stvit_video.evaluation.scores import PartialScores
+from stvit_video.runs.folder import RunFolder
 from stvit_video.runs.log import read_metrics
 from tests.conftest import Killed
 
@@ -185,14 +188,52 @@ def test_a_dry_run_prints_the_run_and_writes_nothing(
 ) -> None:
     assert run.main([*small_run("TRAIN.ACCUMULATE", "2", "TEST.CLIPS", "2"), "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "ACCUMULATE: 2" in said
+    assert len(said.splitlines()) <= 20
     assert "2 x clips (4, 3, 8, 64, 64) -> logits (4, 8), loss 2." in said
+    assert "(chance 2.079)" in said  # ln 8
+    assert "256 tokens a clip, then 64; training keeps" in said
+    assert "weights: random, as MODEL.INIT is empty" in said
+    assert f"a run begins in {tmp_path / 'run'}, which is new" in said
     assert "GFLOPs a clip" in said
     assert "peak memory" in said
     assert not (tmp_path / "run").exists()
     assert "TRAIN.BATCH_SIZE 9 does not divide" in refused(
         [*small_run("TRAIN.BATCH_SIZE", "9", "TRAIN.ACCUMULATE", "2"), "--dry-run"]
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [(["OPTIM.LR", "0.5"], "a run is refused: OUTPUT_DIR"), (["MODE", "test"], "a run is refused: OUTPUT_DIR")],
+)
+def test_a_dry_run_works_beside_a_finished_run(
+    trained: Path, small_run: Arguments, capsys: pytest.CaptureFixture[str], words: list[str], says: str
+) -> None:
+    """It says what a run would do there, and changes no file."""
+    folder = trained.parent
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
+    same = ["TRAIN.MAX_STEPS", "1", "DATA.VAL_LIST", "", "OUTPUT_DIR", str(folder)]
+    assert run.main([*small_run(*same, *words), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert says in said
+    assert ("100.0 % of the weights covered" if "MODE" in words else "weights: random") in said
+    assert len(said.splitlines()) <= 20
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
+
+
+def test_a_folder_says_what_a_run_does_there(trained: Path, tmp_path: Path) -> None:
+    settings = yaml.safe_load((trained.parent / "config.yaml").read_text())
+
+    def says(folder: Path, **changes: object) -> str:
+        return RunFolder(folder, {**settings, **changes}).describe_start()
+
+    assert says(trained.parent) == f"{trained.parent} is finished: a run prints its results and ends"
+    assert says(trained.parent, OVERWRITE=True) == f"a run replaces what {trained.parent} holds (OVERWRITE True)"
+    assert says(tmp_path / "new") == f"a run begins in {tmp_path / 'new'}, which is new"
+    shutil.copytree(trained.parent, tmp_path / "stopped", ignore=shutil.ignore_patterns("results.json"))
+    assert says(tmp_path / "stopped") == f"a run continues in {tmp_path / 'stopped'} from step_00000001.pt"
+    (tmp_path / "photo.jpg").touch()
+    assert says(tmp_path).startswith(f"a run is refused: OUTPUT_DIR {tmp_path} holds files that are not a run's")
 
 
 @pytest.mark.parametrize("mode", ["test", "transfer"])

@@ -4,13 +4,22 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_f1_score,
+    multiclass_precision,
+    multiclass_recall,
+)
 
 from stvit_video.common.errors import UsageError
 from stvit_video.config import load_config
 from stvit_video.data.failures import Failure
+from stvit_video.data.lists.annotations import Video
 from stvit_video.evaluation.evaluate import _join
 from stvit_video.evaluation.scores import Predictions
 from stvit_video.models import create_model
+from stvit_video.training.losses import balanced_weights, classification_loss
 from stvit_video.training.optim import average_weights, build_optimizer, build_scheduler, freeze
 from tests.conftest import REPOSITORY
 
@@ -138,6 +147,60 @@ def test_top_k_and_confusion() -> None:
     assert predictions.coverage == 0.8
     assert predictions.confusion().tolist() == [[1, 0, 0], [1, 0, 0], [0, 1, 1]]
     assert predictions.loss == pytest.approx(-sum(map(math.log, (0.6, 0.3, 0.7, 0.4))) / 4)
+
+
+@pytest.mark.parametrize(("videos", "classes", "left"), [(300, 7, -1), (40, 20, 3), (200, 9, 0), (6, 2, -1)])
+def test_macro_figures_equal_torchmetrics(videos: int, classes: int, left: int) -> None:
+    """Of the classes that have a video: one without, although predicted, is left out and counted."""
+    scores, labels = torch.rand(videos, classes).softmax(dim=1), torch.randint(classes, (videos,))
+    labels = labels.where(labels != left, 1)
+    predictions = Predictions(scores, labels, torch.arange(videos), videos)
+    there = labels.bincount(minlength=classes) > 0
+    recall, f1, precision = (
+        peer(scores, labels, classes, average=None)
+        for peer in (multiclass_recall, multiclass_f1_score, multiclass_precision)
+    )
+    figures = predictions.figures()
+    assert figures["macro_top1"] / 100 == pytest.approx(float(recall[there].mean()), abs=1e-6)
+    assert figures["macro_f1"] / 100 == pytest.approx(float(f1[there].mean()), abs=1e-6)
+    assert figures["classes_without_videos"] == int((~there).sum())
+    if there.all():
+        assert figures["macro_top1"] / 100 == pytest.approx(
+            float(multiclass_accuracy(scores, labels, classes, average="macro")), abs=1e-6
+        )
+    rows = predictions.per_class([str(i) for i in range(classes)])
+    predicted = scores.argmax(dim=1).bincount(minlength=classes)
+    for i, row in enumerate(rows):
+        for name, value, known in (("recall", recall, there), ("f1", f1, there), ("precision", precision, predicted)):
+            assert row[name] == (pytest.approx(100 * float(value[i]), abs=1e-4) if known[i] else None)
+        assert row["top1"] == row["recall"]
+
+
+def listed(*labels: int) -> list[Video]:
+    return [Video(str(i), label) for i, label in enumerate(labels)]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_class_weights_are_those_of_torch(smoothing: float) -> None:
+    weights = balanced_weights(listed(0, 0, 0, 0, 1, 1, 3, 3), 4, multi_label=False)
+    assert weights.tolist() == pytest.approx([8 / 12, 8 / 6, 1, 8 / 6])
+    logits, labels = torch.randn(6, 4), torch.tensor([0, 1, 3, 3, 0, 1])
+    each = F.cross_entropy(logits, labels, weight=weights, label_smoothing=smoothing, reduction="none")
+    torch.testing.assert_close(classification_loss(logits, labels, smoothing, False, weights), each.mean())
+    parts = [classification_loss(logits[i : i + 2], labels[i : i + 2], smoothing, False, weights) for i in (0, 2, 4)]
+    torch.testing.assert_close(torch.stack(parts).mean(), each.mean())  # also of batches that a step adds up
+    shares = torch.rand(6, 4).softmax(dim=1)  # of mixed clips
+    expected = F.cross_entropy(logits, shares, weight=weights, label_smoothing=smoothing)
+    torch.testing.assert_close(classification_loss(logits, shares, smoothing, False, weights), expected)
+
+
+def test_class_weights_of_several_labels_weigh_positives() -> None:
+    videos = [Video("", (*labels, -1)[0], labels=labels) for labels in ((0, 1), (0,), (0, 3), ())]
+    weights = balanced_weights(videos, 5, multi_label=True)
+    assert weights.tolist() == pytest.approx([1 / 3, 3, 1, 3, 1])
+    logits, targets = torch.randn(4, 5), (torch.rand(4, 5) < 0.5).float()
+    expected = F.binary_cross_entropy_with_logits(logits, 0.8 * targets + 0.1, pos_weight=weights)
+    torch.testing.assert_close(classification_loss(logits, targets, 0.2, True, weights), expected)
 
 
 def test_shards_are_joined_in_list_order_and_checked() -> None:

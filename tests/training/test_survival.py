@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -193,6 +194,44 @@ def test_a_run_that_fails_ends_although_it_has_workers(small_set: Path, tmp_path
     assert ended.returncode == 1
     # A worker that is killed while it waits for the main process may have begun a traceback of its own.
     assert "\nArithmeticError: a mistake of ours\n" in ended.stderr
+
+
+LOSE_A_WORKER = """
+import os, signal, sys
+from stvit_video import run
+from stvit_video.training.trainer import Trainer
+take_step = Trainer.take_step
+def disturb(self, batches):
+    if self.step == 1 and self.world.rank == 1:
+        os.kill(self.loader._started[0].process.pid, signal.SIGKILL)
+    return take_step(self, batches)
+if os.environ.get("DISTURB"):
+    Trainer.take_step = disturb
+sys.exit(run.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_several_processes_save_where_one_loses_a_worker(small_set: Path, tmp_path: Path, strategy: str) -> None:
+    """The others would wait for that one in the middle of a step."""
+    (tmp_path / "start.py").write_text(LOSE_A_WORKER)
+    words = ("TRAIN.EPOCHS", "1", "CHECKPOINT.EVERY_STEPS", "100", "PARALLEL.STRATEGY", strategy)
+    weights = []
+    for name, disturbed in (("run", "1"), ("run", ""), ("whole", "")):
+        command = launch(small_set, tmp_path / name, 2, *words)
+        place = command.index("-m", 2)
+        command[place : place + 2] = [str(tmp_path / "start.py")]
+        env = {**os.environ, "DISTURB": disturbed, "PYTHONPATH": str(REPOSITORY)}
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+        if disturbed:
+            assert ended.returncode != 0
+            assert re.search(r"error: loader worker 1 of 1 \(process \d+\) was killed.*continues\n", ended.stderr)
+            assert 1 <= newest_step(tmp_path / "run") <= 3
+        else:
+            assert ended.returncode == 0, ended.stderr
+            weights.append(load_file(tmp_path / name / "model.safetensors"))
+    assert equal(tmp_path / "run", weights[1])
 
 
 def send(launched: bool, *signals: signal.Signals, pause: float = 0.0) -> tuple[int, str]:

@@ -21,7 +21,8 @@ from stvit_video.models.zoo import build_model
 from stvit_video.runs.log import MetricsLog, read_metrics
 from stvit_video.runs.preflight import open_run
 from stvit_video.runtime.world import World
-from stvit_video.training.trainer import Trainer, TrainSettings, build_trainer
+from stvit_video.training.settings import TrainSettings
+from stvit_video.training.trainer import Trainer, build_trainer
 
 WORLD = World(0, 1, torch.device("cpu"))
 
@@ -96,6 +97,28 @@ def test_interrupted_after_an_epoch_equals_uninterrupted(
     for folder in ("run", "killed"):
         steps = [row["step"] for row in read_metrics(tmp_path / folder / "metrics.jsonl")]
         assert steps == [4, 8]
+
+
+def test_training_ends_early_also_after_an_interruption(
+    small_run: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    refused: Callable[[list[str]], str],
+) -> None:
+    """Weights that do not change are never better than in the first epoch."""
+    one_step = ["TRAIN.BATCH_SIZE", "32", "OPTIM.LR", "0.0", "TRAIN.BALANCED", "True"]
+    words = ["TRAIN.EPOCHS", "9", "TRAIN.PATIENCE", "2", *one_step]
+    assert "give a validation list, or TRAIN.PATIENCE 0" in refused(small_run(*words, "DATA.VAL_LIST", ""))
+    for start in ("new", "continued"):  # from the last checkpoint, as where it was killed in its test
+        assert run.main(small_run(*words)) == 0
+        out, err = capsys.readouterr()
+        assert ("continuing at step 3" in out) == (start == "continued")
+        assert "(TRAIN.PATIENCE): 2 validations have not been better than" in out + err
+        assert "TEST.WEIGHTS best" in out + err
+        rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+        assert [row["step"] for row in rows if row["split"] == "val"] == [1, 2, 3]
+        (tmp_path / "run" / "results.json").unlink()
+        (tmp_path / "run" / "model.safetensors").unlink()
 
 
 def test_augmentation_is_as_configured_and_off_by_default(small_run: Callable[..., list[str]]) -> None:

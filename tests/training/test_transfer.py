@@ -40,6 +40,7 @@ from stvit_video.training.transfer import (
 from tests.conftest import REPOSITORY, Killed
 
 Arguments = Callable[..., list[str]]
+MACRO = ("macro_top1", "macro_f1", "classes_without_videos")
 
 
 def described(features: torch.Tensor, labels: torch.Tensor) -> Predictions:
@@ -308,11 +309,16 @@ def test_the_fingerprint_changes_with_every_input_of_features(small_run: Argumen
 
 
 def test_fine_tuning_runs_last_and_resumes(
-    small_run: Arguments, refused: Callable, run_killed: Callable[[list[str], int], None], tmp_path: Path
+    small_set: Path,
+    small_run: Arguments,
+    refused: Callable,
+    run_killed: Callable[[list[str], int], None],
+    tmp_path: Path,
 ) -> None:
     torch.save(image_model(5).state_dict(), tmp_path / "image.pth")
     words = ["MODE", "transfer", "MODEL.INIT", str(tmp_path / "image.pth"), "TRANSFER.RANDOM_BASELINE", "False"]
-    words += ["TRANSFER.FINETUNE", "True", "TRAIN.EPOCHS", "2", "DATA.VAL_LIST", ""]
+    train_list = Path(shutil.copy(small_set / "motion" / "train.csv", tmp_path))
+    words += ["TRANSFER.FINETUNE", "True", "TRAIN.EPOCHS", "2", "DATA.VAL_LIST", "", "DATA.TRAIN_LIST", str(train_list)]
     uneven = ["TRAIN.BATCH_SIZE", "9", "TRAIN.ACCUMULATE", "2"]
     assert "TRAIN.BATCH_SIZE 9 does not divide" in refused(small_run(*words, *uneven))
     assert not (tmp_path / "run").exists()
@@ -321,6 +327,11 @@ def test_fine_tuning_runs_last_and_resumes(
     assert (before["complete"], len(before["rows"])) == (False, 2)
     checkpoints = list((tmp_path / "run" / "finetune" / "checkpoints").iterdir())
     assert [path.name for path in checkpoints] == ["step_00000004.pt"]
+    whole = train_list.read_text()
+    train_list.write_text(whole.partition("\n")[2])
+    assert "the training list has 31 videos, not 32" in refused(small_run(*words))  # before anything is computed
+    assert json.loads((tmp_path / "run" / "transfer.json").read_text()) == before
+    train_list.write_text(whole)
     content = run_transfer(small_run(*words, "TRANSFER.NEIGHBOURS", "7"), tmp_path / "run")
     steps = [row["step"] for row in read_metrics(tmp_path / "run" / "finetune" / "metrics.jsonl")]
     assert steps == [4, 8]  # the first epoch was not trained again
@@ -329,7 +340,7 @@ def test_fine_tuning_runs_last_and_resumes(
     assert content["rows"][2] == {
         "method": "fine-tuned (2 epochs)",
         "weights": "fine-tuned",
-        **{name: results[name] for name in ("top1", "top5", "coverage")},
+        **{name: results[name] for name in ("top1", "top5", *MACRO, "coverage")},
     }
     assert "(k 7," in content["rows"][0]["method"]
     assert "holds results (transfer.json" in refused(small_run(*words))

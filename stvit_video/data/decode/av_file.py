@@ -11,10 +11,11 @@ from av.container import InputContainer
 from av.sidedata.sidedata import Type
 from av.stream import Disposition
 from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from stvit_video.data.decode.packets import find_end
-from stvit_video.data.decode.types import DecodeError, Frames, decode_errors
+from stvit_video.data.decode.types import DecodeError, Frames, decode_errors, reduced_size
 
 AV_ERRORS = (av.FFmpegError, OSError, ValueError)
 NOT_OPENED, NOT_DECODED = "cannot be opened as video", "frames cannot be decoded"
@@ -30,15 +31,12 @@ def open_av(path: str, number: int | None = None) -> tuple[InputContainer, Video
     """Open a file and its video stream of that number, or the one that ``_choose_stream`` takes."""
     with decode_errors(path, NOT_OPENED, "pyav", AV_ERRORS):
         container = av.open(os.path.abspath(path), metadata_errors="ignore")  # "a:b.mp4" alone would be a protocol
-    streams = [stream for stream in container.streams.video if stream.codec_context is not None]
-    if number is None:
-        streams = [stream for stream in streams if not stream.disposition & NOT_VIDEO]
-        if len(streams) > 1:
-            number = _choose_stream(path, container, streams)
-            container.close()
-            return open_av(path, number)
-    else:
-        streams = [stream for stream in streams if stream.index == number]
+    streams = video_streams(container)
+    if number is None and len(streams) > 1:
+        number = _choose_stream(path, container, streams)
+        container.close()
+        return open_av(path, number)
+    streams = [stream for stream in streams if number in (None, stream.index)]
     if not streams:
         container.close()
         raise DecodeError(path, "has no video stream that can be decoded", "pyav")
@@ -61,11 +59,26 @@ def _choose_stream(path: str, container: InputContainer, streams: list[VideoStre
     most = max(packets.values())
     real = [stream for stream in streams if packets[stream.index] * 10 >= most]
 
-    def rank(stream: VideoStream) -> tuple[bool, int, int]:
-        size = stream.codec_context.width * stream.codec_context.height
-        return bool(stream.disposition & Disposition.default), round(ends[stream.index]), size
+    return max(real, key=lambda stream: _rank(stream, ends[stream.index])).index
 
-    return max(real, key=rank).index
+
+def _rank(stream: VideoStream, end: float = 0.0) -> tuple[bool, int, int]:
+    size = stream.codec_context.width * stream.codec_context.height
+    return bool(stream.disposition & Disposition.default), round(end), size
+
+
+def video_streams(container: InputContainer) -> list[VideoStream]:
+    """Return the streams of a file that can be decoded, without covers and thumbnails that are marked as such."""
+    streams = [stream for stream in container.streams.video if stream.codec_context is not None]
+    return [stream for stream in streams if not stream.disposition & NOT_VIDEO]
+
+
+def live_stream(container: InputContainer, name: str) -> VideoStream:
+    """Return the stream to watch of a camera or pipe, chosen as of a file, except that no one knows the longest."""
+    streams = video_streams(container)
+    if not streams:
+        raise DecodeError(name, "has no video stream that can be decoded", "pyav")
+    return max(streams, key=_rank)
 
 
 def frame_rate(stream: VideoStream) -> float:
@@ -127,6 +140,24 @@ def upright(pixels: Frames, matrix: Matrix) -> Frames:
 def shown_size(frame: VideoFrame, matrix: Matrix) -> tuple[int, int]:
     """Return the (width, height) at which a frame is shown."""
     return (frame.height, frame.width) if matrix[1] else (frame.width, frame.height)
+
+
+class Scaler:
+    """Makes frames upright RGB arrays (H, W, 3) of one size, scaled as FFmpeg does."""
+
+    def __init__(self, path: str, short_side: int | None = None) -> None:
+        self._path, self._short_side, self._reformatter = path, short_side, VideoReformatter()
+
+    def __call__(self, frame: VideoFrame, first: tuple[int, int] | None) -> Frames:
+        """Return a frame at the (width, height) of the ``first``, or at its own; much larger ones are reduced."""
+        matrix = display_matrix(frame, self._path)
+        own = shown_size(frame, matrix)
+        first = first or own
+        size = reduced_size(first, self._short_side) or first
+        width, height = size[::-1] if matrix[1] else size
+        kernel = "BILINEAR" if own == first else "BICUBIC"
+        scaled = self._reformatter.reformat(frame, width, height, "rgb24", interpolation=kernel, threads=1)
+        return upright(np.asarray(scaled.to_ndarray(), np.uint8), matrix)
 
 
 def first_size(path: str, number: int) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Images, and folders of images as videos of their frames."""
 
+import contextlib
 import fnmatch
 import os
 import re
@@ -157,17 +158,30 @@ class ImageReader(Reader):
         return np.stack(images)
 
 
+def image_suffix(path: str) -> str:
+    """Return the ending that a file should have by its content, where it is an image; else ""."""
+    with contextlib.suppress(*IMAGE_ERRORS), Image.open(path) as file:
+        suffix = f".{(file.format or '').lower()}"
+        return suffix if suffix in IMAGE_SUFFIXES else ""
+    return ""
+
+
 def read_image(path: str, short_side: int | None) -> Frames:
     """Return an image (H, W, 3), upright and in RGB without its transparency; of an animation, the first frame.
 
     Reduced with antialiasing where that saves time, see ``reduced_size``. Raises DecodeError.
     """
     with decode_errors(path, "cannot be read as an image", "pillow", IMAGE_ERRORS), Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
-        if image.mode == "F":  # Pillow takes them for 0 to 255, and files mostly hold 0 to 1
-            raise ValueError("its pixels are floating-point numbers of an unknown range; save it with 8 bits")
-        if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow's own conversion clips at 255
-            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
-        image = image.convert("RGB")
+        return convert_image(file, short_side)
+
+
+def convert_image(image: Image.Image, short_side: int | None) -> Frames:
+    """Return an open image as ``read_image`` does. Raises one of IMAGE_ERRORS."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":  # Pillow takes them for 0 to 255, and files mostly hold 0 to 1
+        raise ValueError("its pixels are floating-point numbers of an unknown range; save it with 8 bits")
+    if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow's own conversion clips at 255
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
+    image = image.convert("RGB")
     size = reduced_size(image.size, short_side)
     return np.asarray(image.resize(size, Image.Resampling.BILINEAR) if size else image)

@@ -14,19 +14,18 @@ from typing import Any
 import av
 import numpy as np
 from av.video.frame import VideoFrame
-from av.video.reformatter import VideoReformatter
 
 from stvit_video.data.decode.av_file import (
     AV_ERRORS,
     NOT_DECODED,
     NOT_OPENED,
+    Scaler,
     Survey,
     display_matrix,
     first_size,
     open_av,
     shown_frames,
     shown_size,
-    upright,
 )
 from stvit_video.data.decode.index import IndexCache, read_index
 from stvit_video.data.decode.types import (
@@ -67,7 +66,7 @@ class AvReader(Reader):
         self._container, self._stream = open_av(path, known.stream if known else None)
         # As the container says, which is nearly always right.
         self._size = self._stream.codec_context.width, self._stream.codec_context.height
-        self._scaler = VideoReformatter()
+        self._scaler = Scaler(path, short_side)
         self._numbered: Decoded | None = None  # the frames from where the last request ended, without seeking
         self._next = 0  # the number of the first of them
         self._trouble = False  # whether the last request met damage after a seek
@@ -140,17 +139,9 @@ class AvReader(Reader):
         arrays: list[Frames] = []
         with decode_errors(self.path, NOT_DECODED, "pyav", AV_ERRORS):
             for frame in frames:
-                matrix = display_matrix(frame, self.path)
-                own = shown_size(frame, matrix)
                 if self._index.size is None and (frame.width, frame.height) != self._size:
                     self._index = replace(self._index, size=first_size(self.path, self._index.stream))
-                first = self._index.size or own
-                size = reduced_size(first, self.short_side) or first
-                width, height = size[::-1] if matrix[1] else size
-                # All frames get the size of the first, scaled as FFmpeg does.
-                kernel = "BILINEAR" if own == first else "BICUBIC"
-                scaled = self._scaler.reformat(frame, width, height, "rgb24", interpolation=kernel, threads=1)
-                arrays.append(upright(np.asarray(scaled.to_ndarray(), np.uint8), matrix))
+                arrays.append(self._scaler(frame, self._index.size))
         return np.stack(arrays)
 
     def _reopen(self) -> None:

@@ -225,8 +225,8 @@ class ListReader:
             names = listed
         names = sorted(names, key=int) if self.natural and are_numbers(names) else sorted(names)
         given, known = ({compared(name) for name in some} for some in (names, self.trained))
-        is_part = is_test and given < known  # a test may be of some classes
-        return ClassNames(self.trained if is_part or given == known else names)
+        is_told = len(known) == len(self.trained)  # else a name of the checkpoint stands for several classes
+        return ClassNames(self.trained if is_told and (given == known or (is_test and given < known)) else names)
 
 
 def check_frames(videos: Sequence[Video], source: Path) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stvit_video.models.arguments import Grid
+from stvit_video.models.precision import at_least_single
 from stvit_video.models.reducers.interface import Blocks, Past, Reduced, Reducer, adaptive_pool, key_bias, run
 
 RATIO_WEIGHT = 2.0  # weight of the loss on the share of kept tokens, as in DynamicViT
@@ -115,7 +116,7 @@ class AdaptiveSampling(Reducer):
 def significance(block: nn.Module, x: Tensor) -> Tensor:
     """Return the share (B, N) of each token in the output of a block's attention; rows sum to 1."""
     probabilities, values = block.attention_probs(x)  # type: ignore[operator]
-    scores = (probabilities.mean(dim=2) * values.float().norm(dim=-1)).sum(dim=1).detach()
+    scores = (probabilities.mean(dim=2) * at_least_single(values).norm(dim=-1)).sum(dim=1).detach()
     return scores / scores.sum(dim=1, keepdim=True).clamp_min(1e-12)
 
 
@@ -146,7 +147,7 @@ class MergedTokens(Reducer):
         """Map (B, N, C) to (B, M, C); weights are the numbers of image tokens that were merged."""
         B = x.shape[0]
         N = math.prod(self.grid)  # a constant, so exported graphs have no data-dependent loop
-        sizes = torch.ones(B, N, device=x.device)
+        sizes = at_least_single(x.new_ones(B, N))
         owner = torch.arange(N, device=x.device).expand(B, -1)  # the remaining token that each image token went into
         left = N
         for i, block in enumerate(blocks, start=1):
@@ -169,7 +170,7 @@ def match(keys: Tensor, remove: int) -> Tensor:
 
     ``remove`` is at most half of n. A group has at most one token of the second set.
     """
-    keys = F.normalize(keys.float(), dim=-1)
+    keys = F.normalize(at_least_single(keys), dim=-1)
     similarity, partner = (keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)).max(dim=2)
     leaving = similarity.topk(remove, dim=1).indices  # (B, remove), indices in the first set
     indices = 2 * leaving
@@ -184,8 +185,9 @@ def merge(tensors: Sequence[Tensor], sizes: Tensor, groups: Tensor, count: int) 
     shares = (sizes / total.gather(1, groups)).unsqueeze(-1)
     merged = []
     for x in tensors:
-        empty = shares.new_zeros(x.shape[0], count, x.shape[2])
-        merged.append(empty.scatter_add(1, groups.unsqueeze(-1).expand_as(x), x * shares).to(x.dtype))
+        parts = x * shares
+        empty = parts.new_zeros(x.shape[0], count, x.shape[2])
+        merged.append(empty.scatter_add(1, groups.unsqueeze(-1).expand_as(x), parts).to(x.dtype))
     return tuple(merged), total
 
 
@@ -220,14 +222,14 @@ class LearnedPruning(Reducer):
 
     def forward(self, x: Tensor, blocks: Blocks, past: Past = (), return_assignment: bool = False) -> Reduced:
         """Map (B, N, C) to (B, M, C); in training mode to (B, N, C) with weights 1 and 0."""
-        logits, N = self.score(x, past).float(), x.shape[1]
+        logits, N = at_least_single(self.score(x, past)), x.shape[1]
         if not self.training:
             self._loss = None
             kept = top_indices(logits[..., 0] - logits[..., 1], self.count)
             return keep_tokens(x, kept, blocks, return_assignment)
         soft = F.gumbel_softmax(logits, dim=-1)[..., 0]
         best = soft.detach().amax(dim=1, keepdim=True)  # always kept: a clip without tokens has no mean
-        hard = (soft.detach() >= best.clamp_max(0.5)).float()
+        hard = (soft.detach() >= best.clamp_max(0.5)).to(soft.dtype)
         keep = hard + (soft - soft.detach())  # exactly 0 or 1, with the gradient of the probability
         self._loss = RATIO_WEIGHT * (keep.mean(dim=1) - self.count / N).square().mean()
         assignment = torch.diag_embed(keep.detach()) if return_assignment else None

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from stvit_video.models.arguments import Grid, PoolingKind, STGMArguments
 from stvit_video.models.grids import count_windows, window_partition, window_reverse
+from stvit_video.models.precision import at_least_single
 from stvit_video.models.reducers.interface import Blocks, Past, Reduced, Reducer, adaptive_pool
 
 CENTRES = 3  # along each side of a window, the paper's choice for 7 x 7 windows
@@ -127,15 +128,15 @@ class SemanticPooling(nn.Module):
         B, _, C = x.shape
         T, H, W = self.grid
         (row, top, _), (column, left, _) = self.rows, self.columns
-        reach = x.new_tensor([2 * column / W, 2 * row / H], dtype=torch.float32)  # one region, in units of grid_sample
-        flow = self.offset_proj(self.offset_norm(centres)).float().tanh() * reach  # (B, M, 2) as (x, y)
+        maps = at_least_single(x.reshape(B * T, H, W, C).permute(0, 3, 1, 2))
+        reach = maps.new_tensor([2 * column / W, 2 * row / H])  # one region, in units of grid_sample
+        flow = at_least_single(self.offset_proj(self.offset_norm(centres))).tanh() * reach  # (B, M, 2) as (x, y)
         flow = flow.reshape(B, *self.regions, 2).repeat_interleave(self.frames_merged, dim=1)
         flow = flow.repeat_interleave(row, dim=2).repeat_interleave(column, dim=3)
         flow = flow[:, :, top : top + H, left : left + W].reshape(B * T, H, W, 2)
-        ys = (torch.arange(H, device=x.device, dtype=torch.float32) * 2 + 1) / H - 1
-        xs = (torch.arange(W, device=x.device, dtype=torch.float32) * 2 + 1) / W - 1
+        ys = (torch.arange(H, device=x.device, dtype=maps.dtype) * 2 + 1) / H - 1
+        xs = (torch.arange(W, device=x.device, dtype=maps.dtype) * 2 + 1) / W - 1
         positions = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), dim=-1)  # (H, W, 2)
-        maps = x.reshape(B * T, H, W, C).permute(0, 3, 1, 2).float()
         maps = F.grid_sample(maps, positions + flow, padding_mode="border", align_corners=False)
         return maps.permute(0, 2, 3, 1).reshape(B, T * H * W, C).to(x.dtype)
 
@@ -201,8 +202,8 @@ class SemanticTokenGenerator(Reducer):
         if merged == 1:
             return context, None
         # Joined from two parts: assignment to a slice cannot be exported to ONNX.
-        centres = torch.full((s.shape[1],), math.log(merged), device=x.device)
-        return context, torch.cat([centres, torch.zeros(x.shape[1], device=x.device)])
+        images = at_least_single(x.new_zeros(x.shape[1]))
+        return context, torch.cat([images.new_full((s.shape[1],), math.log(merged)), images])
 
 
 def check_depths(depth: int, base_depth: int, stgm_depth: int, recover: bool = False) -> None:

@@ -11,7 +11,7 @@ import re
 import struct
 import types
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,9 @@ WRAPPERS = (
     *("model", "state_dict", "module", "model_state_dict", "model_state", "net", "network", "weights", "params"),
     *("teacher", "target_encoder", "ema_model", "model_ema", "state_dict_ema", "ema", "encoder", "backbone"),
 )
+# Where checkpoints have the names of their classes: this package's states, Hugging Face, torchvision, OpenMMLab.
+CLASS_KEYS = ("classes", "class_names", "CLASSES", "id2label", "class_to_idx")
+CLASS_HOLDERS = ("setup", "meta", "dataset_meta")
 # Names of other dictionaries.
 NO_NETWORK = re.compile(r"optim|sched|scaler|loss|queue|rng|config|args|callback|loops|message_hub", re.IGNORECASE)
 # Of DistributedDataParallel, torch.compile, FSDP and activation checkpointing.
@@ -89,9 +92,10 @@ SHARD = re.compile(r"^(.+)-\d+-of-0*([2-9]|[1-9]\d+)(\.[^.]+)$")
 class Checkpoint:
     """The tensors of a checkpoint file, and the metadata that this package saves with them.
 
-    ``metadata`` has ``name``, ``arguments``, ``classes``, ``views`` and ``multi_label`` (see ``pack_weights``), or is
-    empty. ``config`` is the ``config.json`` that Hugging Face's libraries save beside, ``notes`` say what was chosen in
-    the file.
+    ``metadata`` has ``name``, ``arguments``, ``classes``, ``views``, ``multi_label`` and ``weights`` (see
+    ``header``), or is empty. ``config`` is the ``config.json`` that Hugging Face's libraries save beside,
+    ``notes`` say what was chosen in the file.
+    ``classes`` are the names of the classifier's classes in order, None where nothing says them.
     """
 
     path: str
@@ -99,6 +103,7 @@ class Checkpoint:
     metadata: dict[str, Any]
     config: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    classes: list[str] | None = None
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -116,7 +121,29 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     with _plain_errors(path):
         content, metadata = _read(path)
     tensors, notes = open_wrappers(content, f"Checkpoint {path}")
-    return Checkpoint(name, tensors, metadata, _read_config(path.with_name("config.json")), notes)
+    config = _read_config(path.with_name("config.json"))
+    return Checkpoint(name, tensors, metadata, config, notes, find_classes(metadata, content, config))
+
+
+def find_classes(*places: object) -> list[str] | None:
+    """Return the class names that the first of several mappings holds, itself or in one of CLASS_HOLDERS."""
+    for place in places:
+        inner = [place.get(name) for name in CLASS_HOLDERS] if isinstance(place, dict) else []
+        for holder in [value for value in (place, *inner) if isinstance(value, dict)]:
+            for key in CLASS_KEYS:
+                if names := _class_names(holder.get(key)):
+                    return names
+    return None
+
+
+def _class_names(value: object) -> list[str]:
+    """Return names that are a list, {name: number} or {number: name}; empty for anything else."""
+    if isinstance(value, dict):
+        pairs = [(key, name) if isinstance(name, str) else (name, key) for key, name in value.items()]
+        by_place = {int(number): name for number, name in pairs if str(number).isdecimal()}
+        value = [by_place.get(place) for place in range(len(value))]
+    names = value if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value) else ()
+    return [] if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else list(names)  # Hugging Face's stand-ins
 
 
 def open_wrappers(content: object, source: str) -> tuple[StateDict, tuple[str, ...]]:
@@ -233,7 +260,8 @@ def _read_safetensors(path: Path, *, tensors: bool) -> tuple[StateDict, dict[str
 
 def _parse_metadata(header: dict[str, str]) -> dict[str, Any]:
     try:
-        values = {key: json.loads(header.get(key, "null")) for key in ("arguments", "classes", "views", "multi_label")}
+        keys = ("arguments", "classes", "views", "multi_label", "weights")
+        values = {key: json.loads(header.get(key, "null")) for key in keys}
         values["multi_label"] = bool(values["multi_label"])
         arguments = dict(values["arguments"])
         if arguments.get("positions") == "clip" and arguments.get("fc_norm"):
@@ -261,7 +289,9 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
     try:
         # Given the open file: by its name torch would take it for a safetensors file.
         with torch.serialization.safe_globals(CONTAINERS), open(path, "rb") as file:
-            return torch.load(file, map_location="cpu", weights_only=True), {}
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        setup = content.get("setup") if isinstance(content, dict) else None  # of a run's own checkpoint
+        return content, _parse_metadata(setup.get("header") or {}) if isinstance(setup, dict) else {}
     except pickle.UnpicklingError as error:
         refused = sorted(set(re.findall(r"GLOBAL (\S+)", str(error))))
         what = "is neither a safetensors nor a torch file; fetch it again."
@@ -304,13 +334,23 @@ def _read_index(path: Path) -> StateDict | None:
     return tensors
 
 
-def pack_weights(
-    model: nn.Module, classes: list[str], views: dict[str, Any] | None = None, multi_label: bool = False
-) -> bytes:
-    """Return a ``.safetensors`` of a model with its name and arguments: enough to build and use it again.
+def pack_weights(model: nn.Module, classes: list[str], *about: Any) -> bytes:
+    """Return a ``.safetensors`` of a model with its ``header``: enough to build and use it again."""
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    return safetensors.torch.save(state, metadata=header(model, classes, *about))
+
+
+def header(
+    model: nn.Module,
+    classes: list[str],
+    views: dict[str, Any] | None = None,
+    multi_label: bool = False,
+    weights: Mapping[str, Any] | None = None,
+) -> dict[str, str]:
+    """Return what stands beside the weights of a model: its name and arguments, and how it is used.
 
     ``views`` are the configuration keys that say how a video becomes clips. ``multi_label`` says that each logit is of
-    a class by itself.
+    a class by itself, ``weights`` which of a run these are, as its results say it.
     """
     metadata = {
         "format": "pt",
@@ -318,8 +358,8 @@ def pack_weights(
         "arguments": json.dumps(model.arguments),
         "classes": json.dumps(classes),
         "views": json.dumps(views or {}),
+        "weights": json.dumps(weights),
     }
     if multi_label:
         metadata["multi_label"] = "true"
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    return safetensors.torch.save(state, metadata=metadata)
+    return metadata

@@ -37,9 +37,22 @@ class LoadReport:
     coverage: float = 0.0
     arguments: dict[str, Any] = field(default_factory=dict)  # of the source model, if its file has them
 
+    def summary(self) -> str:
+        """Return lines as ``str`` does, but one on all keys."""
+        counts = []
+        for status, names in self.keys.items():
+            shown = f" ({shorten(names, 2)})" if names and status != "loaded" else ""
+            counts += [f"{len(names)} {status}{shown}"] if names else []
+        return "\n".join(
+            [self._headline(), f"  keys: {', '.join(counts)}", *(f"  note: {note}" for note in self.notes)]
+        )
+
+    def _headline(self) -> str:
+        return f"{self.source}: {self.layout} layout, {100 * self.coverage:.1f} % of the weights covered"
+
     def __str__(self) -> str:
         lines = [
-            f"{self.source}: {self.layout} layout, {100 * self.coverage:.1f} % of the weights covered",
+            self._headline(),
             f"  {'':12} {'keys':>5} {'weights':>12}",
         ]
         for status in STATUSES:
