@@ -102,7 +102,6 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
     state = None
     if purpose == "run":
         on_main(world, folder.lock)  # what is decided by a look at the folder is decided under its lock
-    if purpose != "measure":
         on_main(world, folder.check)
     if purpose != "measure" and cfg.LOG.WANDB and importlib.util.find_spec("wandb") is None:
         raise UsageError(f"LOG.WANDB {cfg.LOG.WANDB}: wandb is not installed; pip install wandb, or LOG.WANDB ''.")
