@@ -161,9 +161,7 @@ def build_finished_answer(cfg: CfgNode, world: World, folder: RunFolder, opened:
         gone = on_main(world, lambda: [split for split in SPLITS if lists.lists[split] and not lists.exists(split)])
         if gone and on_main(world, lambda: describe_changes(folder.recorded_config() or {}, folder.settings)) == "":
             return f"{answer}note: its data are gone ({lists.source(gone[0])}), so they cannot be compared with now's\n"
-        # Before lists were recorded, a class file alone gave the order: equal names are not mapped to the run's.
-        mapped = "test_list_sha256" in results or not cfg.DATA.CLASSES
-        known = partial(classes_of, folder) if mapped else lambda: None
+        known = partial(classes_of, folder)
         classes, videos, _ = open_lists(cfg, world, needs_weights=False, known=known, continues=True)
     rest = partial(record_lists, cfg.DATA.ROOT, videos)
     return answer + on_main(world, lambda: check_finished(folder, results, rest(), classes))

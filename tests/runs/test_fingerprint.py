@@ -113,7 +113,7 @@ def test_a_run_continues_on_its_own_data_alone(
     refuses("train.csv", [moved, *lines[1:]], "1 moved to another label, as videos/train_00000.mp4")
     refuses("val.csv", (root / "val.csv").read_text().splitlines()[1:], "the validation list has 15 videos, not 16")
     names = (root / "classes.txt").read_text().split()
-    refuses("classes.txt", names[::-1], "32 moved to another label, as videos/train_00000.mp4 (")
+    refuses("classes.txt", names[::-1], f"in another order (label 0 was {names[0]!r}, now {names[-1]!r})")
     refuses("classes.txt", ["leftwards", *names[1:]], "class 'left' is now 'leftwards'", "MODEL.NEW_HEAD True")
     said = refused([*words, "TRAIN.EPOCHS", "3"])
     assert f"2 (now 3); give another OUTPUT_DIR ({way_on} MODEL.INIT_DEPTH None MODEL.INIT_MOTION 0.0 to go on" in said
