@@ -2,6 +2,7 @@
 
 import math
 import textwrap
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -23,6 +24,7 @@ from stvit_video.common.accuracy import ACCURACIES, accuracy_key
 from stvit_video.common.files import write_atomically
 
 matplotlib.use("Agg")
+warnings.filterwarnings("ignore", "Glyph .* missing from font")  # one for each letter of other scripts, shown as boxes
 Points = Sequence[tuple[float, float]]  # (x, y)
 # Okabe and Ito's palette, distinct with any colour vision, without black and the lightest colour.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -123,7 +125,7 @@ def plot_comparison(curves: Mapping[str, Mapping[str, Points]], target: float, p
         ends = {run: points[split][-1][1] for run, points in curves.items() if points[split]}
         if ends:
             best = max(ends, key=ends.__getitem__)
-            highest = " ends highest" if len(ends) > 1 else ""
+            highest = " ends highest" if len(ends) > 1 == list(ends.values()).count(ends[best]) else ""
             _set_title(figure, f"{best}{highest} in {SPLIT_NAMES[split]}: {label[:-4]} {ends[best]:.1f} %")
             break
     handles = [Line2D([], [], marker="o", label=run, **run_style(i)) for i, run in enumerate(curves)]

@@ -1,6 +1,8 @@
 """Pictures of runs say which run and what came out, and stay readable with many classes and long names."""
 
 import io
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -48,6 +50,12 @@ def test_a_confusion_is_readable_with_any_number_of_classes(count: int, drawn: l
     assert not any(one.overlaps(two) for one, two in pairwise(boxes))
     assert min(box.height for box in boxes) * 800 / picture.width > 5, "the font would be too small in a README"
     assert {text.get_text() for text in axes.texts} == ({"9", "3"} if count <= 30 else set())
+
+
+def test_names_in_scripts_without_glyphs_warn_nobody() -> None:
+    program = "from stvit_video.common import charts as c; c.png_of_precision([1.0], ['走る'], '走る')"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stderr == ""
 
 
 def test_a_picture_names_its_run_and_what_came_out(tmp_path: Path, drawn: list[Figure]) -> None:
