@@ -48,8 +48,12 @@ def predict_videos(options: argparse.Namespace) -> int:
         else:
             with spooled_stdin() if paths == [STDIN] else nullcontext() as spooled:
                 found = predictor.predict([spooled or path for path in paths], window=options.window, step=options.step)
-                named = (replace(result, path=STDIN) for result in found) if spooled else found
-                score(named, len(paths), options, results, copies)
+                if spooled is not None:  # a copy, which is gone afterwards
+                    found = (
+                        replace(result, path=STDIN, error=result.error and result.error.replace(spooled, STDIN))
+                        for result in found
+                    )
+                score(found, len(paths), options, results, copies)
     finally:  # also after Ctrl-C: the results so far are kept
         if options.output is not None and results:
             write_results(results, options.output, options.top)

@@ -561,7 +561,8 @@ def test_standard_input(
     assert len(found(*windows, given=stream)["timeline"]) == len(timeline)
     assert len(found(*windows, "--seconds", "2", given=stream)["timeline"]) == 2
     (tmp_path / "empty").touch()
-    assert "cannot be opened as video" in found(given=tmp_path / "empty", code=1)["error"]
+    error = found(given=tmp_path / "empty", code=1)["error"]
+    assert error == "cannot be opened as video (Invalid data found when processing input: '-')"
     assert "without --window, it is read as a file" in found(*windows, given=tmp_path / "empty", code=1)["error"]
     assert "give it alone" in said(capsys, "-", "clip.mp4", *words, code=2)
     assert "give --window too" in said(capsys, "-", *words, "--seconds", "2", code=2)
