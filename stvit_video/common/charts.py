@@ -104,7 +104,8 @@ def svg_of_curves(metrics: Mapping[str, list[dict[str, Any]]], value: str, label
     if len(metrics) > 1:
         handles = [Line2D([], [], linewidth=2.2, label=run, **run_style(i)) for i, run in enumerate(metrics)]
         handles.append(Line2D([], [], color="#777777", linewidth=1, label="thin: training"))
-    figure.legend(handles=handles, **BELOW)
+    columns = 3 if max(map(len, metrics)) <= 20 else 1
+    figure.legend(handles=handles, **{**BELOW, "ncols": columns})
     return _image(figure, "svg")
 
 
@@ -152,6 +153,7 @@ def _split_legend() -> list[Line2D]:
 
 def _set_title(figure: Figure, text: str) -> None:
     """Write what a picture shows above it, from its left edge, in as many lines as it takes."""
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # names of files need not be UTF-8
     lines = textwrap.wrap(text, int(9.5 * figure.get_figwidth()))
     figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=12, fontweight="bold")
 

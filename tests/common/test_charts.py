@@ -1,6 +1,7 @@
 """Pictures of runs say which run and what came out, and stay readable with many classes and long names."""
 
 import io
+import os
 import subprocess
 import sys
 from itertools import pairwise
@@ -72,10 +73,12 @@ def test_a_picture_names_its_run_and_what_came_out(tmp_path: Path, drawn: list[F
     ]
     plot_transfer(results, 12.5, folder / "transfer.png")
     png_of_precision([50.0, float("nan")], ["a", "b"], "a $run$, 7 videos")
+    png_of_precision([50.0], ["a"], os.fsdecode(b"run \xff"))
     assert [title(figure) for figure in drawn] == [
         "a $run$: top-1 at the end: validation 35.5 %, training 40.0 %",
         "a $run$: best is linear probe, top-1 46.9 % (chance 12.5 %)",
         "a $run$, 7 videos: mAP 25.0 % of 2 classes, 1 of them without a positive",
+        "run \ufffd: mAP 50.0 % of 1 classes",
     ]
     for figure in drawn[1:]:
         (axes,) = figure.axes
