@@ -15,6 +15,7 @@ from stvit_video.common.cli import Parser, number, run_command
 from stvit_video.common.errors import UsageError
 from stvit_video.common.files import nearest_path
 from stvit_video.common.hub import check_exists
+from stvit_video.data.decode.pictures import is_pattern
 
 
 def visualize(arguments: Sequence[str] | None) -> int:
@@ -28,7 +29,7 @@ def visualize(arguments: Sequence[str] | None) -> int:
     add("--class", dest="label", metavar="NAME", help="class to explain (default: the most likely one)")
     words = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(words)
-    if not options.video.exists():
+    if not options.video.exists() and not is_pattern(str(options.video)):
         remedy = f"give a video, an image or a folder of images.{nearest_path(options.video)}"
         raise UsageError(f"VIDEO {options.video} does not exist; {remedy}")
     check_exists(options.checkpoint)

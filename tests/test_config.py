@@ -82,6 +82,7 @@ def test_the_result_cannot_be_changed(cfg_file: Path) -> None:
         (["TRAIN", "3"], "Key TRAIN in the command line is unknown"),
         (["TRAIN.EPOCHS"], "has no value"),
         (["TRAIN.EPOCHS="], "has no value"),
+        ([""], "Key  in the command line is unknown. All keys"),
         (["TRAIN.EPOCHS", "0"], "at least 1"),
         (["OPTIM.LR", "-1"], "at least 0"),
         (["OPTIM.LR", ".nan"], "allowed: at least 0"),

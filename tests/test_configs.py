@@ -47,7 +47,7 @@ def test_two_training_videos_fill_a_batch_of_every_configuration() -> None:
     """Three videos of each of two classes leave two for training."""
     one = World(0, 1, torch.device("cpu"))
     for path in (REPOSITORY / "configs").glob("*.yaml"):
-        cfg = build_filled_batch(load_config(path), one, videos=2)
+        cfg, _ = build_filled_batch(load_config(path), one, videos=2)
         assert cfg.TRAIN.BATCH_SIZE == 2 * cfg.DATA.REPEATS, path
         assert cfg.TRAIN.BATCH_SIZE % cfg.TRAIN.ACCUMULATE == 0, path
 

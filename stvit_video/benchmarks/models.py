@@ -238,14 +238,15 @@ def describe_speeds(figures: Figures) -> str:
         uncounted.append(f"not counted by fvcore in {row['name']}: {left or 'nothing'}")
     what = "training steps" if figures["training"] else "inference"
     how = f"{figures['device']}, {describe_conditions(figures)}"
+    clips = ""
     if len(set(sizes)) == 1:
-        how += f", clips of {sizes[0]}"
+        clips = f"; clips of {sizes[0]}"
     else:
         columns.insert(1, "clip")
         cells = [[row[0], size, *row[1:]] for row, size in zip(cells, sizes, strict=True)]
     product = f"a matrix product runs at {figures['matrix_product_gmacs_per_second']:.0f} G multiply-adds/s"
     legend = "p50, p95: of a call at batch 1; share: of the matrix product's rate; ratio: clips/s of the first row's"
-    return "\n".join([f"{what}: {how}; {product}", format_table(columns, cells), legend, *uncounted])
+    return "\n".join([f"{what}: {how}; {product}{clips}", format_table(columns, cells), legend, *uncounted])
 
 
 def build_model_figures(

@@ -2,6 +2,7 @@
 
 import math
 import textwrap
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -23,6 +24,7 @@ from stvit_video.common.accuracy import ACCURACIES, accuracy_key
 from stvit_video.common.files import write_atomically
 
 matplotlib.use("Agg")
+warnings.filterwarnings("ignore", "Glyph .* missing from font")  # one for each letter of other scripts, shown as boxes
 Points = Sequence[tuple[float, float]]  # (x, y)
 # Okabe and Ito's palette, distinct with any colour vision, without black and the lightest colour.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -102,7 +104,8 @@ def svg_of_curves(metrics: Mapping[str, list[dict[str, Any]]], value: str, label
     if len(metrics) > 1:
         handles = [Line2D([], [], linewidth=2.2, label=run, **run_style(i)) for i, run in enumerate(metrics)]
         handles.append(Line2D([], [], color="#777777", linewidth=1, label="thin: training"))
-    figure.legend(handles=handles, **BELOW)
+    columns = 3 if max(map(len, metrics)) <= 20 else 1
+    figure.legend(handles=handles, **{**BELOW, "ncols": columns})
     return _image(figure, "svg")
 
 
@@ -123,7 +126,7 @@ def plot_comparison(curves: Mapping[str, Mapping[str, Points]], target: float, p
         ends = {run: points[split][-1][1] for run, points in curves.items() if points[split]}
         if ends:
             best = max(ends, key=ends.__getitem__)
-            highest = " ends highest" if len(ends) > 1 else ""
+            highest = " ends highest" if len(ends) > 1 == list(ends.values()).count(ends[best]) else ""
             _set_title(figure, f"{best}{highest} in {SPLIT_NAMES[split]}: {label[:-4]} {ends[best]:.1f} %")
             break
     handles = [Line2D([], [], marker="o", label=run, **run_style(i)) for i, run in enumerate(curves)]
@@ -150,6 +153,7 @@ def _split_legend() -> list[Line2D]:
 
 def _set_title(figure: Figure, text: str) -> None:
     """Write what a picture shows above it, from its left edge, in as many lines as it takes."""
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # names of files need not be UTF-8
     lines = textwrap.wrap(text, int(9.5 * figure.get_figwidth()))
     figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=12, fontweight="bold")
 

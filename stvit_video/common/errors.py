@@ -4,7 +4,6 @@ import difflib
 import errno
 import re
 from collections.abc import Iterable, Sequence
-from enum import IntEnum
 
 # System errors on which the user has to act: they are printed as one line.
 FILESYSTEM_ERRORS = {
@@ -72,44 +71,33 @@ def find_nearest(name: str, known: Iterable[str]) -> list[str]:
     """Return up to three of the ``known`` names: those most like ``name``, which is none of them.
 
     First come names whose last part is the same (TRAIN.LR: OPTIM.LR), then those of its family, whose words begin alike
-    (swin_t: swin_tiny), then the one that is spelt most alike. Case and dashes do not count.
+    (swin_t: swin_tiny), then the one that is spelt most alike. Case and dashes do not count, nor do single letters.
     """
     known = list(dict.fromkeys(known))
-    if name in known or not any(map(str.isalpha, name)):
+    if name in known or sum(map(str.isalpha, name)) < 2:
         return []
     found = sorted(((*_likeness(name, other), other) for other in known), key=lambda found: found[:2], reverse=True)
-    best = [other for kin, _, other in found if kin == found[0][0] > Kin.NONE]
-    return best[: 1 if found and found[0][0] == Kin.SPELLING else 3]
+    best = [other for kin, _, other in found if kin == found[0][0] > (0, 0)]
+    return best[: 1 if found and found[0][0] == (1, 0) else 3]
 
 
-class Kin(IntEnum):
-    """How one name is like another, the least first."""
-
-    NONE = 0
-    SPELLING = 1
-    FAMILY = 2
-    LEADING_FAMILY = 3  # the first words are alike
-    SECTION_FAMILY = 4  # and both are in one section
-    LAST_PART = 5
-    SAME = 6  # but for case and dashes
-
-
-def _likeness(name: str, other: str) -> tuple[Kin, float]:
-    """Return how a name is like another one, and how alike they are spelt."""
+def _likeness(name: str, other: str) -> tuple[tuple[int, int], float]:
+    """Return how a name is like another one, from (0, 0) for not at all, and how alike they are spelt."""
     (section, words), (other_section, other_words) = _parts(name), _parts(other)
     leaf, other_leaf = "_".join(words), "_".join(other_words)
     whole, other_whole = f"{section}.{leaf}".lstrip("."), f"{other_section}.{other_leaf}".lstrip(".")
     spelling = difflib.SequenceMatcher(None, whole, other_whole).ratio()
     leaf_spelling = difflib.SequenceMatcher(None, leaf, other_leaf).ratio()
+    same_section = section == other_section
     if leaf == other_leaf:
-        return (Kin.SAME if section == other_section else Kin.LAST_PART), spelling
+        return (3, same_section), spelling
     initials = "".join(word[0] for word in words)  # LEARNING_RATE: LR
     if _share_words(words, other_words) or (len(words) > 1 and initials == other_leaf):
-        leads = Kin.LEADING_FAMILY if all(map(_begin_alike, words, other_words)) else Kin.FAMILY
-        return (Kin.SECTION_FAMILY if section == other_section != "" else leads), spelling
+        leads = all(map(_begin_alike, words, other_words))
+        return (2, 2 if same_section and section else leads), spelling
     # 0.67 is above gpu and cpu; in another section the last part alone has to be nearly the same.
     alike = leaf_spelling > 0.8 or (spelling > 0.67 and leaf_spelling > 0.5)
-    return (Kin.SPELLING if alike else Kin.NONE), max(spelling, leaf_spelling)
+    return (alike, 0), max(spelling, leaf_spelling)
 
 
 def _parts(name: str) -> tuple[str, list[str]]:

@@ -94,12 +94,7 @@ class Lock:
             return False
         record = _record(self.path, newest + 1)
         with open(record, "x") as file:
-            try:
-                file.write(f"process {os.getpid()} on {socket.gethostname()}")
-                file.flush()
-            except OSError:  # a full disk
-                record.unlink()
-                raise
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
         if _newest(self.path) != newest + 1:  # the list was read long ago
             record.unlink()
             return False

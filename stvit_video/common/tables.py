@@ -4,7 +4,7 @@ import csv
 import io
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from tabulate import tabulate
 
@@ -55,24 +55,17 @@ def _align(columns: Sequence[Sequence[str]], left: int) -> str:
 def _fit(cells: Sequence[str], room: int) -> list[str]:
     """Return cells of up to ``room`` columns, on several lines at blanks; different cells stay different."""
     half = room // 2
-    ways: list[Callable[[str], str]] = [
-        lambda word: f"{word[:half]}…{word[half + 1 - room :]}",
-        lambda word: f"{word[: room - 1]}…",
-        lambda word: f"…{word[1 - room :]}",
-        lambda word: word,  # broken
-    ]
-    for way in ways:
-        words = [[word if len(word) <= room else way(word) for word in cell.split()] for cell in cells]
-        fitted = ["\n".join(textwrap.wrap(" ".join(some), room)) for some in words]
-        if len(set(fitted)) == len(set(cells)):
-            break
-    return fitted
+    words = [[word if len(word) <= room else f"{word[:half]}…{word[half + 1 - room :]}" for word in cell.split()]
+             for cell in cells]  # fmt: skip
+    if len({tuple(some) for some in words}) < len(set(cells)):
+        words = [cell.split() for cell in cells]  # long words are broken
+    return ["\n".join(textwrap.wrap(" ".join(some), room)) for some in words]
 
 
 def three_digits(value: float, decimals: int = 0) -> str:
     """Return a number with three significant digits at least, and with so many ``decimals`` at least."""
     digits = 2 - math.floor(math.log10(abs(value))) if value else 0
-    return f"{value:.{max(decimals, digits)}f}"
+    return f"{value:,.{max(decimals, digits)}f}"
 
 
 def to_csv(rows: Iterable[Mapping[str, object]], columns: Sequence[str]) -> bytes:

@@ -136,7 +136,7 @@ def _describe_unknown(name: str, value: Any, part: str = "") -> str:
         keys = [key for key in BY_NAME if key.startswith(f"{name}.")]
         blank = ", and a blank behind the colon" if isinstance(value, str) and ":" in value else ""
         return f": {name} is a section; name one of its keys{blank}: {', '.join(keys[:3])}, ..."
-    chosen = [f" Did you mean {key.name} {name.lower()}?" for key in KEYS if name.lower() in key.choices]
+    chosen = [f" Did you mean {key.name} {name.lower()}?" for key in KEYS if name and name.lower() in key.choices]
     meant = chosen[0] if chosen else nearest(name, BY_NAME)
     return f".{meant}{part} All keys are listed by: python -m stvit_video.run --keys"
 

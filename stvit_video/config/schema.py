@@ -245,7 +245,7 @@ KEYS = (
     Key("PARALLEL.TIMEOUT_S", 1800, "seconds a process waits for the others before it gives up", low=1),
 )
 BY_NAME = {key.name: key for key in KEYS}
-SECTIONS = {key.name.rpartition(".")[0] for key in KEYS}
+SECTIONS = {key.name.rpartition(".")[0] for key in KEYS} - {""}
 
 
 def describe_keys() -> str:

@@ -72,12 +72,14 @@ def read_windows(
 
 def _until(seconds: float, frames: Iterable[LiveFrame]) -> Iterator[LiveFrame]:
     """Yield frames for so many ``seconds``, and then one without pixels."""
-    began = time.monotonic()
-    watched, last = 0.0, None
-    for number, frame in enumerate(frames):
-        began = began if number else time.monotonic()  # opening a camera does not count
-        if last is not None and frame.segment == last.segment:
-            watched += frame.time - last.time
+    began = watched = step = 0.0
+    last: LiveFrame | None = None
+    for frame in frames:
+        if last is None:
+            began = time.monotonic()  # opening a camera does not count
+        else:  # the last frame of a segment is shown as long as the one before
+            step = frame.time - last.time if frame.segment == last.segment else step
+            watched += step
         if watched >= seconds - TOLERANCE_S or time.monotonic() - began >= seconds:
             yield frame._replace(time=frame.time - max(0.0, watched - seconds), pixels=None)
             return
@@ -93,17 +95,18 @@ def _cut_run(run: Iterator[LiveFrame], segment: int, window: float, step: float)
     reaches: float | None = None
 
     def cut(start: float, end: float, until: float) -> Iterator[LiveWindow]:
-        pairs = [pair for pair in held if start - TOLERANCE_S <= pair[0] < until - TOLERANCE_S]
-        if pairs:
-            times = KnownTimes(np.array([time for time, _ in pairs]))
-            yield LiveWindow(Span(origin + start, origin + end), segment, times, [frame for _, frame in pairs])
+        shown = [pair for pair in held if start - TOLERANCE_S <= pair[0] < until - TOLERANCE_S]
+        if shown:
+            times, frames = zip(*shown, strict=True)
+            yield LiveWindow(Span(origin + start, origin + end), segment, KnownTimes(np.array(times)), list(frames))
 
     def complete(until: float) -> Iterator[LiveWindow]:
         nonlocal number
-        while number * step + window <= until + TOLERANCE_S and held and held[-1][0] >= number * step - TOLERANCE_S:
-            yield from cut(number * step, number * step + window, until=number * step + window)
-            number += 1
-        number = max(number, math.floor((until + TOLERANCE_S - window) / step) + 1)  # no frame comes before ``until``
+        stop = max(number, math.floor((until + TOLERANCE_S - window) / step) + 1)
+        begun = math.floor((held[-1][0] + TOLERANCE_S) / step) + 1 if held else 0  # windows from here on have no frame
+        for i in range(number, min(stop, begun)):
+            yield from cut(i * step, i * step + window, until=i * step + window)
+        number = stop
 
     for frame in run:
         origin, now = frame.origin, frame.time

@@ -1,9 +1,10 @@
 """Loaders from a configuration: which process reads which videos, in what order."""
 
 import os
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import count
 
 import torch
 from fvcore.common.config import CfgNode
@@ -72,12 +73,8 @@ class EpochSampler(Sampler[list[SampleKey]]):
             while len(indices) < end:
                 part = torch.randperm(len(group), generator=generator)[: end - len(indices)].tolist()
                 indices += [group[i] for i in part]
-        before: Counter[int] = Counter()
-        drawn = []
-        for index in indices:
-            drawn.append((index, before[index]))
-            before[index] += 1
-        return drawn
+        draws: defaultdict[int, Iterator[int]] = defaultdict(count)
+        return [(index, next(draws[index])) for index in indices]
 
     def state_dict(self) -> dict[str, int]:
         """Return the position: an epoch, and the batches of it that are done."""

@@ -4,12 +4,13 @@ import glob
 import os
 import queue
 import shutil
+import signal
 import stat
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -86,9 +87,11 @@ def stdin_is_file() -> bool:
 def spooled_stdin() -> Iterator[str]:
     """Provide standard input as a temporary file: most videos are not read from their start to their end.
 
-    Raises UsageError where it does not fit.
+    SIGTERM too leaves nothing behind. Raises UsageError where it does not fit.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as after:
+        ended = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        after.callback(signal.signal, signal.SIGTERM, ended)
         path = os.path.join(folder, "stdin")
         try:
             with open(0, "rb", closefd=False) as given, open(path, "wb") as file:

@@ -65,8 +65,8 @@ class Predictions:
         return 100 * correct / videos, 100 * correct / predicted, f1
 
     def top(self, k: int) -> float:
-        """Return top-k accuracy over the scored videos, in percent; k is cut to the class count."""
-        best = self.scores.topk(min(k, self.scores.shape[1]), dim=1).indices
+        """Return top-k accuracy over the scored videos, in percent; k may exceed the class count."""
+        best = self.scores.argsort(dim=1, descending=True, stable=True)[:, :k]  # of equal ones the first, as in rows()
         return 100 * int((best == self.labels[:, None]).any(dim=1).sum()) / max(1, len(self.labels))
 
     @property

@@ -1,9 +1,9 @@
 """Whether the difference of two runs is real: both are compared on the same test videos, one by one."""
 
 import math
-import textwrap
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 from stvit_video.common.accuracy import ACCURACIES
-from stvit_video.common.tables import format_table
+from stvit_video.common.tables import format_table, three_digits
 from stvit_video.evaluation.predictions import average_precision
-from stvit_video.runs.record import RunRecord, ScoredVideo, describe_cost, find_warnings, settings_that_differ
+from stvit_video.runs.record import RunRecord, ScoredVideo, find_warnings, settings_that_differ
 
 LEVEL = 0.05  # differences that chance makes more seldom than this count as real
 Z = 1.96  # of a 95 % interval
 RESAMPLES = 1000
 ROUNDING = 0.01  # percent, between results.json and what the other files of a test give
-WIDTH = 100  # columns of a table
+FEWEST = 30  # videos for a bootstrap, whose resamples of fewer are too much alike
 
 
 class NotComparable(Exception):
@@ -36,84 +36,82 @@ class Difference:
     worse: str
     points: float
     interval: tuple[float, float]  # 95 %, in points
-    p: float | None  # None where the interval alone decides
-    basis: str  # what it was measured on
-    level: float = LEVEL
+    p: float
+    videos: int
+    level: float  # of p
 
     @property
     def real(self) -> bool:
-        return self.interval[0] > 0 if self.p is None else self.p < self.level
-
-    @property
-    def evidence(self) -> str:
-        """Return the interval, p and the number of videos, as a sentence shows them."""
-        test = "" if self.p is None else ", p < 0.001" if self.p < 0.001 else f", p = {self.p:.3f}"
-        low, high = (round(end, 1) + 0.0 for end in self.interval)  # no -0.0
-        return f"95 %: {low:.1f} to {high:.1f}{test}, {self.basis}"
+        return self.p < self.level
 
     def __str__(self) -> str:
         points = f"{self.points:.1f}"
         points += " point" if points == "1.0" else " points"
+        p = "p < 0.001" if self.p < 0.001 else f"p = {self.p:.3f}"
+        low, high = (round(end, 1) + 0.0 for end in self.interval)  # no -0.0
+        evidence = f"95 %: {low:.1f} to {high:.1f}, {p}, {self.videos:,} video{'' if self.videos == 1 else 's'}"
         if self.real:
-            return f"{self.better} is better than {self.worse} by {points} ({self.evidence})."
+            return f"{self.better} is better than {self.worse} by {points} ({evidence})."
         between = f"between {self.better} and {self.worse}"
-        edge = ", if barely" if self.interval[0] > 0 else ""  # the exact test is more careful than the interval
-        return f"The difference of {points} {between} is within chance{edge} ({self.evidence})."
+        edge = ", if barely" if self.interval[0] > 0 else ""  # p asks for more than the interval
+        return f"The difference of {points} {between} is within chance{edge} ({evidence})."
 
 
-def compare_runs(one: RunRecord, two: RunRecord, comparisons: int = 1) -> Difference:
+def compare_runs(one: RunRecord, two: RunRecord, level: float = LEVEL) -> Difference:
     """Return which of two runs is better on the videos that both scored. Raises NotComparable.
 
-    Of top-1 by McNemar's exact test, of mAP by a paired bootstrap. ``comparisons`` is the number of differences that
-    are looked at together: the more there are, the smaller a p counts as real (Bonferroni).
+    Of top-1 by McNemar's exact test, of mAP by a paired bootstrap. Differences whose p is below ``level`` are real.
     """
     if one.accuracy_key != two.accuracy_key:
         given = " and ".join(f"the {ACCURACIES[run.accuracy_key]} of {run.name}" for run in (one, two))
         raise NotComparable(f"{given} are different measures")
-    if not (one.predictions and two.predictions):
-        points, interval, p, basis = _unpaired(one, two)
+    pairs = pair_videos(one, two)
+    if one.multi_label:
+        points, interval, p = _paired_map(one, two, pairs)
     else:
-        pairs = pair_videos(one, two)
-        basis = f"{len(pairs):,} videos"
-        if one.multi_label:
-            points, interval, p = _paired_map(one, two, pairs)
-        else:
-            only_one, only_two = (len(videos) for videos in disagreements(one, two))
-            points, interval, p = paired_difference(only_one, only_two, len(pairs))
+        only_one, only_two = map(len, disagreements(one, two))
+        points, interval, p = paired_difference(only_one, only_two, len(pairs))
     names = one.name, two.name
     if points < 0:
         points, interval, names = -points, (-interval[1], -interval[0]), names[::-1]
-    return Difference(*names, points, interval, p, basis, LEVEL / comparisons)
+    return Difference(*names, points, interval, p, len(pairs), level)
+
+
+def answer(one: RunRecord, two: RunRecord, runs: int = 2) -> str:
+    """Return which of two among so many runs is better, or why that is not known, as a sentence.
+
+    As the two are chosen by their accuracy, p is held against LEVEL over the number of all pairs (Bonferroni).
+    """
+    try:
+        return str(compare_runs(one, two, LEVEL / math.comb(runs, 2)))
+    except NotComparable as error:
+        return f"{one.name} and {two.name} are not compared: {error}."
 
 
 def describe_comparison(runs: Sequence[RunRecord], videos: int) -> list[str]:
     """Return the answer, a table of the runs' figures, notes, and up to ``videos`` videos that one of two has right."""
     best, *others = sorted(runs, key=lambda run: -run.accuracy)
-    answers = []
+    answers = [answer(best, other, len(runs)) for other in others]
     listed = ""
-    for other in others:
-        try:
-            answers.append(str(compare_runs(best, other, len(others))))
-            if len(runs) == 2 and not best.multi_label and best.predictions and other.predictions:
-                listed = _list_disagreements(best, other, videos)
-        except NotComparable as error:
-            answers.append(f"{best.name} and {other.name} are not compared: {error}.")
+    if len(runs) == 2 and not best.multi_label:
+        with suppress(NotComparable):
+            listed = _list_disagreements(best, others[0], videos)
     if len(others) > 1:
-        answers.append(f"Of {len(others)} differences, those count as real whose p is below {LEVEL / len(others):.2g}.")
+        pairs = math.comb(len(runs), 2)
+        answers.append(f"{len(runs)} runs make {pairs} pairs: differences with p below {LEVEL / pairs:.2g} are real.")
     parts = ["\n".join(answers), _figure_table(runs), "\n".join(find_warnings(runs) + _group_seeds(runs)), listed]
     return [part for part in parts if part]
 
 
 def _figure_table(runs: Sequence[RunRecord]) -> str:
-    names = "accuracy in %"
-    columns: dict[str, list[str]] = {names: [run.name for run in runs]}
+    columns: dict[str, list[str]] = {"accuracy in %": [run.name for run in runs]}
     keys = {**ACCURACIES, "top5": "top-5", "macro_top1": "macro", "macro_f1": "F1"}
     for key, name in keys.items():
         columns[name] = ["-" if (value := run.results.get(key)) is None else f"{value:.1f}" for run in runs]
         if key == "top1":
             intervals = [run.interval() for run in runs]
             columns["95 %"] = ["{:.1f} to {:.1f}".format(*found) if found else "-" for found in intervals]
-    columns["GFLOPs"] = [describe_cost(run.cost) if run.cost else "-" for run in runs]
+    columns["GFLOPs"] = [three_digits(run.cost) if run.cost else "-" for run in runs]
     speeds = [run.results.get("clips_per_second") for run in runs]
     columns["clips/s"] = [f"{speed:.1f}" if speed else "-" for speed in speeds]
     counts = [[run.results.get(key) for key in ("scored", "videos")] for run in runs]
@@ -121,9 +119,6 @@ def _figure_table(runs: Sequence[RunRecord]) -> str:
     if len({run.describe_views() for run in runs}) > 1:
         columns["views"] = [run.describe_views() for run in runs]
     shown = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
-    widths = [max(len(name) + 2, *map(len, cells)) for name, cells in shown.items() if name != names]
-    width = max(len(names), WIDTH - sum(widths) - 2 * len(widths))
-    shown[names] = ["\n".join(textwrap.wrap(name, width)) for name in shown[names]]
     return format_table(list(shown), zip(*shown.values(), strict=True))
 
 
@@ -215,7 +210,9 @@ def resampled_precision(
 def _paired_map(
     one: RunRecord, two: RunRecord, pairs: Sequence[tuple[int, int]]
 ) -> tuple[float, tuple[float, float], float]:
-    """Return the difference of mAP in points, its 95 % interval over resampled videos, and the p of that bootstrap."""
+    """Return the difference of mAP in points, its 95 % interval and p, from its standard error over resamples."""
+    if len(pairs) < FEWEST:
+        raise NotComparable(f"both scored {len(pairs)} videos, and mAP is compared on {FEWEST} or more")
     mine, other = (list(rows) for rows in zip(*pairs, strict=True))
     labels = _label_matrix(one)[mine]
     classes = [[row.name for row in run.classes] for run in (one, two)]
@@ -231,24 +228,9 @@ def _paired_map(
     for column in np.flatnonzero(labels.any(axis=0)):
         first, second = (resampled_precision(part[:, column], labels[:, column], weights) for part in scores)
         points += 100 * (first - second) / labels.shape[1]
-    low, high = np.percentile(points[1:], (2.5, 97.5))
-    rarer = min((points[1:] <= 0).sum(), (points[1:] >= 0).sum())
-    return float(points[0]), (float(low), float(high)), min(1.0, 2 * (rarer + 1) / (RESAMPLES + 1))
-
-
-def _unpaired(one: RunRecord, two: RunRecord) -> tuple[float, tuple[float, float], None, str]:
-    """Return the difference of runs of which one has no predictions, with Newcombe's interval of two samples."""
-    without = " and ".join(run.name for run in (one, two) if not run.predictions)
-    intervals = one.interval(), two.interval()
-    tests = {(run.test_list, run.results.get("videos")) for run in (one, two)}
-    if len(tests) > 1 or None in next(iter(tests)) or None in intervals:
-        raise NotComparable(f"no predictions.csv of {without} says which videos it was tested on; test it again")
-    (low, high), (low_two, high_two) = intervals  # type: ignore[misc]
-    points = one.accuracy - two.accuracy
-    down = math.hypot(one.accuracy - low, high_two - two.accuracy)
-    up = math.hypot(high - one.accuracy, two.accuracy - low_two)
-    scored = " and ".join(sorted({f"{run.results['scored']:,}" for run in (one, two)}))
-    return points, (points - down, points + up), None, f"{scored} videos, not paired: {without} has no predictions.csv"
+    difference, spread = float(points[0]), float(points[1:].std())
+    p = math.erfc(abs(difference) / spread / math.sqrt(2)) if spread else 1.0  # that of a normal distribution
+    return difference, (difference - Z * spread, difference + Z * spread), p
 
 
 def _places(predictions: Sequence[ScoredVideo]) -> dict[tuple[str, int], int]:
@@ -267,6 +249,8 @@ def _label_matrix(run: RunRecord) -> NDArray[np.bool_]:
 
 def _check_predictions(run: RunRecord) -> None:
     """Make sure that the rows of a test give its accuracy. Raises NotComparable."""
+    if not run.predictions:
+        raise NotComparable(f"no predictions.csv of {run.name} says which videos it has right; test it again")
     if run.multi_label:
         file, scores, labels = "scores.npy", run.scores(), _label_matrix(run)
         if scores is None or scores.shape != labels.shape:

@@ -26,19 +26,15 @@ LIVE_WINDOW_S = 2.0
 
 def predict_videos(options: argparse.Namespace) -> int:
     """Score the videos that the ``options`` of the command name; return the exit code. Raises UsageError."""
-    stdin_is_stream = STDIN in options.videos and not stdin_is_file() and options.window is not None
+    is_piped = STDIN in options.videos and not stdin_is_file()
     trained = open_checkpoint(options.checkpoint, options.overrides)
-    paths, live, unused = find_sources(options.videos, trained.input.views.frames == 1, stdin_is_stream)
+    one_frame = trained.input.views.frames == 1
+    paths, live, unused = find_sources(options.videos, one_frame, is_piped and options.window is not None)
     if live is None and options.seconds is not None:
-        if STDIN in options.videos:
-            raise UsageError(
-                f"--seconds {options.seconds:g} ends a stream; give --window too, to watch {STDIN} as one."
-            )
-        raise UsageError(f"--seconds {options.seconds:g} ends a camera or stream, which no file is; leave it out.")
-    if STDIN in options.videos and options.annotate is not None:
-        raise UsageError(f"--annotate copies files, and {STDIN} is standard input; leave it out.")
-    if live is not None and options.annotate is not None:
-        raise UsageError(f"--annotate copies files, and {live} is a camera or stream; leave it out.")
+        remedy = f"give --window too, to watch {STDIN} as one" if is_piped else "leave it out"
+        raise UsageError(f"--seconds {options.seconds:g} ends a camera or stream, which no file is; {remedy}.")
+    if options.annotate is not None and (live is not None or paths == [STDIN]):
+        raise UsageError(f"--annotate copies files, which {live or STDIN} is not; leave it out.")
     for folder in filter(None, (options.annotate, options.output and options.output.parent)):
         prepare_folder(folder)
     predictor = Predictor(trained, device=options.device, precision=options.precision, workers=options.workers)
@@ -52,8 +48,12 @@ def predict_videos(options: argparse.Namespace) -> int:
         else:
             with spooled_stdin() if paths == [STDIN] else nullcontext() as spooled:
                 found = predictor.predict([spooled or path for path in paths], window=options.window, step=options.step)
-                named = (replace(result, path=STDIN) for result in found) if spooled else found
-                score(named, len(paths), options, results, copies)
+                if spooled is not None:  # a copy, which is gone afterwards
+                    found = (
+                        replace(result, path=STDIN, error=result.error and result.error.replace(spooled, STDIN))
+                        for result in found
+                    )
+                score(found, len(paths), options, results, copies)
     finally:  # also after Ctrl-C: the results so far are kept
         if options.output is not None and results:
             write_results(results, options.output, options.top)

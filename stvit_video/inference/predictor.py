@@ -188,8 +188,8 @@ class Predictor:
     ) -> Iterator[Window]:
         """Score a camera, stream or pipe ("-": standard input), and yield each window of ``window`` seconds once over.
 
-        Ends with the stream, after ``seconds`` of it or of waiting, or when the caller closes the iterator. Raises
-        DecodeError.
+        Ends with the stream, with the first frame after ``seconds`` of it or of waiting, or when the caller closes the
+        iterator. Raises DecodeError.
         """
         check_seconds(window, step)
         read = partial(self._read_live, window, step or window, seconds)
@@ -199,10 +199,12 @@ class Predictor:
             if item is not None:
                 yield item
 
-    def _find(self, sources: Sequence[Any], fps: float | None) -> list[Source]:
-        """Return the paths, and readers of frames in memory. Raises UsageError."""
+    def _find(self, sources: Any, fps: float | None) -> list[Source]:
+        """Return the paths, and readers of frames in memory, also of a single path or array. Raises UsageError."""
         if fps is not None and not (isinstance(fps, Real) and 0 < fps < inf):
             raise UsageError(f"fps={fps!r}; give the frames per second as a number above 0.")
+        is_one = isinstance(sources, str | os.PathLike) or getattr(sources, "ndim", 5) < 5
+        sources = [sources] if is_one else list(sources)
         found: list[Source] = []
         for i, source in enumerate(sources):
             if isinstance(source, str | os.PathLike):

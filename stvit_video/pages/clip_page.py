@@ -18,6 +18,7 @@ from stvit_video.data.clips.sampling import ClipSampler
 from stvit_video.data.clips.timeline import KnownTimes
 from stvit_video.data.dataset import Sample, collate
 from stvit_video.data.decode.frames import open_video
+from stvit_video.data.decode.pictures import is_pattern
 from stvit_video.data.decode.types import DecodeError, Frames, Indices, Times
 from stvit_video.inference.load import VideoInput, open_checkpoint
 from stvit_video.pages import overlays
@@ -67,14 +68,15 @@ def read_clip(video_input: VideoInput, path: Path, start: float | None = None) -
             raise UsageError(f"--start {start:g}: this model's clips span the video (DATA.SAMPLING); leave it out.")
         choice = partial(sampler.starting_at, seconds=start)
     decoding = video_input.start_decoding()
+    no_times = path.is_dir() or is_pattern(str(path))
     try:
         frames = decoding.read(decoding.request(str(path), choice))
-        times = None if path.is_dir() else decoding.read_times(str(path))
+        times = None if no_times else decoding.read_times(str(path))
         # Images have been read within the deadline just now, so that it is safe to count them in this process.
         timeline = open_video(str(path)) if times is None else KnownTimes(times)
         indices = choice(timeline)
     except DecodeError as error:
-        if start is not None and path.is_dir():
+        if start is not None and no_times:
             raise UsageError(f"--start {start:g}: {path} is a folder of images without times; leave it out.") from error
         raise UsageError(f"VIDEO {path} {error.message}; give a video, an image or a folder of images.") from error
     if start is not None and times is not None and start > times.max():
@@ -96,7 +98,7 @@ def write_clip_page(
     target = None if class_name is None else find_class(class_name, classes)
     clip = read_clip(trained.input, video, start)
     for name in FILES:
-        if (output / name).exists() and (output / name).samefile(video):
+        if (output / name).exists() and video.exists() and (output / name).samefile(video):
             raise UsageError(f"--output {output} would replace VIDEO {video} itself; give another folder.")
     prepare_folder(output)
     explanation = explain(trained.model, clip.tensor, target, trained.multi_label)

@@ -13,14 +13,15 @@ from torchvision.transforms.functional import resize
 
 from stvit_video.common.accuracy import ACCURACIES
 from stvit_video.common.charts import Point, image_of_points, png_of_confusion, run_style, svg_of_curves
+from stvit_video.common.tables import three_digits
 from stvit_video.data.clips.sampling import ClipSampler
 from stvit_video.data.clips.sections import within
 from stvit_video.data.decode.frames import Decoding
 from stvit_video.data.decode.types import DecodeError
 from stvit_video.data.lists.annotations import parse_name
-from stvit_video.evaluation.significance import NotComparable, compare_runs
+from stvit_video.evaluation.significance import answer
 from stvit_video.pages.html import data_uri, picture_uri, printable, render
-from stvit_video.runs.record import RunRecord, ScoredVideo, describe_cost, find_warnings, settings_that_differ
+from stvit_video.runs.record import RunRecord, ScoredVideo, find_warnings, settings_that_differ
 
 MAX_MISTAKES = 12
 MAX_TABLE_CLASSES = 24  # confusions of more classes are drawn as a picture
@@ -77,36 +78,27 @@ def run_page(runs: Sequence[RunRecord], command: str) -> str:
 
 
 def headline(runs: Sequence[RunRecord]) -> str:
-    """Return the main result in one sentence."""
+    """Return the main result: the best run, by how much it leads, and what it costs."""
     best, *others = sorted(runs, key=lambda run: -run.accuracy)
     videos = f"{best.results.get('scored') or 'the'} test videos"
     right = f"mAP {best.accuracy:.1f} % on {videos}" if best.multi_label else f"{best.accuracy:.1f} % of {videos} right"
     if not others:
-        return right + (f", at {describe_cost(best.cost)} GFLOPs per video." if best.cost else ".")
+        return right + (f", at {three_digits(best.cost)} GFLOPs per video." if best.cost else ".")
     if len({(run.results.get("videos"), run.test_list) for run in runs}) > 1:
         each = (f"{run.name} {run.accuracy:.1f} %" for run in runs)
         return f"Tested on different videos, so not to be ranked: {', '.join(each)}."
     if len({run.accuracy_key for run in runs}) > 1:
         each = (f"{run.name} {ACCURACIES[run.accuracy_key]} {run.accuracy:.1f} %" for run in runs)
         return f"Measured differently, so not to be ranked: {', '.join(each)}."
-    second = others[0]
-    difference = f"{best.accuracy - second.accuracy:.1f}"
-    if difference == "0.0":
-        words = f"{best.name} and {second.name} are level: {right}"
-    else:
-        words = f"Best is {best.name}: {right}, {difference} points more than {second.name}"
-        try:
-            found = compare_runs(best, second, len(others))
-            words += f"{'' if found.real else ', which is within chance'} ({found.evidence})"
-        except NotComparable as error:
-            words += f" (whether that is chance is not known: {error})"
-    cheapest = min(runs, key=lambda run: run.cost or math.inf)
-    if cheapest.cost and cheapest is not best:
-        cost = f"{describe_cost(cheapest.cost)} GFLOPs per video"
-        words += f"; cheapest is {cheapest.name}: {cost}, {cheapest.accuracy:.1f} %"
-    elif best.cost and len({describe_cost(run.cost or 0) for run in runs}) > 1:
-        words += f"; at {describe_cost(best.cost)} GFLOPs per video it is also the cheapest"
-    return words + "."
+    lead = "Highest is " if best.accuracy > others[0].accuracy else ""
+    sentences = [f"{lead}{best.name}: {right}.", answer(best, others[0], len(runs))]
+    costs = {run.name: run.cost for run in runs if run.cost}
+    if len({three_digits(cost) for cost in costs.values()}) > 1 and len(costs) == len(runs):
+        cheapest = min(runs, key=lambda run: costs[run.name])
+        also = "also " if cheapest is best else ""
+        cost = f"{three_digits(costs[cheapest.name])} GFLOPs per video, {cheapest.accuracy:.1f} %"
+        sentences.append(f"Cheapest is {also}{cheapest.name}: {cost}.")
+    return " ".join(sentences)
 
 
 def list_notes(runs: Sequence[RunRecord]) -> list[str]:
@@ -130,7 +122,7 @@ def _figure_rows(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
 
 
 def _shown(value: Any, form: str) -> str:
-    return describe_cost(value) if form == ".3g" else format(value, form)
+    return three_digits(value) if form == ".3g" else format(value, form)
 
 
 def _figures(run: RunRecord) -> dict[str, tuple[Any, str, Callable[[Iterable[Any]], Any] | None]]:

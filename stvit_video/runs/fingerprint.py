@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,24 +20,25 @@ from stvit_video.runs.checkpoint import load_newest
 from stvit_video.runs.folder import FREE_KEYS, RunFolder, describe_changes
 from stvit_video.runs.lists import LABELS
 
-Lists = dict[str, bytes]  # by split: its videos in order, each with its labels, as packed JSON
+Lists = dict[str, bytes]  # by split: its videos in order, each with its classes' names, as packed JSON
 TITLES = {"train": "the training list", "val": "the validation list", "test": "the test list"}
 # Keys that are not noted where they change: what a start is for, and what Trainer.setup notes.
 SILENT_KEYS = {
     "MODE", "OUTPUT_DIR", "OVERWRITE", "TRAIN.RESUME", "DEVICE", "COMPILE", "TRAIN.ACCUMULATE", "PARALLEL.STRATEGY",
 }  # fmt: skip
+OLDER = "note: this run is of a version that did not record its lists; see that they are the same"
 
 
-def record_lists(root: str, videos: Mapping[str, Sequence[Video]]) -> Lists:
+def record_lists(root: str, videos: Mapping[str, Sequence[Video]], classes: Sequence[str]) -> Lists:
     """Return the videos of each split as a checkpoint keeps them; paths below ``root`` start from it."""
     bases = tuple(os.path.join(base, "") for base in (Path(root), os.path.abspath(root)))
 
-    def pack(listed: Sequence[Video]) -> bytes:
-        names = [os.path.normpath(video.name.removeprefix(bases[0]).removeprefix(bases[1])) for video in listed]
-        rows = list(zip(names, map(labels_of, listed), strict=True))
-        return zlib.compress(json.dumps(rows).encode())
+    def describe(video: Video) -> str:
+        names = [classes[label] for label in labels_of(video) if label >= 0]
+        path = os.path.normpath(video.name.removeprefix(bases[0]).removeprefix(bases[1]))
+        return f"{path} ({', '.join(names) or 'no class'})"
 
-    return {split: pack(listed) for split, listed in videos.items()}
+    return {split: zlib.compress(json.dumps([*map(describe, listed)]).encode()) for split, listed in videos.items()}
 
 
 def hash_lists(lists: Lists, classes: Sequence[str]) -> dict[str, str]:
@@ -48,23 +50,21 @@ def hash_lists(lists: Lists, classes: Sequence[str]) -> dict[str, str]:
     }
 
 
-def find_changes(
+def find_change(
     then: Mapping[str, bytes], now: Lists, classes_then: Sequence[str], classes: Sequence[str]
-) -> dict[str, str]:
-    """Return what differs between recorded lists and those of now, by "classes" and split, each in some words."""
-    changes = {"classes": _compare_classes(classes_then, classes)}
-    for split in TITLES:
+) -> tuple[str, str] | None:
+    """Return what differs first between recorded lists and those of now, "classes" or a split, and how."""
+    if words := _compare_classes(classes_then, classes):
+        return "classes", words
+    for split, title in TITLES.items():
         if (split in then) != (split in now):
-            changes[split] = f"{TITLES[split]} is {'gone' if split in then else 'new'}"
-        elif then.get(split) != now.get(split):
-            old, new = ([(name, tuple(labels)) for name, labels in _unpack(one[split])] for one in (then, now))
-            changes[split] = _compare_videos(TITLES[split], old, new, classes_then, classes)
-    if changes.get("train"):  # parts of one folder change together: one line names one list
-        changes = {part: changes[part] for part in ("classes", "train")}
-    return {part: words for part, words in changes.items() if words}
+            return split, f"{title} is {'gone' if split in then else 'new'}"
+        if split in now and (words := _compare_videos(_unpack(then[split]), _unpack(now[split]))):
+            return split, f"{title} has {words}"
+    return None
 
 
-def _unpack(packed: bytes) -> list[tuple[str, list[int]]]:
+def _unpack(packed: bytes) -> list[str]:
     return json.loads(zlib.decompress(packed))
 
 
@@ -85,34 +85,17 @@ def _compare_classes(then: Sequence[str], now: Sequence[str]) -> str:
     return f"the classes are in another order (label {label} was {then[label]!r}, now {now[label]!r})"
 
 
-def _compare_videos(
-    title: str,
-    then: list[tuple[str, tuple[int, ...]]],
-    now: list[tuple[str, tuple[int, ...]]],
-    classes_then: Sequence[str],
-    classes: Sequence[str],
-) -> str:
-    """Return how many videos are new, missing or of another label, each with an example."""
-
-    def named(labels: Sequence[int], names: Sequence[str]) -> str:
-        return ", ".join(names[label] for label in labels if label >= 0) or "no class"
-
-    old = {name: named(labels, classes_then) for name, labels in then}
-    new = {name: named(labels, classes) for name, labels in now}
-    added, gone = [name for name in new if name not in old], [name for name in old if name not in new]
-    moved = [name for name in new if old.get(name, new[name]) != new[name]]
-    parts = [f"{len(names):,} {what}, as {names[0]}" for names, what in ((added, "new"), (gone, "missing")) if names]
-    if moved:
-        example = f"{moved[0]} ({old[moved[0]]}, now {new[moved[0]]})"
-        parts.append(f"{len(moved):,} moved to another label, as {example}")
-    if not parts and len(then) != len(now):
-        parts.append("some listed another number of times")
-    elif not parts and (pairs := [pair for pair in zip(then, now, strict=True) if pair[0][0] != pair[1][0]]):
-        parts.append(f"in another order, as {pairs[0][1][0]} in the place of {pairs[0][0][0]}")
-    elif not parts:  # the labels have other numbers, as the classes are in another order
+def _compare_videos(then: list[str], now: list[str]) -> str:
+    """Return how many videos are missing, new or elsewhere, each with an example; "" for none."""
+    if then == now:
         return ""
     count = f"{len(now):,} videos" if len(then) == len(now) else f"{len(now):,} videos, not {len(then):,}"
-    return f"{title} has {count}: {'; '.join(parts)}"
+    differences = (("missing", Counter(then) - Counter(now)), ("new", Counter(now) - Counter(then)))
+    parts = [f"{rows.total():,} {what}, as {next(iter(rows))}" for what, rows in differences if rows]
+    if not parts:
+        old, new = next(pair for pair in zip(then, now, strict=True) if pair[0] != pair[1])
+        parts = [f"in another order, as {new} in the place of {old}"]
+    return f"{count}: {'; '.join(parts)}"
 
 
 def check_continued(
@@ -120,50 +103,45 @@ def check_continued(
 ) -> list[str]:
     """Return notes on what has changed since the run began; raise UsageError where it changes what a step sees."""
     setup = state["setup"]
-    if setup.get("multi_label", False) != multi_label:
-        raise UsageError(
-            f"the run began with videos of {LABELS[not multi_label]} each, and those of DATA.TRAIN_LIST now have "
-            f"{LABELS[multi_label]}; put the list back, give another OUTPUT_DIR, or OVERWRITE True."
-        )
     recorded = setup.get("settings") or folder.recorded_config() or {}
     free = (*FREE_KEYS, "DATA.ROOT") if "lists" in setup else FREE_KEYS  # what lies there is compared
     if changed := describe_changes(recorded, folder.settings, free):
         raise UsageError(f"{folder.checkpoints} are of a run with other settings: {changed}; {folder.way_on()}")
-    notes = []
-    if noted := describe_changes(recorded, folder.settings, set(complete(flatten(folder.settings))) - _noted_keys()):
-        notes.append(f"note: changed since the last checkpoint: {noted}")
-    if "lists" in setup:
-        changes = find_changes(setup["lists"], lists, setup["classes"], classes)
-        if test := changes.pop("test", ""):  # training does not see it; scores of an interrupted test are not mixed
-            notes.append(f"note: changed since the run began: {test}; the test will be of the list as it is now")
+    notes, change = [], None
+    noted = {*FREE_KEYS, "DATA.ROOT"} - SILENT_KEYS
+    if noticed := describe_changes(recorded, folder.settings, set(complete(flatten(folder.settings))) - noted):
+        notes.append(f"note: changed since the last checkpoint: {noticed}")
+    if setup.get("multi_label", False) != multi_label:
+        change = "train", f"a video has {LABELS[multi_label]}, and had {LABELS[not multi_label]}"
+    elif "lists" in setup:
+        change = find_change(setup["lists"], lists, setup["classes"], classes)
     else:
-        changes = _compare_older(folder, state, lists, classes)
-        notes.append("note: this run is of a version that did not record its lists; see that they are the same")
-    if changes:
+        change = _compare_older(folder, state, lists, classes)
+        notes.append(OLDER)
+    part, words = change or ("", "")
+    if part == "test":  # training does not see it; scores of an interrupted test are not mixed
+        notes.append(f"note: changed since the run began: {words}; the test will be of the list as it is now")
+    elif part:
         raise UsageError(
-            f"the data are not those that the run in {folder.path} began with: {'; '.join(changes.values())}. "
-            f"Put them back, or {folder.way_on(new_head='classes' in changes)}"
+            f"the data are not those that the run in {folder.path} began with: {words}. Put them back, or "
+            f"{folder.way_on(new_head=part == 'classes')}"
         )
     return notes
 
 
-def _noted_keys() -> set[str]:
-    return {key for key in (*FREE_KEYS, "DATA.ROOT") if key not in SILENT_KEYS and not key.startswith("TRANSFER.")}
-
-
-def _compare_older(folder: RunFolder, state: dict[str, Any], lists: Lists, classes: list[str]) -> dict[str, str]:
-    """Return what differs from the little that a run of an older version recorded."""
-    setup, changes = state["setup"], {}
-    known = setup.get("classes") or classes_of(folder)
+def _compare_older(
+    folder: RunFolder, state: dict[str, Any], lists: Lists, classes: list[str]
+) -> tuple[str, str] | None:
+    """Return what differs from the little that a run of an older version recorded, as ``find_change`` does."""
+    known, count = state["setup"].get("classes") or classes_of(folder), len(_unpack(lists["train"]))
     heads = [len(value) for name, value in state["model"].items() if name.endswith("head.proj.weight")]
-    if known is not None:
-        changes["classes"] = _compare_classes(known, classes)
-    elif heads and heads[0] != len(classes):
-        changes["classes"] = f"{len(classes)} classes, not {heads[0]}"
-    count = len(_unpack(lists["train"]))
-    if setup.get("videos", count) != count:
-        changes["train"] = f"{TITLES['train']} has {count:,} videos, not {setup['videos']:,}"
-    return {part: words for part, words in changes.items() if words}
+    if known is not None and (words := _compare_classes(known, classes)):
+        return "classes", words
+    if known is None and heads and heads[0] != len(classes):
+        return "classes", f"{len(classes)} classes, not {heads[0]}"
+    if (videos := state["setup"].get("videos", count)) != count:
+        return "train", f"{TITLES['train']} has {count:,} videos, not {videos:,}"
+    return None
 
 
 def classes_of(folder: RunFolder) -> list[str] | None:
@@ -174,30 +152,37 @@ def classes_of(folder: RunFolder) -> list[str] | None:
 
 def check_finished(folder: RunFolder, results: dict[str, Any], lists: Lists, classes: list[str]) -> str:
     """Return a note on what cannot be compared; raise UsageError where a finished run had other lists than now."""
-    known, note = classes_of(folder), ""
-    found = hash_lists(lists, classes)
+    part = words = note = ""
+    found, known, count = hash_lists(lists, classes), classes_of(folder), len(_unpack(lists["test"]))
     recorded = {split: results.get(f"{split}_list_sha256") for split in TITLES}
-    if recorded["test"]:  # a later MODE test in the folder records no others
-        other = [split for split, known in recorded.items() if known and known != found.get(f"{split}_list_sha256")]
-        changes = {split: f"{TITLES[split]} is another" for split in other}
-        if changes and (setup := _newest_setup(folder)) and "lists" in setup:
-            changes = find_changes(setup["lists"], lists, setup["classes"], classes) or changes
-        elif changes and known is not None and (renamed := _compare_classes(known, classes)):
-            changes = {"classes": renamed}
-    else:
-        note = "note: this run is of a version that did not record its lists; see that they are the same\n"
-        count, changes = len(_unpack(lists["test"])), {}
-        if known is not None and (renamed := _compare_classes(known, classes)):
-            changes["classes"] = renamed
-        if results.get("videos", count) != count:
-            changes["test"] = f"{TITLES['test']} has {count:,} videos, not {results['videos']:,}"
-    if changes:
+    if not recorded["test"]:
+        note = f"{OLDER}\n"
+        if (videos := results.get("videos", count)) != count:
+            part, words = "test", f"{TITLES['test']} has {count:,} videos, not {videos:,}"
+    elif others := [split for split, sha in recorded.items() if sha and sha != found.get(f"{split}_list_sha256")]:
+        part, words = others[0], f"{TITLES[others[0]]} is another"
+        if (setup := _newest_setup(folder)) and "lists" in setup:
+            part, words = find_change(setup["lists"], lists, setup["classes"], classes) or (part, words)
+    if known is not None and (renamed := _compare_classes(known, classes)):
+        part, words = "classes", renamed
+    if part:
         test = f"test its weights on the new list (MODE test MODEL.INIT {folder.weights} and another OUTPUT_DIR), or "
         raise UsageError(
-            f"OUTPUT_DIR {folder.path} is finished, but on other data: {'; '.join(changes.values())}. Put them back, "
-            f"or {test if changes.keys() == {'test'} else ''}{folder.way_on(new_head='classes' in changes)}"
+            f"OUTPUT_DIR {folder.path} is finished, but on other data: {words}. Put them back, or "
+            f"{test if part == 'test' else ''}{folder.way_on(new_head=part == 'classes')}"
         )
     return note
+
+
+def check_start(folder: RunFolder, lists: Lists, classes: list[str], multi_label: bool) -> None:
+    """Raise UsageError where a run of these lists would be refused in the folder, of which nothing is changed."""
+    folder.check()
+    if folder.settings["MODE"] != "train" or folder.settings["OVERWRITE"]:
+        return
+    if folder.is_finished():
+        check_finished(folder, json.loads(folder.results.read_text()), lists, classes)
+    elif (state := load_newest(folder.checkpoints)) is not None:
+        check_continued(folder, state, lists, classes, multi_label)
 
 
 def _newest_setup(folder: RunFolder) -> dict[str, Any] | None:

@@ -141,11 +141,7 @@ class RunFolder:
             raise UsageError(f"OUTPUT_DIR {path} holds files that are not a run's; give an empty or new folder.")
 
     def describe_start(self) -> str:
-        """Return in one line what a run finds here, and does; nothing is changed."""
-        try:
-            self.check()
-        except UsageError as error:
-            return f"a run is refused: {error}"
+        """Return in one line what a run that is not refused finds here, and does."""
         checkpoints = list_checkpoints(self.checkpoints)
         if not self.has_progress():
             return f"a run begins in {self.path}, which {'has no results' if self.path.exists() else 'is new'}"

@@ -83,27 +83,7 @@ def open_lists(
             if weights and not Path(weights).exists():
                 raise UsageError(f"MODEL.INIT {weights} is missing; {WEIGHTS_ADVICE}.")
             sample.prepare(cfg.DATA.ROOT, sample.Spec(clips=tuple(cfg.DATA.GENERATE_CLIPS), name=cfg.DATA.GENERATE))
-        advice: dict[str, str] = {}  # by what is missing: all of it is named at once
-        for split in splits:
-            name = lists.lists[split]
-            file = lists.source(split)
-            if (split != "val" or name) and not lists.exists(split):
-                advice[f"DATA.{split.upper()}_LIST {file if name else repr('')}"] = (
-                    f"a list holds lines `path label`, paths starting from DATA.ROOT {lists.root}, or is a CSV or JSON "
-                    f"as data sets publish it, or a folder CLASS/FILE"
-                )
-        if lists.class_file and not (lists.root / lists.class_file).is_file():
-            missing = f"DATA.CLASSES {lists.root / lists.class_file}"
-            advice[missing] = "DATA.CLASSES holds one class name a line, or is '' for numbers"
-        if weights and not Path(weights).exists():
-            advice[f"MODEL.INIT {weights}"] = f"{WEIGHTS_ADVICE}{nearest_path(weights)}"
-        if advice:
-            root = "" if lists.root.is_dir() else f" DATA.ROOT {lists.root} is no folder.{nearest_path(lists.root)}"
-            raise UsageError(
-                f"MODE {cfg.MODE} needs files that are missing: {', '.join(advice)}. Put them there or set these keys: "
-                f"{'; '.join(dict.fromkeys(advice.values()))}.{root} Without a download this runs now: "
-                f"python -m stvit_video.run --cfg configs/sample_stvit.yaml"
-            )
+        _check_files(lists, splits, weights, cfg.MODE)
         trained = known()
         lists.trained, lists.natural, lists.continues = trained or (), trained is not None, continues
         videos = {split: lists.videos(split) for split in splits if lists.lists[split]}
@@ -118,6 +98,31 @@ def open_lists(
         return classes, videos, _build_account(cfg, lists, classes, videos, continues)
 
     return on_main(world, read)
+
+
+def _check_files(lists: ListReader, splits: Sequence[str], weights: str, mode: str) -> None:
+    """Raise UsageError where lists, class names or weights are not there; all that is missing is named at once."""
+    advice: dict[str, str] = {}  # by what is missing
+    for split in splits:
+        name = lists.lists[split]
+        file = lists.source(split)
+        if (split != "val" or name) and not lists.exists(split):
+            advice[f"DATA.{split.upper()}_LIST {file if name else repr('')}"] = (
+                f"a list holds lines `path label`, paths starting from DATA.ROOT {lists.root}, or is a CSV or JSON "
+                f"as data sets publish it, or a folder CLASS/FILE"
+            )
+    if lists.class_file and not (lists.root / lists.class_file).is_file():
+        missing = f"DATA.CLASSES {lists.root / lists.class_file}"
+        advice[missing] = "DATA.CLASSES holds one class name a line, or is '' for numbers"
+    if weights and not Path(weights).exists():
+        advice[f"MODEL.INIT {weights}"] = f"{WEIGHTS_ADVICE}{nearest_path(weights)}"
+    if advice:
+        root = "" if lists.root.is_dir() else f" DATA.ROOT {lists.root} is no folder.{nearest_path(lists.root)}"
+        raise UsageError(
+            f"MODE {mode} needs files that are missing: {', '.join(advice)}. Put them there or set these keys: "
+            f"{'; '.join(dict.fromkeys(advice.values()))}.{root} Without a download this runs now: "
+            f"python -m stvit_video.run --cfg configs/sample_stvit.yaml"
+        )
 
 
 def _build_account(

@@ -98,21 +98,22 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
     """
     if cfg.MODE == "transfer" and not cfg.MODEL.INIT:
         raise UsageError("MODE transfer needs a checkpoint to evaluate; give MODEL.INIT FILE.")
+    starts, trains = purpose != "measure", cfg.MODE == "train"
     folder = build_run_folder(cfg)
-    state = None
     if purpose == "run":
         on_main(world, folder.lock)  # what is decided by a look at the folder is decided under its lock
-    if purpose != "measure":
         on_main(world, folder.check)
-    if purpose != "measure" and cfg.LOG.WANDB and importlib.util.find_spec("wandb") is None:
+    if starts and cfg.LOG.WANDB and importlib.util.find_spec("wandb") is None:
         raise UsageError(f"LOG.WANDB {cfg.LOG.WANDB}: wandb is not installed; pip install wandb, or LOG.WANDB ''.")
-    if purpose == "run" and cfg.MODE == "train":
+    state = None
+    if purpose == "run" and trains:
         if on_main(world, folder.is_finished) and not cfg.OVERWRITE:
             said = build_finished_answer(cfg, world, folder, opened)
             print(said if world.is_main else "", end="", flush=True)
             return None
         state = _build_state(cfg, world, folder)
-    needs_weights = purpose != "measure" and state is None
+
+    needs_weights = starts and state is None
     source = build_source(cfg, folder) if needs_weights else ""
     read = cache(read_checkpoint)
     if opened:
@@ -124,19 +125,20 @@ def open_run(cfg: CfgNode, world: World, purpose: Purpose = "run", *, opened: Op
         )
     checkpoint = opened.checkpoint if opened else read(source) if source else None
     multi_label = is_multi_label(videos)
-    lists = on_main(world, lambda: record_lists(cfg.DATA.ROOT, videos))
-    notes = on_main(world, lambda: check_continued(folder, state, lists, classes, multi_label) if state else [])
-    lowered = short = ""  # on a batch larger than the list, on videos that are shorter than a clip
-    if purpose != "measure" and cfg.MODE == "train":
-        cfg, lowered = build_filled_batch(cfg, world, len(videos.get("train", ())), state)
+    lists = on_main(world, lambda: record_lists(cfg.DATA.ROOT, videos, classes))
+    notes = on_main(world, lambda: check_continued(folder, state, lists, classes, multi_label)) if state else []
+
+    if starts and trains:
+        cfg, line = build_filled_batch(cfg, world, len(videos.get("train", ())), state)
+        notes.append(line)
     torch.manual_seed(cfg.SEED)  # for weights that no file holds
     model = build_model(cfg, len(classes))
     report = build_weights(cfg, model, checkpoint, classes, multi_label) if source and checkpoint else None
-    if purpose != "measure":
-        cfg, short = build_fitting_sampling(cfg, world, videos, state, checkpoint)
+    if starts:
+        cfg, line = build_fitting_sampling(cfg, world, videos, state, checkpoint)
+        notes.append(line)
     cost = measure_cost(model, (cfg.DATA.FRAMES, cfg.DATA.SIZE, cfg.DATA.SIZE))
-    summary = _build_summary(cfg, world, cost, len(classes), account)
-    summary = "\n".join(filter(None, [summary, *([lowered, short, *notes] if world.is_main else [])]))
+    summary = _build_summary(cfg, world, cost, len(classes), [*account, *filter(None, notes)])
     weights = {"weights": checkpoint.path, **(checkpoint.metadata.get("weights") or {})} if checkpoint else {}
     checkpoint = checkpoint if cfg.MODE == "transfer" else None
     read_in = (cfg, world, folder, classes, videos, account, lists, view_settings(cfg))
@@ -164,7 +166,7 @@ def build_finished_answer(cfg: CfgNode, world: World, folder: RunFolder, opened:
             return f"{answer}note: its data are gone ({lists.source(gone[0])}), so they cannot be compared with now's\n"
         known = partial(classes_of, folder)
         classes, videos, _ = open_lists(cfg, world, needs_weights=False, known=known, continues=True)
-    rest = partial(record_lists, cfg.DATA.ROOT, videos)
+    rest = partial(record_lists, cfg.DATA.ROOT, videos, classes)
     return answer + on_main(world, lambda: check_finished(folder, results, rest(), classes))
 
 
@@ -260,8 +262,8 @@ def build_weights(
         kind = (checkpoint.metadata.get("weights") or {}).get("weights", cfg.TEST.WEIGHTS)
         if cfg.TEST.WEIGHTS not in ("last", kind):
             raise UsageError(
-                f"TEST.WEIGHTS {cfg.TEST.WEIGHTS}: {checkpoint.path} holds the {kind} weights of its run; leave the "
-                f"key out to test these, or give others in MODEL.INIT (checkpoints/best.safetensors of a run)."
+                f"TEST.WEIGHTS {cfg.TEST.WEIGHTS} is chosen when training ends, and {checkpoint.path} holds the {kind} "
+                f"weights; give MODEL.INIT RUN/checkpoints/best.safetensors for the best, or TEST.WEIGHTS last."
             )
         report = load_pretrained(model, checkpoint, min_coverage=0.9, antialias=antialias)
         check_all_loaded(report, model)

@@ -179,12 +179,6 @@ def _read_classes(path: Path, predictions: list[ScoredVideo], multi_label: bool)
     return [ClassScore(name, n, right, 100 * right / n if n else math.nan) for name, n, right in found]
 
 
-def describe_cost(gflops: float) -> str:
-    """Return GFLOPs with three significant digits at least, never as a power of ten."""
-    digits = 2 - math.floor(math.log10(gflops)) if gflops > 0 else 0
-    return f"{gflops:,.{max(0, digits)}f}"
-
-
 def count_tokens(metadata: dict[str, Any]) -> tuple[int, int | None] | None:
     """Return the image tokens before and after reduction (None: not reduced) of the network of a weights file."""
     return create_model(metadata["name"], **metadata["arguments"]).token_counts() if metadata else None  # type: ignore[operator]

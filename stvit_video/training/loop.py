@@ -21,6 +21,7 @@ from stvit_video.data.workers import Loader, LoaderFailure
 from stvit_video.evaluation.evaluate import build_tested_model, build_tester, class_probabilities, describe_videos
 from stvit_video.models.weights.files import read_checkpoint
 from stvit_video.runs.checkpoint import CheckpointWriter, list_checkpoints
+from stvit_video.runs.fingerprint import check_start
 from stvit_video.runs.folder import RunFolder
 from stvit_video.runs.log import MetricsLog, describe_weights, read_metrics
 from stvit_video.runs.preflight import OpenRun, build_memory_line
@@ -225,7 +226,12 @@ def build_dry_run(run: OpenRun) -> None:
     tester.loader.close()
     lines.append(f"test batch: {text}, {waited:.2f} s to load; peak memory {peak_memory(world.device):.2f} GB")
     if world.is_main:
-        print("\n".join([*lines, run.folder.describe_start(), "dry run: nothing was written"]), flush=True)
+        try:
+            check_start(run.folder, run.lists, run.classes, run.multi_label)
+            lines.append(run.folder.describe_start())
+        except UsageError as error:
+            lines.append(f"a run is refused: {error}")
+        print("\n".join([*lines, "dry run: nothing was written"]), flush=True)
 
 
 def rehearse_step(trainer: Trainer, chance: float) -> str:

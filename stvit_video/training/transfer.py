@@ -30,8 +30,8 @@ from stvit_video.evaluation.scores import fingerprint, read_features, weights_ha
 from stvit_video.models import load_pretrained
 from stvit_video.models.weights.files import Checkpoint
 from stvit_video.models.zoo import build_model
-from stvit_video.runs.checkpoint import check_all_loaded, load_newest
-from stvit_video.runs.fingerprint import check_continued
+from stvit_video.runs.checkpoint import check_all_loaded
+from stvit_video.runs.fingerprint import check_start
 from stvit_video.runs.folder import build_run_folder
 from stvit_video.runs.lists import LABELS
 from stvit_video.runs.preflight import OpenRun, build_filled_batch, open_run
@@ -135,7 +135,8 @@ def transfer(run: OpenRun) -> None:
         train(tuned)
     results = on_main(world, lambda: json.loads((folder.path / FINETUNE / "results.json").read_text()))
     figures = {name: results[name] for name in rows[0] if name not in ("method", "weights") and name in results}
-    tuned_row = {"method": f"fine-tuned ({tuning.TRAIN.EPOCHS} epochs)", "weights": "fine-tuned", **figures}
+    most = "at most " if tuning.TRAIN.PATIENCE else ""
+    tuned_row = {"method": f"fine-tuned ({most}{tuning.TRAIN.EPOCHS} epochs)", "weights": "fine-tuned", **figures}
     on_main(world, lambda: write([*rows, tuned_row], True))
 
 
@@ -254,14 +255,8 @@ def build_finetuning(run: OpenRun) -> CfgNode | None:
     changes = [("MODE", "train"), ("OUTPUT_DIR", output), ("MODEL.NEW_HEAD", True)]
     cfg = override(run.cfg, changes, "MODE transfer")
     folder = build_run_folder(cfg)
-
-    def check() -> None:
-        folder.check()
-        state = None if cfg.OVERWRITE else load_newest(folder.checkpoints)
-        if state is not None:
-            check_continued(folder, state, run.lists, run.classes, run.multi_label)
-
-    on_main(run.world, check)  # that run comes last, perhaps hours later: what would stop it is refused now
+    # That run comes last, perhaps hours later: what would stop it is refused now.
+    on_main(run.world, lambda: check_start(folder, run.lists, run.classes, run.multi_label))
     videos = run.videos["train"]
     build_train_loader(build_filled_batch(cfg, run.world, len(videos))[0], run.world, videos)
     return cfg

@@ -193,7 +193,7 @@ def test_picture_and_table_of_speeds(tmp_path: Path) -> None:
         assert (tmp_path / "x.png").stat().st_size > 5000
     conditions = {"device": "cpu", "precision": "fp32", "compiled": "none", "training": False}
     table = describe_speeds({**conditions, "matrix_product_gmacs_per_second": 10.0, "models": rows}).splitlines()
-    assert table[0].startswith("inference: cpu, fp32, eager, clips of 1x2x2; ")
+    assert table[0].endswith("multiply-adds/s; clips of 1x2x2")
     assert table[2].split() == [
         "a",
         "2.00",
@@ -261,7 +261,7 @@ def test_compile_key(
     assert benchmark.main(["model", *words, "COMPILE", extent, *SMALL]) == 0
     expected = {"none": [], "blocks": 8 * ["Block"], "model": ["VisionTransformer"]}[extent]
     assert compiled == [(name, {"dynamic": False, "mode": "default"}) for name in expected]
-    assert f"inference: cpu, fp32, {said}; a matrix" in capsys.readouterr().out
+    assert f"inference: cpu, fp32, {said}, clips of 4x64x64; a matrix" in capsys.readouterr().out
     assert json.loads(output.read_text())["compiled"] == extent
 
 

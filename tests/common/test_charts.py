@@ -1,6 +1,9 @@
 """Pictures of runs say which run and what came out, and stay readable with many classes and long names."""
 
 import io
+import os
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -50,6 +53,12 @@ def test_a_confusion_is_readable_with_any_number_of_classes(count: int, drawn: l
     assert {text.get_text() for text in axes.texts} == ({"9", "3"} if count <= 30 else set())
 
 
+def test_names_in_scripts_without_glyphs_warn_nobody() -> None:
+    program = "from stvit_video.common import charts as c; c.png_of_precision([1.0], ['走る'], '走る')"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stderr == ""
+
+
 def test_a_picture_names_its_run_and_what_came_out(tmp_path: Path, drawn: list[Figure]) -> None:
     rows = [
         {"step": 8, "epoch": 1.0, "split": split, "loss": 1.0, "top1": top1, "lr": 0.1}
@@ -64,10 +73,12 @@ def test_a_picture_names_its_run_and_what_came_out(tmp_path: Path, drawn: list[F
     ]
     plot_transfer(results, 12.5, folder / "transfer.png")
     png_of_precision([50.0, float("nan")], ["a", "b"], "a $run$, 7 videos")
+    png_of_precision([50.0], ["a"], os.fsdecode(b"run \xff"))
     assert [title(figure) for figure in drawn] == [
         "a $run$: top-1 at the end: validation 35.5 %, training 40.0 %",
         "a $run$: best is linear probe, top-1 46.9 % (chance 12.5 %)",
         "a $run$, 7 videos: mAP 25.0 % of 2 classes, 1 of them without a positive",
+        "run \ufffd: mAP 50.0 % of 1 classes",
     ]
     for figure in drawn[1:]:
         (axes,) = figure.axes

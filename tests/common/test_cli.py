@@ -171,6 +171,7 @@ def test_models_are_suggested_by_their_family(name: str, meant: list[str]) -> No
 @pytest.mark.parametrize(
     ("name", "known", "meant"),
     [("gpu", "auto cpu cuda", []), ("Running", "walking running", ["running"]), ("1", "10 11 2", []), ("", "a", []),
+     ("b", "balanced", []),
      ("check_videos", "check-videos", ["check-videos"]), ("cpu", "cpu", [])],
 )  # fmt: skip
 def test_what_is_no_likeness_is_not_suggested(name: str, known: str, meant: list[str]) -> None:

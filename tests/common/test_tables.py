@@ -65,7 +65,7 @@ def test_plain_tables_fit_a_terminal_and_keep_every_figure(name: str, others: in
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(0.339, "0.339"), (0.0803, "0.0803"), (57.04, "57.0"), (1234.5, "1234"), (0.3, "0.300"), (0, "0")],
+    [(0.339, "0.339"), (0.0803, "0.0803"), (57.04, "57.0"), (1234.5, "1,234"), (0.3, "0.300"), (0, "0")],
 )
 def test_figures_have_three_digits(value: float, shown: str) -> None:
     assert three_digits(value) == shown

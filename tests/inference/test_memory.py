@@ -110,6 +110,15 @@ def test_wrong_frames_are_refused(predictor: Predictor, frames: Any, says: str) 
         predictor(frames)
 
 
+def test_one_source_is_no_list(predictor: Predictor, small_set: Path) -> None:
+    path = small_set / "videos" / "test_00000.mp4"
+    for given in (path, str(path), FRAMES, torch.from_numpy(FRAMES)):
+        (found,) = predictor.predict(given)
+        assert torch.equal(found.scores, predictor(given).scores)
+    assert len(list(predictor.predict(frames for frames in (FRAMES, FRAMES[3:])))) == 2
+    assert list(predictor.predict([])) == []
+
+
 def test_wrong_rates_are_refused(predictor: Predictor) -> None:
     for fps in (0, -1, float("nan"), float("inf"), "25"):
         with pytest.raises(UsageError, match="fps="):

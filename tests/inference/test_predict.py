@@ -6,6 +6,7 @@ import errno
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -32,7 +33,7 @@ from stvit_video.data.decode.frames import open_video
 from stvit_video.data.decode.types import DecodeError, find_segments
 from stvit_video.data.lists.videos import build_lists
 from stvit_video.data.loader import build_test_loader
-from stvit_video.data.streams import Span, find_sources, windows_of
+from stvit_video.data.streams import Span, find_sources, spooled_stdin, windows_of
 from stvit_video.evaluation import evaluate
 from stvit_video.inference import annotate as annotate_module
 from stvit_video.inference import predict_videos
@@ -475,6 +476,8 @@ def test_clocks_of_streams(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return
     assert seen == expected
     assert [round(w.span.end, 3) for w in live.read_windows("", 0.4, 0.4, 72, seconds=0.8)] == [0.4, 0.8]
+    ends = [round(w.span.end, 3) for w in live.read_windows("", 0.4, 0.4, 72, seconds=2.0)]
+    assert name != "back" or ends == [0.4, 0.8, 1.2, 1.6, 2.0]  # both segments count to the end of their last frame
     monkeypatch.setattr(live.time, "monotonic", itertools.count().__next__)  # a second for each frame
     assert sum(len(w.frames) for w in live.read_windows("", 0.4, 0.4, 72, seconds=20)) in range(10, 25)
 
@@ -558,13 +561,37 @@ def test_standard_input(
     assert len(found(*windows, given=stream)["timeline"]) == len(timeline)
     assert len(found(*windows, "--seconds", "2", given=stream)["timeline"]) == 2
     (tmp_path / "empty").touch()
-    assert "cannot be opened as video" in found(given=tmp_path / "empty", code=1)["error"]
+    error = found(given=tmp_path / "empty", code=1)["error"]
+    assert error == "cannot be opened as video (Invalid data found when processing input: '-')"
     assert "without --window, it is read as a file" in found(*windows, given=tmp_path / "empty", code=1)["error"]
     assert "give it alone" in said(capsys, "-", "clip.mp4", *words, code=2)
     assert "give --window too" in said(capsys, "-", *words, "--seconds", "2", code=2)
-    assert "leave it out" in said(capsys, "-", *words, "--annotate", "x", code=2)
+    assert "which - is not; leave it out" in said(capsys, "-", *words, "--annotate", "x", code=2)
+    give_stdin(path, False)
+    assert "which no file is; leave it out" in said(capsys, "-", *words, *windows, "--seconds", "2", code=2)
     os.close(0)
     assert "which is closed" in said(capsys, "-", *words, code=2)
+
+
+def test_sigterm_leaves_no_copy_of_standard_input(give_stdin: Callable[..., None], tmp_path: Path) -> None:
+    (tmp_path / "given").write_bytes(b"video")
+    give_stdin(tmp_path / "given", True)
+    copies: list[Path] = []
+
+    def stop() -> None:
+        with spooled_stdin() as path:
+            assert Path(path).read_bytes() == b"video"
+            copies.append(Path(path))
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            stop()
+        assert not copies[0].parent.exists()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 MISTAKES = [

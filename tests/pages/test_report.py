@@ -172,7 +172,7 @@ def test_runs_on_different_tests_are_not_ranked(
     (hand_made / "results.json").write_text(json.dumps({**results, "videos": 6}))
     written([trained, hand_made], tmp_path)
     said = capsys.readouterr().out
-    assert "Best" not in said
+    assert "Highest" not in said
     assert "not to be ranked" in said
     assert "not tested on the same number of videos" in said
 
@@ -181,8 +181,9 @@ def test_equal_runs_are_level(trained: Path, tmp_path: Path) -> None:
     copied = tmp_path / "again" / "tiny"
     shutil.copytree(trained, copied)
     text = written([trained, copied], tmp_path).read_text(encoding="utf-8")
-    assert "are level" in text
-    assert "also the cheapest" not in text
+    assert "The difference of 0.0 points between" in text
+    assert "Highest" not in text
+    assert "Cheapest" not in text
     assert 'class="best"' not in text
 
 
@@ -194,8 +195,8 @@ def test_runs_are_compared(trained: Path, hand_made: Path, tmp_path: Path) -> No
     best = re.findall(r'<td class="best">(.*?)</td>', text)
     assert "87.5" in best
     assert f"{first['gflops_per_video']:.3g}" in best
-    assert "Best is other/tiny: 87.5 %" in text
-    assert f"{87.5 - first['top1']:.1f} points more" in text
+    assert "Highest is other/tiny: 87.5 %" in text
+    assert "not compared: no predictions.csv of other/tiny" in text
     differing = re.findall(r"<tr><td><code>([A-Z_.]+)</code></td><td>(.*?)</td><td>(.*?)</td></tr>", text)
     assert differing == [("TRAIN.EPOCHS", "2", "5")]
     assert "no predictions.csv" in text

@@ -373,6 +373,36 @@ def test_folder_of_images_has_no_times(known_run: Path, tmp_path: Path) -> None:
     assert clip.labels[1] == "no. 3"
 
 
+def test_frames_by_a_pattern_of_their_names(known_run: Path, tmp_path: Path) -> None:
+    for i, frame in enumerate(disc_frames()):
+        Image.fromarray(frame).save(tmp_path / f"img_{i:02}.png")
+        Image.fromarray(255 - frame).save(tmp_path / f"other_{i:02}.png")
+    words = [str(tmp_path / "img_{:02}.png"), "--checkpoint", str(known_run), "--output", str(tmp_path / "out")]
+    assert main(words) == 0
+    assert "of the 16 in the file" in (tmp_path / "out" / "report.html").read_text("utf-8")
+
+
+def test_an_image_of_several_classes_and_of_a_hostile_name(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = create_model("stvit_vit_sample_patch8", num_frames=1, image_size=64, num_classes=8)
+    with torch.no_grad():
+        model.head.proj.weight.zero_()
+        model.head.proj.bias.copy_(torch.tensor([3.0, -3.0, 2.0, -3.0, -9.0, -9.0, -9.0, -9.0]))
+    save_weights(tmp_path / "many.safetensors", model, ["sky <i>", "b", "sea", *"defgh"], multi_label=True)
+    picture = tmp_path / "<img src=x onerror=alert(1)> & 'co'.png"
+    Image.fromarray(disc_frames()[0]).save(picture)
+    words = [str(picture), "--checkpoint", str(tmp_path / "many.safetensors"), "--output", str(tmp_path / "out")]
+    assert main(words) == 0
+    assert "sky <i>, 95.3 %; sea, 88.1 %" in capsys.readouterr().out
+    page = tmp_path / "out" / "report.html"
+    text = page.read_text("utf-8")
+    assert "<img src=x" not in text
+    heading = text[text.index("<h1>") : text.index("</h1>")]
+    assert "sky &lt;i&gt;" in heading
+    assert "sea" in heading
+    assert "each class by itself" in text
+    assert script_data(page)["labels"] == ["0.00 s"]
+
+
 def refusal(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
     capsys.readouterr()
     assert main(arguments) == 2

@@ -204,7 +204,12 @@ def test_a_dry_run_prints_the_run_and_writes_nothing(
 
 @pytest.mark.parametrize(
     ("words", "says"),
-    [(["OPTIM.LR", "0.5"], "a run is refused: OUTPUT_DIR"), (["MODE", "test"], "a run is refused: OUTPUT_DIR")],
+    [
+        (["OPTIM.LR", "0.5"], "a run is refused: OUTPUT_DIR"),
+        (["MODE", "test"], "a run is refused: OUTPUT_DIR"),
+        (["DATA.TEST_LIST", "motion/val.csv", "OVERWRITE", "True"], "a run replaces what"),
+        ([], "is finished: a run prints its results"),
+    ],
 )
 def test_a_dry_run_works_beside_a_finished_run(
     trained: Path, small_run: Arguments, capsys: pytest.CaptureFixture[str], words: list[str], says: str
@@ -232,8 +237,6 @@ def test_a_folder_says_what_a_run_does_there(trained: Path, tmp_path: Path) -> N
     assert says(tmp_path / "new") == f"a run begins in {tmp_path / 'new'}, which is new"
     shutil.copytree(trained.parent, tmp_path / "stopped", ignore=shutil.ignore_patterns("results.json"))
     assert says(tmp_path / "stopped") == f"a run continues in {tmp_path / 'stopped'} from step_00000001.pt"
-    (tmp_path / "photo.jpg").touch()
-    assert says(tmp_path).startswith(f"a run is refused: OUTPUT_DIR {tmp_path} holds files that are not a run's")
 
 
 @pytest.mark.parametrize("mode", ["test", "transfer"])

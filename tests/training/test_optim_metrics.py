@@ -144,6 +144,8 @@ def test_top_k_and_confusion() -> None:
     labels = torch.tensor([0, 2, 2, 1])
     predictions = Predictions(scores, labels, torch.arange(4), total=5, failures=[])
     assert [predictions.top(k) for k in (1, 2, 3, 5)] == [50, 100, 100, 100]
+    level = Predictions(torch.full((8, 8), 1 / 8), torch.arange(8), torch.arange(8), total=8)
+    assert level.top(1) == level.figures()["macro_top1"] == 12.5, "of equal scores, each figure takes the first"
     assert predictions.coverage == 0.8
     assert predictions.confusion().tolist() == [[1, 0, 0], [1, 0, 0], [0, 1, 1]]
     assert predictions.loss == pytest.approx(-sum(map(math.log, (0.6, 0.3, 0.7, 0.4))) / 4)

@@ -17,11 +17,10 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
@@ -287,10 +286,18 @@ class _Child:
         self.slots = [open_memory_file() for _ in range(IN_FLIGHT)]
         fds = (theirs.fileno(), *(slot.fileno() for slot in self.slots))
         command = f"from {__name__} import serve; serve({cache!r}, {decoder!r}, *{fds})"
-        self.process, ended = _start(command, fds)
+        starter = ThreadPoolExecutor(1)  # Linux ends a child with the thread that starts it, see ``end_with_parent``
+        self.process = starter.submit(
+            subprocess.Popen,
+            [sys.executable, "-c", command],
+            pass_fds=fds,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C in a terminal reaches the parent only, with which the child ends
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        ).result()
         theirs.close()
         self.connection = Connection(ours.detach())
-        self.stop = weakref.finalize(self, _end, self.process, self.connection, self.parent, ended)
+        self.stop = weakref.finalize(self, _end, self.process, self.connection, self.parent, starter)
         try:
             ready = self.connection.poll(START_S) and self.connection.recv()
         except (EOFError, OSError):
@@ -308,33 +315,6 @@ class _Child:
         return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
-def _start(command: str, fds: tuple[int, ...]) -> tuple[subprocess.Popen, threading.Event]:
-    """Start Python with a ``command``, and return the process, and what to set when it has been ended.
-
-    Linux ends it with the thread that starts it (``end_with_parent``), so that this is one which lives as long.
-    """
-    started: Future[subprocess.Popen] = Future()
-    ended = threading.Event()
-
-    def run() -> None:
-        try:
-            process = subprocess.Popen(
-                [sys.executable, "-c", command],
-                pass_fds=fds,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C in a terminal reaches the parent only, with which the child ends
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-            )
-        except BaseException as error:  # raised below
-            started.set_exception(error)
-        else:
-            started.set_result(process)
-            ended.wait()
-
-    threading.Thread(target=run, daemon=True).start()
-    return started.result(), ended
-
-
 def wait_awake(connection: Connection, seconds: float) -> bool:
     """Return whether there is something to receive within ``seconds``; those of a suspended run do not count."""
     while seconds > 0 and not connection.poll(min(POLL_S, seconds)):
@@ -342,7 +322,7 @@ def wait_awake(connection: Connection, seconds: float) -> bool:
     return seconds > 0
 
 
-def _end(process: subprocess.Popen, connection: Connection, parent: int, ended: threading.Event) -> None:
+def _end(process: subprocess.Popen, connection: Connection, parent: int, starter: Executor) -> None:
     """Kill the child."""
     if os.getpid() != parent:  # a fork inherits the finalizer but not the child
         return
@@ -350,7 +330,7 @@ def _end(process: subprocess.Popen, connection: Connection, parent: int, ended: 
     process.kill()
     with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel, for example on a dead network disk
         process.wait(timeout=1)
-    ended.set()
+    starter.shutdown(wait=False)
 
 
 def serve(cache_folder: str | None, decoder: str, socket_fd: int, *memory_fds: int) -> None:

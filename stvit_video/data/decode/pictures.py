@@ -161,7 +161,7 @@ class ImageReader(Reader):
 def image_suffix(path: str) -> str:
     """Return the ending that a file should have by its content, where it is an image; else ""."""
     with contextlib.suppress(*IMAGE_ERRORS), Image.open(path) as file:
-        suffix = f".{(file.format or '').lower()}"
+        suffix = f".{(file.format or '').lower().replace('mpo', 'jpeg')}"  # MPO: JPEG with more than one picture
         return suffix if suffix in IMAGE_SUFFIXES else ""
     return ""
 
