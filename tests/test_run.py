@@ -184,6 +184,8 @@ def test_wrong_use_is_one_line(small_run: Arguments, refused: Refused, tmp_path:
     (tmp_path / "file").touch()
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "me.jpg").touch()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.yaml").write_bytes(b"MODEL: {\0")
     cases = {
         "Did you mean TRAIN.EPOCHS": ["TRAIN.EPOCS", "3"],
         "it takes an int": ["TRAIN.EPOCHS", "soon"],
@@ -196,6 +198,7 @@ def test_wrong_use_is_one_line(small_run: Arguments, refused: Refused, tmp_path:
         "Did you mean vit_sample_patch8": ["MODEL.NAME", "vit_sample_patch"],
         "not a positive multiple": ["DATA.FRAMES", "7"],
         "files that are not a run's": ["OUTPUT_DIR", str(tmp_path / "photos")],
+        "that is not a run's, or is damaged": ["OUTPUT_DIR", str(tmp_path / "damaged")],
         "is a file; give a folder": ["OUTPUT_DIR", str(tmp_path / "file")],
         "cannot be written": ["OUTPUT_DIR", str(tmp_path / "file" / "run")],
         "is missing; give MODEL.INIT FILE": ["MODE", "test"],

@@ -138,6 +138,11 @@ class RunFolder:
             raise UsageError(f"OUTPUT_DIR {path} is a file; give a folder.")
         names = {file.name for file in path.iterdir()} if path.is_dir() and self.recorded_config() is None else set()
         if any(name != ".config.yaml.tmp" and not name.startswith(LOCK) for name in names):
+            if "config.yaml" in names:
+                raise UsageError(
+                    f"OUTPUT_DIR {path} has a config.yaml that is not a run's, or is damaged; restore it, or give "
+                    f"another OUTPUT_DIR."
+                )
             raise UsageError(f"OUTPUT_DIR {path} holds files that are not a run's; give an empty or new folder.")
 
     def describe_start(self) -> str:

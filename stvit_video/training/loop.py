@@ -78,8 +78,8 @@ def run_epochs(
                 progress.note(f"epoch {epoch}: validation loss {values['loss']:.3f}, {accuracy}")
                 if trainer.is_stale and epoch < epochs:
                     progress.note(
-                        f"training ends early (TRAIN.PATIENCE): {trainer.stale} validations have not been better than "
-                        f"{trainer.best:.1f} %; TEST.WEIGHTS best tests the weights of that, last the present ones"
+                        f"training ends early (TRAIN.PATIENCE): validation has been no better than {trainer.best:.1f} "
+                        f"% {trainer.stale} times; TEST.WEIGHTS best tests the weights of that, last the present ones"
                     )
             trainer.epoch = epoch
             write_failures(run, trainer)
