@@ -297,7 +297,7 @@ def test_a_run_does_not_continue_with_labels_of_another_kind(
     for name in ("train.csv", "val.csv", "test.csv"):
         text = (tmp_path / name).read_text()
         (tmp_path / name).write_text(re.sub(r",\S*", ",4", text.removeprefix("path,labels\n")))
-    assert "began with videos of several labels each" in refused(words)
+    assert "a video has one label, and had several labels" in refused(words)
 
 
 def test_transfer_is_measured_by_map(trained: Path, tmp_path: Path) -> None:

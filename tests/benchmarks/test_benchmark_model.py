@@ -261,7 +261,7 @@ def test_compile_key(
     assert benchmark.main(["model", *words, "COMPILE", extent, *SMALL]) == 0
     expected = {"none": [], "blocks": 8 * ["Block"], "model": ["VisionTransformer"]}[extent]
     assert compiled == [(name, {"dynamic": False, "mode": "default"}) for name in expected]
-    assert f"inference: cpu, fp32, {said}, clips of 4x64x64; a matrix" in capsys.readouterr().out
+    assert f"inference: cpu, fp32, {said}; a matrix" in capsys.readouterr().out
     assert json.loads(output.read_text())["compiled"] == extent
 
 

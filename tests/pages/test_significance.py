@@ -98,7 +98,7 @@ def test_the_answer_comes_first_and_names_the_videos(tmp_path: Path, said: Any) 
     assert text.startswith("good is better than bad by 38.9 points (95 %: 19.9 to 53.8, p < 0.001, 36 videos).\n")
     assert "only good is right on 14 videos:\n  videos/35.mp4: walk (bad: jump)\n  videos/34.mp4: " in text
     assert "only bad is right on 0 videos" in text
-    assert "1080" in text
+    assert "1,080" in text
     assert "only good" not in said(bad, good, write_run(tmp_path / "third", "x" * 36))
 
     near = write_run(tmp_path / "near", "x" * 29 + "..." + "xxxx")
@@ -174,7 +174,7 @@ def test_tables_fit_into_100_columns(tmp_path: Path, said: Any) -> None:
     text = said(*(write_run(tmp_path / name, "xx..", **macro) for name in names))
     _, *table = text.split("\n\n")[:-2]  # in parts
     assert max(map(len, "\n".join(table).splitlines())) <= 100
-    for figure in ("macro", "33.3", "F1", "22.2", "4 of 19,881", "1080", "1234.5"):
+    for figure in ("macro", "33.3", "F1", "22.2", "4 of 19,881", "1,080", "1234.5"):
         assert figure in "\n".join(table)
 
 

@@ -387,7 +387,7 @@ def test_an_image_of_several_classes_and_of_a_hostile_name(tmp_path: Path, capsy
     with torch.no_grad():
         model.head.proj.weight.zero_()
         model.head.proj.bias.copy_(torch.tensor([3.0, -3.0, 2.0, -3.0, -9.0, -9.0, -9.0, -9.0]))
-    save_weights(tmp_path / "many.safetensors", model, ["sky <i>", "b", "sea", *"defgh"], multi_label=True)
+    save_weights(tmp_path / "many.safetensors", model, ["sky <i>", "b", "sea", *"defgh"], None, True)
     picture = tmp_path / "<img src=x onerror=alert(1)> & 'co'.png"
     Image.fromarray(disc_frames()[0]).save(picture)
     words = [str(picture), "--checkpoint", str(tmp_path / "many.safetensors"), "--output", str(tmp_path / "out")]
