@@ -1,12 +1,17 @@
 """Configuration: types, names, ranges, inheritance, overrides."""
 
+import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 from stvit_video.common.errors import UsageError
 from stvit_video.config.load import default_config, load_config
 from stvit_video.config.schema import KEYS, describe_keys
+from stvit_video.inference.load import open_checkpoint
+from stvit_video.models import create_model
+from stvit_video.models.weights.files import header
 from tests.conftest import REPOSITORY
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -162,3 +167,35 @@ def test_every_key_is_described_once() -> None:
     lines = describe_keys().splitlines()
     assert [line.split()[0] for line in lines if line[0] != " "] == ["key", *(key.name for key in KEYS)]
     assert default_config().TRAIN.EPOCHS == 30
+
+
+@pytest.mark.parametrize(
+    ("views", "arguments", "says"),
+    [
+        ({"OVERWRITE": True, "OUTPUT_DIR": "another run"}, {}, "sets 'OVERWRITE'; weights may say how clips are seen"),
+        ({"DATA.STRIDE": 2, "DATA.DECODER": "decord"}, {}, "sets 'DATA.DECODER'"),
+        ({"LOG.WANDB\n": "x"}, {}, "sets 'LOG.WANDB\\n'"),
+        ({"TEST.CLIPS": 10**6}, {}, "sets TEST.CLIPS 1000000; weights may ask for at most 1000"),
+        ({"DATA.STRIDE": "2; rm"}, {}, "it takes an int"),
+        ({"DATA.MEAN": [0.5, float("inf"), 0.5]}, {}, "allowed: 0 to 1"),
+        (["OVERWRITE"], {}, "its views are ['OVERWRITE'], not settings by key"),
+        ({}, {"new_head": True}, "was built with new_head=True, for which there is no key"),
+        ({}, {"init_min_coverage": 0.0}, "was built with init_min_coverage=0.0, for which there is no key"),
+    ],
+)
+def test_weights_say_how_clips_are_seen_and_nothing_else(
+    views: object, arguments: dict[str, object], says: str, tmp_path: Path
+) -> None:
+    model = create_model("stvit_vit_sample_patch8", num_frames=4, image_size=32, num_classes=2)
+    described = header(model, ["a", "b"])
+    described["arguments"] = json.dumps({**json.loads(described["arguments"]), **arguments})
+    weights = tmp_path / "given.safetensors"
+    save_file(model.state_dict(), weights, metadata={**described, "views": json.dumps(views)})
+    finetune = REPOSITORY / "configs" / "finetune.yaml"
+    with pytest.raises(UsageError) as error:
+        load_config(finetune, ["DATA.ROOT", "videos", "MODEL.NAME", "auto", "MODEL.INIT", str(weights)])
+    assert says in str(error.value)
+    if not arguments:  # of which the network is built here
+        with pytest.raises(UsageError) as error:
+            open_checkpoint(weights)
+        assert says in str(error.value)

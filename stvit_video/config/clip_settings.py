@@ -1,5 +1,6 @@
 """How a checkpoint takes its clips: the configuration keys that describe it, and where their values are found."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +8,18 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from stvit_video.common.errors import UsageError
-from stvit_video.config.schema import BY_NAME, flatten
+from stvit_video.config.schema import BY_NAME, MODEL_KEYS, flatten
 
 CLIP_KEYS = (
     "DATA.SAMPLING", "DATA.CLIP_SECONDS", "DATA.STRIDE", "DATA.FPS", "DATA.MEAN", "DATA.STD", "TEST.SHORT_SIDE",
 )  # fmt: skip
 # Written into the weights file, so that they are known where the run's folder is not.
 SAVED_KEYS = ("DATA.FRAMES", "DATA.SIZE", *CLIP_KEYS, "TEST.CLIPS", "TEST.CROPS", "DATA.FLIP")
+# What a weights file may ask for at most: it may come from anyone.
+LARGEST = {
+    "DATA.FRAMES": 4096, "DATA.SIZE": 4096, "DATA.STRIDE": 4096, "DATA.CLIP_SECONDS": 3600, "DATA.FPS": 1000,
+    "TEST.SHORT_SIDE": 4096, "TEST.CLIPS": 1000,
+}  # fmt: skip
 # Taken by MODEL.NAME auto from the config.yaml beside the weights; the last two are of training clips.
 ADOPTED_KEYS = (*CLIP_KEYS, "DATA.FLIP", "DATA.SHORT_SIDE")
 # May be overridden for a trained model: they change what is seen, not the network.
@@ -26,6 +32,28 @@ def view_settings(cfg: CfgNode) -> dict[str, Any]:
     """Return the settings that a weights file carries as ``views``, by key."""
     settings = flatten(cfg)
     return {key: settings[key] for key in SAVED_KEYS}
+
+
+def read_views(metadata: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return the ``views`` that a weights file carries, each in its key's type; empty where it has none.
+
+    Raises UsageError for whatever does not say how clips are seen, or asks for more than LARGEST: a file of weights
+    decides neither what is run nor what is written.
+    """
+    views = metadata.get("views") or {}
+    if not isinstance(views, dict):
+        raise UsageError(f"{source}: its views are {views!r:.40}, not settings by key; save its weights again.")
+    for key in views:
+        if key not in SAVED_KEYS:
+            raise UsageError(
+                f"{source} sets {key!r:.60}; weights may say how clips are seen ({', '.join(SAVED_KEYS)}), nothing "
+                f"else: do not trust the file, or save its weights again."
+            )
+    values = {key: BY_NAME[key].read(value, source) for key, value in views.items()}
+    for key, most in LARGEST.items():
+        if (value := values.get(key)) is not None and value > most:
+            raise UsageError(f"{source} sets {key} {value}; weights may ask for at most {most}: save them again.")
+    return values
 
 
 def config_beside(weights: Path) -> Path:
@@ -60,7 +88,8 @@ def adopted_settings(init: str) -> dict[str, Any]:
     if not isinstance(size, int):
         raise UsageError(f"MODEL.INIT {init} takes frames of {size} pixels; give MODEL.NAME and DATA.SIZE, one number.")
     own = {f"MODEL.{name.upper()}": value for name, value in arguments.items() if name not in NOT_ADOPTED}
-    if without := [f"{key[6:].lower()}={value!r}" for key, value in own.items() if key not in BY_NAME]:
+    known = {key.name for key in MODEL_KEYS}  # not MODEL.NEW_HEAD and others that no network is built with
+    if without := [f"{key[6:].lower()}={value!r}" for key, value in own.items() if key not in known]:
         raise UsageError(f"MODEL.INIT {init} was built with {without[0]}, for which there is no key; use Python.")
     try:
         beside = flatten(yaml.safe_load(config_beside(weights).read_text()))
@@ -72,5 +101,5 @@ def adopted_settings(init: str) -> dict[str, Any]:
         **{"DATA.SIZE": size, "DATA.SHORT_SIDE": [size, round(size * 8 / 7)], "TEST.SHORT_SIDE": size},
         **({"DATA.FRAMES": frames} if frames > 1 else {}),
         **{key: beside[key] for key in ADOPTED_KEYS if key in beside},
-        **(metadata["views"] or {}),
+        **read_views(metadata, f"MODEL.INIT {init}"),
     }

@@ -11,7 +11,7 @@ from torch import nn
 
 from stvit_video.common.errors import UsageError, nearest
 from stvit_video.common.hub import check_exists, pull
-from stvit_video.config.clip_settings import SETTABLE_KEYS, config_beside, view_settings
+from stvit_video.config.clip_settings import SETTABLE_KEYS, config_beside, read_views, view_settings
 from stvit_video.config.load import default_config, load_config, override, parse_overrides
 from stvit_video.data.clips.sampling import Sampling
 from stvit_video.data.clips.transforms import TestViews
@@ -78,7 +78,7 @@ def open_checkpoint(path: str | Path, overrides: Sequence[str] = ()) -> Trained:
             f"write it again from the run that it is of."
         )
     assumed_names = "" if metadata["classes"] else "It names no classes, so they are numbers."
-    cfg, assumed = _open_config(weights, arguments, metadata["views"] or {}, overrides)
+    cfg, assumed = _open_config(weights, arguments, read_views(metadata, f"Checkpoint {weights}"), overrides)
     note = " ".join(filter(None, (note, assumed_names, assumed)))
     names = [str(name) for name in classes]
     return Trained(model.eval(), names, build_input(cfg), weights, metadata["multi_label"], note)

@@ -15,7 +15,7 @@ from torch import nn
 from stvit_video.common.errors import RunFailure, UsageError
 from stvit_video.common.files import write_atomically
 from stvit_video.common.tables import three_digits
-from stvit_video.config.clip_settings import view_settings
+from stvit_video.config.clip_settings import read_views, view_settings
 from stvit_video.config.load import override
 from stvit_video.data.lists.annotations import Video
 from stvit_video.data.lists.folders import are_numbers
@@ -228,7 +228,7 @@ def build_fitting_sampling(
     elif cfg.DATA.SHORT_VIDEOS == "repeat" or cfg.MODE == "transfer":
         known = cfg.DATA.SAMPLING
     elif cfg.MODE == "test" and checkpoint is not None:
-        known = (checkpoint.metadata.get("views") or {}).get("DATA.SAMPLING", cfg.DATA.SAMPLING)
+        known = read_views(checkpoint.metadata, checkpoint.path).get("DATA.SAMPLING", cfg.DATA.SAMPLING)
         reason = "as for training"
     uniform = override(cfg, [("DATA.SAMPLING", "uniform")], "DATA.SHORT_VIDEOS")
     samplers = [build_sampler(cfg), build_sampler(uniform)]
