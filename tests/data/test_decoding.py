@@ -180,6 +180,25 @@ os.kill(os.getpid(), 9)
     pytest.fail("the decoder outlives the process that asked for it")
 
 
+def test_modules_in_the_current_folder_are_not_run(path: str, tmp_path: Path) -> None:
+    """A folder of uploads may hold a numpy.py."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+from stvit_video.data.decode.frames import Decoding
+from tests.data.choices import Frozen
+decoding = Decoding("pyav", 60)
+print(decoding.read(decoding.request({path!r}, Frozen((0,)))).shape)
+""")
+    uploads = tmp_path / "uploads"
+    uploads.mkdir()
+    for name in ("numpy", "av", "decord", "json", "socket"):
+        (uploads / f"{name}.py").write_text("open('RAN', 'w').close()")
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    found = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=uploads, env=env)
+    assert found.stdout.endswith(", 3)\n"), found.stderr
+    assert not (uploads / "RAN").exists()
+
+
 STUB = """
 import sys, time
 sys.path.remove({folder!r})

@@ -285,7 +285,9 @@ class _Child:
         ours, theirs = socket.socketpair()
         self.slots = [open_memory_file() for _ in range(IN_FLIGHT)]
         fds = (theirs.fileno(), *(slot.fileno() for slot in self.slots))
-        command = f"from {__name__} import serve; serve({cache!r}, {decoder!r}, *{fds})"
+        # With ``-c``, modules are first looked for in the current folder, which may hold files of others.
+        call = f"serve({cache!r}, {decoder!r}, *{fds})"
+        command = f"import sys; sys.path = {sys.path}; from {__name__} import serve; {call}"
         starter = ThreadPoolExecutor(1)  # Linux ends a child with the thread that starts it, see ``end_with_parent``
         self.process = starter.submit(
             subprocess.Popen,
@@ -293,7 +295,6 @@ class _Child:
             pass_fds=fds,
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C in a terminal reaches the parent only, with which the child ends
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         ).result()
         theirs.close()
         self.connection = Connection(ours.detach())
