@@ -48,7 +48,7 @@ def test_activation_checkpointing_changes_nothing(small_run: Callable[..., list[
     assert all(torch.equal(again[name], value) for name, value in whole.items())
 
 
-@pytest.mark.parametrize("extent", ["blocks", "model"])
+@pytest.mark.parametrize("extent", ["blocks", pytest.param("model", marks=pytest.mark.long)])
 def test_compiled_model_trains_to_the_same_weights(
     small_run: Callable[..., list[str]], extent: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

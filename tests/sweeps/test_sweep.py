@@ -79,6 +79,7 @@ def trained(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return output, [*printed, out]
 
 
+@pytest.mark.long
 def test_interrupted_sweep_trains_as_if_undisturbed(trained: tuple[Path, list[str]], tmp_path: Path) -> None:
     output, printed = trained
     assert "2 of 2 runs are finished" in printed[2] or "full, seed 3: is still running" in printed[2]
@@ -95,6 +96,7 @@ def test_interrupted_sweep_trains_as_if_undisturbed(trained: tuple[Path, list[st
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.long
 def test_rows_begin_with_the_weights_of_the_start(trained: tuple[Path, list[str]]) -> None:
     output, printed = trained
     assert re.search("start, seed 3: [0-9].*, seed 3: starts", printed[1], re.DOTALL)
