@@ -112,6 +112,8 @@ def test_of_two_that_overwrite_the_second_is_refused(start: Start, small_set: Pa
     assert [code for code, _ in start(arguments, tmp_path, [0.0])] == [0]
 
 
-@LONG
-def test_two_hundred_starts_are_never_two_runs(start: Start, small_set: Path, trained: Path, tmp_path: Path) -> None:
-    assert start_often(start, small_set, trained, tmp_path, "train", 200) == {0, 2}
+@pytest.mark.parametrize("times", [pytest.param(20, marks=LONG), pytest.param(200, marks=pytest.mark.slow)])
+def test_many_starts_are_never_two_runs(
+    start: Start, small_set: Path, trained: Path, tmp_path: Path, times: int
+) -> None:
+    assert start_often(start, small_set, trained, tmp_path, "train", times) == {0, 2}
