@@ -69,7 +69,7 @@ def compare_runs(one: RunRecord, two: RunRecord, level: float = LEVEL) -> Differ
     if one.multi_label:
         points, interval, p = _paired_map(one, two, pairs)
     else:
-        only_one, only_two = map(len, disagreements(one, two))
+        only_one, only_two = map(len, disagreements(one, two, pairs))
         points, interval, p = paired_difference(only_one, only_two, len(pairs))
     names = one.name, two.name
     if points < 0:
@@ -123,8 +123,8 @@ def _figure_table(runs: Sequence[RunRecord]) -> str:
 
 
 def _list_disagreements(one: RunRecord, two: RunRecord, most: int) -> str:
-    lines = []
-    for right, wrong, pairs in zip((one, two), (two, one), disagreements(one, two), strict=True):
+    lines, found = [], disagreements(one, two, pair_videos(one, two))
+    for right, wrong, pairs in zip((one, two), (two, one), found, strict=True):
         count = f"{len(pairs)} video{'' if len(pairs) == 1 else 's'}"
         lines.append(f"only {right.name} is right on {count}" + (":" if pairs and most else ""))
         for first, second in pairs[:most]:
@@ -170,12 +170,17 @@ def pair_videos(one: RunRecord, two: RunRecord) -> list[tuple[int, int]]:
     return pairs
 
 
-def disagreements(one: RunRecord, two: RunRecord) -> list[list[tuple[ScoredVideo, ScoredVideo]]]:
-    """Return the videos that only the first run has right, and those that only the second has, surest errors first."""
-    pairs = [(one.predictions[i], two.predictions[j]) for i, j in pair_videos(one, two)]
+def disagreements(
+    one: RunRecord, two: RunRecord, pairs: Sequence[tuple[int, int]]
+) -> list[list[tuple[ScoredVideo, ScoredVideo]]]:
+    """Return the videos that only the first run has right, and those that only the second has, surest errors first.
+
+    ``pairs`` are those of ``pair_videos``.
+    """
+    videos = [(one.predictions[i], two.predictions[j]) for i, j in pairs]
     found = []
     for place in (0, 1):
-        only = [pair for pair in pairs if pair[place].is_right and not pair[1 - place].is_right]
+        only = [pair for pair in videos if pair[place].is_right and not pair[1 - place].is_right]
         found.append(sorted(only, key=lambda pair: -pair[1 - place].probability))
     return found
 

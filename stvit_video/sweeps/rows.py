@@ -19,7 +19,7 @@ from stvit_video.runs.folder import RunFolder, build_run_folder, describe_change
 from stvit_video.runs.lists import KINETICS_CLASSES, build_class_count
 from stvit_video.sweeps.plan import Plan, SweepRow
 
-CLIP_KEYS = ("FRAMES", "STRIDE", "SIZE", "SHORT_SIDE")  # of DATA: how videos become clips, not which videos there are
+LIST_FREE_KEYS = ("FRAMES", "STRIDE", "SIZE", "SHORT_SIDE")  # of DATA: they do not change which videos there are
 
 
 @dataclass(eq=False)  # hashed by identity: a configuration has no hash
@@ -55,7 +55,7 @@ def build_costs(rows: Iterable[SweepRow]) -> None:
     """Note in rows how many classes their data have, and what their models cost; rows of equal lists read them once."""
     known: dict[str, int | None] = {}
     for row in rows:
-        data = {key: value for key, value in row.cfg.DATA.items() if key not in CLIP_KEYS}
+        data = {key: value for key, value in row.cfg.DATA.items() if key not in LIST_FREE_KEYS}
         lists = repr((data, row.cfg.DATA.FRAMES > 1, row.cfg.MODEL.NUM_CLASSES))
         if lists not in known:
             known[lists] = build_class_count(row.cfg)
