@@ -19,7 +19,7 @@ from stvit_video.common.progress import Progress
 from stvit_video.data.failures import check_failures, merge, read_ledger
 from stvit_video.data.workers import Loader, LoaderFailure
 from stvit_video.evaluation.evaluate import build_tested_model, build_tester, class_probabilities, describe_videos
-from stvit_video.models.weights.files import read_checkpoint
+from stvit_video.models.weights.files import read_checkpoint, read_metadata
 from stvit_video.runs.checkpoint import CheckpointWriter, list_checkpoints
 from stvit_video.runs.fingerprint import check_start
 from stvit_video.runs.folder import RunFolder
@@ -115,7 +115,7 @@ def choose_weights(trainer: Trainer, folder: RunFolder) -> tuple[nn.Module, dict
     Collective. Raises UsageError where the best are asked for and are not there.
     """
     model = trainer.model_to_test()
-    best = read_checkpoint(folder.best_weights) if folder.best_weights.is_file() else None
+    best = read_metadata(folder.best_weights) if folder.best_weights.is_file() else None
     about = {"weights": "average" if trainer.ema_model else "last", "weights_step": trainer.step}
     if trainer.settings.tested == "best":
         if best is None:
@@ -123,9 +123,9 @@ def choose_weights(trainer: Trainer, folder: RunFolder) -> tuple[nn.Module, dict
                 f"TEST.WEIGHTS best: {folder.best_weights} is missing; put it back, or test the last weights: MODE "
                 f"test MODEL.INIT {list_checkpoints(folder.checkpoints)[0]} with another OUTPUT_DIR."
             )
-        model.load_state_dict(best.tensors)
-        about = best.metadata.get("weights") or {"weights": "best"}
-    known = best.metadata.get("weights") if best else None
+        model.load_state_dict(read_checkpoint(folder.best_weights).tensors)
+        about = best.get("weights") or {"weights": "best"}
+    known = best.get("weights") if best else None
     if known is None or known["weights_step"] == about.get("weights_step"):
         return model, about, ""
     return model, about, f"note: not tested (TEST.WEIGHTS): {describe_weights(known)}, in {folder.best_weights}"
