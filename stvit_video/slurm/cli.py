@@ -19,9 +19,10 @@ from fvcore.common.config import CfgNode
 from stvit_video.common.cli import Parser, as_called, number, run_command
 from stvit_video.common.errors import UsageError, nearest
 from stvit_video.common.files import write_json
+from stvit_video.common.text import printable
 from stvit_video.config.load import load_config, override
 from stvit_video.config.schema import BY_NAME
-from stvit_video.slurm.jobs import ClusterJob, describe_status, find_jobs, follow, summarise, tail
+from stvit_video.slurm.jobs import ClusterJob, check_owner, describe_status, find_jobs, follow, summarise, tail
 from stvit_video.slurm.request import JobRequest, open_job_folders, read_profile, resume, submit
 
 VERBS = {"status": "say how it is", "logs": "print its log", "cancel": "end it", "resume": "submit it again"}
@@ -153,10 +154,11 @@ def run_verb(arguments: Sequence[str] | None) -> int:
         return report(jobs, base, options.wait)
     for job in jobs:
         if verb == "status":
-            print(describe_status(job))
+            print(printable(describe_status(job), "\n"))
         elif verb == "logs":
             print(f"==> {job.log(options.rank)} <==", *tail(job.log(options.rank), options.lines), sep="\n")
         else:
+            check_owner(job.run, job.path, job.path / "job.json")
             job.cancel()
             print(f"job {job.id} is being cancelled; what it has trained stays in {job.run}")
     if verb == "status" and len(jobs) > 1:

@@ -8,6 +8,7 @@ logs, ``<job>_<rank>_log.out``, are submitit's.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -23,6 +24,7 @@ from stvit_video.common.accuracy import ACCURACIES
 from stvit_video.common.errors import UsageError
 from stvit_video.common.files import write_atomically, write_json
 from stvit_video.common.tables import format_table, to_csv
+from stvit_video.common.text import printable
 from stvit_video.config.schema import flatten
 
 # SLURM's final states of a job, although it may still queue the job again. All others (RUNNING, PENDING ...) go on.
@@ -39,6 +41,8 @@ SETTLE_OTHERS_S = 20.0
 SILENCE_S = 600.0  # without an answer from SLURM
 PROGRESS_EVERY_S = 10.0
 LAST_LINES = 20
+# What a record may hold: SLURM's commands would take other words as more jobs, or as options.
+RECORD = {"id": r"\d+(_\d+)?|DEBUG_\d+", "cluster": "slurm|local|debug", "submission": r"\w{1,64}", "logs": r"/.*"}
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,8 @@ class ClusterJob:
 
     def events(self, name: str = "") -> list[dict[str, Any]]:
         """Return the history of this submission, or its events of one name, oldest first."""
-        rows = [row for row in read_rows(self.path / "history.jsonl") if row["submission"] == self.submission]
-        return [row for row in rows if name in ("", row["event"])]
+        rows = [row for row in read_rows(self.path / "history.jsonl") if row.get("submission") == self.submission]
+        return [row for row in rows if name in ("", row.get("event"))]
 
     def add_failure(self, start: int, rank: int, host: str, code: int, problem: str) -> None:
         """Record how a task failed; ``problem`` is empty where its log says more."""
@@ -79,7 +83,9 @@ class ClusterJob:
 
     def first_failure(self) -> dict[str, Any] | None:
         """Return the first failure of the last start that had any, from which its others follow."""
-        found = [json.loads(path.read_text()) for path in self.path.glob(f"failures/{self.submission}.*.json")]
+        found = [
+            content for path in self.path.glob(f"failures/{self.submission}.*.json") if (content := read_json(path))
+        ]
         return min(found, key=lambda failure: (-failure["start"], failure["time"]), default=None)
 
     def newest_step(self) -> int:
@@ -140,22 +146,54 @@ def run_client(*command: str, given: str | None = None) -> tuple[bool, str]:
 
 def read_job(run: Path) -> ClusterJob | None:
     """Return the job that was last submitted for a run folder, None where none was."""
-    path = run / "slurm" / "job.json"
-    if not path.is_file():
+    if not (run / "slurm" / "job.json").is_file():
         return None
-    record = json.loads(path.read_text())
+    record = read_record(run)
     return ClusterJob(run, record["cluster"], record["id"], Path(record["logs"]), record["submission"])
+
+
+def read_record(run: Path) -> dict[str, Any]:
+    """Return how the job of a run folder was submitted. Raises UsageError where the record is not as we write it."""
+    path = run / "slurm" / "job.json"
+    record = read_json(path)
+    for key, form in RECORD.items():
+        value = record.get(key) if isinstance(record, dict) else None
+        if not isinstance(value, str) or not re.fullmatch(form, value):
+            raise UsageError(
+                f"{printable(path)}: {key} is {printable(repr(value))}, which no submission writes; delete the file if "
+                f"no job of this run is queued, and submit the run again."
+            )
+    return dict(record)
+
+
+def check_owner(*paths: Path) -> None:
+    """Raise UsageError where a file or folder, or what it links to, belongs to another user."""
+    for path in paths:
+        for found in (path.stat(), path.lstat()) if path.exists() else ():
+            if found.st_uid != os.geteuid():
+                raise UsageError(
+                    f"{printable(path)} belongs to user {found.st_uid}, and its jobs would run as you; look at what is "
+                    f"in it, and act on a copy of the folder, or submit its config.yaml with an OUTPUT_DIR of yours."
+                )
 
 
 def find_jobs(folder: Path) -> list[ClusterJob]:
     """Return the jobs of a run folder, or of all run folders of an array. Raises UsageError where there is none."""
     runs, array = [folder], folder / "slurm" / "array.json"
     if array.is_file() and not array.with_name("job.json").is_file():
-        runs = [Path(run) for run in json.loads(array.read_text())]
+        found = read_json(array)
+        runs = [Path(run) for run in found] if isinstance(found, list) and all(map(_is_text, found)) else []
+        if outside := [run for run in runs if ".." in run.parts or folder not in run.parents]:
+            remedy = "give the folder of one run, or, if it was moved, move it back"
+            raise UsageError(f"{printable(array)} names {printable(outside[0])}, which is not in {folder}; {remedy}.")
     jobs = [job for run in runs if (job := read_job(run)) is not None]
     if not jobs:
         raise UsageError(f"{folder} holds no submitted job; give the OUTPUT_DIR that submit.py printed.")
     return jobs
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def read_json(path: Path) -> Any:
@@ -168,16 +206,16 @@ def read_json(path: Path) -> Any:
 def read_rows(path: Path, last: int = 0) -> list[dict[str, Any]]:
     """Return the lines of a JSON-lines file, or of its ``last`` ones, that are complete; none where it is absent."""
     rows = []
-    for line in path.read_text().splitlines()[-last:] if path.is_file() else []:
+    for line in path.read_text(errors="replace").splitlines()[-last:] if path.is_file() else []:
         with suppress(ValueError):
             rows.append(json.loads(line))
-    return rows
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def tail(path: Path, count: int) -> list[str]:
     """Return a file's last lines, or why it cannot be read."""
     try:
-        return path.read_text(errors="replace").splitlines()[-count:]
+        return [printable(line, "\t") for line in path.read_text(errors="replace").splitlines()[-count:]]
     except OSError as error:
         return [f"({path}: {error.strerror})"]
 
@@ -213,7 +251,7 @@ class Follower:
 
     def report(self, text: str) -> None:
         if not self.silent:
-            print(f"{time.strftime('%H:%M:%S')}  job {self.job.id}  {text}", flush=True)
+            print(f"{time.strftime('%H:%M:%S')}  job {self.job.id}  {printable(text)}", flush=True)
 
 
 def follow(jobs: Sequence[ClusterJob]) -> bool:

@@ -1,6 +1,5 @@
 """Submitting runs as jobs: the profile of a site, the size of a job, and submission through submitit."""
 
-import json
 import os
 import re
 import shlex
@@ -12,7 +11,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
@@ -25,8 +24,9 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 import stvit_video
 from stvit_video.common.errors import UsageError, nearest
 from stvit_video.common.files import write_json
+from stvit_video.common.text import printable
 from stvit_video.config.load import load_config, override
-from stvit_video.slurm.jobs import ENDED, ClusterJob, read_job, run_client
+from stvit_video.slurm.jobs import ENDED, ClusterJob, check_owner, read_job, read_record, run_client
 from stvit_video.slurm.task import GUARD, Task
 
 if TYPE_CHECKING:
@@ -76,18 +76,33 @@ def read_profile(path: str | Path | None, **changes: Any) -> Profile:
         raise UsageError(f"Profile {path} cannot be read ({reason}); see slurm/profiles/.") from error
     if not isinstance(content, dict):
         raise UsageError(f"Profile {path} is not a list of lines `key: value`; see slurm/profiles/example.yaml.")
+    for name, value in content.items():
+        if type(value) is int and get_type_hints(Profile).get(name) is str:  # YAML reads 24:00:00 as a number
+            root: Any = yaml.compose(text, yaml.SafeLoader)
+            content[name] = next(node.value for key, node in root.value if key.value == name)
+    return _check_profile(content | {name: value for name, value in changes.items() if value is not None}, path)
+
+
+def _check_profile(content: dict[str, Any], path: str | Path | None) -> Profile:
+    """Return a profile whose keys and values are of the right kind. Raises UsageError, naming the key."""
     types = get_type_hints(Profile)
     for name, value in content.items():
         if name not in types:
             near = nearest(str(name), list(types))
             raise UsageError(f"Profile {path}: {name} is unknown.{near} Known are: {', '.join(types)}.")
         kind = get_origin(types[name]) or types[name]
-        if kind is str and type(value) is int:  # YAML reads 24:00:00 as a number: take the text
-            root: Any = yaml.compose(text, yaml.SafeLoader)
-            value = content[name] = next(node.value for key, node in root.value if key.value == name)
         if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value < 0):
             raise UsageError(f"Profile {path}: {name} is {value!r}; it has to be a {kind.__name__}.")
-    profile = Profile(**content | {name: value for name, value in changes.items() if value is not None})
+        words = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        for word in words:
+            if not isinstance(word, str | int | float):
+                raise UsageError(f"Profile {path}: {name} holds {word!r}; write text or a number.")
+            # The lines of setup are commands; all else is a word in a line of the script.
+            if printable(word, "\n\t" if name == "setup" else "") != str(word):
+                raise UsageError(f"Profile {path}: {name} holds a control character ({word!r}); remove it.")
+        if wrong := [key for key in value if not re.fullmatch(r"[A-Za-z][\w-]*", str(key))] if kind is dict else []:
+            raise UsageError(f"Profile {path}: {wrong[0]!r} is no option of sbatch; write its name without dashes.")
+    profile = Profile(**content)
     if profile.warning_s >= 60 * profile.minutes:
         raise UsageError(f"warning_s is {profile.warning_s} but the job has {profile.minutes} minutes; lower it.")
     return profile
@@ -118,6 +133,14 @@ class JobRequest:
     def executor(self, cluster: str, logs: Path) -> Any:
         """Return submitit's executor of this job, which writes to ``logs``."""
         profile, common = self.profile, {"signal_delay_s": self.profile.warning_s, "stderr_to_stdout": True}
+        # SLURM replaces %j and the like in the names of logs, and a backslash changes how.
+        if printable(logs) != str(logs) or re.search(r"[%\\]", str(logs)):
+            given = f"OUTPUT_DIR {printable(logs.parent)}"
+            raise UsageError(f"{given}: a job's folder cannot have control characters, % or \\ in its name; rename it.")
+        if printable(self.source) != self.source:
+            raise UsageError(
+                f"the package lies in {printable(self.source)}; move it to a folder without control characters."
+            )
         if cluster == "debug":
             return submitit.DebugExecutor(logs)
         if cluster == "local":
@@ -131,7 +154,7 @@ class JobRequest:
         slurm = _SlurmExecutor(logs, python=f"{profile.container} {words}".strip())
         # What is 0 or empty in the profile is left to the site.
         slurm.update_parameters(
-            job_name=self.name,
+            job_name=re.sub(r"[^\w.+-]+", "-", self.name, flags=re.ASCII)[:64],
             time=profile.minutes,
             nodes=self.nodes,
             ntasks_per_node=self.tasks_per_node,
@@ -272,10 +295,28 @@ def _explain_refusal(said: str) -> str:
 
 def resume(job: ClusterJob) -> ClusterJob:
     """Submit the run of a job again with the same request; it continues at its newest checkpoint."""
+    check_owner(job.run, job.path, job.path / "job.json", job.path / "config.yaml", job.logs)
     state, _ = job.state()
     if state not in ENDED:
         raise UsageError(f"{job.run} belongs to job {job.id}, which is {state}; there is nothing to resume.")
-    record = json.loads((job.path / "job.json").read_text())
-    request = JobRequest(**record["request"] | {"profile": Profile(**record["request"]["profile"])})
+    record = read_record(job.run)
+    request = _read_request(record, job.path / "job.json")
+    print(f"resuming as {job.path} says: config.yaml, and job.json with the package in {request.source}", flush=True)
+    for name in ("python", "container", "modules", "setup", "srun", "sbatch"):
+        if value := getattr(request.profile, name):
+            print(f"  {name}: {printable(value)}", flush=True)
     folders = open_job_folders([load_config(job.path / "config.yaml")], request, job.cluster, job.logs)
     return submit(folders, request, job.cluster, job.logs, record)[0]
+
+
+def _read_request(record: dict[str, Any], path: Path) -> JobRequest:
+    """Return the request of a job's record. Raises UsageError where it is not as we write it."""
+    request = record.get("request")
+    kinds = {"profile": dict, "name": str, "source": str}
+    names = [field.name for field in fields(JobRequest)]
+    if not isinstance(request, dict) or sorted(request) != sorted(names):
+        raise UsageError(f"{path}: request is not what a submission writes ({', '.join(names)}); submit the run again.")
+    for name, value in request.items():
+        if type(value) is not kinds.get(name, int) or (type(value) is int and value < 0):
+            raise UsageError(f"{path}: {name} is {value!r}, which no submission writes; submit the run again.")
+    return JobRequest(**request | {"profile": _check_profile(request["profile"], path)})
