@@ -1,7 +1,6 @@
 """Cameras, streams and pipes, window by window as they come, with clocks that leap, go back or stand still."""
 
 import math
-import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -27,6 +26,7 @@ from stvit_video.data.decode.av_file import (
     live_stream,
     shown_size,
 )
+from stvit_video.data.decode.formats import open_stream
 from stvit_video.data.decode.types import GAP_S, DecodeError, Frames, decode_errors, gap_length, reason
 from stvit_video.data.streams import STDIN, Span
 
@@ -129,16 +129,14 @@ def _cut_run(run: Iterator[LiveFrame], segment: int, window: float, step: float)
 def _read(address: str, short_side: int) -> Iterator[LiveFrame]:
     """Yield the frames of a stream, all of the size of the first."""
     location = "pipe:0" if address == STDIN else address
-    form = "v4l2" if address.startswith("/dev/video") else None
     if address.isascii() and address.isdigit():
         location = f"/dev/video{address}"
-        form = "v4l2" if sys.platform == "linux" else None
         if not Path(location).exists():
             found = ", ".join(sorted(path.name[5:] for path in Path("/dev").glob("video*"))) or "none"
             raise DecodeError(address, f"is no camera here (cameras: {found})")
     with (
         decode_errors(address, "cannot be read as a stream", "pyav", AV_ERRORS),
-        av.open(location, "r", form, timeout=TIMEOUT_S, metadata_errors="ignore") as container,
+        open_stream(location, TIMEOUT_S) as container,
     ):
         stream = live_stream(container, address)
         scale, first = Scaler(address, short_side), None

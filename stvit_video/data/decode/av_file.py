@@ -1,6 +1,5 @@
 """A video file opened with PyAV: which stream is the video, and its frames as FFmpeg shows them."""
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +13,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
+from stvit_video.data.decode.formats import CODECS, open_file
 from stvit_video.data.decode.packets import find_end
 from stvit_video.data.decode.types import DecodeError, Frames, decode_errors, reduced_size
 
@@ -30,7 +30,7 @@ Matrix = tuple[int, int, int, int]
 def open_av(path: str, number: int | None = None) -> tuple[InputContainer, VideoStream]:
     """Open a file and its video stream of that number, or the one that ``_choose_stream`` takes."""
     with decode_errors(path, NOT_OPENED, "pyav", AV_ERRORS):
-        container = av.open(os.path.abspath(path), metadata_errors="ignore")  # "a:b.mp4" alone would be a protocol
+        container = open_file(path)
     streams = video_streams(container)
     if number is None and len(streams) > 1:
         number = _choose_stream(path, container, streams)
@@ -38,8 +38,9 @@ def open_av(path: str, number: int | None = None) -> tuple[InputContainer, Video
         return open_av(path, number)
     streams = [stream for stream in streams if number in (None, stream.index)]
     if not streams:
+        problem = describe_codecs(container)
         container.close()
-        raise DecodeError(path, "has no video stream that can be decoded", "pyav")
+        raise DecodeError(path, problem, "pyav")
     streams[0].codec_context.thread_count = 1
     return container, streams[0]
 
@@ -69,15 +70,23 @@ def _rank(stream: VideoStream, end: float = 0.0) -> tuple[bool, int, int]:
 
 def video_streams(container: InputContainer) -> list[VideoStream]:
     """Return the streams of a file that can be decoded, without covers and thumbnails that are marked as such."""
-    streams = [stream for stream in container.streams.video if stream.codec_context is not None]
-    return [stream for stream in streams if not stream.disposition & NOT_VIDEO]
+    streams = [stream for stream in container.streams.video if not stream.disposition & NOT_VIDEO]
+    return [
+        stream for stream in streams if stream.codec_context and stream.codec_context.codec.canonical_name in CODECS
+    ]
+
+
+def describe_codecs(container: InputContainer) -> str:
+    """Say that nothing of a file can be decoded, with the names of its video codecs."""
+    names = ", ".join(stream.codec_context.name for stream in container.streams.video if stream.codec_context)
+    return f"has no video stream that can be decoded{f' ({names}); convert it to H.264' if names else ''}"
 
 
 def live_stream(container: InputContainer, name: str) -> VideoStream:
     """Return the stream to watch of a camera or pipe, chosen as of a file, except that no one knows the longest."""
     streams = video_streams(container)
     if not streams:
-        raise DecodeError(name, "has no video stream that can be decoded", "pyav")
+        raise DecodeError(name, describe_codecs(container), "pyav")
     return max(streams, key=_rank)
 
 
