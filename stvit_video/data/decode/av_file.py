@@ -15,7 +15,7 @@ from av.video.stream import VideoStream
 
 from stvit_video.data.decode.formats import CODECS, open_file
 from stvit_video.data.decode.packets import find_end
-from stvit_video.data.decode.types import DecodeError, Frames, decode_errors, reduced_size
+from stvit_video.data.decode.types import MAX_PIXELS, DecodeError, Frames, check_size, decode_errors, reduced_size
 
 AV_ERRORS = (av.FFmpegError, OSError, ValueError)
 NOT_OPENED, NOT_DECODED = "cannot be opened as video", "frames cannot be decoded"
@@ -41,7 +41,11 @@ def open_av(path: str, number: int | None = None) -> tuple[InputContainer, Video
         problem = describe_codecs(container)
         container.close()
         raise DecodeError(path, problem, "pyav")
-    streams[0].codec_context.thread_count = 1
+    context = streams[0].codec_context
+    context.thread_count = 1
+    context.options = {"max_pixels": str(MAX_PIXELS)}  # of any frame
+    with decode_errors(path, NOT_OPENED, "pyav", AV_ERRORS):
+        check_size(context.width, context.height)
     return container, streams[0]
 
 
@@ -161,6 +165,7 @@ class Scaler:
         """Return a frame at the (width, height) of the ``first``, or at its own; much larger ones are reduced."""
         matrix = display_matrix(frame, self._path)
         own = shown_size(frame, matrix)
+        check_size(*own)
         first = first or own
         size = reduced_size(first, self._short_side) or first
         width, height = size[::-1] if matrix[1] else size

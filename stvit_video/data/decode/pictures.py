@@ -5,12 +5,13 @@ import fnmatch
 import os
 import re
 import struct
-from collections.abc import Iterable, Mapping, Sized
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from decimal import Decimal
 from itertools import pairwise
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from stvit_video.data.decode.types import (
     IMAGE_SUFFIXES,
@@ -20,6 +21,7 @@ from stvit_video.data.decode.types import (
     Reader,
     Segments,
     Times,
+    check_size,
     decode_errors,
     natural_order,
     reduced_size,
@@ -27,7 +29,8 @@ from stvit_video.data.decode.types import (
 
 # What Pillow raises for damaged, truncated, foreign and suspiciously large files.
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-
+# By content, whatever the ending: those of IMAGE_SUFFIXES, and GIF, which the web often calls .jpg.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 
 # A number in a file's name: a minus that does not join two words is its sign, a point or comma its decimal one.
 SIGNED = re.compile(r"(?:(?<![^\s_=(\[,])-)?[0-9]+(?:[.,][0-9]+)?")
@@ -158,9 +161,23 @@ class ImageReader(Reader):
         return np.stack(images)
 
 
+@contextlib.contextmanager
+def open_image(path: str) -> Iterator[Image.Image]:
+    """Open an image, without Pillow's warnings. Raises one of IMAGE_ERRORS, also for one that is too large."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            file = Image.open(path, formats=IMAGE_FORMATS)
+        except UnidentifiedImageError as error:
+            raise ValueError(f"its content is none of {', '.join(IMAGE_FORMATS)}, or damaged") from error
+        with file:
+            check_size(*file.size)
+            yield file
+
+
 def image_suffix(path: str) -> str:
     """Return the ending that a file should have by its content, where it is an image; else ""."""
-    with contextlib.suppress(*IMAGE_ERRORS), Image.open(path) as file:
+    with contextlib.suppress(*IMAGE_ERRORS), open_image(path) as file:
         suffix = f".{(file.format or '').lower().replace('mpo', 'jpeg')}"  # MPO: JPEG with more than one picture
         return suffix if suffix in IMAGE_SUFFIXES else ""
     return ""
@@ -171,7 +188,7 @@ def read_image(path: str, short_side: int | None) -> Frames:
 
     Reduced with antialiasing where that saves time, see ``reduced_size``. Raises DecodeError.
     """
-    with decode_errors(path, "cannot be read as an image", "pillow", IMAGE_ERRORS), Image.open(path) as file:
+    with decode_errors(path, "cannot be read as an image", "pillow", IMAGE_ERRORS), open_image(path) as file:
         return convert_image(file, short_side)
 
 

@@ -124,7 +124,7 @@ class AvReader(Reader):
     def check(self) -> None:
         self.frames([0])
         container, stream = open_av(self.path, self._index.stream)
-        stream.codec_context.options = {"err_detect": "explode"}  # some damage is concealed without a mark else
+        stream.codec_context.options["err_detect"] = "explode"  # some damage is concealed without a mark else
         survey = Survey(self.path, self._cache.progress)
         with container:
             for _ in survey.frames(container, stream):
