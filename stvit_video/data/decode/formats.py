@@ -102,13 +102,15 @@ def _open(
 
 def _find_format(open_it: Callable[[], InputContainer]) -> str:
     """Return the name of the format that a file was refused for, which only FFmpeg's log says; or an empty text."""
-    level = av.logging.get_level()
+    level, skips = av.logging.get_level(), av.logging.get_skip_repeated()
     av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)  # the same as for the file before
     try:
         with av.logging.Capture() as said, contextlib.suppress(av.FFmpegError):
             open_it()
     finally:
         av.logging.set_level(level)
+        av.logging.set_skip_repeated(skips)
     return next((name for _, name, text in said if text.startswith("Format not on whitelist")), "")
 
 
