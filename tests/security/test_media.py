@@ -18,7 +18,8 @@ from stvit_video import check_videos
 from stvit_video.data.clips.sampling import ClipSampler
 from stvit_video.data.decode import formats
 from stvit_video.data.decode.frames import FrameRequest, open_video, read_file
-from stvit_video.data.decode.types import DecodeError
+from stvit_video.data.decode.pictures import image_suffix
+from stvit_video.data.decode.types import IMAGE_SUFFIXES, DecodeError
 from stvit_video.data.failures import read_ledger
 from stvit_video.data.live import read_windows
 from tests.conftest import copy_packets, numbered_frames, read_number
@@ -308,3 +309,14 @@ def test_mutated_files_are_read_or_refused_and_do_no_harm(
         assert "\n" not in failure.message
         assert "exit code" not in failure.message  # an error in Python, which no content may raise
         assert "took more than" not in failure.message
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "ICO"])
+def test_standard_input_is_told_by_its_first_bytes_without_decoding_it_here(
+    tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (64, 48)).save(tmp_path / "given", form)
+    with Image.open(tmp_path / "given") as file:
+        suffix = f".{(file.format or '').lower()}"
+    monkeypatch.delattr(Image, "open")
+    assert image_suffix(str(tmp_path / "given")) == (suffix if suffix in IMAGE_SUFFIXES else "")

@@ -29,6 +29,16 @@ from stvit_video.data.decode.types import (
 
 # What Pillow raises for damaged, truncated, foreign and suspiciously large files.
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+FIRST_BYTES = {
+    b"\xff\xd8\xff": ".jpeg",
+    b"\x89PNG": ".png",
+    b"WEBP": ".webp",
+    b"BM": ".bmp",
+    b"P5": ".pgm",
+    b"P6": ".ppm",
+    b"II*\0": ".tiff",
+    b"MM\0*": ".tiff",
+}
 # By content, whatever the ending: those of IMAGE_SUFFIXES, and GIF, which the web often calls .jpg.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 
@@ -176,11 +186,11 @@ def open_image(path: str) -> Iterator[Image.Image]:
 
 
 def image_suffix(path: str) -> str:
-    """Return the ending that a file should have by its content, where it is an image; else ""."""
-    with contextlib.suppress(*IMAGE_ERRORS), open_image(path) as file:
-        suffix = f".{(file.format or '').lower().replace('mpo', 'jpeg')}"  # MPO: JPEG with more than one picture
-        return suffix if suffix in IMAGE_SUFFIXES else ""
-    return ""
+    """Return the ending that a file should have by its first bytes, where it is an image; else ""."""
+    with open(path, "rb") as file:
+        start = file.read(16)
+    start = start[8:] if start.startswith(b"RIFF") else start
+    return next((suffix for first, suffix in FIRST_BYTES.items() if start.startswith(first)), "")
 
 
 def read_image(path: str, short_side: int | None) -> Frames:

@@ -239,7 +239,7 @@ class TorchCodecReader(Reader):
         self.path = path
         self._times, _ = _prove_plain(path, "torchcodec", None, cache)
         with decode_errors(path, NOT_OPENED, "torchcodec", TORCHCODEC_ERRORS):
-            self._decoder = VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1)
+            self._decoder = VideoDecoder(os.path.abspath(path), dimension_order="NHWC", num_ffmpeg_threads=1)
             self.length = len(self._decoder)
         if self.length != len(self._times):
             raise DecodeError(path, f"is numbered otherwise by torchcodec; {REMEDY}", "torchcodec")
