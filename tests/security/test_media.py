@@ -166,6 +166,24 @@ def with_counts(content: bytes, samples: int, size: int) -> bytes:
     return bytes(changed)
 
 
+def compressed(content: bytes, length: int | None = None) -> bytes:
+    """Return an MP4 whose index, here of too many samples, is compressed, as QuickTime once did."""
+    content = with_counts(content, 20_000_000, 1)
+    place = content.index(b"moov") - 4
+    index = content[place:]
+    method, packed = b"\0\0\0\x0cdcomzlib", zlib.compress(index)
+    data = struct.pack(">I4sI", 12 + len(packed), b"cmvd", len(index) if length is None else length) + packed
+    inner = struct.pack(">I4s", 8 + len(method + data), b"cmov") + method + data
+    return content[:place] + struct.pack(">I4s", 8 + len(inner), b"moov") + inner
+
+
+def hidden(content: bytes) -> bytes:
+    """Return an MP4 whose index, here of too many samples, lies where none is expected, but found."""
+    content = with_counts(content, 20_000_000, 1)
+    place = content.index(b"moov") - 4
+    return content[:place] + struct.pack(">I4s", 8 + len(content) - place, b"udta") + content[place:]
+
+
 def with_edits(content: bytes, count: int) -> bytes:
     """Return an MP4 whose list of edits states so many."""
     place = content.index(b"elst") + 8
@@ -179,8 +197,11 @@ def with_edits(content: bytes, count: int) -> bytes:
         partial(with_counts, samples=20_000_000, size=0),
         partial(with_counts, samples=2**32 - 1, size=1),
         partial(with_edits, count=20_000_000),
+        compressed,
+        partial(compressed, length=2**31),
+        hidden,
     ],
-    ids=["samples", "sizes", "most", "edits"],
+    ids=["samples", "sizes", "most", "edits", "compressed", "long", "hidden"],
 )
 def test_counts_are_bounded_by_the_size_of_the_file(clip: Path, change: Callable[[bytes], bytes]) -> None:
     read_file(FrameRequest(str(clip), CHOICE))

@@ -41,11 +41,9 @@ def open_av(path: str, number: int | None = None) -> tuple[InputContainer, Video
         problem = describe_codecs(container)
         container.close()
         raise DecodeError(path, problem, "pyav")
-    context = streams[0].codec_context
-    context.thread_count = 1
-    context.options = {"max_pixels": str(MAX_PIXELS)}  # of any frame
+    streams[0].codec_context.thread_count = 1
     with decode_errors(path, NOT_OPENED, "pyav", AV_ERRORS):
-        check_size(context.width, context.height)
+        _limit_size(streams[0])
     return container, streams[0]
 
 
@@ -87,11 +85,23 @@ def describe_codecs(container: InputContainer) -> str:
 
 
 def live_stream(container: InputContainer, name: str) -> VideoStream:
-    """Return the stream to watch of a camera or pipe, chosen as of a file, except that no one knows the longest."""
+    """Return the stream to watch of a camera or pipe, chosen as of a file, except that no one knows the longest.
+
+    Raises DecodeError, and ValueError for frames that are too large.
+    """
     streams = video_streams(container)
     if not streams:
         raise DecodeError(name, describe_codecs(container), "pyav")
-    return max(streams, key=_rank)
+    stream = max(streams, key=_rank)
+    _limit_size(stream)
+    return stream
+
+
+def _limit_size(stream: VideoStream) -> None:
+    """Refuse frames that are too large, also those that come later. Raises ValueError."""
+    context = stream.codec_context
+    context.options = {"max_pixels": str(MAX_PIXELS)}
+    check_size(context.width, context.height)
 
 
 def frame_rate(stream: VideoStream) -> float:

@@ -7,6 +7,7 @@ address the user gave, and only over the protocols of that address.
 import contextlib
 import os
 import re
+import zlib
 from collections.abc import Callable
 from functools import partial
 
@@ -45,9 +46,12 @@ SCHEMES = {
     "mmsh": ("mmsh,tcp,http", ""),
 }
 SAMPLES_PER_BYTE = 8  # some old sound counts single values, of which a byte holds several
-# In an MP4's index: how many samples a table and a fragment have, and how many entries a list of edits.
+# Boxes of an MP4 that hold its index, or parts of it.
+BOXES = (b"moov", b"moof", b"trak", b"edts", b"mdia", b"minf", b"stbl", b"traf", b"udta", b"meta", b"mvex", b"dinf")
+# How many samples a table and a fragment state, entries a list of edits, and bytes a compressed index.
 SAMPLES = re.compile(rb"(?:(?:stsz|stz2).{8}|trun.{4})(.{4})", re.DOTALL)
 EDITS = re.compile(rb"elst.{4}(.{4})", re.DOTALL)
+COMPRESSED = re.compile(rb"cmvd(.{4})", re.DOTALL)
 PATTERN = re.compile(r"[%*?{\[]")
 
 
@@ -117,18 +121,26 @@ def _find_format(open_it: Callable[[], InputContainer]) -> str:
 def _check_counts(path: str) -> None:
     """Raise ValueError where an MP4 states many more samples than it has bytes: FFmpeg's index has them all."""
     size = os.path.getsize(path)
-    samples, edits, place = 0, 1, 0
+    most, samples, edits, place = SAMPLES_PER_BYTE * size, 0, 1, 0
     with open(path, "rb") as file:
         while len(head := file.read(16)) >= 8:
             length, kind = int.from_bytes(head[:4], "big"), head[4:8]
             length = int.from_bytes(head[8:], "big") if length == 1 else length or size - place
-            if kind in (b"moov", b"moof"):
-                content = file.read(min(length, size))
-                samples += sum(int.from_bytes(count, "big") for count in SAMPLES.findall(content))
-                edits = max([edits, *(int.from_bytes(count, "big") for count in EDITS.findall(content))])
+            if kind in BOXES or SAMPLES.match(head + bytes(8), 4):
+                content = head + file.read(min(length, size))
+                if packed := COMPRESSED.search(content):
+                    samples += max(0, _number(packed[1]) - most)
+                    with contextlib.suppress(zlib.error):
+                        content = zlib.decompressobj().decompress(content[packed.end() :], most)
+                samples += sum(map(_number, SAMPLES.findall(content)))
+                edits = max([edits, *map(_number, EDITS.findall(content))])
             if length < 8 or place + length >= size:
                 break
             place += length
             file.seek(place)
-    if samples * edits > SAMPLES_PER_BYTE * size:
+    if samples * edits > most:
         raise ValueError(f"it states {samples * edits:,} frames and samples in {size:,} bytes; write it anew")
+
+
+def _number(field: bytes) -> int:
+    return int.from_bytes(field, "big")
