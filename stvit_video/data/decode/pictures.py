@@ -2,6 +2,7 @@
 
 import contextlib
 import fnmatch
+import logging
 import os
 import re
 import struct
@@ -27,6 +28,7 @@ from stvit_video.data.decode.types import (
     reduced_size,
 )
 
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else it prints what it raises as an error too
 # What Pillow raises for damaged, truncated, foreign and suspiciously large files.
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 FIRST_BYTES = {
