@@ -1,5 +1,6 @@
 """Videos and pictures of others: content chooses no program, small files take little, damage is one line each."""
 
+import json
 import random
 import socket
 import struct
@@ -14,14 +15,16 @@ import av
 import pytest
 from PIL import Image
 
-from stvit_video import check_videos
+from stvit_video import check_videos, predict
 from stvit_video.data.clips.sampling import ClipSampler
 from stvit_video.data.decode import formats
-from stvit_video.data.decode.frames import FrameRequest, open_video, read_file
+from stvit_video.data.decode.frames import Decoding, FrameRequest, open_video, read_file
 from stvit_video.data.decode.pictures import image_suffix
 from stvit_video.data.decode.types import IMAGE_SUFFIXES, DecodeError
 from stvit_video.data.failures import read_ledger
+from stvit_video.data.lists.annotations import Video
 from stvit_video.data.live import read_windows
+from stvit_video.data.short_videos import count_short
 from tests.conftest import copy_packets, numbered_frames, read_number
 from tests.security.mutations import mutate, run_unharmed, unharmed
 
@@ -78,12 +81,6 @@ def test_a_path_is_a_file_whatever_its_name(clip: Path, name: str, monkeypatch: 
     clip.rename(name)
     for decoder in ("pyav", "decord"):
         assert read_number(open_video(name, decoder=decoder).frames([7])[0]) == 7
-
-
-def test_a_pattern_in_a_picture_s_name_reads_no_other_file(write_clip: Callable[..., Path]) -> None:
-    other = write_clip(numbered_frames(8)[5:], "00000.gif", "gif", pixels="rgb8")
-    path = write_clip(numbered_frames(4), "%05d.gif", "gif", pixels="rgb8")
-    assert [open_video(file).length for file in (path, other)] == [4, 3]
 
 
 def test_rare_codecs_are_not_decoded(tmp_path: Path) -> None:
@@ -308,18 +305,22 @@ def originals(write_clip: Callable[..., Path], tmp_path: Path) -> dict[str, byte
     return {suffix: path.read_bytes() for suffix, path in found.items()}
 
 
+def write_mutated(folder: Path, originals: dict[str, bytes], count: int, seed: int) -> list[str]:
+    """Write mutated files of each kind in turn, and return their names."""
+    rng = random.Random(seed)
+    folder.mkdir()
+    names = [f"{number}{MUTATED[number % len(MUTATED)]}" for number in range(count)]
+    for name in names:
+        (folder / name).write_bytes(mutate(originals[Path(name).suffix], rng))
+    return names
+
+
 @pytest.mark.parametrize("count", [50, pytest.param(1000, marks=pytest.mark.long)])
 def test_mutated_files_are_read_or_refused_and_do_no_harm(
     originals: dict[str, bytes], count: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    rng = random.Random(19)
     folder, out = tmp_path / "given", tmp_path / "out"
-    folder.mkdir()
-    names = []
-    for number in range(count):
-        suffix = MUTATED[number % len(MUTATED)]
-        names.append(f"{number}{suffix}")
-        (folder / names[-1]).write_bytes(mutate(originals[suffix], rng))
+    names = write_mutated(folder, originals, count, seed=19)
     (folder / "list.txt").write_text("".join(f"{name} 0\n" for name in names))
     words = [str(folder / "list.txt"), "--output", str(out), "--workers", "1", "--deadline", "20"]
     with unharmed(tmp_path, apart_from=[out], seconds=20 + count / 10):
@@ -330,6 +331,39 @@ def test_mutated_files_are_read_or_refused_and_do_no_harm(
         assert "\n" not in failure.message
         assert "exit code" not in failure.message  # an error in Python, which no content may raise
         assert "took more than" not in failure.message
+
+
+@pytest.mark.parametrize("count", [25, pytest.param(1000, marks=pytest.mark.long)])
+def test_mutated_files_are_predicted_or_refused_and_do_no_harm(
+    originals: dict[str, bytes], trained: Path, count: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "given", tmp_path / "found.json"
+    write_mutated(folder, originals, count, seed=20)
+    words = [f"{folder}/*", "--checkpoint", str(trained), "--output", str(out)]
+    assert run_unharmed(predict.main, words, capfd) == 1  # imports and buffers count the first time
+    with unharmed(tmp_path, apart_from=[out], seconds=20 + count / 10):
+        assert run_unharmed(predict.main, words, capfd) == 1
+    found = json.loads(out.read_text())
+    assert len(found) == count
+    errors = [entry["error"] for entry in found if entry.get("error")]
+    assert 0.2 * count < len(errors) < 0.9 * count
+    assert not [error for error in errors if "exit code" in error or "took more than" in error or "\n" in error]
+
+
+def test_an_avi_that_states_a_thousand_million_frames_is_read_for_those_it_has(
+    write_clip: Callable[..., Path],
+) -> None:
+    path = write_clip(numbered_frames(20), "clip.avi", "mpeg4")
+    content = bytearray(path.read_bytes())
+    for box, place in ((b"avih", 24), (b"strh", 40)):
+        start = content.index(box) + place
+        content[start : start + 4] = struct.pack("<I", 10**9)
+    path.write_bytes(content)
+    sampler = ClipSampler("dense", 4)
+    with unharmed(path.parent, seconds=5):
+        assert read_file(FrameRequest(str(path), CHOICE)).shape == (4, 48, 64, 3)
+        (short,) = count_short([Video(str(path), 0)], "train", [sampler], Decoding("pyav", 20.0))
+    assert short.looked_at == 1
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "ICO"])

@@ -52,7 +52,6 @@ BOXES = (b"moov", b"moof", b"trak", b"edts", b"mdia", b"minf", b"stbl", b"traf",
 SAMPLES = re.compile(rb"(?:(?:stsz|stz2).{8}|trun.{4})(.{4})", re.DOTALL)
 EDITS = re.compile(rb"elst.{4}(.{4})", re.DOTALL)
 COMPRESSED = re.compile(rb"cmvd(.{4})", re.DOTALL)
-PATTERN = re.compile(r"[%*?{\[]")
 
 
 def _find_decoders() -> str:
@@ -70,9 +69,7 @@ DECODERS = _find_decoders()
 def open_file(path: str) -> InputContainer:
     """Open a video file. Raises ValueError for formats and counts that are refused, else what PyAV raises."""
     _check_counts(path)
-    # FFmpeg takes a pattern in a picture's name for a sequence of other files.
-    form = "gif" if path.lower().endswith(".gif") and PATTERN.search(os.path.basename(path)) else None
-    return _open(os.path.abspath(path), form, FILE_FORMATS, "file")  # "a:b.mp4" alone would be a protocol
+    return _open(os.path.abspath(path), None, FILE_FORMATS, "file")  # "a:b.mp4" alone would be a protocol
 
 
 def open_stream(address: str, timeout: float) -> InputContainer:
