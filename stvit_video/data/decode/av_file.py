@@ -30,7 +30,7 @@ Matrix = tuple[int, int, int, int]
 def open_av(path: str, number: int | None = None) -> tuple[InputContainer, VideoStream]:
     """Open a file and its video stream of that number, or the one that ``_choose_stream`` takes."""
     with decode_errors(path, NOT_OPENED, "pyav", AV_ERRORS):
-        container = open_file(path)
+        container = open_file(path, again=number is not None)
     streams = video_streams(container)
     if number is None and len(streams) > 1:
         number = _choose_stream(path, container, streams)

@@ -66,9 +66,13 @@ def _find_decoders() -> str:
 DECODERS = _find_decoders()
 
 
-def open_file(path: str) -> InputContainer:
-    """Open a video file. Raises ValueError for formats and counts that are refused, else what PyAV raises."""
-    _check_counts(path)
+def open_file(path: str, again: bool = False) -> InputContainer:
+    """Open a video file. Raises ValueError for formats and counts that are refused, else what PyAV raises.
+
+    ``again`` says that it was opened before, which saves a pass over the fragments of a long recording.
+    """
+    if not again:
+        _check_counts(path)
     return _open(os.path.abspath(path), None, FILE_FORMATS, "file")  # "a:b.mp4" alone would be a protocol
 
 
