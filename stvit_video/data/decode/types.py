@@ -21,10 +21,6 @@ MEDIA_SUFFIXES = IMAGE_SUFFIXES + VIDEO_SUFFIXES
 # Measured with decord: reducing 256 pixels to 224 in the decoder adds 55 % to its time, reducing 1080 saves a third.
 WORTH_REDUCING = 1.5
 
-# A small file can hold frames that fill the memory. This many pixels, of 12K video, are those at which Pillow warns.
-MAX_PIXELS = 89_478_485
-MAX_RATIO = 32  # of sides; a longer strip is not reduced, since its short side is small
-
 BLOCK_BYTES = 64 * 2**20  # of frames in memory at once, where all of a video are read
 
 Frames = NDArray[np.uint8]  # (N, H, W, 3), RGB
@@ -37,6 +33,10 @@ Segments = list[tuple[int, int]]  # (start, stop) in frames: runs of continuous 
 GAP_S = 10.0
 # It is also much longer than the quarter of the steps that are shortest: in time lapses and slide shows all are long.
 GAP_STEPS = 20.0
+
+# A small file can hold frames that fill the memory. This many pixels, of 12K video, are those at which Pillow warns.
+MAX_PIXELS = 89_478_485
+MAX_RATIO = 32  # of sides; a longer strip is not reduced, since its short side is small
 
 
 class DecodeError(Exception):
