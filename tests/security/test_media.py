@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from stvit_video import check_videos, predict
+from stvit_video.data import live
 from stvit_video.data.clips.sampling import ClipSampler
 from stvit_video.data.decode import formats
 from stvit_video.data.decode.frames import Decoding, FrameRequest, open_video, read_file
@@ -224,6 +225,14 @@ def test_times_far_apart_take_neither_memory_nor_time(clip: Path) -> None:
         for rate in (None, 12.5):
             read_file(FrameRequest(str(path), partial(ClipSampler("dense", 4, rate=rate), clips=3)))
         assert len(list(read_windows(f"file://{path}", 1.0, 0.01, 64))) < 3000
+
+
+def test_a_stream_of_too_many_frames_per_second_does_not_fill_the_memory(
+    clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "MAX_RATE", 10)
+    with pytest.raises(DecodeError, match="it shows more than 10 frames per second"):
+        list(read_windows(f"file://{clip}", 1.0, 1.0, 64))
 
 
 def spread(packet: av.Packet) -> av.Packet:
