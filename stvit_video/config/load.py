@@ -69,8 +69,12 @@ def read_yaml(path: Path, *, folders: Sequence[str] = ("configs",)) -> dict[Any,
     return content
 
 
-def read_file(path: Path, *heirs: Path) -> dict[str, Any]:
-    """Return the values of a configuration file by full name, on those of the files that ``_BASE_`` names."""
+def read_file(path: Path, *heirs: Path, known: dict[Path, dict[str, Any]] | None = None) -> dict[str, Any]:
+    """Return the values of a configuration file by full name, on those of the files that ``_BASE_`` names.
+
+    ``known`` are the values of files that were read, as several may name one.
+    """
+    known = {} if known is None else known
     try:
         content = read_yaml(path)
     except UsageError as error:
@@ -81,7 +85,8 @@ def read_file(path: Path, *heirs: Path) -> dict[str, Any]:
         file = Path(os.path.normpath(path.parent / os.path.expanduser(str(base))))
         if not isinstance(base, str) or file in (path, *heirs):
             raise UsageError(f"Configuration {path}: its _BASE_ is {base!r:.80}; name another .yaml file.")
-        values |= read_file(file, *heirs, path)
+        known[file] = known.get(file) or read_file(file, *heirs, path, known=known)
+        values |= known[file]
     return values | flatten(content)
 
 
@@ -194,9 +199,9 @@ def _check(cfg: CfgNode) -> CfgNode:
     if data.GROUP not in ("", "auto"):
         try:
             groups = re.compile(data.GROUP).groups
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise UsageError(
-                f"DATA.GROUP {data.GROUP!r} is no regular expression ({error}); give one, or auto."
+                f"DATA.GROUP {data.GROUP!r:.80} is no regular expression ({error}); give one, or auto."
             ) from error
         if not groups:
             raise UsageError(f"DATA.GROUP {data.GROUP!r} has no group; put what names the recording in parentheses.")

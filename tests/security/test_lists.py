@@ -222,6 +222,8 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
         ('OUTPUT_DIR: "\\ud800"', "half a letter"),
         ('OUTPUT_DIR: "a\\0b"', "zero byte"),
         ('_BASE_: "~no_such_user/x.yaml"', "is not there"),
+        ('DATA: {ROOT: x, GROUP: "(' + "(" * 3000 + '"}', "is no regular expression"),
+        ('DATA: {ROOT: x, GROUP: "(a{' + "9" * 30 + '})"}', "is no regular expression"),
         ("_BASE_: /dev/zero", "not a file"),
     ],
 )
@@ -233,9 +235,29 @@ def test_yaml_is_bounded_and_each_of_its_values_is_checked(text: str, said: str,
     assert len(str(error.value)) < 500
 
 
+def test_a_file_that_many_name_as_their_base_is_read_once(tmp_path: Path) -> None:
+    for number in range(30):
+        (tmp_path / f"{number}.yaml").write_text(f"_BASE_: [{number + 1}.yaml, {number + 1}.yaml]\n")
+    (tmp_path / "30.yaml").write_text("{SEED: 5, DATA: {ROOT: x}}\n")
+    with unharmed(tmp_path, seconds=5):
+        assert load_config(tmp_path / "0.yaml").SEED == 5
+
+
+def test_pipes_beside_videos_are_no_videos(data: Path) -> None:
+    os.mkfifo(data / "pipe")  # no one writes to it
+    (data / "ids.csv").write_text("id,label\n0,x\n1,y\n")
+    assert [Path(video.path).name for video in read_list(data / "ids.csv", data)] == ["0.mp4", "1.mp4"]
+
+
 def test_a_profile_is_bounded_too_and_takes_times_as_they_are_written(tmp_path: Path) -> None:
     file = tmp_path / "profile.yaml"
-    for text in (f"{BOMB}partition: *i", "sbatch: " + "[" * DEEP, 'time: !!int ""', "time: " + "9" * 5000 + ":00"):
+    for text in (
+        "modules: [[1]]",
+        f"{BOMB}partition: *i",
+        "sbatch: " + "[" * DEEP,
+        'time: !!int ""',
+        "time: " + "9" * 5000 + ":00",
+    ):
         file.write_text(text)
         refusal(partial(read_profile, warning_s=0), file)
     file.write_text("time: 24:00:00\naccount: 007\npartition: 12\n")
@@ -279,8 +301,9 @@ def test_a_configuration_comes_from_the_pipe_of_a_shell_but_from_no_device(data:
         ("l.json", '[{"path": "a", "label": ' + "9" * 5000 + "}]", "is not JSON"),
         ("l.json", '[{"path": "a\\ud800.mp4", "label": "x"}]', "surrogates not allowed"),
         ("l.json", '[{"path": "a\\u0000.mp4", "label": "x"}]', "no file has a zero byte"),
-        ("l.json", '[{"path": "a.mp4", "label": {"x": 1}}]', "no text or number"),
-        ("l.json", '[{"path": "a.mp4", "label": [["x"]]}]', "no text or number"),
+        ("l.json", '[{"path": "a.mp4", "label": {"x": 1}}]', "no short text or number"),
+        ("l.json", '[{"path": "a.mp4", "label": [["x"]]}]', "no short text or number"),
+        ("l.json", '[{"path": "a.mp4", "labels": "[' + "1," * 1_000_000 + '1]"}]', "no short text or number"),
         ("l.json", '[{"path": "a.mp4", "label": NaN}]', "is empty"),
         ("l.json", '{"v": {"annotations": {"label": "x", "segment": [0, Infinity]}}}', "no segment"),
         ("l.json", '{"v": {"annotations": {"label": "x", "segment": [NaN, 1]}}}', "no segment"),
@@ -299,6 +322,14 @@ def test_lists_that_ask_for_much_or_for_nothing_are_refused(
     with unharmed(data.parent, seconds=5):
         assert main(arguments) == 2
     assert said in capfd.readouterr().err
+
+
+def test_a_class_file_with_fewer_names_than_labels_is_refused(data: Path, capfd: pytest.CaptureFixture) -> None:
+    (data / "l.txt").write_text("a/0.png 7\nb/1.png 8\n")
+    (data / "names.txt").write_text("a\nb\n")
+    main, arguments = list_commands(data / "l.txt", classes="names.txt")[0]
+    assert main(arguments) == 2
+    assert "none of the 2 classes" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

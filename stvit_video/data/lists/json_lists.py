@@ -10,7 +10,7 @@ from stvit_video.common.errors import UsageError
 from stvit_video.data.lists.annotations import Section
 from stvit_video.data.lists.catalogues import TRIMMED, Catalogue, Entry
 from stvit_video.data.lists.tables import DIGITS, Reading, normalise, read_rows
-from stvit_video.data.lists.text import parse_json
+from stvit_video.data.lists.text import MAX_LINE, parse_json
 
 
 def load_json(text: str, path: str | Path) -> Any:
@@ -53,7 +53,7 @@ def _read_records(content: Sequence[Any], path: str | Path, reading: Reading) ->
         if not isinstance(item, dict) or item.keys() != content[0].keys():
             raise UsageError(f"List {path}, entry {number} has other keys than the first ({', '.join(header)[:200]}).")
         if wrong := [name for name in item if not _is_field(item[name])]:
-            raise UsageError(f"List {path}, entry {number}: {wrong[0][:80]} is no text or number, or a list of these.")
+            raise UsageError(f"List {path}, entry {number}: {wrong[0][:80]} is no short text or number, or a list.")
     rows = ((number, list(item.values())) for number, item in enumerate(content, start=1))
     found = read_rows(rows, header, path, reading, "entry")
     if "vid_name" in header:  # Diving48: the files are cut out already, and the frames are those of each file
@@ -81,7 +81,8 @@ def _read_something(content: Sequence[Any], path: str | Path) -> Catalogue:
 
 def _is_field(value: Any) -> bool:
     """Return whether a value of an object may be a field of a table: one value, or several in a list."""
-    return not any(isinstance(one, list | dict) for one in (value if isinstance(value, list) else [value]))
+    parts = value if isinstance(value, list) else [value]
+    return not any(isinstance(one, list | dict) or (isinstance(one, str) and len(one) > MAX_LINE) for one in parts)
 
 
 def segments_of(item: Mapping[str, Any]) -> Any:
