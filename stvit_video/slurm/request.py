@@ -88,9 +88,8 @@ def read_profile(path: str | Path | None, **changes: Any) -> Profile:
             value = content[name] = str(value)
         wrong = kind is list and isinstance(value, list) and not all(isinstance(one, str) for one in value)
         if wrong or not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value < 0):
-            raise UsageError(
-                f"Profile {path}: {name} is {value!r:.80}; it has to be a {kind.__name__}{' of texts' * (kind is list)}."
-            )
+            takes = "list of texts" if kind is list else kind.__name__
+            raise UsageError(f"Profile {path}: {name} is {value!r:.80}; it has to be a {takes}.")
     profile = Profile(**content | {name: value for name, value in changes.items() if value is not None})
     if profile.warning_s >= 60 * profile.minutes:
         raise UsageError(f"warning_s is {profile.warning_s} but the job has {profile.minutes} minutes; lower it.")
