@@ -9,6 +9,7 @@ from fvcore.common.config import CfgNode
 
 from stvit_video.common.errors import UsageError
 from stvit_video.config.schema import BY_NAME, MODEL_KEYS, flatten
+from stvit_video.config.yaml_text import parse_yaml, read_text
 
 CLIP_KEYS = (
     "DATA.SAMPLING", "DATA.CLIP_SECONDS", "DATA.STRIDE", "DATA.FPS", "DATA.MEAN", "DATA.STD", "TEST.SHORT_SIDE",
@@ -92,8 +93,8 @@ def adopted_settings(init: str) -> dict[str, Any]:
     if without := [f"{key[6:].lower()}={value!r}" for key, value in own.items() if key not in known]:
         raise UsageError(f"MODEL.INIT {init} was built with {without[0]}, for which there is no key; use Python.")
     try:
-        beside = flatten(yaml.safe_load(config_beside(weights).read_text()))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
+        beside = flatten(parse_yaml(read_text(config_beside(weights))))
+    except (OSError, ValueError, yaml.YAMLError, AttributeError):
         beside = {}  # the weights were moved away from their run
     return {
         "MODEL.NAME": metadata["name"],

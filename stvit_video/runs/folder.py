@@ -23,6 +23,7 @@ from stvit_video.common.files import write_atomically, write_json
 from stvit_video.common.locks import Lock
 from stvit_video.common.tables import to_csv
 from stvit_video.config.schema import complete, flatten
+from stvit_video.config.yaml_text import parse_yaml, read_text
 from stvit_video.data.failures import Failure, failures_csv
 from stvit_video.runs.checkpoint import list_checkpoints
 
@@ -217,8 +218,8 @@ class RunFolder:
     def recorded_config(self) -> dict[str, Any] | None:
         """Return the configuration of the run that owns the folder, None where no run does."""
         try:
-            recorded = yaml.safe_load((self.path / "config.yaml").read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            recorded = parse_yaml(read_text(self.path / "config.yaml"))
+        except (OSError, ValueError, yaml.YAMLError):
             return None
         return recorded if isinstance(recorded, dict) and {"MODEL", "DATA", "OUTPUT_DIR"} <= recorded.keys() else None
 

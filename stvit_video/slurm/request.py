@@ -26,6 +26,7 @@ import stvit_video
 from stvit_video.common.errors import UsageError, nearest
 from stvit_video.common.files import write_json
 from stvit_video.config.load import load_config, override
+from stvit_video.config.yaml_text import parse_yaml, read_text
 from stvit_video.slurm.jobs import ENDED, ClusterJob, read_job, run_client
 from stvit_video.slurm.task import GUARD, Task
 
@@ -56,37 +57,39 @@ class Profile:
     @property
     def minutes(self) -> int:
         """The time limit. Raises UsageError where ``time`` is not in one of SLURM's formats."""
-        match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(:\d+)?", self.time)
+        match = re.fullmatch("(?:([0-9]{1,6})-)?([0-9]{1,6})(?::([0-9]{1,6}))?(:[0-9]{1,6})?", self.time)
         days, first, second, seconds = match.groups(default="") if match else ("", "0", "", "")
         # As in SLURM, 30:00 is half an hour, but after days the first number is hours.
         total = 60 * int(first) + int(second or 0) if days or seconds else int(first)
         total += 1440 * int(days or 0)
         if total < 1:
-            raise UsageError(f"time {self.time!r} is no time limit; write minutes, H:MM:SS or D-HH, at least a minute.")
+            raise UsageError(
+                f"time {self.time!r:.80} is no time limit; write minutes, H:MM:SS or D-HH, at least a minute."
+            )
         return total
 
 
 def read_profile(path: str | Path | None, **changes: Any) -> Profile:
     """Return the profile in a YAML file, with ``changes`` that are not None. Raises UsageError, naming the key."""
     try:
-        text = "" if path is None else Path(path).read_text()
-        content = yaml.safe_load(text) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or str(error).replace("\n", " ")
-        raise UsageError(f"Profile {path} cannot be read ({reason}); see slurm/profiles/.") from error
+        content = ({} if path is None else parse_yaml(read_text(Path(path)))) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UsageError(f"Profile {path} cannot be read ({reason:.120}); see slurm/profiles/.") from error
     if not isinstance(content, dict):
         raise UsageError(f"Profile {path} is not a list of lines `key: value`; see slurm/profiles/example.yaml.")
     types = get_type_hints(Profile)
     for name, value in content.items():
         if name not in types:
             near = nearest(str(name), list(types))
-            raise UsageError(f"Profile {path}: {name} is unknown.{near} Known are: {', '.join(types)}.")
+            raise UsageError(f"Profile {path}: {name!s:.80} is unknown.{near} Known are: {', '.join(types)}.")
         kind = get_origin(types[name]) or types[name]
-        if kind is str and type(value) is int:  # YAML reads 24:00:00 as a number: take the text
-            root: Any = yaml.compose(text, yaml.SafeLoader)
-            value = content[name] = next(node.value for key, node in root.value if key.value == name)
-        if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value < 0):
-            raise UsageError(f"Profile {path}: {name} is {value!r}; it has to be a {kind.__name__}.")
+        if kind is str and type(value) is int:
+            value = content[name] = str(value)
+        wrong = kind is list and isinstance(value, list) and not all(isinstance(one, str) for one in value)
+        if wrong or not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value < 0):
+            takes = "list of texts" if kind is list else kind.__name__
+            raise UsageError(f"Profile {path}: {name} is {value!r:.80}; it has to be a {takes}.")
     profile = Profile(**content | {name: value for name, value in changes.items() if value is not None})
     if profile.warning_s >= 60 * profile.minutes:
         raise UsageError(f"warning_s is {profile.warning_s} but the job has {profile.minutes} minutes; lower it.")
