@@ -16,6 +16,7 @@ import itertools
 import os
 import signal
 import socket
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -300,6 +301,7 @@ def serve(
     cache = IndexCache(cache_folder, progress=partial(send_answer, answers))
     if missing:
         cache.note("confined", f"decoding processes are less confined: this system lacks {' and '.join(missing)}.")
+    tempfile.tempdir = cache_folder or os.sep  # modules ask for one as they are imported; there is none to write to
     limit_memory()
     try:
         send_answer(answers)  # the child is ready

@@ -31,7 +31,7 @@ ANSWER_BYTES = 2**16  # of a message
 MESSAGE_CHARACTERS = 2000  # of an error
 # What Python, decoders and numeric libraries look for. Tokens, keys and passwords of the user are not among it.
 KEPT_VARIABLES = (
-    *("PATH", "HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TMP", "TEMP", "VIRTUAL_ENV"),
+    *("HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "TZ", "VIRTUAL_ENV"),
     *("CONDA_PREFIX", "LD_LIBRARY_PATH", "LD_PRELOAD", "NVIDIA_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "CUDA_HOME"),
 )
 KEPT_PREFIXES = ("LC_", "PYTHON", "OMP_", "KMP_", "GOMP_", "MKL_", "OPENBLAS_", "NUMEXPR_", "MALLOC_", "DECORD_")
@@ -120,9 +120,10 @@ class DecoderProcess:
             fds = (requests.fileno(), answers.fileno(), *(slot.fileno() for slot in self.slots))
             # With ``-c``, modules are first looked for in the current folder, which may hold files of others.
             command = (
-                f"import sys; sys.path = {sys.path}; from stvit_video.runtime.confine import confine; "
-                f"missing = confine({cache!r}); from {module} import serve; "
-                f"serve({cache!r}, {decoder!r}, missing, *{fds})"
+                # What is imported before ``confine`` may start programs, as torch does, which TorchCodec imports.
+                f"import sys; sys.path = {sys.path}; {'import torchcodec; ' if decoder == 'torchcodec' else ''}"
+                f"from stvit_video.runtime.confine import confine; missing = confine({cache!r}); "
+                f"from {module} import serve; serve({cache!r}, {decoder!r}, missing, *{fds})"
             )
             self.process = starter.submit(
                 subprocess.Popen,
@@ -176,9 +177,10 @@ class DecoderProcess:
 
 def kept_environment() -> dict[str, str]:
     """Return the variables that the child gets: KEPT_VARIABLES and those that begin with one of KEPT_PREFIXES."""
-    return {
+    kept = {
         name: value for name, value in os.environ.items() if name in KEPT_VARIABLES or name.startswith(KEPT_PREFIXES)
     }
+    return {**kept, "PATH": ""}  # it starts no programs: ``ctypes``, for one, would look for libraries by a compiler
 
 
 def _end(
