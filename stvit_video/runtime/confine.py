@@ -18,6 +18,7 @@ from stvit_video.runtime.limits import memory_limit, offer_to_oom_killer
 
 OPEN_FILES = 256
 PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
+CAPABILITIES, READ_ALL = 0x20080522, 0b110  # version 3; CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
 
 # System calls that are refused, by number: socket, execve, execveat, ptrace, process_vm_readv, process_vm_writev, and
 # io_uring_setup, which could make the others. Before them, what the kernel calls the machine.
@@ -44,6 +45,7 @@ def confine(folder: str | None) -> list[str]:
     missing = []
     with suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None, use_errno=True)
+        _drop_capabilities(libc)
         if _prctl(libc, PR_SET_NO_NEW_PRIVS, 1):
             missing += [] if _restrict_files(libc, folder) else ["Landlock"]
             missing += [] if _refuse_calls(libc) else ["seccomp"]
@@ -67,6 +69,15 @@ def _limit(kind: int, value: int) -> None:
     hard = resource.getrlimit(kind)[1]
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
     resource.setrlimit(kind, (value, value))
+
+
+def _drop_capabilities(libc: ctypes.CDLL) -> None:
+    """Give up what root may do, but for reading other users' files, which root's videos may be."""
+    header = ctypes.create_string_buffer(struct.pack("II", CAPABILITIES, 0))
+    data = ctypes.create_string_buffer(24)  # effective, permitted, inheritable; and the same for higher numbers
+    if libc.capget(header, data) == 0:
+        effective, permitted, *_ = struct.unpack("6I", data.raw)
+        libc.capset(header, struct.pack("6I", effective & READ_ALL, permitted & READ_ALL, 0, 0, 0, 0))
 
 
 def _prctl(libc: ctypes.CDLL, *arguments: int) -> bool:
