@@ -43,8 +43,9 @@ def count_short(
     places = np.linspace(0, len(videos) - 1, min(len(videos), MAX_LOOKS)).round().astype(int)
     found = []
     for video in (videos[place] for place in places):
-        with contextlib.suppress(DecodeError):
-            found += decoding.ask(_IsShort(video.section, tuple(samplers)), video.path)
+        with contextlib.suppress(DecodeError, TypeError, ValueError):  # the others for an answer that is none
+            answers = decoding.ask(_IsShort(video.section, tuple(samplers)), video.path)
+            found += [[bool(short) for short, _ in zip(one, samplers, strict=True)] for one in answers]
     looked_at = "" if len(found) == len(videos) else " looked at"
     counts = []
     for i, sampler in enumerate(samplers):

@@ -251,9 +251,12 @@ def environment() -> dict[str, Any]:
             versions[package] = metadata.version(package)
     git = None  # where this package does not run from a checkout
     options: dict[str, Any] = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "timeout": 10}
+    checkout = Path(__file__).parents[2] / ".git"  # a repository around an installed package is another's
+    command = ["git", "-c", "core.fsmonitor=false"]  # which settings may make a program
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, **options).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain"], **options).stdout.splitlines()
+        checkout.stat()
+        commit = subprocess.run([*command, "rev-parse", "HEAD"], check=True, **options).stdout.strip()
+        changed = subprocess.run([*command, "status", "--porcelain"], **options).stdout.splitlines()
         git = {"commit": commit, "changed_files": len(changed)}
     return {
         "command": [sys.executable, *sys.orig_argv[1:]],

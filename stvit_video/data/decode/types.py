@@ -21,6 +21,7 @@ MEDIA_SUFFIXES = IMAGE_SUFFIXES + VIDEO_SUFFIXES
 # Measured with decord: reducing 256 pixels to 224 in the decoder adds 55 % to its time, reducing 1080 saves a third.
 WORTH_REDUCING = 1.5
 
+NO_MEMORY = "does not fit into memory"
 BLOCK_BYTES = 64 * 2**20  # of frames in memory at once, where all of a video are read
 
 Frames = NDArray[np.uint8]  # (N, H, W, 3), RGB
@@ -59,6 +60,8 @@ def decode_errors(path: str, message: str, decoder: str, kinds: tuple[type[Excep
     """Turn a decoder's exceptions of these ``kinds`` into a DecodeError: ``message`` and the reason in parentheses."""
     try:
         yield
+    except MemoryError:
+        raise DecodeError(path, NO_MEMORY, decoder) from None
     except kinds as error:
         raise DecodeError(path, f"{message} ({reason(error)})", decoder) from error
 
