@@ -8,5 +8,5 @@ UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2
 
 
 def printable(text: object, kept: str = "") -> str:
-    """Return ``text`` with each character that a terminal might obey as its escape; those ``kept`` stay, as a line end."""
+    """Return ``text`` with each character that a terminal might obey as its escape; those ``kept`` stay."""
     return UNPRINTABLE.sub(lambda found: found[0] if found[0] in kept else repr(found[0])[1:-1], str(text))

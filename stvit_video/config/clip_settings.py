@@ -9,6 +9,7 @@ from fvcore.common.config import CfgNode
 
 from stvit_video.common.errors import UsageError
 from stvit_video.config.schema import BY_NAME, MODEL_KEYS, flatten
+from stvit_video.config.yaml_text import parse_yaml, read_text
 
 CLIP_KEYS = (
     "DATA.SAMPLING", "DATA.CLIP_SECONDS", "DATA.STRIDE", "DATA.FPS", "DATA.MEAN", "DATA.STD", "TEST.SHORT_SIDE",
@@ -20,6 +21,7 @@ LARGEST = {
     "DATA.FRAMES": 4096, "DATA.SIZE": 4096, "DATA.STRIDE": 4096, "DATA.CLIP_SECONDS": 3600, "DATA.FPS": 1000,
     "TEST.SHORT_SIDE": 4096, "TEST.CLIPS": 1000,
 }  # fmt: skip
+MOST_PIXELS = 2**29  # of all views of a video, which are in memory together: 6 GB in float32
 # Taken by MODEL.NAME auto from the config.yaml beside the weights; the last two are of training clips.
 ADOPTED_KEYS = (*CLIP_KEYS, "DATA.FLIP", "DATA.SHORT_SIDE")
 # May be overridden for a trained model: they change what is seen, not the network.
@@ -53,6 +55,26 @@ def read_views(metadata: Mapping[str, Any], source: str) -> dict[str, Any]:
     for key, most in LARGEST.items():
         if (value := values.get(key)) is not None and value > most:
             raise UsageError(f"{source} sets {key} {value}; weights may ask for at most {most}: save them again.")
+    arguments = metadata.get("arguments") or {}
+    for key, own in (("DATA.FRAMES", arguments.get("num_frames")), ("DATA.SIZE", arguments.get("image_size"))):
+        if isinstance(own, int) and values.get(key, own) != own:
+            raise UsageError(f"{source} sets {key} {values[key]} for a network of {own}; save its weights again.")
+    frames, size, side, clips, crops = (
+        values.get(key, default)
+        for key, default in (
+            ("DATA.FRAMES", arguments.get("num_frames", 1)),
+            ("DATA.SIZE", 1),
+            ("TEST.SHORT_SIDE", 1),
+            ("TEST.CLIPS", 1),
+            ("TEST.CROPS", 1),
+        )
+    )
+    pixels = clips * frames * max(side**2, crops * size**2)
+    if pixels > MOST_PIXELS:
+        raise UsageError(
+            f"{source} asks for {clips} clips of {frames} frames in {crops} crops of a video, {pixels:,} pixels; "
+            f"weights may ask for at most {MOST_PIXELS:,}: save them again with fewer TEST.CLIPS."
+        )
     return values
 
 
@@ -74,11 +96,12 @@ def adopted_settings(init: str) -> dict[str, Any]:
     if not weights.exists():
         return {}
     # Imports torch, which other configurations do not need.
-    from stvit_video.models.weights.files import find_file, read_metadata
+    from stvit_video.models.weights.claims import check_claims
+    from stvit_video.models.weights.files import find_file, read_header
 
     weights = find_file(weights)
-    metadata = read_metadata(weights)
-    if not metadata:
+    metadata, shapes = read_header(weights)
+    if not metadata.get("arguments"):
         raise UsageError(
             f"MODEL.INIT {init} does not say which model it is of; give MODEL.NAME too, for example "
             f"stvit_vit_small_patch16 for DeiT-S or stvit_swin_tiny for Swin-T."
@@ -91,9 +114,10 @@ def adopted_settings(init: str) -> dict[str, Any]:
     known = {key.name for key in MODEL_KEYS}  # not MODEL.NEW_HEAD and others that no network is built with
     if without := [f"{key[6:].lower()}={value!r}" for key, value in own.items() if key not in known]:
         raise UsageError(f"MODEL.INIT {init} was built with {without[0]}, for which there is no key; use Python.")
+    check_claims(metadata, shapes, f"MODEL.INIT {init}")
     try:
-        beside = flatten(yaml.safe_load(config_beside(weights).read_text()))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
+        beside = flatten(parse_yaml(read_text(config_beside(weights))))
+    except (OSError, ValueError, yaml.YAMLError, AttributeError):
         beside = {}  # the weights were moved away from their run
     return {
         "MODEL.NAME": metadata["name"],

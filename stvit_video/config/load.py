@@ -17,6 +17,7 @@ from stvit_video.common.errors import UsageError, nearest
 from stvit_video.common.files import nearest_path
 from stvit_video.config.clip_settings import adopted_settings, config_beside
 from stvit_video.config.schema import BY_NAME, KEYS, SECTIONS, complete, flatten
+from stvit_video.config.yaml_text import parse_yaml, read_text
 
 
 def default_config() -> CfgNode:
@@ -45,21 +46,10 @@ def load_config(
     return _check(_nest({**flatten(default_config()), **given}))
 
 
-class UniqueKeyLoader(yaml.SafeLoader):
-    """A loader of YAML that refuses a key given twice, where YAML would keep the last one only."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value]
-        for key, _ in node.value:
-            if names.count(key.value) > 1:
-                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def read_yaml(path: Path, *, folders: Sequence[str] = ("configs",)) -> dict[Any, Any]:
     """Return the mapping that a YAML file holds. Raises UsageError, with a file of like name in ``folders``."""
     try:
-        content = UniqueKeyLoader(path.read_text(encoding="utf-8")).get_single_data()
+        content = parse_yaml(read_text(path))
     except OSError as error:
         reasons: dict[type, str] = {FileNotFoundError: "is not there", IsADirectoryError: "is a folder"}
         reason = reasons.get(type(error), f"cannot be read ({error.strerror})")
@@ -67,20 +57,24 @@ def read_yaml(path: Path, *, folders: Sequence[str] = ("configs",)) -> dict[Any,
         within = f" In it: {', '.join(file.name for file in beside)}." if beside else ""
         near = within if path.is_dir() else nearest_path(path, "*.yaml", folders)
         raise UsageError(f"{path} {reason}; give a .yaml file.{near}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: bytes, or an impossible date
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         reason = getattr(error, "problem", None) or " ".join(str(error).split())
         place = f" in line {mark.line + 1}" if mark else ""
         tab = ": indent with blanks" if "'\\t'" in reason else ""
-        raise UsageError(f"{path} is not YAML that can be used{place} ({reason}{tab}); correct it.") from error
+        raise UsageError(f"{path} is not YAML that can be used{place} ({reason:.120}{tab}); correct it.") from error
     if not isinstance(content, dict):
         what = "is empty" if content is None else f"is not a mapping, but {content!r:.60}"
         raise UsageError(f"{path} {what}; write `KEY: VALUE` lines.")
     return content
 
 
-def read_file(path: Path, *heirs: Path) -> dict[str, Any]:
-    """Return the values of a configuration file by full name, on those of the files that ``_BASE_`` names."""
+def read_file(path: Path, *heirs: Path, known: dict[Path, dict[str, Any]] | None = None) -> dict[str, Any]:
+    """Return the values of a configuration file by full name, on those of the files that ``_BASE_`` names.
+
+    ``known`` are the values of files that were read, as several may name one.
+    """
+    known = {} if known is None else known
     try:
         content = read_yaml(path)
     except UsageError as error:
@@ -88,10 +82,11 @@ def read_file(path: Path, *heirs: Path) -> dict[str, Any]:
     bases = content.pop("_BASE_", [])
     values: dict[str, Any] = {}
     for base in bases if isinstance(bases, list) else [bases]:  # of several, the last one wins
-        file = Path(os.path.normpath(path.parent / Path(str(base)).expanduser()))
+        file = Path(os.path.normpath(path.parent / os.path.expanduser(str(base))))
         if not isinstance(base, str) or file in (path, *heirs):
-            raise UsageError(f"Configuration {path}: its _BASE_ is {base!r}; name another .yaml file.")
-        values |= read_file(file, *heirs, path)
+            raise UsageError(f"Configuration {path}: its _BASE_ is {base!r:.80}; name another .yaml file.")
+        known[file] = known.get(file) or read_file(file, *heirs, path, known=known)
+        values |= known[file]
     return values | flatten(content)
 
 
@@ -107,8 +102,8 @@ def _values_before(path: Path, given: dict[str, Any]) -> dict[str, Any]:
     )
     for file in filter(Path.is_file, files):
         try:
-            recorded = flatten(yaml.safe_load(file.read_text()))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
+            recorded = flatten(parse_yaml(read_text(file)))
+        except (OSError, ValueError, yaml.YAMLError, AttributeError):
             continue
         if {"OUTPUT_DIR", "SEED", "DATA.ROOT", "MODEL.NAME"} <= recorded.keys():
             return {name: value for name, value in complete(recorded).items() if name not in recorded}
@@ -172,11 +167,11 @@ def parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
             yield name, value  # as it was typed: a folder may be named by digits
             continue
         try:
-            yield name, yaml.safe_load(value)
+            yield name, parse_yaml(value)
         except yaml.YAMLError as error:
             more = " ".join(itertools.takewhile(lambda part: part not in BY_NAME, left))
-            whole = f"{name} '{' '.join([value, more]).strip()}'"
-            raise UsageError(f"Override {name}: {value!r} is not a value; quote it: {whole}.") from error
+            whole = f"{name} '{' '.join([value, more]).strip():.200}'"
+            raise UsageError(f"Override {name}: {value!r:.200} is not a value; quote it: {whole}.") from error
 
 
 def _check(cfg: CfgNode) -> CfgNode:
@@ -204,9 +199,9 @@ def _check(cfg: CfgNode) -> CfgNode:
     if data.GROUP not in ("", "auto"):
         try:
             groups = re.compile(data.GROUP).groups
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise UsageError(
-                f"DATA.GROUP {data.GROUP!r} is no regular expression ({error}); give one, or auto."
+                f"DATA.GROUP {data.GROUP!r:.80} is no regular expression ({error}); give one, or auto."
             ) from error
         if not groups:
             raise UsageError(f"DATA.GROUP {data.GROUP!r} has no group; put what names the recording in parentheses.")

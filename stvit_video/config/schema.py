@@ -51,18 +51,18 @@ class Key:
             some = self.default or (["a", "b"] if self.type is str else [1, 2, 2][: self.length])
             example = f"'{some}', as one word" if self.is_list else f"{self.default!r}"
             raise UsageError(
-                f"{self.name} in {origin} is {value!r} ({type(value).__name__}); it takes {takes} ({self.about}), for "
-                f"example {example}."
+                f"{self.name} in {origin} is {value!r:.80} ({type(value).__name__}); it takes {takes} ({self.about}), "
+                f"for example {example}."
             )
         if self.length is not None and len(values) != self.length:
             raise UsageError(f"{self.name} has {len(values)} values; it takes {self.length} ({self.about}).")
         for one in values:
             if self.choices and one not in self.choices:
                 allowed = ", ".join(choice or "''" for choice in self.choices)
-                raise UsageError(f"{self.name} is {one!r}; allowed: {allowed}.{nearest(one, self.choices)}")
+                raise UsageError(f"{self.name} is {one!r:.80}; allowed: {allowed}.{nearest(one, self.choices)}")
             low = -math.inf if self.low is None else self.low
             high = math.inf if self.high is None else self.high
-            if isinstance(one, int | float) and not (low <= one <= high and math.isfinite(one)):
+            if isinstance(one, int | float) and not (low <= one <= high and abs(one) < math.inf):
                 bounds = f"at least {low}" if self.high is None else f"{low} to {high}"
                 raise UsageError(f"{self.name} is {one}; allowed: {bounds} ({self.about}).")
         return values if several else values[0]
@@ -73,7 +73,7 @@ def _convert(value: Any, kind: type) -> Any:
     if kind is str and (value is None or type(value) in (int, float)):
         return "" if value is None else str(value)  # a folder or list may be named by digits
     if kind is float and type(value) in (int, str):
-        with contextlib.suppress(ValueError):  # YAML reads 1e-3, without a point, as a string
+        with contextlib.suppress(ValueError, OverflowError):  # YAML reads 1e-3, without a point, as a string
             return float(value)
     return value
 

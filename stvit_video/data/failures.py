@@ -3,7 +3,7 @@
 import csv
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from stvit_video.common.errors import UsageError
@@ -24,7 +24,7 @@ class Failure:
     @classmethod
     def of(cls, error: DecodeError, stage: str, name: str) -> "Failure":
         """Return the row for an error that has just happened, of the video or part of one that ``name`` says."""
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        now = datetime.now(UTC).isoformat(timespec="seconds")
         return cls(name, stage, error.decoder, error.message, now)
 
 

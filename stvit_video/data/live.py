@@ -1,7 +1,6 @@
 """Cameras, streams and pipes, window by window as they come, with clocks that leap, go back or stand still."""
 
 import math
-import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -27,11 +26,14 @@ from stvit_video.data.decode.av_file import (
     live_stream,
     shown_size,
 )
+from stvit_video.data.decode.formats import open_stream
 from stvit_video.data.decode.types import GAP_S, DecodeError, Frames, decode_errors, gap_length, reason
 from stvit_video.data.streams import STDIN, Span
 
+NOT_READ = "cannot be read as a stream"
 TIMEOUT_S = 15.0  # to open a stream, and for each of its packets
 RECENT_STEPS = 250  # from frame to frame of a stream, by which a gap is told
+MAX_RATE = 1000  # frames per second; those of a window are held in memory
 STILL = 3  # frames in a row at one time: from then on the clock stands still, and the rate counts
 
 
@@ -65,7 +67,8 @@ def read_windows(
     shown = _read(address, short_side)
     segment = -1
     for segment, run in groupby(shown if seconds is None else _until(seconds, shown), key=itemgetter(0)):
-        yield from _cut_run(run, segment, window, step)
+        with decode_errors(address, NOT_READ, "pyav", (ValueError,)):
+            yield from _cut_run(run, segment, window, step)
     if segment < 0:
         raise DecodeError(address, "has no frames", "pyav")
 
@@ -117,6 +120,8 @@ def _cut_run(run: Iterator[LiveFrame], segment: int, window: float, step: float)
         while held and held[0][0] < min(number * step, now - window) - TOLERANCE_S:
             held.popleft()
         held.append((now, frame.pixels))
+        if len(held) > MAX_RATE * max(1.0, window):
+            raise ValueError(f"it shows more than {MAX_RATE:,} frames per second; give fewer")
         count += 1
     if not held:
         return
@@ -129,16 +134,14 @@ def _cut_run(run: Iterator[LiveFrame], segment: int, window: float, step: float)
 def _read(address: str, short_side: int) -> Iterator[LiveFrame]:
     """Yield the frames of a stream, all of the size of the first."""
     location = "pipe:0" if address == STDIN else address
-    form = "v4l2" if address.startswith("/dev/video") else None
     if address.isascii() and address.isdigit():
         location = f"/dev/video{address}"
-        form = "v4l2" if sys.platform == "linux" else None
         if not Path(location).exists():
             found = ", ".join(sorted(path.name[5:] for path in Path("/dev").glob("video*"))) or "none"
             raise DecodeError(address, f"is no camera here (cameras: {found})")
     with (
-        decode_errors(address, "cannot be read as a stream", "pyav", AV_ERRORS),
-        av.open(location, "r", form, timeout=TIMEOUT_S, metadata_errors="ignore") as container,
+        decode_errors(address, NOT_READ, "pyav", AV_ERRORS),
+        open_stream(location, TIMEOUT_S) as container,
     ):
         stream = live_stream(container, address)
         scale, first = Scaler(address, short_side), None

@@ -8,11 +8,12 @@ sprite. A folder of stills serves image models. ``sample_hard`` has one label se
 
 import json
 import math
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import partial
@@ -140,6 +141,19 @@ def _is_temporary(path: Path) -> bool:
     return path.suffix == ".tmp" or path.name.startswith(LOCK)
 
 
+@contextmanager
+def _safe_start() -> Iterator[None]:
+    """Have processes that are spawned look for no modules in the current folder, which may hold files of others."""
+    name = "PYTHONSAFEPATH"  # of Python 3.11
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        os.environ.update({} if before is None else {name: before})
+
+
 def _generate(root: Path, spec: Spec, todo: list[tuple[int, int]], workers: int | None, progress: bool) -> None:
     if not (root / RECORD).exists():
         write_atomically(root / RECORD, json.dumps(asdict(spec)).encode())
@@ -148,6 +162,7 @@ def _generate(root: Path, spec: Spec, todo: list[tuple[int, int]], workers: int 
     # Threads of torch and decord do not survive a fork, so the workers are spawned.
     processes = min(workers or usable_cores(), len(todo) // 16 + 1)
     with (
+        _safe_start(),
         ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool,
         Progress(f"sample set in {root}", len(todo), enabled=progress) as bar,
     ):

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import av
 import numpy as np
 
 from stvit_video.data.clips.sampling import Sampling
 from stvit_video.data.clips.timeline import KnownTimes
 from stvit_video.data.decode.av_file import AV_ERRORS, NOT_OPENED, frame_rate
+from stvit_video.data.decode.formats import open_file
 from stvit_video.data.decode.frames import Decoding, open_video
 from stvit_video.data.decode.index import IndexCache
 from stvit_video.data.decode.types import IMAGE_SUFFIXES, DecodeError, decode_errors
@@ -43,8 +43,9 @@ def count_short(
     places = np.linspace(0, len(videos) - 1, min(len(videos), MAX_LOOKS)).round().astype(int)
     found = []
     for video in (videos[place] for place in places):
-        with contextlib.suppress(DecodeError):
-            found += decoding.ask(_IsShort(video.section, tuple(samplers)), video.path)
+        with contextlib.suppress(DecodeError, TypeError, ValueError):  # the others for an answer that is none
+            answers = decoding.ask(_IsShort(video.section, tuple(samplers)), video.path)
+            found += [[bool(short) for short, _ in zip(one, samplers, strict=True)] for one in answers]
     looked_at = "" if len(found) == len(videos) else " looked at"
     counts = []
     for i, sampler in enumerate(samplers):
@@ -85,7 +86,7 @@ def _read_header(path: str) -> tuple[float, float]:
     """Return how many frames the header of a video file states, 0 where it does not, and how many a second."""
     with (
         decode_errors(path, NOT_OPENED, "pyav", AV_ERRORS),
-        av.open(os.path.abspath(path), metadata_errors="ignore") as container,
+        open_file(path) as container,
     ):
         found = [(0.0, 25.0)]
         for stream in container.streams.video:

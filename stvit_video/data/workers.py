@@ -25,7 +25,7 @@ import torch
 
 from stvit_video.common.errors import RunFailure, describe_shortage
 from stvit_video.data.dataset import Batch, Sample, SampleKey, VideoDataset
-from stvit_video.data.decode.frames import POLL_S, START_S
+from stvit_video.data.decode.process import POLL_S, START_S
 from stvit_video.data.shared_memory import read_shared, write_shared
 from stvit_video.runtime.limits import describe_memory, describe_state, largest_child, offer_to_oom_killer
 from stvit_video.runtime.stopping import end_with_parent, ignore_stop_signals

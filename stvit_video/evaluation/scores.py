@@ -46,7 +46,8 @@ class PartialScores:
                 if content["key"] == self.key:
                     rows.update({int(row[0][0]): row for row in content["rows"]})
             except DAMAGED:
-                warnings.warn(f"{path} is damaged; its videos are scored again", stacklevel=2)
+                said = f"{path} is damaged; its videos are scored again"
+                warnings.warn_explicit(said, UserWarning, f"<{path.name}>", 0)  # in one line, without one of code
         return list(rows.values())
 
     def add(self, row: ScoredBatch) -> None:

@@ -1,5 +1,6 @@
 """Copies of videos with the predicted classes drawn on the frames."""
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -61,14 +62,14 @@ class Copies:
             with (
                 open_video(prediction.path) as video,
                 whole_file(output, output.suffix) as temporary,
-                av.open(str(temporary), "w") as target,
+                av.open(os.path.abspath(temporary), "w") as target,  # "a:b/c.mp4" would be a protocol
             ):
                 _copy(video, target, prediction)
             return f"annotated copy: {output}"
         except DecodeError as error:
             self.missing += 1
             return f"no annotated copy: {error.message}"
-        except (av.FFmpegError, OSError, ValueError) as error:
+        except (av.FFmpegError, OSError, ValueError, OverflowError) as error:
             # The video was read before, so such an error is that of the copy.
             if isinstance(error, OSError) and error.errno in FILESYSTEM_ERRORS:
                 raise OSError(error.errno, error.strerror, str(output)) from error

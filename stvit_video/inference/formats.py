@@ -61,6 +61,8 @@ def save_onnx(trained: Trained, program: torch.export.ExportedProgram, path: Pat
     table = torch.export.default_decompositions()
     table[torch.ops.aten.adaptive_max_pool3d.default] = lambda x, size: (_pool(x, size, Tensor.amax), None)
     table[torch.ops.aten._adaptive_avg_pool3d.default] = lambda x, size: _pool(x, size, Tensor.mean)
+    # The converter for torch 2.11 takes no memory_format.
+    table[torch.ops.aten.full_like.default] = lambda x, value, **_: x.new_full(x.shape, value)
     with sdpa_kernel(SDPBackend.MATH):
         program = program.run_decompositions(table)
     made = torch.onnx.export(

@@ -66,17 +66,12 @@ def open_checkpoint(path: str | Path, overrides: Sequence[str] = ()) -> Trained:
             note = f"The run {path} is not finished: these are its best weights so far."
     checkpoint = read_checkpoint(weights)
     metadata = checkpoint.metadata
-    if not metadata:
+    if not metadata.get("arguments"):
         raise UsageError(f"Checkpoint {weights} does not say which model it is of; give a finished run or an export.")
     arguments = metadata["arguments"]
     model = create_model(metadata["name"], **arguments)
     check_all_loaded(load_pretrained(model, checkpoint, min_coverage=0.9), model)
     classes = metadata["classes"] or range(arguments["num_classes"])
-    if len(classes) != arguments["num_classes"]:
-        raise UsageError(
-            f"Checkpoint {weights} names {len(classes)} classes and its classifier has {arguments['num_classes']}; "
-            f"write it again from the run that it is of."
-        )
     assumed_names = "" if metadata["classes"] else "It names no classes, so they are numbers."
     cfg, assumed = _open_config(weights, arguments, read_views(metadata, f"Checkpoint {weights}"), overrides)
     note = " ".join(filter(None, (note, assumed_names, assumed)))

@@ -71,7 +71,7 @@ class Stage(BlockRunner):
         self.layer_scale = None if semantic is None else semantic.layer_scale
         self.blocks = nn.ModuleList()
         self.generators: Sequence[Reducer] | nn.ModuleList = ()
-        rates = torch.linspace(0, network.drop_path, sum(network.depths)).tolist()
+        rates = torch.linspace(0, network.drop_path, sum(network.depths), device="cpu").tolist()
         before = sum(network.depths[:index])
         self.build(rates[before : before + network.depths[index]], semantic)
         self.downsample: PatchMerging | None = None  # set by the network

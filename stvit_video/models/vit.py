@@ -49,7 +49,7 @@ class VisionTransformer(Network):
             self.time_embed = nn.Parameter(torch.zeros(1, t, dim))  # zero at the start: a still clip is an image
         self.blocks = nn.ModuleList(
             Block(dim, heads, network.mlp_ratio, rate)
-            for rate in torch.linspace(0, network.drop_path, self.depth).tolist()
+            for rate in torch.linspace(0, network.drop_path, self.depth, device="cpu").tolist()
         )
         eps = VIDEOMAE_EPS if self.positions == "clip" and self.fc_norm else EARLIER_EPS
         self.norm_eps = eps if network.norm_eps is None else network.norm_eps

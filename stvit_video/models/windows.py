@@ -31,7 +31,8 @@ def axis_regions(length: int, window: int, shift: int, hide_padding: bool) -> li
 
     Rolling moves the first ``shift`` positions behind the last ones, which are not their neighbours.
     """
-    labels = torch.zeros(math.ceil(length / window) * window, dtype=torch.int64)  # equal: the positions are visible
+    # Equal: the positions are visible. The runs follow from values, so these exist also on ``meta``.
+    labels = torch.zeros(math.ceil(length / window) * window, dtype=torch.int64, device="cpu")
     if hide_padding:
         labels[length:] = 1
     labels[:shift] += 2
@@ -84,8 +85,10 @@ class WindowAttention(Attention):
         self.regions: list[tuple[slice, ...]] = []
         for runs in product(*map(axis_regions, grid, self.window, self.shift, (True, False, False))):
             slices, visible = zip(*runs, strict=True)
-            hidden = functools.reduce(torch.kron, [axis.long() for axis in visible]) == 0
-            mask = torch.zeros(hidden.shape).masked_fill(hidden, -math.inf) if hidden.any() else None
+            mask = None
+            if not all(axis.all() for axis in visible):
+                pairs = functools.reduce(torch.kron, [axis.to(index.device, torch.int64) for axis in visible])
+                mask = torch.zeros(pairs.shape).masked_fill(pairs == 0, -math.inf)
             self.register_buffer(f"mask_{len(self.regions)}", mask, persistent=False)
             self.regions.append((slice(None), *slices))
 

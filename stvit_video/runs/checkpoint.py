@@ -20,6 +20,7 @@ from stvit_video.common.errors import UsageError, first_line
 from stvit_video.common.files import write_atomically
 from stvit_video.config.clip_settings import NOT_ADOPTED
 from stvit_video.models import LoadReport
+from stvit_video.models.weights.claims import check_archive, check_class_names, parse_metadata
 from stvit_video.models.weights.files import DAMAGE, pack_weights
 from stvit_video.models.weights.layouts import COMPUTED
 from stvit_video.models.zoo import IMPLIED_ARGUMENTS
@@ -45,6 +46,7 @@ def read_checked(path: Path) -> Any:
     content, checksum = whole[:-CHECKSUM_BYTES], whole[-CHECKSUM_BYTES:]
     if hashlib.sha256(content).digest() != checksum:
         raise ValueError("wrong checksum")
+    check_archive(io.BytesIO(content), len(content))
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
@@ -79,20 +81,51 @@ def load_newest(folder: Path) -> dict[str, Any] | None:
     for path in found:
         try:
             content = read_checked(path)
-            if isinstance(content, dict) and content.keys() >= REQUIRED:
+            if _is_training_state(content, path):
                 return content
             problem = "is not a training state"
         except IsADirectoryError:
             problem = "is a folder"
         except DAMAGED as error:
             problem = f"is damaged ({first_line(error)[:120]})"
-        warnings.warn(f"checkpoint {path} {problem}; trying the one before", stacklevel=2)
+        # In one line: a warning of this place would show a line of code.
+        said = f"checkpoint {path} {problem}; trying the one before"
+        warnings.warn_explicit(said, UserWarning, f"<{path.name}>", 0)
     if found:
         raise UsageError(
             f"{folder} holds {len(found)} checkpoint(s), the newest {found[0].name}, and none can be used; put a "
             f"whole one there, or OVERWRITE True starts the training again."
         )
     return None
+
+
+def _is_training_state(content: object, source: Path) -> bool:
+    """Return whether a file holds what ``Trainer.state`` returns. Raises UsageError for names of classes."""
+    if not isinstance(content, dict) or not content.keys() >= REQUIRED:
+        return False
+    setup, counts = content["setup"], ("epoch", "step", "bad_steps", "averaged")
+    if not isinstance(setup, dict) or any(type(content[key]) is not int or content[key] < 0 for key in counts):
+        return False
+    kinds: dict[str, Any] = {
+        "model": dict,
+        "optimizer": dict,
+        "scheduler": dict,
+        "scaler": dict,
+        "average": dict | None,
+    }
+    if any(not isinstance(content[key], kind) for key, kind in kinds.items()) or not isinstance(
+        content["best"], int | float | None
+    ):
+        return False
+    of_setup: dict[str, Any] = {
+        **{"batch": int, "sampling": str, "multi_label": bool, "classes": list, "lists": dict, "settings": dict},
+        "header": dict,
+    }
+    if any(key in setup and not isinstance(setup[key], kind | None) for key, kind in of_setup.items()):
+        return False
+    check_class_names(setup.get("classes"), f"Checkpoint {source}")
+    parse_metadata(setup.get("header") or {}, f"Checkpoint {source}")
+    return True
 
 
 class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):

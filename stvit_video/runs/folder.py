@@ -23,6 +23,7 @@ from stvit_video.common.files import write_atomically, write_json
 from stvit_video.common.locks import Lock
 from stvit_video.common.tables import to_csv
 from stvit_video.config.schema import complete, flatten
+from stvit_video.config.yaml_text import parse_yaml, read_text
 from stvit_video.data.failures import Failure, failures_csv
 from stvit_video.runs.checkpoint import list_checkpoints
 
@@ -217,8 +218,8 @@ class RunFolder:
     def recorded_config(self) -> dict[str, Any] | None:
         """Return the configuration of the run that owns the folder, None where no run does."""
         try:
-            recorded = yaml.safe_load((self.path / "config.yaml").read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            recorded = parse_yaml(read_text(self.path / "config.yaml"))
+        except (OSError, ValueError, yaml.YAMLError):
             return None
         return recorded if isinstance(recorded, dict) and {"MODEL", "DATA", "OUTPUT_DIR"} <= recorded.keys() else None
 
@@ -250,9 +251,12 @@ def environment() -> dict[str, Any]:
             versions[package] = metadata.version(package)
     git = None  # where this package does not run from a checkout
     options: dict[str, Any] = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "timeout": 10}
+    checkout = Path(__file__).parents[2] / ".git"  # a repository around an installed package is another's
+    command = ["git", "-c", "core.fsmonitor=false"]  # which settings may make a program
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, **options).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain"], **options).stdout.splitlines()
+        checkout.stat()
+        commit = subprocess.run([*command, "rev-parse", "HEAD"], check=True, **options).stdout.strip()
+        changed = subprocess.run([*command, "status", "--porcelain"], **options).stdout.splitlines()
         git = {"commit": commit, "changed_files": len(changed)}
     return {
         "command": [sys.executable, *sys.orig_argv[1:]],

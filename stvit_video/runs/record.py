@@ -18,6 +18,7 @@ from stvit_video.common.accuracy import accuracy_key
 from stvit_video.common.errors import UsageError, first_line
 from stvit_video.common.tables import format_table
 from stvit_video.config.schema import flatten
+from stvit_video.config.yaml_text import parse_yaml
 from stvit_video.data.failures import read_ledger
 from stvit_video.models import create_model
 from stvit_video.models.weights.files import read_metadata
@@ -69,7 +70,7 @@ class RunRecord:
         self.cost: float | None = self.results.get("gflops_per_video")  # all views; None where it was not counted
         views = self.results.get("views") or {}
         self.clips, self.crops = int(views.get("clips", 1)), int(views.get("crops", 1))
-        self.config = _read_mapping(path / "config.yaml", yaml.safe_load)
+        self.config = _read_mapping(path / "config.yaml", parse_yaml)
         data = self.config.get("DATA") or {}
         self.test_list = data.get("TEST_LIST")
         self.root = Path(data.get("ROOT") or ".")
@@ -145,7 +146,7 @@ def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     """Return what a JSON or YAML file holds; empty where there is no file."""
     try:
         content = parse(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UsageError(f"{path} is not complete ({first_line(error)}); restore it, or leave the run out.") from error
     return content if isinstance(content, dict) else {}
 

@@ -86,10 +86,10 @@ def largest_child() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
 
 
-def offer_to_oom_killer() -> None:
+def offer_to_oom_killer(score: int = 500) -> None:
     """Have Linux end this process, and not its parent, where memory runs out: the parent can say so and save."""
     with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("500")
+        Path("/proc/self/oom_score_adj").write_text(str(score))
 
 
 def describe_state(process: int) -> str:

@@ -18,14 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from stvit_video.common.accuracy import ACCURACIES
-from stvit_video.common.errors import UsageError
+from stvit_video.common.errors import UsageError, first_line
 from stvit_video.common.files import write_atomically, write_json
 from stvit_video.common.tables import format_table, to_csv
 from stvit_video.common.text import printable
 from stvit_video.config.schema import flatten
+from stvit_video.config.yaml_text import parse_yaml, read_text
 
 # SLURM's final states of a job, although it may still queue the job again. All others (RUNNING, PENDING ...) go on.
 GONE = "GONE"  # not SLURM's: it no longer knows the job
@@ -42,7 +41,12 @@ SILENCE_S = 600.0  # without an answer from SLURM
 PROGRESS_EVERY_S = 10.0
 LAST_LINES = 20
 # What a record may hold: SLURM's commands would take other words as more jobs, or as options.
-RECORD = {"id": r"\d+(_\d+)?|DEBUG_\d+", "cluster": "slurm|local|debug", "submission": r"\w{1,64}", "logs": r"/.*"}
+RECORD = {
+    "id": "[0-9]+(_[0-9]+)?|DEBUG_[0-9]+",
+    "cluster": "slurm|local|debug",
+    "submission": r"\w{1,64}",
+    "logs": r"/.*",
+}
 
 
 @dataclass(frozen=True)
@@ -83,9 +87,7 @@ class ClusterJob:
 
     def first_failure(self) -> dict[str, Any] | None:
         """Return the first failure of the last start that had any, from which its others follow."""
-        found = [
-            content for path in self.path.glob(f"failures/{self.submission}.*.json") if (content := read_json(path))
-        ]
+        found = filter(None, map(read_json, self.path.glob(f"failures/{self.submission}.*.json")))
         return min(found, key=lambda failure: (-failure["start"], failure["time"]), default=None)
 
     def newest_step(self) -> int:
@@ -198,7 +200,7 @@ def _is_text(value: object) -> bool:
 
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file, None where it is absent or cannot be read at this moment."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RecursionError):
         return json.loads(path.read_text())
     return None
 
@@ -207,7 +209,7 @@ def read_rows(path: Path, last: int = 0) -> list[dict[str, Any]]:
     """Return the lines of a JSON-lines file, or of its ``last`` ones, that are complete; none where it is absent."""
     rows = []
     for line in path.read_text(errors="replace").splitlines()[-last:] if path.is_file() else []:
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict)]
 
@@ -295,7 +297,15 @@ def describe_end(job: ClusterJob) -> str:
 
 
 def describe_status(job: ClusterJob) -> str:
-    """Return state, starts, progress, newest checkpoint and log of a job."""
+    """Return state, starts, progress, newest checkpoint and log of a job. Raises UsageError for damaged records."""
+    try:
+        return _describe_status(job)
+    except (LookupError, TypeError, ValueError) as error:
+        problem = f"its records or metrics are damaged ({first_line(error)})"
+        raise UsageError(f"{job.run}: {problem}; restore history.jsonl and metrics.jsonl, or delete them.") from error
+
+
+def _describe_status(job: ClusterJob) -> str:
     stops = ", ".join(f"{row['reason']} at step {row['step']}" for row in job.events("stopped"))
     lines = [
         str(job.run),
@@ -310,7 +320,7 @@ def describe_status(job: ClusterJob) -> str:
 
 def summarise(jobs: Sequence[ClusterJob], to: Path) -> str:
     """Write a table of an array's runs, their different settings and their results as CSV; return it as text."""
-    configs = [flatten(yaml.safe_load((job.path / "config.yaml").read_text())) for job in jobs]
+    configs = [flatten(parse_yaml(read_text(job.path / "config.yaml"))) for job in jobs]
     keys = [key for key in configs[0] if key != "OUTPUT_DIR" and len({str(c.get(key)) for c in configs}) > 1]
     rows = []
     found = [read_json(job.run / "results.json") or {} for job in jobs]

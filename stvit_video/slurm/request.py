@@ -26,6 +26,7 @@ from stvit_video.common.errors import UsageError, nearest
 from stvit_video.common.files import write_json
 from stvit_video.common.text import printable
 from stvit_video.config.load import load_config, override
+from stvit_video.config.yaml_text import parse_yaml, read_text
 from stvit_video.slurm.jobs import ENDED, ClusterJob, check_owner, read_job, read_record, run_client
 from stvit_video.slurm.task import GUARD, Task
 
@@ -56,30 +57,27 @@ class Profile:
     @property
     def minutes(self) -> int:
         """The time limit. Raises UsageError where ``time`` is not in one of SLURM's formats."""
-        match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(:\d+)?", self.time)
+        match = re.fullmatch("(?:([0-9]{1,6})-)?([0-9]{1,6})(?::([0-9]{1,6}))?(:[0-9]{1,6})?", self.time)
         days, first, second, seconds = match.groups(default="") if match else ("", "0", "", "")
         # As in SLURM, 30:00 is half an hour, but after days the first number is hours.
         total = 60 * int(first) + int(second or 0) if days or seconds else int(first)
         total += 1440 * int(days or 0)
         if total < 1:
-            raise UsageError(f"time {self.time!r} is no time limit; write minutes, H:MM:SS or D-HH, at least a minute.")
+            raise UsageError(
+                f"time {self.time!r:.80} is no time limit; write minutes, H:MM:SS or D-HH, at least a minute."
+            )
         return total
 
 
 def read_profile(path: str | Path | None, **changes: Any) -> Profile:
     """Return the profile in a YAML file, with ``changes`` that are not None. Raises UsageError, naming the key."""
     try:
-        text = "" if path is None else Path(path).read_text()
-        content = yaml.safe_load(text) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or str(error).replace("\n", " ")
-        raise UsageError(f"Profile {path} cannot be read ({reason}); see slurm/profiles/.") from error
+        content = ({} if path is None else parse_yaml(read_text(Path(path)))) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UsageError(f"Profile {path} cannot be read ({reason:.120}); see slurm/profiles/.") from error
     if not isinstance(content, dict):
         raise UsageError(f"Profile {path} is not a list of lines `key: value`; see slurm/profiles/example.yaml.")
-    for name, value in content.items():
-        if type(value) is int and get_type_hints(Profile).get(name) is str:  # YAML reads 24:00:00 as a number
-            root: Any = yaml.compose(text, yaml.SafeLoader)
-            content[name] = next(node.value for key, node in root.value if key.value == name)
     return _check_profile(content | {name: value for name, value in changes.items() if value is not None}, path)
 
 
@@ -89,19 +87,22 @@ def _check_profile(content: dict[str, Any], path: str | Path | None) -> Profile:
     for name, value in content.items():
         if name not in types:
             near = nearest(str(name), list(types))
-            raise UsageError(f"Profile {path}: {name} is unknown.{near} Known are: {', '.join(types)}.")
+            raise UsageError(f"Profile {path}: {name!s:.80} is unknown.{near} Known are: {', '.join(types)}.")
         kind = get_origin(types[name]) or types[name]
-        if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value < 0):
-            raise UsageError(f"Profile {path}: {name} is {value!r}; it has to be a {kind.__name__}.")
+        if kind is str and type(value) is int:
+            value = content[name] = str(value)
+        wrong = kind is list and isinstance(value, list) and not all(isinstance(one, str) for one in value)
+        if wrong or not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value < 0):
+            takes = "list of texts" if kind is list else kind.__name__
+            raise UsageError(f"Profile {path}: {name} is {value!r:.80}; it has to be a {takes}.")
         words = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
-        for word in words:
-            if not isinstance(word, str | int | float):
-                raise UsageError(f"Profile {path}: {name} holds {word!r}; write text or a number.")
-            # The lines of setup are commands; all else is a word in a line of the script.
-            if printable(word, "\n\t" if name == "setup" else "") != str(word):
-                raise UsageError(f"Profile {path}: {name} holds a control character ({word!r}); remove it.")
-        if wrong := [key for key in value if not re.fullmatch(r"[A-Za-z][\w-]*", str(key))] if kind is dict else []:
-            raise UsageError(f"Profile {path}: {wrong[0]!r} is no option of sbatch; write its name without dashes.")
+        for word in words:  # the lines of setup are commands; all else is a word in a line of the script
+            if not isinstance(word, str | int | float) or printable(word, "\n\t" if name == "setup" else "") != str(
+                word
+            ):
+                raise UsageError(f"Profile {path}: {name} holds {word!r:.80}; write text of one line, or a number.")
+        if unfit := [key for key in value if not re.fullmatch(r"[A-Za-z][\w-]*", str(key))] if kind is dict else []:
+            raise UsageError(f"Profile {path}: {unfit[0]!r:.80} is no option of sbatch; write its name without dashes.")
     profile = Profile(**content)
     if profile.warning_s >= 60 * profile.minutes:
         raise UsageError(f"warning_s is {profile.warning_s} but the job has {profile.minutes} minutes; lower it.")

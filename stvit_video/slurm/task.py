@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import NoReturn
 
 import submitit
-import yaml
 
 from stvit_video.common.cli import EXIT_STOPPED
 from stvit_video.common.files import write_json
+from stvit_video.config.yaml_text import parse_yaml, read_text
 from stvit_video.runtime.launchers import host_name
 from stvit_video.slurm.jobs import ClusterJob, read_json, run_client
 
@@ -187,7 +187,7 @@ class Task:
 
 def check_paths(job: ClusterJob) -> str:
     """Return which files of the run this node cannot use, or "": one of many nodes may lack a mounted file system."""
-    config = yaml.safe_load((job.path / "config.yaml").read_text())
+    config = parse_yaml(read_text(job.path / "config.yaml"))
     data, problems, needed = config["DATA"], [], {}
     if not data["GENERATE"]:
         splits = {"train": ("TRAIN", "VAL", "TEST"), "test": ("TEST",)}.get(config["MODE"], ("TRAIN", "TEST"))

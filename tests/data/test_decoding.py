@@ -104,7 +104,7 @@ def test_a_request_is_repeated_once_where_the_child_was_killed(path: str, tmp_pa
     """By the system's OOM killer, for example, which may have taken it for the memory that others used."""
     count = tmp_path / "count"
     for deaths in (1, 2):
-        decoding = Decoding("pyav", 60)
+        decoding = Decoding("pyav", 60, cache=str(tmp_path))  # the only folder to which the child may write
         count.write_text(str(deaths))
         choices = [Frozen((0,)), Killed(str(count)), Frozen((2,))]
         first, killed, last = decoding.read_all(decoding.request(path, choice) for choice in choices)

@@ -12,6 +12,7 @@ from stvit_video.data import DecodeError, open_video
 from stvit_video.data.decode import av_file, index
 from stvit_video.data.decode.frames import Decoding
 from stvit_video.data.decode.index import IndexCache
+from stvit_video.data.decode.process import Answer
 from tests.conftest import numbered_frames, read_number
 from tests.data.choices import Frozen
 
@@ -110,19 +111,16 @@ def test_a_long_pass_reports_that_it_goes_forward(clip: Path, monkeypatch: pytes
     assert len(reports) == 30
 
     class Slow:  # a child whose answer takes longer than the deadline, but which reports in time
-        parent, connection = os.getpid(), None
+        parent, answers = os.getpid(), iter([None, None, Answer(error="the answer")])
 
-        def poll(self, seconds: float) -> bool:
+        def wait(self, seconds: float) -> bool:
             return True
 
-        answers = iter([None, None, DecodeError("clip.avi", "the answer")])
-
-        def recv(self) -> object:
+        def receive(self) -> object:
             return next(self.answers)
 
-    decoding, child = Decoding("pyav", 1.0), Slow()
-    child.connection = child
-    decoding._child = child  # type: ignore[assignment]
+    decoding = Decoding("pyav", 1.0)
+    decoding._child = Slow()  # type: ignore[assignment]
     decoding._waiting.append(decoding.request("clip.avi", Frozen((0,))))
     answer = decoding._receive()
     assert isinstance(answer, DecodeError)

@@ -14,17 +14,18 @@ from stvit_video.common.text import printable
 from stvit_video.slurm.cli import main
 from stvit_video.slurm.jobs import find_jobs, tail
 from stvit_video.slurm.request import JobRequest, read_profile
-from tests.conftest import refused
 from tests.slurm.cluster import CONFIG
 
-PLANTED = (
-    "\ntouch PWNED\n",
-    "$(touch PWNED)",
-    "`touch PWNED`",
-    "';touch PWNED;'",
-    '"; touch PWNED; "',
-    "\r\ntouch PWNED",
-)
+COMMANDS = ("\n%s\n", "$(%s)", "`%s`", "';%s;'", '"; %s; "', "\r\n%s")
+
+
+def refused(capsys: pytest.CaptureFixture[str], code: int) -> str:
+    """Check that a command has ended as wrong use, with one line, and return that."""
+    said = capsys.readouterr().err
+    assert code == 2
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    return said
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def job(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-@pytest.mark.parametrize("words", PLANTED)
+@pytest.mark.parametrize("words", [form % "touch PWNED" for form in COMMANDS])
 def test_no_name_becomes_a_command_of_the_script(
     words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -86,21 +87,22 @@ def test_folders_that_slurm_would_read_otherwise_are_refused(name: str, tmp_path
 
 @pytest.mark.parametrize(
     "text",
-    ['partition: "a\\n#SBATCH --uid=0"', 'srun: ["a\\nb"]', "sbatch: {'a b': 1}", "sbatch: {'x\\n': 1}", "setup: [[1]]",
-     'sbatch: {comment: "\\e[2J"}', 'modules: ["a\\rb"]', 'python: "/x\\n/y"', "sbatch: {comment: {a: 1}}"],
+    ['partition: "a\\n#SBATCH --uid=0"', 'srun: ["a\\nb"]', "sbatch: {'a b': 1}", "sbatch: {'x\\n': 1}",
+     "setup: [[1]]", 'sbatch: {comment: "\\e[2J"}',
+     'modules: ["a\\rb"]', 'python: "/x\\n/y"', "sbatch: {comment: {a: 1}}"],
 )  # fmt: skip
 def test_a_profile_holds_words_of_one_line(text: str, tmp_path: Path) -> None:
     profile = tmp_path / "site.yaml"
     profile.write_text(text + "\n")
-    with pytest.raises(UsageError, match="control character|no option of sbatch|write text or a number"):
+    with pytest.raises(UsageError, match=r"text of one line|no option of sbatch|list of texts"):
         read_profile(profile)
 
 
 @pytest.mark.parametrize("verb", ["cancel", "status", "logs", "resume"])
 @pytest.mark.parametrize(
     "changes",
-    [{"id": "--me"}, {"id": "1,2"}, {"id": "-u root"}, {"id": ""}, {"id": 7}, {"id": "7\n8"}, {"id": "7_*"}, {"id": "٣"},
-     {"cluster": "other"}, {"submission": "../*"}, {"logs": "relative"}, {"logs": None}],
+    [{"id": "--me"}, {"id": "1,2"}, {"id": "-u root"}, {"id": ""}, {"id": 7}, {"id": "7\n8"}, {"id": "7_*"},
+     {"id": "٣"}, {"cluster": "other"}, {"submission": "../*"}, {"logs": "relative"}, {"logs": None}],
 )  # fmt: skip
 def test_a_record_names_one_job(
     verb: str, changes: dict[str, Any], job: Callable[..., Path], clients: Path, capsys: pytest.CaptureFixture[str]

@@ -1,6 +1,5 @@
 """A video file opened with PyAV: which stream is the video, and its frames as FFmpeg shows them."""
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,8 +13,9 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
+from stvit_video.data.decode.formats import CODECS, open_file
 from stvit_video.data.decode.packets import find_end
-from stvit_video.data.decode.types import DecodeError, Frames, decode_errors, reduced_size
+from stvit_video.data.decode.types import MAX_PIXELS, DecodeError, Frames, check_size, decode_errors, reduced_size
 
 AV_ERRORS = (av.FFmpegError, OSError, ValueError)
 NOT_OPENED, NOT_DECODED = "cannot be opened as video", "frames cannot be decoded"
@@ -30,7 +30,7 @@ Matrix = tuple[int, int, int, int]
 def open_av(path: str, number: int | None = None) -> tuple[InputContainer, VideoStream]:
     """Open a file and its video stream of that number, or the one that ``_choose_stream`` takes."""
     with decode_errors(path, NOT_OPENED, "pyav", AV_ERRORS):
-        container = av.open(os.path.abspath(path), metadata_errors="ignore")  # "a:b.mp4" alone would be a protocol
+        container = open_file(path, again=number is not None)
     streams = video_streams(container)
     if number is None and len(streams) > 1:
         number = _choose_stream(path, container, streams)
@@ -38,9 +38,12 @@ def open_av(path: str, number: int | None = None) -> tuple[InputContainer, Video
         return open_av(path, number)
     streams = [stream for stream in streams if number in (None, stream.index)]
     if not streams:
+        problem = describe_codecs(container)
         container.close()
-        raise DecodeError(path, "has no video stream that can be decoded", "pyav")
+        raise DecodeError(path, problem, "pyav")
     streams[0].codec_context.thread_count = 1
+    with decode_errors(path, NOT_OPENED, "pyav", AV_ERRORS):
+        _limit_size(streams[0])
     return container, streams[0]
 
 
@@ -69,16 +72,36 @@ def _rank(stream: VideoStream, end: float = 0.0) -> tuple[bool, int, int]:
 
 def video_streams(container: InputContainer) -> list[VideoStream]:
     """Return the streams of a file that can be decoded, without covers and thumbnails that are marked as such."""
-    streams = [stream for stream in container.streams.video if stream.codec_context is not None]
-    return [stream for stream in streams if not stream.disposition & NOT_VIDEO]
+    streams = [stream for stream in container.streams.video if not stream.disposition & NOT_VIDEO]
+    return [
+        stream for stream in streams if stream.codec_context and stream.codec_context.codec.canonical_name in CODECS
+    ]
+
+
+def describe_codecs(container: InputContainer) -> str:
+    """Say that nothing of a file can be decoded, with the names of its video codecs."""
+    names = ", ".join(stream.codec_context.name for stream in container.streams.video if stream.codec_context)
+    return f"has no video stream that can be decoded{f' ({names}); convert it to H.264' if names else ''}"
 
 
 def live_stream(container: InputContainer, name: str) -> VideoStream:
-    """Return the stream to watch of a camera or pipe, chosen as of a file, except that no one knows the longest."""
+    """Return the stream to watch of a camera or pipe, chosen as of a file, except that no one knows the longest.
+
+    Raises DecodeError, and ValueError for frames that are too large.
+    """
     streams = video_streams(container)
     if not streams:
-        raise DecodeError(name, "has no video stream that can be decoded", "pyav")
-    return max(streams, key=_rank)
+        raise DecodeError(name, describe_codecs(container), "pyav")
+    stream = max(streams, key=_rank)
+    _limit_size(stream)
+    return stream
+
+
+def _limit_size(stream: VideoStream) -> None:
+    """Refuse frames that are too large, also those that come later. Raises ValueError."""
+    context = stream.codec_context
+    context.options = {"max_pixels": str(MAX_PIXELS)}
+    check_size(context.width, context.height)
 
 
 def frame_rate(stream: VideoStream) -> float:
@@ -152,6 +175,7 @@ class Scaler:
         """Return a frame at the (width, height) of the ``first``, or at its own; much larger ones are reduced."""
         matrix = display_matrix(frame, self._path)
         own = shown_size(frame, matrix)
+        check_size(*own)
         first = first or own
         size = reduced_size(first, self._short_side) or first
         width, height = size[::-1] if matrix[1] else size

@@ -1,7 +1,7 @@
 """From a file to the requested frames, in a child process: a decoder that hangs, crashes or leaks ends with it alone.
 
-``Decoding`` starts a child that runs ``serve``, sends it requests over a socket and copies frames out of memory that
-both share. A child that does not answer in time is killed and replaced; some endless loops of decord end no other way.
+``Decoding`` starts a child that runs ``serve``, sends it requests and copies frames out of memory that both share: see
+``process``. A child that does not answer in time is killed and replaced; some endless loops of decord end no other way.
 
 The child calls ``answer`` for each ``FrameRequest``. That opens the file, calls the request's choice with the open
 ``Reader`` to get frame indices, and has the reader decode those. A request of ``Decoding.ask`` has a function of its
@@ -9,18 +9,16 @@ own, which is called instead.
 """
 
 import contextlib
+import errno
 import importlib
 import importlib.util
 import itertools
 import os
 import signal
 import socket
-import subprocess
-import sys
-import weakref
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
@@ -28,12 +26,14 @@ from typing import Any
 
 import numpy as np
 
-from stvit_video.common.errors import RunFailure, UsageError
+from stvit_video.common.errors import UsageError, describe_shortage
 from stvit_video.data.decode.index import IndexCache
 from stvit_video.data.decode.pictures import ImageReader, is_pattern
+from stvit_video.data.decode.process import IN_FLIGHT, DecoderProcess, UntrueAnswer, send_answer, write_array
 from stvit_video.data.decode.readers import AvReader, DecordReader, TorchCodecReader
 from stvit_video.data.decode.types import (
     IMAGE_SUFFIXES,
+    NO_MEMORY,
     Choice,
     DecodeError,
     DecoderKilled,
@@ -41,13 +41,12 @@ from stvit_video.data.decode.types import (
     Indices,
     Reader,
     Times,
+    reason,
 )
-from stvit_video.data.shared_memory import open_memory_file
+from stvit_video.runtime.confine import limit_memory
 from stvit_video.runtime.stopping import end_with_parent, ignore_stop_signals
 
-IN_FLIGHT = 2  # requests sent to the child at once; each has a slot of the shared memory
-POLL_S = 0.5  # between two looks for an answer
-START_S = 120.0  # for the child's imports, which may come from slow storage
+TOO_LARGE = (errno.ENOMEM, errno.EFBIG)
 # PyAV reads what FFmpeg shows. The others would return wrong frames of some files; those they refuse.
 DECODERS: dict[str, Callable[[str, int | None, IndexCache | None], Reader]] = {
     "pyav": AvReader,
@@ -113,20 +112,23 @@ def check_whole(video: Reader) -> Indices:
 
 def read_file(request: FrameRequest, opened: dict[Any, Reader] | None = None) -> Frames:
     """Return the chosen frames (N, H, W, 3) in the order of the choice. Raises DecodeError."""
-    return answer({} if opened is None else opened, IndexCache(), request)[0]
+    frames = answer({} if opened is None else opened, IndexCache(), request)[0]
+    assert frames is not None
+    return frames
 
 
-def answer(opened: dict[Any, Reader], cache: IndexCache, request: FrameRequest) -> tuple[Frames, Any]:
+def answer(opened: dict[Any, Reader], cache: IndexCache, request: FrameRequest) -> tuple[Any, Any]:
     """Return the chosen frames (N, H, W, 3) in the order of the choice, and what the request's judge says of the file.
 
-    ``opened`` keeps a file open from one request to the next, since opening a long video takes a pass through all of
-    it. Raises DecodeError.
+    To a question, return the array or None, and the plain value that it says. ``opened`` keeps a file open from one
+    request to the next, since opening a long video takes a pass through all of it. Raises DecodeError.
     """
-    if request.question is not None:
-        return np.empty((0, 0, 0, 3), np.uint8), request.question(request.path, cache)
-    assert request.choice is not None
     path, key, keep_open = request.path, (request.path, request.short_side, request.decoder), False
     try:
+        if request.question is not None:
+            said = request.question(path, cache)
+            return (said, None) if isinstance(said, np.ndarray) else (None, said)
+        assert request.choice is not None
         if key not in opened:
             _close(opened)
             opened[key] = open_video(path, short_side=request.short_side, decoder=request.decoder, cache=cache)
@@ -166,7 +168,7 @@ class Decoding:
     cache: str | None = None  # a folder for indexes that took long; see ``IndexCache``
     judgement: Any = field(default=None, init=False)  # what the judge or question of the request answered last says
     on_progress: Callable[[], None] | None = field(default=None, init=False)  # called while a long file is indexed
-    _child: "_Child | None" = field(default=None, init=False)
+    _child: DecoderProcess | None = field(default=None, init=False)
     _waiting: deque[FrameRequest] = field(default_factory=deque, init=False)  # sent to the child, not answered yet
     _stuck: set[str] = field(default_factory=set, init=False)  # paths that took too long; they are not tried again
     _killed: set[str] = field(default_factory=set, init=False)  # paths at which the child was killed once
@@ -190,9 +192,12 @@ class Decoding:
         return self.ask(partial(_read_times, self.decoder), path)
 
     def ask(self, question: Callable[[str, IndexCache], Any], path: str) -> Any:
-        """Return what a function, called in the child, says of a file. Raises DecodeError as ``read``."""
-        self.read(FrameRequest(path, None, decoder=self.decoder, question=question))
-        return self.judgement
+        """Return what a function, called in the child, says of a file: times, or what JSON can hold.
+
+        The caller checks the latter, see ``process``. Raises DecodeError as ``read``.
+        """
+        array = self.read(FrameRequest(path, None, decoder=self.decoder, question=question))
+        return self.judgement if array is None else array
 
     def read_all(self, requests: Iterable[FrameRequest]) -> Iterator[Frames | DecodeError]:
         """Yield the answer to each request, or the reason why there is none. Read it to the end before the next.
@@ -231,9 +236,12 @@ class Decoding:
             return
         child = self._child
         if child is None or child.parent != os.getpid() or not (self._waiting or child.process.poll() is None):
-            child = self._child = _Child(self.cache, self.decoder)
+            if self.cache and os.path.isdir(os.path.dirname(os.path.abspath(self.cache))):
+                with contextlib.suppress(OSError):  # the child may write to what is there when it starts
+                    os.makedirs(self.cache, exist_ok=True)
+            child = self._child = DecoderProcess(__name__, self.cache, self.decoder)
         with contextlib.suppress(OSError):  # the child has died with a request before this: ``_receive`` finds out
-            child.connection.send(request)
+            child.send(request)
 
     def _receive(self) -> Frames | DecodeError:
         """Return the answer to the first request; where it ended the child, send the others again."""
@@ -244,22 +252,22 @@ class Decoding:
         assert child is not None
         killed = False
         try:
-            while wait_awake(child.connection, self.deadline_s):
-                answer = child.connection.recv()
+            while child.wait(self.deadline_s):
+                answer = child.receive()
                 if answer is None:  # a long file is being decoded for its index, and goes forward
                     if self.on_progress is not None:
                         self.on_progress()
                     continue
-                if isinstance(answer, DecodeError):
-                    return answer
-                slot, shape, self.judgement = answer
-                frames = np.empty(shape, np.uint8)
-                left = frames.reshape(-1).data
-                while left:
-                    left = left[os.preadv(child.slots[slot].fileno(), [left], frames.nbytes - len(left)) :]
-                return frames
+                if answer.error:
+                    return DecodeError(request.path, answer.error, answer.decoder)
+                if (getattr(answer.array, "dtype", None) == np.uint8) is not (request.question is None):
+                    raise UntrueAnswer
+                self.judgement = answer.judgement
+                return answer.array
             message = f"took more than {self.deadline_s:g} s (DATA.DEADLINE_S); its decoder was stopped"
             self._stuck.add(request.path)
+        except UntrueAnswer:
+            message = "made its decoder send what is no answer; it was stopped"
         except (EOFError, OSError):
             message = f"made its decoder crash ({child.exit_status()})"
             if killed := child.process.returncode == -signal.SIGKILL:
@@ -277,89 +285,45 @@ class Decoding:
         return (DecoderKilled if killed else DecodeError)(request.path, message, request.decoder)
 
 
-class _Child:
-    """The child process: the parent's end of the socket, and files in memory to which the child writes arrays."""
+def serve(
+    cache_folder: str | None, decoder: str, missing: list[str], requests_fd: int, answers_fd: int, *memory_fds: int
+) -> None:
+    """Answer requests until the parent closes their pipe: the main function of the child process.
 
-    def __init__(self, cache: str | None, decoder: str) -> None:
-        self.parent = os.getpid()
-        ours, theirs = socket.socketpair()
-        self.slots = [open_memory_file() for _ in range(IN_FLIGHT)]
-        fds = (theirs.fileno(), *(slot.fileno() for slot in self.slots))
-        # With ``-c``, modules are first looked for in the current folder, which may hold files of others.
-        call = f"serve({cache!r}, {decoder!r}, *{fds})"
-        command = f"import sys; sys.path = {sys.path}; from {__name__} import serve; {call}"
-        starter = ThreadPoolExecutor(1)  # Linux ends a child with the thread that starts it, see ``end_with_parent``
-        self.process = starter.submit(
-            subprocess.Popen,
-            [sys.executable, "-c", command],
-            pass_fds=fds,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C in a terminal reaches the parent only, with which the child ends
-        ).result()
-        theirs.close()
-        self.connection = Connection(ours.detach())
-        self.stop = weakref.finalize(self, _end, self.process, self.connection, self.parent, starter)
-        try:
-            ready = self.connection.poll(START_S) and self.connection.recv()
-        except (EOFError, OSError):
-            ready = False
-        if not ready:
-            why = self.exit_status().replace("signal 9", "killed, as systems do where memory is short")
-            raise RunFailure(f"a decoding process did not start within {START_S:g} s ({why})")
-
-    def exit_status(self) -> str:
-        """Say how the child ended."""
-        try:
-            code = self.process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            return "no answer"
-        return f"signal {-code}" if code < 0 else f"exit code {code}"
-
-
-def wait_awake(connection: Connection, seconds: float) -> bool:
-    """Return whether there is something to receive within ``seconds``; those of a suspended run do not count."""
-    while seconds > 0 and not connection.poll(min(POLL_S, seconds)):
-        seconds -= POLL_S
-    return seconds > 0
-
-
-def _end(process: subprocess.Popen, connection: Connection, parent: int, starter: Executor) -> None:
-    """Kill the child."""
-    if os.getpid() != parent:  # a fork inherits the finalizer but not the child
-        return
-    connection.close()
-    process.kill()
-    with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel, for example on a dead network disk
-        process.wait(timeout=1)
-    starter.shutdown(wait=False)
-
-
-def serve(cache_folder: str | None, decoder: str, socket_fd: int, *memory_fds: int) -> None:
-    """Answer requests until the parent closes the socket: the main function of the child process."""
-    end_with_parent(signal.SIGKILL)  # a hanging decoder would never see the closed socket
+    It has been confined before; ``missing`` says what of that the system lacks.
+    """
+    end_with_parent(signal.SIGKILL)  # a hanging decoder would never see the closed pipe
     ignore_stop_signals()
     if decoder != "pyav":
         importlib.import_module(decoder)  # which takes long, before the deadline of a file counts
-    connection = Connection(socket_fd)
-    try:
-        connection.send(True)
-    except OSError:  # the parent has ended meanwhile
-        return
+    requests, answers = Connection(requests_fd, writable=False), socket.socket(fileno=answers_fd)
     opened: dict[Any, Reader] = {}
-    cache = IndexCache(cache_folder, progress=lambda: connection.send(None))
-    for slot, fd in itertools.cycle(enumerate(memory_fds)):
-        try:
-            request = connection.recv()
-        except EOFError:
-            return
-        try:
-            frames, judgement = answer(opened, cache, request)
-        except DecodeError as error:
-            connection.send(error)
-        except MemoryError:
-            connection.send(DecodeError(request.path, "does not fit into memory", request.decoder))
-        else:
-            left = np.ascontiguousarray(frames).reshape(-1).data
-            while left:  # a call writes 2 GB at most
-                left = left[os.pwrite(fd, left, frames.nbytes - len(left)) :]
-            connection.send((slot, frames.shape, judgement))
+    cache = IndexCache(cache_folder, progress=partial(send_answer, answers))
+    if missing:
+        cache.note("confined", f"decoding processes are less confined: this system lacks {' and '.join(missing)}.")
+    tempfile.tempdir = cache_folder or os.sep  # modules ask for one as they are imported; there is none to write to
+    limit_memory()
+    try:
+        send_answer(answers)  # the child is ready
+        for slot, fd in itertools.cycle(enumerate(memory_fds)):
+            send_answer(answers, **_try_answer(opened, cache, requests.recv(), slot, fd))
+    except (EOFError, ConnectionError):  # the parent has ended or has no more requests
+        return
+
+
+def _try_answer(
+    opened: dict[Any, Reader], cache: IndexCache, request: FrameRequest, slot: int, fd: int
+) -> dict[str, Any]:
+    """Return the fields of the answer to a request, whose array is written to shared memory: see ``parse_answer``."""
+    try:
+        array, judgement = answer(opened, cache, request)
+        written = {"type": None} if array is None else write_array(fd, array)
+        return {"slot": slot, "judgement": judgement, **written}
+    except DecodeError as error:
+        return {"error": error.message, "decoder": error.decoder}
+    except Exception as error:  # whatever a file makes a decoder do, one line says so
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in TOO_LARGE):
+            return {"error": NO_MEMORY, "decoder": request.decoder}
+        kind = type(error).__name__
+        why = describe_shortage(error) or f"made its decoder fail ({kind}: {reason(error)})"
+        return {"error": why, "decoder": request.decoder}

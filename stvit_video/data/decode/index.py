@@ -64,7 +64,10 @@ def read_index(path: str, container: InputContainer, stream: VideoStream, decode
     if known is not None and (known.decoded or not decode):
         return known
     with decode_errors(path, NOT_OPENED, "pyav", AV_ERRORS):
-        proof = prove(container, stream)
+        try:
+            proof = prove(container, stream)
+        except IndexError:
+            proof = "has headers that are shorter than they announce"
     number, unit = stream.index, float(stream.time_base or 0)
     if isinstance(proof, str):
         index = _decode_index(path, number, proof, cache.progress)
@@ -114,7 +117,8 @@ def _decode_index(path: str, number: int, plain: str, progress: Callable[[], Non
         plain = plain or "changes its size"
     size = next(iter(survey.sizes))
     keys = keys if exact else []
-    numbers = np.asarray(stamps, dtype=np.int64)
+    with decode_errors(path, NOT_DECODED, "pyav", (OverflowError,)):
+        numbers = np.asarray(stamps, dtype=np.int64)
     return Index(number, numbers, unit, keys, plain, size=size, damage=damage, decoded=True)
 
 

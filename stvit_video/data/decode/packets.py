@@ -47,10 +47,12 @@ class BitReader:
         return self._bits >> max(self._left, 0) & ((1 << count) - 1)
 
     def read_golomb(self) -> int:
-        """Return the next number in an exponential Golomb code, as H.264 writes them."""
+        """Return the next number in an exponential Golomb code, as H.264 writes them, of 32 bits at most."""
         zeros = 0
         while self._left > 0 and not self.read(1):
             zeros += 1
+        if zeros > 32:
+            raise IndexError("no number")
         return (1 << zeros) - 1 + self.read(zeros)
 
 
@@ -113,7 +115,7 @@ def find_end(container: InputContainer, stream: VideoStream, packets: int, last:
         return f"is cut short: {packets} of {len(stream.index_entries)} frames are there"
     if name == "avi" and last + 1 < stream.frames - max(2, stream.frames // 50):
         return f"is cut short: {last + 1} of {stream.frames} frames are there"
-    announced = re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))
+    announced = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
     if name == EXACT_CONTAINERS[1] and announced:
         hours, minutes, seconds = map(float, announced.groups())
         end, whole = last * float(stream.time_base or 0), 3600 * hours + 60 * minutes + seconds
@@ -218,7 +220,7 @@ def _count_av1(data: memoryview, _: int) -> int:
                 byte = data[place]
                 size |= (byte & 127) << shift
                 place, shift = place + 1, shift + 7
-                if not byte & 128:
+                if not byte & 128 or shift > 56:  # a number has at most eight bytes
                     break
         if header >> 3 & 15 in (3, 6) and place < len(data):  # a frame header, alone or with its frame
             shown += bool(data[place] & 0b10010000)
@@ -301,7 +303,7 @@ def _has_frames_only(sps: bytes) -> bool:
         bits.read(1)
         bits.read_golomb()
         bits.read_golomb()
-        for _ in range(bits.read_golomb()):
+        for _ in range(min(bits.read_golomb(), 255)):
             bits.read_golomb()
     bits.read_golomb()  # max_num_ref_frames
     bits.read(1)

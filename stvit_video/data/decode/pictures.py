@@ -2,15 +2,17 @@
 
 import contextlib
 import fnmatch
+import logging
 import os
 import re
 import struct
-from collections.abc import Iterable, Mapping, Sized
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from decimal import Decimal
 from itertools import pairwise
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from stvit_video.data.decode.types import (
     IMAGE_SUFFIXES,
@@ -20,14 +22,27 @@ from stvit_video.data.decode.types import (
     Reader,
     Segments,
     Times,
+    check_size,
     decode_errors,
     natural_order,
     reduced_size,
 )
 
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else it prints what it raises as an error too
 # What Pillow raises for damaged, truncated, foreign and suspiciously large files.
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-
+FIRST_BYTES = {
+    b"\xff\xd8\xff": ".jpeg",
+    b"\x89PNG": ".png",
+    b"WEBP": ".webp",
+    b"BM": ".bmp",
+    b"P5": ".pgm",
+    b"P6": ".ppm",
+    b"II*\0": ".tiff",
+    b"MM\0*": ".tiff",
+}
+# By content, whatever the ending: those of IMAGE_SUFFIXES, and GIF, which the web often calls .jpg.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 
 # A number in a file's name: a minus that does not join two words is its sign, a point or comma its decimal one.
 SIGNED = re.compile(r"(?:(?<![^\s_=(\[,])-)?[0-9]+(?:[.,][0-9]+)?")
@@ -158,12 +173,26 @@ class ImageReader(Reader):
         return np.stack(images)
 
 
+@contextlib.contextmanager
+def open_image(path: str) -> Iterator[Image.Image]:
+    """Open an image, without Pillow's warnings. Raises one of IMAGE_ERRORS, also for one that is too large."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            file = Image.open(path, formats=IMAGE_FORMATS)
+        except UnidentifiedImageError as error:
+            raise ValueError(f"its content is none of {', '.join(IMAGE_FORMATS)}, or damaged") from error
+        with file:
+            check_size(*file.size)
+            yield file
+
+
 def image_suffix(path: str) -> str:
-    """Return the ending that a file should have by its content, where it is an image; else ""."""
-    with contextlib.suppress(*IMAGE_ERRORS), Image.open(path) as file:
-        suffix = f".{(file.format or '').lower().replace('mpo', 'jpeg')}"  # MPO: JPEG with more than one picture
-        return suffix if suffix in IMAGE_SUFFIXES else ""
-    return ""
+    """Return the ending that a file should have by its first bytes, where it is an image; else ""."""
+    with open(path, "rb") as file:
+        start = file.read(16)
+    start = start[8:] if start.startswith(b"RIFF") else start
+    return next((suffix for first, suffix in FIRST_BYTES.items() if start.startswith(first)), "")
 
 
 def read_image(path: str, short_side: int | None) -> Frames:
@@ -171,7 +200,7 @@ def read_image(path: str, short_side: int | None) -> Frames:
 
     Reduced with antialiasing where that saves time, see ``reduced_size``. Raises DecodeError.
     """
-    with decode_errors(path, "cannot be read as an image", "pillow", IMAGE_ERRORS), Image.open(path) as file:
+    with decode_errors(path, "cannot be read as an image", "pillow", IMAGE_ERRORS), open_image(path) as file:
         return convert_image(file, short_side)
 
 

@@ -124,7 +124,7 @@ class AvReader(Reader):
     def check(self) -> None:
         self.frames([0])
         container, stream = open_av(self.path, self._index.stream)
-        stream.codec_context.options = {"err_detect": "explode"}  # some damage is concealed without a mark else
+        stream.codec_context.options["err_detect"] = "explode"  # some damage is concealed without a mark else
         survey = Survey(self.path, self._cache.progress)
         with container:
             for _ in survey.frames(container, stream):
@@ -239,7 +239,7 @@ class TorchCodecReader(Reader):
         self.path = path
         self._times, _ = _prove_plain(path, "torchcodec", None, cache)
         with decode_errors(path, NOT_OPENED, "torchcodec", TORCHCODEC_ERRORS):
-            self._decoder = VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1)
+            self._decoder = VideoDecoder(os.path.abspath(path), dimension_order="NHWC", num_ffmpeg_threads=1)
             self.length = len(self._decoder)
         if self.length != len(self._times):
             raise DecodeError(path, f"is numbered otherwise by torchcodec; {REMEDY}", "torchcodec")

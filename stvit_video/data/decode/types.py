@@ -21,6 +21,7 @@ MEDIA_SUFFIXES = IMAGE_SUFFIXES + VIDEO_SUFFIXES
 # Measured with decord: reducing 256 pixels to 224 in the decoder adds 55 % to its time, reducing 1080 saves a third.
 WORTH_REDUCING = 1.5
 
+NO_MEMORY = "does not fit into memory"
 BLOCK_BYTES = 64 * 2**20  # of frames in memory at once, where all of a video are read
 
 Frames = NDArray[np.uint8]  # (N, H, W, 3), RGB
@@ -33,6 +34,10 @@ Segments = list[tuple[int, int]]  # (start, stop) in frames: runs of continuous 
 GAP_S = 10.0
 # It is also much longer than the quarter of the steps that are shortest: in time lapses and slide shows all are long.
 GAP_STEPS = 20.0
+
+# A small file can hold frames that fill the memory. This many pixels, of 12K video, are those at which Pillow warns.
+MAX_PIXELS = 89_478_485
+MAX_RATIO = 32  # of sides; a longer strip is not reduced, since its short side is small
 
 
 class DecodeError(Exception):
@@ -55,6 +60,8 @@ def decode_errors(path: str, message: str, decoder: str, kinds: tuple[type[Excep
     """Turn a decoder's exceptions of these ``kinds`` into a DecodeError: ``message`` and the reason in parentheses."""
     try:
         yield
+    except MemoryError:
+        raise DecodeError(path, NO_MEMORY, decoder) from None
     except kinds as error:
         raise DecodeError(path, f"{message} ({reason(error)})", decoder) from error
 
@@ -146,6 +153,13 @@ def gap_length(steps: Times) -> float:
     """Return how many seconds a step between frames takes at least to be a gap among ``steps`` (N,)."""
     forward = steps[steps > 0]
     return max(GAP_S, GAP_STEPS * float(np.quantile(forward, 0.25, method="lower"))) if len(forward) else GAP_S
+
+
+def check_size(width: int, height: int) -> None:
+    """Raise ValueError for frames that are too large, or strips of more than some thousand pixels."""
+    if width * height > MAX_PIXELS or max(width, height) > MAX_RATIO * max(64, min(width, height)):
+        most = f"{MAX_PIXELS:,} pixels, and sides of 1 to {MAX_RATIO}"
+        raise ValueError(f"a frame has {width}x{height} pixels; give at most {most}")
 
 
 def reduced_size(size: tuple[int, int], short_side: int | None) -> tuple[int, int] | None:

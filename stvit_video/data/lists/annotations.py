@@ -56,7 +56,8 @@ def labels_of(video: Video) -> tuple[int, ...]:
 
 def parse_name(name: str) -> tuple[str, Section | None]:
     """Return the path and the section in the ``name`` of a video."""
-    match = re.fullmatch(r"(.*)#(t|frames)=([0-9.e+]+),([0-9.e+]+)", name, re.DOTALL)
+    number = r"([0-9]+(?:\.[0-9]*)?(?:e\+[0-9]+)?)"  # as Video.name writes it
+    match = re.fullmatch(rf"(.*)#(t|frames)={number},{number}", name, re.DOTALL)
     if match is None:
         return name, None
     return match[1], Section(float(match[3]), float(match[4]), match[2] == "frames", may_be_file=match[2] == "t")

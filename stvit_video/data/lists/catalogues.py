@@ -102,6 +102,11 @@ def find_videos(
     ``search`` is ``find_clips`` of the root; it is called where names are no paths. A video that it does not find is
     kept, marked as missing, with the path where it is expected. Raises UsageError where a class is not in ``classes``.
     """
+    for entry in catalogue.entries:
+        if "\0" in entry.names[0] or "\0" in entry.trimmed:
+            raise UsageError(
+                f"List {catalogue.source} names {entry.names[0]!r:.80}; no file has a zero byte in its name."
+            )
     catalogue = _without_slash(catalogue, str(root))
     entries = catalogue.entries
     folder, clips = _where(catalogue, str(root), search)

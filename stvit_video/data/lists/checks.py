@@ -179,10 +179,10 @@ def check_names(videos: Sequence[Video], classes: Sequence[str], source: str | P
     wrong = [(video, place) for video, place in named if place not in labels_of(video)]
     if 2 * len(wrong) > len(named):
         video, place = wrong[0]
+        known = repr(classes[video.label]) if video.label < len(classes) else f"none of the {len(classes)} classes"
         raise UsageError(
-            f"{source}: {video.path} has label {video.label}, which is {classes[video.label]!r}, but its folder is "
-            f"class {place}; so it is for {len(wrong):,} of {len(named):,} videos. Give DATA.CLASSES, the names in the "
-            f"order of the labels."
+            f"{source}: {video.path} has label {video.label}, which is {known}, but its folder is class {place}; so it "
+            f"is for {len(wrong):,} of {len(named):,} videos. Give DATA.CLASSES, the names in the order of the labels."
         )
     return len(named) == len(videos) and not wrong
 

@@ -1,7 +1,6 @@
 """Names of classes, and the numbers or codes that lists give them."""
 
 import csv
-import json
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -9,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stvit_video.common.errors import UsageError, nearest
-from stvit_video.data.lists.text import read_lines, unquoted
+from stvit_video.data.lists.text import check_lengths, parse_json, read_lines, unquoted
 
 CLASS_FORM = "one class name a line, in the order of the labels"
 HEADERS = {"class", "classes", "class_name", "classname", "name", "label", "labels", "action", "category", "key"}
@@ -63,7 +62,7 @@ def read_classes(path: str | Path) -> ClassNames:
     text = "".join(read_lines(path, "Class file", CLASS_FORM)).strip()
     if str(path).lower().endswith(".json") or text.startswith(("{", "[")):
         return ClassNames(_read_json(text, path))
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    lines = check_lengths([line.strip() for line in text.split("\n") if line.strip()], f"Class file {path}")
     if not lines:
         raise UsageError(f"Class file {path} is empty; give {CLASS_FORM}.")
     return _read_table(lines, path) or _read_numbered(lines, path) or _read_names(lines)
@@ -78,7 +77,11 @@ def _read_table(lines: list[str], path: str | Path) -> ClassNames | None:
     """Read a CSV whose header names the columns of ids and of names."""
     separator = max(",;\t ", key=lines[0].count)
     header = [cell.strip().lower().replace(" ", "_") for cell in next(csv.reader(lines[:1], delimiter=separator))]
-    rows = [row for row in csv.reader(lines[1:], delimiter=separator, skipinitialspace=True) if len(row) == len(header)]
+    try:
+        rows = list(csv.reader(lines[1:], delimiter=separator, skipinitialspace=True))
+    except csv.Error:  # a quote that does not end
+        return None
+    rows = [row for row in rows if len(row) == len(header)]
     if not rows or len(header) < 2:
         return None
     are_numbers = [all(cell.strip().isdecimal() for cell in column) for column in zip(*rows, strict=True)]
@@ -106,7 +109,7 @@ def _read_numbered(lines: list[str], path: str | Path) -> ClassNames | None:
 
 def _in_order(pairs: Sequence[tuple[str, str]], path: str | Path, required: bool = True) -> ClassNames | None:
     """Return names in the order of their ids, which count from 0 or 1; None, or UsageError, where they do not."""
-    by_number = {int(re.sub("[^0-9]", "", key) or -1): (key, name) for key, name in pairs}
+    by_number = {int(re.sub("[^0-9]", "", key)[:18] or -1): (key, name) for key, name in pairs}
     numbers = sorted(by_number)
     start = numbers[0] if numbers else -1
     if start not in (0, 1) or numbers != list(range(start, start + len(pairs))):
@@ -125,7 +128,7 @@ def _in_order(pairs: Sequence[tuple[str, str]], path: str | Path, required: bool
 
 def _read_json(text: str, path: str | Path) -> list[str]:
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"Class file {path} is not JSON ({error}); give {CLASS_FORM}.") from error
     if isinstance(content, list) and content:

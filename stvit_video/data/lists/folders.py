@@ -60,7 +60,7 @@ def is_video(path: str) -> bool:
     name = os.path.basename(path)
     if name.lower().endswith(VIDEO_SUFFIXES):
         return True
-    if name.lower().endswith(NO_MEDIA) or is_media(name):
+    if name.lower().endswith(NO_MEDIA) or is_media(name) or not os.path.isfile(path):  # a pipe may have no writer
         return False
     try:
         with open(path, "rb") as file:

@@ -11,7 +11,7 @@ from stvit_video.data.lists.catalogues import Catalogue, Entry
 from stvit_video.data.lists.json_lists import read_json
 from stvit_video.data.lists.lines import read_lines_list
 from stvit_video.data.lists.tables import AS_IT_SAYS, Reading, read_header, read_table
-from stvit_video.data.lists.text import read_lines
+from stvit_video.data.lists.text import check_lengths, read_lines
 
 HMDB_FILE = re.compile(r"(.+)_test_split([1-3])\.txt")
 HMDB_SUBSETS = {"1": "train", "2": "test"}  # 0: neither
@@ -37,6 +37,7 @@ def read_catalogue(path: str | Path, root: str | Path = "", reading: Reading = A
     # A bracket alone does not make it JSON: a path may begin with one.
     if str(path).lower().endswith((".json", ".jsonl")) or re.match(r"\s*(\[\s*(\{|$)|\{)", first):
         return read_json("".join(lines), path, reading)
+    check_lengths(lines, f"List {path}")
     header = None if reading.columns else read_header(first)
     if header is not None:
         return read_table(lines, header, path, reading)

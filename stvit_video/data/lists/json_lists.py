@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,17 @@ from stvit_video.common.errors import UsageError
 from stvit_video.data.lists.annotations import Section
 from stvit_video.data.lists.catalogues import TRIMMED, Catalogue, Entry
 from stvit_video.data.lists.tables import DIGITS, Reading, normalise, read_rows
+from stvit_video.data.lists.text import MAX_LINE, parse_json
 
 
 def load_json(text: str, path: str | Path) -> Any:
     """Return the content of a JSON file, or of one with an object a line; UsageError where it is damaged."""
     try:
-        content = json.loads(text)
+        content = parse_json(text)
         return [content] if str(path).lower().endswith(".jsonl") and isinstance(content, dict) else content
     except (ValueError, RecursionError) as error:
         try:
-            items = [json.loads(line) for line in text.splitlines() if line.strip()]
+            items = [parse_json(line) for line in text.splitlines() if line.strip()]
         except (ValueError, RecursionError):
             items = []
         if len(items) > 1:
@@ -50,6 +52,8 @@ def _read_records(content: Sequence[Any], path: str | Path, reading: Reading) ->
     for number, item in enumerate(content, start=1):
         if not isinstance(item, dict) or item.keys() != content[0].keys():
             raise UsageError(f"List {path}, entry {number} has other keys than the first ({', '.join(header)[:200]}).")
+        if wrong := [name for name in item if not _is_field(item[name])]:
+            raise UsageError(f"List {path}, entry {number}: {wrong[0][:80]} is no short text or number, or a list.")
     rows = ((number, list(item.values())) for number, item in enumerate(content, start=1))
     found = read_rows(rows, header, path, reading, "entry")
     if "vid_name" in header:  # Diving48: the files are cut out already, and the frames are those of each file
@@ -73,6 +77,12 @@ def _read_something(content: Sequence[Any], path: str | Path) -> Catalogue:
         label = item["template"].replace("[", "").replace("]", "").strip()
         entries.append(Entry((str(name),), (label,), place=number - 1))
     return Catalogue(path, entries, DIGITS, "{name}.webm", has_ids=True)
+
+
+def _is_field(value: Any) -> bool:
+    """Return whether a value of an object may be a field of a table: one value, or several in a list."""
+    parts = value if isinstance(value, list) else [value]
+    return not any(isinstance(one, list | dict) or (isinstance(one, str) and len(one) > MAX_LINE) for one in parts)
 
 
 def segments_of(item: Mapping[str, Any]) -> Any:
@@ -110,21 +120,25 @@ def _read_segments(content: Mapping[str, Mapping[str, Any]], path: str | Path) -
         found = segments_of(item)
         is_clip = isinstance(found, dict)
         has_clips = has_clips or is_clip
+        if not is_clip and not isinstance(found, list | tuple):
+            raise UsageError(f"List {path}, video {name:.80}: {str(found)[:80]} is no list of segments; give one.")
         for segment in [found] if is_clip else found:
             place += 1
             try:
-                label, (start, stop) = str(segment["label"]), map(float, segment["segment"])
-            except (KeyError, TypeError, ValueError):
+                label, (start, stop) = segment["label"], map(float, segment["segment"])
+                if not isinstance(label, str | int) or not isfinite(start) or not isfinite(stop):
+                    raise ValueError
+            except (KeyError, TypeError, ValueError, OverflowError):
                 if is_clip and "label" not in found:
                     continue  # a test video
                 raise UsageError(
-                    f"List {path}, video {name}: {str(segment)[:80]} is no segment; give "
+                    f"List {path}, video {name:.80}: {str(segment)[:80]} is no segment; give "
                     f'{{"label": "yoga", "segment": [start, stop]}} in seconds.'
                 ) from None
             cut = f"{name}_{int(start):06}_{int(stop):06}" if is_clip else ""
             section = Section(start, stop, may_be_file=is_clip)
             subset = str(item.get("subset", ""))
-            entries.append(Entry((name, f"v_{name}"), (label,), section, None, cut, subset, place))
+            entries.append(Entry((name, f"v_{name}"), (str(label),), section, None, cut, subset, place))
     if not entries:
         raise UsageError(
             f"List {path} has no labelled videos: test lists are published without labels; give one with them."

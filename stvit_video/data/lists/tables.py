@@ -13,6 +13,7 @@ from stvit_video.data.lists.annotations import Section, some_of
 from stvit_video.data.lists.catalogues import LOOKS, TRIMMED, Catalogue, Entry
 from stvit_video.data.lists.folders import is_media, is_path
 
+MAX_LABELS = 50_000  # letters of a list as Python writes it: reading it takes hundreds of bytes for each
 MAX_LABEL = 999_999  # more classes than any data set has: a larger number is an id or a time, read as a label
 # What data sets call their columns, the likeliest first; compared in lower case, with _ for blanks.
 COLUMNS = {
@@ -227,7 +228,7 @@ def _kinetics_clip(name: str, start: str, stop: str) -> tuple[Section, str]:
 
 def to_seconds(text: Any) -> float:
     """Read a time in seconds, or in hours, minutes and seconds with colons; ValueError for anything else."""
-    if not re.fullmatch(r"([0-9]+:){0,2}[0-9]+([.,][0-9]+)?", str(text)):
+    if not re.fullmatch(r"([0-9]{1,15}:){0,2}[0-9]{1,15}([.,][0-9]+)?", str(text)):
         raise ValueError(f"time {str(text)[:40]!r}; give seconds, as in 12.5, or 00:00:12.5.")
     parts = str(text).replace(",", ".").split(":")
     return sum(float(part) * 60**power for power, part in enumerate(reversed(parts)))
@@ -235,7 +236,7 @@ def to_seconds(text: Any) -> float:
 
 def to_whole(text: Any) -> int:
     """Read the number of a frame; ValueError for anything else."""
-    if not re.fullmatch(r"[0-9]+(\.0*)?", str(text)):
+    if not re.fullmatch(r"[0-9]{1,15}(\.0*)?", str(text)):
         raise ValueError(f"frame {str(text)[:40]!r}; give a whole number.")
     return int(float(text))
 
@@ -301,7 +302,7 @@ def _to_text(field: Any) -> str:
     """Return a field of labels as text; JSON may hold numbers and lists."""
     if isinstance(field, list):
         return "|".join(map(str, field))
-    return "" if field is None else str(field)
+    return "" if field is None or field != field else str(field)  # pandas writes NaN where there is none
 
 
 def _split(fields: Sequence[str], several: re.Pattern[str]) -> list[str]:
@@ -310,9 +311,9 @@ def _split(fields: Sequence[str], several: re.Pattern[str]) -> list[str]:
     for text in fields:
         if text.startswith("[") and text.endswith("]"):
             try:
-                parts += map(str, ast.literal_eval(text))
+                parts += map(str, ast.literal_eval(text if len(text) <= MAX_LABELS else ""))
                 continue
-            except (ValueError, SyntaxError, TypeError):
+            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # the last two: nested too deep
                 text = text.strip("[]")
         marks = "," if several.search(text) and not re.search("[|;]", text) else "[|;]"
         parts += [part.strip(" '\"") for part in re.split(marks, text)]

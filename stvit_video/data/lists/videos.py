@@ -22,6 +22,7 @@ from stvit_video.data.lists.splitting import split_videos
 from stvit_video.data.lists.tables import AS_IT_SAYS, Reading
 
 SPLITS = ("train", "val", "test")
+MANY_CLASSES = 10_000  # of numbers alone: more have to have videos, as a classifier is made for them
 
 
 @dataclass(eq=False, kw_only=True)
@@ -93,6 +94,11 @@ class ListReader:
         if self._named_classes is None:
             videos = self._read_once(self._naming_split)
             count = self.num_classes or max(max(video.labels or (video.label,)) for video in videos) + 1
+            if count > max(MANY_CLASSES, 100 * len(videos)) and self.num_classes is None:
+                raise UsageError(
+                    f"{self.source(self._naming_split)}: its largest label is {count - 1:,} of {len(videos):,} videos; "
+                    f"correct it, or give DATA.CLASSES or MODEL.NUM_CLASSES if there are so many classes."
+                )
             return [str(label) for label in range(count)]
         names = list(self._named_classes.names)
         if self.num_classes not in (None, len(names)):

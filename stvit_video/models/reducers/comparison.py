@@ -66,7 +66,8 @@ class RandomOfRegions(RandomTokens):
         cuts = [torch.arange(count + 1) * length // count for length, count in zip(grid, regions, strict=True)]
         self.register_buffer("starts", torch.cartesian_prod(*(cut[:-1] for cut in cuts)), persistent=False)  # (M, 3)
         self.register_buffer("sizes", torch.cartesian_prod(*(cut.diff() for cut in cuts)), persistent=False)
-        self.kept = self._indices(torch.rand(self.count, 3, generator=torch.Generator().manual_seed(0), device="cpu"))
+        drawn = torch.rand(self.count, 3, generator=torch.Generator().manual_seed(0), device="cpu")
+        self.kept = self._indices(drawn.to(self.starts.device))
 
     def draw(self, x: Tensor) -> Tensor:
         return self._indices(torch.rand(x.shape[0], self.count, 3, device=x.device))

@@ -23,7 +23,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from stvit_video.common.errors import UsageError, first_line
-from stvit_video.models.arguments import EARLIER_EPS
+from stvit_video.models.weights.claims import (
+    check_archive,
+    check_claims,
+    check_storages,
+    find_classes,
+    parse_json,
+    parse_metadata,
+)
 
 StateDict = dict[str, Tensor]
 
@@ -40,14 +47,28 @@ def _empty_list(*_: object) -> list[Any]:
     return []
 
 
+def _arguments(*values: Any) -> tuple[Any, ...]:
+    """Stand in for a range or slice, whose length is not that of the file."""
+    return values
+
+
+def _bytes(*values: Any) -> bytes:
+    """Return bytes, but not as many zeros as a number says."""
+    if values and not isinstance(values[0], bytes | list | tuple):
+        raise ValueError("bytes by number")
+    return bytes(*values)
+
+
 # What stands in training checkpoints beside the weights: command lines (DeiT, VideoMAE), configurations (Swin), paths,
 # NumPy's numbers and arrays. They hold values and run no code. Classes that may be absent are read as their base.
 _SCALAR, _ARRAY = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
 CONTAINERS: list[Any] = [
-    *(argparse.Namespace, types.SimpleNamespace, frozenset, slice, range),
+    *(argparse.Namespace, types.SimpleNamespace, frozenset),
+    *((_arguments, f"builtins.{name}") for name in ("slice", "range")),
+    (_bytes, "builtins.bytes"),
     *((_empty_dict, "collections.defaultdict"), (_empty_list, "collections.deque")),
     *(datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone),
-    *(int, float, bool, str, bytes, list, tuple, dict, set),
+    *(int, float, bool, str, list, tuple, dict, set),
     *(np.dtype, np.ndarray, *{type(np.dtype(code)) for code in np.typecodes["All"]}),
     *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     *((_ARRAY, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
@@ -65,9 +86,8 @@ WRAPPERS = (
     *("model", "state_dict", "module", "model_state_dict", "model_state", "net", "network", "weights", "params"),
     *("teacher", "target_encoder", "ema_model", "model_ema", "state_dict_ema", "ema", "encoder", "backbone"),
 )
-# Where checkpoints have the names of their classes: this package's states, Hugging Face, torchvision, OpenMMLab.
-CLASS_KEYS = ("classes", "class_names", "CLASSES", "id2label", "class_to_idx")
-CLASS_HOLDERS = ("setup", "meta", "dataset_meta")
+MOST_JSON = 64 * 2**20  # bytes of a configuration, or of an index of shards
+MOST_WRAPPERS = 8  # dictionaries around a network
 # Names of other dictionaries.
 NO_NETWORK = re.compile(r"optim|sched|scaler|loss|queue|rng|config|args|callback|loops|message_hub", re.IGNORECASE)
 # Of DistributedDataParallel, torch.compile, FSDP and activation checkpointing.
@@ -121,35 +141,22 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     with _plain_errors(path):
         content, metadata = _read(path)
     tensors, notes = open_wrappers(content, f"Checkpoint {path}")
+    check_storages(tensors, f"Checkpoint {path}")
+    if metadata.get("arguments"):
+        check_claims(metadata, {key: tuple(value.shape) for key, value in tensors.items()}, f"Checkpoint {path}")
     config = _read_config(path.with_name("config.json"))
-    return Checkpoint(name, tensors, metadata, config, notes, find_classes(metadata, content, config))
-
-
-def find_classes(*places: object) -> list[str] | None:
-    """Return the class names that the first of several mappings holds, itself or in one of CLASS_HOLDERS."""
-    for place in places:
-        inner = [place.get(name) for name in CLASS_HOLDERS] if isinstance(place, dict) else []
-        for holder in [value for value in (place, *inner) if isinstance(value, dict)]:
-            for key in CLASS_KEYS:
-                if names := _class_names(holder.get(key)):
-                    return names
-    return None
-
-
-def _class_names(value: object) -> list[str]:
-    """Return names that are a list, {name: number} or {number: name}; empty for anything else."""
-    if isinstance(value, dict):
-        pairs = [(key, name) if isinstance(name, str) else (name, key) for key, name in value.items()]
-        by_place = {int(number): name for number, name in pairs if str(number).isdecimal()}
-        value = [by_place.get(place) for place in range(len(value))]
-    names = value if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value) else ()
-    return [] if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else list(names)  # Hugging Face's stand-ins
+    classes = find_classes(metadata, content, config)
+    if classes and not metadata and not any(value.ndim and len(value) == len(classes) for value in tensors.values()):
+        classes = None  # they are of another network: this one has no classifier of so many
+    return Checkpoint(name, tensors, metadata, config, notes, classes)
 
 
 def open_wrappers(content: object, source: str) -> tuple[StateDict, tuple[str, ...]]:
     """Return the state dict inside dictionaries, and notes on what was chosen. Raises UsageError if there is none."""
     notes: list[str] = []
-    while inner := _networks(content):
+    for _ in range(MOST_WRAPPERS):
+        if not (inner := _networks(content)):
+            break
         content = inner[choose(inner, source, notes)]
     return check_tensors(content, source), tuple(notes)
 
@@ -187,9 +194,16 @@ def _networks(content: object) -> dict[str, Any]:
 
 def _holds_tensors(value: object) -> bool:
     """Return whether a value is a dictionary with tensors, or with such dictionaries; an optimizer's state is not."""
-    if not isinstance(value, dict) or "param_groups" in value:
-        return False
-    return any(isinstance(inner, Tensor) or _holds_tensors(inner) for inner in value.values())
+    level: list[object] = [value]
+    seen: set[int] = set()
+    for _ in range(MOST_WRAPPERS):
+        inner = [held for held in level if isinstance(held, dict) and "param_groups" not in held]
+        inner = list({id(held): held for held in inner if id(held) not in seen}.values())  # they may hold each other
+        seen.update(map(id, inner))
+        level = [held for outer in inner for held in outer.values()]
+        if any(isinstance(held, Tensor) for held in level):
+            return True
+    return False
 
 
 def choose(names: Collection[str], source: str, notes: list[str]) -> str:
@@ -228,11 +242,20 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
     Raises UsageError for a damaged file.
     """
+    return read_header(path)[0]
+
+
+def read_header(path: str | Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """Return ``read_metadata`` of a file, and the shapes of its tensors by name."""
     path = find_file(Path(path))
     with _plain_errors(path), open(path, "rb") as file:
         start = file.read(9)
     named = path.suffix == ".safetensors" and not start.startswith((b"PK", b"\x80"))  # a zip, or a pickle
-    return _read_safetensors(path, tensors=False)[1] if named or _is_safetensors(start) else {}
+    if not named and not _is_safetensors(start):
+        return {}, {}
+    with _open_safetensors(path) as file:
+        shapes = {PREFIXES.sub("", name): tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        return parse_metadata(file.metadata() or {}, f"Checkpoint {path}"), shapes
 
 
 def _is_safetensors(start: bytes) -> bool:
@@ -240,35 +263,33 @@ def _is_safetensors(start: bytes) -> bool:
     return start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**30
 
 
+def _read_text(path: Path) -> str:
+    """Return the JSON text beside or in place of weights; raise ValueError where it is larger than any such text."""
+    if path.stat().st_size > MOST_JSON:
+        raise ValueError(f"it has more than {MOST_JSON:,} bytes")
+    return path.read_text(encoding="utf-8")
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     """Return Hugging Face's configuration of a model, empty if there is none."""
     try:
-        config = json.loads(path.read_text())
+        config = parse_json(_read_text(path))
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) and "model_type" in config else {}
 
 
-def _read_safetensors(path: Path, *, tensors: bool) -> tuple[StateDict, dict[str, Any]]:
+@contextlib.contextmanager
+def _open_safetensors(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, "pt") as file:
-            content = {name: file.get_tensor(name) for name in (file.keys() if tensors else ())}
-            return content, _parse_metadata(file.metadata() or {})
-    except SafetensorError as error:
-        raise UsageError(f"Checkpoint {path} is not a complete safetensors file ({error}); fetch it again.") from error
-
-
-def _parse_metadata(header: dict[str, str]) -> dict[str, Any]:
-    try:
-        keys = ("arguments", "classes", "views", "multi_label", "weights")
-        values = {key: json.loads(header.get(key, "null")) for key in keys}
-        values["multi_label"] = bool(values["multi_label"])
-        arguments = dict(values["arguments"])
-        if arguments.get("positions") == "clip" and arguments.get("fc_norm"):
-            arguments.setdefault("norm_eps", EARLIER_EPS)  # such models did not record it then
-        return {**values, "name": header["name"], "arguments": arguments}
-    except (ValueError, LookupError, TypeError):
-        return {}  # written by another program
+            yield file
+    except (SafetensorError, *DAMAGE) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(
+            f"Checkpoint {path} is not a complete safetensors file ({first_line(error)[:200]}); fetch it again."
+        ) from error
 
 
 def _read(path: Path) -> tuple[Any, dict[str, Any]]:
@@ -278,7 +299,9 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
     if not start:
         raise UsageError(f"Checkpoint {path} is empty; download or save it again.")
     if _is_safetensors(start):
-        return _read_safetensors(path, tensors=True)
+        with _open_safetensors(path) as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            return tensors, parse_metadata(opened.metadata() or {}, f"Checkpoint {path}")
     if start.lstrip().startswith(b"{") and (shards := _read_index(path)) is not None:
         return shards, {}
     for signature, what in IMPOSTORS:
@@ -289,9 +312,14 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
     try:
         # Given the open file: by its name torch would take it for a safetensors file.
         with torch.serialization.safe_globals(CONTAINERS), open(path, "rb") as file:
+            check_archive(file, path.stat().st_size)
+            file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
         setup = content.get("setup") if isinstance(content, dict) else None  # of a run's own checkpoint
-        return content, _parse_metadata(setup.get("header") or {}) if isinstance(setup, dict) else {}
+        known = setup.get("header") if isinstance(setup, dict) else None
+        return content, parse_metadata(known, f"Checkpoint {path}") if isinstance(known, dict) else {}
+    except UsageError:
+        raise
     except pickle.UnpicklingError as error:
         refused = sorted(set(re.findall(r"GLOBAL (\S+)", str(error))))
         what = "is neither a safetensors nor a torch file; fetch it again."
@@ -313,11 +341,11 @@ def _read_index(path: Path) -> StateDict | None:
     Raises UsageError where a shard, or a tensor that the index promises, is missing.
     """
     try:
-        places = json.loads(path.read_text())["weight_map"]
+        places = parse_json(_read_text(path))["weight_map"]
         names = sorted(set(places.values()))
     except (ValueError, LookupError, TypeError, AttributeError):
         return None
-    missing = [name for name in names if Path(name).name != name or not path.with_name(name).is_file()]
+    missing = [str(name) for name in names if not _is_beside(path, name)]
     if missing:
         raise UsageError(
             f"Checkpoint {path} lists {len(names)} shards; not beside it: {', '.join(missing[:4])}. Fetch all of them."
@@ -332,6 +360,11 @@ def _read_index(path: Path) -> StateDict | None:
             f"of them again."
         )
     return tensors
+
+
+def _is_beside(path: Path, name: object) -> bool:
+    """Return whether a file of this name, which is no path, lies beside another one."""
+    return isinstance(name, str) and Path(name).name == name != "" and path.with_name(name).is_file()
 
 
 def pack_weights(model: nn.Module, classes: list[str], *about: Any) -> bytes:

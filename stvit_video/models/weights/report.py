@@ -86,7 +86,10 @@ def check_values(tensors: StateDict, source: str) -> None:
     bad = {}
     for name, value in tensors.items():
         if value.is_floating_point() and not name.endswith("mask"):
-            count = value.numel() - int(torch.isfinite(value.float()).sum())
+            try:
+                count = value.numel() - int(torch.isfinite(value.float()).sum())
+            except RuntimeError as error:  # of a type that is stored only
+                raise UsageError(f"{source}: {name} is {value.dtype}; give weights in floating point.") from error
             if count:
                 bad[name] = count
         elif name.endswith("weight") and value.dtype in (torch.int8, torch.uint8):
@@ -111,7 +114,7 @@ def check_config(config: dict[str, Any], model: nn.Module, source: str) -> None:
     if activation not in ("gelu", "gelu_python"):
         raise UsageError(f"{source}: its config.json has the activation {activation!r}; models here have gelu.")
     eps = config.get("layer_norm_eps", 0)
-    if eps > 2e-5:
+    if not isinstance(eps, int | float) or eps > 2e-5:
         raise UsageError(f"{source}: its config.json has layer_norm_eps {eps}; models here have at most 1e-05.")
 
 
