@@ -1,6 +1,8 @@
 """The argument parser and the exit codes of all commands."""
 
 import argparse
+import contextlib
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -12,6 +14,7 @@ from stvit_video.common.errors import FILESYSTEM_ERRORS, RunFailure, Stopped, Us
 
 PROGRAM = "stvit-video"  # the console command, which has every other command as a subcommand
 EXIT_STOPPED = 75  # EX_TEMPFAIL: the same command continues
+EXIT_NO_READER = 141  # as a shell has it for a program that SIGPIPE ended
 SHORTAGE_ADVICE = "use a smaller batch, clip or model, fewer workers, or raise the limit"
 
 
@@ -99,11 +102,16 @@ def run_command(
 
     UsageError and FILESYSTEM_ERRORS give exit code 2, RunFailure gives 1, and Stopped EXIT_STOPPED, each with one line
     on stderr; ``again`` says what the same command does next time. Ctrl-C gives ``stopped_code`` and the line
-    ``stopped``. Other errors are raised: they are bugs, so their traceback is kept, and the exit code is 1.
+    ``stopped``. Output that no one reads any longer, as with ``| head``, ends the command without a word, with
+    EXIT_NO_READER. Other errors are raised: they are bugs, so their traceback is kept, and the exit code is 1.
     """
     goes_on = f"; {again}" if again else ""
     try:
-        return command(arguments)
+        try:
+            return command(arguments)
+        finally:  # also after --help, which raises SystemExit
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except UsageError as error:
         code, line = 2, f"error: {error}"
     except RunFailure as error:
@@ -111,8 +119,13 @@ def run_command(
     except Stopped as error:
         code, line = EXIT_STOPPED, f"{error}{goes_on}"
     except (OSError, MemoryError, RuntimeError, ImportError) as error:
+        if isinstance(error, OSError) and _is_of_output(error):
+            if isinstance(error, BrokenPipeError):
+                return EXIT_NO_READER
+            _say(f"error: standard output cannot be written ({error.strerror}); send it elsewhere{goes_on}.")
+            return 2
         if (shortage := describe_shortage(error)) is not None:
-            print(f"error: {shortage}; {SHORTAGE_ADVICE}{goes_on}.", file=sys.stderr)
+            _say(f"error: {shortage}; {SHORTAGE_ADVICE}{goes_on}.")
             return 1
         if not isinstance(error, OSError) or error.errno not in FILESYSTEM_ERRORS:
             raise
@@ -120,5 +133,24 @@ def run_command(
         code, line = 2, f"error: {what}; free space, set its permissions or choose another folder{goes_on}."
     except KeyboardInterrupt:
         code, line = stopped_code, f"\n{stopped}"
-    print(as_called(line), file=sys.stderr)
+    _say(line)
     return code
+
+
+def _say(line: str) -> None:
+    """Print a line on stderr, where there is one."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(as_called(line), file=sys.stderr, flush=True)
+
+
+def _is_of_output(error: OSError) -> bool:
+    """Say whether an error is one of writing to stdout; what is left of that is then dropped, also at exit."""
+    if error.filename is not None or sys.stdout is None:
+        return False
+    try:
+        print(flush=True)  # what could not be written may be gone, and an empty text is no try
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
