@@ -22,8 +22,9 @@ KEYS = f"{sys.executable} -m stvit_video.run --keys"
     ],
 )
 def test_output_that_cannot_be_written(line: str, code: int, said: str) -> None:
-    done = subprocess.run(
-        ["bash", "-c", f"{line}; exit ${{PIPESTATUS[0]}}"], cwd=REPOSITORY, capture_output=True, text=True
+    line = (
+        f"unset PYTHONUNBUFFERED; {line}; exit ${{PIPESTATUS[0]}}"  # without a buffer, argparse drops its help itself
     )
+    done = subprocess.run(["bash", "-c", line], cwd=REPOSITORY, capture_output=True, text=True)
     assert (done.returncode, done.stderr[: len(said) or None]) == (code, said)
     assert done.stderr.count("\n") == bool(said)
