@@ -1,14 +1,13 @@
 """The argument parser and the exit codes of all commands."""
 
 import argparse
-import contextlib
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from math import inf
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from stvit_video.common.errors import FILESYSTEM_ERRORS, RunFailure, Stopped, UsageError, describe_shortage, nearest
 
@@ -140,17 +139,24 @@ def run_command(
 def _say(line: str) -> None:
     """Print a line on stderr, where there is one."""
     if sys.stderr is not None:
-        with contextlib.suppress(OSError):
+        try:
             print(as_called(line), file=sys.stderr, flush=True)
+        except OSError:
+            _drop(sys.stderr)
 
 
 def _is_of_output(error: OSError) -> bool:
-    """Say whether an error is one of writing to stdout; what is left of that is then dropped, also at exit."""
+    """Say whether an error is one of writing to stdout; what is left of that is then dropped."""
     if error.filename is not None or sys.stdout is None:
         return False
     try:
         print(flush=True)  # what could not be written may be gone, and an empty text is no try
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop(sys.stdout)
         return True
     return False
+
+
+def _drop(stream: TextIO) -> None:
+    """Have nothing of a stream written any longer: Python would try again at exit, and end with another code."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
