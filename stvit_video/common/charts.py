@@ -21,7 +21,7 @@ from matplotlib.transforms import Bbox
 from numpy.typing import ArrayLike, NDArray
 
 from stvit_video.common.accuracy import ACCURACIES, accuracy_key
-from stvit_video.common.files import write_atomically
+from stvit_video.common.files import whole_file, write_atomically
 
 matplotlib.use("Agg")
 warnings.filterwarnings("ignore", "Glyph .* missing from font")  # one for each letter of other scripts, shown as boxes
@@ -86,7 +86,8 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
     ends = [f"{SPLIT_NAMES[split]} {accuracy[split][-1][1]:.1f} %" for split in ("val", "train") if accuracy[split]]
     _set_title(figure, f"{name}: {ACCURACIES[key]} at the end: {', '.join(ends)}" if ends else name)
     figure.legend(handles=_split_legend(), **BELOW)
-    figure.savefig(path, dpi=120)
+    with whole_file(path, path.suffix) as temporary:
+        figure.savefig(temporary, dpi=120)
 
 
 @matplotlib.rc_context(STYLE)
@@ -131,7 +132,8 @@ def plot_comparison(curves: Mapping[str, Mapping[str, Points]], target: float, p
             break
     handles = [Line2D([], [], marker="o", label=run, **run_style(i)) for i, run in enumerate(curves)]
     figure.legend(handles=handles, **{**BELOW, "ncols": columns})
-    figure.savefig(path, dpi=120)
+    with whole_file(path, path.suffix) as temporary:
+        figure.savefig(temporary, dpi=120)
 
 
 def draw_curves(axes: Axes, runs: Sequence[Mapping[str, Points]]) -> None:
@@ -269,7 +271,8 @@ def plot_transfer(rows: list[dict[str, Any]], chance: float, path: Path) -> None
     axes.set_xlim(0, 108)  # room for the value of a bar that reaches 100
     axes.set_xticks(range(0, 101, 20))
     axes.set_xlabel(f"{ACCURACIES[key]} (%)")
-    figure.savefig(path, dpi=100)
+    with whole_file(path, path.suffix) as temporary:
+        figure.savefig(temporary, dpi=100)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 # System errors on which the user has to act: they are printed as one line.
 FILESYSTEM_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG),
-    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
 }
 
 # System errors for lack of something that is not a file's, and what it is.

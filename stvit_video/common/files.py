@@ -1,12 +1,15 @@
 """Files and folders: atomic writing, and errors in one line where a folder cannot be written."""
 
+import errno
 import json
 import os
+import secrets
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import TextIO
 
 from stvit_video.common.errors import UsageError, find_nearest
 
@@ -26,12 +29,14 @@ def nearest_path(missing: str | Path, pattern: str = "*", folders: Iterable[str 
 
 @contextmanager
 def whole_file(path: Path, suffix: str = "") -> Iterator[Path]:
-    """Provide a temporary path, and rename it to ``path`` at the end: a file is complete or not there.
+    """Provide a new file beside ``path``, and rename it to that at the end: a file is complete or not there.
 
-    ``suffix`` ends the temporary name, for writers that take their format from it.
+    Nobody knows its name before, so that no link can lie there. ``suffix`` ends the name, for writers that take their
+    format from it.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{suffix}")
+    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.tmp{suffix}")
     try:
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield temporary
         os.replace(temporary, path)
     finally:
@@ -40,21 +45,41 @@ def whole_file(path: Path, suffix: str = "") -> Iterator[Path]:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that readers, also after a crash, find it complete or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with whole_file(path) as temporary, open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error  # with the name that a user knows
     folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must survive a power cut
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Remove the temporary files of killed writes of a file ``name``; no other process may be writing there."""
+    for old in (*folder.glob(f".{name}.tmp"), *folder.glob(f".{name}.????????.tmp")):
+        if not old.is_dir() or old.is_symlink():
+            old.unlink(missing_ok=True)
+
+
+def open_to_append(path: Path) -> TextIO:
+    """Open a text file to append to. Raises OSError for a link in its place, which another user may have put there."""
+    try:
+        return open(
+            path, "a+", encoding="utf-8", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666)
+        )
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(error.errno, "it is a link, and is not followed", str(path)) from None
+        raise
+
+
+def _open_unlinked(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def write_json(path: Path, content: object) -> None:

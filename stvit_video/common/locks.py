@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
+from stvit_video.common.files import open_to_append
+
 POLL_S = 0.2
 BEAT_S = 5.0  # between two signs of life of a holder
 DEAD_S = 15.0  # without one, a holder whose lock this machine cannot see is gone
@@ -76,7 +78,7 @@ class Lock:
         file = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(self.path, "a+")  # noqa: SIM115 (kept open)
+            file = open_to_append(self.path)
             if self._take_record(_lock_file(file)):
                 self._file, file = file, None
                 return True

@@ -124,7 +124,7 @@ def find_missing(root: Path, spec: Spec) -> list[tuple[int, int]]:
     if record.is_file():
         try:
             found = {"name": "sample", **json.loads(record.read_text())}  # records of older versions name no set
-        except json.JSONDecodeError:  # older versions could be stopped while they wrote it
+        except (ValueError, TypeError, RecursionError):  # older versions could be stopped while they wrote it
             found = {}
         if found != json.loads(content):
             raise UsageError(
@@ -177,10 +177,10 @@ def _generate(root: Path, spec: Spec, todo: list[tuple[int, int]], workers: int 
     for labels, (names, repeats) in LABELS[spec.name].items():
         folder = root / labels
         folder.mkdir(exist_ok=True)
-        (folder / "classes.txt").write_text("\n".join(names) + "\n")
+        write_atomically(folder / "classes.txt", ("\n".join(names) + "\n").encode())
         for split, count in zip(SPLITS, spec.clips, strict=True):
             rows = [f"videos/{split}_{i:05d}.mp4 {i // repeats % len(names)}\n" for i in range(count)]
-            (folder / f"{split}.csv").write_text("".join(rows))
+            write_atomically(folder / f"{split}.csv", "".join(rows).encode())
     (root / "complete").touch()
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from stvit_video.common.errors import UsageError, first_line
-from stvit_video.common.files import write_atomically
+from stvit_video.common.files import remove_leftovers, write_atomically
 from stvit_video.config.clip_settings import NOT_ADOPTED
 from stvit_video.models import LoadReport
 from stvit_video.models.weights.claims import check_archive, check_class_names, parse_metadata
@@ -59,9 +59,10 @@ def save_checkpoint(folder: Path, content: dict[str, Any], keep: int) -> Path:
     write_atomically(path, pack(content))
     # Checkpoints of later steps could not be read: the run continued from an earlier one.
     earlier = [other for other in list_checkpoints(folder) if step_of(other) <= content["step"]]
-    for old in (*earlier[keep:], *folder.glob(".step_*.pt.tmp")):  # the latter are left by killed writes
+    for old in earlier[keep:]:
         if old.is_file():
             old.unlink()
+    remove_leftovers(folder, "step_*.pt")
     return path
 
 

@@ -180,7 +180,7 @@ def check_start(folder: RunFolder, lists: Lists, classes: list[str], multi_label
     if folder.settings["MODE"] != "train" or folder.settings["OVERWRITE"]:
         return
     if folder.is_finished():
-        check_finished(folder, json.loads(folder.results.read_text()), lists, classes)
+        check_finished(folder, folder.read_results(), lists, classes)
     elif (state := load_newest(folder.checkpoints)) is not None:
         check_continued(folder, state, lists, classes, multi_label)
 

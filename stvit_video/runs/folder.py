@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from stvit_video.common.errors import UsageError
-from stvit_video.common.files import write_atomically, write_json
+from stvit_video.common.files import remove_leftovers, write_atomically, write_json
 from stvit_video.common.locks import Lock
 from stvit_video.common.tables import to_csv
 from stvit_video.config.schema import complete, flatten
@@ -56,6 +57,7 @@ TRAINING_FILES = (
 )  # fmt: skip
 PACKAGES = ("torch", "torchvision", "pytorchvideo", "decord", "decord2", "av", "fvcore", "numpy", "submitit")
 LOCK = ".lock"
+LEFTOVER = re.compile(r"\.config\.yaml(\..{8})?\.tmp")  # of a run that was killed as it began
 LOCK_S = 30  # longer than the processes of a killed start need to end
 
 
@@ -84,6 +86,16 @@ class RunFolder:
         """Say whether the run here was trained and tested."""
         return self.results.is_file() and self.weights.is_file()
 
+    def read_results(self) -> dict[str, Any]:
+        """Return what ``results.json`` holds. Raises UsageError where that is no results."""
+        try:
+            results = json.loads(self.results.read_text())
+        except (ValueError, RecursionError):
+            results = None
+        if not isinstance(results, dict) or not results.keys() >= {"views", "scored", "videos", "coverage"}:
+            raise UsageError(f"{self.results} is damaged; restore it, or give another OUTPUT_DIR, or OVERWRITE True.")
+        return results
+
     def has_progress(self) -> bool:
         """Say whether there is anything here that a run would lose."""
         if self.results.exists() or self.weights.exists() or list_checkpoints(self.checkpoints):
@@ -92,7 +104,7 @@ class RunFolder:
             return False
         try:
             content = json.loads(self.transfer.read_text())
-        except ValueError:
+        except (ValueError, RecursionError):
             return True  # not ours to replace unasked
         # The rows that stand before fine-tuning are quickly made again.
         return not isinstance(content, dict) or content.get("complete") is not False
@@ -138,7 +150,7 @@ class RunFolder:
         if path.exists() and not path.is_dir():
             raise UsageError(f"OUTPUT_DIR {path} is a file; give a folder.")
         names = {file.name for file in path.iterdir()} if path.is_dir() and self.recorded_config() is None else set()
-        if any(name != ".config.yaml.tmp" and not name.startswith(LOCK) for name in names):
+        if any(not LEFTOVER.fullmatch(name) and not name.startswith(LOCK) for name in names):
             if "config.yaml" in names:
                 raise UsageError(
                     f"OUTPUT_DIR {path} has a config.yaml that is not a run's, or is damaged; restore it, or give "
@@ -173,6 +185,7 @@ class RunFolder:
         if overwrite and mode == "test":
             shutil.rmtree(self.partial_scores, ignore_errors=True)
         self.path.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.path)
         # A repeated test or transfer records its new settings, but never replaces those of a training run.
         renewed = mode != "train" and (self.recorded_config() or {}).get("MODE") == mode
         if renewed or not (self.path / "config.yaml").exists():  # first of all files: it marks the folder

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from stvit_video.common.files import write_atomically
+from stvit_video.common.files import open_to_append, write_atomically
 
 
 class MetricsLog:
@@ -20,7 +20,7 @@ class MetricsLog:
         # A validation at ``step`` is dropped too: it follows the checkpoint and is repeated.
         kept = [row for row in read_metrics(path) if row["step"] < step + (row["split"] == "train")]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self.file = open_to_append(path)
         self.board = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, step: int, epoch: float, split: str, values: dict[str, float]) -> None:

@@ -1,7 +1,6 @@
 """Opening a run: what it needs is read once, checked before anything is written, and handed on as plain values."""
 
 import importlib.util
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -150,7 +149,7 @@ def build_finished_answer(cfg: CfgNode, world: World, folder: RunFolder, opened:
 
     Data that are gone cannot be compared, which the answer says; nothing is generated.
     """
-    results = on_main(world, lambda: json.loads(folder.results.read_text()))
+    results = on_main(world, folder.read_results)
     answer = f"{cfg.OUTPUT_DIR} is finished (OVERWRITE True runs it again):\n{describe_results(results)}\n"
     report = folder.path / "load_report.json"
     dates = [file.stat().st_mtime for file in (Path(cfg.MODEL.INIT), report) if cfg.MODEL.INIT and file.exists()]

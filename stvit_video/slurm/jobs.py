@@ -20,7 +20,7 @@ from typing import Any
 
 from stvit_video.common.accuracy import ACCURACIES
 from stvit_video.common.errors import UsageError, first_line
-from stvit_video.common.files import write_atomically, write_json
+from stvit_video.common.files import open_to_append, write_atomically, write_json
 from stvit_video.common.tables import format_table, to_csv
 from stvit_video.common.text import printable
 from stvit_video.config.schema import flatten
@@ -70,7 +70,7 @@ class ClusterJob:
     def add_event(self, start: int, event: str, **more: Any) -> None:
         """Append a line to the history. Called on rank 0 only."""
         row = {"time": time.time(), "submission": self.submission, "start": start, "event": event, **more}
-        with (self.path / "history.jsonl").open("a") as file:
+        with open_to_append(self.path / "history.jsonl") as file:
             file.write(json.dumps(row) + "\n")
 
     def events(self, name: str = "") -> list[dict[str, Any]]:

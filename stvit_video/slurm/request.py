@@ -23,7 +23,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 import stvit_video
 from stvit_video.common.errors import UsageError, nearest
-from stvit_video.common.files import write_json
+from stvit_video.common.files import write_atomically, write_json
 from stvit_video.common.text import printable
 from stvit_video.config.load import load_config, override
 from stvit_video.config.yaml_text import parse_yaml, read_text
@@ -226,7 +226,7 @@ def open_job_folders(configs: Sequence[CfgNode], request: JobRequest, cluster: s
         folder = run.path / "slurm"
         folder.mkdir(exist_ok=True)
         # The folder is cleared: from now on each start of the job continues.
-        (folder / "config.yaml").write_text(override(cfg, [("OVERWRITE", False)], "a submission").dump())
+        write_atomically(folder / "config.yaml", override(cfg, [("OVERWRITE", False)], "a submission").dump().encode())
         folders.append(run)
     logs.mkdir(parents=True, exist_ok=True)
     return folders

@@ -1,0 +1,84 @@
+"""Folders in which another user has put links, or which hold very many files."""
+
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from stvit_video import run
+from stvit_video.common.files import open_to_append, whole_file, write_atomically
+from stvit_video.common.locks import Lock
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Path:
+    """Return a file that belongs to nothing here."""
+    path = tmp_path / "victim"
+    path.write_text("untouched")
+    return path
+
+
+def test_links_at_the_names_of_a_run_are_not_written_through(
+    small_run: Callable[..., list[str]], tmp_path: Path, victim: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = small_run()
+    assert run.main(arguments) == 0
+    folder = Path(arguments[arguments.index("OUTPUT_DIR") + 1])
+    made = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    other = tmp_path / "other"
+    for path in made:
+        for name in (path.name, f".{path.name}.tmp", f".{path.name}.{os.getpid()}.tmp"):
+            if path.name not in ("config.yaml", "environment.json") or name != path.name:  # these mark a run's folder
+                (other / path).parent.mkdir(parents=True, exist_ok=True)
+                (other / path).with_name(name).symlink_to(victim)
+    (other / "config.yaml").write_bytes(
+        (folder / "config.yaml").read_bytes().replace(*map(os.fsencode, (folder, other)))
+    )
+    code = run.main([word.replace(str(folder), str(other)) for word in arguments])
+    said = capsys.readouterr().err
+    assert code == 0 or (code == 2 and said.count("\n") == 1), said
+    assert victim.read_text() == "untouched"
+
+
+def test_a_lock_or_log_that_is_a_link_is_refused(tmp_path: Path, victim: Path) -> None:
+    link = tmp_path / "run" / ".lock"
+    link.parent.mkdir()
+    link.symlink_to(victim)
+    for opens in (lambda: Lock(link).take(0, str), lambda: open_to_append(link)):
+        with pytest.raises(OSError, match="it is a link, and is not followed"):
+            opens()
+    link.unlink()
+    link.symlink_to(tmp_path / "new")
+    with pytest.raises(OSError, match="it is a link, and is not followed"):
+        open_to_append(link)
+    assert not (tmp_path / "new").exists()
+    assert victim.read_text() == "untouched"
+
+
+def test_files_are_whole_and_have_the_rights_of_new_ones(tmp_path: Path, victim: Path) -> None:
+    (tmp_path / "result").symlink_to(victim)
+    before = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "result", b"new")
+        with pytest.raises(FileNotFoundError), whole_file(tmp_path / "half", ".png") as temporary:
+            temporary.write_bytes((tmp_path / "missing").read_bytes())
+        write_atomically(tmp_path / ("n" * 255), b"")
+    finally:
+        os.umask(before)
+    assert victim.read_text() == "untouched"
+    assert (tmp_path / "result").read_text() == "new"
+    assert stat.S_IMODE((tmp_path / "result").lstat().st_mode) == 0o640
+    assert {path.name for path in tmp_path.iterdir()} == {"victim", "result", "n" * 255}
+
+
+def test_a_folder_that_is_a_link_of_the_user_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "runs").symlink_to(tmp_path / "disk")
+    write_atomically(tmp_path / "runs" / "a", b"a")
+    open_to_append(tmp_path / "runs" / "b").close()
+    lock = Lock(tmp_path / "runs" / ".lock")
+    assert lock.take(0, str)
+    lock.close()
+    assert sorted(os.listdir(tmp_path / "disk")) == ["a", "b"]
