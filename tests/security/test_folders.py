@@ -10,6 +10,7 @@ import pytest
 from stvit_video import run
 from stvit_video.common.files import open_to_append, whole_file, write_atomically
 from stvit_video.common.locks import Lock
+from stvit_video.runs.folder import RESULT_FILES, TRAINING_FILES
 
 
 @pytest.fixture
@@ -21,24 +22,22 @@ def victim(tmp_path: Path) -> Path:
 
 
 def test_links_at_the_names_of_a_run_are_not_written_through(
-    small_run: Callable[..., list[str]], tmp_path: Path, victim: Path, capsys: pytest.CaptureFixture[str]
+    small_run: Callable[..., list[str]], tmp_path: Path, victim: Path
 ) -> None:
     arguments = small_run()
-    assert run.main(arguments) == 0
     folder = Path(arguments[arguments.index("OUTPUT_DIR") + 1])
-    made = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-    other = tmp_path / "other"
-    for path in made:
-        for name in (path.name, f".{path.name}.tmp", f".{path.name}.{os.getpid()}.tmp"):
-            if path.name not in ("config.yaml", "environment.json") or name != path.name:  # these mark a run's folder
-                (other / path).parent.mkdir(parents=True, exist_ok=True)
-                (other / path).with_name(name).symlink_to(victim)
-    (other / "config.yaml").write_bytes(
-        (folder / "config.yaml").read_bytes().replace(*map(os.fsencode, (folder, other)))
-    )
-    code = run.main([word.replace(str(folder), str(other)) for word in arguments])
-    said = capsys.readouterr().err
-    assert code == 0 or (code == 2 and said.count("\n") == 1), said
+    (folder / "checkpoints").mkdir(parents=True)
+    names = {*RESULT_FILES["train"], *TRAINING_FILES, "config.yaml", "environment.json", "checkpoints/step_00000004.pt"}
+    # These say that a run is here already.
+    known = {"config.yaml", "results.json", *(name for name in names if name.endswith((".pt", ".safetensors")))}
+    for path in (folder / name for name in names):
+        for name in (f".{path.name}.tmp", f".{path.name}.{os.getpid()}.tmp"):
+            path.with_name(name).symlink_to(victim)
+    assert run.main(arguments) == 2  # the folder is no run's
+    (folder / "config.yaml").write_text("{OUTPUT_DIR: x, MODEL: {}, DATA: {}}\n")
+    for name in names - known:
+        (folder / name).symlink_to(victim)
+    assert run.main(arguments) == 0
     assert victim.read_text() == "untouched"
 
 
