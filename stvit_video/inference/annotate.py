@@ -39,7 +39,7 @@ class Copies:
     """Annotated copies in ``folder``."""
 
     folder: Path
-    names: set[str] = field(default_factory=set)
+    used: dict[str, int] = field(default_factory=dict)  # names, and how often copies were to have each
     missing: int = 0
     seconds: float = 0.0
 
@@ -50,11 +50,12 @@ class Copies:
         none. Raises UsageError where it would replace the video, and OSError where the folder cannot be written to.
         """
         stem = Path(prediction.path).stem
-        number = 1
+        name = stem
         started = time.perf_counter()
-        while (name := stem if number == 1 else f"{stem}-{number}") in self.names:
-            number += 1
-        self.names.add(name)
+        while name in self.used:
+            self.used[stem] += 1
+            name = f"{stem}-{self.used[stem]}"
+        self.used[name] = 1
         output = self.folder / f"{name}.mp4"
         if output.exists() and output.samefile(prediction.path):
             raise UsageError(f"--annotate {self.folder} would replace {prediction.path} itself; give another folder.")

@@ -10,6 +10,8 @@ import pytest
 from stvit_video import run
 from stvit_video.common.files import open_to_append, whole_file, write_atomically
 from stvit_video.common.locks import Lock
+from stvit_video.inference.annotate import Copies
+from stvit_video.inference.predictor import Prediction
 from stvit_video.runs.folder import RESULT_FILES, TRAINING_FILES
 
 
@@ -81,3 +83,19 @@ def test_a_folder_that_is_a_link_of_the_user_is_followed(tmp_path: Path) -> None
     assert lock.take(0, str)
     lock.close()
     assert sorted(os.listdir(tmp_path / "disk")) == ["a", "b"]
+
+
+def test_equal_names_are_numbered_in_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[object] = []
+
+    class Counted(dict[str, int]):
+        def __contains__(self, name: object) -> bool:
+            looks.append(name)
+            return super().__contains__(name)
+
+    copies = Copies(tmp_path, Counted())
+    for i, name in enumerate(["a", "a-2", *["a"] * 1000]):
+        copies.add(Prediction(f"{i}/{name}.mp4", []))  # none of them can be read
+    assert copies.missing == 1002
+    assert copies.used.keys() == {"a", *(f"a-{i}" for i in range(2, 1003))}
+    assert len(looks) < 3000
