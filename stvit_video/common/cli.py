@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from math import inf
@@ -106,6 +107,8 @@ def run_command(
     """
     goes_on = f"; {again}" if again else ""
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # of the package's beginning
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             return command(arguments)
         finally:  # also after --help, which raises SystemExit

@@ -1,7 +1,9 @@
 """Where commands print: a reader that goes away, a full disk and closed outputs."""
 
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -28,3 +30,13 @@ def test_output_that_cannot_be_written(line: str, code: int, said: str) -> None:
     done = subprocess.run(["bash", "-c", line], cwd=REPOSITORY, capture_output=True, text=True)
     assert (done.returncode, done.stderr[: len(said) or None]) == (code, said)
     assert done.stderr.count("\n") == bool(said)
+
+
+def test_ctrl_c_has_no_traceback_at_any_moment() -> None:
+    for seconds in (0.03, 0.06, 0.1, 0.2, 0.4):
+        command = [sys.executable, "-m", "stvit_video.predict", "--checkpoint", "missing", "."]
+        process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate()[1]
+        assert "Traceback" not in said or "stvit_video/" not in said  # Python's own start is not ours
