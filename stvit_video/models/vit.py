@@ -38,8 +38,8 @@ class VisionTransformer(Network):
     for each position of the clip ("clip", as in VideoMAE). Raises ValueError on sizes that do not fit.
 
     In the ``streaming`` form the semantic tokens of a group depend on its own frames alone: the generator works inside
-    groups, which share the global centres, and the position in time is added to the semantic tokens, where other forms
-    add it to the image tokens. So windows that overlap have these tokens in common; see ``stream``.
+    groups, which share the global centres, and a group's position in time is added to its semantic tokens, where other
+    forms add it to the image tokens. So windows that overlap have these tokens in common; see ``stream``.
     """
 
     undecayed = ("pos_embed", "time_embed", "global_centres")
@@ -129,7 +129,8 @@ class VisionTransformer(Network):
         if self.positions == "clip":
             x = x + self.pos_embed
         elif self.streaming:
-            x = x + self.pos_embed.repeat(1, grid[0], 1)
+            positions = (self.pos_embed.unsqueeze(1) + self._split_times()[1].unsqueeze(2)).flatten(1, 2)  # of a group
+            x = x + positions.repeat(1, N // positions.shape[1], 1)
         else:
             x = x + (self.pos_embed.unsqueeze(1) + self.time_embed.unsqueeze(2)).reshape(1, N, C)  # by frame and time
         note(intermediates, "embed", x, grid)
@@ -160,9 +161,8 @@ class VisionTransformer(Network):
     ) -> Tensor:
         """Map what ``reduce_frames`` left of a clip to the tokens that ``forward_features`` returns."""
         grid = self._token_grid(x)
-        if self.streaming:  # a group has the mean position of its token frames
-            times = self.time_embed.unflatten(1, (grid[0], -1)).mean(dim=2)
-            x = (x.unflatten(1, (grid[0], -1)) + times.unsqueeze(2)).flatten(1, 2)
+        if self.streaming:
+            x = (x.unflatten(1, (grid[0], -1)) + self._split_times()[0].unsqueeze(2)).flatten(1, 2)
         context = () if weights is None else (None, key_bias(weights))
         for block in self.blocks[self.base_depth + self.stgm_depth :]:
             x = self.run(block, x, *context)
@@ -174,6 +174,16 @@ class VisionTransformer(Network):
             x = self.norm(x)
         note(intermediates, "final", x, grid)
         return x
+
+    def _split_times(self) -> tuple[Tensor, Tensor]:
+        """Return the positions in time of each group (1, t/f, C), and of the f token frames inside any group (1, f, C).
+
+        The second are the same wherever a group stands in the window: image tokens may have them.
+        """
+        assert self.regions is not None
+        times = self.time_embed.unflatten(1, (self.regions[0], -1))
+        groups = times.mean(dim=2)
+        return groups, (times - groups.unsqueeze(2)).mean(dim=1)
 
     def _token_grid(self, x: Tensor) -> Grid:
         """Return the grid of the tokens (B, M, C) that ``reduce_frames`` left."""

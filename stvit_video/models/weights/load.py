@@ -229,7 +229,8 @@ def separate_time(state: StateDict, model: nn.Module, report: LoadReport) -> dic
     if times.shape[1] > 1:
         report.differ(
             "its positions in time are added before the base and its generator reads the whole clip; in the streaming "
-            "form positions are added to the semantic tokens, and groups of frames share the mean of its global centres"
+            "form positions are added to the semantic tokens, and groups of frames share the mean of its global "
+            "centres; to compute as it does, set MODEL.STREAMING False"
         )
     return changed
 
@@ -310,6 +311,8 @@ def _add_notes(report: LoadReport, converted: Converted, state: StateDict, model
     for key in ("fc_norm", "positions", "base_attention", "streaming", "window_fit", "norm_eps"):
         if key in known and hasattr(model, key) and getattr(model, key) != known[key]:
             needs[key] = known[key]
+    if not needs.get("streaming", True):  # ``separate_time`` has converted it
+        del needs["streaming"]
     stages: Any = getattr(model, "layers", ())
     if not any(side % size for side, size in _window_sides(stages)):
         needs.pop("window_fit", None)
