@@ -84,9 +84,9 @@ class TokenStream:
         self._tokens, self._filled, self.ready = kept[:, -groups:].clone(), [row[-1] for row in filled], ready
         return logits if seen is None else (logits, seen)
 
-    def reset(self, rows: Sequence[int] | Tensor | None = None) -> None:
+    def reset(self, rows: int | Sequence[int] | Tensor | None = None) -> None:
         """Start the videos of these rows of the batch anew, by default all; ``rows`` are indices, or a mask (B,)."""
-        given = torch.arange(self.batch_size) if rows is None else torch.as_tensor(rows)
+        given = torch.arange(self.batch_size) if rows is None else torch.as_tensor(rows).reshape(-1)
         chosen: list[int] = (given.nonzero().flatten() if given.dtype == torch.bool else given).tolist()
         if wrong := [row for row in chosen if not 0 <= row < self.batch_size]:
             raise ValueError(f"row {wrong[0]} of a stream of {self.batch_size}; allowed: 0 to {self.batch_size - 1}.")
@@ -104,7 +104,9 @@ class TokenStream:
         own = self.state_dict()
         if state.keys() != own.keys() or any(state[key].shape != own[key].shape for key in own):
             given, allowed = ({key: tuple(value.shape) for key, value in each.items()} for each in (state, own))
-            raise ValueError(f"state of a stream with {given}; this one takes {allowed}. Load it where it was saved.")
+            raise ValueError(
+                f"state of a stream with {given}; this one takes {allowed}: that of the same model and batch."
+            )
         groups = self._tokens.shape[1]
         filled = [int(count) for count in state["filled"]]
         if not all(0 <= count <= groups for count in filled):
