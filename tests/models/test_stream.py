@@ -77,7 +77,7 @@ def test_a_stream_is_its_windows(preset: str) -> None:
     with torch.no_grad():
         windows = model(torch.cat([make_video(1, FRAMES) for _ in range(4)]))
     assert windows.std(dim=0).max() > 0.01 * windows.abs().max()  # else one window would pass for another
-    assert sum(compare_with_windows(model, batch, 52, seed) for seed, batch in enumerate((1, 3))) > 15
+    assert sum(compare_with_windows(model, batch, 44, seed) for seed, batch in enumerate((1, 3))) > 15
 
 
 @pytest.mark.long
@@ -174,6 +174,8 @@ def test_a_broken_camera_spoils_only_its_own_row_and_only_until_its_reset() -> N
     assert found[1].isnan().all()
     for each in (healthy, stream):
         each.reset(torch.tensor([False, True]))
+        assert not each.tokens[1].any()
+        assert each.tokens[0].any()
     expected, found = healthy.push(video[:, :, 20:]), stream.push(broken[:, :, 20:])
     assert stream.ready[1].any()
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
