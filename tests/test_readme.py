@@ -281,6 +281,13 @@ def test_python_that_loads_weights_runs(page: Path, tmp_path: Path, capsys: pyte
     assert "timm ViT layout" in capsys.readouterr().out
 
 
+def test_python_of_streams_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chunks = torch.randn(2, 3, 20, 224, 224).split([14, 4, 2], dim=2)
+    found = run_python(REPOSITORY / "stvit_video" / "models" / "README.md", "stream.push", tmp_path, chunks=chunks)
+    assert found["logits"].shape == (2, 1, 400)
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
 @pytest.mark.parametrize("page", [MAIN, REPOSITORY / "stvit_video" / "inference" / "README.md"], ids=["main", "own"])
 def test_python_that_predicts_runs(page: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_python(page, "Predictor", here)

@@ -19,6 +19,7 @@ PoolingKind = Literal["mask", "max", "mean"]
 ReducerName = Literal["stgm", "random", "mean", "tome", "dynamicvit", "ats", "spot"]
 REDUCERS: tuple[str, ...] = get_args(ReducerName)
 GRID_REDUCERS = ("stgm", "random", "mean")  # those that can leave one token for each region, as windows need it
+STREAMED_REDUCERS = ("stgm", "mean")  # those of which each token depends on its own frames alone
 VIDEOMAE_EPS = 1e-5  # of the last norm in Hugging Face's VideoMAE; its authors' has 1e-6
 EARLIER_EPS = 1e-6  # of the last norm in all models before there was a choice
 
@@ -203,6 +204,18 @@ class SemanticArguments(STGMArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ViTSemanticArguments(SemanticArguments):
+    """How a ViT goes on with few tokens."""
+
+    streaming: bool = argument(
+        "of a stvit_vit: each group of frames that shares centres is computed by itself, so that a stream computes "
+        "every frame once",
+        False,
+        key="unset",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class SwinSemanticArguments(SemanticArguments):
     """How the third stage of a Swin goes on with few tokens."""
 
@@ -216,7 +229,7 @@ class SwinSemanticArguments(SemanticArguments):
 # The keys of the MODEL section that are arguments, by the arguments' names.
 CONFIGURED: dict[str, Rule] = {
     name: rule
-    for declared in (SwinSemanticArguments, SwinArguments, ViTArguments)
+    for declared in (SwinSemanticArguments, ViTSemanticArguments, SwinArguments, ViTArguments)
     for name, rule in read_rules(declared).items()
     if rule.key
 }

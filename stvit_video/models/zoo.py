@@ -17,11 +17,11 @@ from stvit_video.models.arguments import (
     CONFIGURED,
     EARLIER_EPS,
     Arguments,
-    SemanticArguments,
     STGMArguments,
     SwinArguments,
     SwinSemanticArguments,
     ViTArguments,
+    ViTSemanticArguments,
     read_rules,
 )
 from stvit_video.models.swin import SEMANTIC_STAGE, SwinTransformer
@@ -94,13 +94,15 @@ R_SIZES = {size: SWIN_SIZES[size] for size in ("small", "base")}
 SWIN_ARGUMENTS = (SwinArguments, SwinSemanticArguments)
 FAMILIES = {
     "vit": Family(VisionTransformer, VIT_SIZES, (ViTArguments,), shared={"base_attention": "joint"}),
-    "stvit_vit": Family(VisionTransformer, VIT_SIZES, (ViTArguments, SemanticArguments), VIT_PRESETS),
+    "stvit_vit": Family(VisionTransformer, VIT_SIZES, (ViTArguments, ViTSemanticArguments), VIT_PRESETS),
     "swin": Family(SwinTransformer, SWIN_SIZES, (SwinArguments,)),
     "stvit_swin": Family(SwinTransformer, SWIN_SIZES, SWIN_ARGUMENTS, SWIN_PRESETS, SWIN_SEMANTIC),
     "stvit_r_swin": Family(SwinTransformer, R_SIZES, SWIN_ARGUMENTS, R_PRESETS, RELEASED_R),
 }
 # The value of these arguments in models and checkpoints that do not name them.
-IMPLIED_ARGUMENTS = {name: read_rules(SemanticArguments)[name].default for name in ("preset", "reducer")}
+IMPLIED_ARGUMENTS = {
+    name: read_rules(ViTSemanticArguments)[name].default for name in ("preset", "reducer", "streaming")
+}
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -114,7 +116,7 @@ def create_model(
 ) -> nn.Module:
     """Build a named model for clips (B, 3, num_frames, H, W); ``num_frames=1`` builds the image model.
 
-    Overrides are the fields of ``ViTArguments`` or ``SwinArguments`` and of ``SemanticArguments``. The result carries
+    Overrides are the fields of ``ViTArguments`` and ``ViTSemanticArguments``, or of those of a Swin. The result carries
     ``name`` and ``arguments``: ``create_model(model.name, **model.arguments)`` builds it again.
     Raises UsageError (a ValueError) for an unknown name, preset or override, or sizes that do not fit.
     """
@@ -154,7 +156,7 @@ def _check_overrides(name: str, prefix: str, overrides: Settings) -> None:
         raise ValueError(f"it has no semantic tokens, so {', '.join(foreign)} cannot apply; use stvit_{name}.")
     if unknown:
         raise ValueError(f"it takes no argument {unknown[0]!r}; known: {', '.join(known)}.{nearest(unknown[0], known)}")
-    preset, reducer = (overrides.get(key, default) for key, default in IMPLIED_ARGUMENTS.items())
+    preset, reducer, _ = (overrides.get(key, default) for key, default in IMPLIED_ARGUMENTS.items())
     if family.presets and preset not in list(family.presets):
         known_presets = f"choose one of {', '.join(family.presets)}.{nearest(str(preset), family.presets)}"
         raise ValueError(f"preset {preset!r} is unknown; {known_presets}")

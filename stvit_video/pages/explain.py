@@ -86,7 +86,7 @@ def explain(model: nn.Module, clip: Tensor, target: int | None = None, multi_lab
         found = Explanation(_array(probabilities(logits, multi_label)), target, _array(cam))
         if seen.assignment is not None and generators:
             found.assignment = _array(seen.assignment[0]).reshape(-1, *grid)
-            found.regions = generators[-1].pooling.regions
+            found.regions = getattr(model, "regions", generators[-1].pooling.regions)  # a ViT's, of the whole clip
             found.owners, total = found.assignment.argmax(axis=0), found.assignment.sum(axis=0)
             found.drawn = total / total.mean()
         if recovery:  # a group of image tokens attends to its own semantic tokens only

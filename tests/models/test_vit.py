@@ -38,6 +38,9 @@ VARIANTS = [
         ("stvit_vit_small_patch16", {"stgm_depth": 4, "first_residual": False, "frames_per_centre": 4}),
         ("stvit_vit_small_patch16", {"base_depth": 6}),
         ("stvit_vit_small_patch16", {"preset": "fast", "reducer": "mean"}),
+        ("stvit_vit_small_patch16", {"streaming": True}),
+        ("stvit_vit_small_patch16", {"streaming": True, "preset": "fast", "offsets": True}),
+        ("stvit_vit_small_patch16", {"streaming": True, "preset": "fast", "reducer": "mean"}),
     ]
 ]
 
@@ -133,13 +136,16 @@ def test_interface_of_the_engine(name: str, settings: dict) -> None:
         t, h, w = intermediates.grids[stage]
         assert tokens.shape == (2, t * h * w, SHRUNK["dim"])
     assert (intermediates.assignment is None) == name.startswith("vit")
+    reduced = model.token_counts()[1]
+    assert reduced is None or intermediates.tokens["semantic"].shape[1] == reduced
 
 
-def test_every_parameter_learns_and_grad_checkpointing_changes_nothing() -> None:
+@pytest.mark.parametrize("settings", [{}, {"streaming": True, "preset": "fast"}], ids=str)
+def test_every_parameter_learns_and_grad_checkpointing_changes_nothing(settings: dict) -> None:
     model = create_model(
-        "stvit_vit_small_patch16", num_frames=4, image_size=IMAGE, num_classes=10, **SHRUNK, offsets=True
+        "stvit_vit_small_patch16", num_frames=8, image_size=IMAGE, num_classes=10, **SHRUNK, offsets=True, **settings
     )
-    clip = torch.randn(2, 3, 4, IMAGE, IMAGE)
+    clip = torch.randn(2, 3, 8, IMAGE, IMAGE)
     gradients = []
     for enable in (False, True):
         model.set_grad_checkpointing(enable)

@@ -206,6 +206,14 @@ class SemanticTokenGenerator(Reducer):
         return context, torch.cat([images.new_full((s.shape[1],), math.log(merged)), images])
 
 
+def join_groups(assignment: Tensor, B: int) -> Tensor:
+    """Return the assignment (B, M, N) of clips whose groups have the assignments (B*groups, m, n).
+
+    Tokens of other groups are not read, so the shares of these are 0.
+    """
+    return torch.stack([torch.block_diag(*groups) for groups in assignment.unflatten(0, (B, -1))])
+
+
 def check_depths(depth: int, base_depth: int, stgm_depth: int, recover: bool = False) -> None:
     """Raise ValueError unless base, STGM and, if there is one, the recovery block fit into ``depth`` blocks."""
     most = depth - stgm_depth - recover
@@ -286,5 +294,4 @@ class WindowedTokenGenerator(SemanticTokenGenerator):
         weights = weights.mean(dim=1)[..., -index.shape[-1] :]
         full = weights.new_zeros(*weights.shape[:2], group_tokens)
         weights = self.reverse(1, full.scatter(2, index.expand_as(weights), weights), B)
-        weights = weights.reshape(B, self.regions[0], -1, group_tokens)
-        return torch.stack([torch.block_diag(*clip) for clip in weights])  # tokens of other groups are not read
+        return join_groups(weights.reshape(B * self.regions[0], -1, group_tokens), B)

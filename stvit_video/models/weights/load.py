@@ -36,6 +36,7 @@ from stvit_video.models.weights.resize import (
     tile_centres,
 )
 
+CENTRES = "stgm.global_centres"
 VIDEOMAE_GRID: Grid = (8, 14, 14)  # 16 frames of 224x224, the size of its published models
 
 
@@ -80,7 +81,8 @@ def load_pretrained(
         state = dict(converted.state)  # what is not used yet
         left_out = [state.pop(key) for key in target - wanted if key in state]
         _prepare_positions(state, converted, model, report, image)
-        positions = adapt_positions(state, model, report, image, antialias, report.arguments or config)
+        changed = separate_time(state, model, report)
+        positions = changed | adapt_positions(state, model, report, image, antialias, report.arguments or config)
         fitted = _fit_all(tensors, state, model, report, wanted, image, positions)
     except DAMAGE as error:
         raise misfit(name, layout.name, error) from error
@@ -204,6 +206,35 @@ def adapt_positions(
     return changed
 
 
+def separate_time(state: StateDict, model: nn.Module, report: LoadReport) -> dict[str, str]:
+    """Convert weights of a clip's generator and early positions in time to the streaming form, in place, if need be.
+
+    What all frames have in common stays where it was: the mean position in time goes to the positions in space, so that
+    an image model keeps its outputs. All groups share one set of global centres in the streaming form: the mean of
+    those that the file has. Return the status of the keys that change.
+    """
+    times, centres, positions = (state.get(key) for key in ("time_embed", CENTRES, "pos_embed"))
+    if not getattr(model, "streaming", False) or times is None or positions is None:
+        return {}
+    count: int = model.token_reducer.count  # type: ignore[assignment, union-attr]
+    several = times.shape[1] > 1 and centres is not None and centres.shape[1] > count
+    if report.arguments.get("streaming", False) or not (report.arguments or several):
+        return {}  # of the streaming form itself, or nothing says that it is not
+    mean = times.mean(dim=1, keepdim=True)
+    state["pos_embed"], state["time_embed"] = positions + mean, times - mean
+    changed = {"time_embed": "interpolated"}
+    if several and centres.shape[1] % count == 0:  # type: ignore[union-attr]
+        state[CENTRES] = centres.unflatten(1, (-1, count)).mean(dim=1)  # type: ignore[union-attr]
+        changed[CENTRES] = "interpolated"
+    if times.shape[1] > 1:
+        report.differ(
+            "its positions in time are added before the base and its generator reads the whole clip; in the streaming "
+            "form positions are added to the semantic tokens, and groups of frames share the mean of its global "
+            "centres; to compute as it does, set MODEL.STREAMING False"
+        )
+    return changed
+
+
 def _position_grid(
     state: StateDict, report: LoadReport, target: Grid, image: bool, known: dict[str, Any]
 ) -> Grid | None:
@@ -277,9 +308,11 @@ def _add_notes(report: LoadReport, converted: Converted, state: StateDict, model
         report.differ(why)
     known = report.arguments if report.layout == "stvit_video" else converted.needs
     needs: dict[str, Any] = {}
-    for key in ("fc_norm", "positions", "base_attention", "window_fit", "norm_eps"):
+    for key in ("fc_norm", "positions", "base_attention", "streaming", "window_fit", "norm_eps"):
         if key in known and hasattr(model, key) and getattr(model, key) != known[key]:
             needs[key] = known[key]
+    if not needs.get("streaming", True):  # ``separate_time`` has converted it
+        del needs["streaming"]
     stages: Any = getattr(model, "layers", ())
     if not any(side % size for side, size in _window_sides(stages)):
         needs.pop("window_fit", None)
