@@ -21,9 +21,10 @@ from stvit_video.data.failures import read_ledger
 from stvit_video.data.scan import cause
 from tests.conftest import REPOSITORY, numbered_frames, read_list
 
-# A decord that hangs or crashes on files of these names, and first writes down its process.
+# A decord that hangs or crashes on files of these names, and first says in its process's name that it is there: the
+# decoding process may write no files.
 STUB = """
-import os, sys, time
+import ctypes, os, sys, time
 sys.path.remove({folder!r})
 del sys.modules["decord"]
 import decord  # the real one
@@ -32,8 +33,7 @@ sys.path.insert(0, {folder!r})  # for the processes that this one starts
 class VideoReader(decord.VideoReader):
     def __init__(self, path, **rest):
         if path.endswith(("stuck.mp4", "crash.mp4")):
-            with open({folder!r} + "/process", "w") as file:
-                file.write(str(os.getpid()))
+            ctypes.CDLL(None).prctl(15, b"reading it", 0, 0, 0)
         while path.endswith("stuck.mp4"):
             time.sleep(1)
         if path.endswith("crash.mp4"):
@@ -198,6 +198,12 @@ def test_hangs_and_crashes_are_counted(root: Path, stub: Path, check: Callable[.
     assert sorted(lines[2:]) == ["        1  crashed the decoder", "        1  took too long"]
 
 
+def find_readers(process: int) -> list[str]:
+    """Return the children of a process in which the stub reads a file."""
+    lists = [path.read_text() for path in Path("/proc", str(process), "task").glob("*/children")]
+    return [child for child in " ".join(lists).split() if Path("/proc", child, "comm").read_text() == "reading it\n"]
+
+
 def test_ctrl_c_ends_at_once_and_writes_nothing(root: Path, stub: Path, tmp_path: Path) -> None:
     (root / "stuck.mp4").write_bytes((root / "good.mp4").read_bytes())
     (root / "list.txt").write_text("stuck.mp4 0\n" + "good.mp4 0\n")
@@ -206,7 +212,7 @@ def test_ctrl_c_ends_at_once_and_writes_nothing(root: Path, stub: Path, tmp_path
     env = {**os.environ, "PYTHONPATH": f"{stub}{os.pathsep}{REPOSITORY}"}
     scan = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for _ in range(1200):
-        if (stub / "process").is_file() and (stub / "process").read_text():
+        if readers := find_readers(scan.pid):
             break
         assert scan.poll() is None
         time.sleep(0.05)
@@ -217,7 +223,7 @@ def test_ctrl_c_ends_at_once_and_writes_nothing(root: Path, stub: Path, tmp_path
     assert not (tmp_path / "clean.txt").exists()
     assert not (tmp_path / "failures.csv").exists()
     for _ in range(100):
-        if not Path("/proc", (stub / "process").read_text()).exists():
+        if not Path("/proc", readers[0]).exists():
             return
         time.sleep(0.05)
     pytest.fail("a decoding process is left behind")

@@ -180,7 +180,9 @@ def kept_environment() -> dict[str, str]:
     kept = {
         name: value for name, value in os.environ.items() if name in KEPT_VARIABLES or name.startswith(KEPT_PREFIXES)
     }
-    return {**kept, "PATH": ""}  # it starts no programs: ``ctypes``, for one, would look for libraries by a compiler
+    # It starts no programs: ``ctypes``, for one, would look for libraries by a compiler. And torch, which a sampler may
+    # import, makes a folder of that name as it is imported: one that is there.
+    return {**kept, "PATH": "", "TORCHINDUCTOR_CACHE_DIR": os.sep}
 
 
 def _end(

@@ -47,6 +47,8 @@ def parse_metadata(header: Mapping[str, Any], source: str) -> dict[str, Any]:
     try:
         values = {key: parse_json(value) for key, value in texts.items()}
     except ValueError as error:
+        if name not in list_models():
+            return {}
         raise UsageError(f"{source}: its metadata cannot be read ({error}); save its weights again.") from error
     kinds: dict[str, Any] = {"arguments": dict, "classes": list, "multi_label": bool, "weights": dict}
     for key, kind in kinds.items():
@@ -198,6 +200,8 @@ def check_archive(file: IO[bytes], size: int) -> None:
         return
     try:
         with zipfile.ZipFile(file) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                return  # TorchScript, which torch refuses before it unpacks anything
             unpacked = sum(entry.file_size for entry in archive.infolist())
     except zipfile.BadZipFile as error:
         raise ValueError(str(error)) from error
