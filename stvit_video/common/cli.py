@@ -6,11 +6,13 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from math import inf
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO, cast
 
 from stvit_video.common.errors import FILESYSTEM_ERRORS, RunFailure, Stopped, UsageError, describe_shortage, nearest
+from stvit_video.common.text import PrintableStream, printable
 
 PROGRAM = "stvit-video"  # the console command, which has every other command as a subcommand
 EXIT_STOPPED = 75  # EX_TEMPFAIL: the same command continues
@@ -104,8 +106,23 @@ def run_command(
     on stderr; ``again`` says what the same command does next time. Ctrl-C gives ``stopped_code`` and the line
     ``stopped``. Output that no one reads any longer, as with ``| head``, ends the command without a word, with
     EXIT_NO_READER. Other errors are raised: they are bugs, so their traceback is kept, and the exit code is 1.
+    Names of files and classes that the command prints cannot move the cursor or clear the screen (PrintableStream).
     """
-    goes_on = f"; {again}" if again else ""
+    with ExitStack() as stack:
+        for redirect, stream in ((redirect_stdout, sys.stdout), (redirect_stderr, sys.stderr)):
+            if stream is not None and not isinstance(stream, PrintableStream):
+                stack.enter_context(redirect(cast(TextIO, PrintableStream(stream))))
+        return _run(command, arguments, stopped, stopped_code, f"; {again}" if again else "")
+
+
+def _run(
+    command: Callable[[Sequence[str] | None], int],
+    arguments: Sequence[str] | None,
+    stopped: str,
+    stopped_code: int,
+    goes_on: str,
+) -> int:
+    """Call ``command`` as ``run_command`` says; ``goes_on`` ends the line of an error after which it can go on."""
     try:
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # of the package's beginning
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -134,16 +151,17 @@ def run_command(
         what = f"{error.filename or 'a file of the run'} cannot be written or read ({error.strerror})"
         code, line = 2, f"error: {what}; free space, set its permissions or choose another folder{goes_on}."
     except KeyboardInterrupt:
-        code, line = stopped_code, f"\n{stopped}"
+        _say("")  # after the ^C that a terminal shows
+        code, line = stopped_code, stopped
     _say(line)
     return code
 
 
 def _say(line: str) -> None:
-    """Print a line on stderr, where there is one."""
+    """Print a line on stderr, where there is one; ends of lines in it are escaped, so that it stays one."""
     if sys.stderr is not None:
         try:
-            print(as_called(line), file=sys.stderr, flush=True)
+            print(printable(as_called(line)), file=sys.stderr, flush=True)
         except OSError:
             _drop(sys.stderr)
 

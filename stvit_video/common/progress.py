@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager
 
 from tqdm import tqdm
 
+from stvit_video.common.text import printable
+
 PLAIN_LINE_SECONDS = 10.0
 WIDE = 100  # terminal columns needed for a bar beside the figures
 
@@ -15,6 +17,7 @@ class Progress(AbstractContextManager["Progress"]):
     """A progress bar on a terminal; elsewhere a line every PLAIN_LINE_SECONDS. Silent unless ``enabled``."""
 
     def __init__(self, title: str, total: int, done: int = 0, *, enabled: bool = True) -> None:
+        title = printable(title)
         self.title, self.total, self.done, self.first = title, total, done, done
         self.started = self.last_line = time.monotonic()
         on_terminal = sys.stderr.isatty()
@@ -30,6 +33,7 @@ class Progress(AbstractContextManager["Progress"]):
     def advance(self, text: str = "") -> None:
         """Count one more step; ``text`` is shown beside the count."""
         self.done += 1
+        text = printable(text)
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
         now = time.monotonic()

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from tabulate import tabulate
 
+from stvit_video.common.text import printable
+
 WIDTH = 100  # of a plain table, in columns
 GAP = 2  # between its columns, as tabulate has it
 LEAST = 12  # columns of a name that is shortened
@@ -22,7 +24,7 @@ def format_table(
     numbers first. A plain table takes up to WIDTH columns: names in the ``left`` columns are wrapped or, where one word
     is too long, shortened in the middle; further columns that find no room follow below, behind the first again.
     """
-    cells = [list(map(str, row)) for row in rows]
+    cells = [list(map(printable, row)) for row in rows]
     if style != "plain":
         align = ["left"] * left + ["right"] * (len(headers) - left)
         return tabulate(cells, list(headers), tablefmt=style, colalign=align if cells else None, disable_numparse=True)

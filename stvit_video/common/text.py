@@ -1,6 +1,7 @@
 """Text of unknown origin, such as file names, class names and logs, where it is shown or becomes part of something."""
 
 import re
+from typing import Any, TextIO
 
 # Control characters, which move a terminal's cursor or end a line, those that reverse the direction of what follows,
 # and the surrogates that stand for bytes of names that are not UTF-8.
@@ -10,3 +11,25 @@ UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2
 def printable(text: object, kept: str = "") -> str:
     """Return ``text`` with each character that a terminal might obey as its escape; those ``kept`` stay."""
     return UNPRINTABLE.sub(lambda found: found[0] if found[0] in kept else repr(found[0])[1:-1], str(text))
+
+
+class PrintableStream:
+    """A text stream that writes each character that a terminal might obey, or that it cannot encode, as its escape.
+
+    Lines and tabs stay, and so does a carriage return at either end of what is written, which a progress bar needs.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        inner = text.strip("\r")
+        encoding = self.stream.encoding or "utf-8"  # none of a stream in memory
+        safe = printable(inner, "\n\t").encode(encoding, "backslashreplace").decode(encoding)
+        if inner:
+            safe = "\r" * text.startswith("\r") + safe + "\r" * text.endswith("\r")
+        self.stream.write(safe or text)
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)

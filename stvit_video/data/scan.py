@@ -12,6 +12,7 @@ from pathlib import Path
 from stvit_video.common.errors import UsageError
 from stvit_video.common.files import prepare_folder, write_atomically
 from stvit_video.common.progress import Progress
+from stvit_video.common.text import printable
 from stvit_video.data.clips.sections import within
 from stvit_video.data.decode.frames import Decoding
 from stvit_video.data.decode.types import Choice, DecodeError
@@ -113,4 +114,4 @@ def check_list(
     if failed:
         print(f"{len(failed):,} cannot: {ledger}")
         counts = Counter(cause(errors[name]) for name in failed)
-        print("\n".join(f"{count:>9,}  {name}" for name, count in counts.most_common()))
+        print("\n".join(f"{count:>9,}  {printable(name)}" for name, count in counts.most_common()))

@@ -15,6 +15,7 @@ from stvit_video.common.errors import UsageError
 from stvit_video.common.files import prepare_folder, write_atomically, write_json
 from stvit_video.common.progress import Progress, clock
 from stvit_video.common.tables import to_csv
+from stvit_video.common.text import printable
 from stvit_video.data.decode.types import DecodeError
 from stvit_video.data.streams import STDIN, find_sources, spooled_stdin, stdin_is_file
 from stvit_video.inference.annotate import Copies
@@ -129,7 +130,9 @@ def describe_result(result: Prediction, top: int) -> str:
     found = describe_top(result.top(top)) if result.error is None else f"error: {result.error}"
     timeline = [window for window in result.windows if window.span is not None]
     stretches = [list(same) for _, same in groupby(timeline, key=lambda w: (w.segment, int(w.scores.argmax())))]
-    return "\n".join([f"{result.path}: {found}", *(describe_windows(result, part, min(top, 2)) for part in stretches)])
+    return "\n".join(
+        [f"{printable(result.path)}: {found}", *(describe_windows(result, part, min(top, 2)) for part in stretches)]
+    )
 
 
 def describe_windows(result: Prediction, windows: Sequence[Window], top: int) -> str:
@@ -153,7 +156,7 @@ def describe_short(results: Sequence[Prediction], predictor: Predictor) -> str:
 
 def describe_top(top: Sequence[tuple[str, float]]) -> str:
     """Return classes with their probabilities in percent."""
-    return ", ".join(f"{name} {100 * score:.1f} %" for name, score in top)
+    return ", ".join(f"{printable(name)} {100 * score:.1f} %" for name, score in top)
 
 
 def summarise(results: Sequence[Prediction], seconds: float, annotating: float) -> str:

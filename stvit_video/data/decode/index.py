@@ -21,6 +21,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from stvit_video.common.files import whole_file
+from stvit_video.common.text import printable
 from stvit_video.data.decode.av_file import AV_ERRORS, NOT_DECODED, NOT_OPENED, Clock, Survey, frame_rate, open_av
 from stvit_video.data.decode.packets import EXACT_CONTAINERS, prove
 from stvit_video.data.decode.types import DecodeError, Times, decode_errors, reason
@@ -171,7 +172,7 @@ class IndexCache:
                 return
             except OSError:
                 pass
-        print(f"note: {text}", file=sys.stderr, flush=True)
+        print(f"note: {printable(text)}", file=sys.stderr, flush=True)
 
     def _file(self, path: str) -> Path:
         assert self.folder is not None
