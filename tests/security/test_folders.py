@@ -1,7 +1,10 @@
 """Folders in which another user has put links, or which hold very many files."""
 
+import json
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from stvit_video.common.locks import Lock
 from stvit_video.inference.annotate import Copies
 from stvit_video.inference.predictor import Prediction
 from stvit_video.runs.folder import RESULT_FILES, TRAINING_FILES
+from tests.conftest import REPOSITORY, numbered_frames
 
 
 @pytest.fixture
@@ -99,3 +103,34 @@ def test_equal_names_are_numbered_in_one_pass(tmp_path: Path, monkeypatch: pytes
     assert copies.missing == 1002
     assert copies.used.keys() == {"a", *(f"a-{i}" for i in range(2, 1003))}
     assert len(looks) < 3000
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("before", "code"),
+    [
+        ("umask 077", 0),
+        ("unset HOME", 0),
+        ("export HOME=/proc", 0),  # nothing can be written there
+        ("export TMPDIR=/nonexistent", 0),
+        ("export LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0", 0),
+        ("export PYTHONIOENCODING=ascii", 0),
+        ("ulimit -n 16", 0),
+        ("ulimit -n 10", 1),
+        ("ulimit -v 1000000", 1),
+    ],
+)
+def test_a_command_in_odd_surroundings(
+    before: str, code: int, trained: Path, write_clip: Callable[..., Path], tmp_path: Path
+) -> None:
+    clip = write_clip(numbered_frames(20), "größe 走.mp4")
+    line = f'{before}; exec "$@"'
+    words = ["-m", "stvit_video.predict", "--checkpoint", str(trained), str(clip), "--output", str(tmp_path / "o.json")]
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        ["bash", "-c", line, "-", sys.executable, *words], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stderr
+    assert done.stderr.count("\n") == code
+    if code == 0:
+        assert json.loads((tmp_path / "o.json").read_text("utf-8"))[0]["path"] == str(clip)
