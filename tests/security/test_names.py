@@ -1,16 +1,23 @@
 """Names of files, classes and runs that would be commands of a terminal, a page or a table."""
 
+import base64
 import io
+import json
+import os
 import sys
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from stvit_video.common.cli import run_command
 from stvit_video.common.errors import RunFailure, UsageError
 from stvit_video.common.tables import format_table
+from stvit_video.data.sample import write_video
 from stvit_video.predict import main as predict
+from stvit_video.report import main as report
 
 CLEAR = "\x1b[2J\x9b31m\x07\u202e\udcff\r\x00"
 
@@ -43,3 +50,80 @@ def test_a_missing_file_is_named_in_one_line(tmp_path: Path, capsys: pytest.Capt
 
 def test_a_cell_of_a_table_is_one_line() -> None:
     assert format_table(["name", "n"], [["a\x1b[2J\nb | 99", 1]]).splitlines()[1:] == [r"a\x1b[2J\nb | 99  1"]
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    """A run whose files say that the user's video was tested."""
+    (tmp_path / "private").mkdir()
+    write_video(tmp_path / "private" / "a.mp4", np.zeros((4, 32, 32, 3), np.uint8), Fraction(10))
+    folder = tmp_path / "downloads" / "run"
+    folder.mkdir(parents=True)
+    results = {"top1": 50.0, "views": {"clips": 1, "crops": 1}, "videos": 2, "scored": 2, "model": "m"}
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "config.yaml").write_text(f"DATA: {{ROOT: {tmp_path / 'private'}}}\n")
+    row = f"{tmp_path / 'private' / 'a.mp4'},a,b,0.9,0.1\n"
+    (folder / "predictions.csv").write_text(f"path,label,predicted,probability,label_probability\n{row}")
+    return folder
+
+
+def frames_shown(folder: Path, *options: str) -> int:
+    page = folder.parent / "page.html"
+    assert report([str(folder), "--output", str(page), *options]) == 0
+    return page.read_text().count("data:image/webp")
+
+
+def test_frames_of_a_foreign_run_come_from_its_root_only(
+    foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert frames_shown(foreign) == 3
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    assert frames_shown(foreign) == 0, "another's run"
+    assert "--videos FOLDER" in capsys.readouterr().out
+    assert frames_shown(foreign, "--videos", str(tmp_path / "private")) == 3
+    monkeypatch.undo()
+    monkeypatch.setenv("HOME", str(tmp_path / "private" / "home"))
+    for root in ("/", str(tmp_path / "private"), str(tmp_path / "downloads")):
+        (foreign / "config.yaml").write_text(f"DATA: {{ROOT: {root}}}\n")
+        assert frames_shown(foreign) == 0, root
+    (tmp_path / "downloads" / "a.mp4").symlink_to(tmp_path / "private" / "a.mp4")
+    (foreign / "predictions.csv").write_text((foreign / "predictions.csv").read_text().replace("private", "downloads"))
+    assert frames_shown(foreign) == 0, "a link out of the root"
+
+
+def test_a_link_in_place_of_a_picture_shows_no_content(foreign: Path) -> None:
+    secret = foreign.parent / "id_rsa"
+    secret.write_bytes(b"PRIVATE KEY" * 99)
+    (foreign / "confusion.png").symlink_to(secret)
+    (foreign / "predictions.csv").unlink()
+    frames_shown(foreign)
+    assert base64.b64encode(b"PRIVATE KEY" * 9)[:60].decode() not in (foreign.parent / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("results.json", '{"top1": 50, "views": 3}'),
+        ("results.json", '{"top1": 50, "views": {"clips": "x"}}'),
+        ("results.json", '{"top1": 50, "gflops_per_video": "x"}'),
+        ("results.json", '{"top1": 50, "parameters": [], "scored": {}}'),
+        ("results.json", '{"top1": 50, "top5": {}}'),
+        ("results.json", "\udcff"),
+        ("failures.csv", "what\n1\n"),
+        ("metrics.jsonl", "3\n"),
+        ("metrics.jsonl", '{"split": "train", "epoch": "x", "step": [], "loss": {}}\n'),
+        ("environment.json", '{"git": 3, "gpus": 5, "command": 7}'),
+        ("config.yaml", "DATA: 3\n"),
+        ("config.yaml", "DATA: {ROOT: 3}\n"),
+        ("predictions.csv", "path,label,predicted,probability,label_probability\na,b,c\n"),
+        ("predictions.csv", 'path,label\n"' + "x" * 200_000),
+        ("per_class.csv", "class,videos,correct\na,x,1\n"),
+    ],
+)
+def test_a_run_of_nonsense_is_refused_in_one_line(
+    name: str, content: str, foreign: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (foreign / name).write_bytes(content.encode("utf-8", "surrogateescape"))
+    code = report([str(foreign), "--output", str(foreign.parent / "page.html")])
+    said = capsys.readouterr().err
+    assert (code, said.count("\n"), said[:7]) == (2, 1, "error: ")
