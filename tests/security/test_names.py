@@ -1,6 +1,7 @@
 """Names of files, classes and runs that would be commands of a terminal, a page or a table."""
 
 import base64
+import csv
 import io
 import json
 import os
@@ -8,16 +9,20 @@ import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
+from stvit_video.common.charts import Point, image_of_points, png_of_confusion, png_of_precision, svg_of_curves
 from stvit_video.common.cli import run_command
 from stvit_video.common.errors import RunFailure, UsageError
 from stvit_video.common.tables import format_table
+from stvit_video.data.failures import Failure, failures_csv
 from stvit_video.data.sample import write_video
 from stvit_video.predict import main as predict
 from stvit_video.report import main as report
+from tests.pages.browser import dump, probed
 
 CLEAR = "\x1b[2J\x9b31m\x07\u202e\udcff\r\x00"
 
@@ -127,3 +132,55 @@ def test_a_run_of_nonsense_is_refused_in_one_line(
     code = report([str(foreign), "--output", str(foreign.parent / "page.html")])
     said = capsys.readouterr().err
     assert (code, said.count("\n"), said[:7]) == (2, 1, "error: ")
+
+
+HOSTILE = (
+    "<script>window.hit=1</script>",
+    "</title><script>window.hit=1</script>",
+    "</style></table><img src=x onerror=window.hit=1>",
+    '" onmouseover="window.hit=1" autofocus onfocus="window.hit=1',
+    "'><svg onload=window.hit=1>",
+    "javascript:window.hit=1",
+    "{{ 7 * 191 }}${7 * 191}",
+    "$\\frac{$ $x_1$",
+    "<!--<script>",
+    "caf\udce9\x1b[2J\u202e",
+)
+
+
+@pytest.mark.browser
+def test_names_run_no_script_in_a_page(foreign: Path) -> None:
+    folder = foreign.rename(foreign.with_name("<img src=x onerror=hit=1>'\" onload=hit=1"))
+    rows = [[name, name, HOSTILE[i - 1], "0.9", "0.1"] for i, name in enumerate(HOSTILE)]
+    with open(folder / "predictions.csv", "w", newline="", errors="surrogateescape") as file:
+        csv.writer(file).writerows([["path", "label", "predicted", "probability", "label_probability"], *rows])
+    failed = [Failure(name, name, name, name, name) for name in HOSTILE]
+    (folder / "failures.csv").write_bytes(failures_csv(failed))
+    words = {"command": HOSTILE[:-1], "gpus": HOSTILE[:-1], "git": {"commit": "<svg onload=hit=1>"}}
+    (folder / "environment.json").write_text(json.dumps(words))
+    page = folder.parent / "page.html"
+    assert report([str(folder), "--output", str(page)]) == 0
+    script = """note("hit", Number("hit" in window)); note("rows", document.querySelectorAll("figcaption").length);
+        document.querySelectorAll("*").forEach((one) => one.dispatchEvent(new Event("mouseover")));
+        note("hit", Number("hit" in window)); note("scripts", document.body.querySelectorAll("script, svg").length);"""
+    dom = dump(page, script)
+    assert [probed(dom, name) for name in ("hit", "rows", "scripts")] == [0, len(HOSTILE), 0]
+    assert "1337" not in dom
+    # What is not escaped, by a mistake to come, does not run either.
+    tag = "<script>window.hit=1</script><img src=x onerror=window.hit=1><b onmouseover=window.hit=1></b>"
+    page.write_text(page.read_text().replace("<main>", f"<main>{tag}", 1))
+    assert probed(dump(page, script), "hit") == 0
+    page.write_text(page.read_text().replace("Content-Security-Policy", "None", 1))
+    assert probed(dump(page, script), "hit") == 1, "the test would not see it"
+
+
+@pytest.mark.parametrize("name", HOSTILE[-3:])
+def test_names_in_pictures_are_plain_text(name: str) -> None:
+    rows = [{"split": split, "epoch": 1.0, "step": 1, "loss": 1.0} for split in ("train", "val")]
+    svg = svg_of_curves({name: rows, "b": rows}, "loss", name)
+    assert svg is not None
+    ElementTree.fromstring(svg)
+    assert b"<script>" not in svg
+    assert png_of_confusion(np.eye(2, dtype=int), [name, "b"], name)
+    assert png_of_precision([1.0, 2.0], [name, "b"], name)
+    assert image_of_points([Point(name, 1, 1, kind=name), Point("b", 2, 2)], name, name, name)
