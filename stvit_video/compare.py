@@ -32,16 +32,18 @@ def compare(arguments: Sequence[str] | None) -> int:
     from stvit_video.common.accuracy import ACCURACIES
     from stvit_video.common.charts import plot_comparison
     from stvit_video.evaluation.significance import describe_comparison
-    from stvit_video.runs.record import RunRecord, describe_steps, name_runs, read_curves
+    from stvit_video.runs.record import RunRecord, describe_steps, name_runs, read_curves, readable
 
     tested, curves, kinds, notes, without = [], {}, {}, [], []  # kinds: a run of each kind of accuracy
     for path, name in zip(options.runs, name_runs(options.runs), strict=True):
         has_results = (path / "results.json").is_file()
         if has_results:
-            tested.append(RunRecord(path, name))
+            with readable([path]):
+                tested.append(RunRecord(path, name))
             kinds[tested[-1].accuracy_key] = name
         try:
-            key, curves[name] = read_curves(path, options.window)
+            with readable([path]):
+                key, curves[name] = read_curves(path, options.window)
             kinds[key] = name
         except UsageError:
             if not has_results:

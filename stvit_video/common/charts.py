@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from stvit_video.common.accuracy import ACCURACIES, accuracy_key
 from stvit_video.common.files import whole_file, write_atomically
+from stvit_video.common.text import printable
 
 matplotlib.use("Agg")
 warnings.filterwarnings("ignore", "Glyph .* missing from font")  # one for each letter of other scripts, shown as boxes
@@ -103,7 +104,7 @@ def svg_of_curves(metrics: Mapping[str, list[dict[str, Any]]], value: str, label
     _set_title(figure, label)
     handles = _split_legend()
     if len(metrics) > 1:
-        handles = [Line2D([], [], linewidth=2.2, label=run, **run_style(i)) for i, run in enumerate(metrics)]
+        handles = [Line2D([], [], linewidth=2.2, label=printable(run), **run_style(i)) for i, run in enumerate(metrics)]
         handles.append(Line2D([], [], color="#777777", linewidth=1, label="thin: training"))
     columns = 3 if max(map(len, metrics)) <= 20 else 1
     figure.legend(handles=handles, **{**BELOW, "ncols": columns})
@@ -130,7 +131,7 @@ def plot_comparison(curves: Mapping[str, Mapping[str, Points]], target: float, p
             highest = " ends highest" if len(ends) > 1 == list(ends.values()).count(ends[best]) else ""
             _set_title(figure, f"{best}{highest} in {SPLIT_NAMES[split]}: {label[:-4]} {ends[best]:.1f} %")
             break
-    handles = [Line2D([], [], marker="o", label=run, **run_style(i)) for i, run in enumerate(curves)]
+    handles = [Line2D([], [], marker="o", label=printable(run), **run_style(i)) for i, run in enumerate(curves)]
     figure.legend(handles=handles, **{**BELOW, "ncols": columns})
     with whole_file(path, path.suffix) as temporary:
         figure.savefig(temporary, dpi=120)
@@ -155,8 +156,7 @@ def _split_legend() -> list[Line2D]:
 
 def _set_title(figure: Figure, text: str) -> None:
     """Write what a picture shows above it, from its left edge, in as many lines as it takes."""
-    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # names of files need not be UTF-8
-    lines = textwrap.wrap(text, int(9.5 * figure.get_figwidth()))
+    lines = textwrap.wrap(printable(text, "\n"), int(9.5 * figure.get_figwidth()))
     figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=12, fontweight="bold")
 
 
@@ -175,7 +175,7 @@ def png_of_confusion(counts: ArrayLike, classes: Sequence[str], run: str) -> byt
     """
     counts = np.asarray(counts)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    names = [one if len(one) <= MAX_NAME else f"{one[: MAX_NAME - 1]}…" for one in classes]
+    names = [one if len(one) <= MAX_NAME else f"{one[: MAX_NAME - 1]}…" for one in map(printable, classes)]
     count, total = len(classes), counts.sum()
     named = count <= MAX_NAMED_CLASSES
     side = min(8.0, 4 + 0.5 * count)
@@ -233,7 +233,7 @@ def png_of_precision(values: Sequence[float], classes: Sequence[str], run: str) 
     bars = axes.barh(range(len(order)), np.nan_to_num(lengths), height=0.7 if named else 1.0, color=COLOURS[0])
     axes.set_yticks([])
     if named:
-        axes.set_yticks(range(len(order)), [classes[i] for i in order], fontsize=9)
+        axes.set_yticks(range(len(order)), [printable(classes[i]) for i in order], fontsize=9)
         texts = ["no positive" if math.isnan(value) else f"{value:.1f}" for value in lengths]
         axes.bar_label(bars, texts, padding=3, fontsize=9, bbox=ON_LINE)
     without = int(np.isnan(lengths).sum())
@@ -316,20 +316,22 @@ def image_of_points(
         errors = {f"{axis}err": [[at - ends[0]], [ends[1] - at]] for axis, (at, ends) in bars.items() if ends}
         style: dict[str, Any] = {"fmt": point.marker, "markersize": point.size, "color": point.colour, **errors}
         legend[point.kind] = axes.errorbar(point.x, point.y, capsize=3, elinewidth=1, zorder=3, **style)
-    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.set(xlabel=printable(x_label), ylabel=printable(y_label))
     axes.xaxis.set_major_locator(MaxNLocator(7))
     axes.margins(0.15)  # room for the names
     axes.grid(alpha=0.25)
     _set_title(figure, title)
     legend.pop("", None)
     if legend:
-        figure.legend(legend.values(), legend.keys(), **{**BELOW, "ncols": len(legend)})
+        figure.legend(legend.values(), map(printable, legend), **{**BELOW, "ncols": len(legend)})
     figure.draw_without_rendering()  # the layout is fixed here, before names are placed in it
     figure.set_layout_engine("none")
     texts, taken = [], []
     box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
     for point in points:
-        texts.append(axes.text(point.x, point.y, point.name, fontsize=9 if len(points) <= 6 else 7.5, bbox=box))
+        texts.append(
+            axes.text(point.x, point.y, printable(point.name), fontsize=9 if len(points) <= 6 else 7.5, bbox=box)
+        )
         (left, right), (low, high) = point.x_range or (point.x, point.x), point.y_range or (point.y, point.y)
         drawn = Bbox([(left, low), (right, high)]).transformed(axes.transData).padded(8)
         taken.append(drawn.transformed(axes.transData.inverted()))

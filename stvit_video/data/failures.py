@@ -46,7 +46,7 @@ def read_ledger(path: str | Path) -> list[Failure]:
     if not Path(path).is_file():
         return []
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-        return [Failure(**row) for row in csv.DictReader(file)]
+        return [Failure(*(row[column.name] or "" for column in fields(Failure))) for row in csv.DictReader(file)]
 
 
 def check_failures(failures: int, total: int, most: float, what: str) -> None:

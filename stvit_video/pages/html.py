@@ -1,6 +1,7 @@
 """Self-contained HTML pages: pictures and data are part of the file, so it works from a disk without a network."""
 
 import base64
+import secrets
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,11 @@ TEMPLATES = Path(__file__).with_name("templates")
 
 
 def render(template: str, **values: Any) -> str:
-    """Return a page from ``templates/``; text in ``values`` is escaped, so a name cannot become a tag."""
+    """Return a page from ``templates/``; text in ``values`` is escaped, so a name cannot become a tag.
+
+    Were it to, the browser runs no script but the page's own, which has the ``nonce``, and loads nothing from
+    elsewhere.
+    """
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -25,7 +30,9 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
-    return printable(environment.get_template(template).render(version=__version__, **values))
+    return printable(
+        environment.get_template(template).render(version=__version__, nonce=secrets.token_hex(16), **values)
+    )
 
 
 def data_uri(content: bytes, kind: str) -> str:

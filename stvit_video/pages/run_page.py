@@ -103,7 +103,13 @@ def headline(runs: Sequence[RunRecord]) -> str:
 
 def list_notes(runs: Sequence[RunRecord]) -> list[str]:
     """Return what a reader of the table must know: unequal tests, videos that were not read, missing figures."""
-    return [*find_warnings(runs), *(line for run in runs for line in run.absent)]
+    withheld = [
+        f"{run.name} shows no frames: its folder is not yours, or its DATA.ROOT {run.root} is a whole disk or home; "
+        f"--videos FOLDER allows those below a folder."
+        for run in runs
+        if not run.roots and run.mistakes()
+    ]
+    return [*find_warnings(runs), *(line for run in runs for line in run.absent), *withheld]
 
 
 def _figure_rows(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
@@ -162,7 +168,12 @@ def _confusion(run: RunRecord) -> dict[str, Any] | None:
         file = run.path / "confusion.png"
         if not file.is_file():
             return None
-        return {"picture": data_uri(file.read_bytes(), "image/png"), "names": None, "pairs": []}
+        try:  # decoded, so that a link to a file that is no picture puts nothing on the page
+            decoding = Decoding("pyav", DEADLINE_S)
+            (picture,) = decoding.read(decoding.request(str(file), partial(ClipSampler("uniform", 1), clips=1)))
+        except DecodeError:
+            return None
+        return {"picture": picture_uri(picture, sharp=True), "names": None, "pairs": []}
     names = [one.name for one in run.classes]
     names += sorted({name for pair in counts for name in pair} - set(names))
     matrix = np.array([[counts[label, predicted] for predicted in names] for label in names])
@@ -180,12 +191,13 @@ def _mistake_rows(run: RunRecord, mistakes: Sequence[ScoredVideo]) -> list[dict[
     """Return each mistake with three frames of its video, or the reason why there are none."""
     decoding = Decoding("pyav", DEADLINE_S, THUMBNAIL)
     choice = partial(ClipSampler("uniform", 3), clips=1)
+    places = " or ".join(map(str, dict.fromkeys(run.roots[:1]))) or "a folder that --videos names"
     rows = []
     for mistake in mistakes:
         path, section = parse_name(mistake.path)
         video = run.find_video(path)
         frames = []
-        reason = "The video is not where it was when it was tested."
+        reason = f"The video is not where it was when it was tested, or not below {places}."
         if video is not None:
             try:
                 found = decoding.read(decoding.request(str(video), within(choice, section, path)))

@@ -4,8 +4,10 @@ import csv
 import itertools
 import json
 import math
+import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,13 +51,30 @@ class ClassScore(NamedTuple):
     accuracy: float  # top-1 or average precision in percent; NaN where the class has no video
 
 
+@contextmanager
+def readable(paths: Sequence[Path]) -> Iterator[None]:
+    """Turn an error over values of the wrong kind in the files of runs, which others may have written, to UsageError.
+
+    The files are JSON and CSV of many shapes, and each value is used in one place only, so that is where it shows.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, csv.Error) as error:
+        which = f"RUN {paths[0]} holds" if len(paths) == 1 else "One of the RUNs holds"
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise UsageError(f"{which} files that no run has written ({what}); test the run again.") from error
+
+
 class RunRecord:
     """A run, read from its folder. What the folder does not have is empty or None, and ``absent`` says so.
 
+    Frames are shown of videos below ``videos``, by default below DATA.ROOT where the folder is the user's own.
     Raises UsageError where the folder is not a run's, has no results yet, or files are damaged.
     """
 
-    def __init__(self, path: Path, name: str | None = None) -> None:
+    def __init__(self, path: Path, name: str | None = None, videos: Path | None = None) -> None:
         folder = RunFolder(path)
         if not folder.results.is_file():
             problem = "has no results.json" if path.is_dir() else "is not a folder"
@@ -73,7 +92,8 @@ class RunRecord:
         self.config = _read_mapping(path / "config.yaml", parse_yaml)
         data = self.config.get("DATA") or {}
         self.test_list = data.get("TEST_LIST")
-        self.root = Path(data.get("ROOT") or ".")
+        self.root = videos or Path(data.get("ROOT") or ".")
+        self.is_trusted = videos is not None
         self.environment = _read_mapping(path / "environment.json", json.loads)
         rows = read_metrics(path / "metrics.jsonl")
         self.metrics = [row for row in rows if {"split", "epoch", "step"} <= row.keys()]
@@ -135,11 +155,31 @@ class RunRecord:
         wrong = (row for row in self.predictions if not row.is_right)
         return sorted(wrong, key=lambda row: -row.probability)
 
+    @cached_property
+    def roots(self) -> list[Path]:
+        """The folders below which videos may be shown; none where the run's own word for them is not enough.
+
+        The run may be another's, with any path in its files: its DATA.ROOT counts where its folder belongs to the user,
+        and as long as it is not the whole disk or the home folder.
+        """
+        if self.is_trusted:
+            return [self.root.resolve()]
+        if self.path.stat().st_uid != os.geteuid():
+            return []
+        wide = [Path.home().resolve(), *Path.home().resolve().parents]
+        return [root for base in self._bases() if (root := (base / self.root).resolve()) not in wide]
+
+    def _bases(self) -> list[Path]:
+        return [Path(), *self.path.resolve().parents]
+
     def find_video(self, path: str) -> Path | None:
-        """Return the path of a tested video: as it was given, below DATA.ROOT, or relative to a parent of the run."""
-        bases = [Path(), *self.path.resolve().parents]
-        candidates = (base / place for base in bases for place in (path, self.root / path))
-        return next((file for file in candidates if file.exists()), None)
+        """Return the path of a tested video, as it was given or below DATA.ROOT, relative to a parent of the run too.
+
+        None where it is gone, or leads, also by links, out of ``roots``.
+        """
+        candidates = ((base / place).resolve() for base in self._bases() for place in (path, self.root / path))
+        allowed = (file for file in candidates if any(map(file.is_relative_to, self.roots)))
+        return next((file for file in allowed if file.exists()), None) if "\0" not in path else None
 
 
 def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def start(page: Path, *options: str, fragment: str = "", size: tuple[int, int] =
 def dump(page: Path, script: str = "", **options: object) -> str:
     """Return the page after its own script, and then ``script``, have run."""
     copy = page.with_name("probe.html")
-    probe = f"""<script>window.addEventListener("load", async () => {{ {script} }});</script>"""
+    probe = f"""<script>window.addEventListener("load", async () => {{ {script} }});</script>"""  # before its policy
     # The page of a phone stands in a frame, as Chromium's own windows are 500 pixels wide at least.
     notes = """<script>
       const note = (name, value) => parent === window ? document.documentElement.setAttribute("probe-" + name, value)
@@ -37,7 +37,7 @@ def dump(page: Path, script: str = "", **options: object) -> str:
       window.onunhandledrejection = (event) => note("error", event.reason);
     </script>"""
     text = page.read_text(encoding="utf-8")
-    copy.write_text(text.replace("<head>", f"<head>{notes}", 1).replace("</body>", f"{probe}</body>"), "utf-8")
+    copy.write_text(text.replace("<head>", f"<head>{notes}{probe}", 1), "utf-8")
     width, height = options.get("size", (1280, 900))  # type: ignore[misc]
     if width < 500:
         frame = f'<iframe src="probe.html" style="border: 0; width: {width}px; height: {height}px"></iframe>'

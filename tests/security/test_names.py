@@ -1,16 +1,28 @@
 """Names of files, classes and runs that would be commands of a terminal, a page or a table."""
 
+import base64
+import csv
 import io
+import json
+import os
 import sys
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
+from stvit_video.common.charts import Point, image_of_points, png_of_confusion, png_of_precision, svg_of_curves
 from stvit_video.common.cli import run_command
 from stvit_video.common.errors import RunFailure, UsageError
 from stvit_video.common.tables import format_table
+from stvit_video.data.failures import Failure, failures_csv
+from stvit_video.data.sample import write_video
 from stvit_video.predict import main as predict
+from stvit_video.report import main as report
+from tests.pages.browser import dump, probed
 
 CLEAR = "\x1b[2J\x9b31m\x07\u202e\udcff\r\x00"
 
@@ -43,3 +55,132 @@ def test_a_missing_file_is_named_in_one_line(tmp_path: Path, capsys: pytest.Capt
 
 def test_a_cell_of_a_table_is_one_line() -> None:
     assert format_table(["name", "n"], [["a\x1b[2J\nb | 99", 1]]).splitlines()[1:] == [r"a\x1b[2J\nb | 99  1"]
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    """A run whose files say that the user's video was tested."""
+    (tmp_path / "private").mkdir()
+    write_video(tmp_path / "private" / "a.mp4", np.zeros((4, 32, 32, 3), np.uint8), Fraction(10))
+    folder = tmp_path / "downloads" / "run"
+    folder.mkdir(parents=True)
+    results = {"top1": 50.0, "views": {"clips": 1, "crops": 1}, "videos": 2, "scored": 2, "model": "m"}
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "config.yaml").write_text(f"DATA: {{ROOT: {tmp_path / 'private'}}}\n")
+    row = f"{tmp_path / 'private' / 'a.mp4'},a,b,0.9,0.1\n"
+    (folder / "predictions.csv").write_text(f"path,label,predicted,probability,label_probability\n{row}")
+    return folder
+
+
+def frames_shown(folder: Path, *options: str) -> int:
+    page = folder.parent / "page.html"
+    assert report([str(folder), "--output", str(page), *options]) == 0
+    return page.read_text().count("data:image/webp")
+
+
+def test_frames_of_a_foreign_run_come_from_its_root_only(
+    foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert frames_shown(foreign) == 3
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    assert frames_shown(foreign) == 0, "another's run"
+    assert "--videos FOLDER" in capsys.readouterr().out
+    assert frames_shown(foreign, "--videos", str(tmp_path / "private")) == 3
+    monkeypatch.undo()
+    monkeypatch.setenv("HOME", str(tmp_path / "private" / "home"))
+    for root in ("/", str(tmp_path / "private"), str(tmp_path / "downloads")):
+        (foreign / "config.yaml").write_text(f"DATA: {{ROOT: {root}}}\n")
+        assert frames_shown(foreign) == 0, root
+    (tmp_path / "downloads" / "a.mp4").symlink_to(tmp_path / "private" / "a.mp4")
+    (foreign / "predictions.csv").write_text((foreign / "predictions.csv").read_text().replace("private", "downloads"))
+    assert frames_shown(foreign) == 0, "a link out of the root"
+
+
+def test_a_link_in_place_of_a_picture_shows_no_content(foreign: Path) -> None:
+    secret = foreign.parent / "id_rsa"
+    secret.write_bytes(b"PRIVATE KEY" * 99)
+    (foreign / "confusion.png").symlink_to(secret)
+    (foreign / "predictions.csv").unlink()
+    frames_shown(foreign)
+    assert base64.b64encode(b"PRIVATE KEY" * 9)[:60].decode() not in (foreign.parent / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("results.json", '{"top1": 50, "views": 3}'),
+        ("results.json", '{"top1": 50, "views": {"clips": "x"}}'),
+        ("results.json", '{"top1": 50, "gflops_per_video": "x"}'),
+        ("results.json", '{"top1": 50, "parameters": [], "scored": {}}'),
+        ("results.json", '{"top1": 50, "top5": {}}'),
+        ("results.json", "\udcff"),
+        ("failures.csv", "what\n1\n"),
+        ("metrics.jsonl", "3\n"),
+        ("metrics.jsonl", '{"split": "train", "epoch": "x", "step": [], "loss": {}}\n'),
+        ("environment.json", '{"git": 3, "gpus": 5, "command": 7}'),
+        ("config.yaml", "DATA: 3\n"),
+        ("config.yaml", "DATA: {ROOT: 3}\n"),
+        ("predictions.csv", "path,label,predicted,probability,label_probability\na,b,c\n"),
+        ("predictions.csv", 'path,label\n"' + "x" * 200_000),
+        ("per_class.csv", "class,videos,correct\na,x,1\n"),
+    ],
+)
+def test_a_run_of_nonsense_is_refused_in_one_line(
+    name: str, content: str, foreign: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (foreign / name).write_bytes(content.encode("utf-8", "surrogateescape"))
+    code = report([str(foreign), "--output", str(foreign.parent / "page.html")])
+    said = capsys.readouterr().err
+    assert (code, said.count("\n"), said[:7]) == (2, 1, "error: ")
+
+
+HOSTILE = (
+    "<script>window.hit=1</script>",
+    "</title><script>window.hit=1</script>",
+    "</style></table><img src=x onerror=window.hit=1>",
+    '" onmouseover="window.hit=1" autofocus onfocus="window.hit=1',
+    "'><svg onload=window.hit=1>",
+    "javascript:window.hit=1",
+    "{{ 7 * 191 }}${7 * 191}",
+    "$\\frac{$ $x_1$",
+    "<!--<script>",
+    "caf\udce9\x1b[2J\u202e",
+)
+
+
+@pytest.mark.browser
+def test_names_run_no_script_in_a_page(foreign: Path) -> None:
+    folder = foreign.rename(foreign.with_name("<img src=x onerror=hit=1>'\" onload=hit=1"))
+    rows = [[name, name, HOSTILE[i - 1], "0.9", "0.1"] for i, name in enumerate(HOSTILE)]
+    with open(folder / "predictions.csv", "w", newline="", errors="surrogateescape") as file:
+        csv.writer(file).writerows([["path", "label", "predicted", "probability", "label_probability"], *rows])
+    failed = [Failure(name, name, name, name, name) for name in HOSTILE]
+    (folder / "failures.csv").write_bytes(failures_csv(failed))
+    words = {"command": HOSTILE[:-1], "gpus": HOSTILE[:-1], "git": {"commit": "<svg onload=hit=1>"}}
+    (folder / "environment.json").write_text(json.dumps(words))
+    page = folder.parent / "page.html"
+    assert report([str(folder), "--output", str(page)]) == 0
+    script = """note("hit", Number("hit" in window)); note("rows", document.querySelectorAll("figcaption").length);
+        document.querySelectorAll("*").forEach((one) => one.dispatchEvent(new Event("mouseover")));
+        note("hit", Number("hit" in window)); note("scripts", document.body.querySelectorAll("script, svg").length);"""
+    dom = dump(page, script)
+    assert [probed(dom, name) for name in ("hit", "rows", "scripts")] == [0, len(HOSTILE), 0]
+    assert "1337" not in dom
+    # What is not escaped, by a mistake to come, does not run either.
+    tag = "<script>window.hit=1</script><img src=x onerror=window.hit=1><b onmouseover=window.hit=1></b>"
+    page.write_text(page.read_text().replace("<main>", f"<main>{tag}", 1))
+    assert probed(dump(page, script), "hit") == 0
+    page.write_text(page.read_text().replace("Content-Security-Policy", "None", 1))
+    assert probed(dump(page, script), "hit") == 1, "the test would not see it"
+
+
+@pytest.mark.parametrize("name", HOSTILE[-3:])
+def test_names_in_pictures_are_plain_text(name: str) -> None:
+    rows = [{"split": split, "epoch": 1.0, "step": 1, "loss": 1.0} for split in ("train", "val")]
+    svg = svg_of_curves({name: rows, "b": rows}, "loss", name)
+    assert svg is not None
+    ElementTree.fromstring(svg)
+    assert b"<script>" not in svg
+    assert png_of_confusion(np.eye(2, dtype=int), [name, "b"], name)
+    assert png_of_precision([1.0, 2.0], [name, "b"], name)
+    assert image_of_points([Point(name, 1, 1, kind=name), Point("b", 2, 2)], name, name, name)
