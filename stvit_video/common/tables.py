@@ -3,8 +3,11 @@
 import csv
 import io
 import math
+import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
 
 from tabulate import tabulate
 
@@ -13,6 +16,9 @@ from stvit_video.common.text import printable
 WIDTH = 100  # of a plain table, in columns
 GAP = 2  # between its columns, as tabulate has it
 LEAST = 12  # columns of a name that is shortened
+# The start of what spreadsheets compute, and of such text as to_csv writes it.
+FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|-?inf", re.IGNORECASE)
 
 
 def format_table(
@@ -71,9 +77,24 @@ def three_digits(value: float, decimals: int = 0) -> str:
 
 
 def to_csv(rows: Iterable[Mapping[str, object]], columns: Sequence[str]) -> bytes:
-    """Return rows as a CSV file with a header; file names that are not UTF-8 keep their bytes."""
+    """Return rows as a CSV file with a header; file names that are not UTF-8 keep their bytes.
+
+    Text that a spreadsheet would compute has a ``'`` before it, which ``read_csv`` takes away again.
+    """
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(columns))
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(text)
+    writer.writerow(map(_as_text, columns))
+    writer.writerows([_as_text(row.get(column, "")) for column in columns] for row in rows)
     return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def read_csv(path: str | Path) -> list[dict[str, str]]:
+    """Return the rows of a file of ``to_csv``, with "" for cells that are missing. Raises csv.Error and ValueError."""
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        header, *rows = list(csv.reader(file)) or [[]]
+    plain = [[cell[1:] if cell[:1] == "'" and FORMULA.match(cell) else cell for cell in row] for row in [header, *rows]]
+    return [dict(zip_longest(plain[0], row[: len(header)], fillvalue="")) for row in plain[1:] if row]
+
+
+def _as_text(cell: object) -> object:
+    return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) and not NUMBER.fullmatch(cell) else cell

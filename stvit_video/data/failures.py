@@ -1,13 +1,12 @@
 """Videos that could not be read: ``failures.csv``, over all workers, processes and restarts of a run."""
 
-import csv
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 
 from stvit_video.common.errors import UsageError
-from stvit_video.common.tables import to_csv
+from stvit_video.common.tables import read_csv, to_csv
 from stvit_video.data.decode.types import DecodeError
 
 
@@ -45,8 +44,7 @@ def read_ledger(path: str | Path) -> list[Failure]:
     """Return the rows of ``failures.csv``; none where there is no file."""
     if not Path(path).is_file():
         return []
-    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-        return [Failure(*(row[column.name] or "" for column in fields(Failure))) for row in csv.DictReader(file)]
+    return [Failure(*(row[column.name] for column in fields(Failure))) for row in read_csv(path)]
 
 
 def check_failures(failures: int, total: int, most: float, what: str) -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from stvit_video.common.accuracy import accuracy_key
 from stvit_video.common.errors import UsageError, first_line
-from stvit_video.common.tables import format_table
+from stvit_video.common.tables import format_table, read_csv
 from stvit_video.config.schema import flatten
 from stvit_video.config.yaml_text import parse_yaml
 from stvit_video.data.failures import read_ledger
@@ -195,8 +195,7 @@ def _read_rows(path: Path, read: dict[str, Any]) -> list[list[Any]]:
     """Return the columns that ``read`` names, converted by its functions. Raises UsageError where they are wrong."""
     if not path.is_file():
         return []
-    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-        rows = list(csv.DictReader(file, restval=""))
+    rows = read_csv(path)
     try:
         return [[convert(row[column]) for column, convert in read.items()] for row in rows]
     except (KeyError, ValueError) as error:  # no such column; no number

@@ -242,7 +242,8 @@ def test_hostile_names_and_missing_videos(trained: Path, tmp_path: Path) -> None
         ["caf\udce9.mp4", "6", "7", 0.7, 0.1],
     ]
     write_scores(folder, rows)
-    text = written([folder], tmp_path).read_text(encoding="utf-8")
+    assert main([str(folder), "--output", str(tmp_path / "page.html"), "--videos", str(tmp_path)]) == 0
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<script" not in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert "not where it was when it was tested" in text

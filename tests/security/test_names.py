@@ -17,8 +17,8 @@ import pytest
 from stvit_video.common.charts import Point, image_of_points, png_of_confusion, png_of_precision, svg_of_curves
 from stvit_video.common.cli import run_command
 from stvit_video.common.errors import RunFailure, UsageError
-from stvit_video.common.tables import format_table
-from stvit_video.data.failures import Failure, failures_csv
+from stvit_video.common.tables import format_table, read_csv, to_csv
+from stvit_video.data.failures import Failure, failures_csv, read_ledger
 from stvit_video.data.sample import write_video
 from stvit_video.predict import main as predict
 from stvit_video.report import main as report
@@ -184,3 +184,34 @@ def test_names_in_pictures_are_plain_text(name: str) -> None:
     assert png_of_confusion(np.eye(2, dtype=int), [name, "b"], name)
     assert png_of_precision([1.0, 2.0], [name, "b"], name)
     assert image_of_points([Point(name, 1, 1, kind=name), Point("b", 2, 2)], name, name, name)
+
+
+def test_csv_files_hold_no_formulas_and_are_read_as_written(tmp_path: Path) -> None:
+    texts = [
+        "=1+1",
+        "+1+1",
+        "-1+1",
+        "@SUM(1)",
+        "\t=1",
+        "\r=1",
+        "\n=1",
+        "'=1",
+        "''-a",
+        "-a.mp4",
+        "＝1",
+        "'quoted'",
+        "a",
+        "",
+    ]
+    texts += ["caf\udce9", 'a "b", c']
+    numbers = ["-0.5", "+1", "-1e-05", "-3", "-inf"]
+    content = to_csv([{"=name": one, "value": -0.5} for one in texts + numbers], ["=name", "value"])
+    (tmp_path / "a.csv").write_bytes(content)
+    assert [(row["=name"], row["value"]) for row in read_csv(tmp_path / "a.csv")] == [
+        (one, "-0.5") for one in texts + numbers
+    ]
+    cells = [cell for row in csv.reader(io.StringIO(content.decode("utf-8", "surrogateescape"), "")) for cell in row]
+    assert {cell for cell in cells if cell and cell[0] in "=+-@\t\r\n\uff1d"} == {*numbers}
+    failure = Failure("=a", "-b", "@c", "'=d\n", "+e")
+    (tmp_path / "failures.csv").write_bytes(failures_csv([failure]))
+    assert read_ledger(tmp_path / "failures.csv") == [failure]
