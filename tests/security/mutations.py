@@ -90,10 +90,10 @@ def unharmed(
     ``peak_mb`` is by how much this process's resident memory may grow meanwhile; its children's does not count. What
     imports and caches take the first time counts too: call once before what is to be measured.
     """
-    before, resident = _read_tree(folder, apart_from), _reset_peak()
+    before, resident = _read_tree(folder, apart_from), reset_peak()
     started = time.monotonic()
     yield
-    took, grown = time.monotonic() - started, _memory_mb("VmHWM") - resident
+    took, grown = time.monotonic() - started, memory_mb("VmHWM") - resident
     after = _read_tree(folder, apart_from)
     assert after == before, sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
     assert grown <= peak_mb, f"the peak of memory grew by {grown:.0f} MB"
@@ -143,13 +143,13 @@ def _is_left_out(root: str, name: str, left_out: set[str]) -> bool:
     return name.endswith(OWN_FILES) or os.path.abspath(os.path.join(root, name)) in left_out
 
 
-def _reset_peak() -> float:
+def reset_peak() -> float:
     """Have the kernel count the peak of resident memory from now on; returns what is resident, in MB."""
     Path("/proc/self/clear_refs").write_text("5")
-    return _memory_mb("VmRSS")
+    return memory_mb("VmRSS")
 
 
-def _memory_mb(field: str) -> float:
+def memory_mb(field: str) -> float:
     """Return a field of this process's memory in MB."""
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None

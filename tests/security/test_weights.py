@@ -1,5 +1,6 @@
 """Files of weights from anyone: what they say of themselves is compared with the file before it is believed."""
 
+import ctypes
 import io
 import json
 import random
@@ -15,12 +16,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 from stvit_video import predict, run
+from stvit_video.evaluation import evaluate
 from stvit_video.models import create_model
 from stvit_video.models.weights.claims import check_claims
 from stvit_video.models.weights.files import header, read_checkpoint
 from stvit_video.runs.checkpoint import load_newest, pack
+from stvit_video.training import loop
 from tests.conftest import REPOSITORY, refusal, small_arguments
-from tests.security.mutations import _memory_mb, _reset_peak, mutate, run_unharmed, unharmed
+from tests.security.mutations import memory_mb, mutate, reset_peak, run_unharmed, unharmed
 
 ARGUMENTS = {"num_frames": 4, "image_size": 32, "num_classes": 2}
 NAME = "stvit_vit_sample_patch8"
@@ -99,7 +102,10 @@ def test_claims_are_compared_with_the_file(
         ("stvit_swin_tiny", {"reducer": "random"}),
     ],
 )
-def test_a_network_without_memory_has_the_shapes_of_a_built_one(name: str, more: dict[str, str]) -> None:
+def test_a_network_without_memory_has_the_shapes_of_a_built_one(
+    name: str, more: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda weight, **_: weight)  # most of the time, and no shape
     arguments = {"num_frames": 2, "image_size": 64, "num_classes": 3, **more}
     if name == "swin_tiny":
         arguments["depths"] = (1, 1, 1, 1)
@@ -142,8 +148,11 @@ def test_what_takes_more_than_the_file_is_refused(content: object, tmp_path: Pat
 
 
 def test_an_archive_that_unpacks_to_more_is_refused(tmp_path: Path) -> None:
-    torch.save({"a": torch.zeros(10**7)}, buffer := io.BytesIO())
-    with zipfile.ZipFile(buffer) as given, zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+    torch.save({"a": torch.zeros(6 * 10**6)}, buffer := io.BytesIO())
+    with (
+        zipfile.ZipFile(buffer) as given,
+        zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed,
+    ):
         for entry in given.infolist():
             packed.writestr(entry.filename, given.read(entry))
     del buffer
@@ -151,18 +160,20 @@ def test_an_archive_that_unpacks_to_more_is_refused(tmp_path: Path) -> None:
         assert "unpack to" in refusal(read_checkpoint, tmp_path / "a.pt")
 
 
-@pytest.mark.parametrize("number", [bytes, range])
-def test_no_number_in_a_file_takes_memory(number: type, tmp_path: Path) -> None:
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("number", [bytes, bytearray, range])
+def test_no_number_in_a_file_takes_memory(number: type, zipped: bool, tmp_path: Path) -> None:
     class Large:
         def __reduce__(self) -> tuple[object, ...]:
-            return (list, (range(10**9),)) if number is range else (bytes, (10**9,))
+            return (list, (range(10**9),)) if number is range else (number, (10**9,))
 
-    torch.save({"model": {"a": torch.zeros(3)}, "x": Large()}, tmp_path / "a.pt")
+    content = {"model": {"a": torch.zeros(3)}, "x": Large()}
+    torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
     with unharmed(tmp_path):
-        if number is bytes:
-            assert "damaged" in refusal(read_checkpoint, tmp_path / "a.pt")
-        else:
+        if number is range:
             assert read_checkpoint(tmp_path / "a.pt").tensors.keys() == {"a"}
+        else:
+            assert "damaged" in refusal(read_checkpoint, tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize("place", ["../other.safetensors", "/etc/passwd", "..", "", 3, ["x"]])
@@ -224,15 +235,22 @@ def mutants(content: dict[str, bytes], count: int) -> Iterator[tuple[str, bytes]
         yield f"given{suffix}", change(content[suffix], rng)
 
 
-# Of 1,000, one took 65 MB where 58 are allowed; which, and whether it is the allocator or the file, is not known yet.
-UNSURE = pytest.mark.xfail(raises=AssertionError, strict=False, reason="the peak of memory once grew by 65 MB")
-
-
-@pytest.mark.parametrize("count", [24, pytest.param(1000, marks=[pytest.mark.long, UNSURE])])
+@pytest.mark.parametrize("count", [24, pytest.param(1000, marks=pytest.mark.long)])
 def test_changed_weights_do_no_harm(
-    trained: Path, small_set: Path, count: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    trained: Path,
+    small_set: Path,
+    count: int,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Through predict, the test and fine-tuning: an error of one line, or weights that can be used."""
+    """By predict, the test and fine-tuning: an error of one line, or weights that can be used.
+
+    A refused file may take 50 MB. One that loads may take what the unchanged file takes and 50 MB more. The test and
+    fine-tuning end where the weights are loaded: the steps after it are those of any network.
+    """
+    monkeypatch.setattr(evaluate, "test", lambda opened: evaluate.build_tested_model(opened) and None)
+    monkeypatch.setattr(loop, "build_dry_run", lambda opened: None)
     with safe_open(trained, "pt") as file:
         described = file.metadata()
     tensors = load_file(trained)
@@ -257,19 +275,31 @@ def test_changed_weights_do_no_harm(
     folder.mkdir()
     kept = folder / "weights.safetensors"
     kept.write_bytes(content[".safetensors"])
-    own = []  # what each takes in MB for weights as they were, where all is imported
+    own = []  # MB that each takes for weights as they were, where all is imported
     for command in commands:
         main, words = command(kept)
+        assert run_unharmed(main, words, capfd) == 0
+        resident = resident_mb()
         run_unharmed(main, words, capfd)
-        resident = _reset_peak()
-        run_unharmed(main, words, capfd)
-        own.append(_memory_mb("VmHWM") - resident)
+        own.append(memory_mb("VmHWM") - resident)
     codes = []
     for i, (name, changed) in enumerate(mutants(content, count)):
         path = folder / name
         path.write_bytes(changed)
         main, words = commands[i % 3](path)
         with unharmed(folder, peak_mb=50 + own[i % 3], apart_from=[folder / "out"]):
+            resident = resident_mb()
             codes.append(run_unharmed(main, words, capfd))
-    assert {0, 2} <= set(codes)  # both are tried
+            assert codes[-1] == 0 or memory_mb("VmHWM") - resident <= 50, i
+    for of_one in (codes[0::3], codes[1::3], codes[2::3]):  # each command takes some and refuses some
+        assert {0, 2} <= set(of_one)
     assert np.mean([code == 2 for code in codes]) > 0.3
+
+
+def resident_mb() -> float:
+    """Return this process's resident memory and count its peak from now on.
+
+    What was freed is given back before: else the allocator's share of earlier calls hides what the next one takes.
+    """
+    ctypes.CDLL(None).malloc_trim(0)
+    return reset_peak()

@@ -8,6 +8,7 @@ import math
 import re
 import unicodedata
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from typing import IO, Any
 
@@ -26,6 +27,7 @@ MOST_SIDE = 4096  # frames or pixels along an axis of a clip
 MOST_PIXELS = 2**25  # of a clip, all frames together
 MOST_POSITIONS = 4096  # of a window, for each pair of which an index is kept
 MOST_VIEWS = 8  # of all tensors together, in multiples of what the file holds: tied weights count once for each name
+BYTEARRAY = b"bytearray\n"
 REQUIRED = ("num_frames", "image_size", "num_classes")
 # Where checkpoints have the names of their classes: this package's states, Hugging Face, torchvision, OpenMMLab.
 CLASS_KEYS = ("classes", "class_names", "CLASSES", "id2label", "class_to_idx")
@@ -195,18 +197,36 @@ def _class_names(value: object) -> list[str]:
 
 
 def check_archive(file: IO[bytes], size: int) -> None:
-    """Raise ValueError where a zip archive unpacks to more than its ``size``: torch stores tensors as they are."""
+    """Raise ValueError where a torch file of ``size`` bytes says that it takes more memory.
+
+    Torch stores tensors as they are, so a zip archive unpacks to less. A ``bytearray``, which torch allows in every
+    file and networks do not have, may be made of a number alone.
+    """
     if not zipfile.is_zipfile(file):
-        return
+        file.seek(0)
+        return _check_pickle(file)
     try:
         with zipfile.ZipFile(file) as archive:
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 return  # TorchScript, which torch refuses before it unpacks anything
             unpacked = sum(entry.file_size for entry in archive.infolist())
-    except zipfile.BadZipFile as error:
+            if unpacked > size:
+                raise ValueError(f"its {size:,} bytes unpack to {unpacked:,}")
+            for name in archive.namelist():
+                if name.endswith("data.pkl"):
+                    with archive.open(name) as content:
+                        _check_pickle(content)
+    except (zipfile.BadZipFile, NotImplementedError, zlib.error) as error:
         raise ValueError(str(error)) from error
-    if unpacked > size:
-        raise ValueError(f"its {size:,} bytes unpack to {unpacked:,}")
+
+
+def _check_pickle(file: IO[bytes]) -> None:
+    """Raise ValueError for a ``bytearray``, by its name as pickles write it; what is read is not kept in memory."""
+    end = b""
+    while block := file.read(2**20):
+        if BYTEARRAY in end + block:
+            raise ValueError("it holds a bytearray")
+        end = block[-len(BYTEARRAY) :]
 
 
 def check_storages(tensors: Mapping[str, Tensor], source: str) -> None:
