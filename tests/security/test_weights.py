@@ -176,6 +176,16 @@ def test_no_number_in_a_file_takes_memory(number: type, zipped: bool, tmp_path: 
             assert "damaged" in refusal(read_checkpoint, tmp_path / "a.pt")
 
 
+def test_tensors_take_no_more_than_the_file(tmp_path: Path) -> None:
+    class Large:
+        def __reduce__(self) -> tuple[object, ...]:
+            return torch.Tensor, (10**9,)
+
+    torch.save({"a": Large(), "b": torch.zeros(3)}, tmp_path / "a.pt")
+    with unharmed(tmp_path):
+        assert "the file has" in refusal(read_checkpoint, tmp_path / "a.pt")
+
+
 @pytest.mark.parametrize("place", ["../other.safetensors", "/etc/passwd", "..", "", 3, ["x"]])
 def test_an_index_names_files_beside_it_only(place: object, tmp_path: Path) -> None:
     save_file({"a": torch.zeros(3)}, tmp_path / "other.safetensors")

@@ -229,12 +229,16 @@ def _check_pickle(file: IO[bytes]) -> None:
         end = block[-len(BYTEARRAY) :]
 
 
-def check_storages(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Raise UsageError for tensors that repeat the values that a file holds, and take more memory where they are used.
+def check_storages(tensors: Mapping[str, Tensor], size: int, source: str) -> None:
+    """Raise UsageError for tensors that take more memory than the ``size`` of a file, now or where they are used.
 
-    A few bytes may be viewed as any number of weights.
+    A few bytes may be viewed as any number of weights, and a number alone makes a tensor without values.
     """
     held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors.values()}
+    if sum(held.values()) > size:
+        raise UsageError(
+            f"{source}: its tensors take {sum(held.values()):,} bytes, and the file has {size:,}; fetch it again."
+        )
     shown = 0
     for name, tensor in tensors.items():
         shown += (seen := tensor.numel() * tensor.element_size())

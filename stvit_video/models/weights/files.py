@@ -141,7 +141,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     with _plain_errors(path):
         content, metadata = _read(path)
     tensors, notes = open_wrappers(content, f"Checkpoint {path}")
-    check_storages(tensors, f"Checkpoint {path}")
+    # An index has its tensors in files beside it.
+    files = [path] if path.suffix != ".json" else [file for file in path.parent.iterdir() if file.is_file()]
+    check_storages(tensors, sum(file.stat().st_size for file in files), f"Checkpoint {path}")
     if metadata.get("arguments"):
         check_claims(metadata, {key: tuple(value.shape) for key, value in tensors.items()}, f"Checkpoint {path}")
     config = _read_config(path.with_name("config.json"))
