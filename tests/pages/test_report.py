@@ -201,7 +201,7 @@ def test_runs_are_compared(trained: Path, hand_made: Path, tmp_path: Path) -> No
     assert differing == [("TRAIN.EPOCHS", "2", "5")]
     assert "no predictions.csv" in text
     assert "no per_class.csv" in text
-    assert len(inlined(text, "image/png")) == 1, "the older run's confusion.png"
+    assert len(inlined(text, "image/jpeg")) == 1, "the older run's confusion.png, decoded"
     curves = inlined(text, "image/svg+xml")
     assert len(curves) == 3
     assert all(b"other/tiny" in drawing for drawing in curves)
