@@ -78,7 +78,7 @@ def test_a_picture_names_its_run_and_what_came_out(tmp_path: Path, drawn: list[F
         "a $run$: top-1 at the end: validation 35.5 %, training 40.0 %",
         "a $run$: best is linear probe, top-1 46.9 % (chance 12.5 %)",
         "a $run$, 7 videos: mAP 25.0 % of 2 classes, 1 of them without a positive",
-        "run \ufffd: mAP 50.0 % of 1 classes",
+        "run \\udcff: mAP 50.0 % of 1 classes",
     ]
     for figure in drawn[1:]:
         (axes,) = figure.axes

@@ -158,7 +158,7 @@ def test_check_videos_keeps_the_form_of_segments_in_json(clip: str, tmp_path: Pa
 
 
 def test_a_report_shows_the_section_of_a_mistake(clip: str) -> None:
-    run = SimpleNamespace(find_video=Path)
+    run = SimpleNamespace(find_video=Path, roots=[Path(clip).parent])
     mistakes = [ScoredVideo(f"{clip}{part}", ("ski",), "yoga", 0.9, 0.05) for part in ("", "#t=0,1", "#frames=0,25")]
     whole, seconds, frames = (row["frames"] for row in _mistake_rows(run, mistakes))  # type: ignore[arg-type]
     assert len(whole) == 3

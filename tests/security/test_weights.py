@@ -301,7 +301,8 @@ def test_changed_weights_do_no_harm(
             resident = resident_mb()
             codes.append(run_unharmed(main, words, capfd))
             assert codes[-1] == 0 or memory_mb("VmHWM") - resident <= 50, i
-    for of_one in (codes[0::3], codes[1::3], codes[2::3]):  # each command takes some and refuses some
+    # Each command takes some and refuses some; of a few files, all together do.
+    for of_one in (codes[0::3], codes[1::3], codes[2::3]) if count > 100 else (codes,):
         assert {0, 2} <= set(of_one)
     assert np.mean([code == 2 for code in codes]) > 0.3
 
