@@ -6,6 +6,7 @@ A file may come from anyone. What it says decides which network is built and wha
 import json
 import math
 import re
+import struct
 import unicodedata
 import zipfile
 import zlib
@@ -202,10 +203,10 @@ def check_archive(file: IO[bytes], size: int) -> None:
     Torch stores tensors as they are, so a zip archive unpacks to less. A ``bytearray``, which torch allows in every
     file and networks do not have, may be made of a number alone.
     """
-    if not zipfile.is_zipfile(file):
-        file.seek(0)
-        return _check_pickle(file)
     try:
+        if not zipfile.is_zipfile(file):
+            file.seek(0)
+            return _check_pickle(file)
         with zipfile.ZipFile(file) as archive:
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 return  # TorchScript, which torch refuses before it unpacks anything
@@ -216,7 +217,7 @@ def check_archive(file: IO[bytes], size: int) -> None:
                 if name.endswith("data.pkl"):
                     with archive.open(name) as content:
                         _check_pickle(content)
-    except (zipfile.BadZipFile, NotImplementedError, zlib.error) as error:
+    except (zipfile.BadZipFile, NotImplementedError, struct.error, zlib.error) as error:
         raise ValueError(str(error)) from error
 
 
