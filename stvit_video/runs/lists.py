@@ -9,10 +9,12 @@ from fvcore.common.config import CfgNode
 
 from stvit_video.common.errors import UsageError
 from stvit_video.common.files import nearest_path
+from stvit_video.common.text import printable
 from stvit_video.data import sample
 from stvit_video.data.lists.annotations import Video
 from stvit_video.data.lists.checks import check_count, check_lists, describe_lists, name_recordings
 from stvit_video.data.lists.videos import ListReader, build_lists
+from stvit_video.models.weights.claims import check_class_names
 from stvit_video.models.weights.files import Checkpoint
 from stvit_video.models.zoo import build_model
 from stvit_video.runs.classes import label_by_place, place_classes
@@ -88,6 +90,7 @@ def open_lists(
         lists.trained, lists.natural, lists.continues = trained or (), trained is not None, continues
         videos = {split: lists.videos(split) for split in splits if lists.lists[split]}
         classes = lists.classes
+        check_class_names(classes, "The data")  # before weights are trained that cannot be read
         places = place_classes(trained or (), classes, part=cfg.MODE == "test")
         # DATA.CLASSES has an order of its own. A run that continues has to have its own data, which is compared later.
         if trained and places is not None and classes != list(trained) and not continues:
@@ -152,4 +155,4 @@ def _build_account(
             f"DATA.SPLIT: {' / '.join(map(str, lists.shares))} % of each class for training / validation / test, "
             f"drawn from file names, {ways} (DATA.GROUP {cfg.DATA.GROUP!r})"
         )
-    return [*lines, *(f"note: {note}" for note in dict.fromkeys([*lists.notes, *notes]))]
+    return list(map(printable, [*lines, *(f"note: {note}" for note in dict.fromkeys([*lists.notes, *notes]))]))

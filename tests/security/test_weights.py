@@ -46,12 +46,24 @@ def argument(**changed: Any) -> dict[str, Any]:
     return {"arguments": {**ARGUMENTS, **changed}}
 
 
+@pytest.mark.parametrize("names", [["crane", "crane"], ["caf\udce9", "a\tb"], ["a\nb", "\u200f\x1b[2J"]])
+def test_names_that_data_may_have_are_read_as_written(names: list[str], model: torch.nn.Module, tmp_path: Path) -> None:
+    assert read_checkpoint(write(model, tmp_path / "a.safetensors", classes=names)).classes == names
+
+
+def test_a_name_that_weights_may_not_have_is_refused_before_training(
+    small_run: Callable[..., list[str]], refused: Callable[[list[str]], str], tmp_path: Path
+) -> None:
+    (tmp_path / "classes.txt").write_text("\n".join([*map(str, range(7)), "x" * 501]))
+    assert "allowed: text of 500 characters" in refused(small_run("DATA.CLASSES", str(tmp_path / "classes.txt")))
+
+
 CLAIMS = [
-    ({"classes": ["a"] * 3}, "names the class 'a' twice"),
+    ({"classes": ["a"] * 3}, "names 3 classes and its classifier has 2"),
     ({"classes": [str(i) for i in range(10**6)]}, "characters"),
     ({"classes": [str(i) for i in range(10**5)]}, "names 100000 classes and its classifier has 2"),
     ({"classes": ["a", 3]}, "a class is named 3"),
-    ({"classes": ["a", "\x1b[2J"]}, "has control characters"),
+    ({"classes": ["a", "b" * 501]}, "characters"),
     ({"classes": "[" * 10**5}, "nested too deeply"),
     ({"classes": {"a": 1}}, "its metadata has classes"),
     ({"arguments": '{"num_classes": 2, "num_classes": 3}'}, "given twice"),
