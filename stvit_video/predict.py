@@ -74,7 +74,7 @@ def predict(arguments: Sequence[str] | None) -> int:
     if options.annotate is not None and options.annotate.exists() and not options.annotate.is_dir():
         raise UsageError(f"--annotate {options.annotate} is a file; give a folder for the MP4 copies.")
     check_exists(options.checkpoint)
-    from stvit_video.data.streams import check_seconds
+    from stvit_video.data.windows import check_seconds
 
     try:
         check_seconds(options.window, options.step)

@@ -28,7 +28,8 @@ from stvit_video.data.decode.av_file import (
 )
 from stvit_video.data.decode.formats import open_stream
 from stvit_video.data.decode.types import GAP_S, DecodeError, Frames, decode_errors, gap_length, reason
-from stvit_video.data.streams import STDIN, Span
+from stvit_video.data.streams import STDIN
+from stvit_video.data.windows import Span
 
 NOT_READ = "cannot be read as a stream"
 TIMEOUT_S = 15.0  # to open a stream, and for each of its packets

@@ -23,7 +23,8 @@ from stvit_video.data.decode.frames import Decoding
 from stvit_video.data.decode.memory import MemoryReader, is_several
 from stvit_video.data.decode.types import Choice, DecodeError, Frames, Reader, Times
 from stvit_video.data.live import read_windows
-from stvit_video.data.streams import Span, check_seconds, clips_of_windows, read_ahead, windows_of
+from stvit_video.data.streams import read_ahead
+from stvit_video.data.windows import Span, check_seconds, clips_of_windows, windows_of
 from stvit_video.evaluation.predictions import probabilities
 from stvit_video.inference.load import Trained, open_checkpoint
 from stvit_video.runtime.precision import autocast, set_precision

@@ -33,7 +33,8 @@ from stvit_video.data.decode.frames import open_video
 from stvit_video.data.decode.types import DecodeError, find_segments
 from stvit_video.data.lists.videos import build_lists
 from stvit_video.data.loader import build_test_loader
-from stvit_video.data.streams import Span, find_sources, spooled_stdin, windows_of
+from stvit_video.data.streams import find_sources, spooled_stdin
+from stvit_video.data.windows import Span, windows_of
 from stvit_video.evaluation import evaluate
 from stvit_video.inference import annotate as annotate_module
 from stvit_video.inference import predict_videos
