@@ -1,6 +1,6 @@
 """Long videos in windows: their times and frames, and which of these are new in each window."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -67,9 +67,58 @@ def windows_of(times: Times, window: float, step: float) -> list[Excerpt]:
     return found
 
 
-def clips_of_windows(video: Timeline, sampler: Sampling, clips: int, windows: Sequence[Excerpt]) -> Indices:
-    """Return the indices (windows * clips * frames,) of test clips of each window, as if it were a file of its own."""
-    times = video.times()
-    parts = [KnownTimes(times[window.start : window.stop]) for window in windows]
-    chosen = [sampler.choose(part, clips, None) for part in parts]
-    return np.concatenate([window.start + indices for window, indices in zip(windows, chosen, strict=True)])
+class Part(NamedTuple):
+    """Windows whose frames are read in one request."""
+
+    windows: list[Excerpt]
+    indices: list[Indices]  # of each window, its clips' frames in the file; in a stream those that are not there yet
+    is_streamed: bool
+
+
+def plan_reading(
+    times: Times, windows: Sequence[Excerpt], sampler: Sampling, clips: int, group: int | None, frames: int
+) -> Iterator[Part]:
+    """Yield the windows in parts of about so many ``frames``, with test clips of each as if it were a file of its own.
+
+    With ``group``, the frames that a stream takes at a time, windows that share frames with the one before are
+    streamed: a part has only their new frames, and begins anew (with a whole clip) where nothing is shared.
+    """
+    part: list[tuple[Excerpt, Indices, int]] = []
+    before: Indices | None = None
+    streamed = False
+
+    def finish() -> Part:
+        nonlocal streamed
+        is_shared = [new < len(clip) for _, clip, new in part]
+        whole = 0 if streamed else 1  # of a stream that begins here, the first window is new from its first frame
+        streamed = any(is_shared[whole:])
+        indices = [
+            clip[len(clip) - new :] if streamed and i >= whole else clip for i, (_, clip, new) in enumerate(part)
+        ]
+        return Part([window for window, *_ in part], indices, streamed)
+
+    for window in windows:
+        clip = window.start + sampler.choose(KnownTimes(times[window.start : window.stop]), clips, None)
+        new = len(clip) if group is None or before is None else new_frames(before, clip, group)
+        if part and sum(count for *_, count in part) + new > frames:
+            yield finish()
+            part = []
+        part.append((window, clip, new))
+        before = clip
+    if part:
+        yield finish()
+
+
+def take(video: Timeline, indices: Indices) -> Indices:
+    """Return the indices that were chosen before: the choice of a request for the frames of a ``Part``."""
+    return indices
+
+
+def new_frames(before: Indices, chosen: Indices, group: int) -> int:
+    """Return how many of the last frames of a window's clip the clip before lacks; all of them where none is shared.
+
+    What is shared has to move by whole groups of frames, as it does where both clips lie on one grid of samples.
+    """
+    count = len(chosen)
+    shifts = range(group, count, group)
+    return next((n for n in shifts if np.array_equal(before[n:], chosen[:-n])), count)

@@ -59,7 +59,7 @@ def predict_videos(options: argparse.Namespace) -> int:
         if options.output is not None and results:
             write_results(results, options.output, options.top)
             print(f"results in {options.output}", flush=True)
-    print(describe_short(results, predictor), end="")
+    print(describe_short(results, predictor) + describe_streamed(results, predictor), end="")
     print(summarise(results, time.perf_counter() - started, copies.seconds), flush=True)
     return int(copies.missing > 0 or any(result.error is not None for result in results))
 
@@ -152,6 +152,21 @@ def describe_short(results: Sequence[Prediction], predictor: Predictor) -> str:
     length, effect = predictor.input.sampler.describe()
     remedy = effect if what == "videos" else f"{effect}, or give a longer --window"
     return f"note: {short} of {len(windows)} {what} are shorter than a clip of {length}; {remedy}\n" if short else ""
+
+
+def describe_streamed(results: Sequence[Prediction], predictor: Predictor) -> str:
+    """Return a line on how a model of the streaming form scored the windows of files; empty for other models."""
+    windows = [window for result in results for window in result.windows if window.span is not None]
+    if not predictor.streams or not windows:
+        return ""
+    if streamed := sum(window.is_streamed for window in windows):
+        return f"streamed: {streamed:,} of {len(windows):,} windows; each of their frames was computed once\n"
+    if predictor.group is None:
+        return f"note: windows of {predictor.views.clips} clips are not streamed; --set TEST.CLIPS=1 is\n"
+    return (
+        "note: no windows were streamed, as none shares frames with the one before on one grid of samples; this takes "
+        f"dense sampling and a --step of a multiple of {predictor.group} sampled frames\n"
+    )
 
 
 def describe_top(top: Sequence[tuple[str, float]]) -> str:

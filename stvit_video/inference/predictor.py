@@ -9,7 +9,7 @@ from functools import partial
 from math import inf
 from numbers import Real
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, NamedTuple, TypeVar, overload
 
 import numpy as np
 import torch
@@ -18,15 +18,15 @@ from torch import Tensor
 
 from stvit_video.common.errors import UsageError
 from stvit_video.data.clips.timeline import KnownTimes
-from stvit_video.data.dataset import Batch, Sample, collate
 from stvit_video.data.decode.frames import Decoding
 from stvit_video.data.decode.memory import MemoryReader, is_several
 from stvit_video.data.decode.types import Choice, DecodeError, Frames, Reader, Times
 from stvit_video.data.live import read_windows
 from stvit_video.data.streams import read_ahead
-from stvit_video.data.windows import Span, check_seconds, clips_of_windows, windows_of
-from stvit_video.evaluation.predictions import probabilities
+from stvit_video.data.windows import Span, check_seconds, plan_reading, take, windows_of
 from stvit_video.inference.load import Trained, open_checkpoint
+from stvit_video.inference.scoring import Scorer, make_batch
+from stvit_video.models.stream import TokenStream
 from stvit_video.runtime.precision import autocast, set_precision
 from stvit_video.runtime.world import pick_device
 
@@ -43,6 +43,7 @@ class Window:
     model_s: float
     is_short: bool = False  # shorter than a clip
     segment: int = 0  # of the video, in which the window lies: time is interrupted between two
+    is_streamed: bool = False  # of the frames, only those that the window before lacks were computed, if it shares any
 
 
 @dataclass
@@ -88,8 +89,13 @@ class Prediction:
         return [(self.classes[i], value) for i, value in zip(classes.tolist(), values.tolist(), strict=True)]
 
 
-# The prepared pixels (n, h, w, 3) of a video or window, and its ``Window``, which takes ``scores`` and ``model_s``.
-Piece = tuple[Tensor, Callable[..., Window]]
+class Piece(NamedTuple):
+    """The prepared pixels (n, h, w, 3) of a video or window, which still lacks its scores and time."""
+
+    pixels: Tensor
+    window: Window
+
+
 End = DecodeError | None  # of a video: why it could not be read to its end, or None
 Source = str | MemoryReader
 Judge = Callable[[Reader], object] | None  # see ``FrameRequest``
@@ -122,6 +128,9 @@ class Predictor:
         self.precision = precision or self.input.precision
         if precision is None and self.precision == "tf32" and self.device.type == "cpu":  # which has no TF32
             self.precision = "fp32"
+        self.streams = getattr(self.model, "streaming", False)  # the model has the form in which windows share frames
+        # Frames that a stream takes at a time; None: windows are scored by themselves.
+        self.group = TokenStream(self.model).group if self.streams and self.views.clips == 1 else None
         self._idle: list[Decoding] = []  # which no thread uses now
         self._process = os.getpid()
         set_precision(self.device, self.precision)
@@ -264,14 +273,15 @@ class Predictor:
             return
         times = read_times()
         windows = windows_of(times, window, step or window)
-        together = max(1, PIECE_FRAMES // (clips * self.views.frames))
-        for first in range(0, len(windows), together):
-            part = tuple(windows[first : first + together])
-            choice = partial(clips_of_windows, sampler=sampler, clips=clips, windows=part)
-            frames, _ = ask(choice, keep_open=first + together < len(windows))
-            for found, shown in zip(part, np.split(frames, len(part)), strict=True):
+        done = 0
+        for part in plan_reading(times, windows, sampler, clips, self.group, PIECE_FRAMES):
+            done += len(part.windows)
+            chosen = np.concatenate(part.indices)
+            frames, _ = ask(partial(take, indices=chosen), keep_open=done < len(windows))
+            ends = np.cumsum([len(indices) for indices in part.indices])
+            for found, shown in zip(part.windows, np.split(frames, ends[:-1]), strict=True):
                 is_short = not sampler.places(KnownTimes(times[found.start : found.stop]))
-                yield self._prepare(shown, started, found.span, found.segment, is_short)
+                yield self._prepare(shown, started, found.span, found.segment, is_short, part.is_streamed)
                 started = time.perf_counter()
 
     def _read_live(self, window: float, step: float, seconds: float | None, address: str) -> Iterator[Piece]:
@@ -282,11 +292,17 @@ class Predictor:
             yield self._prepare(shown, started, found.span, found.segment, not sampler.places(found.times))
 
     def _prepare(
-        self, frames: Frames, started: float, span: Span | None = None, segment: int = 0, is_short: bool = False
+        self,
+        frames: Frames,
+        started: float,
+        span: Span | None = None,
+        segment: int = 0,
+        is_short: bool = False,
+        is_streamed: bool = False,
     ) -> Piece:
         pixels = self.views.prepare(frames)
         decode_s = time.perf_counter() - started
-        return pixels, partial(Window, span=span, decode_s=decode_s, is_short=is_short, segment=segment)
+        return Piece(pixels, Window(torch.empty(0), span, decode_s, 0.0, is_short, segment, is_streamed))
 
     def _score_all(
         self, sources: Sequence[T], read: Callable[[T], Iterator[Piece]], batch_size: int
@@ -295,31 +311,30 @@ class Predictor:
         if self._process != os.getpid():  # after a fork, GNU's OpenMP waits for ever for threads that are not there
             torch.set_num_threads(1)
             self._process = os.getpid()
+        scorer = Scorer(self.model, self.views, self.device, self.multi_label)
         waiting: list[tuple[int, Piece | End]] = []
         for i, item in read_ahead(sources, read, self.workers):
             waiting.append((i, item))
-            if sum(isinstance(entry, tuple) for _, entry in waiting) in (0, batch_size):
-                yield from self._score(waiting)
+            if sum(isinstance(entry, Piece) for _, entry in waiting) in (0, batch_size):
+                yield from self._score(scorer, waiting)
                 waiting = []
-        yield from self._score(waiting)
+        yield from self._score(scorer, waiting)
 
-    def _score(self, waiting: Sequence[tuple[int, Piece | End]]) -> Iterator[tuple[int, Window | End]]:
+    def _score(self, scorer: Scorer, waiting: Sequence[tuple[int, Piece | End]]) -> Iterator[tuple[int, Window | End]]:
         started = time.perf_counter()
-        pixels = [item[0] for _, item in waiting if isinstance(item, tuple)]
-        if pixels:
-            batch = self._collate(pixels)
+        pieces = [item for _, item in waiting if isinstance(item, Piece)]
+        if pieces:
             with torch.no_grad(), autocast(self.device, self.precision):
-                views = probabilities(self.model(batch.make_clips()), self.multi_label)
-            rows = iter(batch.expand(views).mean(dim=1).cpu())
-            seconds = (time.perf_counter() - started) / len(pixels)
+                rows = scorer([piece.pixels for piece in pieces], [piece.window.is_streamed for piece in pieces])
+            scores = iter(rows)
+            seconds = (time.perf_counter() - started) / len(pieces)
         for i, item in waiting:
-            yield i, item[1](next(rows), model_s=seconds) if isinstance(item, tuple) else item
+            if isinstance(item, Piece):
+                yield i, replace(item.window, scores=next(scores), model_s=seconds)
+            else:
+                yield i, item
 
     def clips(self, source: Any, fps: float | None = None) -> Tensor:
         """Return the network's input for one video or clip: its different views (V, 3, T, S, S). Raises DecodeError."""
         ((pixels, _),) = self._read(None, None, *self._find([source], fps))
-        return self._collate([pixels]).make_clips()
-
-    def _collate(self, videos: Sequence[Tensor]) -> Batch:
-        samples = [Sample(pixels, -1, i, (), []) for i, pixels in enumerate(videos)]
-        return collate(samples, self.views).to(self.device)
+        return make_batch([pixels], self.views).to(self.device).make_clips()

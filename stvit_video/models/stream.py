@@ -51,24 +51,27 @@ class TokenStream:
         self._forward_tokens = torch.compile(self._decide, **options)
 
     @torch.no_grad()
-    def push(self, frames: Tensor, return_intermediates: bool = False) -> Tensor | tuple[Tensor, Intermediates]:
+    def push(
+        self, frames: Tensor, return_intermediates: bool = False, *, after: Sequence[int] | None = None
+    ) -> Tensor | tuple[Tensor, Intermediates]:
         """Take the next frames (B, 3, n, H, W), n a multiple of ``group``; return the logits (B, d, classes).
 
         The d decisions are those after the last d of the new groups: for all groups once a window is full, for fewer
-        or none before. ``ready`` says which videos have a whole window there; the logits of others are NaN. As
-        intermediates, "embed", "base", "semantic" and the assignment are of the new frames; "final", where there are
-        decisions, has their windows one after another: (B, d*M, C).
+        or none before. ``after`` lists, in ascending order from 0, the new groups after which a decision is wanted;
+        others then cost no deep blocks. ``ready`` says which videos have a whole window there; the logits of others
+        are NaN. As intermediates, "embed", "base", "semantic" and the assignment are of the new frames; "final", where
+        there are decisions, has their windows one after another: (B, d*M, C).
 
         Raises ValueError for frames of another shape, or a model in training mode; the stream is then as it was.
         """
-        self._check(frames)
+        self._check(frames, after)
         B, groups, m, C = self._tokens.shape
         seen = Intermediates() if return_intermediates else None
         new, _ = self._reduce_frames(frames, seen)
         kept = torch.cat([self._tokens.to(new), new.unflatten(1, (-1, m))], dim=1)
         count = kept.shape[1] - groups
         filled = [[min(seen_before + i, groups) for i in range(1, count + 1)] for seen_before in self._filled]
-        due = [i for i in range(count) if any(row[i] == groups for row in filled)]
+        due = [i for i in (range(count) if after is None else after) if any(row[i] == groups for row in filled)]
         ready = torch.tensor([[row[i] == groups for i in due] for row in filled], dtype=torch.bool, device=new.device)
         if due:
             windows = torch.stack([kept[:, i + 1 : i + 1 + groups] for i in due], dim=1)  # (B, d, G, m, C)
@@ -97,16 +100,19 @@ class TokenStream:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a stream of the same model and batch size needs to go on from here."""
-        return {"tokens": self.tokens, "filled": torch.tensor(self._filled)}
+        weights = torch.stack([torch.hash_tensor(parameter.detach()) for parameter in self._model.parameters()])
+        return {"tokens": self.tokens, "filled": torch.tensor(self._filled), "weights": weights.view(torch.int64).cpu()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a ``state_dict``. Raises ValueError for one of another model's shape or batch size."""
+        """Go on from a ``state_dict``. Raises ValueError for one of another model, other weights or batch size."""
         own = self.state_dict()
         if state.keys() != own.keys() or any(state[key].shape != own[key].shape for key in own):
             given, allowed = ({key: tuple(value.shape) for key, value in each.items()} for each in (state, own))
             raise ValueError(
                 f"state of a stream with {given}; this one takes {allowed}: that of the same model and batch."
             )
+        if not torch.equal(state["weights"].cpu(), own["weights"]):
+            raise ValueError("state of a stream of other weights; load those with which it was saved, or start anew.")
         groups = self._tokens.shape[1]
         filled = [int(count) for count in state["filled"]]
         if not all(0 <= count <= groups for count in filled):
@@ -120,7 +126,7 @@ class TokenStream:
         logits: Tensor = self._model.head(self._model.forward_tokens(windows, None, intermediates))
         return logits
 
-    def _check(self, frames: Tensor) -> None:
+    def _check(self, frames: Tensor, after: Sequence[int] | None) -> None:
         sides = self._model.input_size[1:]
         B, channels, n, *given = frames.shape if frames.ndim == 5 else (0, 0, 0)
         if (B, channels, *given) != (self.batch_size, 3, *sides) or n < 1 or n % self.group:
@@ -128,6 +134,11 @@ class TokenStream:
                 f"frames of shape {tuple(frames.shape)}; this stream takes ({self.batch_size}, 3, n, {sides[0]}, "
                 f"{sides[1]}), n a multiple of its group of {self.group} frames. Resize frames, and keep those of a "
                 f"group that is not complete for the next push."
+            )
+        if after is not None and list(after) != sorted({i for i in after if 0 <= i < n // self.group}):
+            raise ValueError(
+                f"after={list(after)}; these frames are {n // self.group} groups: give numbers from 0 to "
+                f"{n // self.group - 1}, each once and in ascending order."
             )
         if self._model.training:
             raise ValueError("the model is in training mode, in which a stream is not its windows; call model.eval().")

@@ -78,7 +78,7 @@ def test_sampling_in_time_needs_a_rate(trained: Path, predictor: Predictor, writ
 def test_many_clips_are_scored_in_batches(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     score = predictor._score
-    monkeypatch.setattr(predictor, "_score", lambda waiting: sizes.append(len(waiting)) or score(waiting))
+    monkeypatch.setattr(predictor, "_score", lambda *given: sizes.append(len(given[1])) or score(*given))
     clips = np.stack([FRAMES[i : i + 8] for i in range(20)])
     found = predictor(clips)
     assert max(sizes) <= 2 * predictor.input.batch_size

@@ -135,6 +135,21 @@ def test_intermediates_of_new_frames_and_of_the_windows_of_decisions() -> None:
     torch.testing.assert_close(seen.assignment, wanted.assignment)
 
 
+def test_decisions_are_made_where_they_are_wanted_only() -> None:
+    model, video, decided = build(**SMALL), make_video(2, 48), []
+    model.blocks[-1].register_forward_hook(lambda module, inputs, output: decided.append(len(output)))
+    expected, stream = model.stream(2).push(video), model.stream(2)
+    decided.clear()
+    parts = [(0, 10, []), (10, 32, [0, 2, 6, 10]), (32, 48, [7])]
+    found = [stream.push(video[:, :, start:stop], after=after) for start, stop, after in parts]
+    assert [part.shape[1] for part in found] == [0, 3, 1]
+    assert decided == [2 * 3, 2 * 1]
+    torch.testing.assert_close(torch.cat(found, dim=1), expected[:, [0, 4, 8, 16]])
+    for wrong in ([8], [1, 0], [0, 0], [-1]):
+        with pytest.raises(ValueError, match=r"are 8 groups: give numbers from 0 to 7, each once"):
+            stream.push(video[:, :, :16], after=wrong)
+
+
 def test_every_frame_is_computed_once_and_nothing_piles_up() -> None:
     model, computed = build(**SMALL), []
     model.blocks[0].register_forward_hook(lambda module, inputs, output: computed.append(output.shape[:2]))
@@ -158,10 +173,13 @@ def test_a_saved_stream_goes_on_bit_for_bit(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(stream.ready, other.ready)
     assert not stream.ready.all()
-    with pytest.raises(ValueError, match=r"this one takes \{'tokens': \(1, 128, 48\), 'filled': \(1,\)\}"):
+    with pytest.raises(ValueError, match=r"this one takes \{'tokens': \(1, 128, 48\), 'filled': \(1,\), 'weights'"):
         model.stream(1).load_state_dict(stream.state_dict())
     with pytest.raises(ValueError, match=r"filled \[9, 8\]; this one takes 0 to 8 groups"):
         stream.load_state_dict({**stream.state_dict(), "filled": torch.tensor([9, 8])})
+    nn.init.zeros_(model.head.proj.bias)
+    with pytest.raises(ValueError, match="other weights"):
+        stream.load_state_dict(torch.load(tmp_path / "stream.pt"))
 
 
 def test_a_broken_camera_spoils_only_its_own_row_and_only_until_its_reset() -> None:
