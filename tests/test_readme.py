@@ -190,6 +190,7 @@ SHORT = {
     "benchmark loader": f"{SMALL} --clips 2 --rounds 1",
     "benchmark model": f"{SMALL} --largest-batch 1 --rounds 1",
     "benchmark e2e": "DATA.GENERATE= TRAIN.BATCH_SIZE 2 TEST.BATCH_SIZE 1 --clips 2 --rounds 1",
+    "benchmark stream": f"{SMALL} --rounds 1",
     "benchmark engine": "DATA.GENERATE= TRAIN.BATCH_SIZE 8 --steps 1 --rounds 1",
     "run --cfg configs/k400_": f"{SMALL} TRAIN.MAX_STEPS 1 TRAIN.BATCH_SIZE 1 DATA.WORKERS 0",
     "run --cfg configs/ssv2_": f"{SMALL} TRAIN.MAX_STEPS 1 TRAIN.BATCH_SIZE 1 DATA.WORKERS 0",
