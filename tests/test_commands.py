@@ -12,7 +12,8 @@ from stvit_video import __version__
 from tests.conftest import REPOSITORY
 
 COMMANDS = {
-    "benchmark", "check-videos", "compare", "export", "predict", "report", "run", "slurm", "tradeoff", "visualize"
+    "benchmark", "check-videos", "compare", "export", "extract", "predict", "report", "run", "slurm", "tradeoff",
+    "visualize",
 }  # fmt: skip
 
 

@@ -67,6 +67,13 @@ def windows_of(times: Times, window: float, step: float) -> list[Excerpt]:
     return found
 
 
+def frame_rate(times: Times) -> float:
+    """Return the mean number of frames per second in the continuous time of a video; 0 where no two frames have any."""
+    runs = [times[first:stop] for first, stop in find_segments(times)]
+    seconds = float(sum(run[-1] - run[0] for run in runs))
+    return (len(times) - len(runs)) / seconds if seconds else 0.0
+
+
 class Part(NamedTuple):
     """Windows whose frames are read in one request."""
 

@@ -59,7 +59,11 @@ def predict_videos(options: argparse.Namespace) -> int:
         if options.output is not None and results:
             write_results(results, options.output, options.top)
             print(f"results in {options.output}", flush=True)
-    print(describe_short(results, predictor) + describe_streamed(results, predictor), end="")
+    windows = [window for result in results for window in result.windows]
+    cut = [window.is_streamed for window in windows if window.span is not None]
+    short = sum(window.is_short for window in windows)
+    print(describe_short(short, len(windows), "windows" if cut else "videos", predictor), end="")
+    print(describe_streamed(sum(cut), len(cut), predictor), end="")
     print(summarise(results, time.perf_counter() - started, copies.seconds), flush=True)
     return int(copies.missing > 0 or any(result.error is not None for result in results))
 
@@ -144,23 +148,19 @@ def describe_windows(result: Prediction, windows: Sequence[Window], top: int) ->
     return f"  {start:>9} to {end:>9}  {describe_top(together.top(top))}"
 
 
-def describe_short(results: Sequence[Prediction], predictor: Predictor) -> str:
-    """Return a line on the videos or windows that are shorter than a clip; empty where there are none."""
-    windows = [window for result in results for window in result.windows]
-    short = sum(window.is_short for window in windows)
-    what = "videos" if all(window.span is None for window in windows) else "windows"
+def describe_short(short: int, count: int, what: str, predictor: Predictor) -> str:
+    """Return a line on the ``what``, videos or windows, that are shorter than a clip; empty where there are none."""
     length, effect = predictor.input.sampler.describe()
     remedy = effect if what == "videos" else f"{effect}, or give a longer --window"
-    return f"note: {short} of {len(windows)} {what} are shorter than a clip of {length}; {remedy}\n" if short else ""
+    return f"note: {short} of {count} {what} are shorter than a clip of {length}; {remedy}\n" if short else ""
 
 
-def describe_streamed(results: Sequence[Prediction], predictor: Predictor) -> str:
+def describe_streamed(streamed: int, count: int, predictor: Predictor) -> str:
     """Return a line on how a model of the streaming form scored the windows of files; empty for other models."""
-    windows = [window for result in results for window in result.windows if window.span is not None]
-    if not predictor.streams or not windows:
+    if not predictor.streams or not count:
         return ""
-    if streamed := sum(window.is_streamed for window in windows):
-        return f"streamed: {streamed:,} of {len(windows):,} windows; each of their frames was computed once\n"
+    if streamed:
+        return f"streamed: {streamed:,} of {count:,} windows; each of their frames was computed once\n"
     if predictor.group is None:
         return f"note: windows of {predictor.views.clips} clips are not streamed; --set TEST.CLIPS=1 is\n"
     return (

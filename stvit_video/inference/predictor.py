@@ -1,4 +1,4 @@
-"""Class scores of a trained model for video files, frames in memory and live streams."""
+"""Class scores, or other outputs, of a trained model for video files, frames in memory and live streams."""
 
 import os
 import time
@@ -23,8 +23,9 @@ from stvit_video.data.decode.memory import MemoryReader, is_several
 from stvit_video.data.decode.types import Choice, DecodeError, Frames, Reader, Times
 from stvit_video.data.live import read_windows
 from stvit_video.data.streams import read_ahead
-from stvit_video.data.windows import Span, check_seconds, plan_reading, take, windows_of
+from stvit_video.data.windows import Span, check_seconds, frame_rate, plan_reading, take, windows_of
 from stvit_video.inference.load import Trained, open_checkpoint
+from stvit_video.inference.outputs import ClassScores, Output
 from stvit_video.inference.scoring import Scorer, make_batch
 from stvit_video.models.stream import TokenStream
 from stvit_video.runtime.precision import autocast, set_precision
@@ -37,13 +38,14 @@ PIECE_FRAMES = 256  # frames of a long video that are read in one request
 class Window:
     """The scores of a whole video, or of one window of time."""
 
-    scores: Tensor  # (classes,)
+    scores: Tensor  # (classes,), or what else the predictor's output is
     span: Span | None  # None: the whole video
     decode_s: float
     model_s: float
     is_short: bool = False  # shorter than a clip
     segment: int = 0  # of the video, in which the window lies: time is interrupted between two
     is_streamed: bool = False  # of the frames, only those that the window before lacks were computed, if it shares any
+    fps: float = 0.0  # of the video; 0: not known
 
 
 @dataclass
@@ -99,6 +101,7 @@ class Piece(NamedTuple):
 End = DecodeError | None  # of a video: why it could not be read to its end, or None
 Source = str | MemoryReader
 Judge = Callable[[Reader], object] | None  # see ``FrameRequest``
+Cut = Callable[[float], tuple[float, float]]  # seconds of a window, and between windows, for frames per second
 T = TypeVar("T")
 
 
@@ -117,13 +120,15 @@ class Predictor:
         self,
         trained: Trained,
         *,
-        device: str = "auto",
+        device: str | torch.device = "auto",
         precision: str | None = None,  # by default that of the run's test
         workers: int = 1,  # threads that read ahead while the network runs
+        output: Output | None = None,  # by default class scores
     ) -> None:
-        self.device = pick_device(device, 0, 1)
+        self.device = pick_device(device, 0, 1) if isinstance(device, str) else device
         self.model = trained.model.to(self.device).eval()
         self.classes, self.multi_label = trained.classes, trained.multi_label
+        self.output = output or ClassScores(self.multi_label)
         self.input, self.views, self.workers = trained.input, trained.input.views, workers
         self.precision = precision or self.input.precision
         if precision is None and self.precision == "tf32" and self.device.type == "cpu":  # which has no TF32
@@ -184,7 +189,8 @@ class Predictor:
         check_seconds(window, step)
         readers = self._find(sources, fps)
         windows: list[Window] = []
-        for i, item in self._score_all(readers, partial(self._read, window, step), self.input.batch_size):
+        cut = None if window is None else lambda fps: (window, step or window)
+        for i, item in self._score_all(readers, partial(self._read, cut), self.input.batch_size):
             if isinstance(item, Window):
                 windows.append(item)
             else:
@@ -192,6 +198,13 @@ class Predictor:
                 path = source.path if isinstance(source, MemoryReader) else source
                 yield Prediction(path, self.classes, windows, None if item is None else item.message)
                 windows = []
+
+    def windows(self, paths: Sequence[str], cut: Cut) -> Iterator[tuple[int, Window | End]]:
+        """Score files window by window: yield (index, window), and at the end of each (index, error or None).
+
+        Batches are of one video, so that its scores do not depend, to the last bit, on what else is read.
+        """
+        yield from self._score_all(paths, partial(self._read, cut), self.input.batch_size, apart=True)
 
     def watch(
         self, address: str, *, window: float, step: float | None = None, seconds: float | None = None
@@ -245,10 +258,10 @@ class Predictor:
             raise
         self._idle.append(decoding)
 
-    def _read(self, window: float | None, step: float | None, source: Source) -> Iterator[Piece]:
+    def _read(self, cut: Cut | None, source: Source) -> Iterator[Piece]:
         """Read a video whole, or window by window."""
         if isinstance(source, MemoryReader):
-            yield from self._cut(window, step, source.times, source.answer)
+            yield from self._cut(cut, source.times, source.answer)
             return
         with self._decoding() as decoding:
 
@@ -256,23 +269,23 @@ class Predictor:
                 frames = decoding.read(replace(decoding.request(source, choice, keep_open), judge=judge))
                 return frames, decoding.judgement
 
-            yield from self._cut(window, step, partial(decoding.read_times, source), ask)
+            yield from self._cut(cut, partial(decoding.read_times, source), ask)
 
     def _cut(
         self,
-        window: float | None,
-        step: float | None,
+        cut: Cut | None,
         read_times: Callable[[], Times],
         ask: Callable[..., tuple[Frames, object]],
     ) -> Iterator[Piece]:
         started = time.perf_counter()
         clips, sampler = self.views.clips, self.input.sampler
-        if window is None:
+        if cut is None:
             frames, is_short = ask(partial(sampler, clips=clips), sampler.is_short)
             yield self._prepare(frames, started, is_short=bool(is_short))
             return
         times = read_times()
-        windows = windows_of(times, window, step or window)
+        fps = frame_rate(times)
+        windows = windows_of(times, *cut(fps))
         done = 0
         for part in plan_reading(times, windows, sampler, clips, self.group, PIECE_FRAMES):
             done += len(part.windows)
@@ -281,7 +294,7 @@ class Predictor:
             ends = np.cumsum([len(indices) for indices in part.indices])
             for found, shown in zip(part.windows, np.split(frames, ends[:-1]), strict=True):
                 is_short = not sampler.places(KnownTimes(times[found.start : found.stop]))
-                yield self._prepare(shown, started, found.span, found.segment, is_short, part.is_streamed)
+                yield self._prepare(shown, started, found.span, found.segment, is_short, part.is_streamed, fps)
                 started = time.perf_counter()
 
     def _read_live(self, window: float, step: float, seconds: float | None, address: str) -> Iterator[Piece]:
@@ -299,23 +312,28 @@ class Predictor:
         segment: int = 0,
         is_short: bool = False,
         is_streamed: bool = False,
+        fps: float = 0.0,
     ) -> Piece:
         pixels = self.views.prepare(frames)
         decode_s = time.perf_counter() - started
-        return Piece(pixels, Window(torch.empty(0), span, decode_s, 0.0, is_short, segment, is_streamed))
+        return Piece(pixels, Window(torch.empty(0), span, decode_s, 0.0, is_short, segment, is_streamed, fps))
 
     def _score_all(
-        self, sources: Sequence[T], read: Callable[[T], Iterator[Piece]], batch_size: int
+        self, sources: Sequence[T], read: Callable[[T], Iterator[Piece]], batch_size: int, *, apart: bool = False
     ) -> Iterator[tuple[int, Window | End]]:
-        """Read and score sources in order: yield (index, window), and at the end of each (index, error or None)."""
+        """Read and score sources in order: yield (index, window), and at the end of each (index, error or None).
+
+        With ``apart``, no batch has windows of several sources.
+        """
         if self._process != os.getpid():  # after a fork, GNU's OpenMP waits for ever for threads that are not there
             torch.set_num_threads(1)
             self._process = os.getpid()
-        scorer = Scorer(self.model, self.views, self.device, self.multi_label)
+        scorer = Scorer(self.model, self.views, self.device, self.output)
         waiting: list[tuple[int, Piece | End]] = []
         for i, item in read_ahead(sources, read, self.workers):
             waiting.append((i, item))
-            if sum(isinstance(entry, Piece) for _, entry in waiting) in (0, batch_size):
+            ended = apart and not isinstance(item, Piece)
+            if ended or sum(isinstance(entry, Piece) for _, entry in waiting) in (0, batch_size):
                 yield from self._score(scorer, waiting)
                 waiting = []
         yield from self._score(scorer, waiting)
@@ -336,5 +354,5 @@ class Predictor:
 
     def clips(self, source: Any, fps: float | None = None) -> Tensor:
         """Return the network's input for one video or clip: its different views (V, 3, T, S, S). Raises DecodeError."""
-        ((pixels, _),) = self._read(None, None, *self._find([source], fps))
+        ((pixels, _),) = self._read(None, *self._find([source], fps))
         return make_batch([pixels], self.views).to(self.device).make_clips()

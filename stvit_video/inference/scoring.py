@@ -1,4 +1,4 @@
-"""From prepared frames to scores: clips of several videos at once, or windows that share frames by a stream."""
+"""From prepared frames to what is read off the network: by clips of several videos at once, or by a stream."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -10,22 +10,22 @@ from torch import Tensor
 
 from stvit_video.data.clips.transforms import TestViews
 from stvit_video.data.dataset import Batch, Sample, collate
-from stvit_video.evaluation.predictions import probabilities
+from stvit_video.inference.outputs import Output, Streamed
 
 
 class Scorer:
-    """Scores pieces of videos: the mean over the views of a clip's class probabilities.
+    """Scores pieces of videos: the mean of an output, such as class probabilities, over the views of a clip.
 
     A piece is whole, or streamed: then its pixels are the frames that the streamed piece before it lacks, or a whole
     clip, with which a stream begins. Keep one scorer for the pieces of a video.
     """
 
-    def __init__(self, model: Any, views: TestViews, device: torch.device, multi_label: bool) -> None:
-        self._model, self._views, self._device, self._multi_label = model, views, device, multi_label
-        self._stream: Any = None
+    def __init__(self, model: Any, views: TestViews, device: torch.device, output: Output) -> None:
+        self._model, self._views, self._device, self._output = model, views, device, output
+        self._stream: Streamed | None = None
 
     def __call__(self, pieces: Sequence[Tensor], is_streamed: Sequence[bool]) -> Tensor:
-        """Return the scores (pieces, classes) of the pixels (n, h, w, 3) of pieces, on the CPU."""
+        """Return the rows (pieces, ...) of the pixels (n, h, w, 3) of pieces, on the CPU."""
         rows: list[Tensor] = []
         for streamed, run in groupby(zip(pieces, is_streamed, strict=True), key=lambda pair: pair[1]):
             pixels = [piece for piece, _ in run]
@@ -35,7 +35,7 @@ class Scorer:
 
     def _score(self, videos: Sequence[Tensor]) -> Tensor:
         batch = make_batch(videos, self._views).to(self._device)
-        return batch.expand(probabilities(self._model(batch.make_clips()), self._multi_label)).mean(dim=1)
+        return batch.expand(self._output.of_clips(self._model, batch.make_clips())).mean(dim=1)
 
     def _cut(self, pieces: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         """Yield streamed pieces in runs, of which each but the first begins with a whole clip."""
@@ -44,17 +44,16 @@ class Scorer:
             yield list(pieces[start:stop])
 
     def _follow(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Return the scores (pieces, classes) of pieces that continue the stream, or begin one; each crop is a row."""
+        """Return the rows (pieces, ...) of pieces that continue the stream, or begin one; each crop is a row."""
         pixels = torch.cat(list(pieces)).to(self._device)
         views = replace(self._views, clips=1, frames=len(pixels))
         crops = views.different_crops(pixels.shape)
-        if len(pieces[0]) == self._views.frames:
-            self._stream = self._model.stream(crops)
+        if self._stream is None or len(pieces[0]) == self._views.frames:
+            self._stream = self._output.stream(self._model, crops)
         clips = torch.empty(crops, 3, len(pixels), views.size, views.size, device=self._device)
         views.finish(pixels, (), clips)
         ends = torch.tensor([len(piece) for piece in pieces]).cumsum(0)
-        logits = self._stream.push(clips, after=(ends // self._stream.group - 1).tolist())  # (crops, pieces, classes)
-        return probabilities(logits.transpose(0, 1), self._multi_label).mean(dim=1)
+        return self._stream(clips, ends.tolist()).transpose(0, 1).mean(dim=1)  # from (crops, pieces, ...)
 
 
 def make_batch(videos: Sequence[Tensor], views: TestViews) -> Batch:

@@ -49,6 +49,9 @@ class SecondsSampler(Sampling):
     def describe(self) -> tuple[str, str]:
         return f"{self.seconds:g} s", "clips of them are slower than others: lower DATA.CLIP_SECONDS"
 
+    def seconds_at(self, fps: float) -> float | None:
+        return self.seconds
+
     def choose(self, run: Timeline, clips: int, seed: tuple[int, ...] | None) -> Indices:
         times = run.times()
         seconds = Fraction(self.seconds)

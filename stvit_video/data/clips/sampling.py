@@ -38,6 +38,10 @@ class Sampling(ABC):
     def describe(self) -> tuple[str, str]:
         """Return how long a clip is, and what happens to videos that are shorter."""
 
+    @abstractmethod
+    def seconds_at(self, fps: float) -> float | None:
+        """Return how long a clip of a video of ``fps`` frames per second (0: of one frame) is; None: as the video."""
+
     def __call__(self, video: Timeline, clips: int, seed: tuple[int, ...] | None = None) -> Indices:
         """Return the indices (clips * frames,) of clips, inside the video and ascending in each clip."""
         segments = video.segments()
@@ -113,6 +117,10 @@ class ClipSampler(Sampling):
         steps = (self.frames - 1) * self.stride
         length = f"{steps + 1} frames" if self.rate is None else f"{steps / self.rate:.3g} s"
         return length, "clips of them stand still at their end: lower DATA.STRIDE, or set DATA.SAMPLING uniform"
+
+    def seconds_at(self, fps: float) -> float | None:
+        rate = fps if self.rate is None else self.rate
+        return None if self.kind == "uniform" else self.frames * self.stride / rate if rate else 0.0
 
     def choose(self, run: Timeline, clips: int, seed: tuple[int, ...] | None) -> Indices:
         rng = None if seed is None else np.random.default_rng(seed)
