@@ -53,12 +53,12 @@ def predict(arguments: Sequence[str] | None) -> int:
     add = parser.add_argument_group("long videos").add_argument
     add("--window", type=float, metavar="SECONDS", help="score each window of this length like a separate video")
     add("--step", type=float, metavar="SECONDS", help="between the starts of windows (default: --window)")
-    add(
-        "--seconds",
-        type=seconds,
-        metavar="SECONDS",
-        help="stop watching a camera or stream after this time, its own or yours",
-    )
+    stop = "stop watching a camera or stream after this time, its own or yours"
+    add("--seconds", type=seconds, metavar="SECONDS", help=stop)
+    mean = "give each window the mean scores of the last N (default: %(default)s)"
+    add("--smooth", type=number(int, 1, 10_000), default=1, metavar="N", help=mean)
+    least = "least score of a class in the segments of a .json file (default: %(default)s)"
+    add("--threshold", type=number(float, 0, 1), default=0.5, metavar="SCORE", help=least)
     add = parser.add_argument_group("how videos are scored").add_argument
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto (default): a GPU if there is one")
     add("--precision", choices=("fp32", "tf32", "bf16", "fp16"), help="default: that of the run")

@@ -29,7 +29,7 @@ def report(arguments: Sequence[str] | None) -> int:
         raise UsageError(f"--output {output}: give a .html file in a folder that exists.")
     from stvit_video.common.files import write_atomically
     from stvit_video.common.text import printable
-    from stvit_video.pages.run_page import headline, list_notes, run_page
+    from stvit_video.pages.run_page import headline, list_notes, list_sources, run_page
     from stvit_video.runs.record import RunRecord, name_runs, readable
 
     if options.videos is not None and not options.videos.is_dir():
@@ -38,7 +38,7 @@ def report(arguments: Sequence[str] | None) -> int:
     with readable(options.runs):
         records = [RunRecord(path, name, options.videos) for path, name in named]
         page = run_page(records, shlex.join(["python", "-m", "stvit_video.report", *words]))
-        said = [headline(records), *list_notes(records), f"open {output}"]
+        said = [headline(records), *list_notes(records), *list_sources(records), f"open {output}"]
     write_atomically(output, page.encode())
     print("\n".join(map(printable, said)))
     return 0

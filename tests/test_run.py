@@ -76,8 +76,8 @@ def test_final_weights_rebuild_the_model_that_was_tested(finished: Path) -> None
 
 def test_a_finished_run_is_not_run_again(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def times() -> dict[Path, int]:  # without the lock, which another worker's test may take and leave
-        files = (finished / "run").rglob("*")
-        return {path: path.stat().st_mtime_ns for path in files if path.name != ".lock"}
+        files = [path for path in (finished / "run").rglob("*") if not path.name.startswith(".lock")]
+        return {path: path.stat().st_mtime_ns for path in files}
 
     before = times()
     assert run.main(evaluation(finished, "train", finished / "run")) == 0

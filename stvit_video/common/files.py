@@ -61,25 +61,28 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:
     """Remove the temporary files of killed writes of a file ``name``; no other process may be writing there."""
-    for old in (*folder.glob(f".{name}.tmp"), *folder.glob(f".{name}.????????.tmp")):
+    random = 8 * "[0-9a-f]"
+    for old in (*folder.glob(f".{name}.tmp"), *folder.glob(f".{name}.{random}.tmp*")):
         if not old.is_dir() or old.is_symlink():
             old.unlink(missing_ok=True)
 
 
 def open_to_append(path: Path) -> TextIO:
-    """Open a text file to append to. Raises OSError for a link in its place, which another user may have put there."""
-    try:
-        return open(
-            path, "a+", encoding="utf-8", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666)
-        )
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise OSError(error.errno, "it is a link, and is not followed", str(path)) from None
-        raise
+    """Open a text file to append to; its ``name`` is the path.
+
+    Raises OSError for a link in its place, which another user may have put there, and for a pipe or device.
+    """
+    check_own(path)
+    safely = os.O_NOFOLLOW | os.O_NONBLOCK
+    return open(path, "a+", encoding="utf-8", opener=lambda name, flags: os.open(name, flags | safely, 0o666))
 
 
-def _open_unlinked(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+def check_own(path: str | Path) -> None:
+    """Raise OSError where something else than a file lies at ``path``: a link, or a pipe, which holds a reader up."""
+    if os.path.islink(path):
+        raise OSError(errno.ELOOP, "it is a link, and is not followed", str(path))
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(errno.EPERM, "it is no regular file", str(path))
 
 
 def write_json(path: Path, content: object) -> None:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from stvit_video.common.files import open_to_append
+from stvit_video.common.files import check_own, open_to_append
 
 POLL_S = 0.2
 BEAT_S = 5.0  # between two signs of life of a holder
@@ -53,7 +53,7 @@ class Lock:
     def holder(self) -> str:
         """Return which process has the lock, as in "process 7 on node2"."""
         with suppress(OSError):
-            return _record(self.path, _newest(self.path)).read_text() or "another process"
+            return _read(_record(self.path, _newest(self.path))) or "another process"
         return "another process"
 
     def close(self) -> None:
@@ -107,7 +107,7 @@ class Lock:
 
     def _has_ended(self, number: int, is_locked: bool) -> bool:
         record = _record(self.path, number)
-        said = record.read_text()
+        said = _read(record)
         if said == ENDED or (is_locked and said.endswith(f" on {socket.gethostname()}")):  # where it held that lock
             return True
         seen = number, record.stat().st_mtime_ns
@@ -136,6 +136,11 @@ def _record(path: Path, number: int) -> Path:
     return path.with_name(f"{path.name}.{number}")
 
 
+def _read(record: Path) -> str:
+    check_own(record)
+    return record.read_text()
+
+
 def _newest(path: Path) -> int:
     names = (name.rpartition(".") for name in os.listdir(path.parent))
     return max((int(end) for start, _, end in names if start == path.name and end.isdecimal()), default=0)
@@ -147,7 +152,7 @@ def _beat(path: Path, number: int, stopped: threading.Event) -> None:
         with suppress(OSError):
             os.utime(_record(path, number))
             if (newest := _newest(path)) > number:
-                other = _record(path, newest).read_text()
+                other = _read(_record(path, newest))
                 if not other.startswith(f"process {os.getpid()} "):
                     print(f"error: {other} has taken over {path.parent}: ending here", file=sys.stderr, flush=True)
                     os._exit(1)

@@ -181,7 +181,7 @@ def _generate(root: Path, spec: Spec, todo: list[tuple[int, int]], workers: int 
         for split, count in zip(SPLITS, spec.clips, strict=True):
             rows = [f"videos/{split}_{i:05d}.mp4 {i // repeats % len(names)}\n" for i in range(count)]
             write_atomically(folder / f"{split}.csv", "".join(rows).encode())
-    (root / "complete").touch()
+    write_atomically(root / "complete", b"")
 
 
 def is_complete(root: str | Path) -> bool:

@@ -3,7 +3,7 @@
 import argparse
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -21,6 +21,7 @@ from stvit_video.data.streams import STDIN, find_sources, spooled_stdin, stdin_i
 from stvit_video.inference.annotate import Copies
 from stvit_video.inference.load import Trained, open_checkpoint
 from stvit_video.inference.predictor import Prediction, Predictor, Window
+from stvit_video.inference.segments import Segment, find_segments, smooth
 
 LIVE_WINDOW_S = 2.0
 
@@ -54,10 +55,12 @@ def predict_videos(options: argparse.Namespace) -> int:
                         replace(result, path=STDIN, error=result.error and result.error.replace(spooled, STDIN))
                         for result in found
                     )
-                score(found, len(paths), options, results, copies)
+                smoothed = (replace(result, windows=list(smooth(result.windows, options.smooth))) for result in found)
+                score(smoothed, len(paths), options, results, copies)
     finally:  # also after Ctrl-C: the results so far are kept
         if options.output is not None and results:
-            write_results(results, options.output, options.top)
+            find = partial(find_segments, threshold=options.threshold, multi_label=trained.multi_label)
+            write_results(results, options.output, options.top, find)
             print(f"results in {options.output}", flush=True)
     windows = [window for result in results for window in result.windows]
     cut = [window.is_streamed for window in windows if window.span is not None]
@@ -114,7 +117,8 @@ def watch(predictor: Predictor, address: str, options: argparse.Namespace, resul
     print("watching; Ctrl-C ends", flush=True)
     try:
         length = options.window or LIVE_WINDOW_S
-        for window in predictor.watch(address, window=length, step=options.step, seconds=options.seconds):
+        windows = predictor.watch(address, window=length, step=options.step, seconds=options.seconds)
+        for window in smooth(windows, options.smooth):
             result.windows.append(window)
             print(describe_windows(result, [window], options.top), flush=True)
     except DecodeError as error:
@@ -189,10 +193,15 @@ def summarise(results: Sequence[Prediction], seconds: float, annotating: float) 
     return f"{counts} in {seconds:.1f} s ({parts})" + (f"; {failed:,} could not be read" if failed else "")
 
 
-def write_results(results: Sequence[Prediction], path: Path, top: int) -> None:
-    """Write all results: a JSON object for each video, or a CSV row for each video or window, and for each error."""
+def write_results(
+    results: Sequence[Prediction], path: Path, top: int, find: Callable[[Sequence[Window]], list[Segment]]
+) -> None:
+    """Write all results: a JSON object for each video, or a CSV row for each video or window, and for each error.
+
+    ``find`` finds the segments of a timeline.
+    """
     if path.suffix == ".json":
-        write_json(path, [to_json(result, top) for result in results])
+        write_json(path, [to_json(result, top, find) for result in results])
         return
     rows: list[dict[str, object]] = []
     for result in results:
@@ -210,7 +219,7 @@ def write_results(results: Sequence[Prediction], path: Path, top: int) -> None:
     write_atomically(path, to_csv(rows, ["path", "start", "end", *classes, "seconds", "error"]))
 
 
-def to_json(result: Prediction, top: int) -> dict[str, Any]:
+def to_json(result: Prediction, top: int, find: Callable[[Sequence[Window]], list[Segment]]) -> dict[str, Any]:
     """Return a video's object: path, most likely classes, seconds, error or None, and its timeline if it has one."""
 
     def named(window: Window | None = None) -> list[dict[str, Any]]:
@@ -224,5 +233,12 @@ def to_json(result: Prediction, top: int) -> dict[str, Any]:
         "model_seconds": round(result.model_s, 6),
         "error": result.error,
     }
-    timeline = [{**window.span._asdict(), "top": named(window)} for window in result.windows if window.span is not None]
-    return {**found, "timeline": timeline} if timeline else found
+    windows = [window for window in result.windows if window.span is not None]
+    if not windows:
+        return found
+    timeline = [{**window.span._asdict(), "top": named(window)} for window in windows]  # type: ignore[union-attr]
+    segments = [
+        {"start": start, "end": end, "class": result.classes[label], "score": score}
+        for start, end, label, score in find(windows)
+    ]
+    return {**found, "timeline": timeline, "segments": segments}

@@ -74,19 +74,33 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def project(self, query: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries (B, h, N, C/h), keys and values (B, h, K, C/h)."""
+    def project(
+        self, query: Tensor, context: Tensor | None, reads: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries (B, h, N, C/h), keys and values (B, h, K, C/h).
+
+        ``reads`` (W, P) are the context tokens that each of W windows attends to: queries are then (B*W, N, C), and
+        keys and values (B*W, h, P, C/h). Windows may overlap; each token is projected once.
+        """
         if context is None:
             q, k, v = self.qkv(query).chunk(3, dim=-1)
         else:
             q, joint = project_apart(self.qkv, query, context)
+            if reads is not None:
+                joint = joint[:, reads].flatten(0, 1)
             k, v = joint.chunk(2, dim=-1)
         q, k, v = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
         return q, k, v
 
-    def forward(self, query: Tensor, context: Tensor | None = None, key_bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        context: Tensor | None = None,
+        key_bias: Tensor | None = None,
+        reads: Tensor | None = None,
+    ) -> Tensor:
         """Map (B, N, C) to (B, N, C); ``key_bias`` (K,), or (B, K) by clip, is added to every query's logits."""
-        return self.combine(*self.project(query, context), key_bias)
+        return self.combine(*self.project(query, context, reads), key_bias)
 
     def combine(self, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None = None) -> Tensor:
         """Return the output (B, N, C) of what ``project`` returned."""
@@ -122,11 +136,16 @@ class Block(nn.Module):
             self.gamma_1, self.gamma_2 = (nn.Parameter(torch.full((dim,), float(layer_scale))) for _ in range(2))
 
     def forward(
-        self, x: Tensor, context: Tensor | None = None, key_bias: Tensor | None = None, residual: bool = True
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        key_bias: Tensor | None = None,
+        residual: bool = True,
+        reads: Tensor | None = None,
     ) -> Tensor:
-        """Map (B, N, C) to (B, N, C); ``residual`` is the one around the attention."""
+        """Map (B, N, C) to (B, N, C); ``residual`` is the one around the attention, ``reads`` as ``Attention`` has."""
         normed = None if context is None else self.norm1(context)
-        update = _scale(self.attn(self.norm1(x), normed, key_bias), self.gamma_1)
+        update = _scale(self.attn(self.norm1(x), normed, key_bias, reads), self.gamma_1)
         # Without the residual a dropped path would leave nothing, so it is never dropped.
         x = x + self.drop_path(update) if residual else update
         return self._add_mlp(x)
@@ -146,10 +165,10 @@ class Block(nn.Module):
     STEPS = ("attention_probs", "attend", "mlp_residual")
 
     def attention_probs(
-        self, x: Tensor, context: Tensor | None = None, key_bias: Tensor | None = None
+        self, x: Tensor, context: Tensor | None = None, key_bias: Tensor | None = None, reads: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return the attention probabilities (B, h, N, K), at least single precision, and the values (B, h, K, C/h)."""
-        q, k, v = self.attn.project(self.norm1(x), None if context is None else self.norm1(context))
+        q, k, v = self.attn.project(self.norm1(x), None if context is None else self.norm1(context), reads)
         logits = at_least_single(q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
         if key_bias is not None:
             logits = logits + _by_query(key_bias)

@@ -58,14 +58,15 @@ def _compute(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) 
 
 
 def project_apart(qkv: Any, query: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the queries (B, N, C) of ``query``, and keys and values (B, K, 2C) of ``context``, by a joint projection.
+    """Return the queries of ``query`` (..., C), and keys and values (B, K, 2C) of ``context``, by a joint projection.
 
     A layer whose weights may not be read is called once, on all tokens and for all outputs: half of them are not used.
     """
-    N, C = query.shape[1:]
+    C = query.shape[-1]
     if not _may_be_read(qkv, nn.Linear):
-        joint = qkv(torch.cat([query, context], dim=1))
-        return joint[:, :N, :C], joint[:, N:, C:]
+        joint = qkv(torch.cat([query.flatten(0, -2), context.flatten(0, -2)]))
+        q, k_v = joint.split([query[..., 0].numel(), context[..., 0].numel()])
+        return q[:, :C].unflatten(0, query.shape[:-1]), k_v[:, C:].unflatten(0, context.shape[:-1])
     weight, bias = qkv.weight, qkv.bias
 
     def project(outputs: slice, x: Tensor) -> Tensor:

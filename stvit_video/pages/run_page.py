@@ -112,6 +112,12 @@ def list_notes(runs: Sequence[RunRecord]) -> list[str]:
     return [*find_warnings(runs), *(line for run in runs for line in run.absent), *withheld]
 
 
+def list_sources(runs: Sequence[RunRecord]) -> list[str]:
+    """Return where the page's frames are from, unless the user named the folder: a run may name any."""
+    shown = {run.roots[0]: run.name for run in reversed(runs) if run.mistakes() and run.roots and not run.is_trusted}
+    return [f"frames of {name} are of videos below {root}, its DATA.ROOT" for root, name in shown.items()]
+
+
 def _figure_rows(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     """Return a table row for each figure: its name, and each run's (value, whether it is the best)."""
     columns = [_figures(run) for run in runs]

@@ -166,7 +166,9 @@ class RunRecord:
             return [self.root.resolve()]
         if self.path.stat().st_uid != os.geteuid():
             return []
-        wide = [Path.home().resolve(), *Path.home().resolve().parents]
+        home = os.path.expanduser("~")  # stays so for a user whom the system does not know
+        place = Path(home if os.path.isabs(home) else "/").resolve()
+        wide = [place, *place.parents]
         return [root for base in self._bases() if (root := (base / self.root).resolve()) not in wide]
 
     def _bases(self) -> list[Path]:

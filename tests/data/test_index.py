@@ -1,12 +1,16 @@
 """Indexes: kept beside a run where they took decoding, made again where they no longer fit; and reading by them."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from stvit_video.data import DecodeError, open_video
 from stvit_video.data.decode import av_file, index
@@ -58,6 +62,36 @@ def test_an_index_that_took_decoding_is_kept(
     for stale in (cache, IndexCache(str(folder))):
         assert length(clip, stale) == 20
     assert len(decoded) == 3
+
+
+@pytest.mark.parametrize(
+    ("tensor", "value"),
+    [
+        ("stamps", np.arange(30.0)),
+        ("stamps", np.arange(30).reshape(2, 15)),
+        ("stamps", np.arange(0)),
+        ("keys", np.arange(31)),
+        ("fields", {"time_base": "0.04"}),
+        ("fields", {"size": [96]}),
+        ("fields", {"stream": 0.5}),
+        ("fields", {"other": 1}),
+        ("fields", {"plain": None}),
+    ],
+    ids=str,
+)
+def test_an_index_of_other_kinds_is_made_anew(
+    clip: Path, tmp_path: Path, decoded: list[str], tensor: str, value: Any
+) -> None:
+    length(clip, IndexCache(str(tmp_path / "index")))
+    (stored,) = (tmp_path / "index").iterdir()
+    with safe_open(stored, "np") as file:
+        arrays = {key: file.get_tensor(key) for key in ("stamps", "keys")}
+        fields = json.loads(file.metadata()["fields"])
+    fields |= value if tensor == "fields" else {}
+    arrays |= {} if tensor == "fields" else {tensor: value}
+    save_file(arrays, stored, {"fields": json.dumps(fields)})
+    assert length(clip, IndexCache(str(tmp_path / "index"))) == 30
+    assert len(decoded) == 2
 
 
 def test_the_index_of_a_long_file_is_kept(

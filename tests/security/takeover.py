@@ -33,7 +33,7 @@ def misbehave(path: str, cache: Any) -> dict[str, str]:
         "remove": attempt(lambda: os.remove(path)),
         "secrets": attempt(lambda: Path(f"/proc/{parent}/environ").read_bytes()),
         "stop": attempt(lambda: os.kill(parent, 0)),
-        "index": attempt(lambda: (cache.folder / "a.npz").write_text("")),
+        "index": attempt(lambda: (cache.folder / "a.safetensors").write_text("")),
         "read": attempt(lambda: Path(path).read_bytes()),
         "many files": attempt(lambda: [os.open(path, os.O_RDONLY) for _ in range(1000)]),
     }

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -11,11 +12,14 @@ from pathlib import Path
 import pytest
 
 from stvit_video import run
-from stvit_video.common.files import open_to_append, whole_file, write_atomically
+from stvit_video.common.files import open_to_append, remove_leftovers, whole_file, write_atomically
 from stvit_video.common.locks import Lock
+from stvit_video.data import sample
 from stvit_video.inference.annotate import Copies
 from stvit_video.inference.predictor import Prediction
 from stvit_video.runs.folder import RESULT_FILES, TRAINING_FILES
+from stvit_video.runs.record import RunRecord
+from stvit_video.runtime.limits import reserve_files
 from tests.conftest import REPOSITORY, numbered_frames
 
 
@@ -60,6 +64,71 @@ def test_a_lock_or_log_that_is_a_link_is_refused(tmp_path: Path, victim: Path) -
         open_to_append(link)
     assert not (tmp_path / "new").exists()
     assert victim.read_text() == "untouched"
+
+
+@pytest.mark.parametrize("name", [".lock", ".lock.1", "metrics.jsonl"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "dangling"])
+def test_what_is_no_file_holds_no_run_up(
+    kind: str, name: str, small_run: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = small_run("TRAIN.MAX_STEPS", "1", "DATA.VAL_LIST", "")
+    path = Path(arguments[arguments.index("OUTPUT_DIR") + 1]) / name
+    path.parent.mkdir()
+    (path.parent / "config.yaml").write_text("{OUTPUT_DIR: x, MODEL: {}, DATA: {}}\n")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("nowhere")
+    code, error = run.main(arguments), capsys.readouterr().err
+    assert not (path.parent / "nowhere").exists()
+    if name == "metrics.jsonl" and kind != "folder":  # of a run without checkpoints, which starts anew
+        assert code == 0
+        assert path.is_file()
+        assert not path.is_symlink()
+    else:
+        assert code == 2
+        assert f"{name} " in error
+        assert error.count("\n") == 1
+
+
+def test_files_are_opened_to_append_under_their_path(tmp_path: Path) -> None:
+    with open_to_append(tmp_path / "log") as file:
+        assert file.name == str(tmp_path / "log")  # locks compare the open file with what lies there
+
+
+def test_what_killed_writes_leave_is_removed(tmp_path: Path) -> None:
+    for name, suffix in (("curves.png", ".png"), ("step_1.pt", ""), ("results.json", "")):
+        with whole_file(tmp_path / name, suffix) as temporary:
+            shutil.copy(temporary, tmp_path / "copy")
+        os.rename(tmp_path / "copy", temporary)  # as a kill leaves it
+    mine = tmp_path / ".notes.tmp.txt"
+    mine.write_text("")
+    remove_leftovers(tmp_path, "step_*.pt")
+    assert len(list(tmp_path.glob(".*.tmp*"))) == 3
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"curves.png", "step_1.pt", "results.json", mine.name}
+
+
+def test_the_mark_of_a_whole_set_is_not_made_through_a_link(tmp_path: Path) -> None:
+    spec = sample.Spec(clips=(1, 1, 1), stills=(1, 1))
+    sample.prepare(tmp_path / "set", spec, workers=1, progress=False)
+    (tmp_path / "set" / "complete").unlink()
+    (tmp_path / "set" / "complete").symlink_to(tmp_path / "victim")
+    sample.prepare(tmp_path / "set", spec, workers=1, progress=False)
+    assert not (tmp_path / "victim").exists()
+    assert sample.is_complete(tmp_path / "set")
+
+
+def test_a_user_without_home_and_a_system_without_proc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
+    (tmp_path / "results.json").write_text('{"top1": 50}')
+    (tmp_path / "config.yaml").write_text("DATA: {ROOT: /}")
+    assert RunRecord(tmp_path).roots == []
+    monkeypatch.setattr(os, "listdir", lambda path: (_ for _ in ()).throw(FileNotFoundError(path)))
+    reserve_files(1, "a run", "")
 
 
 def test_files_are_whole_and_have_the_rights_of_new_ones(tmp_path: Path, victim: Path) -> None:

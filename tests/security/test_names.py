@@ -82,6 +82,7 @@ def test_frames_of_a_foreign_run_come_from_its_root_only(
     foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert frames_shown(foreign) == 3
+    assert f"frames of run are of videos below {tmp_path / 'private'}, its DATA.ROOT" in capsys.readouterr().out
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     assert frames_shown(foreign) == 0, "another's run"
     assert "--videos FOLDER" in capsys.readouterr().out

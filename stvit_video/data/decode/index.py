@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import sys
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,6 +18,8 @@ import numpy as np
 from av.container import InputContainer
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from stvit_video.common.files import whole_file
 from stvit_video.common.text import printable
@@ -30,7 +31,7 @@ from stvit_video.data.decode.types import DecodeError, Times, decode_errors, rea
 TIMED_CONTAINERS = (*EXACT_CONTAINERS, "flv")
 KEPT_FRAMES = 4_000_000  # in the indexes that a process keeps in memory: 64 MB
 LONG = 10_000  # frames, from which on a pass over the packets takes long: the file is read whole for it
-FORMAT = 1  # of cached files; others are not read
+FORMAT = 2  # of cached files; others are not read
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,8 +155,8 @@ class IndexCache:
         arrays = {"stamps": fields.pop("stamps"), "keys": np.asarray(fields.pop("keys"), np.int64)}
         try:
             self.folder.mkdir(exist_ok=True)
-            with whole_file(self._file(path), ".npz") as temporary:
-                np.savez(temporary, fields=json.dumps(fields), **arrays)
+            with whole_file(self._file(path)) as temporary:
+                save_file(arrays, temporary, {"fields": json.dumps(fields)})
         except OSError:  # no space, read-only, or the run's folder is gone
             self.folder = None
 
@@ -177,22 +178,24 @@ class IndexCache:
     def _file(self, path: str) -> Path:
         assert self.folder is not None
         name = hashlib.sha256(os.path.abspath(path).encode(errors="surrogateescape")).hexdigest()
-        return self.folder / f"{name[:32]}.npz"
+        return self.folder / f"{name[:32]}.safetensors"
 
     def _load(self, path: str) -> None:
-        if self.folder is None:
+        if self.folder is None or not self._file(path).is_file():  # a pipe would hold this up
             return
         try:
-            with np.load(self._file(path), allow_pickle=False) as stored:
-                fields = json.loads(str(stored["fields"]))
+            with safe_open(self._file(path), "np") as stored:
+                fields = json.loads(stored.metadata()["fields"])
                 fields["size"] = fields["size"] and tuple(fields["size"])
                 if fields.pop("format") != FORMAT or fields.pop("path") != path:
                     return
                 state = fields.pop("state")
-                index = Index(stamps=stored["stamps"], keys=stored["keys"].tolist(), **fields)
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):  # none, or a torn one
+                stamps, keys = stored.get_tensor("stamps"), stored.get_tensor("keys")
+                index = Index(stamps=stamps, keys=keys.tolist(), **fields)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError):  # none, or a torn one
             return
-        self._keep(path, state, index)
+        if _is_whole(index, keys):
+            self._keep(path, state, index)
 
     def _keep(self, path: str, state: list[int], index: Index) -> None:
         if path in self._kept:
@@ -201,6 +204,20 @@ class IndexCache:
         self._frames += len(index.stamps)
         while self._frames > KEPT_FRAMES and len(self._kept) > 1:
             self._frames -= len(self._kept.popitem(last=False)[1][1].stamps)
+
+
+def _is_whole(index: Index, keys: NDArray[np.int64]) -> bool:
+    """Say whether what was read has the kinds that an index has; anything may lie in a folder."""
+    kinds = {"stream": int, "time_base": float, "plain": str, "steady": bool, "damage": str, "decoded": bool}
+    sides = (1, 1) if index.size is None else index.size
+    return (
+        index.stamps.dtype == keys.dtype == np.int64
+        and index.stamps.ndim == keys.ndim == 1
+        and 0 < len(index.stamps) >= len(keys)
+        and all(type(getattr(index, name)) is kind for name, kind in kinds.items())
+        and len(sides) == 2
+        and all(type(side) is int and side > 0 for side in sides)
+    )
 
 
 def _state(path: str) -> list[int]:

@@ -141,6 +141,10 @@ class SemanticPooling(nn.Module):
         return maps.permute(0, 2, 3, 1).reshape(B, T * H * W, C).to(x.dtype)
 
 
+# Queries, their context, the bias of its keys, and the tokens of the context that each window of queries reads.
+Context = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
 class SemanticTokenGenerator(Reducer):
     """STGM: turns image tokens X into semantic tokens S with two or more of the backbone's own blocks.
 
@@ -178,14 +182,14 @@ class SemanticTokenGenerator(Reducer):
             query = s if i == 0 or self.global_centres is None else s + self.global_centres
             if return_assignment and i + 1 == len(blocks):
                 assignment = self.assign(block, query, s, x)
-            queries, context, bias = self.context(i, query, s, x)
-            out = block(queries, context=context, key_bias=bias, residual=i > 0 or self.first_residual)
+            queries, context, bias, reads = self.context(i, query, s, x)
+            out = block(queries, context, bias, residual=i > 0 or self.first_residual, reads=reads)
             s = self.reverse(i, out, x.shape[0])
         return Reduced(s, assignment)
 
-    def context(self, layer: int, query: Tensor, s: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return queries, context and the bias of its keys for the ``layer``-th block, counted from 0."""
-        return (query, x, None) if layer == 0 else (query, *self.join(s, x))
+    def context(self, layer: int, query: Tensor, s: Tensor, x: Tensor) -> Context:
+        """Return what the ``layer``-th block, counted from 0, takes."""
+        return (query, x, None, None) if layer == 0 else (query, *self.join(s, x), None)
 
     def reverse(self, layer: int, queries: Tensor, B: int) -> Tensor:
         """Return queries in the order of ``context`` as semantic tokens (B, M, C)."""
@@ -265,21 +269,22 @@ class WindowedTokenGenerator(SemanticTokenGenerator):
             covers = all(length <= side for length, side in zip(lengths, (*sides, *centres), strict=True))
             windows = (1, 1) if covers else counts
             self.query_windows.append((1, regions[1] // windows[0], regions[2] // windows[1]))
-            self.register_buffer(f"image_index_{layer}", read_index(group, windows, sides), persistent=False)
-            centre_index = read_index((1, *regions[1:]), windows, centres)
-            self.register_buffer(f"centre_index_{layer}", centre_index, persistent=False)
+            in_centres = read_index((1, *regions[1:]), windows, centres)
+            in_images = read_index(group, windows, sides)
+            reads = torch.cat([in_centres, math.prod(regions[1:]) + in_images], dim=1)
+            self.register_buffer(f"reads_{layer}", reads, persistent=False)  # of [S; X]
 
-    def context(self, layer: int, query: Tensor, s: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return, by window, queries (B*G*windows, P, C), their context [S; X] and the bias of its keys."""
+    def context(self, layer: int, query: Tensor, s: Tensor, x: Tensor) -> Context:
+        """Return queries (B*G*windows, P, C), the context [S; X] of a group and what windows read of it."""
         G, h, w = self.regions
         layer = min(layer, 1)
         B, _, C = x.shape
         query = window_partition(query.reshape(B * G, 1, h, w, C), self.query_windows[layer]).flatten(0, 3)
-        s, x = s.reshape(B * G, -1, C), x.reshape(B * G, -1, C)
-        if self.query_windows[layer] != (1, h, w):  # else one window reads all, and nothing is copied
-            s = s[:, self.get_buffer(f"centre_index_{layer}")].flatten(0, 1)
-            x = x[:, self.get_buffer(f"image_index_{layer}")].flatten(0, 1)
-        return query, *self.join(s, x)
+        context, bias = self.join(s.reshape(B * G, -1, C), x.reshape(B * G, -1, C))
+        if self.query_windows[layer] == (1, h, w):  # one window reads all, and nothing is copied
+            return query, context, bias, None
+        reads = self.get_buffer(f"reads_{layer}")
+        return query, context, None if bias is None else bias[reads[0]], reads  # the same kinds in each window
 
     def reverse(self, layer: int, queries: Tensor, B: int) -> Tensor:
         window = self.query_windows[min(layer, 1)]
@@ -290,7 +295,10 @@ class WindowedTokenGenerator(SemanticTokenGenerator):
     def assign(self, block: nn.Module, query: Tensor, s: Tensor, x: Tensor) -> Tensor:
         weights, _ = block.attention_probs(*self.context(1, query, s, x))  # type: ignore[operator]
         B, group_tokens = query.shape[0], x.shape[1] // self.regions[0]
-        index = self.get_buffer("image_index_1").repeat(B * self.regions[0], 1).unsqueeze(1)
+        centres = math.prod(self.regions[1:])
+        index = self.get_buffer("reads_1")
+        index = index[:, index[0] >= centres] - centres  # of image tokens
+        index = index.repeat(B * self.regions[0], 1).unsqueeze(1)
         weights = weights.mean(dim=1)[..., -index.shape[-1] :]
         full = weights.new_zeros(*weights.shape[:2], group_tokens)
         weights = self.reverse(1, full.scatter(2, index.expand_as(weights), weights), B)
