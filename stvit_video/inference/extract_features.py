@@ -106,11 +106,15 @@ def find_videos(names: Sequence[str], root: Path | None, kind: str) -> tuple[Tod
 
     ``root`` is where relative paths in lists start; by default the folder of the list. Raises UsageError.
     """
+    lists = [name for name in names if name.lower().endswith(LIST_SUFFIXES) and not os.path.isdir(name)]
+    if root is not None and not lists:
+        ends = ", ".join(LIST_SUFFIXES)
+        raise UsageError(f"--root {root} is where paths in lists start, and none is given ({ends}); leave it out.")
     paths: list[str] = []
     bases: list[str] = []  # of each name the folder in which its videos lie
     notes: list[str] = []
     for name in names:
-        if os.path.isfile(name) and name.lower().endswith(LIST_SUFFIXES):
+        if name in lists:
             base = os.path.abspath(root or os.path.dirname(name))
             listed, *_ = read_listing(Path(name), Path(base))
             found = [os.path.abspath(video.path) for video in listed]

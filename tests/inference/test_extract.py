@@ -199,6 +199,8 @@ def test_lists_name_videos(run: Callable[..., str], write_clip: Callable[..., Pa
     assert index(tmp_path / "out")[0]["last"] == "1.6"  # the whole video, once
     assert "is a stream, a camera or a pipe" in run("0", code=2)
     assert "is not a folder" in run(folder, "--root", tmp_path / "none", code=2)
+    assert "is not a file" in run(tmp_path / "none.txt", code=2)
+    assert "leave it out" in run(folder, "--root", folder, code=2)
 
 
 def test_what_is_done_and_whole_is_kept(
