@@ -223,6 +223,7 @@ def test_what_is_done_and_whole_is_kept(
     assert {name for name, content in files_of(out).items() if content != first[name]} == {
         *("c.npy", "records/c.npy.json", "index.csv", "index.json")
     }
+    assert [row["file"] for row in index(out)] == ["a.npy", "b.npy", "c.npy", "d.npy"]
 
 
 def test_other_settings_and_other_videos_are_refused(
