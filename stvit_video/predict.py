@@ -55,6 +55,8 @@ def predict(arguments: Sequence[str] | None) -> int:
     add("--step", type=float, metavar="SECONDS", help="between the starts of windows (default: --window)")
     stop = "stop watching a camera or stream after this time, its own or yours"
     add("--seconds", type=seconds, metavar="SECONDS", help=stop)
+    again = "open a camera or address again, up to N times, when it ends or fails (default: %(default)s)"
+    add("--reconnect", type=number(int, 0, 1_000_000), default=0, metavar="N", help=again)
     mean = "give each window the mean scores of the last N (default: %(default)s)"
     add("--smooth", type=number(int, 1, 10_000), default=1, metavar="N", help=mean)
     least = "least score of a class in the segments of a .json file (default: %(default)s)"

@@ -1,9 +1,12 @@
 """Cameras, streams and pipes, window by window as they come, with clocks that leap, go back or stand still."""
 
 import math
+import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -15,6 +18,7 @@ from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from stvit_video.common.text import printable
 from stvit_video.data.clips.sampling import TOLERANCE_S
 from stvit_video.data.clips.timeline import KnownTimes
 from stvit_video.data.decode.av_file import (
@@ -34,6 +38,7 @@ from stvit_video.data.windows import Span
 NOT_READ = "cannot be read as a stream"
 TIMEOUT_S = 15.0  # to open a stream, and for each of its packets
 RECENT_STEPS = 250  # from frame to frame of a stream, by which a gap is told
+LONGEST_WAIT_S = 30.0  # before a stream is opened again
 MAX_RATE = 1000  # frames per second; those of a window are held in memory
 STILL = 3  # frames in a row at one time: from then on the clock stands still, and the rate counts
 
@@ -45,6 +50,8 @@ class LiveFrame(NamedTuple):
     origin: float  # when the segment begins, in seconds after the first frame of the stream
     time: float  # seconds after ``origin``
     pixels: Frames | None
+    arrived: float = 0.0  # by the monotonic clock
+    waits: bool = True  # whether its source waits for who reads it, as pipes and files do, and cameras do not
 
 
 class LiveWindow(NamedTuple):
@@ -54,18 +61,21 @@ class LiveWindow(NamedTuple):
     segment: int
     times: KnownTimes
     frames: list[Frames]
+    arrived: float  # when its last frame did, by the monotonic clock
+    waits: bool  # see ``LiveFrame``
 
 
 def read_windows(
-    address: str, window: float, step: float, short_side: int, seconds: float | None = None
+    address: str, window: float, step: float, short_side: int, seconds: float | None = None, reconnect: int = 0
 ) -> Iterator[LiveWindow]:
     """Yield each window of ``window`` seconds, one every ``step``, when the second frame after it has arrived.
 
     Times count from the first frame of the stream. Windows begin anew where time is interrupted, as in ``windows_of``;
     the last one of a segment ends with it. Much larger frames are reduced to ``short_side``. Ends after ``seconds`` of
-    frames, without the gaps between them, or of waiting for them. Raises DecodeError where the stream cannot be read.
+    frames, without the gaps between them, or of waiting for them. A stream that ends or fails is opened again up to
+    ``reconnect`` times. Raises DecodeError where the stream cannot be read.
     """
-    shown = _read(address, short_side)
+    shown = _read_again(address, short_side, reconnect) if reconnect else _read(address, short_side)
     segment = -1
     for segment, run in groupby(shown if seconds is None else _until(seconds, shown), key=itemgetter(0)):
         with decode_errors(address, NOT_READ, "pyav", (ValueError,)):
@@ -93,21 +103,24 @@ def _until(seconds: float, frames: Iterable[LiveFrame]) -> Iterator[LiveFrame]:
 
 def _cut_run(run: Iterator[LiveFrame], segment: int, window: float, step: float) -> Iterator[LiveWindow]:
     """Yield the windows of one segment. Only those in which a frame appears take time."""
-    held: deque[tuple[float, Frames]] = deque()  # the latest frames, with their times
+    held: deque[LiveFrame] = deque()  # the latest frames
     number = count = 0  # of the next window, and of frames
     origin = now = 0.0
     reaches: float | None = None
 
     def cut(start: float, end: float, until: float) -> Iterator[LiveWindow]:
-        shown = [pair for pair in held if start - TOLERANCE_S <= pair[0] < until - TOLERANCE_S]
+        shown = [frame for frame in held if start - TOLERANCE_S <= frame.time < until - TOLERANCE_S]
         if shown:
-            times, frames = zip(*shown, strict=True)
-            yield LiveWindow(Span(origin + start, origin + end), segment, KnownTimes(np.array(times)), list(frames))
+            times = KnownTimes(np.array([frame.time for frame in shown]))
+            pixels = [frame.pixels for frame in shown if frame.pixels is not None]
+            span = Span(origin + start, origin + end)
+            yield LiveWindow(span, segment, times, pixels, shown[-1].arrived, shown[-1].waits)
 
     def complete(until: float) -> Iterator[LiveWindow]:
         nonlocal number
         stop = max(number, math.floor((until + TOLERANCE_S - window) / step) + 1)
-        begun = math.floor((held[-1][0] + TOLERANCE_S) / step) + 1 if held else 0  # windows from here on have no frame
+        # Windows from here on have no frame.
+        begun = math.floor((held[-1].time + TOLERANCE_S) / step) + 1 if held else 0
         for i in range(number, min(stop, begun)):
             yield from cut(i * step, i * step + window, until=i * step + window)
         number = stop
@@ -118,9 +131,9 @@ def _cut_run(run: Iterator[LiveFrame], segment: int, window: float, step: float)
         if frame.pixels is None:
             reaches = now
             break
-        while held and held[0][0] < min(number * step, now - window) - TOLERANCE_S:
+        while held and held[0].time < min(number * step, now - window) - TOLERANCE_S:
             held.popleft()
-        held.append((now, frame.pixels))
+        held.append(frame)
         if len(held) > MAX_RATE * max(1.0, window):
             raise ValueError(f"it shows more than {MAX_RATE:,} frames per second; give fewer")
         count += 1
@@ -130,6 +143,31 @@ def _cut_run(run: Iterator[LiveFrame], segment: int, window: float, step: float)
     yield from complete(duration)
     if number == 0 or (step <= window and (number - 1) * step + window < duration - TOLERANCE_S):
         yield from cut(max(0.0, duration - window), duration, until=math.inf)
+
+
+def _read_again(address: str, short_side: int, times: int) -> Iterator[LiveFrame]:
+    """Yield the frames of a stream that is opened again when it ends or fails: then a segment begins, time going on."""
+    began, segment, origin = time.monotonic(), 0, 0.0
+    for attempt in range(times + 1):
+        error: DecodeError | None = None
+        last = segment - 1
+        try:
+            for frame in _read(address, short_side):
+                if last < 0:  # the first of all: opening a camera does not count
+                    began, last = time.monotonic(), 0
+                last = segment + frame.segment
+                yield frame._replace(segment=last, origin=origin + frame.origin)
+        except DecodeError as failure:
+            error = failure
+        if attempt == times:
+            if error is not None:
+                raise error
+            return
+        wait = min(2.0**attempt, LONGEST_WAIT_S)
+        why = "ended" if error is None else error.message
+        print(f"note: {printable(address)} {why}; opened again in {wait:g} s", file=sys.stderr, flush=True)
+        time.sleep(wait)
+        segment, origin = last + 1, time.monotonic() - began if last >= 0 else 0.0
 
 
 def _read(address: str, short_side: int) -> Iterator[LiveFrame]:
@@ -142,13 +180,40 @@ def _read(address: str, short_side: int) -> Iterator[LiveFrame]:
             raise DecodeError(address, f"is no camera here (cameras: {found})")
     with (
         decode_errors(address, NOT_READ, "pyav", AV_ERRORS),
+        saying_silence(address) as note_frame,
         open_stream(location, TIMEOUT_S) as container,
     ):
+        scheme, is_url, _ = location.partition("://")
+        is_file = scheme in ("http", "https", "file") and container.duration is not None
+        waits = not location.startswith("/dev/video") and (not is_url or is_file)
         stream = live_stream(container, address)
         scale, first = Scaler(address, short_side), None
         for segment, origin, seconds, frame in _tell_time(_decode(address, container, stream), container, stream):
+            note_frame()
             first = first or shown_size(frame, display_matrix(frame, address))
-            yield LiveFrame(segment, origin, seconds, scale(frame, first))
+            yield LiveFrame(segment, origin, seconds, scale(frame, first), time.monotonic(), waits)
+
+
+@contextmanager
+def saying_silence(address: str) -> Iterator[Callable[[], None]]:
+    """Say once when no frame came for TIMEOUT_S; what is provided is called at each frame.
+
+    Reading a pipe has no deadline: whoever fills it may be slow.
+    """
+    latest, ended = [time.monotonic()], threading.Event()
+
+    def listen() -> None:
+        said = 0.0
+        while not ended.wait(min(1.0, TIMEOUT_S)):
+            if said != latest[0] and time.monotonic() - latest[0] > TIMEOUT_S:
+                print(f"note: no frame of {printable(address)} for {TIMEOUT_S:g} s", file=sys.stderr, flush=True)
+                said = latest[0]
+
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        yield lambda: latest.__setitem__(0, time.monotonic())
+    finally:
+        ended.set()
 
 
 def _decode(address: str, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:

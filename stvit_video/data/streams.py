@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TypeVar
 
 from stvit_video.common.errors import UsageError
@@ -124,12 +124,16 @@ def is_live(name: str) -> bool:
 
 
 def read_ahead(
-    sources: Sequence[Source], read: Callable[[Source], Iterator[Piece]], workers: int
+    sources: Sequence[Source],
+    read: Callable[[Source], Iterator[Piece]],
+    workers: int,
+    is_live: Callable[[Piece], bool] = lambda piece: False,
 ) -> Iterator[tuple[int, Piece | DecodeError | None]]:
     """Read sources piece by piece in ``workers`` threads.
 
     Yields (index of the source, piece) in the order of the list, and at the end of each (index, None), or (index,
-    DecodeError) where it cannot be read any further. The threads end when the iterator is closed.
+    DecodeError) where it cannot be read any further. A piece that ``is_live`` and finds no place takes that of the
+    oldest one that waits, which is dropped; else its reader waits. The threads end when the iterator is closed.
     """
     todo: queue.SimpleQueue[int | None] = queue.SimpleQueue()
     results: list[queue.Queue[Piece | BaseException | None]] = [queue.Queue(AHEAD) for _ in sources]
@@ -140,6 +144,9 @@ def read_ahead(
             end: BaseException | None = None
             try:
                 for piece in read(sources[i]):
+                    while results[i].full() and is_live(piece):
+                        with suppress(queue.Empty):  # taken meanwhile
+                            results[i].get_nowait()
                     results[i].put(piece)
                     if closed.is_set():
                         return

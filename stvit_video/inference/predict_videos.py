@@ -16,14 +16,12 @@ from stvit_video.common.files import prepare_folder, write_atomically, write_jso
 from stvit_video.common.progress import Progress, clock
 from stvit_video.common.tables import to_csv
 from stvit_video.common.text import printable
-from stvit_video.data.decode.types import DecodeError
 from stvit_video.data.streams import STDIN, find_sources, spooled_stdin, stdin_is_file
 from stvit_video.inference.annotate import Copies
 from stvit_video.inference.load import Trained, open_checkpoint
 from stvit_video.inference.predictor import Prediction, Predictor, Window
 from stvit_video.inference.segments import Segment, find_segments, smooth
-
-LIVE_WINDOW_S = 2.0
+from stvit_video.inference.watch import Watched, watch
 
 
 def predict_videos(options: argparse.Namespace) -> int:
@@ -35,6 +33,8 @@ def predict_videos(options: argparse.Namespace) -> int:
     if live is None and options.seconds is not None:
         remedy = f"give --window too, to watch {STDIN} as one" if is_piped else "leave it out"
         raise UsageError(f"--seconds {options.seconds:g} ends a camera or stream, which no file is; {remedy}.")
+    if options.reconnect and (live is None or ("://" not in live and not live.isdecimal())):
+        raise UsageError(f"--reconnect {options.reconnect} opens a camera or address again; leave it out for others.")
     if options.annotate is not None and (live is not None or paths == [STDIN]):
         raise UsageError(f"--annotate copies files, which {live or STDIN} is not; leave it out.")
     for folder in filter(None, (options.annotate, options.output and options.output.parent)):
@@ -46,7 +46,10 @@ def predict_videos(options: argparse.Namespace) -> int:
     started = time.perf_counter()
     try:
         if live is not None:
-            watch(predictor, live, options, results)
+            results.append(result := Watched(live, predictor.classes))
+            watch(predictor, result, options, partial(describe_windows, result, top=options.top))
+            if result.error is not None:
+                print(describe_result(result, options.top), flush=True)
         else:
             with spooled_stdin() if paths == [STDIN] else nullcontext() as spooled:
                 found = predictor.predict([spooled or path for path in paths], window=options.window, step=options.step)
@@ -62,11 +65,11 @@ def predict_videos(options: argparse.Namespace) -> int:
             find = partial(find_segments, threshold=options.threshold, multi_label=trained.multi_label)
             write_results(results, options.output, options.top, find)
             print(f"results in {options.output}", flush=True)
-    windows = [window for result in results for window in result.windows]
-    cut = [window.is_streamed for window in windows if window.span is not None]
-    short = sum(window.is_short for window in windows)
-    print(describe_short(short, len(windows), "windows" if cut else "videos", predictor), end="")
+    cut = [window.is_streamed for result in results for window in result.windows if window.span is not None]
+    short, count = (sum(getattr(result, name) for result in results) for name in ("short", "count"))
+    print(describe_short(short, count, "windows" if cut else "videos", predictor), end="")
     print(describe_streamed(sum(cut), len(cut), predictor), end="")
+    print("".join(f"{result.describe()}\n" for result in results if isinstance(result, Watched)), end="")
     print(summarise(results, time.perf_counter() - started, copies.seconds), flush=True)
     return int(copies.missing > 0 or any(result.error is not None for result in results))
 
@@ -108,26 +111,6 @@ def score(
                 text += f"\n  {copies.add(result)}"
             say(text)
             progress.advance()
-
-
-def watch(predictor: Predictor, address: str, options: argparse.Namespace, results: list[Prediction]) -> None:
-    """Score a stream window by window until it ends, --seconds have passed or the user presses Ctrl-C."""
-    result = Prediction(address, predictor.classes)
-    results.append(result)
-    print("watching; Ctrl-C ends", flush=True)
-    try:
-        length = options.window or LIVE_WINDOW_S
-        windows = predictor.watch(address, window=length, step=options.step, seconds=options.seconds)
-        for window in smooth(windows, options.smooth):
-            result.windows.append(window)
-            print(describe_windows(result, [window], options.top), flush=True)
-    except DecodeError as error:
-        result.error = error.message + ("; without --window, it is read as a file" if address == STDIN else "")
-        print(describe_result(result, options.top), flush=True)
-    except KeyboardInterrupt:
-        print()
-        if not result.windows:
-            raise
 
 
 def describe_result(result: Prediction, top: int) -> str:
@@ -185,7 +168,7 @@ def summarise(results: Sequence[Prediction], seconds: float, annotating: float) 
     """
     failed = sum(result.error is not None for result in results)
     decoding, model = (sum(getattr(result, name) for result in results) for name in ("decode_s", "model_s"))
-    windows = sum(len(result.windows) for result in results)
+    windows = sum(result.count for result in results)
     counts = f"{len(results):,} video{'' if len(results) == 1 else 's'}"
     counts += f", {windows:,} windows," if windows > len(results) else ""
     parts = f"decoding {decoding:.1f} s, alongside the model's {model:.1f} s"
@@ -234,6 +217,7 @@ def to_json(result: Prediction, top: int, find: Callable[[Sequence[Window]], lis
         "error": result.error,
     }
     windows = [window for window in result.windows if window.span is not None]
+    found |= result.figures() if isinstance(result, Watched) else {}
     if not windows:
         return found
     timeline = [{**window.span._asdict(), "top": named(window)} for window in windows]  # type: ignore[union-attr]

@@ -44,6 +44,8 @@ class Window:
     model_s: float
     is_short: bool = False  # shorter than a clip
     segment: int = 0  # of the video, in which the window lies: time is interrupted between two
+    arrived: float = 0.0  # of a live source, when its last frame did, by the monotonic clock
+    number: int = 0  # of a live source, among its windows, with those that were dropped as the network was slower
     is_streamed: bool = False  # of the frames, only those that the window before lacks were computed, if it shares any
     fps: float = 0.0  # of the video; 0: not known
 
@@ -68,6 +70,16 @@ class Prediction:
         Those of a multi-label model are of each class by itself, and do not add up to 1.
         """
         return None if self.error is not None else torch.stack([window.scores for window in self.windows]).mean(dim=0)
+
+    @property
+    def count(self) -> int:
+        """How many windows were scored."""
+        return len(self.windows)
+
+    @property
+    def short(self) -> int:
+        """How many of them are shorter than a clip."""
+        return sum(window.is_short for window in self.windows)
 
     @property
     def decode_s(self) -> float:
@@ -96,6 +108,7 @@ class Piece(NamedTuple):
 
     pixels: Tensor
     window: Window
+    waits: bool = True  # see ``LiveFrame``
 
 
 End = DecodeError | None  # of a video: why it could not be read to its end, or None
@@ -207,16 +220,23 @@ class Predictor:
         yield from self._score_all(paths, partial(self._read, cut), self.input.batch_size, apart=True)
 
     def watch(
-        self, address: str, *, window: float, step: float | None = None, seconds: float | None = None
+        self,
+        address: str,
+        *,
+        window: float,
+        step: float | None = None,
+        seconds: float | None = None,
+        reconnect: int = 0,
     ) -> Iterator[Window]:
         """Score a camera, stream or pipe ("-": standard input), and yield each window of ``window`` seconds once over.
 
-        Ends with the stream, with the first frame after ``seconds`` of it or of waiting, or when the caller closes the
-        iterator. Raises DecodeError.
+        Where the network is slower than a source that does not wait, windows are dropped. Ends with the
+        stream, once it was opened again ``reconnect`` times, with the first frame after ``seconds`` of it or of
+        waiting, or when the caller closes the iterator. Raises DecodeError.
         """
         check_seconds(window, step)
-        read = partial(self._read_live, window, step or window, seconds)
-        for _, item in self._score_all([address], read, 1):
+        read = partial(self._read_live, window, step or window, seconds, reconnect)
+        for _, item in self._score_all([address], read, 1, lambda piece: not piece.waits):
             if isinstance(item, DecodeError):
                 raise item
             if item is not None:
@@ -297,12 +317,16 @@ class Predictor:
                 yield self._prepare(shown, started, found.span, found.segment, is_short, part.is_streamed, fps)
                 started = time.perf_counter()
 
-    def _read_live(self, window: float, step: float, seconds: float | None, address: str) -> Iterator[Piece]:
-        for found in read_windows(address, window, step, self.views.short_side, seconds):
+    def _read_live(
+        self, window: float, step: float, seconds: float | None, reconnect: int, address: str
+    ) -> Iterator[Piece]:
+        windows = read_windows(address, window, step, self.views.short_side, seconds, reconnect)
+        for number, found in enumerate(windows):
             started = time.perf_counter()
             sampler = self.input.sampler
             shown = np.stack([found.frames[i] for i in sampler.choose(found.times, self.views.clips, None)])
-            yield self._prepare(shown, started, found.span, found.segment, not sampler.places(found.times))
+            piece = self._prepare(shown, started, found.span, found.segment, not sampler.places(found.times))
+            yield Piece(piece.pixels, replace(piece.window, arrived=found.arrived, number=number), found.waits)
 
     def _prepare(
         self,
@@ -316,10 +340,16 @@ class Predictor:
     ) -> Piece:
         pixels = self.views.prepare(frames)
         decode_s = time.perf_counter() - started
-        return Piece(pixels, Window(torch.empty(0), span, decode_s, 0.0, is_short, segment, is_streamed, fps))
+        window = Window(torch.empty(0), span, decode_s, 0.0, is_short, segment, is_streamed=is_streamed, fps=fps)
+        return Piece(pixels, window)
 
     def _score_all(
-        self, sources: Sequence[T], read: Callable[[T], Iterator[Piece]], batch_size: int, *, apart: bool = False
+        self,
+        sources: Sequence[T],
+        read: Callable[[T], Iterator[Piece]],
+        batch_size: int,
+        is_live: Callable[[Piece], bool] = lambda piece: False,
+        apart: bool = False,
     ) -> Iterator[tuple[int, Window | End]]:
         """Read and score sources in order: yield (index, window), and at the end of each (index, error or None).
 
@@ -330,7 +360,7 @@ class Predictor:
             self._process = os.getpid()
         scorer = Scorer(self.model, self.views, self.device, self.output)
         waiting: list[tuple[int, Piece | End]] = []
-        for i, item in read_ahead(sources, read, self.workers):
+        for i, item in read_ahead(sources, read, self.workers, is_live):
             waiting.append((i, item))
             ended = apart and not isinstance(item, Piece)
             if ended or sum(isinstance(entry, Piece) for _, entry in waiting) in (0, batch_size):
@@ -354,5 +384,5 @@ class Predictor:
 
     def clips(self, source: Any, fps: float | None = None) -> Tensor:
         """Return the network's input for one video or clip: its different views (V, 3, T, S, S). Raises DecodeError."""
-        ((pixels, _),) = self._read(None, *self._find([source], fps))
-        return make_batch([pixels], self.views).to(self.device).make_clips()
+        (piece,) = self._read(None, *self._find([source], fps))
+        return make_batch([piece.pixels], self.views).to(self.device).make_clips()
