@@ -145,7 +145,7 @@ def describe_short(results: Sequence[Prediction], predictor: Predictor) -> str:
 def describe_streamed(results: Sequence[Prediction], predictor: Predictor) -> str:
     """Return a line on how a model of the streaming form scored the windows of files; empty for other models."""
     windows = [window for result in results for window in result.windows if window.span is not None]
-    if not predictor.streams or not windows:
+    if not predictor.streams or not windows or isinstance(results[0], Watched):
         return ""
     if streamed := sum(window.is_streamed for window in windows):
         return f"streamed: {streamed:,} of {len(windows):,} windows; each of their frames was computed once\n"

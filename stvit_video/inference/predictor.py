@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stvit_video.common.errors import UsageError
+from stvit_video.data.clips.sampling import ClipSampler
 from stvit_video.data.clips.timeline import KnownTimes
 from stvit_video.data.decode.frames import Decoding
 from stvit_video.data.decode.memory import MemoryReader, is_several
 from stvit_video.data.decode.types import Choice, DecodeError, Frames, Reader, Times
-from stvit_video.data.live import read_windows
+from stvit_video.data.live import LiveWindow, read_samples, read_windows
 from stvit_video.data.streams import read_ahead
 from stvit_video.data.windows import Span, check_seconds, plan_reading, take, windows_of
 from stvit_video.inference.load import Trained, open_checkpoint
@@ -106,7 +107,6 @@ class Piece(NamedTuple):
 
     pixels: Tensor
     window: Window
-    waits: bool = True  # see ``LiveFrame``
 
 
 End = DecodeError | None  # of a video: why it could not be read to its end, or None
@@ -217,17 +217,36 @@ class Predictor:
     ) -> Iterator[Window]:
         """Score a camera, stream or pipe ("-": standard input), and yield each window of ``window`` seconds once over.
 
-        Where the network is slower than a source that does not wait, windows are dropped. Ends with the
+        A model that streams decides on its last samples instead, by default at each new group of them. Where the
+        network is slower than a source that does not wait, windows are dropped. Ends with the
         stream, once it was opened again ``reconnect`` times, with the first frame after ``seconds`` of it or of
         waiting, or when the caller closes the iterator. Raises DecodeError.
         """
         check_seconds(window, step)
-        read = partial(self._read_live, window, step or window, seconds, reconnect)
-        for _, item in self._score_all([address], read, 1, lambda piece: not piece.waits):
+        self._mind_fork()
+        scorer = Scorer(self.model, self.views, self.device, self.multi_label)
+        before: int | None = None
+        limits = {"short_side": self.views.short_side, "seconds": seconds, "reconnect": reconnect}
+        read = partial(self._read_live, window, step, limits)
+        for _, item in read_ahead([address], read, 1, lambda numbered: not numbered[1].waits):
             if isinstance(item, DecodeError):
                 raise item
-            if item is not None:
-                yield item
+            if item is None:
+                return
+            number, found = item
+            started, new = time.perf_counter(), len(found.frames)
+            if found.first is not None:
+                new = new if before is None else min(new, found.first - before)
+                before = found.first
+            pixels = self.views.prepare(np.stack(found.frames[-new:]))
+            read_s, started = time.perf_counter() - started, time.perf_counter()
+            is_streamed = found.first is not None
+            with torch.no_grad(), autocast(self.device, self.precision):
+                (scores,) = scorer([pixels], [is_streamed])
+            is_short = not self.input.sampler.places(found.times)
+            model_s = time.perf_counter() - started
+            about = (found.segment, found.arrived, number, is_streamed)
+            yield Window(scores, found.span, read_s, model_s, is_short, *about)
 
     def _find(self, sources: Any, fps: float | None) -> list[Source]:
         """Return the paths, and readers of frames in memory, also of a single path or array. Raises UsageError."""
@@ -246,6 +265,12 @@ class Predictor:
         if fps is not None and path is not None:
             raise UsageError(f"fps={fps}: {path} has times of its own; give fps= with frames in memory only.")
         return found
+
+    @property
+    def streams_live(self) -> bool:
+        """Whether decisions on live sources are those of a stream, on the last samples of a dense grid."""
+        sampler = self.input.sampler
+        return self.group is not None and isinstance(sampler, ClipSampler) and sampler.kind == "dense"
 
     @contextmanager
     def _decoding(self) -> Iterator[Decoding]:
@@ -305,15 +330,18 @@ class Predictor:
                 started = time.perf_counter()
 
     def _read_live(
-        self, window: float, step: float, seconds: float | None, reconnect: int, address: str
-    ) -> Iterator[Piece]:
-        windows = read_windows(address, window, step, self.views.short_side, seconds, reconnect)
-        for number, found in enumerate(windows):
-            started = time.perf_counter()
-            sampler = self.input.sampler
-            shown = np.stack([found.frames[i] for i in sampler.choose(found.times, self.views.clips, None)])
-            piece = self._prepare(shown, started, found.span, found.segment, not sampler.places(found.times))
-            yield Piece(piece.pixels, replace(piece.window, arrived=found.arrived, number=number), found.waits)
+        self, window: float, step: float | None, limits: dict[str, Any], address: str
+    ) -> Iterator[tuple[int, LiveWindow]]:
+        """Yield windows with their numbers, of each the frames of its clips, or for a stream the last samples."""
+        sampler, clips = self.input.sampler, self.views.clips
+        if self.streams_live:
+            assert isinstance(sampler, ClipSampler)
+            assert self.group is not None
+            yield from enumerate(read_samples(address, sampler, self.group, step or 0.0, **limits))
+            return
+        for number, found in enumerate(read_windows(address, window, step or window, **limits)):
+            frames = [found.frames[i] for i in sampler.choose(found.times, clips, None)]
+            yield number, found._replace(frames=frames)
 
     def _prepare(
         self,
@@ -333,20 +361,22 @@ class Predictor:
         sources: Sequence[T],
         read: Callable[[T], Iterator[Piece]],
         batch_size: int,
-        is_live: Callable[[Piece], bool] = lambda piece: False,
     ) -> Iterator[tuple[int, Window | End]]:
         """Read and score sources in order: yield (index, window), and at the end of each (index, error or None)."""
-        if self._process != os.getpid():  # after a fork, GNU's OpenMP waits for ever for threads that are not there
-            torch.set_num_threads(1)
-            self._process = os.getpid()
+        self._mind_fork()
         scorer = Scorer(self.model, self.views, self.device, self.multi_label)
         waiting: list[tuple[int, Piece | End]] = []
-        for i, item in read_ahead(sources, read, self.workers, is_live):
+        for i, item in read_ahead(sources, read, self.workers):
             waiting.append((i, item))
             if sum(isinstance(entry, Piece) for _, entry in waiting) in (0, batch_size):
                 yield from self._score(scorer, waiting)
                 waiting = []
         yield from self._score(scorer, waiting)
+
+    def _mind_fork(self) -> None:
+        if self._process != os.getpid():  # after a fork, GNU's OpenMP waits for ever for threads that are not there
+            torch.set_num_threads(1)
+            self._process = os.getpid()
 
     def _score(self, scorer: Scorer, waiting: Sequence[tuple[int, Piece | End]]) -> Iterator[tuple[int, Window | End]]:
         started = time.perf_counter()
