@@ -23,7 +23,8 @@ from stvit_video.common.errors import UsageError
 from stvit_video.common.hub import check_exists
 
 if TYPE_CHECKING:
-    from stvit_video.inference.predictor import Prediction, Predictor, Window
+    from stvit_video.inference.prediction import Prediction, Window
+    from stvit_video.inference.predictor import Predictor
 
 __all__ = ["Prediction", "Predictor", "Window", "main"]
 FORMATS = (".json", ".csv")

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import groupby
+from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from stvit_video.common.text import printable
-from stvit_video.data.clips.sampling import TOLERANCE_S
+from stvit_video.data.clips.sampling import TOLERANCE_S, ClipSampler
 from stvit_video.data.clips.timeline import KnownTimes
 from stvit_video.data.decode.av_file import (
     AV_ERRORS,
@@ -63,6 +63,7 @@ class LiveWindow(NamedTuple):
     frames: list[Frames]
     arrived: float  # when its last frame did, by the monotonic clock
     waits: bool  # see ``LiveFrame``
+    first: int | None = None  # of ``read_samples``: the number of its first frame among all samples
 
 
 def read_windows(
@@ -75,11 +76,66 @@ def read_windows(
     frames, without the gaps between them, or of waiting for them. A stream that ends or fails is opened again up to
     ``reconnect`` times. Raises DecodeError where the stream cannot be read.
     """
+    for segment, run in _read_runs(address, short_side, seconds, reconnect):
+        with decode_errors(address, NOT_READ, "pyav", (ValueError,)):
+            yield from _cut_run(run, segment, window, step)
+
+
+def read_samples(
+    address: str,
+    sampler: ClipSampler,
+    group: int,
+    step: float,
+    short_side: int,
+    seconds: float | None = None,
+    reconnect: int = 0,
+) -> Iterator[LiveWindow]:
+    """Yield the last samples of a stream that make a clip, at each ``group`` new ones once ``step`` seconds passed.
+
+    Samples are taken as a dense ``sampler`` takes them from the start of a segment on. The rest is as above.
+    """
+    count = 0  # of samples
+    for segment, run in _read_runs(address, short_side, seconds, reconnect):
+        held: deque[LiveFrame] = deque(maxlen=sampler.frames)
+        before, due = count, -math.inf
+        for sample in _sample(run, sampler.stride, sampler.rate):
+            held.append(sample)
+            count += 1
+            if len(held) < sampler.frames or (count - before) % group or sample.time < due - TOLERANCE_S:
+                continue
+            due = sample.time + step
+            times = np.array([frame.time for frame in held])
+            end = sample.origin + sample.time + (times[-1] - times[0]) / max(1, len(times) - 1)
+            span = Span(sample.origin + float(times[0]), float(end))
+            pixels = [frame.pixels for frame in held if frame.pixels is not None]
+            first = count - len(held)
+            yield LiveWindow(span, segment, KnownTimes(times), pixels, sample.arrived, sample.waits, first)
+
+
+def _sample(run: Iterable[LiveFrame], stride: int, rate: float | None) -> Iterator[LiveFrame]:
+    """Yield every ``stride``-th frame of a segment, or with ``rate`` of a video of so many frames per second."""
+    if rate is None:
+        yield from (frame for frame in islice(run, 0, None, stride) if frame.pixels is not None)
+        return
+    shown: LiveFrame | None = None  # the last one
+    number = 0
+    for frame in run:
+        while shown is not None and number * stride / rate + TOLERANCE_S < frame.time:
+            yield shown._replace(time=number * stride / rate)
+            number += 1
+        shown = shown if frame.pixels is None else frame
+    if shown is not None and number * stride / rate <= shown.time + TOLERANCE_S:
+        yield shown._replace(time=number * stride / rate)
+
+
+def _read_runs(
+    address: str, short_side: int, seconds: float | None, reconnect: int
+) -> Iterator[tuple[int, Iterator[LiveFrame]]]:
+    """Yield the number and the frames of each segment."""
     shown = _read_again(address, short_side, reconnect) if reconnect else _read(address, short_side)
     segment = -1
     for segment, run in groupby(shown if seconds is None else _until(seconds, shown), key=itemgetter(0)):
-        with decode_errors(address, NOT_READ, "pyav", (ValueError,)):
-            yield from _cut_run(run, segment, window, step)
+        yield segment, run
     if segment < 0:
         raise DecodeError(address, "has no frames", "pyav")
 
@@ -184,7 +240,9 @@ def _read(address: str, short_side: int) -> Iterator[LiveFrame]:
         open_stream(location, TIMEOUT_S) as container,
     ):
         scheme, is_url, _ = location.partition("://")
-        is_file = scheme in ("http", "https", "file") and container.duration is not None
+        is_file = scheme in ("http", "https", "file") and (
+            container.duration is not None or (container.size > 0 and container.format.name != "hls")
+        )
         waits = not location.startswith("/dev/video") and (not is_url or is_file)
         stream = live_stream(container, address)
         scale, first = Scaler(address, short_side), None

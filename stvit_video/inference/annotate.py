@@ -17,7 +17,7 @@ from stvit_video.common.errors import FILESYSTEM_ERRORS, UsageError
 from stvit_video.common.files import whole_file
 from stvit_video.data.decode.frames import open_video
 from stvit_video.data.decode.types import DecodeError, Indices, Reader, Segments, Times, reason
-from stvit_video.inference.predictor import Prediction, Window
+from stvit_video.inference.prediction import Prediction, Window
 
 MIN_SIDE = 240  # pixels; smaller videos are enlarged so that labels fit
 MIN_TEXT = 13  # pixels of the font

@@ -22,7 +22,8 @@ from stvit_video.common.locks import Lock
 from stvit_video.common.tables import to_csv
 from stvit_video.data.decode.types import DecodeError, natural_order
 from stvit_video.data.lists.folders import is_media
-from stvit_video.inference.predictor import Cut, Window
+from stvit_video.inference.prediction import Window
+from stvit_video.inference.predictor import Cut
 
 FORMATS = ("npy", "npz", "safetensors")
 COLUMNS = ("path", "file", "fps", "window", "step", "first", "last", "rows", "error")

@@ -19,7 +19,8 @@ from stvit_video.common.text import printable
 from stvit_video.data.streams import STDIN, find_sources, spooled_stdin, stdin_is_file
 from stvit_video.inference.annotate import Copies
 from stvit_video.inference.load import Trained, open_checkpoint
-from stvit_video.inference.predictor import Prediction, Predictor, Window
+from stvit_video.inference.prediction import Prediction, Window
+from stvit_video.inference.predictor import Predictor
 from stvit_video.inference.segments import Segment, find_segments, smooth
 from stvit_video.inference.watch import Watched, watch
 
@@ -68,7 +69,8 @@ def predict_videos(options: argparse.Namespace) -> int:
     cut = [window.is_streamed for result in results for window in result.windows if window.span is not None]
     short, count = (sum(getattr(result, name) for result in results) for name in ("short", "count"))
     print(describe_short(short, count, "windows" if cut else "videos", predictor), end="")
-    print(describe_streamed(sum(cut), len(cut), predictor), end="")
+    if live is None:
+        print(describe_streamed(sum(cut), len(cut), predictor), end="")
     print("".join(f"{result.describe()}\n" for result in results if isinstance(result, Watched)), end="")
     print(summarise(results, time.perf_counter() - started, copies.seconds), flush=True)
     return int(copies.missing > 0 or any(result.error is not None for result in results))

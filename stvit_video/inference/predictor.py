@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from math import inf
 from numbers import Real
@@ -17,15 +17,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stvit_video.common.errors import UsageError
+from stvit_video.data.clips.sampling import ClipSampler
 from stvit_video.data.clips.timeline import KnownTimes
 from stvit_video.data.decode.frames import Decoding
 from stvit_video.data.decode.memory import MemoryReader, is_several
 from stvit_video.data.decode.types import Choice, DecodeError, Frames, Reader, Times
-from stvit_video.data.live import read_windows
+from stvit_video.data.live import LiveWindow, read_samples, read_windows
 from stvit_video.data.streams import read_ahead
 from stvit_video.data.windows import Span, check_seconds, frame_rate, plan_reading, take, windows_of
 from stvit_video.inference.load import Trained, open_checkpoint
 from stvit_video.inference.outputs import ClassScores, Output
+from stvit_video.inference.prediction import Prediction, Window
 from stvit_video.inference.scoring import Scorer, make_batch
 from stvit_video.models.stream import TokenStream
 from stvit_video.runtime.precision import autocast, set_precision
@@ -34,81 +36,11 @@ from stvit_video.runtime.world import pick_device
 PIECE_FRAMES = 256  # frames of a long video that are read in one request
 
 
-@dataclass(frozen=True)
-class Window:
-    """The scores of a whole video, or of one window of time."""
-
-    scores: Tensor  # (classes,), or what else the predictor's output is
-    span: Span | None  # None: the whole video
-    decode_s: float
-    model_s: float
-    is_short: bool = False  # shorter than a clip
-    segment: int = 0  # of the video, in which the window lies: time is interrupted between two
-    arrived: float = 0.0  # of a live source, when its last frame did, by the monotonic clock
-    number: int = 0  # of a live source, among its windows, with those that were dropped as the network was slower
-    is_streamed: bool = False  # of the frames, only those that the window before lacks were computed, if it shares any
-    fps: float = 0.0  # of the video; 0: not known
-
-
-@dataclass
-class Prediction:
-    """The classes that a model predicts for one video.
-
-    ``windows`` has one entry for the whole video, or one for each requested window of time. ``error`` says why a video
-    could not be read to its end; ``scores`` is then None, and ``windows`` holds those read before the error.
-    """
-
-    path: str
-    classes: Sequence[str] = field(repr=False)
-    windows: list[Window] = field(default_factory=list, repr=False)
-    error: str | None = None
-
-    @property
-    def scores(self) -> Tensor | None:
-        """Class probabilities (classes,), the mean over the windows; None where the video could not be read.
-
-        Those of a multi-label model are of each class by itself, and do not add up to 1.
-        """
-        return None if self.error is not None else torch.stack([window.scores for window in self.windows]).mean(dim=0)
-
-    @property
-    def count(self) -> int:
-        """How many windows were scored."""
-        return len(self.windows)
-
-    @property
-    def short(self) -> int:
-        """How many of them are shorter than a clip."""
-        return sum(window.is_short for window in self.windows)
-
-    @property
-    def decode_s(self) -> float:
-        """Seconds of decoding and resizing, in a process and thread of their own."""
-        return sum(window.decode_s for window in self.windows)
-
-    @property
-    def model_s(self) -> float:
-        """Seconds of cropping, normalisation and the network: this video's share of its batches."""
-        return sum(window.model_s for window in self.windows)
-
-    def top(self, k: int = 5, window: Window | None = None) -> list[tuple[str, float]]:
-        """Return the ``k`` most likely classes and their probabilities, of the video or of one window.
-
-        Empty where the video could not be read.
-        """
-        scores = self.scores if window is None else window.scores
-        if scores is None:
-            return []
-        values, classes = scores.topk(min(k, len(self.classes)))
-        return [(self.classes[i], value) for i, value in zip(classes.tolist(), values.tolist(), strict=True)]
-
-
 class Piece(NamedTuple):
     """The prepared pixels (n, h, w, 3) of a video or window, which still lacks its scores and time."""
 
     pixels: Tensor
     window: Window
-    waits: bool = True  # see ``LiveFrame``
 
 
 End = DecodeError | None  # of a video: why it could not be read to its end, or None
@@ -230,17 +162,36 @@ class Predictor:
     ) -> Iterator[Window]:
         """Score a camera, stream or pipe ("-": standard input), and yield each window of ``window`` seconds once over.
 
-        Where the network is slower than a source that does not wait, windows are dropped. Ends with the
+        A model that streams decides on its last samples instead, by default at each new group of them. Where the
+        network is slower than a source that does not wait, windows are dropped. Ends with the
         stream, once it was opened again ``reconnect`` times, with the first frame after ``seconds`` of it or of
         waiting, or when the caller closes the iterator. Raises DecodeError.
         """
         check_seconds(window, step)
-        read = partial(self._read_live, window, step or window, seconds, reconnect)
-        for _, item in self._score_all([address], read, 1, lambda piece: not piece.waits):
+        self._mind_fork()
+        scorer = Scorer(self.model, self.views, self.device, self.output)
+        before: int | None = None
+        limits = {"short_side": self.views.short_side, "seconds": seconds, "reconnect": reconnect}
+        read = partial(self._read_live, window, step, limits)
+        for _, item in read_ahead([address], read, 1, lambda numbered: not numbered[1].waits):
             if isinstance(item, DecodeError):
                 raise item
-            if item is not None:
-                yield item
+            if item is None:
+                return
+            number, found = item
+            started, new = time.perf_counter(), len(found.frames)
+            if found.first is not None:
+                new = new if before is None else min(new, found.first - before)
+                before = found.first
+            pixels = self.views.prepare(np.stack(found.frames[-new:]))
+            read_s, started = time.perf_counter() - started, time.perf_counter()
+            is_streamed = found.first is not None
+            with torch.no_grad(), autocast(self.device, self.precision):
+                (scores,) = scorer([pixels], [is_streamed])
+            is_short = not self.input.sampler.places(found.times)
+            model_s = time.perf_counter() - started
+            about = (found.segment, found.arrived, number, is_streamed)
+            yield Window(scores, found.span, read_s, model_s, is_short, *about)
 
     def _find(self, sources: Any, fps: float | None) -> list[Source]:
         """Return the paths, and readers of frames in memory, also of a single path or array. Raises UsageError."""
@@ -259,6 +210,12 @@ class Predictor:
         if fps is not None and path is not None:
             raise UsageError(f"fps={fps}: {path} has times of its own; give fps= with frames in memory only.")
         return found
+
+    @property
+    def streams_live(self) -> bool:
+        """Whether decisions on live sources are those of a stream, on the last samples of a dense grid."""
+        sampler = self.input.sampler
+        return self.group is not None and isinstance(sampler, ClipSampler) and sampler.kind == "dense"
 
     @contextmanager
     def _decoding(self) -> Iterator[Decoding]:
@@ -318,15 +275,18 @@ class Predictor:
                 started = time.perf_counter()
 
     def _read_live(
-        self, window: float, step: float, seconds: float | None, reconnect: int, address: str
-    ) -> Iterator[Piece]:
-        windows = read_windows(address, window, step, self.views.short_side, seconds, reconnect)
-        for number, found in enumerate(windows):
-            started = time.perf_counter()
-            sampler = self.input.sampler
-            shown = np.stack([found.frames[i] for i in sampler.choose(found.times, self.views.clips, None)])
-            piece = self._prepare(shown, started, found.span, found.segment, not sampler.places(found.times))
-            yield Piece(piece.pixels, replace(piece.window, arrived=found.arrived, number=number), found.waits)
+        self, window: float, step: float | None, limits: dict[str, Any], address: str
+    ) -> Iterator[tuple[int, LiveWindow]]:
+        """Yield windows with their numbers, of each the frames of its clips, or for a stream the last samples."""
+        sampler, clips = self.input.sampler, self.views.clips
+        if self.streams_live:
+            assert isinstance(sampler, ClipSampler)
+            assert self.group is not None
+            yield from enumerate(read_samples(address, sampler, self.group, step or 0.0, **limits))
+            return
+        for number, found in enumerate(read_windows(address, window, step or window, **limits)):
+            frames = [found.frames[i] for i in sampler.choose(found.times, clips, None)]
+            yield number, found._replace(frames=frames)
 
     def _prepare(
         self,
@@ -348,25 +308,27 @@ class Predictor:
         sources: Sequence[T],
         read: Callable[[T], Iterator[Piece]],
         batch_size: int,
-        is_live: Callable[[Piece], bool] = lambda piece: False,
         apart: bool = False,
     ) -> Iterator[tuple[int, Window | End]]:
         """Read and score sources in order: yield (index, window), and at the end of each (index, error or None).
 
         With ``apart``, no batch has windows of several sources.
         """
-        if self._process != os.getpid():  # after a fork, GNU's OpenMP waits for ever for threads that are not there
-            torch.set_num_threads(1)
-            self._process = os.getpid()
+        self._mind_fork()
         scorer = Scorer(self.model, self.views, self.device, self.output)
         waiting: list[tuple[int, Piece | End]] = []
-        for i, item in read_ahead(sources, read, self.workers, is_live):
+        for i, item in read_ahead(sources, read, self.workers):
             waiting.append((i, item))
             ended = apart and not isinstance(item, Piece)
             if ended or sum(isinstance(entry, Piece) for _, entry in waiting) in (0, batch_size):
                 yield from self._score(scorer, waiting)
                 waiting = []
         yield from self._score(scorer, waiting)
+
+    def _mind_fork(self) -> None:
+        if self._process != os.getpid():  # after a fork, GNU's OpenMP waits for ever for threads that are not there
+            torch.set_num_threads(1)
+            self._process = os.getpid()
 
     def _score(self, scorer: Scorer, waiting: Sequence[tuple[int, Piece | End]]) -> Iterator[tuple[int, Window | End]]:
         started = time.perf_counter()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from stvit_video.inference.predictor import Window
+from stvit_video.inference.prediction import Window
 
 
 class Segment(NamedTuple):

@@ -11,7 +11,8 @@ import numpy as np
 
 from stvit_video.data.decode.types import DecodeError
 from stvit_video.data.streams import STDIN
-from stvit_video.inference.predictor import Prediction, Predictor, Window
+from stvit_video.inference.prediction import Prediction, Window
+from stvit_video.inference.predictor import Predictor
 from stvit_video.inference.segments import smooth
 
 WINDOW_S = 2.0
@@ -68,6 +69,17 @@ class Watched(Prediction):
         return f"latency from a window's last frame to its result: {p50:.0f} ms (p50), {p95:.0f} ms (p95){late}"
 
 
+def describe_stream(predictor: Predictor) -> str:
+    """Return how often a stream decides, and on what; empty where windows of seconds are scored."""
+    if not predictor.streams_live:
+        return ""
+    frames, length = predictor.views.frames, predictor.input.sampler.describe()[0]
+    return (
+        f" by a stream, which computes each frame once: a decision at every {predictor.group} sampled frames (or "
+        f"--step) on the last {frames}, a clip of {length} in place of --window"
+    )
+
+
 def watch(
     predictor: Predictor,
     result: Watched,
@@ -75,7 +87,7 @@ def watch(
     describe: Callable[[Sequence[Window]], str],
 ) -> None:
     """Score a stream window by window until it ends, --seconds have passed or the user presses Ctrl-C."""
-    print("watching; Ctrl-C ends", flush=True)
+    print(f"watching{describe_stream(predictor)}; Ctrl-C ends", flush=True)
     result.kept = options.output is not None
     length, limits = options.window or WINDOW_S, {"seconds": options.seconds, "reconnect": options.reconnect}
     try:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from stvit_video.data.decode.frames import open_video
 from stvit_video.inference.annotate import MIN_TEXT, Copies, draw, load_font, shorten
-from stvit_video.inference.predictor import Prediction, Window
+from stvit_video.inference.prediction import Prediction, Window
 
 LONG = "opening a bottle of sparkling water with the left hand while sitting at a round table outside\n(not wine)"
 

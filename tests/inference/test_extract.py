@@ -21,7 +21,8 @@ from stvit_video import extract
 from stvit_video.config.clip_settings import view_settings
 from stvit_video.data.windows import Span
 from stvit_video.inference.feature_folder import FeatureFolder, name_files
-from stvit_video.inference.predictor import Predictor, Window
+from stvit_video.inference.prediction import Window
+from stvit_video.inference.predictor import Predictor
 from stvit_video.models.zoo import build_model
 from stvit_video.runs.checkpoint import save_weights
 from tests.conftest import REPOSITORY, data_config

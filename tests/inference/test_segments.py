@@ -11,7 +11,7 @@ import torch
 
 from stvit_video import predict
 from stvit_video.data.windows import Span
-from stvit_video.inference.predictor import Window
+from stvit_video.inference.prediction import Window
 from stvit_video.inference.segments import find_segments, smooth
 
 

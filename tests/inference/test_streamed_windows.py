@@ -1,6 +1,9 @@
 """Overlapping windows scored by a stream, in which each frame is computed once, equal windows scored by themselves."""
 
+import os
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,7 @@ import torch
 
 from stvit_video import predict
 from stvit_video.config.clip_settings import view_settings
+from stvit_video.data import live, open_video
 from stvit_video.data.clips.sampling import ClipSampler
 from stvit_video.data.clips.timeline import KnownTimes
 from stvit_video.data.windows import plan_reading, windows_of
@@ -122,3 +126,48 @@ def test_the_command_says_what_was_streamed(
         out = capsys.readouterr().out
         assert line in out
         assert bool(line) == ("streamed" in out)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "step", "every"), [([], None, 4), ([], 0.32, 8), (["DATA.FPS=12.5", "DATA.STRIDE=1"], None, 4)]
+)
+def test_a_live_source_has_a_decision_at_each_group(
+    overrides: list[str],
+    step: float | None,
+    every: int,
+    checkpoint: Path,
+    write_clip: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """Each is that of the model on the last 8 samples, here every second frame, of its segment."""
+    frames = make_frames(90)
+    path = write_clip(frames, "stream.mkv", "ffv1", pixels="yuv444p")
+    with open_video(path) as video:
+        shown = video.frames(range(90))
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    threading.Thread(target=pipe.write_bytes, args=(path.read_bytes(),), daemon=True).start()
+    with predict.Predictor.load(checkpoint, overrides=overrides) as predictor:
+        computed: list[int] = []
+        patches = predictor.model.patch_embed
+        patches.register_forward_hook(lambda _, inputs, tokens: computed.append(inputs[0].shape[2]))
+        found = list(predictor.watch(str(pipe), window=1.0, step=step))
+        assert computed == [8, *[every // 2] * (len(found) - 1)]
+        assert [round(window.span[0] * 25) for window in found] == list(range(0, 76, every))
+        assert [window.span[1] - window.span[0] for window in found] == pytest.approx([8 * 0.08] * len(found))
+        clips = [shown[i : i + 15] for i in range(0, 76, every)]
+        expected = torch.stack([each.scores for each in predictor(clips, fps=25)])
+    torch.testing.assert_close(torch.stack([window.scores for window in found]), expected, rtol=0, atol=1e-5)
+
+
+def test_samples_of_a_live_source_are_those_of_a_clip() -> None:
+    """Also where frames are late, lost or interrupted; a segment begins a new grid."""
+    times = np.cumsum([0.0, *RNG.uniform(0.001, 0.12, 400)])
+    pixels = np.zeros((1, 1, 3), np.uint8)
+    run = [live.LiveFrame(0, 0.0, float(time), np.full_like(pixels, i % 256)) for i, time in enumerate(times)]
+    for sampler in (ClipSampler("dense", 8, 3), ClipSampler("dense", 8, 2, 15.0)):
+        samples = list(live._sample(iter(run), sampler.stride, sampler.rate))
+        clip = sampler.starting_at(KnownTimes(times), 0.0)
+        assert [sample.pixels[0, 0, 0] for sample in samples[:8]] == [i % 256 for i in clip]
+        whole = replace(sampler, frames=len(samples)).starting_at(KnownTimes(times), 0.0)
+        assert [sample.pixels[0, 0, 0] for sample in samples] == [i % 256 for i in whole]

@@ -15,7 +15,7 @@ import pytest
 from stvit_video import predict
 from stvit_video.data import live
 from stvit_video.data.streams import read_ahead
-from stvit_video.inference.predictor import Window
+from stvit_video.inference.prediction import Window
 from stvit_video.inference.watch import Watched
 from tests.conftest import numbered_frames
 

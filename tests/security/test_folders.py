@@ -16,7 +16,7 @@ from stvit_video.common.files import open_to_append, remove_leftovers, whole_fil
 from stvit_video.common.locks import Lock
 from stvit_video.data import sample
 from stvit_video.inference.annotate import Copies
-from stvit_video.inference.predictor import Prediction
+from stvit_video.inference.prediction import Prediction
 from stvit_video.runs.folder import RESULT_FILES, TRAINING_FILES
 from stvit_video.runs.record import RunRecord
 from stvit_video.runtime.limits import reserve_files
