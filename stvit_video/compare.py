@@ -31,6 +31,7 @@ def compare(arguments: Sequence[str] | None) -> int:
     check_file("--output", options.output, suffix=".png")
     from stvit_video.common.accuracy import ACCURACIES
     from stvit_video.common.charts import plot_comparison
+    from stvit_video.common.text import printable
     from stvit_video.evaluation.significance import describe_comparison
     from stvit_video.runs.record import RunRecord, describe_steps, name_runs, read_curves, readable
 
@@ -64,8 +65,8 @@ def compare(arguments: Sequence[str] | None) -> int:
         parts.append(describe_steps(curves, options.target))
         notes += [f"note: {name} has no learning curve" for name in without]
         notes.append(f"picture in {options.output}")
-    parts[-1] = "\n".join([parts[-1], *notes])
-    print("\n\n".join(parts).encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
+    parts[-1] = "\n".join([parts[-1], *map(printable, notes)])
+    print("\n\n".join(parts))
     return 0
 
 

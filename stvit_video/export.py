@@ -17,6 +17,7 @@ from stvit_video.common.cli import Parser, run_command
 from stvit_video.common.errors import UsageError
 from stvit_video.common.files import prepare_folder
 from stvit_video.common.hub import check_exists, open_hub, push
+from stvit_video.common.text import printable
 
 SUFFIXES = {"torch-export": ".pt2", "onnx": ".onnx", "safetensors": ".safetensors", "state-dict": ".pth"}
 
@@ -61,7 +62,7 @@ def export(arguments: Sequence[str] | None) -> int:
     if output.exists() and output.samefile(weights):
         raise UsageError(f"--output {output} would replace the checkpoint itself; give another file.")
     prepare_folder(output.parent)
-    print(f"{trained.model.name}, {len(trained.classes)} classes, from {weights}", flush=True)
+    print(f"{trained.model.name}, {len(trained.classes)} classes, from {printable(weights)}", flush=True)
     export_model(trained, output, options.format, batch, options.limit, options.clip)
     if options.push:
         print(f"uploaded: {push(output, options.push)}")

@@ -11,7 +11,6 @@ Exit codes: 0 all videos were scored; 1 some could not be read, or not copied fo
 after the results so far are written (0 for a camera or stream, which Ctrl-C ends).
 """
 
-import io
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -68,9 +67,6 @@ def predict(arguments: Sequence[str] | None) -> int:
     add("--workers", type=workers, default=1, metavar="N", help="files decoded in parallel (default: %(default)s)")
     setting = "override a setting of the run's test, for example TEST.CLIPS=1 (keys: python -m stvit_video.run --keys)"
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=setting)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # file names that the terminal cannot show are escaped
-            stream.reconfigure(errors="backslashreplace")
     options = parser.parse_args(arguments)
     if options.output is not None and (options.output.suffix not in FORMATS or options.output.is_dir()):
         raise UsageError(f"--output {options.output}: give a file ending in {' or '.join(FORMATS)}.")

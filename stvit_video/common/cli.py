@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from math import inf
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any, NoReturn, TextIO, cast
 
 from stvit_video.common.errors import FILESYSTEM_ERRORS, RunFailure, Stopped, UsageError, describe_shortage, nearest
@@ -17,6 +18,7 @@ from stvit_video.common.text import PrintableStream, printable
 PROGRAM = "stvit-video"  # the console command, which has every other command as a subcommand
 EXIT_STOPPED = 75  # EX_TEMPFAIL: the same command continues
 EXIT_NO_READER = 141  # as a shell has it for a program that SIGPIPE ended
+EXIT_TERMINATED = 143  # and for one that SIGTERM ended
 SHORTAGE_ADVICE = "use a smaller batch, clip or model, fewer workers, or raise the limit"
 
 
@@ -106,13 +108,43 @@ def run_command(
     on stderr; ``again`` says what the same command does next time. Ctrl-C gives ``stopped_code`` and the line
     ``stopped``. Output that no one reads any longer, as with ``| head``, ends the command without a word, with
     EXIT_NO_READER. Other errors are raised: they are bugs, so their traceback is kept, and the exit code is 1.
+    SIGTERM, where the command does not take it itself, is as Ctrl-C, with EXIT_TERMINATED.
     Names of files and classes that the command prints cannot move the cursor or clear the screen (PrintableStream).
     """
+    _open_closed_streams()
     with ExitStack() as stack:
         for redirect, stream in ((redirect_stdout, sys.stdout), (redirect_stderr, sys.stderr)):
-            if stream is not None and not isinstance(stream, PrintableStream):
-                stack.enter_context(redirect(cast(TextIO, PrintableStream(stream))))
-        return _run(command, arguments, stopped, stopped_code, f"; {again}" if again else "")
+            if not isinstance(stream, PrintableStream):
+                stream = stream or stack.enter_context(open(os.devnull, "w"))  # some libraries need one
+                needed = redirect is redirect_stdout
+                stack.enter_context(redirect(cast(TextIO, PrintableStream(stream, needed))))
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and current_thread() is main_thread():
+            signal.signal(signal.SIGTERM, _terminate)
+            stack.callback(signal.signal, signal.SIGTERM, signal.SIG_DFL)
+        code = _run(command, arguments, stopped, stopped_code, f"; {again}" if again else "")
+        if cast(PrintableStream, sys.stderr).failure is not None:
+            _drop(sys.stderr)
+        return code
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM was received: what Ctrl-C cleans up or keeps is cleaned up or kept here too."""
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+    raise _Terminated
+
+
+def _open_closed_streams() -> None:
+    """Open the null device as each standard stream that is closed; else pipes to processes would get their numbers."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number
+            if number == 0:
+                sys.stdin = None  # as Python has it for one that was closed from the start
 
 
 def _run(
@@ -128,9 +160,8 @@ def _run(
             signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             return command(arguments)
-        finally:  # also after --help, which raises SystemExit
-            if sys.stdout is not None:
-                sys.stdout.flush()
+        finally:  # also after --help, which raises SystemExit, and passes over what it cannot write
+            cast(PrintableStream, sys.stdout).check()
     except UsageError as error:
         code, line = 2, f"error: {error}"
     except RunFailure as error:
@@ -138,7 +169,8 @@ def _run(
     except Stopped as error:
         code, line = EXIT_STOPPED, f"{error}{goes_on}"
     except (OSError, MemoryError, RuntimeError, ImportError) as error:
-        if isinstance(error, OSError) and _is_of_output(error):
+        if error is cast(PrintableStream, sys.stdout).failure:
+            _drop(sys.stdout)
             if isinstance(error, BrokenPipeError):
                 return EXIT_NO_READER
             _say(f"error: standard output cannot be written ({error.strerror}); send it elsewhere{goes_on}.")
@@ -150,34 +182,20 @@ def _run(
             raise
         what = f"{error.filename or 'a file of the run'} cannot be written or read ({error.strerror})"
         code, line = 2, f"error: {what}; free space, set its permissions or choose another folder{goes_on}."
-    except KeyboardInterrupt:
-        _say("")  # after the ^C that a terminal shows
-        code, line = stopped_code, stopped
+    except KeyboardInterrupt as error:
+        if sys.stderr.isatty():
+            _say("")  # after the ^C that a terminal shows
+        code, line = EXIT_TERMINATED if isinstance(error, _Terminated) else stopped_code, stopped
     _say(line)
     return code
 
 
 def _say(line: str) -> None:
-    """Print a line on stderr, where there is one; ends of lines in it are escaped, so that it stays one."""
-    if sys.stderr is not None:
-        try:
-            print(printable(as_called(line)), file=sys.stderr, flush=True)
-        except OSError:
-            _drop(sys.stderr)
-
-
-def _is_of_output(error: OSError) -> bool:
-    """Say whether an error is one of writing to stdout; what is left of that is then dropped."""
-    if error.filename is not None or sys.stdout is None:
-        return False
-    try:
-        print(flush=True)  # what could not be written may be gone, and an empty text is no try
-    except OSError:
-        _drop(sys.stdout)
-        return True
-    return False
+    """Print a line on stderr; ends of lines in it are escaped, so that it stays one."""
+    print(printable(as_called(line)), file=sys.stderr, flush=True)
 
 
 def _drop(stream: TextIO) -> None:
     """Have nothing of a stream written any longer: Python would try again at exit, and end with another code."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    cast(PrintableStream, stream).failure = None

@@ -4,13 +4,12 @@ import glob
 import os
 import queue
 import shutil
-import signal
 import stat
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from stvit_video.common.errors import UsageError
@@ -79,11 +78,9 @@ def stdin_is_file() -> bool:
 def spooled_stdin() -> Iterator[str]:
     """Provide standard input as a temporary file: most videos are not read from their start to their end.
 
-    SIGTERM too leaves nothing behind. Raises UsageError where it does not fit.
+    Raises UsageError where it does not fit.
     """
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as after:
-        ended = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-        after.callback(signal.signal, signal.SIGTERM, ended)
+    with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "stdin")
         try:
             with open(0, "rb", closefd=False) as given, open(path, "wb") as file:

@@ -14,6 +14,7 @@ from scipy.stats import binomtest
 
 from stvit_video.common.accuracy import ACCURACIES
 from stvit_video.common.tables import format_table, three_digits
+from stvit_video.common.text import printable
 from stvit_video.evaluation.predictions import average_precision
 from stvit_video.runs.record import RunRecord, ScoredVideo, find_warnings, settings_that_differ
 
@@ -83,9 +84,9 @@ def answer(one: RunRecord, two: RunRecord, runs: int = 2) -> str:
     As the two are chosen by their accuracy, p is held against LEVEL over the number of all pairs (Bonferroni).
     """
     try:
-        return str(compare_runs(one, two, LEVEL / math.comb(runs, 2)))
+        return printable(compare_runs(one, two, LEVEL / math.comb(runs, 2)))
     except NotComparable as error:
-        return f"{one.name} and {two.name} are not compared: {error}."
+        return printable(f"{one.name} and {two.name} are not compared: {error}.")
 
 
 def describe_comparison(runs: Sequence[RunRecord], videos: int) -> list[str]:
@@ -99,7 +100,8 @@ def describe_comparison(runs: Sequence[RunRecord], videos: int) -> list[str]:
     if len(others) > 1:
         pairs = math.comb(len(runs), 2)
         answers.append(f"{len(runs)} runs make {pairs} pairs: differences with p below {LEVEL / pairs:.2g} are real.")
-    parts = ["\n".join(answers), _figure_table(runs), "\n".join(find_warnings(runs) + _group_seeds(runs)), listed]
+    notes = "\n".join(map(printable, find_warnings(runs) + _group_seeds(runs)))
+    parts = ["\n".join(answers), _figure_table(runs), notes, listed]
     return [part for part in parts if part]
 
 
@@ -130,7 +132,7 @@ def _list_disagreements(one: RunRecord, two: RunRecord, most: int) -> str:
         for first, second in pairs[:most]:
             said = second.predicted if right is one else first.predicted
             lines.append(f"  {first.path}: {', '.join(first.labels)} ({wrong.name}: {said})")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _group_seeds(runs: Sequence[RunRecord]) -> list[str]:

@@ -41,7 +41,7 @@ def predict_videos(options: argparse.Namespace) -> int:
     for folder in filter(None, (options.annotate, options.output and options.output.parent)):
         prepare_folder(folder)
     predictor = Predictor(trained, device=options.device, precision=options.precision, workers=options.workers)
-    print(describe_predictor(trained, predictor) + (f"\nnote: {unused}" if unused else ""), flush=True)
+    print(describe_predictor(trained, predictor) + (f"\nnote: {printable(unused)}" if unused else ""), flush=True)
     results: list[Prediction] = []
     copies = Copies(options.annotate)
     started = time.perf_counter()
@@ -65,7 +65,7 @@ def predict_videos(options: argparse.Namespace) -> int:
         if options.output is not None and results:
             find = partial(find_segments, threshold=options.threshold, multi_label=trained.multi_label)
             write_results(results, options.output, options.top, find)
-            print(f"results in {options.output}", flush=True)
+            print(f"results in {printable(options.output)}", flush=True)
     cut = [window.is_streamed for result in results for window in result.windows if window.span is not None]
     short, count = (sum(getattr(result, name) for result in results) for name in ("short", "count"))
     print(describe_short(short, count, "windows" if cut else "videos", predictor), end="")
@@ -86,10 +86,10 @@ def describe_predictor(trained: Trained, predictor: Predictor) -> str:
         "seconds": f"over {settings['DATA.CLIP_SECONDS']:g} s",
         "uniform": "spread over the video",
     }[settings["DATA.SAMPLING"]]
-    note = f"\nnote: {trained.note}" if trained.note else ""
+    note = f"\nnote: {printable(trained.note)}" if trained.note else ""
     each = ", each with a probability of its own" if trained.multi_label else ""
     return (
-        f"{trained.model.name}, {len(trained.classes)} classes{each}, from {trained.weights}\n"
+        f"{trained.model.name}, {len(trained.classes)} classes{each}, from {printable(trained.weights)}\n"
         f"{views.frames} frames of {size}x{size} ({step}), {views.clips} x {crops} views per video, "
         f"on {predictor.device.type}, {predictor.precision}{note}"
     )
@@ -110,7 +110,7 @@ def score(
             results.append(result)
             text = describe_result(result, options.top)
             if options.annotate is not None and result.error is None:
-                text += f"\n  {copies.add(result)}"
+                text += f"\n  {printable(copies.add(result))}"
             say(text)
             progress.advance()
 
@@ -120,7 +120,7 @@ def describe_result(result: Prediction, top: int) -> str:
 
     A run ends where time is interrupted.
     """
-    found = describe_top(result.top(top)) if result.error is None else f"error: {result.error}"
+    found = describe_top(result.top(top)) if result.error is None else f"error: {printable(result.error)}"
     timeline = [window for window in result.windows if window.span is not None]
     stretches = [list(same) for _, same in groupby(timeline, key=lambda w: (w.segment, int(w.scores.argmax())))]
     return "\n".join(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stvit_video.common.errors import UsageError, nearest
 from stvit_video.common.files import prepare_folder, write_atomically
+from stvit_video.common.text import printable
 from stvit_video.data.clips.sampling import ClipSampler
 from stvit_video.data.clips.timeline import KnownTimes
 from stvit_video.data.dataset import Sample, collate
@@ -23,7 +24,7 @@ from stvit_video.data.decode.types import DecodeError, Frames, Indices, Times
 from stvit_video.inference.load import VideoInput, open_checkpoint
 from stvit_video.pages import overlays
 from stvit_video.pages.explain import Explanation, explain
-from stvit_video.pages.html import data_uri, picture_uri, printable, render
+from stvit_video.pages.html import data_uri, picture_uri, render
 
 FILES = ("report.html", "overlays.png", "overlays.mp4")
 TOP_CLASSES = 5
@@ -131,7 +132,7 @@ def write_clip_page(
     )
     write_atomically(output / "report.html", page.encode())
     lines = [f"{video}: {answer}", trained.note, *explanation.absent, f"open {output / 'report.html'}"]
-    return printable("\n".join(filter(None, lines)))  # names of files need not be UTF-8
+    return "\n".join(map(printable, filter(None, lines)))
 
 
 def find_class(name: str, classes: Sequence[str]) -> int:

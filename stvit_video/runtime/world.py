@@ -110,6 +110,7 @@ def join_world(device: str = "auto", timeout_s: int = 1800) -> Iterator[World]:
         return
     if place.launcher == "torchrun":  # torchrun that is killed must not leave this process beside those of a new start
         end_with_parent(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Python would act on it only after a wait for other processes
     store = connect(place, timeout_s)
     target = wait_for_all_ranks(store, place, device, timeout_s)
     if target.type == "cuda":

@@ -19,7 +19,6 @@ from fvcore.common.config import CfgNode
 from stvit_video.common.cli import Parser, as_called, number, run_command
 from stvit_video.common.errors import UsageError, nearest
 from stvit_video.common.files import write_json
-from stvit_video.common.text import printable
 from stvit_video.config.load import load_config, override
 from stvit_video.config.schema import BY_NAME
 from stvit_video.slurm.jobs import ClusterJob, check_owner, describe_status, find_jobs, follow, summarise, tail
@@ -154,7 +153,7 @@ def run_verb(arguments: Sequence[str] | None) -> int:
         return report(jobs, base, options.wait)
     for job in jobs:
         if verb == "status":
-            print(printable(describe_status(job), "\n"))
+            print(describe_status(job))
         elif verb == "logs":
             print(f"==> {job.log(options.rank)} <==", *tail(job.log(options.rank), options.lines), sep="\n")
         else:

@@ -293,7 +293,7 @@ def describe_end(job: ClusterJob) -> str:
         lines.append(f"rank {first['rank']} on {first['host']} failed first, with exit code {first['code']}")
     log = job.log(first["rank"] if first else 0)
     shown = [first["problem"]] if first and first["problem"] else [f"the last lines of {log}:", *tail(log, LAST_LINES)]
-    return "\n".join(lines + shown)
+    return "\n".join(printable(line, "\t") for line in lines + shown)
 
 
 def describe_status(job: ClusterJob) -> str:
@@ -315,7 +315,7 @@ def _describe_status(job: ClusterJob) -> str:
         f"checkpoint of step {job.newest_step()}",
         f"log {job.log()}",
     ]
-    return "\n  ".join(line for line in lines if line)
+    return "\n  ".join(printable(line) for line in lines if line)
 
 
 def summarise(jobs: Sequence[ClusterJob], to: Path) -> str:

@@ -25,6 +25,7 @@ from av.stream import Disposition
 from safetensors import safe_open
 
 from stvit_video import predict
+from stvit_video.common.cli import run_command
 from stvit_video.common.errors import UsageError
 from stvit_video.config import load_config
 from stvit_video.config.clip_settings import view_settings
@@ -511,9 +512,10 @@ def test_stream_of_two_pictures_is_that_of_a_file(colours: predict.Predictor, tm
 
 
 @pytest.fixture
-def give_stdin() -> Iterator[Callable[..., None]]:
+def give_stdin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Make a file, or bytes through a pipe, standard input."""
     saved = os.dup(0)
+    monkeypatch.setattr(sys, "stdin", sys.stdin)  # a command that finds it closed says so there
 
     def give(path: Path, piped: bool) -> None:
         if not piped:
@@ -579,20 +581,16 @@ def test_sigterm_leaves_no_copy_of_standard_input(give_stdin: Callable[..., None
     give_stdin(tmp_path / "given", True)
     copies: list[Path] = []
 
-    def stop() -> None:
+    def stop(arguments: Sequence[str] | None) -> int:
         with spooled_stdin() as path:
             assert Path(path).read_bytes() == b"video"
             copies.append(Path(path))
             signal.raise_signal(signal.SIGTERM)
+        return 0
 
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
-        with pytest.raises(SystemExit, match="143"):
-            stop()
-        assert not copies[0].parent.exists()
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    assert run_command(stop) == 143
+    assert not copies[0].parent.exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 MISTAKES = [

@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -169,11 +170,12 @@ def test_incompatible_processes_are_named(change: dict[str, str], verdict: str) 
 
 
 PROGRAM = """
-import os, sys, time
+import os, signal, sys, threading, time
 from stvit_video.common.errors import RunFailure
 from stvit_video.runtime.world import any_of, gather_objects, join_world, on_main
 def fail():
     raise RunFailure("no decoder starts")
+signal.signal(signal.SIGTERM, lambda number, frame: None)  # as commands do, which end when Python runs again
 with join_world("cpu", timeout_s=int(sys.argv[1])) as world:
     print(gather_objects(world, os.environ["SLURMD_NODENAME"]), flush=True)
     if sys.argv[2] == os.environ["SLURMD_NODENAME"]:
@@ -182,6 +184,8 @@ with join_world("cpu", timeout_s=int(sys.argv[1])) as world:
         time.sleep(int(sys.argv[1]) + 8)
     if sys.argv[2] == "main":
         on_main(world, fail)
+    if sys.argv[2] == "ends while it waits":
+        threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start() if world.is_main else time.sleep(3)
     any_of(world, False)
 """
 
@@ -214,6 +218,11 @@ def test_failure_is_reported_with_its_rank_on_all_ranks() -> None:
     assert right != 0
     assert "rank 1 of 2 on right failed: ArithmeticError: nothing adds up" in right_said
     assert "rank 0 of 2 on left ends: rank 1 of 2 on right failed: ArithmeticError" in left_said
+
+
+def test_a_process_that_waits_for_others_is_ended_at_once() -> None:
+    (left, _), _ = run_tasks("90", "ends while it waits", job="907")
+    assert left == -signal.SIGTERM
 
 
 @pytest.mark.long

@@ -5,7 +5,9 @@ import csv
 import io
 import json
 import os
+import shutil
 import sys
+import unicodedata
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -13,15 +15,21 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from stvit_video.common.charts import Point, image_of_points, png_of_confusion, png_of_precision, svg_of_curves
 from stvit_video.common.cli import run_command
 from stvit_video.common.errors import RunFailure, UsageError
 from stvit_video.common.tables import format_table, read_csv, to_csv
+from stvit_video.common.text import printable
+from stvit_video.compare import main as compare
 from stvit_video.data.failures import Failure, failures_csv, read_ledger
 from stvit_video.data.sample import write_video
+from stvit_video.models.weights.report import LoadReport
 from stvit_video.predict import main as predict
 from stvit_video.report import main as report
+from stvit_video.visualize import main as visualize
 from tests.pages.browser import dump, probed
 
 CLEAR = "\x1b[2J\x9b31m\x07\u202e\udcff\r\x00"
@@ -55,6 +63,69 @@ def test_a_missing_file_is_named_in_one_line(tmp_path: Path, capsys: pytest.Capt
 
 def test_a_cell_of_a_table_is_one_line() -> None:
     assert format_table(["name", "n"], [["a\x1b[2J\nb | 99", 1]]).splitlines()[1:] == [r"a\x1b[2J\nb | 99  1"]
+
+
+def test_all_that_is_not_seen_is_escaped() -> None:
+    # The joiners that names need, and the Arabic, Syriac and Kaithi signs that Unicode counts as formats but are seen.
+    shown = {0x200C, 0x200D, *range(0x600, 0x606), 0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD}
+    unseen = [i for i in range(0x110000) if unicodedata.category(chr(i)) in ("Cc", "Cf", "Cs", "Zl", "Zp")]
+    assert [i for i in unseen if printable(chr(i)) == chr(i)] == sorted(shown & set(unseen))
+    assert printable("\u061c") == r"\u061c"
+    assert printable("می\u200cخواهم 👩\u200d🚒") == "می\u200cخواهم 👩\u200d🚒"
+
+
+def lines_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Return the lines that were printed, none of which may be one of a name."""
+    lines = capsys.readouterr().out.splitlines()
+    assert not [line for line in lines if line.startswith("FORGED")]
+    return lines
+
+
+def test_names_make_no_lines_of_what_compare_prints(
+    foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [foreign.rename(foreign.with_name("a\nFORGED")), foreign.with_name("b\nFORGED")]
+    shutil.copytree(*runs)
+    header, row = "path,label,predicted,probability,label_probability\n", '"v\nFORGED.mp4","{}","{}",0.9,0.1\n'
+    labels = (("c\nFORGED", "c\nFORGED"), ("c\nFORGED", "d\nFORGED"))
+    for run, words, right in zip(runs, labels, (100.0, 0.0), strict=True):
+        (run / "results.json").write_text(json.dumps({"top1": right, "scored": 1, "videos": 1, "failed": 1}))
+        (run / "predictions.csv").write_text(header + row.format(*words))
+        (run / "metrics.jsonl").write_text('{"split": "train", "epoch": 1, "step": 1, "top1": 50}\n')
+    assert compare([*map(str, runs), "--output", str(tmp_path / "a.png")]) == 0
+    said = "\n".join(lines_of(capsys))
+    assert r"only a\nFORGED is right" in said
+    assert r"v\nFORGED.mp4: c\nFORGED (b\nFORGED: d\nFORGED)" in said
+    assert r"note: b\nFORGED has" in said
+    assert said.count(r"\nFORGED: 1 of 1 test videos could not be read") == 2
+    (runs[1] / "predictions.csv").write_text(header + row.format(*labels[1]).replace("v\n", "w\n"))
+    assert compare([*map(str, runs), "--output", str(tmp_path / "a.png")]) == 0
+    assert r"(first: w\nFORGED.mp4)" in "\n".join(lines_of(capsys))
+
+
+def test_names_make_no_lines_of_predictions(
+    trained: Path, small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "f\nFORGED"
+    folder.mkdir()
+    with safe_open(trained, "pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    names = [f"{name}\nFORGED" for name in json.loads(metadata["classes"])]
+    save_file(tensors, folder / "m.safetensors", {**metadata, "classes": json.dumps(names)})
+    shutil.copy(small_set / "videos" / "test_00000.mp4", folder / "v\nFORGED.mp4")
+    (folder / "w\nFORGED.mp4").touch()
+    words = ["--checkpoint", str(folder / "m.safetensors")]
+    assert predict([str(folder), *words, "--annotate", str(folder / "out")]) == 1
+    said = "\n".join(lines_of(capsys))
+    assert r"annotated copy: " in said
+    assert r"v\nFORGED.mp4: " in said
+    assert visualize([str(folder / "v\nFORGED.mp4"), *words, "--output", str(folder / "shown")]) == 0
+    assert r"v\nFORGED.mp4: " in "\n".join(lines_of(capsys))
+    loaded = LoadReport("a", "b")
+    loaded.add("unused", "t\nFORGED", 1)
+    loaded.differ("n\nFORGED")
+    assert not [line for line in str(loaded).splitlines() if line.startswith("FORGED")]
 
 
 @pytest.fixture

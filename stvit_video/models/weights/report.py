@@ -59,7 +59,8 @@ class LoadReport:
             names = self.keys[status]
             shown = "" if status == "loaded" else shorten(names, 4)
             lines.append(f"  {status:12} {len(names):5} {self.weights[status]:12,}  {shown}".rstrip())
-        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(line.replace("\n", r"\n") for line in lines)  # names of tensors are the file's
 
     def to_json(self) -> str:
         """Return all of it as JSON text."""
