@@ -13,6 +13,7 @@ from typing import TextIO
 
 from stvit_video.common.errors import UsageError, find_nearest
 
+LARGEST_RECORD = 2**28  # bytes
 MOST_NAMES = 2000  # that a name is compared with
 
 
@@ -83,6 +84,27 @@ def check_own(path: str | Path) -> None:
         raise OSError(errno.ELOOP, "it is a link, and is not followed", str(path))
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(errno.EPERM, "it is no regular file", str(path))
+
+
+def has_record(path: str | Path) -> bool:
+    """Return whether a file of a run is there. Raises UsageError where it is no file or larger than any run writes."""
+    if not os.path.lexists(path):
+        return False
+    if not os.path.isfile(path):
+        raise UsageError(f"{path} is no file; remove it, or leave the run out.")
+    if (size := os.path.getsize(path)) > LARGEST_RECORD:
+        raise UsageError(f"{path} has {size:,} bytes; allowed: {LARGEST_RECORD:,}. Remove it, or leave the run out.")
+    return True
+
+
+def tail(path: str | Path, most: int = 2**20) -> list[str]:
+    """Return the whole lines in the last ``most`` bytes of a text file. Raises OSError where it cannot be read."""
+    check_own(path)
+    with open(path, "rb") as file:
+        start = max(0, file.seek(0, os.SEEK_END) - most)
+        file.seek(start)
+        lines = file.read(most).decode(errors="replace").splitlines()
+    return lines[1:] if start else lines
 
 
 def write_json(path: Path, content: object) -> None:

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from stvit_video.common.errors import UsageError
+from stvit_video.common.files import has_record
 from stvit_video.common.tables import read_csv, to_csv
 from stvit_video.data.decode.types import DecodeError
 
@@ -42,7 +43,7 @@ def failures_csv(failures: Iterable[Failure]) -> bytes:
 
 def read_ledger(path: str | Path) -> list[Failure]:
     """Return the rows of ``failures.csv``; none where there is no file."""
-    if not Path(path).is_file():
+    if not has_record(path):
         return []
     return [Failure(*(row[column.name] for column in fields(Failure))) for row in read_csv(path)]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from stvit_video.common.files import open_to_append, write_atomically
+from stvit_video.common.files import has_record, open_to_append, write_atomically
 
 
 class MetricsLog:
@@ -43,8 +43,8 @@ class MetricsLog:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a ``metrics.jsonl``, without a last line that is incomplete."""
     rows = []
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
-        for line in path.read_text(encoding="utf-8").splitlines():
+    with contextlib.suppress(json.JSONDecodeError):
+        for line in path.read_text(encoding="utf-8").splitlines() if has_record(path) else ():
             rows.append(json.loads(line))
     return rows
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from stvit_video.common.accuracy import accuracy_key
 from stvit_video.common.errors import UsageError, first_line
+from stvit_video.common.files import has_record
 from stvit_video.common.tables import format_table, read_csv
 from stvit_video.config.schema import flatten
 from stvit_video.config.yaml_text import parse_yaml
@@ -133,7 +134,7 @@ class RunRecord:
         """Return the scores (videos, classes) of a multi-label test, in the order of both tables; None without any."""
         path = self.path / "scores.npy"
         try:
-            return np.load(path, allow_pickle=False) if path.is_file() else None
+            return np.load(path, allow_pickle=False) if has_record(path) else None
         except (ValueError, EOFError) as error:
             raise UsageError(f"{path} is not complete ({first_line(error)}); test the run again.") from error
 
@@ -187,7 +188,7 @@ class RunRecord:
 def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     """Return what a JSON or YAML file holds; empty where there is no file."""
     try:
-        content = parse(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        content = parse(path.read_text(encoding="utf-8")) if has_record(path) else {}
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UsageError(f"{path} is not complete ({first_line(error)}); restore it, or leave the run out.") from error
     return content if isinstance(content, dict) else {}
@@ -195,7 +196,7 @@ def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
 
 def _read_rows(path: Path, read: dict[str, Any]) -> list[list[Any]]:
     """Return the columns that ``read`` names, converted by its functions. Raises UsageError where they are wrong."""
-    if not path.is_file():
+    if not has_record(path):
         return []
     rows = read_csv(path)
     try:

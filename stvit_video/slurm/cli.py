@@ -21,7 +21,7 @@ from stvit_video.common.errors import UsageError, nearest
 from stvit_video.common.files import write_json
 from stvit_video.config.load import load_config, override
 from stvit_video.config.schema import BY_NAME
-from stvit_video.slurm.jobs import ClusterJob, check_owner, describe_status, find_jobs, follow, summarise, tail
+from stvit_video.slurm.jobs import ClusterJob, check_owner, describe_status, find_jobs, follow, last_lines, summarise
 from stvit_video.slurm.request import JobRequest, open_job_folders, read_profile, resume, submit
 
 VERBS = {"status": "say how it is", "logs": "print its log", "cancel": "end it", "resume": "submit it again"}
@@ -155,7 +155,7 @@ def run_verb(arguments: Sequence[str] | None) -> int:
         if verb == "status":
             print(describe_status(job))
         elif verb == "logs":
-            print(f"==> {job.log(options.rank)} <==", *tail(job.log(options.rank), options.lines), sep="\n")
+            print(f"==> {job.log(options.rank)} <==", *last_lines(job.log(options.rank), options.lines), sep="\n")
         else:
             check_owner(job.run, job.path, job.path / "job.json")
             job.cancel()

@@ -20,7 +20,7 @@ from typing import Any
 
 from stvit_video.common.accuracy import ACCURACIES
 from stvit_video.common.errors import UsageError, first_line
-from stvit_video.common.files import open_to_append, write_atomically, write_json
+from stvit_video.common.files import open_to_append, tail, write_atomically, write_json
 from stvit_video.common.tables import format_table, to_csv
 from stvit_video.common.text import printable
 from stvit_video.config.schema import flatten
@@ -206,18 +206,18 @@ def read_json(path: Path) -> Any:
 
 
 def read_rows(path: Path, last: int = 0) -> list[dict[str, Any]]:
-    """Return the lines of a JSON-lines file, or of its ``last`` ones, that are complete; none where it is absent."""
+    """Return the lines at the end of a JSON-lines file, or its ``last`` ones, that are complete; none without it."""
     rows = []
-    for line in path.read_text(errors="replace").splitlines()[-last:] if path.is_file() else []:
+    for line in tail(path)[-last:] if path.is_file() else []:
         with suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict)]
 
 
-def tail(path: Path, count: int) -> list[str]:
+def last_lines(path: Path, count: int) -> list[str]:
     """Return a file's last lines, or why it cannot be read."""
     try:
-        return [printable(line, "\t") for line in path.read_text(errors="replace").splitlines()[-count:]]
+        return [printable(line, "\t") for line in tail(path)[-count:]]
     except OSError as error:
         return [f"({path}: {error.strerror})"]
 
@@ -292,7 +292,8 @@ def describe_end(job: ClusterJob) -> str:
     if first:
         lines.append(f"rank {first['rank']} on {first['host']} failed first, with exit code {first['code']}")
     log = job.log(first["rank"] if first else 0)
-    shown = [first["problem"]] if first and first["problem"] else [f"the last lines of {log}:", *tail(log, LAST_LINES)]
+    end = [f"the last lines of {log}:", *last_lines(log, LAST_LINES)]
+    shown = [first["problem"]] if first and first["problem"] else end
     return "\n".join(printable(line, "\t") for line in lines + shown)
 
 

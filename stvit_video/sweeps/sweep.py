@@ -29,7 +29,7 @@ from stvit_video.runs.folder import environment
 from stvit_video.runs.lists import open_lists
 from stvit_video.runtime.stopping import StopSignals
 from stvit_video.runtime.world import World
-from stvit_video.slurm.jobs import ENDED, ClusterJob, Follower, read_job, tail
+from stvit_video.slurm.jobs import ENDED, ClusterJob, Follower, last_lines, read_job
 from stvit_video.slurm.request import JobRequest, open_job_folders, submit
 from stvit_video.sweeps.plan import COMMON_KEYS, Plan, SweepRow
 from stvit_video.sweeps.rows import (
@@ -124,7 +124,7 @@ def describe_failure(job: ClusterJob) -> str:
             return str(failure["problem"])
         if failure["code"] - 128 in signal.valid_signals():
             return f"ended by {signal.Signals(failure['code'] - 128).name}"
-        lines = [line.strip() for line in tail(job.log(), sys.maxsize) if line.strip()]
+        lines = [line.strip() for line in last_lines(job.log(), sys.maxsize) if line.strip()]
         return ([line for line in lines if line.startswith("error: ")] or lines or ["it printed nothing"])[-1]
     if job.events("stopped"):
         return "stopped by a signal; the same command continues"

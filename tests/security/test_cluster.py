@@ -12,7 +12,7 @@ import pytest
 from stvit_video.common.errors import UsageError
 from stvit_video.common.text import printable
 from stvit_video.slurm.cli import main
-from stvit_video.slurm.jobs import find_jobs, tail
+from stvit_video.slurm.jobs import find_jobs, last_lines
 from stvit_video.slurm.request import JobRequest, read_profile
 from tests.slurm.cluster import CONFIG
 
@@ -169,7 +169,10 @@ def test_a_request_is_read_as_it_was_written(
 def test_logs_do_not_move_the_cursor(tmp_path: Path) -> None:
     log = tmp_path / "7_0_log.out"
     log.write_bytes(b"\x1b]0;title\x07\x1b[2J\tloss 1\xff\n" + "a\u202eb\u009bc\n".encode())
-    assert tail(log, 5) == ["\\x1b]0;title\\x07\\x1b[2J\tloss 1\ufffd", "a\\u202eb\\x9bc"]
+    assert last_lines(log, 5) == ["\\x1b]0;title\\x07\\x1b[2J\tloss 1\ufffd", "a\\u202eb\\x9bc"]
+    log.write_text("".join(f"step {i}\n" for i in range(300_000)))
+    assert last_lines(log, 2) == ["step 299998", "step 299999"]
+    assert 50_000 < len(last_lines(log, 10**6)) < 150_000
     assert printable("Ein Weg zu Ärger, 走る, 🎬") == "Ein Weg zu Ärger, 走る, 🎬"
     assert printable("a\udcff") == "a\\udcff"
     with pytest.raises(UsageError, match="holds no submitted job"):

@@ -168,6 +168,25 @@ def test_frames_of_a_foreign_run_come_from_its_root_only(
     assert frames_shown(foreign) == 0, "a link out of the root"
 
 
+@pytest.mark.parametrize("name", ["predictions.csv", "per_class.csv", "metrics.jsonl", "config.yaml", "failures.csv"])
+@pytest.mark.parametrize("kind", ["pipe", "large"])
+def test_records_that_are_no_files_or_fill_the_memory_are_refused(
+    foreign: Path, name: str, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (foreign / name).unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(foreign / name)
+    else:
+        (foreign / name).touch()
+        os.truncate(foreign / name, 2**40)
+    for command in (report, compare):
+        assert command([str(foreign), *([str(foreign.parent)] if command is compare else [])]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+    assert report([str(foreign)]) == 2
+    assert f"{name} {'is no file' if kind == 'pipe' else 'has 1,099,511,627,776 bytes'}" in capsys.readouterr().err
+
+
 def test_a_link_in_place_of_a_picture_shows_no_content(foreign: Path) -> None:
     secret = foreign.parent / "id_rsa"
     secret.write_bytes(b"PRIVATE KEY" * 99)
