@@ -1,6 +1,9 @@
 """Overlapping windows scored by a stream, in which each frame is computed once, equal windows scored by themselves."""
 
 import os
+import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +21,8 @@ from stvit_video.data.clips.timeline import KnownTimes
 from stvit_video.data.windows import plan_reading, windows_of
 from stvit_video.models.zoo import build_model
 from stvit_video.runs.checkpoint import save_weights
-from tests.conftest import data_config
+from tests.conftest import REPOSITORY, data_config
+from tests.data.odd_files import find_command
 
 RNG = np.random.default_rng(0)
 
@@ -171,3 +175,44 @@ def test_samples_of_a_live_source_are_those_of_a_clip() -> None:
         assert [sample.pixels[0, 0, 0] for sample in samples[:8]] == [i % 256 for i in clip]
         whole = replace(sampler, frames=len(samples)).starting_at(KnownTimes(times), 0.0)
         assert [sample.pixels[0, 0, 0] for sample in samples] == [i % 256 for i in whole]
+
+
+@pytest.mark.parametrize(
+    "minutes", [pytest.param(5, marks=pytest.mark.long), pytest.param(60, marks=[pytest.mark.long, pytest.mark.slow])]
+)
+def test_memory_does_not_grow_with_the_length_of_a_stream(
+    minutes: int, checkpoint: Path, write_clip: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A file that is sent again and again through a pipe, 30 frames per second."""
+    program = find_command()
+    if program is None:
+        pytest.skip("FFmpeg's command sends the stream")
+    path = write_clip(make_frames(300), "loop.mp4", rate=30)
+    send = [program, "-v", "error", "-stream_loop", "-1", "-i", path, "-t", str(60 * minutes), "-c", "copy"]
+    words = ["-", "--checkpoint", str(checkpoint), "--window", "1"]
+    with (
+        subprocess.Popen([*send, "-f", "matroska", "-"], stdout=subprocess.PIPE) as sender,
+        subprocess.Popen(
+            [sys.executable, "-m", "stvit_video.predict", *words],
+            stdin=sender.stdout,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=REPOSITORY,
+        ) as process,
+    ):
+        memory: dict[int, float] = {}  # MB, at the first decision of each minute
+        lines = iter(process.stdout.readline, "")
+        for line in lines:
+            if start := re.match(r" +(?:(\d+):)?(\d+):(\d\d)\.\d to ", line):
+                minute = 60 * int(start[1] or 0) + int(start[2])
+                if minute not in memory:
+                    memory[minute] = resident(process.pid)
+        assert process.wait() == 0
+    assert list(memory) == list(range(minutes))
+    assert max(memory[minute] for minute in range(1, minutes)) - memory[1] < 20
+
+
+def resident(process: int) -> float:
+    """Return the resident memory of a process in MB."""
+    (line,) = re.findall(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
+    return int(line) / 1000
