@@ -33,7 +33,7 @@ from stvit_video.data.decode.av_file import (
 from stvit_video.data.decode.formats import open_stream
 from stvit_video.data.decode.types import GAP_S, DecodeError, Frames, decode_errors, gap_length, reason
 from stvit_video.data.streams import STDIN
-from stvit_video.data.windows import Span
+from stvit_video.data.windows import BOUND_S, Span
 
 NOT_READ = "cannot be read as a stream"
 TIMEOUT_S = 15.0  # to open a stream, and for each of its packets
@@ -165,7 +165,7 @@ def _cut_run(run: Iterator[LiveFrame], segment: int, window: float, step: float)
     reaches: float | None = None
 
     def cut(start: float, end: float, until: float) -> Iterator[LiveWindow]:
-        shown = [frame for frame in held if start - TOLERANCE_S <= frame.time < until - TOLERANCE_S]
+        shown = [frame for frame in held if start - BOUND_S <= frame.time < until - BOUND_S]
         if shown:
             times = KnownTimes(np.array([frame.time for frame in shown]))
             pixels = [frame.pixels for frame in shown if frame.pixels is not None]
@@ -174,9 +174,9 @@ def _cut_run(run: Iterator[LiveFrame], segment: int, window: float, step: float)
 
     def complete(until: float) -> Iterator[LiveWindow]:
         nonlocal number
-        stop = max(number, math.floor((until + TOLERANCE_S - window) / step) + 1)
+        stop = max(number, math.floor((until + BOUND_S - window) / step) + 1)
         # Windows from here on have no frame.
-        begun = math.floor((held[-1].time + TOLERANCE_S) / step) + 1 if held else 0
+        begun = math.floor((held[-1].time + BOUND_S) / step) + 1 if held else 0
         for i in range(number, min(stop, begun)):
             yield from cut(i * step, i * step + window, until=i * step + window)
         number = stop
@@ -187,7 +187,7 @@ def _cut_run(run: Iterator[LiveFrame], segment: int, window: float, step: float)
         if frame.pixels is None:
             reaches = now
             break
-        while held and held[0].time < min(number * step, now - window) - TOLERANCE_S:
+        while held and held[0].time < min(number * step, now - window) - BOUND_S:
             held.popleft()
         held.append(frame)
         if len(held) > MAX_RATE * max(1.0, window):
@@ -197,7 +197,7 @@ def _cut_run(run: Iterator[LiveFrame], segment: int, window: float, step: float)
         return
     duration = now + now / max(1, count - 1) if reaches is None else reaches
     yield from complete(duration)
-    if number == 0 or (step <= window and (number - 1) * step + window < duration - TOLERANCE_S):
+    if number == 0 or (step <= window and (number - 1) * step + window < duration - BOUND_S):
         yield from cut(max(0.0, duration - window), duration, until=math.inf)
 
 

@@ -5,9 +5,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stvit_video.data.clips.sampling import TOLERANCE_S, Sampling, mean_step
+from stvit_video.data.clips.sampling import Sampling, mean_step
 from stvit_video.data.clips.timeline import KnownTimes
 from stvit_video.data.decode.types import Indices, Timeline, Times, find_segments
+
+# A frame belongs to a window that it misses by less. Matroska states whole milliseconds, so that two times, and with
+# them a frame and the start of its window, are up to one apart from where they should be.
+BOUND_S = 0.0011
 
 
 def check_seconds(window: float | None, step: float | None) -> None:
@@ -46,20 +50,20 @@ def windows_of(times: Times, window: float, step: float) -> list[Excerpt]:
         run = times[first:stop] - times[first]
         duration = float(run[-1]) + mean_step(run)
         starts = [0.0]
-        if duration > window + TOLERANCE_S:
-            last = int((duration - window + TOLERANCE_S) // step)  # the number of the last window that fits
+        if duration > window + BOUND_S:
+            last = int((duration - window + BOUND_S) // step)  # the number of the last window that fits
             # Of each frame, the first and the last window that it appears in: not all windows, of which a time lapse
             # has millions.
-            firsts = np.maximum((run + TOLERANCE_S - window) // step + 1, 0).astype(np.int64)
-            lasts = np.minimum((run + TOLERANCE_S) // step, last).astype(np.int64)
+            firsts = np.maximum((run + BOUND_S - window) // step + 1, 0).astype(np.int64)
+            lasts = np.minimum((run + BOUND_S) // step, last).astype(np.int64)
             nexts = np.maximum(firsts, np.append(0, np.maximum.accumulate(lasts)[:-1] + 1))
             numbers = [i for a, b in zip(nexts.tolist(), lasts.tolist(), strict=True) for i in range(a, b + 1)]
             starts = [i * step for i in numbers]
-            if last * step + window < duration - TOLERANCE_S and step <= window:
+            if last * step + window < duration - BOUND_S and step <= window:
                 starts.append(duration - window)
         for start in starts:
             end = min(start + window, duration)
-            a, b = np.searchsorted(run, (start - TOLERANCE_S, end - TOLERANCE_S)).tolist()
+            a, b = np.searchsorted(run, (start - BOUND_S, end - BOUND_S)).tolist()
             b = len(run) if end == duration else b
             if a < b:
                 span = Span(float(times[first] + start), float(times[first] + end))

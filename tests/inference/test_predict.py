@@ -236,6 +236,18 @@ def test_windows_cover_a_video_to_its_end() -> None:
     assert len(spans_of(times, 0.05, 0.5)) == 20  # between them there are frames that no window holds
 
 
+@pytest.mark.parametrize("rate", [30, 24000 / 1001, 60, 240])
+def test_times_in_whole_milliseconds_move_no_frame_out_of_its_window(rate: float) -> None:
+    times = np.round(np.arange(3000) / rate, 3)  # as in Matroska
+    length = 16 / rate
+    for every in (16, 2):
+        windows = windows_of(times, length, length * every / 16)
+        places = [(window.start, window.stop - window.start) for window in windows]
+        whole = [(start, 16) for start in range(0, 3000 - 15, every)]
+        assert places[: len(whole)] == whole
+        assert len(places) <= len(whole) + 1
+
+
 def test_windows_are_where_there_is_video() -> None:
     seconds = np.arange(50) / 10  # 5 s
     gap = np.concatenate([seconds, 3600 + seconds[:10], 90_000 + seconds])
