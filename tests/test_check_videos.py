@@ -219,7 +219,7 @@ def test_ctrl_c_ends_at_once_and_writes_nothing(root: Path, stub: Path, tmp_path
     scan.send_signal(signal.SIGINT)
     _, said = scan.communicate(timeout=20)  # the deadline is 60 s
     assert scan.returncode == 130
-    assert said == "\nstopped before the end: nothing was written; the same command starts again\n"
+    assert said == "stopped before the end: nothing was written; the same command starts again\n"
     assert not (tmp_path / "clean.txt").exists()
     assert not (tmp_path / "failures.csv").exists()
     for _ in range(100):

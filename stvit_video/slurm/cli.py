@@ -1,7 +1,7 @@
 """Submit runs to SLURM, or act on submitted ones.
 
 ``python slurm/submit.py --cfg FILE --nodes N --gpus-per-node G [--profile FILE] [--wait] [KEY VALUE ...]; or status,
-logs, cancel, resume RUN``
+logs, cancel, resume RUN; or extract [OPTIONS] -- WORDS``
 """
 
 import itertools
@@ -21,8 +21,9 @@ from stvit_video.common.errors import UsageError, nearest
 from stvit_video.common.files import write_json
 from stvit_video.config.load import load_config, override
 from stvit_video.config.schema import BY_NAME
+from stvit_video.slurm.extraction import submit_extraction
 from stvit_video.slurm.jobs import ClusterJob, check_owner, describe_status, find_jobs, follow, last_lines, summarise
-from stvit_video.slurm.request import JobRequest, open_job_folders, read_profile, resume, submit
+from stvit_video.slurm.request import add_sizes, build_request, open_job_folders, resume, submit
 
 VERBS = {"status": "say how it is", "logs": "print its log", "cancel": "end it", "resume": "submit it again"}
 
@@ -31,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Submit runs, or act on submitted ones. Exit codes: 0 done; 1 a job failed; 2 wrong use; 130 Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = run_verb if given and given[0] in VERBS else submit_runs
+    if given and given[0] == "extract":
+        command, given = submit_extraction, given[1:]
     return run_command(command, given, stopped="no longer following; the job goes on, if it was submitted")
 
 
@@ -38,17 +41,9 @@ def submit_runs(arguments: Sequence[str] | None) -> int:
     """Submit the runs of a command line."""
     options = read_options(arguments or [])
     configs, base = build_configs(options)
-    profile = read_profile(options.profile, partition=options.partition, time=options.time)
     logs = base / "slurm"
-    gpus, tasks = options.gpus_per_node, options.tasks_per_node
-    if gpus is None:
-        raise UsageError("--gpus-per-node is missing; give the GPUs of a machine, or 0 to run on its CPUs.")
-    if gpus and tasks not in (None, gpus):
-        problem = f"--tasks-per-node {tasks} with --gpus-per-node {gpus}"
-        raise UsageError(f"{problem}: each GPU has one process; omit --tasks-per-node.")
-    cpus = options.cpus_per_task or profile.cpus_per_task or max(cfg.DATA.WORKERS for cfg in configs) + 1
-    name = f"stvit-{Path(options.files[0]).stem}"
-    request = JobRequest(profile, options.nodes, gpus, gpus or tasks or 1, cpus, name)
+    workers = max(cfg.DATA.WORKERS for cfg in configs)
+    request = build_request(options, workers, f"stvit-{Path(options.files[0]).stem}")
     if options.dry_run:
         runs = (f"  {cfg.OUTPUT_DIR}" for cfg in configs)
         print(request.sbatch_text(logs, len(configs)), "runs:", *runs, request.describe(len(configs)), sep="\n")
@@ -70,21 +65,10 @@ def read_options(arguments: Sequence[str]) -> Namespace:
     """Parse the command line of a submission."""
     parser = Parser(__doc__, BY_NAME)
     add = parser.add_argument
-    count = number(int, 1)
-    some = number(int, 0)
     add("--cfg", nargs="+", action="extend", dest="files", metavar="FILE", help="several: an array")
-    add("--nodes", type=count, default=1, help="machines (default: %(default)s)")
-    add("--gpus-per-node", type=some, metavar="G", help="GPUs of each, one process per GPU; 0: none")
-    add("--tasks-per-node", type=some, metavar="T", help="processes per machine where there are no GPUs")
-    add("--cpus-per-task", type=count, metavar="C", help="default: the profile's, else DATA.WORKERS + 1")
-    add("--profile", metavar="FILE", help="what the site needs: slurm/profiles/NAME.yaml")
-    add("--partition", metavar="NAME", help="instead of the profile's")
-    add("--time", metavar="TIME", help="instead of the profile's: minutes, H:MM:SS or D-HH")
+    add_sizes(parser)
     add("--array", metavar="GRID", help="'OPTIM.LR=1e-3,3e-4 SEED=0,1': a run each, as one array")
-    add("--cluster", default="slurm", choices=("slurm", "local", "debug"), help="local, debug: here")
     add("--copy-source", action="store_true", help="run from a copy of the package as it is now")
-    add("--wait", action="store_true", help="follow the jobs; Ctrl-C leaves them running")
-    add("--dry-run", action="store_true", help="print the script and what it takes; submit nothing")
     add("overrides", nargs="*", default=[], metavar="KEY VALUE", help="last one wins")
     options = parser.parse_intermixed_args(arguments)
     if not options.files:

@@ -9,7 +9,8 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass, field, fields
 from io import StringIO
@@ -22,6 +23,7 @@ from fvcore.common.config import CfgNode
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 import stvit_video
+from stvit_video.common.cli import Parser, number
 from stvit_video.common.errors import UsageError, nearest
 from stvit_video.common.files import write_atomically, write_json
 from stvit_video.common.text import printable
@@ -179,6 +181,35 @@ class JobRequest:
         return executor._make_submission_file_text(executor._submitit_command_str, "")
 
 
+def add_sizes(parser: Parser) -> None:
+    """Add the options of a submission that ``build_request`` reads, and how it is sent."""
+    add = parser.add_argument
+    count, some = number(int, 1), number(int, 0)
+    add("--nodes", type=count, default=1, help="machines (default: %(default)s)")
+    add("--gpus-per-node", type=some, metavar="G", help="GPUs of each, one process per GPU; 0: none")
+    add("--tasks-per-node", type=some, metavar="T", help="processes per machine where there are no GPUs")
+    add("--cpus-per-task", type=count, metavar="C", help="default: the profile's, else one more than its workers")
+    add("--profile", metavar="FILE", help="what the site needs: slurm/profiles/NAME.yaml")
+    add("--partition", metavar="NAME", help="instead of the profile's")
+    add("--time", metavar="TIME", help="instead of the profile's: minutes, H:MM:SS or D-HH")
+    add("--cluster", default="slurm", choices=("slurm", "local", "debug"), help="local, debug: here")
+    add("--wait", action="store_true", help="follow the jobs; Ctrl-C leaves them running")
+    add("--dry-run", action="store_true", help="print the script and what it takes; submit nothing")
+
+
+def build_request(options: Namespace, workers: int, name: str) -> JobRequest:
+    """Return the request that the options of ``add_sizes`` describe, of processes with so many ``workers``."""
+    profile = read_profile(options.profile, partition=options.partition, time=options.time)
+    gpus, tasks = options.gpus_per_node, options.tasks_per_node
+    if gpus is None:
+        raise UsageError("--gpus-per-node is missing; give the GPUs of a machine, or 0 to run on its CPUs.")
+    if gpus and tasks not in (None, gpus):
+        problem = f"--tasks-per-node {tasks} with --gpus-per-node {gpus}"
+        raise UsageError(f"{problem}: each GPU has one process; omit --tasks-per-node.")
+    cpus = options.cpus_per_task or profile.cpus_per_task or workers + 1
+    return JobRequest(profile, options.nodes, gpus, gpus or tasks or 1, cpus, name)
+
+
 class _SlurmExecutor(submitit.SlurmExecutor):
     """submitit's executor, which writes its script also where SLURM is absent."""
 
@@ -252,20 +283,11 @@ def submit(
     if about is None:
         about = {"command": sys.orig_argv, "submitted": time.time(), "host": socket.gethostname()}
         about["git"] = environment()["git"]
-    executor = request.executor(cluster, logs)
     profile = request.profile
     limits = (profile.minutes, profile.warning_s, profile.max_timeouts)
     tasks = [Task(str(folder.path), uuid.uuid4().hex[:12], *limits) for folder in folders]
-    with _outside_jobs(), ExitStack() as restore:
-        restore.callback(os.chdir, os.getcwd())
-        os.chdir(request.source)  # tasks start there, and import the package from there
-        if cluster == "local":  # Ctrl-C in the terminal only stops following the job: its processes inherit this
-            restore.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.SIG_IGN))
-        try:
-            with redirect_stderr(StringIO()), executor.batch():  # submitit repeats sbatch's message there
-                submitted = [executor.submit(task) for task in tasks]
-        except (FailedJobError, FailedSubmissionError) as error:
-            raise UsageError(_explain_refusal(str(error))) from error
+    with _ready_to_send(request, cluster):
+        submitted = send(tasks, request, cluster, logs)
         jobs = []
         for folder, task, accepted in zip(folders, tasks, submitted, strict=True):
             jobs.append(ClusterJob(folder.path, cluster, accepted.job_id, logs, task.submission))
@@ -275,6 +297,27 @@ def submit(
         if cluster == "debug":
             submitted[0].results()
     return jobs
+
+
+def send(tasks: Sequence[Callable[[], None]], request: JobRequest, cluster: str, logs: Path) -> list[Any]:
+    """Return submitit's jobs of tasks, several as one array. Raises UsageError on a refusal."""
+    executor = request.executor(cluster, logs)
+    with _ready_to_send(request, cluster):
+        try:
+            with redirect_stderr(StringIO()), executor.batch():  # submitit repeats sbatch's message there
+                return [executor.submit(task) for task in tasks]
+        except (FailedJobError, FailedSubmissionError) as error:
+            raise UsageError(_explain_refusal(str(error))) from error
+
+
+@contextmanager
+def _ready_to_send(request: JobRequest, cluster: str) -> Iterator[None]:
+    with _outside_jobs(), ExitStack() as restore:
+        restore.callback(os.chdir, os.getcwd())
+        os.chdir(request.source)  # tasks start there, and import the package from there
+        if cluster == "local":  # Ctrl-C in the terminal only stops following the job: its processes inherit this
+            restore.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.SIG_IGN))
+        yield
 
 
 @contextmanager

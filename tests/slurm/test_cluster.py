@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from stvit_video import extract
 from stvit_video.runtime.launchers import find_place
 from stvit_video.slurm.cli import main
 from stvit_video.slurm.jobs import ClusterJob, find_jobs
@@ -86,6 +87,22 @@ def assert_same(output: Path, expected: Path) -> None:
     assert figures.pop("clips_per_second") > 0
     del known["clips_per_second"]
     assert figures == known
+
+
+def test_features_of_two_nodes_are_those_of_one_process(
+    cluster: Cluster, small_set: Path, trained: Path, tmp_path: Path
+) -> None:
+    words = [str(small_set / "videos"), "--checkpoint", str(trained), "--set", "TEST.CLIPS=1", "--output"]
+    code, said = cluster.submit("extract", *TWO_NODES, "--", *words, str(tmp_path / "shared"))
+    assert code == 0, said
+    assert extract.main([*words, str(tmp_path / "alone")]) == 0
+    wait_until(lambda: not cluster("squeue", "--noheader"), "the end of the job", 120)
+    found, expected = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.suffix in (".npy", ".csv")}
+        for name in ("shared", "alone")
+    )
+    assert found == expected
+    assert len(found) > 10
 
 
 def job_of(output: Path) -> ClusterJob:
