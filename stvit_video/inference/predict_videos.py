@@ -68,7 +68,7 @@ def predict_videos(options: argparse.Namespace) -> int:
             print(f"results in {printable(options.output)}", flush=True)
     cut = [window.is_streamed for result in results for window in result.windows if window.span is not None]
     short, count = (sum(getattr(result, name) for result in results) for name in ("short", "count"))
-    print(describe_short(short, count, "windows" if cut else "videos", predictor), end="")
+    print(describe_short(short, count, "windows" if cut or live else "videos", predictor), end="")
     if live is None:
         print(describe_streamed(sum(cut), len(cut), predictor), end="")
     print("".join(f"{result.describe()}\n" for result in results if isinstance(result, Watched)), end="")

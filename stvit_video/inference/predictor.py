@@ -163,9 +163,9 @@ class Predictor:
         """Score a camera, stream or pipe ("-": standard input), and yield each window of ``window`` seconds once over.
 
         A model that streams decides on its last samples instead, by default at each new group of them. Where the
-        network is slower than a source that does not wait, windows are dropped. Ends with the
-        stream, once it was opened again ``reconnect`` times, with the first frame after ``seconds`` of it or of
-        waiting, or when the caller closes the iterator. Raises DecodeError.
+        network is slower than a source that does not wait, windows are dropped. Ends with the stream, once it was
+        opened again ``reconnect`` times, with the first frame after ``seconds`` of it or of waiting, or when the caller
+        closes the iterator. Raises DecodeError.
         """
         check_seconds(window, step)
         self._mind_fork()

@@ -95,6 +95,8 @@ def watch(
         for window in smooth(windows, options.smooth):
             print(describe([window]), flush=True)
             result.add(window)
+        if not result.count:  # a stream that is shorter than a window is one; of a stream's samples there is no part
+            result.error = f"ended before there were frames for a clip of {predictor.input.sampler.describe()[0]}"
     except DecodeError as error:
         is_piped = result.path == STDIN
         result.error = error.message + ("; without --window, it is read as a file" if is_piped else "")

@@ -1,5 +1,6 @@
 """Overlapping windows scored by a stream, in which each frame is computed once, equal windows scored by themselves."""
 
+import json
 import os
 import re
 import subprocess
@@ -162,6 +163,18 @@ def test_a_live_source_has_a_decision_at_each_group(
         clips = [shown[i : i + 15] for i in range(0, 76, every)]
         expected = torch.stack([each.scores for each in predictor(clips, fps=25)])
     torch.testing.assert_close(torch.stack([window.scores for window in found]), expected, rtol=0, atol=1e-5)
+
+
+def test_a_live_source_that_is_shorter_than_a_clip_is_said(
+    checkpoint: Path, write_clip: Callable[..., Path], tmp_path: Path
+) -> None:
+    path, pipe, output = write_clip(make_frames(14), "stream.mkv"), tmp_path / "pipe", tmp_path / "found.json"
+    os.mkfifo(pipe)
+    threading.Thread(target=pipe.write_bytes, args=(path.read_bytes(),), daemon=True).start()
+    assert predict.main([str(pipe), "--checkpoint", str(checkpoint), "--window", "1", "--output", str(output)]) == 1
+    (found,) = json.loads(output.read_text())
+    assert found["error"] == "ended before there were frames for a clip of 15 frames"
+    assert found["top"] == []
 
 
 def test_samples_of_a_live_source_are_those_of_a_clip() -> None:
