@@ -16,6 +16,7 @@ import pytest
 
 from stvit_video import run
 from stvit_video.data.decode.frames import Decoding, read_file
+from stvit_video.data.decode.process import kept_environment
 from stvit_video.data.decode.types import DecodeError, DecoderKilled
 from stvit_video.data.failures import read_ledger
 from stvit_video.data.lists.annotations import Video
@@ -235,3 +236,10 @@ def test_training_survives_a_hanging_decoder(
     rows = read_ledger(tmp_path / "run" / "failures.csv")
     assert [(Path(row.path).name, row.stage) for row in rows] == [(stuck[1], "test"), (stuck[0], "train")]
     assert all("took more than 3 s" in row.message and row.decoder and row.first_seen for row in rows)
+
+
+def test_a_child_keeps_the_memory_that_it_frees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the system would clear memory for each clip anew; what the user sets counts."""
+    assert int(kept_environment()["MALLOC_TRIM_THRESHOLD_"]) > 2**20
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "7")
+    assert kept_environment()["MALLOC_TRIM_THRESHOLD_"] == "7"

@@ -36,6 +36,10 @@ KEPT_VARIABLES = (
 )
 KEPT_PREFIXES = ("LC_", "PYTHON", "OMP_", "KMP_", "GOMP_", "MKL_", "OPENBLAS_", "NUMEXPR_", "MALLOC_", "DECORD_")
 
+# GNU's allocator gives freed memory back to the system, from which a child that imports little would fetch it again for
+# each clip.
+HEAP = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**26)}
+
 Array = NDArray[np.uint8] | NDArray[np.float64]  # frames (N, H, W, 3), or times (N,)
 
 
@@ -182,7 +186,7 @@ def kept_environment() -> dict[str, str]:
     }
     # It starts no programs: ``ctypes``, for one, would look for libraries by a compiler. And torch, which a sampler may
     # import, makes a folder of that name as it is imported: one that is there.
-    return {**kept, "PATH": "", "TORCHINDUCTOR_CACHE_DIR": os.sep}
+    return {**HEAP, **kept, "PATH": "", "TORCHINDUCTOR_CACHE_DIR": os.sep}
 
 
 def _end(
